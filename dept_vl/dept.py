@@ -1,0 +1,195 @@
+"""Decomposed Prompt Tuning (DePT): a short soft prompt plus a low-rank offset on frozen embeddings.
+
+Source: Shi & Lipani, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning", ICLR 2024.
+
+| symbol | meaning                                          | here                |
+|--------|--------------------------------------------------|---------------------|
+| d      | model width                                      | `d_model`           |
+| s      | longest source text, in tokens                   | `max_source_length` |
+| m      | vectors in the short soft prompt                 | `prompt_length`     |
+| r      | rank of the low-rank pair                        | `rank`              |
+| P      | soft prompt (m, d)                               | `soft_prompt`       |
+| A, B   | low-rank pair (s, r) and (r, d)                  | `lora_a`, `lora_b`  |
+| n      | source length of the batch at hand, n <= s       | `text`              |
+
+The encoder reads `[P ; E(x) + scale * A[:n] @ B]` with `scale = alpha / sqrt(r)`. B starts at zero, so
+an untrained DePT is plain prompt tuning with m vectors; r = 0 *is* plain prompt tuning, m = 0 is
+the offset alone. A prompt of l vectors has l*d parameters; DePT spends them as m*d + (s + d)*r and
+saves l - m positions in every encoder layer and every decoder cross-attention.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+class DePT(nn.Module):
+    """The trainable prompt: `soft_prompt` (m, d), `lora_a` (s, r) and `lora_b` (r, d).
+
+    A part of size zero is `None`, so every parameter that exists is trained and counted.
+
+    Args:
+        d_model: Width of the embeddings that are prompted.
+        prompt_length: Vectors in the soft prompt (m >= 0).
+        rank: Rank of the offset (r >= 0); 0 is plain prompt tuning.
+        max_source_length: Longest text in tokens (s); the rows of `lora_a`.
+        alpha: The offset is scaled by `alpha / sqrt(rank)` (section 2.2 says nothing of it; the
+            authors' code uses 8, and the root, not the rank itself).
+
+    Raises:
+        ValueError: If a size is negative, or there is no text position to offset.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        prompt_length: int,
+        rank: int,
+        max_source_length: int,
+        alpha: float = 8.0,
+    ) -> None:
+        super().__init__()
+        if min(prompt_length, rank) < 0 or min(d_model, max_source_length) < 1:
+            raise ValueError(
+                "DePT needs prompt_length >= 0, rank >= 0, d_model >= 1 and max_source_length >= 1; "
+                f"got prompt_length={prompt_length}, rank={rank}, d_model={d_model}, "
+                f"max_source_length={max_source_length}"
+            )
+        self.d_model = d_model
+        self.prompt_length = prompt_length
+        self.rank = rank
+        self.max_source_length = max_source_length
+        self.alpha = alpha
+        self.scale = alpha / math.sqrt(rank) if rank else 0.0
+
+        self.soft_prompt: nn.Parameter | None = None
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        if prompt_length:
+            self.soft_prompt = nn.Parameter(torch.empty(prompt_length, d_model).uniform_(-0.5, 0.5))
+        if rank:
+            self.lora_a = nn.Parameter(torch.empty(max_source_length, rank))
+            self.lora_b = nn.Parameter(torch.zeros(rank, d_model))
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(
+        self,
+        token_embeddings: Float[Tensor, "batch text d_model"],
+        mask: Bool[Tensor, "batch text"],
+        positions: Int[Tensor, "batch text"] | None = None,
+    ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
+        """Offset the text by its positions and put the soft prompt in front of it.
+
+        Args:
+            token_embeddings: Frozen word embeddings of the text, and of nothing but the text.
+            mask: True on text tokens, False on padding.
+            positions: Place of each token in its own text, counted from 0 without padding. None
+                says that padding is on the right, so that a token's column is its position.
+
+        Returns:
+            The embeddings and the mask of `[prompt ; text]`, m + n positions long.
+
+        Raises:
+            ValueError: If the text is longer than `max_source_length`.
+        """
+        offset = self.offset(token_embeddings.shape[1])
+        if offset is not None:
+            offset = offset.to(token_embeddings.dtype)
+            token_embeddings = token_embeddings + (
+                offset if positions is None else nn.functional.embedding(positions, offset)
+            )
+        if self.soft_prompt is None:
+            return token_embeddings, mask
+        batch = token_embeddings.shape[0]
+        prompt = self.soft_prompt.to(token_embeddings.dtype).expand(batch, -1, -1)
+        return (
+            torch.cat([prompt, token_embeddings], dim=1),
+            torch.cat([mask.new_ones(batch, self.prompt_length), mask], dim=1),
+        )
+
+    def offset(self, text_length: int) -> Float[Tensor, "text d_model"] | None:
+        """`scale * A[:n] @ B`, the shift of each of the first n text positions; None at rank 0."""
+        if text_length > self.max_source_length:
+            raise ValueError(
+                f"the text has {text_length} tokens and the prompt was built for "
+                f"max_source_length={self.max_source_length}; truncate the text or build the prompt "
+                "with a larger max_source_length"
+            )
+        if self.lora_a is None or self.lora_b is None:
+            return None
+        return self.lora_a[:text_length] @ self.lora_b * self.scale
+
+    @torch.no_grad()
+    def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:
+        """Start the soft prompt from word embeddings, repeated or cut to m vectors."""
+        if self.soft_prompt is None:
+            return
+        if len(embeddings) == 0:
+            raise ValueError("the prompt's initial text has no token; give a text of one word or more")
+        rows = torch.arange(self.prompt_length, device=embeddings.device) % len(embeddings)
+        self.soft_prompt.copy_(embeddings[rows])
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters by learning rate: `prompt` (alpha1) and `low_rank` (alpha2)."""
+        groups = {
+            "prompt": [self.soft_prompt],
+            "low_rank": [self.lora_a, self.lora_b],
+        }
+        return {name: [p for p in group if p is not None] for name, group in groups.items()}
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        return (
+            f"d_model={self.d_model}, prompt_length={self.prompt_length}, rank={self.rank}, "
+            f"max_source_length={self.max_source_length}, alpha={self.alpha}"
+        )
+
+
+def sample_vocabulary(
+    vocabulary_size: int, count: int, generator: torch.Generator, *, exclude: Sequence[int] = ()
+) -> Int[Tensor, " count"]:
+    """Token ids to start a prompt from: drawn without replacement (until the vocabulary is used up).
+
+    Args:
+        vocabulary_size: Ids are drawn from `range(vocabulary_size)`.
+        count: How many ids.
+        generator: Source of randomness, on the CPU.
+        exclude: Ids never drawn (special tokens).
+
+    Raises:
+        ValueError: If every id is excluded.
+    """
+    allowed = torch.ones(vocabulary_size, dtype=torch.bool)
+    allowed[[token for token in exclude if token < vocabulary_size]] = False
+    ids = allowed.nonzero().squeeze(1)
+    if len(ids) == 0:
+        raise ValueError(f"no token is left to draw from a vocabulary of {vocabulary_size}")
+    rounds = [ids[torch.randperm(len(ids), generator=generator)] for _ in range(-(-count // len(ids)))]
+    return torch.cat(rounds)[:count] if rounds else ids[:0]
+
+
+def parameter_count(d_model: int, max_source_length: int, prompt_length: int, rank: int) -> int:
+    """Trainable parameters of a DePT: m*d + (s + d)*r."""
+    return prompt_length * d_model + (max_source_length + d_model) * rank
+
+
+def solve_rank(d_model: int, max_source_length: int, budget: int, prompt_length: int) -> int:
+    """The largest rank whose DePT stays within `budget` parameters, given the prompt's length.
+
+    At T5-base (d=768, s=256) and the budget of a 100-vector prompt (76,800) this is the table of
+    the paper: (m, r) = (0, 75), (20, 60), (40, 45), (60, 30), (80, 15), (100, 0).
+
+    Raises:
+        ValueError: If the prompt alone is over the budget.
+    """
+    left = budget - prompt_length * d_model
+    if prompt_length < 0 or left < 0:
+        raise ValueError(
+            f"a prompt of {prompt_length} vectors of width {d_model} has {prompt_length * d_model:,} "
+            f"parameters; the budget is {budget:,}, which admits 0 to {max(budget, 0) // d_model}"
+        )
+    return left // (max_source_length + d_model)
