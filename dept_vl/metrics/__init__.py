@@ -1,0 +1,1 @@
+"""Scores as the official servers compute them: pure functions on strings and lists."""

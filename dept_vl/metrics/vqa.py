@@ -1,0 +1,280 @@
+"""VQA accuracy, answer normalisation and soft labels.
+
+Follows the official VQA scorer (``vqaEval.py`` of the VQA evaluation tools; Antol et al. 2015,
+"VQA: Visual Question Answering"; Goyal et al. 2017, "Making the V in VQA Matter"), including
+the quirks that published numbers depend on. The tables below are its data; soft labels follow
+VL-T5 (Cho et al. 2021). ``tests/fixtures/vqa`` holds cases scored by the official scorer.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Normalisation = Literal["official", "always"]
+"""``official``: raw comparison where all human answers agree. ``always``: normalise regardless."""
+
+# No apostrophe, colon, `$`, `%` or `&`: those stay in the answer. The period has its own rule.
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+
+# The original meant a lookbehind, `(?<=\d)`; as typed, the first group never rejects anything, so
+# every period not followed by a digit goes, be it "3." or "st.".
+PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
+
+# The original passes the flag `re.UNICODE` (32) where `sub` expects a count.
+MAX_PERIODS_REMOVED = 32
+
+DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+
+ARTICLES = frozenset({"a", "an", "the"})
+
+# "none" is a number here, and nothing above ten is.
+NUMBER_WORDS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+# Written `word=replacement`. The table is uneven and stays so: "somebody'd" loses its apostrophe,
+# "hes" is mapped but "shes" is not, and keys with a capital are never met in lower-cased text.
+_CONTRACTION_PAIRS = """
+aint=ain't arent=aren't cant=can't
+couldve=could've couldnt=couldn't couldn'tve=couldn't've couldnt've=couldn't've
+didnt=didn't doesnt=doesn't dont=don't
+hadnt=hadn't hadnt've=hadn't've hadn'tve=hadn't've hasnt=hasn't havent=haven't
+hed=he'd hed've=he'd've he'dve=he'd've hes=he's
+howd=how'd howll=how'll hows=how's
+Id've=I'd've I'dve=I'd've Im=I'm Ive=I've
+isnt=isn't itd=it'd itd've=it'd've it'dve=it'd've itll=it'll let's=let's maam=ma'am
+mightnt=mightn't mightnt've=mightn't've mightn'tve=mightn't've mightve=might've
+mustnt=mustn't mustve=must've neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't
+ow's'at='ow's'at 'ows'at='ow's'at 'ow'sat='ow's'at
+shant=shan't shed've=she'd've she'dve=she'd've she's=she's
+shouldve=should've shouldnt=shouldn't shouldnt've=shouldn't've shouldn'tve=shouldn't've
+somebody'd=somebodyd somebodyd've=somebody'd've somebody'dve=somebody'd've
+somebodyll=somebody'll somebodys=somebody's
+someoned=someone'd someoned've=someone'd've someone'dve=someone'd've
+someonell=someone'll someones=someone's
+somethingd=something'd somethingd've=something'd've something'dve=something'd've
+somethingll=something'll thats=that's
+thered=there'd thered've=there'd've there'dve=there'd've therere=there're theres=there's
+theyd=they'd theyd've=they'd've they'dve=they'd've
+theyll=they'll theyre=they're theyve=they've
+twas='twas wasnt=wasn't wed've=we'd've we'dve=we'd've weve=we've werent=weren't
+whatll=what'll whatre=what're whats=what's whatve=what've
+whens=when's whered=where'd wheres=where's whereve=where've
+whod=who'd whod've=who'd've who'dve=who'd've wholl=who'll whos=who's whove=who've
+whyll=why'll whyre=why're whys=why's
+wont=won't wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've wouldn'tve=wouldn't've
+yall=y'all yall'll=y'all'll y'allll=y'all'll
+yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've
+youd=you'd youd've=you'd've you'dve=you'd've youll=you'll youre=you're youve=you've
+"""
+
+CONTRACTIONS = dict(pair.split("=") for pair in _CONTRACTION_PAIRS.split())
+
+SOFT_SCORES = (0.3, 0.6, 0.9, 1.0)
+"""Training weight of an answer given by 1, 2, 3, and 4 or more annotators."""
+
+
+def _clean_whitespace(text: str) -> str:
+    """Newlines and tabs to spaces, then strip: the scorer does this to every string it compares."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _process_punctuation(text: str) -> str:
+    """Delete punctuation marks or turn them into spaces, then delete periods."""
+    # One thousands separator anywhere deletes every mark of the answer: "1,000/2" gives "10002".
+    delete_all = DIGIT_COMMA_DIGIT.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        if mark not in text:
+            continue
+        # One place where the mark touches a space decides for all its places in the answer, and
+        # the input is what is looked at, so marks already replaced do not count as spaces.
+        delete = delete_all or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if delete else " ")
+    return PERIOD.sub("", result, count=MAX_PERIODS_REMOVED)
+
+
+def _process_words(text: str) -> str:
+    """Lower-case, number words to digits, drop articles, restore contractions, single spaces."""
+    words = (NUMBER_WORDS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def normalise_answer(text: str) -> str:
+    """Bring an answer to the form in which the official VQA scorer compares answers.
+
+    Whitespace first, then punctuation, then words, as in the official scorer (Antol et al. 2015;
+    Goyal et al. 2017). The result may be empty: an answer of articles and punctuation only.
+
+    Args:
+        text: A human or predicted answer, as written.
+
+    Returns:
+        The normalised answer: lower case, single spaces.
+    """
+    return _process_words(_process_punctuation(_clean_whitespace(text)))
+
+
+def _check_answers(answers: Sequence[str]) -> None:
+    if isinstance(answers, str):
+        # A string is a sequence of strings to a type checker, and would be scored letter by letter.
+        raise ValueError(f"expected a list of human answers, found the single string {answers!r}")
+    if not answers:
+        raise ValueError("expected at least one human answer (usually ten), found none")
+
+
+def _check_normalisation(normalisation: str) -> None:
+    expected = get_args(Normalisation)
+    if normalisation not in expected:
+        raise ValueError(f"expected normalisation to be one of {expected}, found {normalisation!r}")
+
+
+def vqa_accuracy(
+    prediction: str, answers: Sequence[str], *, normalisation: Normalisation = "official"
+) -> float:
+    """Accuracy of one predicted answer against the human answers to its question.
+
+    The mean, over the human answers, of ``min(1, matches among the other answers / 3)``: the
+    leave-one-out accuracy of the official scorer (Antol et al. 2015; Goyal et al. 2017). With ten
+    answers, 0, 1, 2, 3 and 4 or more matches score 0, 0.3, 0.6, 0.9 and 1.
+
+    Args:
+        prediction: The predicted answer, as written.
+        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
+        normalisation: ``official`` normalises only if the human answers are not all identical, so
+            ``Yes`` scores 0 against ten ``yes``. ``always`` normalises both sides regardless.
+            (VL-T5 and LAVIS normalise every prediction too, but of the human answers only the
+            punctuation, and identical ones not at all.)
+
+    Returns:
+        The accuracy, from 0 to 1.
+
+    Raises:
+        ValueError: If ``answers`` is empty or a bare string, or ``normalisation`` is unknown.
+    """
+    _check_answers(answers)
+    _check_normalisation(normalisation)
+    prediction = _clean_whitespace(prediction)
+    counts = Counter(_clean_whitespace(answer) for answer in answers)
+    # Official quirk: if all annotators wrote the same, the prediction is compared as written.
+    if normalisation == "always" or len(counts) > 1:
+        prediction = normalise_answer(prediction)
+        matches = sum(n for answer, n in counts.items() if normalise_answer(answer) == prediction)
+    else:
+        matches = counts[prediction]
+    # A matching annotator sees one match fewer, having been left out. Counted in whole thirds and
+    # divided once: exact, and the same for every order of the answers.
+    others = len(answers) - matches
+    thirds = matches * min(3, matches - 1) + others * min(3, matches)
+    return thirds / (3 * len(answers))
+
+
+def soft_scores(answers: Sequence[str]) -> dict[str, float]:
+    """Soft label of a question: each distinct human answer with its training weight.
+
+    Answers given by 1, 2, 3, and 4 or more annotators weigh 0.3, 0.6, 0.9 and 1.0, as in VL-T5
+    (Cho et al. 2021). Answers are normalised before they are counted, and dropped if nothing is
+    left of them.
+
+    Args:
+        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
+
+    Returns:
+        Weight (0.3 to 1.0) by normalised answer, in order of first appearance; empty if every
+        answer normalises to nothing.
+
+    Raises:
+        ValueError: If ``answers`` is empty or a bare string.
+    """
+    _check_answers(answers)
+    counts = Counter(normalise_answer(answer) for answer in answers)
+    return {answer: SOFT_SCORES[min(n, len(SOFT_SCORES)) - 1] for answer, n in counts.items() if answer}
+
+
+@dataclass(frozen=True)
+class VqaScore:
+    """VQA accuracies of a set of questions.
+
+    Attributes:
+        overall: Mean accuracy in percent (0 to 100), rounded to 2 decimals.
+        per_answer_type: The same for the questions of each answer type, keys sorted.
+        per_question_type: The same for the questions of each question type, keys sorted.
+        count: Number of questions.
+        normalisation: ``official`` or ``always``, as given to `vqa_accuracy`.
+    """
+
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    count: int
+    normalisation: str
+
+    def to_json(self) -> dict[str, float | int | dict[str, float]]:
+        """The figures under the official scorer's keys, and the number of questions as ``n``."""
+        return {
+            "overall": self.overall,
+            "perAnswerType": dict(self.per_answer_type),
+            "perQuestionType": dict(self.per_question_type),
+            "n": self.count,
+        }
+
+
+def _mean_percent(accuracies: list[float]) -> float:
+    # `fsum` rounds once, so shards gathered in another order give the same figure.
+    return round(100 * math.fsum(accuracies) / len(accuracies), 2)
+
+
+def _mean_percents(groups: dict[str, list[float]]) -> dict[str, float]:
+    return {name: _mean_percent(groups[name]) for name in sorted(groups)}
+
+
+def score_vqa(records: Iterable[tuple[float, str, str]], normalisation: Normalisation) -> VqaScore:
+    """Average the accuracies of questions: overall, by answer type and by question type.
+
+    Args:
+        records: For each question ``(accuracy, answer_type, question_type)``, the accuracy from 0
+            to 1 as returned by `vqa_accuracy`. Each question once.
+        normalisation: The variant used for the accuracies; recorded in the result.
+
+    Returns:
+        Percentages rounded to 2 decimals, as in the official scorer.
+
+    Raises:
+        ValueError: If there are no records, an accuracy is not within 0 to 1, or
+            ``normalisation`` is unknown.
+    """
+    _check_normalisation(normalisation)
+    overall: list[float] = []
+    by_answer_type: defaultdict[str, list[float]] = defaultdict(list)
+    by_question_type: defaultdict[str, list[float]] = defaultdict(list)
+    for index, (accuracy, answer_type, question_type) in enumerate(records):
+        if not 0 <= accuracy <= 1:
+            raise ValueError(
+                f"expected accuracies from 0 to 1 (not percent), found {accuracy} in record {index}"
+            )
+        overall.append(accuracy)
+        by_answer_type[answer_type].append(accuracy)
+        by_question_type[question_type].append(accuracy)
+    if not overall:
+        raise ValueError("expected at least one scored question, found none")
+    return VqaScore(
+        overall=_mean_percent(overall),
+        per_answer_type=_mean_percents(by_answer_type),
+        per_question_type=_mean_percents(by_question_type),
+        count=len(overall),
+        normalisation=normalisation,
+    )
