@@ -1,0 +1,369 @@
+"""A vision tower and an encoder-decoder language model, joined by a visual projection.
+
+The language model's encoder reads `[text ; visual]`, with a prompt in front of the text when there
+is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). Their box embedding is
+a constant under grid features and is therefore left to the image-order embedding.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dept_vl.vision import VisionEncoder
+
+VisualPositionBias = Literal["none", "relative"]
+"""What the language model's own position signal says of visual tokens.
+
+`none`: nothing, as published. T5's relative bias is zero for every pair with a visual token; BART's
+learned positions count the text alone (the prompt has none either).
+`relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted.
+"""
+
+BACKBONE_FILE = "backbone.json"
+PROJECTION_FILE = "visual_projection.safetensors"
+MAX_IMAGES = 2
+
+
+class VisualProjection(nn.Module):
+    """LayerNorm(Linear(visual features)) + image-order embedding; trained in every published row.
+
+    Args:
+        d_vision: Width of the visual features.
+        d_model: Width of the language model.
+        norm: The language model's own kind of norm: RMSNorm for T5, LayerNorm for BART.
+    """
+
+    def __init__(self, d_vision: int, d_model: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_vision, d_model)
+        self.norm = norm
+        self.image_order = nn.Embedding(MAX_IMAGES, d_model)
+        nn.init.normal_(self.linear.weight, std=d_vision**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.zeros_(self.image_order.weight)
+
+    def forward(
+        self, features: Float[Tensor, "batch images tokens d_vision"]
+    ) -> Float[Tensor, "batch images*tokens d_model"]:
+        """Visual tokens of all images of an example, one after the other."""
+        order = self.image_order.weight[: features.shape[1], None]
+        # The norm in full precision under autocast too, as T5's own.
+        tokens: Tensor = self.norm(self.linear(features).float()) + order
+        return tokens.flatten(1, 2)
+
+
+class Backbone(nn.Module):
+    """The models that a prompt is trained on.
+
+    Everything but the visual projection is frozen unless `freeze` is told otherwise.
+
+    Args:
+        vision: Image encoder, or None for text alone.
+        language: A T5- or BART-like encoder-decoder.
+        tokenizer: Its tokenizer; padding is put on the right.
+        name: What an adapter calls this backbone.
+        visual_position_bias: See `VisualPositionBias`.
+
+    Attributes:
+        fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
+
+    Raises:
+        ValueError: If the language model is no encoder-decoder with T5's or BART's positions.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoder | None,
+        language: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str,
+        visual_position_bias: VisualPositionBias = "none",
+    ) -> None:
+        super().__init__()
+        if visual_position_bias not in get_args(VisualPositionBias):
+            raise ValueError(
+                f"visual_position_bias is one of {get_args(VisualPositionBias)}; got {visual_position_bias!r}"
+            )
+        self.name = name
+        self.vision = vision
+        self.language = language
+        self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "right"
+        self.visual_position_bias = visual_position_bias
+        self.encoder = language.get_encoder()
+        self.word_embeddings = self.encoder.get_input_embeddings()
+        self.d_model: int = self.word_embeddings.embedding_dim
+        self.visual_projection: VisualProjection | None = None
+        if vision is not None:
+            self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
+        # Taken before any training, so that it names the frozen weights even after fine-tuning.
+        parts = {"language": language} | ({"vision": vision.model} if vision else {})
+        self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
+        self._segments = (0, 0)
+        if visual_position_bias == "none":
+            self._keep_positions_to_text()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: str | Path | None = None,
+        *,
+        vision: str | Path | None = None,
+        language: str | Path | None = None,
+        vision_layer: int = -1,
+        class_token: bool = False,
+        pooled_grid: int = 0,
+        visual_position_bias: VisualPositionBias = "none",
+    ) -> "Backbone":
+        """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
+
+        Args:
+            backbone: Such a folder; it carries a trained visual projection and its own options.
+            vision: Hub name or folder of the image encoder (with `language`); None for text alone.
+            language: Hub name or folder of the encoder-decoder.
+            vision_layer: See `VisionEncoder`.
+            class_token: See `VisionEncoder`.
+            pooled_grid: See `VisionEncoder`.
+            visual_position_bias: See `VisualPositionBias`.
+
+        Raises:
+            ValueError: If both or neither of `backbone` and `language` are given.
+            FileNotFoundError: If the folder holds no backbone.
+        """
+        if (backbone is None) == (language is None):
+            raise ValueError(
+                "give either a backbone folder (--backbone data/tiny-clip-t5) or a language model, with "
+                "or without a vision tower (--vision openai/clip-vit-base-patch32 "
+                "--language google-t5/t5-base); "
+                f"got backbone={backbone}, vision={vision}, language={language}"
+            )
+        if backbone is None:
+            assert language is not None
+            tower = None
+            if vision is not None:
+                tower = VisionEncoder.from_pretrained(
+                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid
+                )
+            return cls(
+                tower,
+                _load_language(language),
+                AutoTokenizer.from_pretrained(language),
+                name="+".join(str(part) for part in (vision, language) if part is not None),
+                visual_position_bias=visual_position_bias,
+            )
+        folder = Path(backbone)
+        if not (folder / BACKBONE_FILE).is_file():
+            raise FileNotFoundError(
+                f"no backbone at {folder}: expected {BACKBONE_FILE}, language/ and, for images, vision/ and "
+                f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
+            )
+        options = json.loads((folder / BACKBONE_FILE).read_text())
+        self = cls(
+            VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
+            if options["vision"] is not None
+            else None,
+            _load_language(folder / "language"),
+            AutoTokenizer.from_pretrained(folder / "language"),
+            name=options["name"],
+            visual_position_bias=options["visual_position_bias"],
+        )
+        if self.visual_projection is not None:
+            self.visual_projection.load_state_dict(load_file(folder / PROJECTION_FILE))
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vision/, language/ (with tokenizer), the visual projection and the options."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.language.save_pretrained(folder / "language")
+        self.tokenizer.save_pretrained(folder / "language")
+        options: dict[str, Any] = {
+            "name": self.name,
+            "visual_position_bias": self.visual_position_bias,
+            "vision": None,
+        }
+        if self.vision is not None and self.visual_projection is not None:
+            self.vision.save_pretrained(folder / "vision")
+            save_file(self.visual_projection.state_dict(), folder / PROJECTION_FILE)
+            options["vision"] = self.vision.options()
+        (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
+
+    def freeze(self, *, language: bool = True, visual_projection: bool = False) -> None:
+        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`."""
+        self.language.requires_grad_(not language)
+        if self.vision is not None and self.visual_projection is not None:
+            self.vision.requires_grad_(False)
+            self.visual_projection.requires_grad_(not visual_projection)
+
+    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
+        """Word embeddings as the encoder uses them (BART's scale included)."""
+        embeddings: Tensor = self.word_embeddings(input_ids)
+        return embeddings
+
+    def project(
+        self,
+        *,
+        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
+        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+    ) -> Float[Tensor, "batch visual d_model"] | None:
+        """Visual tokens of the language model's width, from pixels or from features; None from neither.
+
+        Raises:
+            ValueError: If there are images and the backbone has no vision tower, or too many images.
+        """
+        if pixel_values is None and visual_features is None:
+            return None
+        if self.vision is None or self.visual_projection is None:
+            raise ValueError(f"{self.name} has no vision tower and was given images; load it with --vision")
+        if visual_features is None:
+            assert pixel_values is not None
+            features = self.vision(pixel_values.flatten(0, 1))
+            visual_features = features.unflatten(0, pixel_values.shape[:2])
+        if visual_features.shape[1] > MAX_IMAGES:
+            raise ValueError(
+                f"an example has {visual_features.shape[1]} images; the image-order embedding has "
+                f"{MAX_IMAGES} rows"
+            )
+        projected: Tensor = self.visual_projection(visual_features)
+        return projected
+
+    def encode(
+        self,
+        embeddings: Float[Tensor, "batch prompt_text d_model"],
+        mask: Bool[Tensor, "batch prompt_text"],
+        visual: Float[Tensor, "batch visual d_model"] | None = None,
+        *,
+        prompt_length: int = 0,
+    ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
+        """Run the encoder over `[prompt ; text ; visual]`.
+
+        Args:
+            embeddings: Prompt and text, padding on the right.
+            mask: False on padding.
+            visual: Projected visual tokens, if there are images.
+            prompt_length: How many of the first columns are prompt.
+
+        Returns:
+            The encoder's output and the mask for the decoder's cross-attention.
+
+        Raises:
+            ValueError: If the encoder has no position for so long an input.
+        """
+        visual_length = 0 if visual is None else visual.shape[1]
+        self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
+        if visual is not None:
+            embeddings = torch.cat([embeddings, visual.to(embeddings.dtype)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(visual.shape[:2])], dim=1)
+            if self.visual_position_bias == "relative":
+                # Padding between text and image would shift the image's positions: it goes last.
+                embeddings, mask = pack(embeddings, mask)
+        if self.visual_position_bias == "relative":
+            return self.encoder(inputs_embeds=embeddings, attention_mask=mask), mask
+        segments = (prompt_length, visual_length)
+        output = self.encoder(inputs_embeds=embeddings, attention_mask=mask, segments=segments)
+        if output.last_hidden_state.requires_grad:
+            # Gradient checkpointing runs the blocks again in backward, when other calls may have come between.
+            output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
+        return output, mask
+
+    def check_length(self, prompt: int, text: int, visual: int) -> None:
+        """Refuse an input for which the encoder has too few positions.
+
+        Raises:
+            ValueError: With the limit and what each part takes of it.
+        """
+        limit = getattr(self.language.config, "max_position_embeddings", None)
+        if limit is not None and prompt + text + visual > limit:
+            raise ValueError(
+                f"the encoder of {self.name} has {limit} positions and the input needs "
+                f"{prompt + text + visual}: {prompt} prompt + {text} text + {visual} visual; "
+                "shorten the prompt (prompt_length) or the text (max_source_length)"
+            )
+
+    def _keep_positions_to_text(self) -> None:
+        """Hook the encoder's own position modules; the hooks read the segments of the running call."""
+        hooked = False
+        for name, module in self.encoder.named_modules():
+            if name.endswith("relative_attention_bias"):  # in the first block; UMT5: in every block
+                module.register_forward_hook(self._without_visual_bias)
+                hooked = True
+            elif name == "embed_positions":
+                module.register_forward_hook(self._positions_of_text)
+                hooked = True
+        if not hooked:
+            raise ValueError(
+                f"{type(self.language).__name__} has neither T5's relative_attention_bias nor BART's "
+                "embed_positions in its encoder; visual_position_bias='none' supports these two, "
+                "'relative' any encoder-decoder"
+            )
+        self.encoder.register_forward_pre_hook(self._take_segments, with_kwargs=True)
+
+    def _take_segments(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Segments hold for the call they came with: one that brings none is the stock encoder's."""
+        self._segments = named.pop("segments", (0, 0))
+        return inputs, named
+
+    def _without_visual_bias(
+        self, module: nn.Module, inputs: object, bias: Float[Tensor, "query key heads"]
+    ) -> Float[Tensor, "query key heads"]:
+        _, visual = self._segments
+        if visual == 0:
+            return bias
+        text = bias.shape[0] - visual
+        return nn.functional.pad(bias[:text, :text], (0, 0, 0, visual, 0, visual))
+
+    def _positions_of_text(
+        self, module: nn.Module, inputs: object, positions: Float[Tensor, "batch source d_model"]
+    ) -> Float[Tensor, "batch source d_model"]:
+        prompt, visual = self._segments
+        text = positions.shape[1] - prompt - visual
+        return nn.functional.pad(positions[:, :text], (0, 0, prompt, visual))
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
+    """16 hexadecimal digits that name these weights, alike for any dtype they are loaded in.
+
+    Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
+    quick at any size, and another checkpoint differs.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().flatten()
+        values = values[:: max(1, len(values) // samples)][:samples]
+        digest.update(values.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def pack(
+    embeddings: Float[Tensor, "batch length d_model"], mask: Bool[Tensor, "batch length"]
+) -> tuple[Float[Tensor, "batch length d_model"], Bool[Tensor, "batch length"]]:
+    """Move every row's padding to its end, the order of the rest kept."""
+    order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
+    rows = order[..., None].expand_as(embeddings)
+    return embeddings.gather(1, rows), mask.gather(1, order)
+
+
+def _norm(language: PreTrainedModel) -> nn.Module:
+    """A new norm of the language model's own kind."""
+    width: int = language.get_input_embeddings().embedding_dim
+    eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
+    return nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)
+
+
+def _load_language(name_or_path: str | Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
+    return model
