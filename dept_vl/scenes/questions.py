@@ -1,0 +1,500 @@
+"""Questions, captions and statements about scenes, with exact answers.
+
+A family is a function `(scene, rng) -> Fact`: what goes into a wording's slots, and the answer (None
+where the scene does not admit the question). Wordings are data: those of `PHRASINGS` are shown in
+pretraining, those of `HELD_OUT` never.
+"""
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import NamedTuple
+
+from dept_vl.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Object, Scene
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+NOUNS = ("shape", "object", "thing", "item")
+"""Any object may be called so."""
+
+
+class QA(NamedTuple):
+    """A source text and the text to answer it with."""
+
+    source_text: str
+    target_text: str
+
+
+class Fact(NamedTuple):
+    """The words for a wording's slots, and the answer."""
+
+    slots: tuple[str, ...]
+    answer: str
+
+
+Family = Callable[[Scene, Random], Fact | None]
+
+PHRASINGS: dict[str, tuple[str, ...]] = {
+    "colour": (
+        "which color does the {} have?",
+        "name the color of the {}",
+        "the {} is painted in which color?",
+        "in what color is the {} drawn?",
+        "color of the {}?",
+        "what is the {} painted in?",
+        "tell me the color that the {} has",
+    ),
+    "shape": (
+        "which shape does the {} have?",
+        "name the shape of the {}",
+        "the {} has what shape?",
+        "what kind of shape is drawn as the {}?",
+        "shape of the {}?",
+        "what do you call the {}?",
+    ),
+    "only_shape": (
+        "name the only shape in the image",
+        "which shape do you see in the image?",
+        "what can be seen in the image?",
+        "what is drawn here?",
+        "the image shows what shape?",
+        "which shape is shown?",
+        "what does the image show?",
+    ),
+    "size": (
+        "how big is the {}?",
+        "which size does the {} have?",
+        "name the size of the {}",
+        "is the {} small, medium or large?",
+    ),
+    "place": (
+        "where is the {}?",
+        "in which part of the image is the {}?",
+        "name the place of the {}",
+        "the {} is located where?",
+    ),
+    "exists": (
+        "can you see a {}?",
+        "do you see a {} in the image?",
+        "does a {} appear?",
+        "is some {} shown here?",
+        "is one of the objects a {}?",
+        "a {}, yes or no?",
+        "is a {} visible in the image?",
+        "does the image show a {}?",
+        "are there any {}s?",
+        "does the image have a {}?",
+        "is there any {} to be seen?",
+    ),
+    "absent": (
+        "is it true that no {} appears?",
+        "does the image lack a {}?",
+        "can you not see a {}?",
+        "do you see no {} in the image?",
+        "is the image without a {}?",
+        "does a {} not appear?",
+        "is a {} missing?",
+        "is a {} not visible in the image?",
+        "does the image not show a {}?",
+        "is no {} shown here?",
+        "are there no {}s?",
+        "is there no {} to be seen?",
+        "does the image not have a {}?",
+    ),
+    "statement": (
+        "true or false: {}",
+        "{}, true or false?",
+        "is this statement true? {}",
+    ),
+    "tag": ("{}, right?", "is it so that {}?", "would you say that {}?"),
+    "count": (
+        "how many {}s?",
+        "count the {}s",
+        "how many {}s does the image contain?",
+        "what number of {}s is present?",
+    ),
+    "relation": (
+        "is the {0} {2} the {1}?",
+        "does the {0} lie {2} the {1}?",
+        "{0} {2} {1}, yes or no?",
+    ),
+    "neighbour": (
+        "what is {1} the {0}?",
+        "name the object {1} the {0}",
+        "which object lies {1} the {0}?",
+    ),
+    "more": ("are there more {0}s than {1}s?", "do {0}s outnumber {1}s?"),
+    "same": ("do the two objects have the same {}?", "is the {} of both objects the same?"),
+    "extreme": ("name the object at the very {}", "which object is at the far {}?"),
+    "describe": ("describe the object", "what object is in the image?", "name the object"),
+}
+"""Wordings shown in pretraining, by family."""
+
+HELD_OUT: dict[str, tuple[str, ...]] = {
+    "colour": ("what color is the {}?", "what is the color of the {}?"),
+    "shape": ("what is the {}?",),
+    "only_shape": (
+        "what shape is in the image?",
+        "what shape does the image contain?",
+        "what shape is present?",
+    ),
+    "exists": (
+        "is there a {}?",
+        "is there a {} in the image?",
+        "does the image contain a {}?",
+        "is a {} present?",
+    ),
+    "absent": (
+        "is there not a {}?",
+        "is there not a {} in the image?",
+        "does the image not contain a {}?",
+        "is no {} present?",
+    ),
+}
+"""Wordings kept out of pretraining (easy-VQA's own templates): what a prompt has to learn."""
+
+
+def name(item: Object, attributes: Sequence[str], rng: Random) -> str:
+    """A noun phrase with these attributes: `red circle`, `large thing`."""
+    words = [getattr(item, a) for a in ("size", "colour") if a in attributes]
+    noun = item.shape if "shape" in attributes else rng.choice(NOUNS)
+    return " ".join([*words, noun])
+
+
+def matches(item: Object, wanted: dict[str, str]) -> bool:
+    """Whether an object has all of these attributes."""
+    return all(getattr(item, key) == value for key, value in wanted.items())
+
+
+def referring(scene: Scene, item: Object, rng: Random, hide: str = "") -> str | None:
+    """A phrase that fits this object alone and does not mention the attribute `hide`."""
+    usable = [a for a in ("colour", "shape", "size") if a != hide]
+    choices = [[a] for a in usable] + [[a, b] for i, a in enumerate(usable) for b in usable[i + 1 :]]
+    if len(scene.objects) == 1:
+        choices.append([])
+    rng.shuffle(choices)
+    for attributes in sorted(choices, key=len) if rng.random() < 0.5 else choices:
+        wanted = {a: getattr(item, a) for a in attributes}
+        if sum(matches(other, wanted) for other in scene.objects) == 1:
+            return name(item, attributes, rng)
+    return None
+
+
+def random_phrase(scene: Scene, rng: Random) -> tuple[str, dict[str, str]]:
+    """A phrase that fits some object about half of the time, and its attributes.
+
+    Half of those that fit none differ from an object in one attribute alone: the hard negatives.
+    """
+    attributes = rng.choice([["colour"], ["shape"], ["shape"], ["colour", "shape"], ["size", "shape"]])
+    item = rng.choice(scene.objects)
+    wanted = {a: getattr(item, a) for a in attributes}
+    if rng.random() < FALSE_PHRASES:
+        for a in [rng.choice(attributes)] if rng.random() < 0.5 else attributes:
+            wanted[a] = rng.choice(list(VALUES[a]))
+    words = [wanted[a] for a in ("size", "colour") if a in wanted]
+    return " ".join([*words, wanted.get("shape", rng.choice(NOUNS))]), wanted
+
+
+FALSE_PHRASES = 0.6
+"""Share of phrases that are changed; some fit another object, so about half fit none."""
+
+VALUES: dict[str, Sequence[str]] = {"colour": list(COLOURS), "shape": SHAPES, "size": list(SIZES)}
+
+
+def place(item: Object) -> str:
+    """`top left`, `center`, `bottom`, ...: thirds of the image."""
+    third = IMAGE_SIZE / 3
+    row = ("top", "", "bottom")[min(2, int(item.y / third))]
+    column = ("left", "", "right")[min(2, int(item.x / third))]
+    return f"{row} {column}".strip() or "center"
+
+
+RELATIONS: dict[str, Callable[[Object, Object], bool]] = {
+    "left of": lambda a, b: a.x < b.x,
+    "right of": lambda a, b: a.x > b.x,
+    "above": lambda a, b: a.y < b.y,
+    "below": lambda a, b: a.y > b.y,
+}
+CLEAR_DISTANCE = 8
+"""Two centres nearer than this, in pixels, are in no clear relation."""
+
+
+def clear(relation: str, a: Object, b: Object) -> bool:
+    """Whether the relation, or its opposite, can be seen."""
+    apart = abs(a.x - b.x) if relation in ("left of", "right of") else abs(a.y - b.y)
+    return apart >= CLEAR_DISTANCE
+
+
+def _yes(truth: bool) -> str:
+    return "yes" if truth else "no"
+
+
+def _true(truth: bool) -> str:
+    return "true" if truth else "false"
+
+
+def _attribute(attribute: str) -> Family:
+    def ask_attribute(scene: Scene, rng: Random) -> Fact | None:
+        item = rng.choice(scene.objects)
+        phrase = referring(scene, item, rng, hide=attribute)
+        return None if phrase is None else Fact((phrase,), getattr(item, attribute))
+
+    return ask_attribute
+
+
+def _only_shape(scene: Scene, rng: Random) -> Fact | None:
+    return Fact((), scene.objects[0].shape) if len(scene.objects) == 1 else None
+
+
+def _place(scene: Scene, rng: Random) -> Fact | None:
+    item = rng.choice(scene.objects)
+    phrase = referring(scene, item, rng)
+    return None if phrase is None else Fact((phrase,), place(item))
+
+
+def _exists(scene: Scene, rng: Random) -> Fact:
+    phrase, wanted = random_phrase(scene, rng)
+    return Fact((phrase,), _yes(any(matches(o, wanted) for o in scene.objects)))
+
+
+def _absent(scene: Scene, rng: Random) -> Fact:
+    phrase, wanted = random_phrase(scene, rng)
+    return Fact((phrase,), _yes(not any(matches(o, wanted) for o in scene.objects)))
+
+
+def statement(scene: Scene, rng: Random) -> tuple[str, bool]:
+    """A sentence about a scene and whether it is true."""
+    phrase, wanted = random_phrase(scene, rng)
+    count = sum(matches(o, wanted) for o in scene.objects)
+    kind = rng.randrange(5)
+    if kind == 0:
+        text = rng.choice(["there is a {}", "the image contains a {}", "a {} is present"])
+        return text.format(phrase), count > 0
+    if kind == 1:
+        text = rng.choice(
+            [
+                "there is no {}",
+                "the image does not contain a {}",
+                "a {} is not present",
+                "no {} is there",
+            ]
+        )
+        return text.format(phrase), count == 0
+    if kind == 2:
+        said = count if rng.random() < 0.5 else rng.randint(0, 4)
+        return f"there are {NUMBERS[said]} {phrase}s", said == count
+    if kind == 3:
+        item = rng.choice(scene.objects)
+        said_place = place(rng.choice([item, _elsewhere(rng)]))
+        return f"the {name(item, ['colour', 'shape'], rng)} is at the {said_place}", any(
+            place(o) == said_place for o in scene.objects if o.colour == item.colour and o.shape == item.shape
+        )
+    said = len(scene.objects) if rng.random() < 0.5 else rng.randint(1, 4)
+    return f"there are {NUMBERS[said]} objects in the image", said == len(scene.objects)
+
+
+def _elsewhere(rng: Random) -> Object:
+    return Object("", "", "", rng.uniform(0, IMAGE_SIZE - 1), rng.uniform(0, IMAGE_SIZE - 1), 0, 0)
+
+
+def _statement(scene: Scene, rng: Random) -> Fact:
+    text, truth = statement(scene, rng)
+    return Fact((text,), _true(truth))
+
+
+def _tag(scene: Scene, rng: Random) -> Fact:
+    text, truth = statement(scene, rng)
+    return Fact((text,), _yes(truth))
+
+
+def _count(scene: Scene, rng: Random) -> Fact:
+    phrase, wanted = random_phrase(scene, rng)
+    if rng.random() < 0.4:
+        phrase, wanted = rng.choice(NOUNS), {}
+    return Fact((phrase,), NUMBERS[sum(matches(o, wanted) for o in scene.objects)])
+
+
+def _two(scene: Scene, rng: Random, relation: str) -> tuple[Object, Object] | None:
+    if len(scene.objects) < 2:
+        return None
+    a, b = rng.sample(scene.objects, 2)
+    return (a, b) if clear(relation, a, b) else None
+
+
+def _relation(scene: Scene, rng: Random) -> Fact | None:
+    relation = rng.choice(list(RELATIONS))
+    pair = _two(scene, rng, relation)
+    if pair is None:
+        return None
+    first, second = (referring(scene, o, rng) for o in pair)
+    if first is None or second is None:
+        return None
+    return Fact((first, second, relation), _yes(RELATIONS[relation](*pair)))
+
+
+def _neighbour(scene: Scene, rng: Random) -> Fact | None:
+    relation = rng.choice(list(RELATIONS))
+    item = rng.choice(scene.objects)
+    phrase = referring(scene, item, rng)
+    others = [o for o in scene.objects if o is not item]
+    if phrase is None or not all(clear(relation, o, item) for o in others):
+        return None
+    found = [o for o in others if RELATIONS[relation](o, item)]
+    if len(found) > 1:
+        return None
+    if not found and rng.random() < 0.8:  # a lone object has four empty sides
+        return None
+    answer = f"{found[0].colour} {found[0].shape}" if found else "nothing"
+    return Fact((phrase, relation), answer)
+
+
+def _more(scene: Scene, rng: Random) -> Fact:
+    (first, wants), (second, wants_second) = random_phrase(scene, rng), random_phrase(scene, rng)
+    difference = sum(matches(o, wants) - matches(o, wants_second) for o in scene.objects)
+    return Fact((first, second), _yes(difference > 0))
+
+
+def _same(scene: Scene, rng: Random) -> Fact | None:
+    if len(scene.objects) != 2:
+        return None
+    attribute = rng.choice(list(VALUES))
+    a, b = (getattr(o, attribute) for o in scene.objects)
+    word = "color" if attribute == "colour" else attribute
+    return Fact((word,), _yes(a == b))
+
+
+def _extreme(scene: Scene, rng: Random) -> Fact | None:
+    side = rng.choice(["left", "right", "top", "bottom"])
+    ordered = sorted(scene.objects, key=lambda o: o.x if side in ("left", "right") else o.y)
+    if side in ("right", "bottom"):
+        ordered.reverse()
+    relation = "left of" if side in ("left", "right") else "above"
+    if len(ordered) > 1 and not clear(relation, ordered[0], ordered[1]):
+        return None
+    return Fact((side,), f"{ordered[0].colour} {ordered[0].shape}")
+
+
+def _describe(scene: Scene, rng: Random) -> Fact | None:
+    item = scene.objects[0]
+    return Fact((), f"{item.size} {item.colour} {item.shape}") if len(scene.objects) == 1 else None
+
+
+FAMILIES: dict[str, tuple[Family, float]] = {
+    "colour": (_attribute("colour"), 2.0),
+    "shape": (_attribute("shape"), 2.0),
+    "only_shape": (_only_shape, 2.0),
+    "size": (_attribute("size"), 0.7),
+    "place": (_place, 1.0),
+    "exists": (_exists, 4.0),
+    "absent": (_absent, 4.0),
+    "statement": (_statement, 2.0),
+    "tag": (_tag, 1.0),
+    "count": (_count, 1.5),
+    "relation": (_relation, 1.5),
+    "neighbour": (_neighbour, 0.7),
+    "more": (_more, 0.5),
+    "same": (_same, 0.7),
+    "extreme": (_extreme, 0.7),
+    "describe": (_describe, 0.7),
+}
+"""Questions about one image, and how often each is asked in pretraining."""
+
+
+AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "count", "extreme", "describe")
+"""Families without negation or comparison: where to start."""
+
+
+def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA:
+    """A question of a random family out of `names`, in a wording of pretraining."""
+    weights = [FAMILIES[name][1] for name in names]
+    while True:
+        family = rng.choices(names, weights)[0]
+        fact = FAMILIES[family][0](scene, rng)
+        if fact is not None:
+            return QA(rng.choice(PHRASINGS[family]).format(*fact.slots), fact.answer)
+
+
+def ask_held_out(scene: Scene, rng: Random) -> QA:
+    """A question in a wording that pretraining never shows."""
+    while True:
+        family = rng.choice(list(HELD_OUT))
+        fact = FAMILIES[family][0](scene, rng)
+        if fact is not None:
+            return QA(rng.choice(HELD_OUT[family]).format(*fact.slots), fact.answer)
+
+
+def caption(scene: Scene, rng: Random) -> QA:
+    """All objects from left to right: `a small red circle at the top left and a ...`."""
+    parts = [f"a {o.size} {o.colour} {o.shape} at the {place(o)}" for o in scene.objects]
+    return QA(rng.choice(CAPTION_PHRASINGS), " and ".join(parts))
+
+
+def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
+    """A statement about two images, true or false."""
+    phrase, wanted = random_phrase(rng.choice([left, right]), rng)
+    counts = [sum(matches(o, wanted) for o in scene.objects) for scene in (left, right)]
+    in_left, in_right = (count > 0 for count in counts)
+    sentence, truth = rng.choice(
+        [
+            ("both images show a {}", in_left and in_right),
+            ("a {} is in each image", in_left and in_right),
+            ("neither image shows a {}", not (in_left or in_right)),
+            ("exactly one image contains a {}", in_left != in_right),
+            ("the left image contains a {}", in_left),
+            ("the right image contains a {}", in_right),
+            ("at least one image contains a {}", in_left or in_right),
+            ("there are {}s in the left image only", in_left and not in_right),
+            ("the left image has more {}s", counts[0] > counts[1]),
+            (f"there are {NUMBERS[sum(counts)]} {{}}s in all", True),
+            (f"there are {NUMBERS[rng.randint(0, 4)]} {{}}s in all", None),
+        ]
+    )
+    if truth is None:
+        truth = sentence.startswith(f"there are {NUMBERS[sum(counts)]} ")
+    return QA(rng.choice(PAIR_PHRASINGS).format(sentence.format(phrase)), _true(truth))
+
+
+OPPOSITES = {
+    "left": "right",
+    "top": "bottom",
+    "small": "large",
+    "yes": "no",
+    "true": "false",
+    "above": "below",
+    "more": "fewer",
+    "many": "few",
+    "good": "bad",
+    "positive": "negative",
+}
+OPPOSITES |= {opposite: word for word, opposite in OPPOSITES.items()}
+KINDS = {
+    **dict.fromkeys(COLOURS, "color"),
+    **dict.fromkeys(SHAPES, "shape"),
+    **dict.fromkeys(SIZES, "size"),
+    **dict.fromkeys(NUMBERS, "number"),
+}
+
+
+def ask_text(rng: Random) -> QA:
+    """A task without an image. Every answer word is a target somewhere, or no prompt could elicit it."""
+    words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
+    listed = " ".join(words)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return QA(f"repeat: {listed}", listed)
+    if kind == 1:
+        end = rng.choice(["first", "last"])
+        return QA(f"{end} word: {listed}", words[0] if end == "first" else words[-1])
+    if kind == 2:
+        word = rng.choice(list(OPPOSITES))
+        return QA(rng.choice(["opposite of {}?", "not {} but"]).format(word), OPPOSITES[word])
+    if kind == 3:
+        word = rng.choice(list(KINDS))
+        return QA(rng.choice(["what kind of word is {}?", "{} is a"]).format(word), KINDS[word])
+    if kind == 4:
+        return QA(f"how many words: {listed}", NUMBERS[len(words)])
+    probe = rng.choice([rng.choice(WORDS), rng.choice(words)])
+    return QA(f"is {probe} in: {listed}", _yes(probe in words))
+
+
+WORDS = sorted({*OPPOSITES, *KINDS, *NOUNS, "center", "nothing", "object", "image"})
+CAPTION_PHRASINGS = ("caption:", "describe the image", "caption: describe every object")
+PAIR_PHRASINGS = ("nlvr: {}", "true or false: {}", "{}, true or false?")
