@@ -1,0 +1,35 @@
+# Each target makes the virtual environment it needs when it is missing, and prints what it does.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: vqa test lint compare clean
+.DEFAULT_GOAL := vqa
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $(STAMP)
+
+data/easy-vqa: | $(STAMP)
+	$(BIN)/python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
+
+vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		scripts/train_vqa.py --config data/configs/easy-vqa.json
+
+compare: $(STAMP) | data/easy-vqa  ## the README's comparison of methods, 3 seeds each
+	$(BIN)/python scripts/compare.py
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint  ## install, check style and types, run the tests
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) data/easy-vqa

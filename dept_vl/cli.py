@@ -1,0 +1,76 @@
+"""Flags from dataclasses; the only reader of the command line."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tyro
+
+from dept_vl.run import RunConfig
+
+
+def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
+    """Flags over a configuration file (`--config`) over a script's defaults.
+
+    Args:
+        defaults: Of the script.
+        description: Shown by `--help`.
+        argv: Without the program's name; None reads the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, rest = parser.parse_known_args(argv)
+    if known.config is not None:
+        defaults = read_config(known.config)
+    return tyro.cli(
+        RunConfig,
+        args=rest,
+        default=defaults,
+        description=f"{description} --config FILE starts from the config.json of another run.",
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+
+
+def read_config(path: Path) -> RunConfig:
+    """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, or has a key that no option has.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if isinstance(content, dict):
+        content.pop("output_dir", None)
+    config: RunConfig = _build(RunConfig, content, str(path))
+    return config
+
+
+def _build(kind: type, content: Any, where: str) -> Any:
+    """A dataclass from what JSON holds of it; options left out keep their defaults."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object with the options of {kind.__name__}")
+    hints = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(content.keys() - names)
+    if unknown:
+        raise ValueError(f"{where}: unknown options {unknown}; there are {sorted(names)}")
+    values = {}
+    for name, value in content.items():
+        hint = hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            value = _build(hint, value, f"{where}: {name}")
+        elif value is not None and (hint is Path or Path in get_args(hint)):
+            value = Path(value)
+        values[name] = value
+    return kind(**values)

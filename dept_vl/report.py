@@ -1,0 +1,92 @@
+"""What a person looks at after a run: a table, and a picture of questions with their answers."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dept_vl.tasks.example import ExampleId, Task
+
+TILE = 200
+"""Pixels of a picture's side in the grid."""
+TEXT_HEIGHT, MARGIN, FONT_SIZE, WRAP = 92, 14, 15, 27
+RIGHT, WRONG, INK, PAPER = (24, 128, 56), (190, 32, 32), (32, 32, 32), (255, 255, 255)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned Markdown table, readable as plain text too."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def picture_grid(
+    task: Task,
+    predictions: Mapping[ExampleId, str],
+    path: Path,
+    *,
+    columns: int = 5,
+    rows: int = 3,
+    mistakes: int = 5,
+) -> None:
+    """Images with question, human answer and prediction: green where right, red where wrong.
+
+    Args:
+        task: A split with images.
+        predictions: An answer for each of its examples.
+        path: PNG file to write.
+        columns: Tiles across.
+        rows: Tiles down.
+        mistakes: Wrong answers to show, where there are as many; the rest are right ones.
+    """
+    tiles = _choose(task, predictions, columns * rows, mistakes)
+    width, height = TILE + MARGIN, TILE + TEXT_HEIGHT + MARGIN
+    sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
+    for place, index in enumerate(tiles):
+        example = task[index]
+        answer = predictions[example.example_id]
+        left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
+        with Image.open(example.images[0]) as image:
+            resized = image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
+        sheet.paste(resized, (left, top))
+        draw.rectangle((left, top, left + TILE, top + TILE), outline=INK)
+        text = textwrap.wrap(example.question, WRAP)[:3]
+        draw.multiline_text((left, top + TILE + 6), "\n".join(text), fill=INK, font=font)
+        right = answer == example.answer
+        verdict = answer if right else f"{answer} (humans: {example.answer})"
+        draw.text(
+            (left, top + TILE + TEXT_HEIGHT - 22),
+            verdict,
+            fill=RIGHT if right else WRONG,
+            font=font,
+        )
+    sheet.save(path)
+
+
+def _choose(task: Task, predictions: Mapping[ExampleId, str], count: int, mistakes: int) -> list[int]:
+    """Indices spread over the split, each of another image: first mistakes, then right answers."""
+    chosen: dict[bool, list[int]] = {True: [], False: []}
+    seen: set[tuple[Path, ...]] = set()
+    step = max(1, len(task) // 997)
+    for start in range(step):
+        for index in range(start, len(task), step):
+            example = task[index]
+            right = predictions[example.example_id] == example.answer
+            if example.images and example.images not in seen and len(chosen[right]) < count:
+                seen.add(example.images)
+                chosen[right].append(index)
+    shown = chosen[False][:mistakes]
+    shown = [*chosen[True][: count - len(shown)], *shown]
+    return sorted(shown)
