@@ -1,5 +1,6 @@
 # Each target makes the virtual environment it needs when it is missing, and prints what it does.
 VENV ?= .venv
+CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,6 +19,7 @@ data/easy-vqa: | $(STAMP)
 
 vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(CORES) \
 		scripts/train_vqa.py --config data/configs/easy-vqa.json
 
 compare: $(STAMP) | data/easy-vqa  ## the README's comparison of methods, 3 seeds each

@@ -7,6 +7,7 @@ a constant under grid features and is therefore left to the image-order embeddin
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -209,7 +210,10 @@ class Backbone(nn.Module):
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the encoder uses them (BART's scale included)."""
         embeddings: Tensor = self.word_embeddings(input_ids)
-        return embeddings
+        # BART's embedding scales by itself; Pegasus' and Marian's encoders do it, for input_ids alone.
+        scales_itself = hasattr(self.word_embeddings, "embed_scale")
+        scale: float = 1.0 if scales_itself else getattr(self.encoder, "embed_scale", 1.0)
+        return embeddings * scale if scale != 1.0 else embeddings
 
     def project(
         self,
@@ -273,7 +277,7 @@ class Backbone(nn.Module):
         segments = (prompt_length, visual_length)
         output = self.encoder(inputs_embeds=embeddings, attention_mask=mask, segments=segments)
         if output.last_hidden_state.requires_grad:
-            # Gradient checkpointing runs the blocks again in backward, when other calls may have come between.
+            # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
             output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
         return output, mask
 
@@ -334,7 +338,7 @@ class Backbone(nn.Module):
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
-    """16 hexadecimal digits that name these weights, alike for any dtype they are loaded in.
+    """16 hexadecimal digits that name these weights, alike in full precision and in bfloat16.
 
     Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
     quick at any size, and another checkpoint differs.
@@ -343,7 +347,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
     for name, tensor in sorted(tensors):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.detach().flatten()
-        values = values[:: max(1, len(values) // samples)][:samples]
+        values = values[:: max(1, math.ceil(len(values) / samples))]
         digest.update(values.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -90,11 +90,19 @@ class Adapter:
             tensors = load_file(folder / TENSORS_FILE)
         except (ValueError, SafetensorError) as error:
             raise ValueError(f"the adapter at {folder} is damaged: {error}") from None
+        if not isinstance(description, dict):
+            raise ValueError(f"the adapter at {folder} is damaged: {CONFIG_FILE} holds no JSON object")
         found = description.get("format_version")
         if found != FORMAT_VERSION:
             raise ValueError(
                 f"the adapter at {folder} has format version {found}; this dept_vl reads "
                 f"{FORMAT_VERSION}: use the dept_vl that wrote it"
+            )
+        expected = {f.name for f in fields(cls)} - {"tensors"}
+        if description.keys() != expected:
+            raise ValueError(
+                f"the adapter at {folder} is damaged: expected {sorted(expected)} in {CONFIG_FILE}, "
+                f"found {sorted(description)}"
             )
         return cls(**description, tensors=tensors)
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -42,7 +43,7 @@ def read_config(path: Path) -> RunConfig:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, or has a key that no option has.
+        ValueError: If it is no such file, or has a key that no option has or a value of another type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
@@ -70,7 +71,21 @@ def _build(kind: type, content: Any, where: str) -> Any:
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
             value = _build(hint, value, f"{where}: {name}")
+        elif not _fits(value, hint):
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{where}: {name} is {value!r}; expected {expected}")
         elif value is not None and (hint is Path or Path in get_args(hint)):
             value = Path(value)
+        elif hint is float:
+            value = float(value)
         values[name] = value
     return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can stand for this type; a whole number can for a fraction."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    return type(value) in {Path: (str,), float: (float, int)}.get(hint, (hint,))

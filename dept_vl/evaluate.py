@@ -73,7 +73,7 @@ def evaluate(
         with accelerator.autocast():
             tokens = model.generate(**moved.inputs(), max_new_tokens=task.max_new_tokens, num_beams=num_beams)
         texts = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        answers.extend(zip(batch.ids, texts, strict=True))
+        answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         text_tokens += int(batch.attention_mask.sum())
     model.train(was_training)
     gathered: list[tuple[ExampleId, str]] = gather_object(answers)
@@ -84,5 +84,7 @@ def evaluate(
 
 def write_predictions(predictions: Mapping[ExampleId, str], path: Path) -> None:
     """The list of the VQA servers: `[{"question_id": ..., "answer": ...}]`, in order of the ids."""
-    rows = [{"question_id": key, "answer": predictions[key]} for key in sorted(predictions, key=str)]
+    # 9 before 10, be the ids numbers or text.
+    ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
+    rows = [{"question_id": key, "answer": predictions[key]} for key in ids]
     path.write_text(json.dumps(rows) + "\n")

@@ -10,14 +10,15 @@ from dept_vl.tasks.example import ExampleId, Task
 
 TILE = 200
 """Pixels of a picture's side in the grid."""
-TEXT_HEIGHT, MARGIN, FONT_SIZE, WRAP = 92, 14, 15, 27
+TEXT_HEIGHT, MARGIN, FONT_SIZE, ANSWER_SIZE, WRAP = 88, 14, 15, 19, 27
 RIGHT, WRONG, INK, PAPER = (24, 128, 56), (190, 32, 32), (32, 32, 32), (255, 255, 255)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """An aligned Markdown table, readable as plain text too."""
     cells = [list(map(str, row)) for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    # Narrower than 3, the rule would be no Markdown.
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         padded = (
@@ -53,7 +54,7 @@ def picture_grid(
     width, height = TILE + MARGIN, TILE + TEXT_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(FONT_SIZE)
+    font, answer_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(ANSWER_SIZE)
     for place, index in enumerate(tiles):
         example = task[index]
         answer = predictions[example.example_id]
@@ -66,12 +67,8 @@ def picture_grid(
         draw.multiline_text((left, top + TILE + 6), "\n".join(text), fill=INK, font=font)
         right = answer == example.answer
         verdict = answer if right else f"{answer} (humans: {example.answer})"
-        draw.text(
-            (left, top + TILE + TEXT_HEIGHT - 22),
-            verdict,
-            fill=RIGHT if right else WRONG,
-            font=font,
-        )
+        place_of_answer = (left, top + TILE + TEXT_HEIGHT - 28)
+        draw.text(place_of_answer, verdict, fill=RIGHT if right else WRONG, font=answer_font)
     sheet.save(path)
 
 

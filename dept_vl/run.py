@@ -204,7 +204,7 @@ def run(config: RunConfig) -> RunResult:
         accelerator.print(
             f"stopped at step {training.steps}; the best adapter so far is in {output_dir / BEST}"
         )
-        return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0, 0)
+        return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluation = evaluate(
         model,
         test_task,
@@ -234,12 +234,22 @@ def run(config: RunConfig) -> RunResult:
 
 
 def load_splits(options: DataOptions, seed: int) -> tuple[Task, Task, Task]:
-    """The training, dev and test splits."""
+    """The training, dev and test splits.
+
+    Raises:
+        ValueError: If there are no answers to train or to choose on.
+    """
     train_task = load_task(options.task, options.data_dir, options.train_split)
     if options.dev_split:
         dev_task = load_task(options.task, options.data_dir, options.dev_split)
     else:
         train_task, dev_task = hold_out_images(train_task, options.holdout_images, seed)
+    for option, split, task in (
+        ("train_split", options.train_split, train_task),
+        ("dev_split", options.dev_split, dev_task),
+    ):
+        if not task[0].targets:
+            raise ValueError(f"{option}={split} of {options.task} has no published answers; choose another")
     test_task = load_task(options.task, options.data_dir, options.test_split)
     return (
         train_task,

@@ -26,6 +26,8 @@ from dept_vl.tasks.example import ExampleId, Task
 BEST, LAST = "best", "last"
 """Folders of a run: the adapter that scored best, and the one at the end."""
 LOG_FILE = "log.jsonl"
+ECHO_SECONDS = 3.0
+"""A second Ctrl-C within this time is the first one's echo."""
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,11 @@ class _Log:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the step; a second one kills as usual."""
+    """Turns the first Ctrl-C into a request to stop after the step; a later one kills as usual."""
 
     def __init__(self) -> None:
         self.here = False
+        self.asked_at = 0.0
         self.previous: Any = None
 
     def __enter__(self) -> "_Interrupt":
@@ -243,8 +246,11 @@ class _Interrupt:
             signal.signal(signal.SIGINT, self.previous)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.here = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # A launcher passes the terminal's Ctrl-C on, so the same one can arrive twice.
+        if self.here and time.monotonic() - self.asked_at > ECHO_SECONDS:
+            raise KeyboardInterrupt
+        if not self.here:
+            self.here, self.asked_at = True, time.monotonic()
 
     def requested(self, accelerator: Accelerator, step: int, every: int) -> bool:
         """Whether any process was asked to stop; several processes agree every so many steps."""

@@ -97,7 +97,11 @@ class VisionEncoder(nn.Module):
     def forward(
         self, pixel_values: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch tokens d_vision"]:
-        """Visual tokens of preprocessed images."""
+        """Visual tokens of preprocessed images.
+
+        Raises:
+            ValueError: If a class token is asked for at a layer that timm gives without one.
+        """
         timm_model = getattr(self.model, "timm_model", None)
         if self.layer == -1:
             hidden = self.model(pixel_values=pixel_values).last_hidden_state
@@ -106,9 +110,9 @@ class VisionEncoder(nn.Module):
         else:
             outputs = self.model(pixel_values=pixel_values, output_hidden_states=True)
             hidden = outputs.hidden_states[self.layer]
-            if self.class_token and getattr(timm_model, "num_prefix_tokens", 0):
+            if self.class_token and getattr(timm_model, "num_prefix_tokens", 0) > 0:
                 raise ValueError(
-                    f"timm gives inner layers without class token, so class_token=True has nothing to keep at "
+                    "timm gives inner layers without class token, so class_token=True has nothing to keep at "
                     f"layer={self.layer}; use layer=-1, class_token=False or a tower of transformers"
                 )
         if hidden.dim() == CONVOLUTIONAL:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,7 @@ from dept_vl.scenes.questions import (
     PAIR_PHRASINGS,
     PHRASINGS,
     QA,
+    UNSEEN,
     WORDS,
     ask,
     ask_held_out,
@@ -75,7 +77,9 @@ class PretrainConfig:
     """How the small backbone is made."""
 
     output_dir: Path = Path("data/tiny-clip-t5")
-    """Folder the backbone is written to; must not exist."""
+    """Folder the backbone is written to; must not exist yet."""
+    evaluate_only: bool = False
+    """Measure the backbone in output_dir again instead of making one."""
     seed: int = 0
     """Of scenes, questions and weights."""
     vision_steps: int = 2500
@@ -105,9 +109,13 @@ class PretrainConfig:
     decoder_layers: int = 2
     """Layers of its decoder."""
     evaluation_scenes: int = 1500
-    """Fresh scenes that the card's figures are measured on."""
+    """Fresh scenes that the record's figures are measured on."""
 
 
+WATCHED_SCENES = 200
+"""Scenes that progress is measured on."""
+RECORD_FILE = "pretraining.json"
+"""What was done and measured, beside the weights."""
 VISION_ARCHITECTURE = "resnet10t"
 VISION_ARGS = {"channels": (32, 64, 96, 128), "stem_width": 16, "output_stride": 16}
 """A ResNet of timm, narrowed; stride 16 makes 4 x 4 visual tokens of a 64-pixel image."""
@@ -122,24 +130,42 @@ CELL_CLASSES = {"shape": [*SHAPES, "nothing"], "colour": list(COLOURS), "size": 
 
 
 def main(config: PretrainConfig) -> None:
-    """Make the backbone and write it with its card."""
+    """Make the backbone, then measure what was written."""
+    record_file = config.output_dir / RECORD_FILE
+    record = json.loads(record_file.read_text()) if config.evaluate_only else pretrain(config)
+    record["exact_match"] = measure(config)
+    record_file.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record, indent=2))
+
+
+def pretrain(config: PretrainConfig) -> dict[str, Any]:
+    """Both stages; the weights are stored in half precision. Returns what to keep on record."""
     if config.output_dir.exists():
         raise FileExistsError(f"{config.output_dir} exists; choose another --output_dir or remove it")
     torch.manual_seed(config.seed)
     started = time.perf_counter()
     vision, vision_scores = pretrain_vision(config)
-    vision.save_pretrained(config.output_dir / "vision")
-    vision_seconds = time.perf_counter() - started
+    vision_done = time.perf_counter()
     backbone = Backbone(vision, build_language(config), build_tokenizer(), name="tiny-clip-t5")
-    language_scores = pretrain_language(config, backbone)
-    language_seconds = time.perf_counter() - started - vision_seconds
+    pretrain_language(config, backbone)
+    language_done = time.perf_counter()
     backbone.half().save_pretrained(config.output_dir)
-    write_card(
-        config,
-        {"vision": vision_seconds, "language": language_seconds},
-        vision_scores,
-        language_scores,
-    )
+    return {
+        "config": asdict(config) | {"output_dir": config.output_dir.name},
+        "minutes": {
+            "vision": round((vision_done - started) / 60, 1),
+            "language": round((language_done - vision_done) / 60, 1),
+        },
+        "vision_accuracy": {name: round(value, 4) for name, value in vision_scores.items()},
+    }
+
+
+def measure(config: PretrainConfig) -> dict[str, float]:
+    """Scores of the stored backbone on scenes that it never saw."""
+    backbone = Backbone.from_pretrained(config.output_dir)
+    rng = Random(config.seed + 2)
+    scenes = [sample_scene(rng) for _ in range(config.evaluation_scenes)]
+    return evaluate(PromptedModel(backbone), scenes, encode_scenes(backbone, scenes))
 
 
 def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, float]]:
@@ -290,19 +316,19 @@ def with_prefix(qa: QA, rng: Random) -> QA:
     return QA(prefix + qa.source_text, qa.target_text)
 
 
-def pretrain_language(config: PretrainConfig, backbone: Backbone) -> dict[str, float]:
+def pretrain_language(config: PretrainConfig, backbone: Backbone) -> None:
     """Train language model and visual projection on cached features."""
     rng = Random(config.seed + 1)
     scenes = [sample_scene(rng) for _ in range(config.scenes + config.evaluation_scenes)]
     features = encode_scenes(backbone, scenes)
-    split = config.scenes
+    scenes, watched = scenes[: config.scenes], scenes[config.scenes :][:WATCHED_SCENES]
     model = PromptedModel(backbone)
     backbone.freeze(language=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Adafactor(parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.language_steps // 30, config.language_steps)
-    first = draw_batches(scenes[:split], rng, config.language_batch, AFFIRMATIVE)
-    later = draw_batches(scenes[:split], rng, config.language_batch)
+    first = draw_batches(scenes, rng, config.language_batch, AFFIRMATIVE)
+    later = draw_batches(scenes, rng, config.language_batch)
     started = time.perf_counter()
     for step in range(config.language_steps):
         batch = next(first if step < config.affirmative_share * config.language_steps else later)
@@ -312,12 +338,10 @@ def pretrain_language(config: PretrainConfig, backbone: Backbone) -> dict[str, f
         if step % 250 == 0:
             seconds = time.perf_counter() - started
             print(
-                f"language {step}/{config.language_steps} loss {loss.item():.3f} {seconds:.0f}s",
-                flush=True,
+                f"language {step}/{config.language_steps} loss {loss.item():.3f} {seconds:.0f}s", flush=True
             )
         if step % 1000 == 999:
-            print(evaluate(model, scenes, features, range(split, split + 200)), flush=True)
-    return evaluate(model, scenes, features, range(split, len(scenes)))
+            print(evaluate(model, watched, features[config.scenes :]), flush=True)
 
 
 def take_step(
@@ -360,10 +384,11 @@ def tensors(backbone: Backbone, batch: list[Sample], features: Tensor) -> dict[s
     }
 
 
-def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor, rows: range) -> dict[str, float]:
-    """Share answered exactly, by family, in wordings seen and kept out, on scenes never trained on."""
-    rng = Random(2)
+def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor) -> dict[str, float]:
+    """Share answered exactly, by family: asked as in pretraining, in wordings kept out, and unseen."""
+    rng = Random(0)
     samples: dict[str, list[Sample]] = {}
+    rows = range(len(scenes))
     for row in rows:
         for family, (function, _) in FAMILIES.items():
             fact = function(scenes[row], rng)
@@ -372,6 +397,11 @@ def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor, rows: 
                 samples.setdefault(family, []).append(Sample(QA(text, fact.answer), (row,)))
         qa = with_prefix(ask_held_out(scenes[row], rng), rng)
         samples.setdefault("wordings kept out", []).append(Sample(qa, (row,)))
+        for family, (function, wordings) in UNSEEN.items():
+            fact = function(scenes[row], rng)
+            if fact is not None:
+                qa = QA(rng.choice(wordings).format(*fact.slots), fact.answer)
+                samples.setdefault(f"never asked: {family}", []).append(Sample(qa, (row,)))
         samples.setdefault("caption", []).append(Sample(caption(scenes[row], rng), (row,)))
         pair = (row, rng.choice(rows))
         samples.setdefault("pair", []).append(Sample(ask_pair(*(scenes[r] for r in pair), rng), pair))
@@ -393,24 +423,6 @@ def exact_match(model: PromptedModel, samples: list[Sample], features: Tensor) -
         answers = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         right += sum(a == s.qa.target_text for a, s in zip(answers, batch, strict=True))
     return right / len(samples)
-
-
-def write_card(
-    config: PretrainConfig,
-    seconds: dict[str, float],
-    vision_scores: dict[str, float],
-    language_scores: dict[str, float],
-) -> None:
-    """Keep what was done and measured beside the weights; the prose of the card is written by hand."""
-    settings = asdict(config) | {"output_dir": config.output_dir.name}
-    record = {
-        "config": settings,
-        "minutes": {stage: round(value / 60, 1) for stage, value in seconds.items()},
-        "vision_accuracy": {name: round(value, 4) for name, value in vision_scores.items()},
-        "exact_match": language_scores,
-    }
-    (config.output_dir / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

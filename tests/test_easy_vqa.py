@@ -64,7 +64,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def script() -> ModuleType:
     """`scripts/prepare_data.py`, imported."""
     spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -248,7 +249,8 @@ def test_something_else_is_refused(package: SimpleNamespace, tmp_path: Path, kin
         convert(output_dir)
     message = str(caught.value)
     assert message.startswith(f"expected {output_dir} not to exist")
-    assert "found something else" in message and "choose another" in message
+    assert "found something else" in message
+    assert "choose another" in message
     assert output_dir.is_file() or len(files(output_dir)) == (kind == "folder")
 
 

@@ -292,7 +292,7 @@ def statement(scene: Scene, rng: Random) -> tuple[str, bool]:
 
 
 def _elsewhere(rng: Random) -> Object:
-    return Object("", "", "", rng.uniform(0, IMAGE_SIZE - 1), rng.uniform(0, IMAGE_SIZE - 1), 0, 0)
+    return Object("", "", "", rng.uniform(0, IMAGE_SIZE - 1), rng.uniform(0, IMAGE_SIZE - 1), 0.0, 0.0)
 
 
 def _statement(scene: Scene, rng: Random) -> Fact:
@@ -397,6 +397,39 @@ FAMILIES: dict[str, tuple[Family, float]] = {
 }
 """Questions about one image, and how often each is asked in pretraining."""
 
+
+RELABELLED = dict(zip(SHAPES, NUMBERS, strict=False))
+"""An arbitrary code for each shape."""
+MANY = 3
+
+
+def _odd_one_out(scene: Scene, rng: Random) -> Fact | None:
+    shapes = [o.shape for o in scene.objects]
+    lone = [shape for shape in shapes if shapes.count(shape) == 1]
+    return Fact((), lone[0]) if len(shapes) > 2 and len(lone) == 1 else None
+
+
+def _many_or_few(scene: Scene, rng: Random) -> Fact:
+    return Fact((), "many" if len(scene.objects) >= MANY else "few")
+
+
+def _relabelled(scene: Scene, rng: Random) -> Fact | None:
+    return Fact((), RELABELLED[scene.objects[0].shape]) if len(scene.objects) == 1 else None
+
+
+def _positive(scene: Scene, rng: Random) -> Fact:
+    phrase, answer = _exists(scene, rng)
+    return Fact(phrase, "positive" if answer == "yes" else "negative")
+
+
+UNSEEN: dict[str, tuple[Family, tuple[str, ...]]] = {
+    "odd one out": (_odd_one_out, ("which shape is the odd one out?", "which shape is unlike the others?")),
+    "many or few": (_many_or_few, ("many or few objects?", "are the objects many or few?")),
+    "relabelled shapes": (_relabelled, ("which code does the shape have?", "code of the shape?")),
+    "positive or negative": (_positive, ("test for a {}", "a {}: positive or negative?")),
+}
+"""Questions that pretraining never asks: a new rule, a new judgement, new labels, a new answer style.
+Each of their answers is a target elsewhere."""
 
 AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "count", "extreme", "describe")
 """Families without negation or comparison: where to start."""

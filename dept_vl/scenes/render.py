@@ -138,29 +138,18 @@ def _star(points: int = 5, inner: float = 0.42) -> list[tuple[float, float]]:
     return corners
 
 
-A, B = 0.34, 0.66
+ARM, END = 0.34, 0.66
 """Where the arms of a cross begin and end."""
+CROSS = [
+    *[(ARM, 0.0), (END, 0.0), (END, ARM), (1.0, ARM), (1.0, END), (END, END)],
+    *[(END, 1.0), (ARM, 1.0), (ARM, END), (0.0, END), (0.0, ARM), (ARM, ARM)],
+]
 
 OUTLINES: dict[str, Callable[[ImageDraw.ImageDraw, Box, Colour], None]] = {
     "circle": lambda draw, box, colour: draw.ellipse(box, fill=colour),
     "rectangle": lambda draw, box, colour: draw.rectangle(box, fill=colour),
-    "triangle": _polygon((0.5, 0), (1, 1), (0, 1)),
-    "diamond": _polygon((0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)),
-    "cross": _polygon(
-        *[
-            (A, 0),
-            (B, 0),
-            (B, A),
-            (1, A),
-            (1, B),
-            (B, B),
-            (B, 1),
-            (A, 1),
-            (A, B),
-            (0, B),
-            (0, A),
-            (A, A),
-        ]
-    ),
+    "triangle": _polygon((0.5, 0.0), (1.0, 1.0), (0.0, 1.0)),
+    "diamond": _polygon((0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)),
+    "cross": _polygon(*CROSS),
     "star": _polygon(*_star()),
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 ExampleId = int | str
 
@@ -30,6 +30,7 @@ class Example:
     answer: str = ""
 
 
+@runtime_checkable  # the tests check types as they run
 class Task(Protocol):
     """One split of a task."""
 
@@ -58,6 +59,10 @@ class Task(Protocol):
 
     def subset(self, indices: Sequence[int]) -> "Task":
         """The same split with these examples alone, scored alone."""
+        ...
+
+    def written(self, answer: str) -> str:
+        """A decoded answer as it goes into a submission."""
         ...
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:

@@ -77,6 +77,7 @@ class VQAv2:
         subtype = SUBTYPES[split]
         questions_file = _find(root, f"OpenEnded_mscoco_{subtype}_questions.json")
         rows = _read_rows(questions_file, "questions")
+        _check_distinct(questions_file, rows)
         annotations: dict[int, dict[str, Any]] = {}
         if split in ("train", "val"):
             annotations_file = _find(root, f"mscoco_{subtype}_annotations.json")
@@ -123,9 +124,11 @@ class VQAv2:
         """Official accuracy: `overall`, then per answer type and per question type.
 
         Answers are written as the official scorer's normalisation leaves them, because it compares
-        raw wherever the ten humans agree.
+        raw wherever the ten humans agree. Empty for the test splits, whose answers are not published.
         """
         check_predictions([question.question_id for question in self.questions], predictions)
+        if not any(question.answers for question in self.questions):
+            return {}
         score = score_vqa(
             (
                 (
@@ -154,7 +157,11 @@ class VQAv2:
 
 @lru_cache(maxsize=100_000)
 def _targets(answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    return tuple(soft_scores(answers).items()) if answers else ()
+    if not answers:
+        return ()
+    # "a", the answer to "what letter is it?", is an article to the scorer, which leaves nothing of it.
+    scores = soft_scores(answers) or {Counter(answers).most_common(1)[0][0]: 1.0}
+    return tuple(scores.items())
 
 
 def _find(root: Path, name: str) -> Path:
@@ -179,6 +186,12 @@ def _read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _check_distinct(questions_file: Path, rows: list[dict[str, Any]]) -> None:
+    for question_id, count in Counter(row["question_id"] for row in rows).items():
+        if count > 1:
+            raise ValueError(f"{questions_file}: question_id {question_id} stands there more than once")
+
+
 def _check_pairing(
     questions_file: Path,
     rows: list[dict[str, Any]],
@@ -186,9 +199,6 @@ def _check_pairing(
     annotations: Mapping[int, object],
 ) -> None:
     asked = {row["question_id"] for row in rows}
-    if len(asked) != len(rows):
-        twice = next(key for key, n in Counter(row["question_id"] for row in rows).items() if n > 1)
-        raise ValueError(f"{questions_file}: question_id {twice} stands there more than once")
     unanswered, unasked = sorted(asked - annotations.keys()), sorted(annotations.keys() - asked)
     if unanswered or unasked:
         raise ValueError(

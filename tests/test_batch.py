@@ -1,0 +1,192 @@
+"""Targets, batches, and which example comes when."""
+
+from collections import Counter
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LANGUAGES, random_image
+from helpers import task_of
+from transformers import AutoTokenizer
+
+from dept_vl.batch import Batch, Collator, Draw, EvaluationDraws, TrainingBatches, TrainingDraws
+from dept_vl.model import IGNORE_INDEX
+from dept_vl.tasks.example import Example
+from dept_vl.vision import VisionEncoder
+
+TEXTS = ("vqa: what colour is the circle ?", "vqa: red ?", "vqa: how many large shapes are there ?")
+
+
+@pytest.fixture(params=LANGUAGES)
+def tokenizer(request: pytest.FixtureRequest, language_folders: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(language_folders[request.param])
+
+
+def draws(*targets: str | None, texts: tuple[str, ...] = TEXTS, images: tuple[Path, ...] = ()) -> list[Draw]:
+    return [
+        Draw(Example(number, text, images, ()), target, 0.3 * (number + 1))
+        for number, (text, target) in enumerate(zip(texts, targets, strict=False))
+    ]
+
+
+def test_text_is_padded_on_the_right_to_the_longest(tokenizer: Any) -> None:
+    tokenizer.padding_side = "right"
+    batch = Collator(tokenizer, max_source_length=99, max_target_length=9)(draws(None, None, None))
+    lengths = [len(tokenizer(text).input_ids) for text in TEXTS]
+    assert batch.ids == (0, 1, 2)
+    assert batch.input_ids.shape == (3, max(lengths))
+    for row, length in enumerate(lengths):
+        assert batch.input_ids[row, :length].tolist() == tokenizer(TEXTS[row]).input_ids
+        assert batch.attention_mask[row].tolist() == [1] * length + [0] * (max(lengths) - length)
+        assert set(batch.input_ids[row, length:].tolist()) <= {tokenizer.pad_token_id}
+
+
+def test_labels_and_weights_are_those_of_the_draws(tokenizer: Any) -> None:
+    targets = ("red", "yes no yes no", "two green circles")
+    batch = Collator(tokenizer, max_source_length=99, max_target_length=99)(draws(*targets))
+    assert batch.labels is not None
+    assert batch.weights is not None
+    expected = [tokenizer(text_target=target).input_ids for target in targets]
+    width = max(map(len, expected))
+    assert batch.labels.tolist() == [ids + [IGNORE_INDEX] * (width - len(ids)) for ids in expected]
+    assert expected[0][-1] == tokenizer.eos_token_id
+    torch.testing.assert_close(batch.weights, torch.tensor([0.3, 0.6, 0.9]))
+    assert batch.weights.dtype == torch.float32
+
+
+def test_long_texts_and_answers_are_cut(tokenizer: Any) -> None:
+    collator = Collator(tokenizer, max_source_length=4, max_target_length=3)
+    batch = collator(draws("red green blue yellow", "yes", "no no no"))
+    assert batch.labels is not None
+    assert batch.input_ids.shape == (3, 4)
+    assert batch.labels.shape == (3, 3)
+    # What is cut keeps the end of text.
+    assert batch.input_ids[:, -1].tolist() == [tokenizer.eos_token_id] * 3
+
+
+def test_no_targets_no_labels(tokenizer: Any) -> None:
+    batch = Collator(tokenizer, max_source_length=20, max_target_length=9)(draws(None, None))
+    assert (batch.labels, batch.weights, batch.pixel_values, batch.visual_features) == (None,) * 4
+
+
+def test_a_text_without_image_needs_no_tower(
+    language_folders: dict[str, Path], vision_folders: dict[str, Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(language_folders["t5"])
+    vision = VisionEncoder.from_pretrained(vision_folders["clip"])
+    batch = Collator(tokenizer, max_source_length=20, max_target_length=9, images=vision)(draws("red", "no"))
+    assert batch.pixel_values is None
+
+
+def test_pixels_are_stacked_by_example_and_image(
+    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
+) -> None:
+    paths = [tmp_path / f"{seed}.png" for seed in range(3)]
+    for seed, path in enumerate(paths):
+        random_image((40, 36), seed).save(path)
+    vision = VisionEncoder.from_pretrained(vision_folders["clip"])
+    tokenizer = AutoTokenizer.from_pretrained(language_folders["t5"])
+    collator = Collator(tokenizer, max_source_length=20, max_target_length=9, images=vision)
+    pairs = [(paths[0], paths[1]), (paths[2], paths[0])]
+    batch = collator([Draw(Example(n, TEXTS[n], pair, ())) for n, pair in enumerate(pairs)])
+    assert batch.pixel_values is not None
+    assert batch.pixel_values.shape == (2, 2, 3, 32, 32)
+    for row, pair in enumerate(pairs):
+        for column, path in enumerate(pair):
+            seed = paths.index(path)
+            expected = vision.preprocess([random_image((40, 36), seed)])[0]
+            assert torch.equal(batch.pixel_values[row, column], expected)
+
+
+def test_batch_moves_every_tensor_and_nothing_else() -> None:
+    batch = Batch(
+        ids=(7, "eight"),
+        input_ids=torch.ones(2, 3, dtype=torch.long),
+        attention_mask=torch.ones(2, 3, dtype=torch.long),
+        labels=torch.ones(2, 4, dtype=torch.long),
+        weights=torch.ones(2),
+        visual_features=torch.ones(2, 1, 5, 6),
+    )
+    moved = batch.to(torch.device("meta"))
+    assert moved.ids == batch.ids
+    assert moved.pixel_values is None
+    for name in ("input_ids", "attention_mask", "labels", "weights", "visual_features"):
+        assert getattr(moved, name).device.type == "meta"
+        assert getattr(moved, name).shape == getattr(batch, name).shape
+        assert getattr(batch, name).device.type == "cpu"
+
+
+def test_inputs_leave_the_targets_out() -> None:
+    text = torch.ones(2, 3, dtype=torch.long)
+    batch = Batch((0, 1), text, text.clone(), torch.zeros(2, 1, dtype=torch.long), torch.ones(2))
+    assert batch.inputs().keys() == {"input_ids", "attention_mask", "pixel_values", "visual_features"}
+    assert batch.inputs()["attention_mask"] is batch.attention_mask
+    assert batch.training_inputs().keys() - batch.inputs().keys() == {"labels", "weights"}
+    assert batch.training_inputs()["weights"] is batch.weights
+
+
+def test_answers_are_drawn_in_proportion_to_their_scores() -> None:
+    scores = {"p": 0.3, "q": 0.6, "r": 0.9, "s": 1.0}
+    task = task_of(["p"] + ["q"] * 2 + ["r"] * 3 + ["s"] * 4)
+    stream = TrainingDraws(task, seed=0)
+    count = 4000
+    drawn = [stream[number] for number in range(count)]
+    shares = Counter(draw.target for draw in drawn)
+    for answer, score in scores.items():
+        # Five standard deviations of the share, at most.
+        assert shares[answer] / count == pytest.approx(score / sum(scores.values()), abs=0.04)
+    assert all(draw.weight == scores[str(draw.target)] for draw in drawn)
+
+
+def test_a_draw_depends_on_seed_and_number_alone() -> None:
+    task = task_of([*"ppqqrrssst"], [*"uuvvwwxxyz"])
+    ahead = [TrainingDraws(task, seed=1)[number] for number in range(60)]
+    assert [TrainingDraws(task, seed=1)[number] for number in reversed(range(60))] == ahead[::-1]
+    assert [TrainingDraws(task, seed=2)[number] for number in range(60)] != ahead
+    # The same example gets another answer in another epoch.
+    assert {draw.example.example_id for draw in ahead[::2]} == {0}
+    assert len({draw.target for draw in ahead[::2]}) > 1
+
+
+def test_evaluation_sees_every_example_once_and_no_answer() -> None:
+    task = task_of(["yes"] * 10, ["no"] * 10)
+    seen = EvaluationDraws(task)
+    assert [seen[index].example.example_id for index in range(len(seen))] == [0, 1]
+    assert seen[1].target is None
+
+
+def numbers(count: int, batch_size: int, batches: int, **options: int) -> list[list[int]]:
+    return list(islice(TrainingBatches(count, batch_size, **{"seed": 0, **options}), batches))
+
+
+def test_each_epoch_is_another_permutation() -> None:
+    flat = [number for batch in numbers(10, 5, 6) for number in batch]
+    epochs = [flat[start : start + 10] for start in range(0, 30, 10)]
+    for epoch, order in enumerate(epochs):
+        assert sorted(order) == list(range(10 * epoch, 10 * epoch + 10))
+    assert len({tuple(number % 10 for number in order) for order in epochs}) == 3
+    assert flat != [number for batch in numbers(10, 5, 6, seed=1) for number in batch]
+
+
+def test_batches_are_full_across_the_end_of_an_epoch() -> None:
+    batches = numbers(5, 3, 10)
+    assert {len(batch) for batch in batches} == {3}
+    assert sorted(number for batch in batches for number in batch) == list(range(30))
+    # A batch larger than the data set is full too.
+    assert len(numbers(2, 7, 1)[0]) == 7
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_of_one(processes: int) -> None:
+    whole = numbers(11, 6, 20)
+    size = 6 // processes
+    shares = [numbers(11, size, 20, process=p, processes=processes) for p in range(processes)]
+    joined = [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)]
+    assert joined == whole
+
+
+def test_accumulated_batches_are_the_parts_of_a_larger_one() -> None:
+    small = numbers(11, 4, 20)
+    assert [small[n] + small[n + 1] for n in range(0, 20, 2)] == numbers(11, 8, 10)

@@ -1,0 +1,88 @@
+"""The table of visual features."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_image
+from transformers import AutoTokenizer
+
+from dept_vl import features
+from dept_vl.batch import Collator, Draw
+from dept_vl.features import FeatureTable, load_pixels, table_bytes
+from dept_vl.tasks.example import Example
+from dept_vl.vision import VisionEncoder
+
+
+@pytest.fixture
+def vision(vision_folders: dict[str, Path]) -> VisionEncoder:
+    return VisionEncoder.from_pretrained(vision_folders["clip"])
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    modes = ["RGB", "L", "RGB", "RGBA", "RGB"]
+    found = [tmp_path / f"{number}.png" for number in range(len(modes))]
+    for seed, (path, mode) in enumerate(zip(found, modes, strict=True)):
+        random_image((40 + seed, 36), seed, mode).save(path)
+    return found
+
+
+def test_table_equals_live_encoding(
+    vision: VisionEncoder, paths: list[Path], language_folders: dict[str, Path]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(language_folders["t5"])
+    table = FeatureTable(vision, paths, batch_size=2, progress=False)
+    draws = [
+        Draw(Example(number, "vqa: what ?", pair, ()))
+        for number, pair in enumerate([(paths[4], paths[1]), (paths[0], paths[3]), (paths[2], paths[2])])
+    ]
+    looked_up, live = (
+        Collator(tokenizer, max_source_length=20, max_target_length=9, images=images)(draws)
+        for images in (table, vision)
+    )
+    assert looked_up.visual_features is not None
+    assert live.pixel_values is not None
+    assert looked_up.pixel_values is None
+    encoded = vision(live.pixel_values.flatten(0, 1)).unflatten(0, (3, 2))
+    torch.testing.assert_close(looked_up.visual_features, encoded)
+    assert looked_up.visual_features.shape == (3, 2, vision.token_count, vision.d_vision)
+    assert len({tuple(row.flatten().tolist()) for row in table.features}) == len(paths)
+
+
+def test_each_image_is_read_and_encoded_once(
+    vision: VisionEncoder, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    encoded: list[int] = []
+
+    def counting(vision: VisionEncoder, path: Path) -> torch.Tensor:
+        read.append(path)
+        return load_pixels(vision, path)
+
+    monkeypatch.setattr(features, "load_pixels", counting)
+    vision.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    table = FeatureTable(vision, [*paths, *paths[::-1], paths[0]], batch_size=2, progress=False)
+    assert read == paths
+    assert encoded == [2, 2, 1]
+    assert torch.equal(table([[paths[1]], [paths[1]]])[0], table([[paths[1]]])[0])
+    assert encoded == [2, 2, 1]
+
+
+def test_unreadable_image_is_named(vision: VisionEncoder, paths: list[Path]) -> None:
+    whole = paths[2].read_bytes()
+    for content in (b"no image", whole[: len(whole) // 2], b""):
+        paths[2].write_bytes(content)
+        with pytest.raises(ValueError, match="is not a readable image") as error:
+            FeatureTable(vision, paths, progress=False)
+        assert str(paths[2]) in str(error.value)
+
+
+def test_missing_image_is_named(vision: VisionEncoder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.png is not a readable image"):
+        load_pixels(vision, tmp_path / "nowhere.png")
+
+
+def test_table_bytes_is_what_the_table_takes(vision: VisionEncoder, paths: list[Path]) -> None:
+    table = FeatureTable(vision, paths, progress=False)
+    assert table_bytes(vision, len(paths)) == table.features.nelement() * table.features.element_size()
