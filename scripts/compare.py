@@ -40,8 +40,8 @@ class CompareConfig:
     """Names of methods to run; empty runs them all."""
     max_steps: int | None = None
     """Steps of every method; left out, those of the base configuration."""
-    test_limit: int = 0
-    """At most so many test questions; 0 takes all."""
+    test_limit: int = 3000
+    """At most so many test questions, the same for all methods of a seed; 0 takes all."""
 
 
 def prompted(length: int, rank: int | None, projection: bool) -> Callable[[RunConfig], RunConfig]:

@@ -2,7 +2,7 @@
 
 A family is a function `(scene, rng) -> Fact`: what goes into a wording's slots, and the answer (None
 where the scene does not admit the question). Wordings are data: those of `PHRASINGS` are shown in
-pretraining, those of `HELD_OUT` never.
+pretraining, those of `KEPT_OUT` never.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,32 +72,22 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "the {} is located where?",
     ),
     "exists": (
-        "can you see a {}?",
-        "do you see a {} in the image?",
-        "does a {} appear?",
-        "is some {} shown here?",
-        "is one of the objects a {}?",
-        "a {}, yes or no?",
-        "is a {} visible in the image?",
-        "does the image show a {}?",
-        "are there any {}s?",
-        "does the image have a {}?",
-        "is there any {} to be seen?",
+        "true or false: there is a {}",
+        "there is a {}, true or false?",
+        "a {} is present, true or false?",
+        "true or false: the image contains a {}",
+        "the image shows a {}, true or false?",
+        "true or false: a {} can be seen",
+        "true or false: there is a {} in the image",
     ),
     "absent": (
-        "is it true that no {} appears?",
-        "does the image lack a {}?",
-        "can you not see a {}?",
-        "do you see no {} in the image?",
-        "is the image without a {}?",
-        "does a {} not appear?",
-        "is a {} missing?",
-        "is a {} not visible in the image?",
-        "does the image not show a {}?",
-        "is no {} shown here?",
-        "are there no {}s?",
-        "is there no {} to be seen?",
-        "does the image not have a {}?",
+        "true or false: there is no {}",
+        "there is not a {}, true or false?",
+        "a {} is not present, true or false?",
+        "true or false: the image does not contain a {}",
+        "no {} is present, true or false?",
+        "true or false: no {} can be seen",
+        "true or false: there is not a {} in the image",
     ),
     "statement": (
         "true or false: {}",
@@ -116,6 +106,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "does the {0} lie {2} the {1}?",
         "{0} {2} {1}, yes or no?",
     ),
+    "neighbour colour": ("which color is {1} the {0}?", "name the color {1} the {0}"),
     "neighbour": (
         "what is {1} the {0}?",
         "name the object {1} the {0}",
@@ -126,30 +117,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     "extreme": ("name the object at the very {}", "which object is at the far {}?"),
     "describe": ("describe the object", "what object is in the image?", "name the object"),
 }
-"""Wordings shown in pretraining, by family."""
-
-HELD_OUT: dict[str, tuple[str, ...]] = {
-    "colour": ("what color is the {}?", "what is the color of the {}?"),
-    "shape": ("what is the {}?",),
-    "only_shape": (
-        "what shape is in the image?",
-        "what shape does the image contain?",
-        "what shape is present?",
-    ),
-    "exists": (
-        "is there a {}?",
-        "is there a {} in the image?",
-        "does the image contain a {}?",
-        "is a {} present?",
-    ),
-    "absent": (
-        "is there not a {}?",
-        "is there not a {} in the image?",
-        "does the image not contain a {}?",
-        "is no {} present?",
-    ),
-}
-"""Wordings kept out of pretraining (easy-VQA's own templates): what a prompt has to learn."""
+"""The wordings of each family of pretraining."""
 
 
 def name(item: Object, attributes: Sequence[str], rng: Random) -> str:
@@ -231,17 +199,20 @@ def _true(truth: bool) -> str:
     return "true" if truth else "false"
 
 
-def _attribute(attribute: str) -> Family:
+def _attribute(attribute: str, answer: str = "{}") -> Family:
     def ask_attribute(scene: Scene, rng: Random) -> Fact | None:
         item = rng.choice(scene.objects)
         phrase = referring(scene, item, rng, hide=attribute)
-        return None if phrase is None else Fact((phrase,), getattr(item, attribute))
+        return None if phrase is None else Fact((phrase,), answer.format(getattr(item, attribute)))
 
     return ask_attribute
 
 
-def _only_shape(scene: Scene, rng: Random) -> Fact | None:
-    return Fact((), scene.objects[0].shape) if len(scene.objects) == 1 else None
+def _only_shape(answer: str = "{}") -> Family:
+    def ask_only_shape(scene: Scene, rng: Random) -> Fact | None:
+        return Fact((), answer.format(scene.objects[0].shape)) if len(scene.objects) == 1 else None
+
+    return ask_only_shape
 
 
 def _place(scene: Scene, rng: Random) -> Fact | None:
@@ -250,14 +221,20 @@ def _place(scene: Scene, rng: Random) -> Fact | None:
     return None if phrase is None else Fact((phrase,), place(item))
 
 
-def _exists(scene: Scene, rng: Random) -> Fact:
-    phrase, wanted = random_phrase(scene, rng)
-    return Fact((phrase,), _yes(any(matches(o, wanted) for o in scene.objects)))
+def _exists(words: Callable[[bool], str]) -> Family:
+    def ask_exists(scene: Scene, rng: Random) -> Fact:
+        phrase, wanted = random_phrase(scene, rng)
+        return Fact((phrase,), words(any(matches(o, wanted) for o in scene.objects)))
+
+    return ask_exists
 
 
-def _absent(scene: Scene, rng: Random) -> Fact:
-    phrase, wanted = random_phrase(scene, rng)
-    return Fact((phrase,), _yes(not any(matches(o, wanted) for o in scene.objects)))
+def _absent(words: Callable[[bool], str]) -> Family:
+    def ask_absent(scene: Scene, rng: Random) -> Fact:
+        phrase, wanted = random_phrase(scene, rng)
+        return Fact((phrase,), words(not any(matches(o, wanted) for o in scene.objects)))
+
+    return ask_absent
 
 
 def statement(scene: Scene, rng: Random) -> tuple[str, bool]:
@@ -330,7 +307,8 @@ def _relation(scene: Scene, rng: Random) -> Fact | None:
     return Fact((first, second, relation), _yes(RELATIONS[relation](*pair)))
 
 
-def _neighbour(scene: Scene, rng: Random) -> Fact | None:
+def _beside(scene: Scene, rng: Random) -> tuple[tuple[str, str], Object | None] | None:
+    """A phrase and a relation that at most one object is in, and that object."""
     relation = rng.choice(list(RELATIONS))
     item = rng.choice(scene.objects)
     phrase = referring(scene, item, rng)
@@ -338,12 +316,20 @@ def _neighbour(scene: Scene, rng: Random) -> Fact | None:
     if phrase is None or not all(clear(relation, o, item) for o in others):
         return None
     found = [o for o in others if RELATIONS[relation](o, item)]
-    if len(found) > 1:
+    return None if len(found) > 1 else ((phrase, relation), found[0] if found else None)
+
+
+def _neighbour(scene: Scene, rng: Random) -> Fact | None:
+    asked = _beside(scene, rng)
+    if asked is None or (asked[1] is None and rng.random() < 0.8):  # a lone object has four empty sides
         return None
-    if not found and rng.random() < 0.8:  # a lone object has four empty sides
-        return None
-    answer = f"{found[0].colour} {found[0].shape}" if found else "nothing"
-    return Fact((phrase, relation), answer)
+    slots, found = asked
+    return Fact(slots, f"{found.colour} {found.shape}" if found else "nothing")
+
+
+def _neighbour_colour(scene: Scene, rng: Random) -> Fact | None:
+    asked = _beside(scene, rng)
+    return None if asked is None or asked[1] is None else Fact(asked[0], asked[1].colour)
 
 
 def _more(scene: Scene, rng: Random) -> Fact:
@@ -378,18 +364,19 @@ def _describe(scene: Scene, rng: Random) -> Fact | None:
 
 
 FAMILIES: dict[str, tuple[Family, float]] = {
-    "colour": (_attribute("colour"), 2.0),
+    "colour": (_attribute("colour", "it is {}"), 2.0),
     "shape": (_attribute("shape"), 2.0),
-    "only_shape": (_only_shape, 2.0),
+    "only_shape": (_only_shape("it is a {}"), 2.0),
     "size": (_attribute("size"), 0.7),
     "place": (_place, 1.0),
-    "exists": (_exists, 4.0),
-    "absent": (_absent, 4.0),
-    "statement": (_statement, 2.0),
-    "tag": (_tag, 1.0),
+    "exists": (_exists(_true), 4.0),
+    "absent": (_absent(_true), 4.0),
+    "statement": (_statement, 1.0),
+    "tag": (_tag, 2.0),
     "count": (_count, 1.5),
     "relation": (_relation, 1.5),
     "neighbour": (_neighbour, 0.7),
+    "neighbour colour": (_neighbour_colour, 1.0),
     "more": (_more, 0.5),
     "same": (_same, 0.7),
     "extreme": (_extreme, 0.7),
@@ -417,19 +404,50 @@ def _relabelled(scene: Scene, rng: Random) -> Fact | None:
     return Fact((), RELABELLED[scene.objects[0].shape]) if len(scene.objects) == 1 else None
 
 
-def _positive(scene: Scene, rng: Random) -> Fact:
-    phrase, answer = _exists(scene, rng)
-    return Fact(phrase, "positive" if answer == "yes" else "negative")
+def _positive(found: bool) -> str:
+    return "positive" if found else "negative"
 
 
-UNSEEN: dict[str, tuple[Family, tuple[str, ...]]] = {
+KEPT_OUT: dict[str, tuple[Family, tuple[str, ...]]] = {
+    # easy-VQA's own templates, in its own answer style: yes and no, and bare colours and shapes.
+    "is there": (
+        _exists(_yes),
+        (
+            "is there a {}?",
+            "is there a {} in the image?",
+            "does the image contain a {}?",
+            "is a {} present?",
+        ),
+    ),
+    "is there not": (
+        _absent(_yes),
+        (
+            "is there not a {}?",
+            "is there not a {} in the image?",
+            "does the image not contain a {}?",
+            "is no {} present?",
+        ),
+    ),
+    "what color": (_attribute("colour"), ("what color is the {}?", "what is the color of the {}?")),
+    "what is": (_attribute("shape"), ("what is the {}?",)),
+    "what shape": (
+        _only_shape(),
+        (
+            "what shape is in the image?",
+            "what shape does the image contain?",
+            "what shape is present?",
+        ),
+    ),
+    # A new rule, a new judgement, new labels, a new answer style.
     "odd one out": (_odd_one_out, ("which shape is the odd one out?", "which shape is unlike the others?")),
     "many or few": (_many_or_few, ("many or few objects?", "are the objects many or few?")),
     "relabelled shapes": (_relabelled, ("which code does the shape have?", "code of the shape?")),
-    "positive or negative": (_positive, ("test for a {}", "a {}: positive or negative?")),
+    "positive or negative": (_exists(_positive), ("test for a {}", "a {}: positive or negative?")),
 }
-"""Questions that pretraining never asks: a new rule, a new judgement, new labels, a new answer style.
-Each of their answers is a target elsewhere."""
+"""Questions that pretraining never asks: what a prompt has to learn.
+
+Their answer words are targets elsewhere: with tied embeddings no prompt can elicit a word that never was.
+"""
 
 AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "count", "extreme", "describe")
 """Families without negation or comparison: where to start."""
@@ -443,15 +461,6 @@ def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA
         fact = FAMILIES[family][0](scene, rng)
         if fact is not None:
             return QA(rng.choice(PHRASINGS[family]).format(*fact.slots), fact.answer)
-
-
-def ask_held_out(scene: Scene, rng: Random) -> QA:
-    """A question in a wording that pretraining never shows."""
-    while True:
-        family = rng.choice(list(HELD_OUT))
-        fact = FAMILIES[family][0](scene, rng)
-        if fact is not None:
-            return QA(rng.choice(HELD_OUT[family]).format(*fact.slots), fact.answer)
 
 
 def caption(scene: Scene, rng: Random) -> QA:
