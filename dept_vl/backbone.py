@@ -348,7 +348,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.detach().flatten()
         values = values[:: max(1, math.ceil(len(values) / samples))]
-        digest.update(values.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -395,7 +395,7 @@ def _write_results(
         "scores": result.scores,
         "trainable_parameters": result.trainable,
         "seconds": round(result.seconds, 1),
-        "train_seconds": round(training.train_seconds, 1) if training else 0.0,
+        "train_seconds": round(training.train_seconds, 4) if training else 0.0,
         "steps": training.steps if training else 0,
         "best_step": training.best_step if training else 0,
         "tokens_per_example": round(result.tokens, 2),

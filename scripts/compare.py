@@ -38,8 +38,8 @@ class CompareConfig:
     """One run of each method per seed."""
     methods: tuple[str, ...] = ()
     """Names of methods to run; empty runs them all."""
-    max_steps: int | None = None
-    """Steps of every method; left out, those of the base configuration."""
+    max_steps: int = 60
+    """Steps of every method: few, because with more of them every trained row ends near 100."""
     test_limit: int = 3000
     """At most so many test questions, the same for all methods of a seed; 0 takes all."""
 
@@ -80,8 +80,7 @@ def methods(base: RunConfig) -> dict[str, Callable[[RunConfig], RunConfig]]:
 def main(config: CompareConfig) -> str:
     """Run what is missing, then write and return the table."""
     base = read_config(config.base)
-    if config.max_steps is not None:
-        base = replace(base, train=replace(base.train, max_steps=config.max_steps))
+    base = replace(base, train=replace(base.train, max_steps=config.max_steps))
     base = replace(base, data=replace(base.data, test_limit=config.test_limit))
     chosen = {name: f for name, f in methods(base).items() if not config.methods or name in config.methods}
     if unknown := set(config.methods) - set(chosen):

@@ -5,7 +5,7 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import easy_vqa
@@ -40,7 +40,7 @@ COUNTS = {
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A stand-in for the package, with three images; ids start at 0 in both splits."""
     paths = []
     for index, colour in enumerate(COLOURS):
@@ -50,7 +50,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         path.parent.mkdir(exist_ok=True)
         image.save(path)
         paths.append(str(path))
-    stand_in = SimpleNamespace(
+    stand_in = ModuleType("easy_vqa")
+    vars(stand_in).update(
         get_train_questions=lambda: TRAIN,
         get_test_questions=lambda: TEST,
         get_train_image_paths=lambda: {1: paths[1], 0: paths[0]},
@@ -96,7 +97,7 @@ def colour_error(first: Image.Image, second: Image.Image) -> float:
     return max(ImageStat.Stat(ImageChops.difference(first, second)).rms)
 
 
-def test_files_are_the_official_ones(package: SimpleNamespace, tmp_path: Path) -> None:
+def test_files_are_the_official_ones(package: ModuleType, tmp_path: Path) -> None:
     """Names and keys of VQAv2, and nothing beside them but source and marker."""
     output_dir = tmp_path / "missing" / "easy-vqa"
     assert convert(output_dir) == COUNTS
@@ -127,7 +128,7 @@ def test_files_are_the_official_ones(package: SimpleNamespace, tmp_path: Path) -
     assert "Copyright (c) 2019 Victor Zhou" in source
 
 
-def test_rows(package: SimpleNamespace, tmp_path: Path) -> None:
+def test_rows(package: ModuleType, tmp_path: Path) -> None:
     """Question and annotation of a row in full; ids and types of all of them."""
     convert(tmp_path / "out")
     questions, annotations = read_split(tmp_path / "out", "train2014")
@@ -156,7 +157,7 @@ def test_rows(package: SimpleNamespace, tmp_path: Path) -> None:
     ]
 
 
-def test_ids_are_unique_over_both_splits(package: SimpleNamespace, tmp_path: Path) -> None:
+def test_ids_are_unique_over_both_splits(package: ModuleType, tmp_path: Path) -> None:
     """Test image 0 comes after the two train images."""
     convert(tmp_path / "out")
     train, _ = read_split(tmp_path / "out", "train2014")
@@ -186,7 +187,7 @@ def test_question_type(question: str, expected: str) -> None:
     assert question_type(question) == expected
 
 
-def test_colours_survive(package: SimpleNamespace, tmp_path: Path) -> None:
+def test_colours_survive(package: ModuleType, tmp_path: Path) -> None:
     """Within a few steps of 256 after JPEG, edges included, for colours at full resolution."""
     convert(tmp_path / "out")
     names = ["train2014_000000000000", "train2014_000000000001", "val2014_000000000002"]
@@ -201,7 +202,7 @@ def test_colours_survive(package: SimpleNamespace, tmp_path: Path) -> None:
 
 
 def test_second_call_changes_nothing(
-    package: SimpleNamespace,
+    package: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -217,7 +218,7 @@ def test_second_call_changes_nothing(
 
 
 @pytest.mark.parametrize("damage", ["image", "questions", "truncated", "marker"])
-def test_damaged_folder_is_refused(package: SimpleNamespace, tmp_path: Path, damage: str) -> None:
+def test_damaged_folder_is_refused(package: ModuleType, tmp_path: Path, damage: str) -> None:
     """A conversion that lost something no longer counts as finished."""
     convert(tmp_path / "out")
     questions = tmp_path / "out" / "v2_OpenEnded_mscoco_val2014_questions.json"
@@ -236,7 +237,7 @@ def test_damaged_folder_is_refused(package: SimpleNamespace, tmp_path: Path, dam
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file"])
-def test_something_else_is_refused(package: SimpleNamespace, tmp_path: Path, kind: str) -> None:
+def test_something_else_is_refused(package: ModuleType, tmp_path: Path, kind: str) -> None:
     """Whatever else stands there is named and kept."""
     output_dir = tmp_path / "out"
     if kind == "file":
@@ -254,7 +255,7 @@ def test_something_else_is_refused(package: SimpleNamespace, tmp_path: Path, kin
     assert output_dir.is_file() or len(files(output_dir)) == (kind == "folder")
 
 
-def test_failure_leaves_nothing(package: SimpleNamespace, tmp_path: Path) -> None:
+def test_failure_leaves_nothing(package: ModuleType, tmp_path: Path) -> None:
     """An image that cannot be read, last of all: no half-written folder, under no name."""
     package.get_test_image_paths = lambda: {0: str(tmp_path / "package" / "gone.png")}
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
@@ -271,7 +272,7 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_script(
-    package: SimpleNamespace,
+    package: ModuleType,
     script: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -86,7 +86,9 @@ def comparison(pretrained: Path, folder: Path) -> compare.CompareConfig:
         train=TrainOptions(max_steps=2, per_device_batch_size=4, eval_every=2),
     )
     (folder / "base.json").write_text(json.dumps(to_json(base)))
-    return compare.CompareConfig(base=folder / "base.json", output_dir=folder / "runs", seeds=(1, 2))
+    return compare.CompareConfig(
+        base=folder / "base.json", output_dir=folder / "runs", seeds=(1, 2), max_steps=2
+    )
 
 
 def test_comparison_runs_every_method_and_resumes(pretrained: Path, tmp_path: Path) -> None:
