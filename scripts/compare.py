@@ -39,7 +39,7 @@ class CompareConfig:
     methods: tuple[str, ...] = ()
     """Names of methods to run; empty runs them all."""
     max_steps: int = 60
-    """Steps of every method: few, because with more of them every trained row ends near 100."""
+    """Steps of every method: few, so that the rows differ."""
     test_limit: int = 3000
     """At most so many test questions, the same for all methods of a seed; 0 takes all."""
 
