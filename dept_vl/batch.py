@@ -1,10 +1,11 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,13 +14,17 @@ from torch.utils.data import Dataset, Sampler
 
 from dept_vl.features import FeatureTable, load_pixels
 from dept_vl.model import IGNORE_INDEX
-from dept_vl.tasks.example import Example, ExampleId, Task
+from dept_vl.tasks.example import Example, Task
+from dept_vl.tasks.predictions import ExampleId
 from dept_vl.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one batch; text and targets are padded on the right, to the longest here."""
+    """Tensors of one batch; text and targets are padded on the right, to the longest here.
+
+    `skipped` names the examples that were left out because their image could not be read.
+    """
 
     ids: tuple[ExampleId, ...]
     input_ids: Int[Tensor, "batch text"]
@@ -28,6 +33,7 @@ class Batch:
     weights: Float[Tensor, " batch"] | None = None
     pixel_values: Float[Tensor, "batch images 3 height width"] | None = None
     visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None
+    skipped: tuple[ExampleId, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -61,31 +67,39 @@ class Draw:
     weight: float = 1.0
 
 
+OnBadImage = Literal["raise", "skip"]
+"""What is done with an example whose image cannot be read."""
+
+
+@dataclass(frozen=True)
 class Collator:
     """Tokenise and pad a list of draws, and add their images.
 
-    Args:
+    Attributes:
         tokenizer: Of the backbone.
         max_source_length: Texts are cut to this many tokens.
         max_target_length: Likewise for answers.
         images: A table of features, or the encoder whose preprocessing makes pixels; None for text.
+        on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        *,
-        max_source_length: int,
-        max_target_length: int,
-        images: FeatureTable | VisionEncoder | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_source_length = max_source_length
-        self.max_target_length = max_target_length
-        self.images = images
+    tokenizer: Any
+    max_source_length: int
+    max_target_length: int
+    images: FeatureTable | VisionEncoder | None = None
+    on_bad_image: OnBadImage = "raise"
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
-        """A batch; labels and weights only if the draws have targets."""
+        """A batch; labels and weights only if the draws have targets.
+
+        Raises:
+            ValueError: If an image cannot be read and examples are not skipped, naming both.
+        """
+        draws, visual, skipped = self._read_images(draws)
+        ids = tuple(draw.example.example_id for draw in draws)
+        if not draws:
+            none = torch.empty(0, 0, dtype=torch.long)
+            return Batch(ids, none, none, skipped=skipped)
         source = self.tokenizer(
             [draw.example.source_text for draw in draws],
             max_length=self.max_source_length,
@@ -93,49 +107,79 @@ class Collator:
             padding=True,
             return_tensors="pt",
         )
-        batch = Batch(
-            ids=tuple(draw.example.example_id for draw in draws),
-            input_ids=source.input_ids,
-            attention_mask=source.attention_mask,
-        )
-        if draws[0].target is not None:
-            target = self.tokenizer(
-                text_target=[draw.target for draw in draws],
-                max_length=self.max_target_length,
-                truncation=True,
-                padding=True,
-                return_tensors="pt",
-            )
-            labels = target.input_ids.masked_fill(target.attention_mask == 0, IGNORE_INDEX)
-            weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
-            batch = replace(batch, labels=labels, weights=weights)
-        return self._with_images(batch, [draw.example.images for draw in draws])
-
-    def _with_images(self, batch: Batch, images: list[Any]) -> Batch:
-        if not images[0] or self.images is None:
+        batch = Batch(ids, source.input_ids, source.attention_mask, skipped=skipped, **visual)
+        if draws[0].target is None:
             return batch
-        if isinstance(self.images, FeatureTable):
-            return replace(batch, visual_features=self.images(images))
-        vision = self.images
-        pixels = {path: load_pixels(vision, path) for path in dict.fromkeys(chain.from_iterable(images))}
-        rows = [torch.stack([pixels[path] for path in paths]) for paths in images]
-        return replace(batch, pixel_values=torch.stack(rows))
+        target = self.tokenizer(
+            text_target=[draw.target for draw in draws],
+            max_length=self.max_target_length,
+            truncation=True,
+            padding=True,
+            return_tensors="pt",
+        )
+        labels = target.input_ids.masked_fill(target.attention_mask == 0, IGNORE_INDEX)
+        weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
+        return replace(batch, labels=labels, weights=weights)
+
+    def _read_images(
+        self, draws: Sequence[Draw]
+    ) -> tuple[Sequence[Draw], dict[str, Tensor], tuple[ExampleId, ...]]:
+        """The draws whose images are there, the images, and the ids of the other draws."""
+        if self.images is None or not draws[0].example.images:
+            return draws, {}, ()
+        read = self.images if isinstance(self.images, FeatureTable) else _PixelReader(self.images)
+        kept, rows, skipped = [], [], []
+        for draw in draws:
+            try:
+                rows.append(read(draw.example.images))
+                kept.append(draw)
+            except (ValueError, FileNotFoundError) as error:
+                if self.on_bad_image == "raise":
+                    raise ValueError(
+                        f"example {draw.example.example_id!r}: {error}. "
+                        "--on_bad_image skip goes on without it"
+                    ) from None
+                skipped.append(draw.example.example_id)
+        name = "visual_features" if isinstance(self.images, FeatureTable) else "pixel_values"
+        return kept, {name: torch.stack(rows)} if rows else {}, tuple(skipped)
+
+
+class _PixelReader:
+    """Pixels of an example's images; an image that stands in a batch twice is read once."""
+
+    def __init__(self, vision: VisionEncoder) -> None:
+        self.vision = vision
+        self.pixels: dict[Path, Tensor] = {}
+
+    def __call__(self, paths: Sequence[Path]) -> Float[Tensor, "images 3 height width"]:
+        for path in paths:
+            if path not in self.pixels:
+                self.pixels[path] = load_pixels(self.vision, path)
+        return torch.stack([self.pixels[path] for path in paths])
 
 
 class TrainingDraws(Dataset[Draw]):
-    """The endless stream of draws: number n is example n mod len in epoch n div len.
+    """The endless streams of draws, one a task: number n is example n mod len in epoch n div len.
 
     The answer is chosen with probability proportional to its score (VL-T5), from the seed and n
-    alone, so it depends on no process, worker or restart.
+    alone, so it depends on no process, worker or restart. Of targets that are learnt in turn, as many
+    epochs as there are targets show each once.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
+    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
+        self.tasks, self.seed = tasks, seed
 
-    def __getitem__(self, number: int) -> Draw:
-        example = self.task[number % len(self.task)]
+    def __getitem__(self, key: tuple[int, int]) -> Draw:
+        place, number = key
+        task = self.tasks[place]
+        epoch, index = divmod(number, len(task))
+        example = task[index]
         texts, scores = zip(*example.targets, strict=True)
-        choice = Random(f"{self.seed} {number}").choices(range(len(texts)), scores)[0]
+        if example.in_turn:
+            order = Random(f"{self.seed} {index}").sample(range(len(texts)), len(texts))
+            choice = order[epoch % len(texts)]
+        else:
+            choice = Random(f"{self.seed} {number}").choices(range(len(texts)), scores)[0]
         return Draw(example, texts[choice], scores[choice])
 
 
@@ -152,44 +196,52 @@ class EvaluationDraws(Dataset[Draw]):
         return Draw(self.task[index])
 
 
-class TrainingBatches(Sampler[list[int]]):
-    """This process's share of every batch: draw numbers, in an order fixed by the seed.
+class TrainingBatches(Sampler[list[tuple[int, int]]]):
+    """This process's share of every batch: (task, draw number), in an order fixed by the seed.
 
-    Each epoch is one permutation of the examples and batches run across its end, so every global
-    batch is full and the same whatever the number of processes.
+    A batch is of one task, drawn with probability proportional to the number of batches in its epoch,
+    so that all tasks go through their epochs together. Each epoch is one permutation of the examples
+    and batches run across its end, so every global batch is full and the same whatever the number of
+    processes.
 
     Args:
-        example_count: Examples in an epoch.
-        batch_size: Of one process.
-        seed: Of the permutations.
+        example_counts: Examples in an epoch of each task.
+        batch_sizes: Of one process, for each task.
+        seed: Of the permutations and of the order of the tasks.
         process, processes: Which of how many.
     """
 
     def __init__(
         self,
-        example_count: int,
-        batch_size: int,
+        example_counts: Sequence[int],
+        batch_sizes: Sequence[int],
         *,
         seed: int,
         process: int = 0,
         processes: int = 1,
     ) -> None:
-        self.example_count = example_count
-        self.batch_size = batch_size
+        self.example_counts = example_counts
+        self.batch_sizes = batch_sizes
         self.seed = seed
         self.process = process
         self.processes = processes
 
-    def __iter__(self) -> Iterator[list[int]]:
-        numbers = self._numbers()
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        numbers = [self._numbers(count) for count in self.example_counts]
+        pairs = zip(self.example_counts, self.batch_sizes, strict=True)
+        shares = [count / size for count, size in pairs]
+        choices = Random(f"{self.seed} tasks")
         while True:
-            whole = [next(numbers) for _ in range(self.batch_size * self.processes)]
-            yield whole[self.process * self.batch_size : (self.process + 1) * self.batch_size]
+            task = choices.choices(range(len(shares)), shares)[0]
+            size = self.batch_sizes[task]
+            whole = [(task, next(numbers[task])) for _ in range(size * self.processes)]
+            yield whole[self.process * size : (self.process + 1) * size]
 
-    def _numbers(self) -> Iterator[int]:
+    def _numbers(self, example_count: int) -> Iterator[int]:
         epoch = 0
         while True:
-            order = list(range(self.example_count))
+            # Four bytes a number: a list of GQA's 14 million would take half a GiB.
+            order = array("I", range(example_count))
             Random(f"{self.seed} {epoch}").shuffle(order)
-            yield from (epoch * self.example_count + index for index in order)
+            yield from (epoch * example_count + index for index in order)
             epoch += 1

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from dept_vl.run import RunConfig
+from dept_vl.config import RunConfig
 
 
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
@@ -71,6 +71,12 @@ def _build(kind: type, content: Any, where: str) -> Any:
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
             value = _build(hint, value, f"{where}: {name}")
+        elif is_dataclass(_element(hint)):
+            if not isinstance(value, list):
+                raise ValueError(f"{where}: {name} is {value!r}; expected a list of objects")
+            value = tuple(
+                _build(_element(hint), part, f"{where}: {name}[{place}]") for place, part in enumerate(value)
+            )
         elif not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{where}: {name} is {value!r}; expected {expected}")
@@ -82,10 +88,16 @@ def _build(kind: type, content: Any, where: str) -> Any:
     return kind(**values)
 
 
+def _element(hint: Any) -> Any:
+    """The type of the elements of a tuple of any length; None for other types."""
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of JSON can stand for this type; a whole number can for a fraction."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if isinstance(hint, UnionType):
+    # `Literal[...] | None` is the older kind of union.
+    if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     return type(value) in {Path: (str,), float: (float, int)}.get(hint, (hint,))

@@ -1,20 +1,22 @@
 """Answer every example of a split and score the answers; the same on any number of processes."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dept_vl.batch import Collator, EvaluationDraws
+from dept_vl.decoding import generation_options
 from dept_vl.model import PromptedModel
-from dept_vl.tasks.example import ExampleId, Task
+from dept_vl.tasks.example import Decoding, Task
+from dept_vl.tasks.predictions import ExampleId
+
+NO_ANSWER = ""
+"""Prediction for an example whose image could not be read; it counts as wrong."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,15 @@ class Evaluation:
 
     Attributes:
         predictions: Answer by example id.
-        scores: Figures of the task.
+        scores: Figures of the task; empty where no answers are published.
         text_tokens: Mean length of a text, in tokens.
+        skipped: Ids of the examples whose image could not be read.
     """
 
     predictions: dict[ExampleId, str]
     scores: dict[str, float]
     text_tokens: float
+    skipped: tuple[ExampleId, ...] = ()
 
 
 @torch.no_grad()
@@ -40,7 +44,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     batch_size: int,
-    num_beams: int = 1,
+    decoding: Decoding | None = None,
     num_workers: int = 0,
     progress: bool = False,
 ) -> Evaluation:
@@ -52,12 +56,13 @@ def evaluate(
         collator: Without targets.
         accelerator: Of the run.
         batch_size: Examples decoded at a time by one process.
-        num_beams: 1 is greedy.
+        decoding: How answers are decoded; None as the task says.
         num_workers: Processes that load images.
         progress: Show a bar on the main process.
     """
     was_training = model.training
     model.eval()
+    options = generation_options(decoding or task.decoding, model.backbone.tokenizer)
     mine = range(accelerator.process_index, len(task), accelerator.num_processes)
     loader: DataLoader[Any] = DataLoader(
         EvaluationDraws(task),
@@ -67,24 +72,26 @@ def evaluate(
         num_workers=num_workers,
     )
     answers: list[tuple[ExampleId, str]] = []
+    skipped: list[ExampleId] = []
     text_tokens = 0
     for batch in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
+        skipped.extend(batch.skipped)
+        if not batch.ids:
+            continue
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
-            tokens = model.generate(**moved.inputs(), max_new_tokens=task.max_new_tokens, num_beams=num_beams)
+            tokens = model.generate(**moved.inputs(), **options)
         texts = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         text_tokens += int(batch.attention_mask.sum())
     model.train(was_training)
-    gathered: list[tuple[ExampleId, str]] = gather_object(answers)
-    tokens_read = sum(gather_object([text_tokens]))
-    predictions = dict(gathered)
-    return Evaluation(predictions, task.score(predictions), tokens_read / max(1, len(task)))
-
-
-def write_predictions(predictions: Mapping[ExampleId, str], path: Path) -> None:
-    """The list of the VQA servers: `[{"question_id": ..., "answer": ...}]`, in order of the ids."""
-    # 9 before 10, be the ids numbers or text.
-    ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
-    rows = [{"question_id": key, "answer": predictions[key]} for key in ids]
-    path.write_text(json.dumps(rows) + "\n")
+    answers.extend((example_id, NO_ANSWER) for example_id in skipped)
+    predictions: dict[ExampleId, str] = dict(gather_object(answers))
+    # Once: some scorers start programs of their own.
+    scores = [task.score(predictions) if accelerator.is_main_process else {}]
+    return Evaluation(
+        predictions,
+        broadcast_object_list(scores)[0],
+        sum(gather_object([text_tokens])) / max(1, len(task)),
+        tuple(gather_object(skipped)),
+    )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dept_vl.images import read_image
 from dept_vl.vision import VisionEncoder
 
 
@@ -21,25 +21,27 @@ def load_pixels(vision: VisionEncoder, path: Path) -> Float[Tensor, "3 height wi
     """Read and preprocess one image file.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the file is no readable image.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return vision.preprocess([image])[0]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable image: {error}") from error
+    return vision.preprocess([read_image(path)])[0]
 
 
-class _Pixels(Dataset[Tensor]):
+class _Pixels(Dataset[tuple[Tensor, str]]):
+    """Pixels with an empty message, or zeros with what is wrong with the file."""
+
     def __init__(self, vision: VisionEncoder, paths: Sequence[Path]) -> None:
         self.vision, self.paths = vision, paths
+        self.blank = torch.zeros(vision.pixel_shape)
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return load_pixels(self.vision, self.paths[index])
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return load_pixels(self.vision, self.paths[index]), ""
+        except (ValueError, FileNotFoundError) as error:
+            return self.blank, str(error)
 
 
 class FeatureTable:
@@ -51,6 +53,9 @@ class FeatureTable:
         batch_size: Images encoded at a time.
         num_workers: Processes that read and preprocess images; 0 uses this one.
         progress: Show a bar.
+
+    Attributes:
+        errors: What is wrong with the files that could not be read.
     """
 
     def __init__(
@@ -64,18 +69,29 @@ class FeatureTable:
     ) -> None:
         distinct = list(dict.fromkeys(paths))
         self.rows = {path: row for row, path in enumerate(distinct)}
+        self.errors: dict[Path, str] = {}
         device = next(vision.parameters()).device
         loader = DataLoader(_Pixels(vision, distinct), batch_size=batch_size, num_workers=num_workers)
         self.features = torch.empty(len(distinct), vision.token_count, vision.d_vision)
         start = 0
-        for pixels in tqdm(loader, desc="encoding images", disable=None if progress else True, leave=False):
+        for pixels, errors in tqdm(
+            loader, desc="encoding images", disable=None if progress else True, leave=False
+        ):
             stop = start + len(pixels)
             self.features[start:stop] = vision(pixels.to(device)).cpu()
+            self.errors |= {distinct[start + place]: error for place, error in enumerate(errors) if error}
             start = stop
 
-    def __call__(self, images: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images tokens d_vision"]:
-        """Features of each example's images."""
-        return self.features[torch.tensor([[self.rows[path] for path in paths] for paths in images])]
+    def __call__(self, paths: Sequence[Path]) -> Float[Tensor, "images tokens d_vision"]:
+        """Features of one example's images.
+
+        Raises:
+            ValueError: If one of them could not be read.
+        """
+        for path in paths:
+            if path in self.errors:
+                raise ValueError(self.errors[path])
+        return self.features[torch.tensor([self.rows[path] for path in paths])]
 
 
 def table_bytes(vision: VisionEncoder, image_count: int) -> int:

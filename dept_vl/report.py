@@ -6,7 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from dept_vl.tasks.example import ExampleId, Task
+from dept_vl.images import read_image
+from dept_vl.tasks.example import Task
+from dept_vl.tasks.predictions import ExampleId
 
 TILE = 200
 """Pixels of a picture's side in the grid."""
@@ -59,16 +61,19 @@ def picture_grid(
         example = task[index]
         answer = predictions[example.example_id]
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
-        with Image.open(example.images[0]) as image:
-            resized = image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
-        sheet.paste(resized, (left, top))
+        # Two images share a tile, side by side.
+        side = TILE // len(example.images)
+        for number, image in enumerate(map(read_image, example.images)):
+            sheet.paste(image.resize((side, TILE), Image.Resampling.BICUBIC), (left + number * side, top))
         draw.rectangle((left, top, left + TILE, top + TILE), outline=INK)
         text = textwrap.wrap(example.question, WRAP)[:3]
         draw.multiline_text((left, top + TILE + 6), "\n".join(text), fill=INK, font=font)
         right = answer == example.answer
-        verdict = answer if right else f"{answer} (humans: {example.answer})"
+        verdict = answer if right or not example.answer else f"{answer} (humans: {example.answer})"
         place_of_answer = (left, top + TILE + TEXT_HEIGHT - 28)
-        draw.text(place_of_answer, verdict, fill=RIGHT if right else WRONG, font=answer_font)
+        # A caption is neither right nor wrong; it stands under a human one.
+        fill = INK if not example.answer else RIGHT if right else WRONG
+        draw.text(place_of_answer, textwrap.shorten(verdict, WRAP), fill=fill, font=answer_font)
     sheet.save(path)
 
 

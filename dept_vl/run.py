@@ -5,126 +5,34 @@ Every training script is a `RunConfig` and a call of `run`.
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from statistics import mean
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dept_vl.backbone import Backbone, VisualPositionBias
+from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter, count_trainable
+from dept_vl.config import PromptOptions, RunConfig, to_json
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
-from dept_vl.evaluate import Evaluation, evaluate, write_predictions
-from dept_vl.features import FeatureTable, table_bytes
+from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.model import PromptedModel
-from dept_vl.optim import SUSPICIOUS_PROMPT_LR, OptimOptions
+from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
-from dept_vl.tasks import load_task
-from dept_vl.tasks.example import Task, hold_out_images, limit
-from dept_vl.train import BEST, LOG_FILE, TrainOptions, TrainResult, train
-from dept_vl.vision import VisionEncoder
+from dept_vl.splits import Splits, load_splits, read_features
+from dept_vl.tasks.example import Task
+from dept_vl.train import BEST, LOG_FILE, TrainingTask, TrainResult, train
 
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
-PREDICTIONS_FILE, PICTURE_FILE = "predictions.json", "answers.png"
+CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
 COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 LENGTH_SAMPLE = 2000
 """Questions that are measured to see how many `max_source_length` cuts."""
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """What is read."""
-
-    task: str = "vqav2"
-    """Name of the task."""
-    data_dir: Path = Path("data/vqav2")
-    """Folder with the task's official files."""
-    train_split: str = "train"
-    """Split to train on."""
-    dev_split: str = ""
-    """Split to choose the best adapter on; empty holds images out of the training split."""
-    holdout_images: int = 200
-    """Images held out of the training split, with all their questions, where dev_split is empty."""
-    dev_limit: int = 2000
-    """At most so many examples of the dev split, drawn with the seed; 0 takes all."""
-    test_split: str = "val"
-    """Split that the best adapter is scored on at the end."""
-    test_limit: int = 0
-    """At most so many examples of it, drawn with the seed; 0 takes all."""
-    feature_memory: float = 4.0
-    """GiB of memory for visual features computed once before training; images that would need more
-    are read and encoded at every step."""
-
-
-@dataclass(frozen=True)
-class BackboneOptions:
-    """The frozen models."""
-
-    backbone: Path | None = None
-    """Folder of a saved backbone, such as data/tiny-clip-t5; or vision and language instead."""
-    vision: str | None = None
-    """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
-    language: str | None = None
-    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base."""
-    vision_layer: int = -1
-    """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
-    class_token: bool = False
-    """Keep the image encoder's class token."""
-    pooled_grid: int = 0
-    """Max-pool the patches to a square of this side; 0 keeps them all."""
-    visual_position_bias: VisualPositionBias = "none"
-    """none: visual tokens have no position in the language model (published); relative: stock."""
-    backbone_dropout: bool = True
-    """Dropout in the frozen language model while training."""
-    train_projection: bool = True
-    """Train the visual projection, as every published row does."""
-    train_backbone: bool = False
-    """Train the language model too: full fine-tuning, the ceiling to compare with."""
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """The prompt."""
-
-    prompt_length: int = 40
-    """Vectors of the soft prompt (m); 0 leaves the offset alone."""
-    rank: int | None = None
-    """Rank of the offset (r); 0 is plain prompt tuning. Left out, it is the largest with which the
-    prompt has no more parameters than reference_prompt_length vectors."""
-    reference_prompt_length: int = 100
-    """Length of the plain soft prompt (l) whose parameters are spent."""
-    max_source_length: int = 20
-    """Longest text, in tokens, task prefix included (s)."""
-    alpha: float = 8.0
-    """The offset is scaled by alpha / sqrt(rank)."""
-    prompt_init: Literal["vocabulary", "text", "random"] = "vocabulary"
-    """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
-    init_text: str = ""
-    """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything a run depends on; written to its folder, and repeated with --config."""
-
-    data: DataOptions = field(default_factory=DataOptions)
-    backbone: BackboneOptions = field(default_factory=BackboneOptions)
-    prompt: PromptOptions = field(default_factory=PromptOptions)
-    train: TrainOptions = field(default_factory=TrainOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    output_dir: Path | None = None
-    """Folder of the run, which must hold none yet; left out, a new one under runs/."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
-    log_with: str | None = None
-    """A tracker of accelerate, such as tensorboard or wandb, beside the run's own log.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +41,8 @@ class RunResult:
 
     Attributes:
         output_dir: Its folder.
-        scores: Figures on the test split; empty if the run was interrupted.
+        scores: Figures on the test split, of several tasks each under its name; empty if the run was
+            interrupted or no answers are published.
         trainable: Trained parameters, as `count_trainable` gives them.
         training: What the loop reports; None if there was nothing to train.
         seconds: From start to end.
@@ -149,12 +58,18 @@ class RunResult:
     tokens: float
     reference_tokens: float
 
+    @property
+    def exit_status(self) -> int:
+        """Of the program: 130 after Ctrl-C, as shells have it."""
+        return 130 if self.training is not None and self.training.interrupted else 0
+
 
 def run(config: RunConfig) -> RunResult:
-    """Train on one split, choose on another, score on a third.
+    """Train on one split, choose on another, score on a third; of one task or several together.
 
     Raises:
         FileExistsError: If the output folder already holds a run.
+        FileNotFoundError: If data or images are missing.
         ValueError: If options do not fit the data or the backbone; the message says which.
     """
     started = time.perf_counter()
@@ -169,17 +84,30 @@ def run(config: RunConfig) -> RunResult:
     )
     output_dir = _claim_output_dir(config, accelerator)
     set_seed(config.train.seed)
-    train_task, dev_task, test_task = load_splits(config.data, config.train.seed)
-    model = build_model(config, train_task.max_new_tokens)
+    with accelerator.local_main_process_first():  # the first to read converts the files for all
+        tasks = [load_splits(options, config.train.seed) for options in (config.data, *config.also)]
+    _check_distinct([task.test.name for task in tasks])
+    model = build_model(config)
     model.to(accelerator.device)
-    tokenizer = model.backbone.tokenizer
-    check_source_lengths(train_task, tokenizer, config.prompt.max_source_length, accelerator)
-    collator = Collator(
-        tokenizer,
-        max_source_length=config.prompt.max_source_length,
-        max_target_length=train_task.max_new_tokens,
-        images=_images(config, model, [train_task, dev_task, test_task], accelerator),
+    for task in tasks:
+        check_source_lengths(
+            task.train, model.backbone.tokenizer, config.prompt.max_source_length, accelerator
+        )
+    images = read_features(
+        model.backbone.vision,
+        tasks,
+        feature_memory=config.data.feature_memory,
+        num_workers=config.train.num_workers,
+        accelerator=accelerator,
     )
+    collator = Collator(
+        model.backbone.tokenizer,
+        max_source_length=config.prompt.max_source_length,
+        max_target_length=max(task.decoding.max_new_tokens for task in tasks),
+        images=images,
+        on_bad_image=config.data.on_bad_image or "skip",
+    )
+    evaluation_collator = replace(collator, on_bad_image=config.data.on_bad_image or "raise")
     trainable = count_trainable(model)
     accelerator.print(f"{trainable['total']:,} trainable parameters: {trainable}\noutput: {output_dir}")
     training = None
@@ -191,9 +119,9 @@ def run(config: RunConfig) -> RunResult:
             )
         training = train(
             model,
-            train_task,
-            dev_task,
+            [_training_task(task, config) for task in tasks],
             collator,
+            evaluation_collator,
             accelerator,
             output_dir,
             config.train,
@@ -205,21 +133,30 @@ def run(config: RunConfig) -> RunResult:
             f"stopped at step {training.steps}; the best adapter so far is in {output_dir / BEST}"
         )
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
-    evaluation = evaluate(
-        model,
-        test_task,
-        collator,
-        accelerator,
-        batch_size=config.train.eval_batch_size,
-        num_workers=config.train.num_workers,
-        progress=accelerator.is_main_process,
+    evaluations = [
+        evaluate(
+            model,
+            task.test,
+            evaluation_collator,
+            accelerator,
+            batch_size=config.train.eval_batch_size,
+            decoding=task.decoding,
+            num_workers=config.train.num_workers,
+            progress=accelerator.is_main_process,
+        )
+        for task in tasks
+    ]
+    text_and_image = mean(
+        evaluation.text_tokens + visual_tokens(model, task.test)
+        for task, evaluation in zip(tasks, evaluations, strict=True)
     )
-    vision = model.backbone.vision
-    visual_tokens = 0 if vision is None else vision.token_count * len(test_task[0].images)
-    text_and_image = evaluation.text_tokens + visual_tokens
     result = RunResult(
         output_dir,
-        evaluation.scores,
+        {
+            f"{task.test.name}/{name}" if config.also else name: value
+            for task, evaluation in zip(tasks, evaluations, strict=True)
+            for name, value in evaluation.scores.items()
+        },
         trainable,
         training,
         time.perf_counter() - started,
@@ -227,38 +164,32 @@ def run(config: RunConfig) -> RunResult:
         text_and_image + config.prompt.reference_prompt_length,
     )
     if accelerator.is_main_process:
-        _write_results(config, model, test_task, evaluation, result)
+        _write_results(config, model, tasks, evaluations, result)
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers and the process group, so last
     return result
 
 
-def load_splits(options: DataOptions, seed: int) -> tuple[Task, Task, Task]:
-    """The training, dev and test splits.
-
-    Raises:
-        ValueError: If there are no answers to train or to choose on.
-    """
-    train_task = load_task(options.task, options.data_dir, options.train_split)
-    if options.dev_split:
-        dev_task = load_task(options.task, options.data_dir, options.dev_split)
-    else:
-        train_task, dev_task = hold_out_images(train_task, options.holdout_images, seed)
-    for option, split, task in (
-        ("train_split", options.train_split, train_task),
-        ("dev_split", options.dev_split, dev_task),
-    ):
-        if not task[0].targets:
-            raise ValueError(f"{option}={split} of {options.task} has no published answers; choose another")
-    test_task = load_task(options.task, options.data_dir, options.test_split)
-    return (
-        train_task,
-        limit(dev_task, options.dev_limit, seed),
-        limit(test_task, options.test_limit, seed),
-    )
+def visual_tokens(model: PromptedModel, task: Task) -> int:
+    """Visual tokens of an example."""
+    vision = model.backbone.vision
+    return 0 if vision is None else vision.token_count * len(task[0].images)
 
 
-def build_model(config: RunConfig, max_target_length: int) -> PromptedModel:
+def _training_task(task: Splits, config: RunConfig) -> TrainingTask:
+    size = task.options.task_batch_size or config.train.per_device_batch_size
+    return TrainingTask(task.train, task.dev, task.decoding, size)
+
+
+def _check_distinct(names: list[str]) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"expected different tasks to train on together, found {', '.join(repeated)} more than once"
+        )
+
+
+def build_model(config: RunConfig) -> PromptedModel:
     """The backbone, with a prompt where one has any size, and what is trained set free."""
     options = config.backbone
     backbone = Backbone.from_pretrained(
@@ -334,12 +265,6 @@ def check_source_lengths(
         )
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration in JSON's own types."""
-    encoded: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return encoded
-
-
 def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     """Create the run's folder and write its configuration there."""
     chosen = [str(config.output_dir or Path("runs") / time.strftime(f"{config.data.task}-%Y%m%d-%H%M%S"))]
@@ -359,36 +284,21 @@ def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     return output_dir
 
 
-def _images(
-    config: RunConfig, model: PromptedModel, tasks: Sequence[Task], accelerator: Accelerator
-) -> FeatureTable | VisionEncoder | None:
-    vision = model.backbone.vision
-    if vision is None:
-        return None
-    paths = {path: None for task in tasks for index in range(len(task)) for path in task.images(index)}
-    if table_bytes(vision, len(paths)) > config.data.feature_memory * GIB:
-        return vision
-    return FeatureTable(
-        vision,
-        paths,
-        num_workers=config.train.num_workers,
-        progress=accelerator.is_main_process,
-    )
-
-
 def _write_results(
     config: RunConfig,
     model: PromptedModel,
-    test_task: Task,
-    evaluation: Evaluation,
+    tasks: list[Splits],
+    evaluations: list[Evaluation],
     result: RunResult,
 ) -> None:
     folder = result.output_dir
-    Adapter.of(model, task=test_task.name, metrics=evaluation.scores).save(folder / BEST)
-    write_predictions(evaluation.predictions, folder / PREDICTIONS_FILE)
-    if test_task[0].images:
-        picture_grid(test_task, evaluation.predictions, folder / PICTURE_FILE)
-    table = summary_table(config, model, test_task, result)
+    name = "+".join(task.test.name for task in tasks)
+    Adapter.of(model, task=name, metrics=result.scores).save(folder / BEST)
+    for task, evaluation in zip(tasks, evaluations, strict=True):
+        write_answers(task.test, evaluation, folder, f"-{task.test.name}" if config.also else "")
+        if task.options.candidate_floor:
+            (folder / CANDIDATES_FILE).write_text(json.dumps(task.decoding.candidates) + "\n")
+    table = summary_table(config, model, tasks, result)
     (folder / "summary.md").write_text(table + "\n")
     training = result.training
     summary = {
@@ -398,27 +308,42 @@ def _write_results(
         "train_seconds": round(training.train_seconds, 4) if training else 0.0,
         "steps": training.steps if training else 0,
         "best_step": training.best_step if training else 0,
+        "skipped_examples": training.skipped if training else 0,
+        "unanswered_examples": sum(len(evaluation.skipped) for evaluation in evaluations),
         "tokens_per_example": round(result.tokens, 2),
         "reference_tokens_per_example": round(result.reference_tokens, 2),
     }
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{table}\n\nadapter, predictions, log and {PICTURE_FILE}: {folder}")
+    print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
 
 
-def summary_table(config: RunConfig, model: PromptedModel, task: Task, result: RunResult) -> str:
-    """Accuracy, parameters, time and length, as a Markdown table."""
+def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
+    """Write the predictions in the form of the task's server, and a picture of some; say what is missing.
+
+    Returns:
+        The file of predictions.
+    """
+    path = folder / f"predictions{suffix}.{task.prediction_format.kind}"
+    task.prediction_format.write(evaluation.predictions, path)
+    if evaluation.skipped:
+        print(
+            f"warning: {len(evaluation.skipped):,} of {len(task):,} examples of {task.name} have no "
+            "readable image and got an empty answer, which counts as wrong "
+            f"(first ids: {list(evaluation.skipped[:3])})"
+        )
+    elif task[0].images:
+        picture_grid(task, evaluation.predictions, folder / f"answers{suffix}.png")
+    return path
+
+
+def summary_table(config: RunConfig, model: PromptedModel, tasks: list[Splits], result: RunResult) -> str:
+    """Scores, parameters, time and length, as a Markdown table."""
     trainable, training = result.trainable, result.training
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}
+    splits = ", ".join(f"{task.test.name} {task.options.test_split}" for task in tasks)
     rows: list[tuple[str, str]] = [
-        (
-            f"{task.name} {config.data.test_split}: {name.removeprefix('answer_type/')} (0-100)",
-            f"{value:.2f}",
-        )
-        for name, value in result.scores.items()
-        if not name.startswith("question_type/")
-    ]
-    rows += [
-        ("examples scored", f"{len(task):,}"),
+        *score_rows(result.scores, splits),
+        ("examples scored", f"{sum(len(task.test) for task in tasks):,}"),
         ("trainable parameters", f"{trainable['total']:,}"),
         *[(f"  {name}", f"{count:,}") for name, count in groups.items()],
         ("  without the visual projection", f"{trainable['without_projection']:,}"),
@@ -433,4 +358,21 @@ def summary_table(config: RunConfig, model: PromptedModel, task: Task, result: R
             (f"seconds of training ({training.steps} steps)", f"{training.train_seconds:.0f}"),
             ("seconds in all", f"{result.seconds:.0f}"),
         ]
+    if training is not None and training.skipped:
+        rows.append(("training examples skipped, image not readable", f"{training.skipped:,}"))
     return markdown_table(["", "this run"], rows)
+
+
+def score_rows(scores: dict[str, float], splits: str) -> list[tuple[str, str]]:
+    """A row for each figure that a summary shows, with its scale."""
+    return [
+        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
+        for name, value in scores.items()
+        if "question_type/" not in name
+    ]
+
+
+def scale_of(name: str) -> str:
+    """In what a figure is counted."""
+    figure = name.rsplit("/", 1)[-1]
+    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")

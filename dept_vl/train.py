@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,12 +16,13 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Collator, TrainingBatches, TrainingDraws
+from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
 from dept_vl.checkpoint import Adapter
-from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.evaluate import evaluate
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
-from dept_vl.tasks.example import ExampleId, Task
+from dept_vl.tasks.example import Decoding, Task
+from dept_vl.tasks.predictions import ExampleId
 
 BEST, LAST = "best", "last"
 """Folders of a run: the adapter that scored best, and the one at the end."""
@@ -37,7 +38,7 @@ class TrainOptions:
     max_steps: int = 10_000
     """Optimizer steps."""
     per_device_batch_size: int = 32
-    """Examples per process and forward pass."""
+    """Examples per process and forward pass; among several tasks each may have its own."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     max_grad_norm: float = 1.0
@@ -55,10 +56,22 @@ class TrainOptions:
     seed: int = 42
     """Of initialisation, order and sampled answers."""
 
-    def global_batch_size(self, accelerator: Accelerator) -> int:
-        """Examples per optimizer step over all processes."""
-        processes: int = accelerator.num_processes
-        return self.per_device_batch_size * self.gradient_accumulation_steps * processes
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """A task to learn.
+
+    Attributes:
+        train: The split to learn.
+        dev: The split to choose the best adapter on.
+        decoding: How answers are decoded.
+        batch_size: Examples per process and forward pass.
+    """
+
+    train: Task
+    dev: Task
+    decoding: Decoding
+    batch_size: int
 
 
 @dataclass
@@ -66,38 +79,41 @@ class TrainResult:
     """What a training run leaves behind.
 
     Attributes:
-        best: The best evaluation on the dev split.
+        best_scores: Figures of the best evaluation on the dev splits.
         best_step: When it was made.
         steps: Optimizer steps done.
         train_seconds: Spent in training steps, evaluation left out.
         eval_seconds: Spent in evaluations.
         interrupted: Whether Ctrl-C ended it.
-        history: Step and primary score of each evaluation.
+        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
+        skipped: Examples left out because their image could not be read, each time they came up.
     """
 
-    best: Evaluation | None = None
+    best_scores: dict[str, float] | None = None
     best_step: int = 0
     steps: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     interrupted: bool = False
     history: list[tuple[int, float]] = field(default_factory=list)
+    skipped: int = 0
 
 
 def train(
     model: PromptedModel,
-    train_task: Task,
-    dev_task: Task,
+    tasks: Sequence[TrainingTask],
     collator: Collator,
+    dev_collator: Collator,
     accelerator: Accelerator,
     output_dir: Path,
     options: TrainOptions,
     optim: OptimOptions,
 ) -> TrainResult:
-    """Train what `model.parameter_groups()` names; keep the adapter that does best on the dev split.
+    """Train what `model.parameter_groups()` names; keep the adapter that does best on the dev splits.
 
-    The model ends with the best adapter loaded. Ctrl-C ends the run after the step at hand; the
-    adapter is saved either way.
+    Of several tasks every batch is of one, the same on all processes, and the mean of their primary
+    figures decides. The model ends with the best adapter loaded. Ctrl-C ends the run after the step at
+    hand; the adapter is saved either way.
 
     Raises:
         ValueError: If the loss is not finite; the message names the step and the batch's ids.
@@ -107,12 +123,11 @@ def train(
     # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    draws = TrainingDraws(train_task, options.seed)
     loader: DataLoader[Any] = DataLoader(
-        draws,
+        TrainingDraws([task.train for task in tasks], options.seed),
         batch_sampler=TrainingBatches(
-            len(train_task),
-            options.per_device_batch_size,
+            [len(task.train) for task in tasks],
+            [task.batch_size for task in tasks],
             seed=options.seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
@@ -123,10 +138,13 @@ def train(
     batches = iter(loader)
     result = TrainResult()
     log = _Log(accelerator, output_dir / LOG_FILE)
+    names = "+".join(task.dev.name for task in tasks)
+    seen = skipped_here = 0
     main = accelerator.is_main_process
     # None: no bar where the output is no terminal; the log's lines are printed instead.
     bar = tqdm(total=options.max_steps, desc="training", disable=None if main else True)
     scores: dict[str, float] = {}
+    best_score = -math.inf
     evaluations_without_progress = 0
     model.train()
     with _Interrupt() as interrupt:
@@ -135,6 +153,9 @@ def train(
             losses = []
             for _ in range(options.gradient_accumulation_steps):
                 batch = next(batches).to(accelerator.device)
+                _check_readable(batch, step)
+                skipped_here += len(batch.skipped)
+                seen += len(batch.ids) * accelerator.num_processes
                 with accelerator.accumulate(wrapped):
                     loss = wrapped(**batch.training_inputs()).loss
                     accelerator.backward(loss)
@@ -150,49 +171,84 @@ def train(
             bar.update()
 
             if step % options.log_every == 0 or step == options.max_steps:
-                mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+                totals = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(skipped_here)])
+                mean_loss, skipped = accelerator.reduce(totals, "sum").tolist()
+                mean_loss /= accelerator.num_processes
+                result.skipped = int(skipped)
                 _check_finite(mean_loss, step, batch.ids, output_dir)
-                speed = step * options.global_batch_size(accelerator) / result.train_seconds
+                speed = seen / result.train_seconds
                 bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_second=f"{speed:.0f}")
-                log.write(step, {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1)})
+                bad = {"skipped_examples": result.skipped} if result.skipped else {}
+                log.write(step, {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1), **bad})
                 if main and bar.disable:
                     left = result.train_seconds / step * (options.max_steps - step)
                     print(f"step {step}/{options.max_steps} loss {mean_loss:.3f} {left:.0f} s left")
 
             stopping = interrupt.requested(accelerator, step, options.log_every)
-            ending = step == options.max_steps or (stopping and result.best is None)
+            ending = step == options.max_steps or (stopping and result.best_scores is None)
             if step % options.eval_every == 0 or ending:
                 started = time.perf_counter()
-                evaluation = evaluate(
-                    model,
-                    dev_task,
-                    collator,
-                    accelerator,
-                    batch_size=options.eval_batch_size,
-                    num_workers=options.num_workers,
-                )
+                score, scores = _evaluate_all(model, tasks, dev_collator, accelerator, options)
                 result.eval_seconds += time.perf_counter() - started
-                scores = evaluation.scores
-                score = scores[dev_task.primary]
                 log.write(step, {f"dev/{name}": value for name, value in scores.items()})
                 result.history.append((step, score))
                 if main:
-                    bar.write(f"step {step}: dev {dev_task.primary} {score:.2f}")
+                    bar.write(f"step {step}: dev {_primary(tasks)} {score:.2f}")
                 evaluations_without_progress += 1
-                if result.best is None or score > result.best.scores[dev_task.primary]:
-                    result.best, result.best_step = evaluation, step
+                if result.best_scores is None or score > best_score:
+                    result.best_scores, result.best_step, best_score = scores, step, score
                     evaluations_without_progress = 0
-                    _save(model, dev_task, scores, output_dir / BEST, accelerator)
+                    _save(model, names, scores, output_dir / BEST, accelerator)
             if stopping:
                 result.interrupted = True
                 break
             if options.patience and evaluations_without_progress >= options.patience:
                 break
     bar.close()
-    _save(model, dev_task, scores, output_dir / LAST, accelerator)
+    _save(model, names, scores, output_dir / LAST, accelerator)
     accelerator.wait_for_everyone()
     Adapter.load(output_dir / BEST).apply(model)
     return result
+
+
+def _evaluate_all(
+    model: PromptedModel,
+    tasks: Sequence[TrainingTask],
+    collator: Collator,
+    accelerator: Accelerator,
+    options: TrainOptions,
+) -> tuple[float, dict[str, float]]:
+    """The figure that decides, and all figures; of several tasks each under its name."""
+    deciding: list[float] = []
+    scores: dict[str, float] = {}
+    for task in tasks:
+        found = evaluate(
+            model,
+            task.dev,
+            collator,
+            accelerator,
+            batch_size=options.eval_batch_size,
+            decoding=task.decoding,
+            num_workers=options.num_workers,
+        ).scores
+        deciding.append(found[task.dev.primary])
+        scores |= {f"{task.dev.name}/{k}" if len(tasks) > 1 else k: value for k, value in found.items()}
+    return sum(deciding) / len(deciding), scores
+
+
+def _primary(tasks: Sequence[TrainingTask]) -> str:
+    """What the deciding figure is called."""
+    if len(tasks) == 1:
+        return tasks[0].dev.primary
+    return "mean of " + ", ".join(f"{task.dev.name} {task.dev.primary}" for task in tasks)
+
+
+def _check_readable(batch: Batch, step: int) -> None:
+    if not batch.ids:
+        raise ValueError(
+            f"no image of the batch at step {step} could be read (ids {list(batch.skipped[:5])}, ...); "
+            "look at the image folder with scripts/prepare_data.py check"
+        )
 
 
 def _check_finite(loss: float, step: int, ids: tuple[ExampleId, ...], output_dir: Path) -> None:
@@ -205,13 +261,13 @@ def _check_finite(loss: float, step: int, ids: tuple[ExampleId, ...], output_dir
 
 def _save(
     model: PromptedModel,
-    task: Task,
+    task: str,
     scores: Mapping[str, float],
     folder: Path,
     accelerator: Accelerator,
 ) -> None:
     if accelerator.is_main_process:
-        Adapter.of(model, task=task.name, metrics=scores).save(folder)
+        Adapter.of(model, task=task, metrics=scores).save(folder)
 
 
 class _Log:

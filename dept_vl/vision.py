@@ -46,8 +46,10 @@ class VisionEncoder(nn.Module):
         self.layer = layer
         self.class_token = class_token
         self.pooled_grid = pooled_grid
+        pixels = self.preprocess([Image.new("RGB", (8, 8))])
+        self.pixel_shape = tuple(pixels.shape[1:])
         with torch.no_grad():
-            features = self.forward(self.preprocess([Image.new("RGB", (8, 8))]))
+            features = self.forward(pixels)
         self.token_count: int = features.shape[1]
         self.d_vision: int = features.shape[2]
 
@@ -84,9 +86,8 @@ class VisionEncoder(nn.Module):
         }
 
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Resize, crop and normalise as the encoder was trained; palette and grey become RGB."""
-        rgb = [image.convert("RGB") for image in images]
-        pixels: Tensor = self.processor(images=rgb, return_tensors="pt")["pixel_values"]
+        """Resize, crop and normalise RGB images as the encoder was trained."""
+        pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels
 
     def train(self, mode: bool = True) -> "VisionEncoder":

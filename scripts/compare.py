@@ -19,8 +19,10 @@ from typing import Any
 import tyro
 
 from dept_vl.cli import read_config
+from dept_vl.config import RunConfig
 from dept_vl.report import markdown_table
-from dept_vl.run import SUMMARY_FILE, RunConfig, load_splits, run
+from dept_vl.run import SUMMARY_FILE, run
+from dept_vl.splits import load_splits
 
 Summary = dict[str, Any]
 """The summary.json of a run."""
@@ -146,10 +148,10 @@ def time_ratio(summaries: dict[str, list[Summary]], base: RunConfig) -> str:
 
 def majority_row(base: RunConfig) -> list[str]:
     """The commonest training answer, given to every question."""
-    train_task, _, test_task = load_splits(base.data, base.train.seed)
-    counts = Counter(train_task[index].answer for index in range(len(train_task)))
+    splits = load_splits(base.data, base.train.seed)
+    counts = Counter(splits.train[index].answer for index in range(len(splits.train)))
     answer = counts.most_common(1)[0][0]
-    scores = test_task.score({test_task[i].example_id: answer for i in range(len(test_task))})
+    scores = splits.test.score(dict.fromkeys(splits.test.example_ids(), answer))
     figures = ("overall", "answer_type/yes/no", "answer_type/other")
     return [f"majority answer ({answer})", *(f"{scores[figure]:.2f}" for figure in figures), "0", "", ""]
 

@@ -329,3 +329,9 @@ def random_labels(lengths: tuple[int, ...] = (4, 2, 3), *, seed: int = 0) -> Ten
     for row, length in enumerate(lengths):
         labels[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=generator)
     return labels
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Converted annotation files go where pytest cleans up."""
+    monkeypatch.setenv("DEPT_VL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

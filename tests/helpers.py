@@ -7,7 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from dept_vl.tasks.vqav2 import IMAGE_SUBTYPES, Question, VQAv2
+from dept_vl.tasks.rows import Rows
+from dept_vl.tasks.vqav2 import IMAGE_SUBTYPES, SCHEMA, VQAv2
 
 SUBTYPES = ("train2014", "val2014", "test2015", "test-dev2015")
 COLOURS = {
@@ -96,12 +97,28 @@ def read_rows(path: Path, key: str) -> list[dict[str, Any]]:
     return rows
 
 
-def task_of(*answers: Sequence[str], images: Sequence[str] | None = None) -> VQAv2:
-    """A task in memory: question n has the id n, the n-th answers and the n-th image."""
-    names = images or [f"{number}.jpg" for number in range(len(answers))]
-    return VQAv2(
-        tuple(
-            Question(number, Path(name), f"what is {number}?", tuple(given), "other", "what is")
-            for number, (given, name) in enumerate(zip(answers, names, strict=True))
-        )
-    )
+def task_of(*answers: Sequence[str], root: Path = Path(), images: Sequence[int] | None = None) -> VQAv2:
+    """A task in memory: question n has the id n, the n-th answers and image n, or the n-th of `images`."""
+    rows = [
+        vqa_row(number, given, image_id=images[number] if images else number)
+        for number, given in enumerate(answers)
+    ]
+    return VQAv2(Rows.of(rows, SCHEMA), {"train2014": root})
+
+
+def vqa_row(question_id: int, answers: Sequence[str], **others: Any) -> dict[str, Any]:
+    """A row of VQAv2."""
+    return {
+        "question_id": question_id,
+        "image_id": question_id,
+        "subtype": "train2014",
+        "question": f"what is {question_id}?",
+        "answers": list(answers),
+        "answer_type": "other",
+        "question_type": "what is",
+        **others,
+    }
+
+
+def image_name(image_id: int) -> str:
+    return f"COCO_train2014_{image_id:012d}.jpg"

@@ -1,6 +1,7 @@
 """Targets, batches, and which example comes when."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from helpers import task_of
 from transformers import AutoTokenizer
 
 from dept_vl.batch import Batch, Collator, Draw, EvaluationDraws, TrainingBatches, TrainingDraws
+from dept_vl.features import FeatureTable
 from dept_vl.model import IGNORE_INDEX
 from dept_vl.tasks.example import Example
+from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.vision import VisionEncoder
 
 TEXTS = ("vqa: what colour is the circle ?", "vqa: red ?", "vqa: how many large shapes are there ?")
@@ -130,9 +133,9 @@ def test_inputs_leave_the_targets_out() -> None:
 def test_answers_are_drawn_in_proportion_to_their_scores() -> None:
     scores = {"p": 0.3, "q": 0.6, "r": 0.9, "s": 1.0}
     task = task_of(["p"] + ["q"] * 2 + ["r"] * 3 + ["s"] * 4)
-    stream = TrainingDraws(task, seed=0)
+    stream = TrainingDraws([task], seed=0)
     count = 4000
-    drawn = [stream[number] for number in range(count)]
+    drawn = [stream[0, number] for number in range(count)]
     shares = Counter(draw.target for draw in drawn)
     for answer, score in scores.items():
         # Five standard deviations of the share, at most.
@@ -142,9 +145,9 @@ def test_answers_are_drawn_in_proportion_to_their_scores() -> None:
 
 def test_a_draw_depends_on_seed_and_number_alone() -> None:
     task = task_of([*"ppqqrrssst"], [*"uuvvwwxxyz"])
-    ahead = [TrainingDraws(task, seed=1)[number] for number in range(60)]
-    assert [TrainingDraws(task, seed=1)[number] for number in reversed(range(60))] == ahead[::-1]
-    assert [TrainingDraws(task, seed=2)[number] for number in range(60)] != ahead
+    ahead = [TrainingDraws([task], seed=1)[0, number] for number in range(60)]
+    assert [TrainingDraws([task], seed=1)[0, number] for number in reversed(range(60))] == ahead[::-1]
+    assert [TrainingDraws([task], seed=2)[0, number] for number in range(60)] != ahead
     # The same example gets another answer in another epoch.
     assert {draw.example.example_id for draw in ahead[::2]} == {0}
     assert len({draw.target for draw in ahead[::2]}) > 1
@@ -158,7 +161,12 @@ def test_evaluation_sees_every_example_once_and_no_answer() -> None:
 
 
 def numbers(count: int, batch_size: int, batches: int, **options: int) -> list[list[int]]:
-    return list(islice(TrainingBatches(count, batch_size, **{"seed": 0, **options}), batches))
+    drawn = islice(TrainingBatches([count], [batch_size], **{"seed": 0, **options}), batches)
+    found = []
+    for batch in drawn:
+        assert {task for task, _ in batch} == {0}
+        found.append([number for _, number in batch])
+    return found
 
 
 def test_each_epoch_is_another_permutation() -> None:
@@ -190,3 +198,93 @@ def test_processes_share_the_batches_of_one(processes: int) -> None:
 def test_accumulated_batches_are_the_parts_of_a_larger_one() -> None:
     small = numbers(11, 4, 20)
     assert [small[n] + small[n + 1] for n in range(0, 20, 2)] == numbers(11, 8, 10)
+
+
+def mixed(batches: int, **options: Any) -> list[list[tuple[int, int]]]:
+    """Batches of three tasks, their epochs 12, 4 and 2 batches long."""
+    return list(islice(TrainingBatches([48, 8, 12], [4, 2, 6], **{"seed": 0, **options}), batches))
+
+
+def test_a_batch_is_of_one_task_and_of_its_size() -> None:
+    for batch in mixed(50):
+        (task,) = {task for task, _ in batch}
+        assert len(batch) == (4, 2, 6)[task]
+
+
+def test_tasks_go_through_their_epochs_together() -> None:
+    counts = Counter(batch[0][0] for batch in mixed(3600))
+    for task, share in enumerate((12 / 18, 4 / 18, 2 / 18)):
+        # Five standard deviations of a share, at most.
+        assert counts[task] / 3600 == pytest.approx(share, abs=0.04)
+
+
+def test_each_task_keeps_the_order_that_it_has_alone() -> None:
+    for task, (count, size) in enumerate([(48, 4), (8, 2), (12, 6)]):
+        among = [[number for _, number in batch] for batch in mixed(200) if batch[0][0] == task]
+        assert among == numbers(count, size, len(among))
+
+
+def test_processes_draw_the_same_tasks() -> None:
+    whole = list(islice(TrainingBatches([48, 8], [4, 2], seed=0), 40))
+    shares = [
+        list(islice(TrainingBatches([48, 8], [2, 1], seed=0, process=p, processes=2), 40)) for p in range(2)
+    ]
+    assert [left + right for left, right in zip(*shares, strict=True)] == whole
+
+
+def test_targets_in_turn_come_once_each_before_any_comes_again() -> None:
+    task = InTurn(["a cat", "one cat", "the cat"])
+    for epoch in range(0, 9, 3):
+        drawn = [TrainingDraws([task], seed=epoch)[0, number] for number in range(3)]
+        assert sorted(str(draw.target) for draw in drawn) == ["a cat", "one cat", "the cat"]
+        assert {draw.weight for draw in drawn} == {1.0}
+    orders = {tuple(TrainingDraws([task], seed=s)[0, n].target for n in range(3)) for s in range(20)}
+    assert len(orders) > 1
+
+
+class InTurn(VQAv2):
+    """One example whose targets are learnt in turn."""
+
+    def __init__(self, captions: list[str]) -> None:
+        object.__setattr__(self, "captions", captions)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Example:
+        captions: list[str] = self.captions  # type: ignore[attr-defined]
+        return Example(0, "caption:", (), tuple((caption, 1.0) for caption in captions), in_turn=True)
+
+
+def bad_images(tmp_path: Path) -> list[Draw]:
+    """Three draws; the second's image is damaged and the third's missing."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    random_image((40, 36), 0).save(paths[0])
+    paths[1].write_bytes(b"no image")
+    return [Draw(Example(7 + n, TEXTS[n], (path,), ()), "red", 0.3) for n, path in enumerate(paths)]
+
+
+@pytest.mark.parametrize("table", [True, False])
+def test_examples_without_readable_image_are_left_out_and_named(
+    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path], table: bool
+) -> None:
+    vision = VisionEncoder.from_pretrained(vision_folders["clip"])
+    drawn = bad_images(tmp_path)
+    files = [path for draw in drawn for path in draw.example.images]
+    images = FeatureTable(vision, files, progress=False) if table else vision
+    tokenizer = AutoTokenizer.from_pretrained(language_folders["t5"])
+    collator = Collator(tokenizer, 20, 9, images, on_bad_image="skip")
+    batch = collator(drawn)
+    assert (batch.ids, batch.skipped) == ((7,), (8, 9))
+    alone = collator(drawn[:1])
+    assert torch.equal(batch.input_ids, alone.input_ids)
+    assert batch.weights is not None
+    assert len(batch.weights) == 1
+    none = collator(drawn[1:])
+    assert (none.ids, none.skipped) == ((), (8, 9))
+    for draw in drawn[1:]:
+        with pytest.raises(
+            ValueError, match=rf"example {draw.example.example_id}: .*--on_bad_image skip"
+        ) as e:
+            replace(collator, on_bad_image="raise")([drawn[0], draw])
+        assert str(draw.example.images[0]) in str(e.value)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dept_vl.cli import parse, read_config
-from dept_vl.run import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
+from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
 from dept_vl.train import TrainOptions
 
 SHIPPED = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))

@@ -1,6 +1,5 @@
 """Every example is answered once, by the model as it is in use."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from helpers import write_vqa
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
 from dept_vl.dept import DePT
-from dept_vl.evaluate import Evaluation, evaluate, write_predictions
+from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.metrics.vqa import vqa_accuracy
 from dept_vl.model import PromptedModel
+from dept_vl.tasks.example import Decoding
 from dept_vl.tasks.vqav2 import VQAv2
 
 
@@ -83,10 +83,7 @@ def test_predictions_are_what_is_scored(
         model.backbone.tokenizer, "batch_decode", lambda tokens, **options: ["The Red."] * len(tokens)
     )
     evaluation = answer()
-    official = [
-        vqa_accuracy(evaluation.predictions[question.question_id], question.answers)
-        for question in task.questions
-    ]
+    official = [vqa_accuracy(evaluation.predictions[row["question_id"]], row["answers"]) for row in task.rows]
     assert set(evaluation.predictions.values()) == {"red"}
     assert evaluation.scores["overall"] == round(100 * sum(official) / len(official), 2) > 0
 
@@ -130,14 +127,25 @@ def test_more_beams_find_likelier_answers(answer: Callable[..., Evaluation], mod
 
     model.generate = noting  # type: ignore[method-assign]
     answer(9)
-    answer(9, num_beams=3)
+    answer(9, decoding=Decoding(10, num_beams=3))
     assert beams == [1, 3]
 
 
-def test_predictions_file_is_that_of_the_vqa_servers(tmp_path: Path) -> None:
-    write_predictions({12: "yes", 7: "two dogs", 104: ""}, tmp_path / "predictions.json")
-    assert json.loads((tmp_path / "predictions.json").read_text()) == [
-        {"question_id": 7, "answer": "two dogs"},
-        {"question_id": 12, "answer": "yes"},
-        {"question_id": 104, "answer": ""},
-    ]
+def test_an_example_without_image_is_answered_with_nothing_and_counted(
+    model: PromptedModel, task: VQAv2, accelerator: Accelerator
+) -> None:
+    task.images(0)[0].write_bytes(b"no image")
+    collator = Collator(model.backbone.tokenizer, 16, 10, model.backbone.vision, on_bad_image="skip")
+    evaluation = evaluate(model, task, collator, accelerator, batch_size=2)
+    assert sorted(map(int, evaluation.skipped)) == [10_000, 10_001, 10_002]
+    assert {evaluation.predictions[key] for key in evaluation.skipped} == {""}
+    assert evaluation.predictions.keys() == set(task.example_ids())
+    assert evaluation.scores == task.score(evaluation.predictions)
+
+
+def test_candidates_are_all_that_is_answered(answer: Callable[..., Evaluation]) -> None:
+    candidates = ("red", "two green circles", "no")
+    found = answer(decoding=Decoding(10, candidates=candidates)).predictions
+    assert set(found.values()) <= set(candidates)
+    (only,) = set(answer(decoding=Decoding(10, candidates=("blue",))).predictions.values())
+    assert only == "blue"

@@ -65,7 +65,7 @@ def test_each_image_is_read_and_encoded_once(
     table = FeatureTable(vision, [*paths, *paths[::-1], paths[0]], batch_size=2, progress=False)
     assert read == paths
     assert encoded == [2, 2, 1]
-    assert torch.equal(table([[paths[1]], [paths[1]]])[0], table([[paths[1]]])[0])
+    assert torch.equal(table([paths[1], paths[1]])[0], table([paths[1]])[0])
     assert encoded == [2, 2, 1]
 
 
@@ -73,13 +73,16 @@ def test_unreadable_image_is_named(vision: VisionEncoder, paths: list[Path]) -> 
     whole = paths[2].read_bytes()
     for content in (b"no image", whole[: len(whole) // 2], b""):
         paths[2].write_bytes(content)
-        with pytest.raises(ValueError, match="is not a readable image") as error:
-            FeatureTable(vision, paths, progress=False)
+        table = FeatureTable(vision, paths, progress=False)
+        assert list(table.errors) == [paths[2]]
+        assert table([paths[1]]).shape == (1, vision.token_count, vision.d_vision)
+        with pytest.raises(ValueError, match="is no readable image") as error:
+            table([paths[1], paths[2]])
         assert str(paths[2]) in str(error.value)
 
 
 def test_missing_image_is_named(vision: VisionEncoder, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.png is not a readable image"):
+    with pytest.raises(FileNotFoundError, match=r"no image at .*nowhere\.png"):
         load_pixels(vision, tmp_path / "nowhere.png")
 
 

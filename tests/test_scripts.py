@@ -8,7 +8,7 @@ import torch
 from helpers import write_vqa
 
 from dept_vl.backbone import Backbone
-from dept_vl.run import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
+from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
 from dept_vl.train import TrainOptions
 from scripts import compare, pretrain_tiny
 

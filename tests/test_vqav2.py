@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import annotations_path, questions_path, read_rows, task_of, write_rows, write_vqa
+from helpers import annotations_path, questions_path, read_rows, task_of, vqa_row, write_rows, write_vqa
 
 from dept_vl.metrics.vqa import normalise_answer, vqa_accuracy
-from dept_vl.tasks import TASKS, load_task
+from dept_vl.splits import check_images
+from dept_vl.tasks import load_task
 from dept_vl.tasks.example import hold_out_images, limit
-from dept_vl.tasks.vqav2 import Question, VQAv2
+from dept_vl.tasks.rows import Rows
+from dept_vl.tasks.vqav2 import SCHEMA, VQAv2
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vqa" / "cases.jsonl"
 CASES: list[dict[str, Any]] = [json.loads(line) for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
@@ -109,7 +111,7 @@ def test_types_are_scored_apart(folder: Path) -> None:
     for number in range(4):
         predictions[10_001 + 10 * number] = "maybe"
     # "two" was said twice, and counts as "2".
-    predictions[10_000] = "Two"
+    predictions[10_000] = "Two."
     scores = task.score(predictions)
     assert scores["answer_type/yes/no"] == scores["question_type/is there a"] == 0.0
     assert scores["answer_type/number"] == 100.0
@@ -117,10 +119,12 @@ def test_types_are_scored_apart(folder: Path) -> None:
     assert scores["overall"] == round((400 + 0 + 360) / 12, 2)
 
 
-def test_predictions_are_scored_as_they_are_written() -> None:
+def test_answers_are_written_as_the_scorer_wants_them() -> None:
     task = task_of(["circle"] * 10)
     assert task.written("The circle.") == "circle"
-    assert task.score({0: "The circle."})["overall"] == 100.0
+    # What somebody else wrote is compared as it stands: raw, since the ten agree.
+    assert task.score({0: "The circle."})["overall"] == 0.0
+    assert task.score({0: task.written("The circle.")})["overall"] == 100.0
 
 
 def test_missing_and_extra_predictions_are_named(folder: Path) -> None:
@@ -129,27 +133,25 @@ def test_missing_and_extra_predictions_are_named(folder: Path) -> None:
     del predictions[1], predictions[12]
     predictions[777] = "yes"
     with pytest.raises(
-        ValueError, match=r"each of 12 questions; 2 missing \(first: \[1, 12\]\), 1 extra"
+        ValueError, match=r"the 12 examples, found 11: 2 missing \(first: 1, 12\) and 1 that belong to no"
     ) as e:
         task.score(predictions)
     assert "777" in str(e.value)
-    with pytest.raises(ValueError, match=r"0 missing \(first: \[\]\), 1 extra"):
+    with pytest.raises(ValueError, match=r"found 13: 1 that belong to no example \(first: 777\)"):
         task.score({**usual_answers(task), 777: "yes"})
 
 
 def _fixture_task() -> tuple[VQAv2, dict[int | str, str]]:
-    questions = tuple(
-        Question(
+    rows = [
+        vqa_row(
             case["question_id"],
-            Path("image.jpg"),
-            "what?",
-            tuple(record["answer"] for record in case["answers"]),
-            case["answer_type"],
-            case["question_type"],
+            [record["answer"] for record in case["answers"]],
+            answer_type=case["answer_type"],
+            question_type=case["question_type"],
         )
         for case in CASES
-    )
-    return VQAv2(questions), {case["question_id"]: case["prediction"] for case in CASES}
+    ]
+    return VQAv2(Rows.of(rows, SCHEMA), {}), {case["question_id"]: case["prediction"] for case in CASES}
 
 
 def _means(accuracy: Callable[[dict[str, Any]], float]) -> dict[str, float]:
@@ -164,9 +166,7 @@ def _means(accuracy: Callable[[dict[str, Any]], float]) -> dict[str, float]:
     return {name: round(sum(group) / len(group), 2) for name, group in groups.items()}
 
 
-def test_official_cases_give_the_official_totals(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As written, without the normalisation that goes before a submission.
-    monkeypatch.setattr(VQAv2, "written", lambda self, answer: answer)
+def test_official_cases_give_the_official_totals() -> None:
     task, predictions = _fixture_task()
     assert task.score(predictions) == _means(lambda case: case["official_accuracy"])
     for index, case in enumerate(CASES):
@@ -174,9 +174,10 @@ def test_official_cases_give_the_official_totals(monkeypatch: pytest.MonkeyPatch
         assert alone["overall"] == case["official_accuracy"]
 
 
-def test_official_cases_are_normalised_before_they_are_compared() -> None:
+def test_what_we_write_is_normalised() -> None:
     task, predictions = _fixture_task()
-    assert task.score(predictions) == _means(
+    written = {key: task.written(answer) for key, answer in predictions.items()}
+    assert task.score(written) == _means(
         lambda case: (
             100
             * vqa_accuracy(
@@ -187,18 +188,13 @@ def test_official_cases_are_normalised_before_they_are_compared() -> None:
 
 
 def test_unknown_split(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"splits train, val, test-dev, test; got 'minival'"):
-        VQAv2.load(folder, "minival")
+    with pytest.raises(ValueError, match=r"splits train, val, .*, test; got 'test2015'"):
+        VQAv2.load(folder, "test2015")
 
 
 def test_unknown_task(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'vqa'; there are: vqav2"):
+    with pytest.raises(ValueError, match=r"unknown task 'vqa'; there are: vqav2, gqa, nlvr2, coco"):
         load_task("vqa", folder, "train")
-
-
-def test_the_table_of_tasks_names_them_as_they_name_themselves(folder: Path) -> None:
-    for name in TASKS:
-        assert load_task(name, folder, "train").name == name
 
 
 @pytest.mark.parametrize("find", [questions_path, annotations_path])
@@ -242,7 +238,7 @@ def test_question_id_twice(tmp_path: Path, subtype: str) -> None:
 def test_truncated_json(folder: Path, find: Callable[..., Path]) -> None:
     path = find(folder)
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match="is not valid JSON") as error:
+    with pytest.raises(ValueError, match="the file is cut short or damaged") as error:
         VQAv2.load(folder, "train")
     assert str(path) in str(error.value)
     assert "download it again" in str(error.value)
@@ -251,7 +247,7 @@ def test_truncated_json(folder: Path, find: Callable[..., Path]) -> None:
 @pytest.mark.parametrize("content", ["[]", '{"questions": []}', '{"annotations": [1]}', "3"])
 def test_another_file_renamed(folder: Path, content: str) -> None:
     questions_path(folder).write_text(content)
-    with pytest.raises(ValueError, match="expected a non-empty list under 'questions'"):
+    with pytest.raises(ValueError, match=r"'questions'|empty list"):
         VQAv2.load(folder, "train")
 
 
@@ -265,8 +261,8 @@ def test_missing_image_folder(folder: Path) -> None:
 def test_missing_images_are_counted_and_named(folder: Path) -> None:
     for image_id in (1, 3):
         (folder / "train2014" / f"COCO_train2014_{image_id:012d}.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="2 of 4 images are missing") as error:
-        VQAv2.load(folder, "train")
+    with pytest.raises(FileNotFoundError, match="2 of 4 images of vqav2 are missing") as error:
+        check_images(VQAv2.load(folder, "train"), "raise")
     for part in (str(folder / "train2014"), "COCO_train2014_000000000001.jpg", "000000000003.jpg"):
         assert part in str(error.value)
 
@@ -284,13 +280,12 @@ def test_held_out_images_are_on_one_side_only(folder: Path) -> None:
 
 def test_held_out_images_follow_from_the_seed(folder: Path) -> None:
     task = VQAv2.load(folder, "train")
-    assert hold_out_images(task, 2, seed=3) == hold_out_images(task, 2, seed=3)
-    assert len({hold_out_images(task, 2, seed)[1] for seed in range(8)}) > 1
+    first, again = hold_out_images(task, 2, seed=3), hold_out_images(task, 2, seed=3)
+    assert [list(side.example_ids()) for side in first] == [list(side.example_ids()) for side in again]
+    assert len({tuple(hold_out_images(task, 2, seed)[1].example_ids()) for seed in range(8)}) > 1
     # The order of the questions does not decide.
     reordered = task.subset(range(len(task) - 1, -1, -1))
-    assert set(hold_out_images(reordered, 2, seed=3)[1].questions) == set(  # type: ignore[attr-defined]
-        hold_out_images(task, 2, seed=3)[1].questions  # type: ignore[attr-defined]
-    )
+    assert set(hold_out_images(reordered, 2, seed=3)[1].example_ids()) == set(first[1].example_ids())
 
 
 @pytest.mark.parametrize("count", [-1, 0, 4, 5])
@@ -309,13 +304,13 @@ def test_limit_draws_in_order_and_from_the_seed(folder: Path) -> None:
     ids = [few[index].example_id for index in range(len(few))]
     assert len(set(ids)) == 5
     assert ids == sorted(ids, key=int)
-    assert limit(task, 5, seed=0) == few
-    assert len({limit(task, 5, seed) for seed in range(8)}) > 1
+    assert limit(task, 5, seed=0).example_ids() == few.example_ids()
+    assert len({tuple(limit(task, 5, seed).example_ids()) for seed in range(8)}) > 1
 
 
 def test_a_subset_is_scored_alone(folder: Path) -> None:
     task = VQAv2.load(folder, "train")
     few = task.subset([0, 4])
     assert few.score({0: "red", 11: "perhaps"})["overall"] == 50.0
-    with pytest.raises(ValueError, match="extra"):
+    with pytest.raises(ValueError, match="belong to no example"):
         few.score(usual_answers(task))

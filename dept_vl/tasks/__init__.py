@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Task
+from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.nlvr2 import NLVR2
 from dept_vl.tasks.vqav2 import VQAv2
 
 TASKS: dict[str, Callable[[Path, str], Task]] = {
     "vqav2": VQAv2.load,
+    "gqa": GQA.load,
+    "nlvr2": NLVR2.load,
+    "coco": COCOCaptions.load,
 }
 """Name of a task -> how one of its splits is read from a folder."""
 

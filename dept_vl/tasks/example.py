@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Protocol, runtime_checkable
 
-ExampleId = int | str
+from dept_vl.tasks.predictions import ExampleId, PredictionFormat
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Example:
         source_text: What the encoder reads, task prefix included.
         images: None, one or two files.
         targets: Answers to learn, each with its score in (0, 1]; empty where none is published.
+        in_turn: Learn every target once before any comes again (captions), rather than one drawn in
+            proportion to its score.
         question: The bare question, to show.
         answer: The most usual human answer, to show; empty where none is published.
     """
@@ -26,8 +28,24 @@ class Example:
     source_text: str
     images: tuple[Path, ...]
     targets: tuple[tuple[str, float], ...]
+    in_turn: bool = False
     question: str = ""
     answer: str = ""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded.
+
+    Attributes:
+        max_new_tokens: Longest answer, in tokens.
+        num_beams: Beams of the search; 1 is greedy.
+        candidates: The only answers there are; empty generates freely.
+    """
+
+    max_new_tokens: int
+    num_beams: int = 1
+    candidates: tuple[str, ...] = ()
 
 
 @runtime_checkable  # the tests check types as they run
@@ -45,16 +63,29 @@ class Task(Protocol):
         ...
 
     @property
-    def max_new_tokens(self) -> int:
-        """Longest answer to decode."""
+    def decoding(self) -> Decoding:
+        """How its answers are decoded by default."""
+        ...
+
+    @property
+    def prediction_format(self) -> PredictionFormat:
+        """The form of its server's files."""
         ...
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def example_ids(self) -> Sequence[ExampleId]:
+        """The ids of all examples."""
+        ...
+
     def images(self, index: int) -> tuple[Path, ...]:
         """The image files of one example, without making the example."""
+        ...
+
+    def image_files(self) -> Sequence[Path]:
+        """The different image files of all examples."""
         ...
 
     def subset(self, indices: Sequence[int]) -> "Task":
@@ -95,18 +126,3 @@ def limit(task: Task, count: int, seed: int) -> Task:
     if count == 0 or count >= len(task):
         return task
     return task.subset(sorted(Random(seed).sample(range(len(task)), count)))
-
-
-def check_predictions(expected: Sequence[ExampleId], predictions: Mapping[ExampleId, str]) -> None:
-    """Every example answered and nothing else.
-
-    Raises:
-        ValueError: Naming how many ids are missing and extra, and the first of each.
-    """
-    missing = [example_id for example_id in expected if example_id not in predictions]
-    extra = sorted(map(str, predictions.keys() - set(expected)))
-    if missing or extra:
-        raise ValueError(
-            f"expected one prediction for each of {len(expected)} questions; "
-            f"{len(missing)} missing (first: {missing[:3]}), {len(extra)} extra (first: {extra[:3]})"
-        )

@@ -5,47 +5,111 @@
                                                     "answer_type", "answers": [{"answer", ...} x 10]}]}
     train2014/COCO_train2014_000000000009.jpg
 
-from https://visualqa.org/download.html. Names without `v2_` (VQA v1) are read as well.
+from https://visualqa.org/download.html. Names without `v2_` (VQA v1) are read as well. Splits other
+than the official ones need a list beside them: `dataset_coco.json` (Karpathy & Fei-Fei 2015) for the
+Karpathy splits, `minival.json` (LXMERT, Tan & Bansal 2019) for minival and nominival.
 """
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from dept_vl.metrics.vqa import (
     Normalisation,
+    VqaScore,
     normalise_answer,
     score_vqa,
     soft_scores,
     vqa_accuracy,
 )
-from dept_vl.tasks.example import Example, ExampleId, check_predictions
+from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
+from dept_vl.tasks.example import Decoding, Example
+from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.records import field, read_array, read_list
+from dept_vl.tasks.rows import Rows, convert
+from dept_vl.tasks.sources import Published, find, find_folder
 
 SOURCE = "https://visualqa.org/download.html"
+MINIVAL_FILE = "minival.json"
+MINIVAL_SOURCE = "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"
+ANSWERS = 10
+"""Human answers to a question."""
+
 SUBTYPES = {
-    "train": "train2014",
-    "val": "val2014",
-    "test-dev": "test-dev2015",
-    "test": "test2015",
+    "train": ("train2014",),
+    "val": ("val2014",),
+    "trainval": ("train2014", "val2014"),
+    "minival": ("val2014",),
+    "nominival": ("val2014",),
+    "karpathy-train": ("train2014", "val2014"),
+    "karpathy-val": ("train2014", "val2014"),
+    "karpathy-test": ("train2014", "val2014"),
+    "test-dev": ("test-dev2015",),
+    "test-std": ("test2015",),
+    "test": ("test2015",),
 }
-"""The official name of each split's files; test-dev's images are those of test."""
+"""The official files of each split. Submissions are made on all of test2015, test-std's too."""
 IMAGE_SUBTYPES = {"test-dev2015": "test2015"}
+ANSWERED = ("train2014", "val2014")
+
+SCHEMA = pa.schema(
+    {
+        "question_id": pa.int64(),
+        "image_id": pa.int64(),
+        "subtype": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "answer_type": pa.string(),
+        "question_type": pa.string(),
+    }
+)
 
 
-@dataclass(frozen=True)
-class Question:
-    """A row of the questions file with its row of the annotations file, if there is one."""
+NO_ANNOTATION: dict[str, Any] = {"answers": [], "answer_type": "", "question_type": ""}
 
-    question_id: int
-    image: Path
-    text: str
-    answers: tuple[str, ...] = ()
-    answer_type: str = ""
-    question_type: str = ""
+
+def question_names(subtype: str) -> tuple[str, str]:
+    """What the questions file of a subtype may be called: of version 2, then of version 1."""
+    name = f"OpenEnded_mscoco_{subtype}_questions.json"
+    return f"v2_{name}", name
+
+
+def annotation_names(subtype: str) -> tuple[str, str]:
+    """What the annotations file of a subtype may be called."""
+    name = f"mscoco_{subtype}_annotations.json"
+    return f"v2_{name}", name
+
+
+def folder_names(subtype: str) -> tuple[str, str, str]:
+    """Where the images of a subtype may lie."""
+    name = IMAGE_SUBTYPES.get(subtype, subtype)
+    return name, f"images/{name}", f"Images/mscoco/{name}"
+
+
+def _published(split: str, examples: int, images: int | None, answers: int | None, *lists: str) -> Published:
+    subtypes = SUBTYPES[split]
+    questions = [question_names(subtype) for subtype in subtypes]
+    annotations = [annotation_names(subtype) for subtype in subtypes if subtype in ANSWERED]
+    files = (*questions, *annotations, *((name,) for name in lists))
+    return Published(files, tuple(map(folder_names, subtypes)), SOURCE, examples, images, answers)
+
+
+PUBLISHED = {
+    "train": _published("train", 443_757, 82_783, 4_437_570),
+    "val": _published("val", 214_354, 40_504, 2_143_540),
+    "minival": _published("minival", 25_994, None, 259_940, MINIVAL_FILE),
+    "nominival": _published("nominival", 188_360, None, 1_883_600, MINIVAL_FILE),
+    "karpathy-train": _published("karpathy-train", 605_102, None, 6_051_020, KARPATHY_FILE),
+    "karpathy-val": _published("karpathy-val", 26_729, None, 267_290, KARPATHY_FILE),
+    "karpathy-test": _published("karpathy-test", 26_280, None, 262_800, KARPATHY_FILE),
+    "test-dev": _published("test-dev", 107_394, None, None),
+    "test": _published("test", 447_793, 81_434, None),
+}
 
 
 @dataclass(frozen=True)
@@ -54,13 +118,20 @@ class VQAv2:
 
     Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for
     an answer given by 1, 2, 3 or more of the ten.
+
+    Attributes:
+        rows: As in `SCHEMA`.
+        image_folders: Folder of the images of each subtype.
+        normalisation: Of the accuracy.
     """
 
-    questions: tuple[Question, ...]
+    rows: Rows
+    image_folders: Mapping[str, Path]
     normalisation: Normalisation = "official"
     name: str = "vqav2"
     primary: str = "overall"
-    max_new_tokens: int = 10
+    decoding: Decoding = Decoding(max_new_tokens=10)
+    prediction_format: PredictionFormat = PredictionFormat("question_id", "answer", "int")
     prefix: str = "vqa: "
 
     @classmethod
@@ -68,82 +139,75 @@ class VQAv2:
         """Read a split from a folder that holds the official files.
 
         Raises:
-            FileNotFoundError: If a questions, annotations or image file is missing.
+            FileNotFoundError: If a questions or annotations file or the image folder is missing.
             ValueError: If the split is unknown or the files do not belong together.
         """
         root = Path(root)
         if split not in SUBTYPES:
             raise ValueError(f"VQAv2 has the splits {', '.join(SUBTYPES)}; got {split!r}")
-        subtype = SUBTYPES[split]
-        questions_file = _find(root, f"OpenEnded_mscoco_{subtype}_questions.json")
-        rows = _read_rows(questions_file, "questions")
-        _check_distinct(questions_file, rows)
-        annotations: dict[int, dict[str, Any]] = {}
-        if split in ("train", "val"):
-            annotations_file = _find(root, f"mscoco_{subtype}_annotations.json")
-            annotations = {row["question_id"]: row for row in _read_rows(annotations_file, "annotations")}
-            _check_pairing(questions_file, rows, annotations_file, annotations)
-        images = _find_images(root, IMAGE_SUBTYPES.get(subtype, subtype), rows)
-        questions = []
-        for row in rows:
-            question = Question(row["question_id"], images[row["image_id"]], row["question"])
-            annotation = annotations.get(question.question_id)
-            if annotation is not None:
-                question = replace(
-                    question,
-                    answers=tuple(answer["answer"] for answer in annotation["answers"]),
-                    answer_type=annotation["answer_type"],
-                    question_type=annotation["question_type"],
-                )
-            questions.append(question)
-        return cls(tuple(questions), normalisation)
+        parts = [
+            read_rows(
+                find(root, question_names(subtype), "VQAv2", SOURCE),
+                find(root, annotation_names(subtype), "VQAv2", SOURCE) if subtype in ANSWERED else None,
+                subtype,
+            )
+            for subtype in SUBTYPES[split]
+        ]
+        rows = Rows.open([path for part in parts for path in part.files])
+        if split.startswith("karpathy-"):
+            images = karpathy_split(
+                find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE),
+                split.removeprefix("karpathy-"),
+            )
+            rows = rows.where("image_id", images)
+        elif split in ("minival", "nominival"):
+            ids = _minival_ids(find(root, (MINIVAL_FILE,), "LXMERT's minival", MINIVAL_SOURCE))
+            rows = rows.where("question_id", ids, keep=split == "minival")
+        return cls(rows, image_folders(root, SUBTYPES[split]), normalisation)
 
     def __len__(self) -> int:
-        return len(self.questions)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        question = self.questions[index]
+        row = self.rows[index]
+        answers = tuple(row["answers"])
         return Example(
-            example_id=question.question_id,
-            source_text=self.prefix + question.text.lower().strip(),
-            images=(question.image,),
-            targets=_targets(question.answers),
-            question=question.text,
-            answer=Counter(question.answers).most_common(1)[0][0] if question.answers else "",
+            example_id=row["question_id"],
+            source_text=self.prefix + row["question"].lower().strip(),
+            images=(self._image(row["subtype"], row["image_id"]),),
+            targets=_targets(answers),
+            question=row["question"],
+            answer=Counter(answers).most_common(1)[0][0] if answers else "",
         )
+
+    def example_ids(self) -> list[ExampleId]:
+        """The ids of all examples."""
+        ids: list[ExampleId] = self.rows.column("question_id").to_pylist()
+        return ids
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The question's image."""
-        return (self.questions[index].image,)
+        return (self._image(self.rows.value("subtype", index), self.rows.value("image_id", index)),)
+
+    def image_files(self) -> list[Path]:
+        """The different images."""
+        return [
+            self._image(subtype, image_id) for subtype, image_id in self.rows.distinct("subtype", "image_id")
+        ]
 
     def subset(self, indices: Sequence[int]) -> "VQAv2":
         """These questions alone."""
-        return replace(self, questions=tuple(self.questions[index] for index in indices))
+        return replace(self, rows=self.rows.subset(indices))
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Official accuracy: `overall`, then per answer type and per question type.
 
-        Answers are written as the official scorer's normalisation leaves them, because it compares
-        raw wherever the ten humans agree. Empty for the test splits, whose answers are not published.
+        Empty for the test splits, whose answers are not published.
         """
-        check_predictions([question.question_id for question in self.questions], predictions)
-        if not any(question.answers for question in self.questions):
+        check_ids(self.example_ids(), predictions, self.name)
+        if not len(self) or not self.rows.value("answers", 0):
             return {}
-        score = score_vqa(
-            (
-                (
-                    vqa_accuracy(
-                        self.written(predictions[question.question_id]),
-                        question.answers,
-                        normalisation=self.normalisation,
-                    ),
-                    question.answer_type,
-                    question.question_type,
-                )
-                for question in self.questions
-            ),
-            self.normalisation,
-        )
+        score = score_rows(self.rows, predictions, self.normalisation)
         return {
             "overall": score.overall,
             **{f"answer_type/{name}": value for name, value in score.per_answer_type.items()},
@@ -151,8 +215,80 @@ class VQAv2:
         }
 
     def written(self, answer: str) -> str:
-        """A decoded answer as it goes into a submission file."""
+        """A decoded answer as the official scorer's normalisation leaves it.
+
+        It must go into a submission like that: where the ten humans agree the scorer compares raw.
+        """
         return normalise_answer(answer)
+
+    def _image(self, subtype: str, image_id: int) -> Path:
+        return (
+            self.image_folders[subtype] / f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_{image_id:012d}.jpg"
+        )
+
+
+def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
+    """Questions with the annotations that belong to them, as in `SCHEMA`.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged or they do not belong together.
+    """
+    sources = [questions_file] + ([annotations_file] if annotations_file else [])
+    for path in sources:
+        if not path.is_file():
+            raise FileNotFoundError(f"VQAv2 file not found: {path}; it is published at {SOURCE}")
+    records = _records(questions_file, annotations_file, subtype)
+    return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
+
+
+def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: Normalisation) -> VqaScore:
+    """The official figures of predictions, compared as they stand."""
+    records = (
+        (
+            vqa_accuracy(predictions[row["question_id"]], row["answers"], normalisation=normalisation),
+            row["answer_type"],
+            row["question_type"],
+        )
+        for row in rows
+    )
+    return score_vqa(records, normalisation)
+
+
+def usual_answers(task: VQAv2, floor: int) -> tuple[str, ...]:
+    """The answers given to at least `floor` questions as their most usual one, commonest first.
+
+    With the answers of train and val and a floor of 9 these are the 3,129 of the literature (Teney
+    et al. 2018).
+
+    Raises:
+        ValueError: If no answer is given that often.
+    """
+    counts: Counter[str] = Counter()
+    for answers in task.rows.column("answers").to_pylist():
+        if answers:
+            counts[normalise_answer(Counter(answers).most_common(1)[0][0])] += 1
+    chosen = tuple(answer for answer, count in counts.most_common() if count >= floor and answer)
+    if not chosen:
+        raise ValueError(
+            f"no answer is the usual one of {floor} questions or more, so there is none to choose among; "
+            f"the commonest stands {max(counts.values(), default=0)} times: lower candidate_floor"
+        )
+    return chosen
+
+
+def image_folders(root: Path, subtypes: Sequence[str]) -> dict[str, Path]:
+    """Where the images of each subtype lie.
+
+    Raises:
+        FileNotFoundError: If a folder is missing.
+    """
+    return {
+        subtype: find_folder(
+            root, folder_names(subtype), f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_*.jpg", SOURCE
+        )
+        for subtype in subtypes
+    }
 
 
 @lru_cache(maxsize=100_000)
@@ -164,43 +300,30 @@ def _targets(answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     return tuple(scores.items())
 
 
-def _find(root: Path, name: str) -> Path:
-    candidates = [root / f"v2_{name}", root / name]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise FileNotFoundError(
-        f"VQAv2 file not found: expected {candidates[0].name} (or {name}) in {root}; "
-        f"it is published at {SOURCE}"
-    )
-
-
-def _read_rows(path: Path, key: str) -> list[dict[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again from {SOURCE}") from None
-    rows = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{path}: expected a non-empty list under {key!r}; is it another file renamed?")
-    return rows
-
-
-def _check_distinct(questions_file: Path, rows: list[dict[str, Any]]) -> None:
-    for question_id, count in Counter(row["question_id"] for row in rows).items():
-        if count > 1:
-            raise ValueError(f"{questions_file}: question_id {question_id} stands there more than once")
-
-
-def _check_pairing(
-    questions_file: Path,
-    rows: list[dict[str, Any]],
-    annotations_file: Path,
-    annotations: Mapping[int, object],
-) -> None:
-    asked = {row["question_id"] for row in rows}
-    unanswered, unasked = sorted(asked - annotations.keys()), sorted(annotations.keys() - asked)
-    if unanswered or unasked:
+def _records(questions_file: Path, annotations_file: Path | None, subtype: str) -> Iterator[dict[str, Any]]:
+    annotations: dict[int, dict[str, Any]] = {}
+    for question_id, annotation in _annotations(annotations_file) if annotations_file else ():
+        if question_id in annotations:
+            raise ValueError(f"{annotations_file}: question_id {question_id} stands there more than once")
+        annotations[question_id] = annotation
+    asked: set[int] = set()
+    unanswered: list[int] = []
+    for row in read_list(questions_file, "questions", SOURCE):
+        where = f"{questions_file}, question {row.get('question_id')!r}"
+        question_id = field(row, "question_id", int, where)
+        if annotations_file and question_id not in annotations:
+            unanswered.append(question_id)
+            continue
+        asked.add(question_id)
+        yield {
+            "question_id": question_id,
+            "image_id": field(row, "image_id", int, where),
+            "subtype": subtype,
+            "question": field(row, "question", str, where),
+            **annotations.get(question_id, NO_ANNOTATION),
+        }
+    unasked = sorted(annotations.keys() - asked)
+    if annotations_file and (unanswered or unasked):
         raise ValueError(
             f"{questions_file.name} and {annotations_file.name} in {questions_file.parent} do not belong "
             f"together: {len(unanswered)} questions without an annotation (first: {unanswered[:3]}), "
@@ -208,21 +331,30 @@ def _check_pairing(
         )
 
 
-def _find_images(root: Path, subtype: str, rows: list[dict[str, Any]]) -> dict[int, Path]:
-    """The file of every image id, looked up in one listing of the folder."""
-    folders = [root / subtype, root / "images" / subtype, root / "Images" / "mscoco" / subtype]
-    folder = next((path for path in folders if path.is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f"no image folder for {subtype}: expected {folders[0]} with COCO_{subtype}_*.jpg; "
-            f"the images are published at {SOURCE}"
-        )
-    present = {path.name for path in folder.iterdir()}
-    names = {row["image_id"]: f"COCO_{subtype}_{row['image_id']:012d}.jpg" for row in rows}
-    missing = [name for name in names.values() if name not in present]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(names)} images are missing from {folder} (first: {missing[:3]}); "
-            f"they are published at {SOURCE}"
-        )
-    return {image_id: folder / name for image_id, name in names.items()}
+def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    # The same few thousand answers come again and again; each is kept once.
+    known: dict[str, str] = {}
+    for row in read_list(path, "annotations", SOURCE):
+        where = f"{path}, question {row.get('question_id')!r}"
+        question_id = field(row, "question_id", int, where)
+        answers = field(row, "answers", list, where)
+        if len(answers) != ANSWERS:
+            raise ValueError(
+                f"{where}: expected {ANSWERS} human answers, found {len(answers)}; download the file again "
+                f"from {SOURCE}"
+            )
+        texts = []
+        for answer in answers:
+            if not isinstance(answer, dict):
+                raise ValueError(f"{where}: expected each answer to be an object, found {answer!r:.60}")
+            text = field(answer, "answer", str, where)
+            texts.append(known.setdefault(text, text))
+        types = {name: field(row, name, str, where) for name in ("answer_type", "question_type")}
+        yield question_id, {"answers": texts, **{k: known.setdefault(v, v) for k, v in types.items()}}
+
+
+def _minival_ids(path: Path) -> list[int]:
+    return [
+        field(row, "question_id", int, f"{path}, entry {number}")
+        for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
+    ]

@@ -1,0 +1,178 @@
+"""Score a finished run on any split of any task: what `scripts/evaluate.py` does."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from dept_vl.batch import Collator, OnBadImage
+from dept_vl.checkpoint import Adapter
+from dept_vl.cli import read_config
+from dept_vl.config import DataOptions, RunConfig
+from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.report import markdown_table
+from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, build_model, score_rows, write_answers
+from dept_vl.splits import check_images
+from dept_vl.submission import SUBMITTED, Submission, write_submission
+from dept_vl.tasks import load_task
+from dept_vl.tasks.example import Decoding, Task, limit
+from dept_vl.train import BEST
+
+
+@dataclass(frozen=True)
+class AssessConfig:
+    """What is scored on what."""
+
+    run: Path
+    """Folder of a run: its config.json says the backbone, its best/ holds the adapter."""
+    adapter: Path | None = None
+    """Folder of another adapter of the same backbone."""
+    task: str = ""
+    """Task to score on; left out, the run's first."""
+    data_dir: Path | None = None
+    """Folder with the task's official files; left out, the run's."""
+    split: str = ""
+    """Split to score on; left out, the run's test split."""
+    limit: int = 0
+    """At most so many examples, drawn with the run's seed; 0 takes all."""
+    num_beams: int = 0
+    """Beams of the search; 0 takes the run's or the task's own."""
+    candidates: Path | None = None
+    """JSON list of answers to choose among; left out, the run's candidates.json if it has one."""
+    batch_size: int = 128
+    """Examples decoded at a time, per process."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads them in the evaluating process."""
+    on_bad_image: OnBadImage = "raise"
+    """raise, or skip: give an empty answer, count it and go on."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 computes the backbone in bfloat16."""
+    output_dir: Path | None = None
+    """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What came of it.
+
+    Attributes:
+        evaluation: Predictions and figures.
+        output_dir: Where the files are.
+        submission: Of a split without published answers whose task has a server.
+    """
+
+    evaluation: Evaluation
+    output_dir: Path
+    submission: Submission | None
+
+
+def assess(config: AssessConfig) -> Assessment:
+    """Load the run's model, answer the split, score it, and write what the server wants.
+
+    Raises:
+        FileNotFoundError: If the run, the data or images are missing.
+        FileExistsError: If the output folder holds an evaluation already.
+        ValueError: If options do not fit each other; the message says which.
+    """
+    disable_progress_bar()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
+    )
+    trained = read_config(config.run / CONFIG_FILE)
+    set_seed(trained.train.seed)
+    options = data_options(config, trained)
+    output_dir = config.output_dir or config.run / f"{options.task}-{options.test_split}"
+    if (output_dir / "scores.json").exists():
+        raise FileExistsError(f"{output_dir} already holds an evaluation; choose another --output_dir")
+    with accelerator.local_main_process_first():
+        task = load_task(options.task, options.data_dir, options.test_split)
+    task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
+    decoding = choose_decoding(config, task)
+    model = build_model(trained)
+    Adapter.load(config.adapter or config.run / BEST).apply(model)
+    model.to(accelerator.device)
+    evaluation = evaluate(
+        model,
+        task,
+        Collator(
+            model.backbone.tokenizer,
+            max_source_length=trained.prompt.max_source_length,
+            max_target_length=decoding.max_new_tokens,
+            images=model.backbone.vision,
+            on_bad_image=config.on_bad_image,
+        ),
+        accelerator,
+        batch_size=config.batch_size,
+        decoding=decoding,
+        num_workers=config.num_workers,
+        progress=accelerator.is_main_process,
+    )
+    submission = None
+    if accelerator.is_main_process:
+        submission = _write(options, task, evaluation, output_dir, limited=config.limit > 0)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Assessment(evaluation, output_dir, submission)
+
+
+def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
+    """The run's options of the task, as the configuration changes them.
+
+    Raises:
+        ValueError: If the task is new to the run and its folder or split is not said.
+    """
+    known = {options.task: options for options in (trained.data, *trained.also)}
+    name = config.task or trained.data.task
+    if name not in known and not (config.data_dir and config.split):
+        raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
+    options = known.get(name, DataOptions(task=name))
+    return replace(
+        options,
+        data_dir=config.data_dir or options.data_dir,
+        test_split=config.split or options.test_split,
+        num_beams=config.num_beams or options.num_beams,
+    )
+
+
+def choose_decoding(config: AssessConfig, task: Task) -> Decoding:
+    """The task's own way of decoding, as the configuration changes it.
+
+    Raises:
+        FileNotFoundError: If the file of candidates is missing.
+        ValueError: If it is no list of answers.
+    """
+    default = task.decoding
+    path = config.candidates or config.run / CANDIDATES_FILE
+    candidates = default.candidates
+    if config.candidates is not None and not path.is_file():
+        raise FileNotFoundError(f"no list of candidates at {path}")
+    if path.is_file() and task.name == "vqav2":
+        content = json.loads(path.read_text())
+        if not isinstance(content, list) or not all(isinstance(answer, str) for answer in content):
+            raise ValueError(f"{path}: expected a JSON list of answers")
+        candidates = tuple(content)
+    return Decoding(default.max_new_tokens, config.num_beams or default.num_beams, candidates)
+
+
+def _write(
+    options: DataOptions, task: Task, evaluation: Evaluation, folder: Path, *, limited: bool
+) -> Submission | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = write_answers(task, evaluation, folder)
+    (folder / "scores.json").write_text(json.dumps(evaluation.scores, indent=2) + "\n")
+    if evaluation.scores:
+        rows = score_rows(evaluation.scores, f"{task.name} {options.test_split}")
+        print(f"\n{markdown_table(['', 'score'], [*rows, ('examples scored', f'{len(task):,}')])}\n")
+    print(f"predictions: {path}")
+    if evaluation.scores or limited or task.name not in SUBMITTED:
+        return None
+    whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
+    submission = write_submission(evaluation.predictions, whole, folder / "submission.json")
+    filled = f", {submission.filled:,} of other phases left empty" if submission.filled else ""
+    print(f"submission: {submission.path} ({submission.answered:,} answers{filled}); ids checked")
+    return submission

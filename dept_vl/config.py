@@ -1,0 +1,121 @@
+"""Everything a run can be told; `cli` makes flags of it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from dept_vl.backbone import VisualPositionBias
+from dept_vl.batch import OnBadImage
+from dept_vl.optim import OptimOptions
+from dept_vl.train import TrainOptions
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """What is read."""
+
+    task: str = "vqav2"
+    """Name of the task."""
+    data_dir: Path = Path("data/vqav2")
+    """Folder with the task's official files."""
+    train_split: str = "train"
+    """Split to train on."""
+    dev_split: str = ""
+    """Split to choose the best adapter on; empty holds images out of the training split."""
+    holdout_images: int = 200
+    """Images held out of the training split, with all their questions, where dev_split is empty."""
+    dev_limit: int = 2000
+    """At most so many examples of the dev split, drawn with the seed; 0 takes all."""
+    test_split: str = "val"
+    """Split that the best adapter is scored on at the end."""
+    test_limit: int = 0
+    """At most so many examples of it, drawn with the seed; 0 takes all."""
+    task_batch_size: int = 0
+    """Examples of this task per process and forward pass; 0 takes per_device_batch_size."""
+    num_beams: int = 0
+    """Beams of the search for an answer; 0 takes the task's own: 5 for captions, else 1 (greedy)."""
+    candidate_floor: int = 0
+    """Choose among the answers that are the usual one of at least so many training questions (VQAv2:
+    9 in the literature); 0 generates freely."""
+    on_bad_image: OnBadImage | None = None
+    """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
+    counted in training, and evaluation stops."""
+    feature_memory: float = 4.0
+    """GiB of memory for visual features computed once before training; images that would need more
+    are read and encoded at every step."""
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """The frozen models."""
+
+    backbone: Path | None = None
+    """Folder of a saved backbone, such as data/tiny-clip-t5; or vision and language instead."""
+    vision: str | None = None
+    """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
+    language: str | None = None
+    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base."""
+    vision_layer: int = -1
+    """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
+    class_token: bool = False
+    """Keep the image encoder's class token."""
+    pooled_grid: int = 0
+    """Max-pool the patches to a square of this side; 0 keeps them all."""
+    visual_position_bias: VisualPositionBias = "none"
+    """none: visual tokens have no position in the language model (published); relative: stock."""
+    backbone_dropout: bool = True
+    """Dropout in the frozen language model while training."""
+    train_projection: bool = True
+    """Train the visual projection, as every published row does."""
+    train_backbone: bool = False
+    """Train the language model too: full fine-tuning, the ceiling to compare with."""
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """The prompt."""
+
+    prompt_length: int = 40
+    """Vectors of the soft prompt (m); 0 leaves the offset alone."""
+    rank: int | None = None
+    """Rank of the offset (r); 0 is plain prompt tuning. Left out, it is the largest with which the
+    prompt has no more parameters than reference_prompt_length vectors."""
+    reference_prompt_length: int = 100
+    """Length of the plain soft prompt (l) whose parameters are spent."""
+    max_source_length: int = 20
+    """Longest text, in tokens, task prefix included (s)."""
+    alpha: float = 8.0
+    """The offset is scaled by alpha / sqrt(rank)."""
+    prompt_init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
+    init_text: str = ""
+    """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on; written to its folder, and repeated with --config."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    also: Annotated[tuple[DataOptions, ...], tyro.conf.Suppress] = ()
+    """Further tasks to train on together, of a configuration file: every batch is of one task, drawn in
+    proportion to the number of its batches."""
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    output_dir: Path | None = None
+    """Folder of the run, which must hold none yet; left out, a new one under runs/."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
+    log_with: str | None = None
+    """A tracker of accelerate, such as tensorboard or wandb, beside the run's own log.jsonl."""
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The configuration in JSON's own types."""
+    encoded: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
+    return encoded

@@ -1,0 +1,259 @@
+"""BLEU, METEOR, ROUGE-L, CIDEr and SPICE of image captions, as the COCO caption evaluation prints them.
+
+The figures are those of `pycocoevalcap.eval.COCOEvalCap` (Chen et al. 2015, "Microsoft COCO Captions:
+Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. What is done
+here is to start and stop Java, to keep one caption on one line, and to write nothing into the folder of
+the package, which may be read-only.
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+PERCENT = 100
+
+SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+"""What the package does not ship and SPICE cannot parse without."""
+
+JAVA_HINT = (
+    "install one: `apt install default-jre-headless` (Debian, Ubuntu), `conda install -c conda-forge "
+    "openjdk`, or `brew install openjdk` (macOS)"
+)
+
+Captions = dict[int, list[str]]
+"""Captions by image id; of a prediction, one."""
+
+
+@dataclass(frozen=True)
+class CaptionScore:
+    """Caption scores of a set of images, all times 100, as papers print them.
+
+    `pycocoevalcap` itself prints fractions: its CIDEr of 1.125 is 112.5 here. CIDEr weighs words by
+    how few images have them among the references being scored, so that its figure for a subset does
+    not compare with that for the whole; it may exceed 100, and is 0 where there is one image only.
+
+    Attributes:
+        bleu_1: BLEU of single words, over the whole set, not the mean over images.
+        bleu_2: The same of up to 2 words.
+        bleu_3: The same of up to 3 words.
+        bleu_4: The same of up to 4 words.
+        meteor: METEOR 1.5 over the whole set.
+        rouge_l: Mean over images of ROUGE-L.
+        cider: Mean over images of CIDEr-D.
+        count: Number of images.
+        spice: Mean over images of SPICE, or None where it was not asked for.
+    """
+
+    bleu_1: float
+    bleu_2: float
+    bleu_3: float
+    bleu_4: float
+    meteor: float
+    rouge_l: float
+    cider: float
+    count: int
+    spice: float | None = None
+
+    def to_json(self) -> dict[str, float | int]:
+        """The figures under `pycocoevalcap`'s keys, their ``scale`` (100), and the images as ``n``."""
+        figures: dict[str, float | int] = {
+            "Bleu_1": self.bleu_1,
+            "Bleu_2": self.bleu_2,
+            "Bleu_3": self.bleu_3,
+            "Bleu_4": self.bleu_4,
+            "METEOR": self.meteor,
+            "ROUGE_L": self.rouge_l,
+            "CIDEr": self.cider,
+        }
+        if self.spice is not None:
+            figures["SPICE"] = self.spice
+        return figures | {"scale": PERCENT, "n": self.count}
+
+
+def score_captions(
+    references: Mapping[int, Sequence[str]], predictions: Mapping[int, str], *, spice: bool = False
+) -> CaptionScore:
+    """Score one predicted caption for each image against the captions people wrote for it.
+
+    Captions are given as written: the Penn Treebank tokeniser of the COCO evaluation lower-cases them
+    and drops punctuation. A line break of any kind within a caption counts as a space. An empty
+    prediction is scored like any other. Images are taken in the order of their ids, so the order of the
+    mappings does not matter.
+
+    Args:
+        references: Human captions by image id, at least one for each image; five in COCO.
+        predictions: One caption by image id, for the same images.
+        spice: Whether to compute SPICE as well: minutes for thousands of images, and about 8 GB.
+
+    Returns:
+        The scores, times 100, not rounded.
+
+    Raises:
+        ValueError: If the two mappings are not of the same images, there are no images, an image has
+            no references, what should be text is not, or no reference has a word.
+        ImportError: If the package `pycocoevalcap` is not installed.
+        FileNotFoundError: If there is no Java, or SPICE is asked for and its models are missing.
+        RuntimeError: If a Java program fails.
+    """
+    _check_captions(references, predictions)
+    _check_installed(spice)
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    image_ids = sorted(references)
+    human = _tokenise({image_id: list(references[image_id]) for image_id in image_ids})
+    predicted = _tokenise({image_id: [predictions[image_id]] for image_id in image_ids})
+    if not any(caption for captions in human.values() for caption in captions):
+        raise ValueError(f"expected references with words, found none in those of {len(human)} images")
+
+    bleu, _ = Bleu(4).compute_score(human, predicted, verbose=0)
+    meteor = _meteor(human, predicted)
+    rouge_l, _ = Rouge().compute_score(human, predicted)
+    cider, _ = Cider().compute_score(human, predicted)
+    bleu_1, bleu_2, bleu_3, bleu_4 = (PERCENT * float(figure) for figure in bleu)
+    return CaptionScore(
+        bleu_1=bleu_1,
+        bleu_2=bleu_2,
+        bleu_3=bleu_3,
+        bleu_4=bleu_4,
+        meteor=PERCENT * meteor,
+        rouge_l=PERCENT * float(rouge_l),
+        cider=PERCENT * float(cider),
+        count=len(image_ids),
+        spice=PERCENT * _spice(human, predicted) if spice else None,
+    )
+
+
+def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any]) -> None:
+    missing = sorted(references.keys() - predictions.keys())
+    extra = sorted(predictions.keys() - references.keys())
+    if missing or extra:
+        raise ValueError(
+            f"expected one predicted caption for each of {len(references)} images; "
+            f"{len(missing)} missing (first: {missing[:3]}), {len(extra)} extra (first: {extra[:3]})"
+        )
+    if not references:
+        raise ValueError("expected captions of at least one image, found none")
+    for image_id, captions in references.items():
+        # A string is a sequence of strings too, and would be scored letter by letter.
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError(f"expected a list of reference captions of image {image_id}, found {captions!r}")
+    unreferenced = [image_id for image_id in sorted(references) if not references[image_id]]
+    if unreferenced:
+        raise ValueError(
+            f"expected at least one reference caption for each image; "
+            f"{len(unreferenced)} of {len(references)} have none (first: {unreferenced[:3]})"
+        )
+    for image_id, caption in predictions.items():
+        if not isinstance(caption, str):
+            raise ValueError(f"expected one predicted caption of image {image_id}, found {caption!r}")
+
+
+def _check_installed(spice: bool) -> None:
+    """Everything that will be needed, before anything slow."""
+    try:
+        import pycocoevalcap.spice.spice as spice_module
+    except ImportError as error:
+        raise ImportError(
+            'caption scores need the package pycocoevalcap; install it with `pip install "dept-vl[caption]"`'
+        ) from error
+    if shutil.which("java") is None:
+        raise FileNotFoundError(
+            f"caption scores need a Java runtime, and no `java` is on the PATH; {JAVA_HINT}"
+        )
+    library = Path(spice_module.__file__).parent / "lib"
+    absent = [name for name in SPICE_MODELS if not (library / name).is_file()]
+    if spice and absent:
+        raise FileNotFoundError(
+            f"SPICE needs the Stanford CoreNLP models: {', '.join(absent)} not found in {library}. Download "
+            "them once, online and with write access to that folder, by `python -m "
+            "pycocoevalcap.spice.get_stanford_models`, or score without SPICE"
+        )
+
+
+def _tokenise(captions: Captions) -> Captions:
+    """As the package's `PTBTokenizer`, which passes the captions by a file in its own folder."""
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    # The tokeniser reads a caption a line, and for it U+2028 and its like end a line too.
+    lines = [" ".join(caption.splitlines()) for group in captions.values() for caption in group]
+    jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
+    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    text = "".join(f"{line}\n" for line in lines)
+    # Half a surrogate pair cannot be written in UTF-8; as "?" it is punctuation, and dropped.
+    output = _run_java(command, text.encode("utf-8", errors="replace"), "the tokeniser")
+    tokenised = output.decode("utf-8").split("\n")[:-1]
+    if len(tokenised) != len(lines):
+        raise RuntimeError(f"expected {len(lines)} lines from the tokeniser, found {len(tokenised)}")
+    remaining = iter(tokenised)
+    return {
+        image_id: [_drop_punctuation(next(remaining), ptbtokenizer.PUNCTUATIONS) for _ in group]
+        for image_id, group in captions.items()
+    }
+
+
+def _drop_punctuation(line: str, punctuation: Sequence[str]) -> str:
+    # Not `split()`: tokens such as "1 1/2" hold a no-break space.
+    return " ".join(token for token in line.rstrip().split(" ") if token not in punctuation)
+
+
+def _meteor(references: Captions, predictions: Captions) -> float:
+    """METEOR from 0 to 1; its Java process is gone on return, however that comes about."""
+    from pycocoevalcap.meteor.meteor import Meteor
+
+    meteor = Meteor()
+    process = meteor.meteor_p
+    try:
+        score, _ = meteor.compute_score(references, predictions)
+    except (OSError, ValueError) as error:  # a broken pipe, or no line where a figure should be
+        process.kill()
+        said = process.stderr.read().decode("utf-8", errors="replace").strip()
+        raise RuntimeError(f"METEOR failed, a Java program; it said: {said or 'nothing'}") from error
+    finally:
+        process.kill()
+        process.communicate()  # closes the pipes, and waits for the end
+        if meteor.lock.locked():
+            meteor.lock.release()  # left locked by an error, on which its `__del__` would wait for ever
+    return float(score)
+
+
+def _spice(references: Captions, predictions: Captions) -> float:
+    """SPICE from 0 to 1, as the package's `Spice`, which writes its files and a cache into its own folder."""
+    from pycocoevalcap.spice import spice
+
+    rows = [
+        {"image_id": image_id, "test": predictions[image_id][0], "refs": captions}
+        for image_id, captions in references.items()
+    ]
+    jar = Path(spice.__file__).parent / spice.SPICE_JAR
+    with TemporaryDirectory() as folder:
+        asked, scored = Path(folder) / "captions.json", Path(folder) / "scores.json"
+        asked.write_text(json.dumps(rows), encoding="ascii")
+        command = ["java", "-Xmx8G", "-jar", str(jar), str(asked), "-out", str(scored), "-subset", "-silent"]
+        _run_java(command, b"", "SPICE (which needs Java 8 to 14: later ones have no JavaScript engine)")
+        results = json.loads(scored.read_text(encoding="utf-8"))
+    return fmean(float(result["scores"]["All"]["f"]) for result in results)
+
+
+def _run_java(command: list[str], text: bytes, program: str) -> bytes:
+    """What a Java program prints.
+
+    Raises:
+        RuntimeError: If it fails, with the end of what it said.
+    """
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.decode("utf-8", errors="replace").strip()[-2000:]
+        raise RuntimeError(
+            f"`java` ended with status {done.returncode} while running {program}; it said: "
+            f"{said or 'nothing'}. If that is for lack of a Java runtime, {JAVA_HINT}"
+        )
+    return done.stdout

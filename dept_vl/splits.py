@@ -1,0 +1,154 @@
+"""The training, dev and test splits of a task, with their images at hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dept_vl.batch import OnBadImage
+from dept_vl.config import DataOptions
+from dept_vl.features import FeatureTable, table_bytes
+from dept_vl.images import missing_files
+from dept_vl.tasks import load_task
+from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
+from dept_vl.tasks.vqav2 import VQAv2, usual_answers
+from dept_vl.vision import VisionEncoder
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task as a run needs it.
+
+    Attributes:
+        train: To learn.
+        dev: To choose the best adapter on.
+        test: To score it on at the end.
+        decoding: How answers are decoded.
+        options: What the splits were made from.
+    """
+
+    train: Task
+    dev: Task
+    test: Task
+    decoding: Decoding
+    options: DataOptions
+
+
+def load_splits(options: DataOptions, seed: int) -> Splits:
+    """Read the splits of a task and look for their images.
+
+    Raises:
+        FileNotFoundError: If images are missing that are not to be skipped.
+        ValueError: If there are no answers to train or to choose on.
+    """
+    train = load_task(options.task, options.data_dir, options.train_split)
+    for option, split in (("train_split", options.train_split), ("dev_split", options.dev_split)):
+        task = load_task(options.task, options.data_dir, split) if split else train
+        if not task[0].targets:
+            raise ValueError(f"{option}={split} of {options.task} has no published answers; choose another")
+    decoding = choose_decoding(options, train)
+    if options.dev_split:
+        dev = load_task(options.task, options.data_dir, options.dev_split)
+    else:
+        train, dev = hold_out_images(train, options.holdout_images, seed)
+    test = load_task(options.task, options.data_dir, options.test_split)
+    evaluated = options.on_bad_image or "raise"
+    return Splits(
+        train=without_missing_images(train, options.on_bad_image or "skip"),
+        dev=check_images(limit(dev, options.dev_limit, seed), evaluated),
+        test=check_images(limit(test, options.test_limit, seed), evaluated),
+        decoding=decoding,
+        options=options,
+    )
+
+
+def choose_decoding(options: DataOptions, train: Task) -> Decoding:
+    """The task's own way of decoding, as the options change it.
+
+    Raises:
+        ValueError: If answers of a training split are to be chosen among that has no such list.
+    """
+    default = train.decoding
+    candidates = default.candidates
+    if options.candidate_floor:
+        if not isinstance(train, VQAv2):
+            raise ValueError(
+                f"candidate_floor={options.candidate_floor} chooses among the usual answers of VQAv2; "
+                f"{options.task} has no such list: leave it 0"
+            )
+        candidates = usual_answers(train, options.candidate_floor)
+    return Decoding(default.max_new_tokens, options.num_beams or default.num_beams, candidates)
+
+
+def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
+    """The task, all of whose images are there; if they may be skipped, it is left as it is.
+
+    Raises:
+        FileNotFoundError: If images are missing.
+    """
+    files = task.image_files()
+    missing = missing_files(files)
+    if missing and on_bad_image == "raise":
+        names = ", ".join(path.name for path in missing[:3])
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(files):,} images of {task.name} are missing from "
+            f"{missing[0].parent} (first: {names}); scripts/prepare_data.py check says what belongs there, "
+            "--on_bad_image skip goes on without them"
+        )
+    return task
+
+
+def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
+    """The task without the examples whose images are not there.
+
+    Raises:
+        FileNotFoundError: If images are missing and not to be skipped, or all are.
+    """
+    check_images(task, on_bad_image)
+    missing = set(missing_files(task.image_files()))
+    if not missing:
+        return task
+    kept = [index for index in range(len(task)) if missing.isdisjoint(task.images(index))]
+    if not kept:
+        raise FileNotFoundError(
+            f"none of the images of {task.name} are there (first: {next(iter(missing))}); "
+            "scripts/prepare_data.py check says what belongs there"
+        )
+    print(
+        f"warning: {len(missing):,} images of {task.name} are missing; "
+        f"{len(task) - len(kept):,} of {len(task):,} training examples are left out"
+    )
+    return task.subset(kept)
+
+
+def read_features(
+    vision: VisionEncoder | None,
+    splits: list[Splits],
+    *,
+    feature_memory: float,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> FeatureTable | VisionEncoder | None:
+    """Features of all images where they fit in memory, else the encoder that makes them as they come.
+
+    Raises:
+        ValueError: If an image of a dev or test split cannot be read and is not to be skipped.
+    """
+    if vision is None:
+        return None
+    paths: dict[Path, None] = {}
+    for split in splits:
+        for task in (split.train, split.dev, split.test):
+            paths |= dict.fromkeys(task.image_files())
+    if not paths or table_bytes(vision, len(paths)) > feature_memory * GIB:
+        return vision
+    table = FeatureTable(vision, paths, num_workers=num_workers, progress=accelerator.is_main_process)
+    for split in splits:
+        if table.errors and (split.options.on_bad_image or "raise") == "raise":
+            # Now, rather than at the first evaluation.
+            for path in (*split.dev.image_files(), *split.test.image_files()):
+                if path in table.errors:
+                    raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")
+    return table

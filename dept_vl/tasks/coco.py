@@ -1,0 +1,200 @@
+"""COCO captions (Chen et al. 2015) in the splits of Karpathy & Fei-Fei (2015).
+
+    dataset_coco.json   {"images": [{"filepath": "val2014", "filename": "COCO_val2014_000000391895.jpg",
+                         "cocoid": 391895, "split": "test", "sentences": [{"raw": "A man ..."} x 5]}]}
+    val2014/COCO_val2014_000000391895.jpg
+
+from https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip and https://cocodataset.org.
+Training is on train and restval together, as everyone does.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dept_vl.images import confined
+from dept_vl.metrics.caption import CaptionScore, score_captions
+from dept_vl.tasks.example import Decoding, Example
+from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.records import field, read_list
+from dept_vl.tasks.rows import Rows, convert
+from dept_vl.tasks.sources import Published, find, find_folder
+
+KARPATHY_FILE = "dataset_coco.json"
+KARPATHY_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
+IMAGE_SOURCE = "https://cocodataset.org/#download"
+SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+"""Split -> its names in the file."""
+
+SCHEMA = pa.schema(
+    {
+        "image_id": pa.int64(),
+        "folder": pa.string(),
+        "file": pa.string(),
+        "split": pa.string(),
+        "answers": pa.list_(pa.string()),
+    }
+)
+
+_FOLDERS = tuple((name, f"images/{name}", f"Images/mscoco/{name}") for name in ("train2014", "val2014"))
+PUBLISHED = {
+    "train": Published(((KARPATHY_FILE,),), _FOLDERS, KARPATHY_SOURCE, 113_287, 113_287, 566_747),
+    "val": Published(((KARPATHY_FILE,),), _FOLDERS[1:], KARPATHY_SOURCE, 5_000, 5_000, 25_010),
+    "test": Published(((KARPATHY_FILE,),), _FOLDERS[1:], KARPATHY_SOURCE, 5_000, 5_000, 25_010),
+}
+
+
+@dataclass(frozen=True)
+class COCOCaptions:
+    """One split; an example is an image with its five or more captions, each learnt in turn.
+
+    Attributes:
+        rows: As in `SCHEMA`.
+        image_folders: Folder of the images by its name in the file.
+    """
+
+    rows: Rows
+    image_folders: Mapping[str, Path]
+    name: str = "coco"
+    primary: str = "CIDEr"
+    decoding: Decoding = Decoding(max_new_tokens=40, num_beams=5)
+    prediction_format: PredictionFormat = PredictionFormat("image_id", "caption", "int")
+    source_text: str = "caption:"
+
+    @classmethod
+    def load(cls, root: str | Path, split: str) -> "COCOCaptions":
+        """Read a split from a folder that holds `dataset_coco.json` and the images.
+
+        Raises:
+            FileNotFoundError: If the file or an image folder is missing.
+            ValueError: If the split is unknown or the file is damaged.
+        """
+        root = Path(root)
+        if split not in SPLITS:
+            raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
+        file = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
+        rows = read_rows(file).where("split", SPLITS[split])
+        if not len(rows):
+            raise ValueError(f"{file}: expected images of the split {split!r}, found none")
+        folders = {
+            name: find_folder(root, (name, f"images/{name}", f"Images/mscoco/{name}"), "*.jpg", IMAGE_SOURCE)
+            for (name,) in rows.distinct("folder")
+        }
+        return cls(rows, folders)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return Example(
+            example_id=row["image_id"],
+            source_text=self.source_text,
+            images=(self.image_folders[row["folder"]] / row["file"],),
+            targets=tuple((caption, 1.0) for caption in dict.fromkeys(row["answers"])),
+            in_turn=True,
+            question=row["answers"][0],
+        )
+
+    def example_ids(self) -> list[ExampleId]:
+        """The ids of all examples."""
+        ids: list[ExampleId] = self.rows.column("image_id").to_pylist()
+        return ids
+
+    def images(self, index: int) -> tuple[Path, ...]:
+        """The image."""
+        return (self.image_folders[self.rows.value("folder", index)] / self.rows.value("file", index),)
+
+    def image_files(self) -> list[Path]:
+        """The different images."""
+        return [self.image_folders[folder] / file for folder, file in self.rows.distinct("folder", "file")]
+
+    def subset(self, indices: Sequence[int]) -> "COCOCaptions":
+        """These images alone. Their CIDEr is their own: its weights come from the captions scored."""
+        return replace(self, rows=self.rows.subset(indices))
+
+    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100."""
+        check_ids(self.example_ids(), predictions, self.name)
+        score = score_rows(self.rows, predictions)
+        names = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
+        figures = score.to_json()
+        return {name: float(figures[name]) for name in names}
+
+    def written(self, answer: str) -> str:
+        """A decoded caption on one line."""
+        return " ".join(answer.split())
+
+
+def read_rows(path: Path) -> Rows:
+    """All images of `dataset_coco.json`, as in `SCHEMA`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected {path}, found no such file; it is published at {KARPATHY_SOURCE}")
+    return convert("coco", [path], SCHEMA, _records(path), unique="image_id")
+
+
+def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
+    """Human captions by image id: of COCO's own annotations, or of a split of `dataset_coco.json`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or the split unknown.
+    """
+    if split:
+        if split not in SPLITS:
+            raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
+        rows = read_rows(path).where("split", SPLITS[split])
+        return dict(zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True))
+    captions: dict[int, list[str]] = {}
+    for number, row in enumerate(
+        read_list(path, "annotations", f"{IMAGE_SOURCE}; of {KARPATHY_FILE} say --split")
+    ):
+        where = f"{path}, annotations[{number}]"
+        image_id = field(row, "image_id", int, where)
+        captions.setdefault(image_id, []).append(field(row, "caption", str, where))
+    return captions
+
+
+def karpathy_split(path: Path, split: str) -> list[int]:
+    """The COCO image ids of one of Karpathy's splits: train (with restval), val or test."""
+    return [
+        int(image_id)
+        for image_id in read_rows(path).where("split", SPLITS[split]).column("image_id").to_pylist()
+    ]
+
+
+def score_rows(rows: Rows, predictions: Mapping[ExampleId, str]) -> CaptionScore:
+    """The figures of one caption for each image."""
+    references = dict(
+        zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True)
+    )
+    return score_captions(references, {int(key): caption for key, caption in predictions.items()})
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(read_list(path, "images", KARPATHY_SOURCE)):
+        where = f"{path}, images[{number}] (cocoid {row.get('cocoid')!r})"
+        sentences = field(row, "sentences", list, where)
+        captions = []
+        for sentence in sentences:
+            if not isinstance(sentence, dict):
+                raise ValueError(f"{where}: expected each sentence to be an object, found {sentence!r:.60}")
+            captions.append(" ".join(field(sentence, "raw", str, where).split()))
+        captions = [caption for caption in captions if caption]
+        if not captions:
+            raise ValueError(f"{where}: expected captions under 'sentences', found none")
+        yield {
+            "image_id": field(row, "cocoid", int, where),
+            "folder": confined(field(row, "filepath", str, where), f"{where}, filepath"),
+            "file": confined(field(row, "filename", str, where), f"{where}, filename"),
+            "split": field(row, "split", str, where),
+            "answers": captions,
+        }

@@ -1,0 +1,241 @@
+"""GQA (Hudson & Manning 2019) from its official files.
+
+    val_balanced_questions.json   {"05515938": {"imageId": "2405722", "question", "answer", "isBalanced",
+                                  "groups": {"global"}, "entailed": [...], "types": {"structural", ...},
+                                  "semantic": [...], ...}, ...}
+    images/2405722.jpg
+    eval/val_choices.json         {"05515938": {"valid": [...], "plausible": [...]}}, if there
+
+from https://cs.stanford.edu/people/dorarad/gqa/download.html. The questions of `train_all` come in ten
+parts in the folder `train_all_questions`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dept_vl.images import confined
+from dept_vl.metrics.gqa import GqaQuestion, GqaScore, score_gqa
+from dept_vl.tasks.example import Decoding, Example
+from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.records import field, read_mapping
+from dept_vl.tasks.rows import Rows, convert
+from dept_vl.tasks.sources import Published, find, find_folder
+
+SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
+FOLDERS = ("images", "allImages/images")
+Choices = Mapping[str, Mapping[str, Sequence[str]]]
+
+SHORT = {name: f"{name}_balanced" for name in ("train", "val", "testdev", "test")}
+"""`val` is short for `val_balanced`, on which accuracy is reported, and so on."""
+SPLITS = (
+    *(f"{name}_{kind}" for name in ("train", "val", "testdev", "test") for kind in ("balanced", "all")),
+    *("challenge_balanced", "challenge_all", "submission_all"),
+)
+
+SCHEMA = pa.schema(
+    {
+        "question_id": pa.string(),
+        "image_id": pa.string(),
+        "question": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "is_balanced": pa.bool_(),
+        "group": pa.string(),
+        "entailed": pa.list_(pa.string()),
+        "structural": pa.string(),
+        "semantic": pa.string(),
+        "detailed": pa.string(),
+        "steps": pa.int32(),
+    }
+)
+_SCORED = tuple(f.name for f in fields(GqaQuestion) if f.name != "answer")
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return f"{split}_questions.json", f"questions/{split}_questions.json"
+
+
+PUBLISHED = {
+    split: Published((_names(split),), (FOLDERS,), SOURCE, count, None, answers)
+    for split, count, answers in (
+        ("train_balanced", 943_000, 943_000),
+        ("val_balanced", 132_062, 132_062),
+        ("testdev_balanced", 12_578, 12_578),
+    )
+}
+
+
+@dataclass(frozen=True)
+class GQA:
+    """One split. Figures are the official ones: percent, but for `distribution`, lower is better.
+
+    Attributes:
+        rows: As in `SCHEMA`.
+        image_folder: Folder of the images.
+        choices_file: Of validity and plausibility; None leaves them out.
+    """
+
+    rows: Rows
+    image_folder: Path
+    choices_file: Path | None = None
+    name: str = "gqa"
+    primary: str = "accuracy"
+    decoding: Decoding = Decoding(max_new_tokens=10)
+    prediction_format: PredictionFormat = PredictionFormat("questionId", "prediction", "str")
+    prefix: str = "gqa: "
+
+    @classmethod
+    def load(cls, root: str | Path, split: str) -> "GQA":
+        """Read a split from a folder that holds the official files.
+
+        Raises:
+            FileNotFoundError: If the questions file or the image folder is missing.
+            ValueError: If the split is unknown or a file is damaged.
+        """
+        root = Path(root)
+        split = SHORT.get(split, split)
+        if split not in SPLITS:
+            raise ValueError(f"GQA has the splits {', '.join((*SHORT, *SPLITS))}; got {split!r}")
+        choices = f"{split.split('_')[0]}_choices.json"
+        choices_file = next((p for p in (root / "eval" / choices, root / choices) if p.is_file()), None)
+        rows = Rows.open([file for path in question_files(root, split) for file in read_rows(path).files])
+        return cls(rows, find_folder(root, FOLDERS, "<imageId>.jpg", SOURCE), choices_file)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return Example(
+            example_id=row["question_id"],
+            source_text=self.prefix + row["question"].lower().strip(),
+            images=(self.image_folder / f"{row['image_id']}.jpg",),
+            targets=tuple((answer, 1.0) for answer in row["answers"]),
+            question=row["question"],
+            answer="".join(row["answers"]),
+        )
+
+    def example_ids(self) -> list[ExampleId]:
+        """The ids of all examples."""
+        ids: list[ExampleId] = self.rows.column("question_id").to_pylist()
+        return ids
+
+    def images(self, index: int) -> tuple[Path, ...]:
+        """The question's image."""
+        return (self.image_folder / f"{self.rows.value('image_id', index)}.jpg",)
+
+    def image_files(self) -> list[Path]:
+        """The different images."""
+        return [self.image_folder / f"{image_id}.jpg" for (image_id,) in self.rows.distinct("image_id")]
+
+    def subset(self, indices: Sequence[int]) -> "GQA":
+        """These questions alone."""
+        return replace(self, rows=self.rows.subset(indices))
+
+    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Accuracy, binary, open, distribution; with a choices file validity and plausibility.
+
+        Consistency needs the entailed questions too: it is there for whole `all` splits alone.
+        Empty where no answers are published.
+        """
+        check_ids(self.example_ids(), predictions, self.name)
+        if not self.rows.value("answers", 0):
+            return {}
+        choices = None if self.choices_file is None else read_choices(self.choices_file)
+        score = score_rows(self.rows, {str(key): value for key, value in predictions.items()}, choices)
+        figures = score.to_json()
+        return {name: value for name, value in figures.items() if isinstance(value, float)}
+
+    def written(self, answer: str) -> str:
+        """A decoded answer as the gold ones are written."""
+        return answer.strip().lower()
+
+
+def question_files(root: Path, split: str) -> list[Path]:
+    """The file of a split, or the parts of one that comes in parts.
+
+    Raises:
+        FileNotFoundError: If neither is there.
+    """
+    for folder in (root / f"{split}_questions", root / "questions" / f"{split}_questions"):
+        parts = sorted(folder.glob(f"{split}_questions_*.json"))
+        if parts:
+            return parts
+    return [find(root, _names(split), "GQA", SOURCE)]
+
+
+def read_rows(path: Path) -> Rows:
+    """A file of questions, as in `SCHEMA`; without answers those of the test splits.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"GQA file not found: {path}; it is published at {SOURCE}")
+    return convert(f"gqa-{path.stem}", [path], SCHEMA, _records(path), unique="question_id")
+
+
+def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> GqaScore:
+    """The official figures of predictions, compared as they stand; consistency where it can be had."""
+    questions = {
+        row["question_id"]: GqaQuestion(
+            answer="".join(row["answers"]),
+            entailed=tuple(row["entailed"]),
+            **{name: row[name] for name in _SCORED if name != "entailed"},
+        )
+        for row in rows
+    }
+    consistency = all(other in questions for q in questions.values() if q.is_balanced for other in q.entailed)
+    answered = all(question_id in predictions for question_id in questions)
+    return score_gqa(questions, predictions, choices, consistency=consistency and answered)
+
+
+@lru_cache(maxsize=1)
+def read_choices(path: Path) -> Choices:
+    """Valid and plausible answers by question id.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    content: dict[str, Any] = {}
+    known: dict[str, tuple[str, ...]] = {}
+    for question_id, record in read_mapping(path, SOURCE):
+        where = f"{path}, question {question_id!r}"
+        answers = {kind: tuple(field(record, kind, list, where)) for kind in ("valid", "plausible")}
+        # The same lists come again and again; each is kept once.
+        content[question_id] = {
+            kind: known.setdefault(json.dumps(values), values) for kind, values in answers.items()
+        }
+    return content
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for question_id, record in read_mapping(path, SOURCE):
+        where = f"{path}, question {question_id!r}"
+        row: dict[str, Any] = {
+            "question_id": question_id,
+            "image_id": confined(field(record, "imageId", str, where), f"{where}, imageId"),
+            "question": field(record, "question", str, where),
+            "answers": [],
+            "is_balanced": bool(record.get("isBalanced", True)),
+            "group": None,
+            "entailed": [],
+            "structural": "",
+            "semantic": "",
+            "detailed": "",
+            "steps": 0,
+        }
+        if "answer" in record:
+            try:
+                question = asdict(GqaQuestion.from_record(question_id, record))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            row |= {name: question[name] for name in _SCORED} | {"answers": [question["answer"]]}
+        yield row

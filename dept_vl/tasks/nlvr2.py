@@ -1,0 +1,172 @@
+"""NLVR2 (Suhr et al. 2019): is the sentence true of the two photographs?
+
+    dev.json   {"sentence": "The left image ...", "label": "True", "identifier": "dev-850-0-0", ...} a line
+    dev/dev-850-0-img0.png, dev/dev-850-0-img1.png            (train/<directory>/train-... in training)
+
+from https://github.com/lil-lab/nlvr (annotations) and, on request to the authors, the images. About one
+in twenty of the images' addresses is dead, so a collection made from them has gaps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dept_vl.images import confined
+from dept_vl.metrics.nlvr2 import score_nlvr2
+from dept_vl.tasks.example import Decoding, Example
+from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.records import field, read_lines
+from dept_vl.tasks.rows import Rows, convert
+from dept_vl.tasks.sources import Published, find, find_folder
+
+SOURCE = "https://github.com/lil-lab/nlvr/tree/master/nlvr2"
+SPLITS = {"train": "train", "dev": "dev", "test": "test1", "test1": "test1", "test2": "test2"}
+"""Split -> the name in its files; test1 is the public test set, the test-P of papers."""
+
+VERBALIZER = {"True": "true", "False": "false"}
+"""Label -> the word that stands for it."""
+
+SCHEMA = pa.schema(
+    {
+        "identifier": pa.string(),
+        "sentence": pa.string(),
+        "left": pa.string(),
+        "right": pa.string(),
+        "answers": pa.list_(pa.string()),
+    }
+)
+
+
+def _names(split: str) -> tuple[str, ...]:
+    return f"{split}.json", f"data/{split}.json"
+
+
+def _folders(split: str) -> tuple[str, ...]:
+    return split, f"images/{split}"
+
+
+PUBLISHED = {
+    "train": Published((_names("train"),), (_folders("train"),), SOURCE, 86_373, None, 86_373),
+    "dev": Published((_names("dev"),), (_folders("dev"),), SOURCE, 6_982, None, 6_982),
+    "test1": Published((_names("test1"),), (_folders("test1"),), SOURCE, 6_967, None, 6_967),
+}
+
+
+@dataclass(frozen=True)
+class NLVR2:
+    """One split. An answer is one of two words, chosen by the first token in which they differ.
+
+    Attributes:
+        rows: As in `SCHEMA`.
+        image_folder: Folder of the images.
+    """
+
+    rows: Rows
+    image_folder: Path
+    name: str = "nlvr2"
+    primary: str = "accuracy"
+    decoding: Decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
+    prediction_format: PredictionFormat = PredictionFormat("identifier", "prediction", "str", "csv")
+    prefix: str = "nlvr: "
+
+    @classmethod
+    def load(cls, root: str | Path, split: str) -> "NLVR2":
+        """Read a split from a folder that holds the official files.
+
+        Raises:
+            FileNotFoundError: If the file or the image folder is missing.
+            ValueError: If the split is unknown or the file is damaged.
+        """
+        root = Path(root)
+        if split not in SPLITS:
+            raise ValueError(f"NLVR2 has the splits {', '.join(SPLITS)}; got {split!r}")
+        name = SPLITS[split]
+        rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
+        return cls(rows, find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        answers = [VERBALIZER[label] for label in row["answers"]]
+        return Example(
+            example_id=row["identifier"],
+            source_text=self.prefix + row["sentence"].lower().strip(),
+            images=(self.image_folder / row["left"], self.image_folder / row["right"]),
+            targets=tuple((answer, 1.0) for answer in answers),
+            question=row["sentence"],
+            answer=answers[0] if answers else "",
+        )
+
+    def example_ids(self) -> list[ExampleId]:
+        """The ids of all examples."""
+        ids: list[ExampleId] = self.rows.column("identifier").to_pylist()
+        return ids
+
+    def images(self, index: int) -> tuple[Path, ...]:
+        """The left and the right image."""
+        return tuple(self.image_folder / self.rows.value(side, index) for side in ("left", "right"))
+
+    def image_files(self) -> list[Path]:
+        """The different images."""
+        names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
+        return [self.image_folder / name for name in names]
+
+    def subset(self, indices: Sequence[int]) -> "NLVR2":
+        """These sentences alone."""
+        return replace(self, rows=self.rows.subset(indices))
+
+    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Accuracy and consistency in percent; empty where no labels are published."""
+        ids = list(map(str, self.example_ids()))
+        check_ids(ids, predictions, self.name)
+        labels = [answers[0] for answers in self.rows.column("answers").to_pylist() if answers]
+        if not labels:
+            return {}
+        score = score_nlvr2(zip(ids, labels, strict=True), {str(k): v for k, v in predictions.items()})
+        return {"accuracy": 100 * score.accuracy, "consistency": 100 * score.consistency}
+
+    def written(self, answer: str) -> str:
+        """The word as the official script reads it."""
+        return answer.strip().lower()
+
+
+def read_rows(path: Path) -> Rows:
+    """A file of sentences, as in `SCHEMA`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"NLVR2 file not found: {path}; it is published at {SOURCE}")
+    return convert(f"nlvr2-{path.stem}", [path], SCHEMA, _records(path), unique="identifier")
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(read_lines(path, SOURCE), start=1):
+        where = f"{path}, record {number}"
+        identifier = confined(field(row, "identifier", str, where), f"{where}, identifier")
+        parts = identifier.split("-")
+        if len(parts) != 4 or "/" in identifier:
+            raise ValueError(f"{where}: expected an identifier split-set-pair-sentence, found {identifier!r}")
+        label = row.get("label")
+        if label is not None and label not in VERBALIZER:
+            raise ValueError(
+                f"{where} ({identifier}): expected the label 'True' or 'False', found {label!r:.60}"
+            )
+        # Training images lie in a hundred numbered folders, the others in one.
+        directory = row.get("directory")
+        folder = "" if directory is None else confined(f"{directory}/", f"{where}, directory")
+        pair = "-".join(parts[:3])
+        yield {
+            "identifier": identifier,
+            "sentence": field(row, "sentence", str, where),
+            "left": f"{folder}{pair}-img0.png",
+            "right": f"{folder}{pair}-img1.png",
+            "answers": [] if label is None else [label],
+        }

@@ -1,0 +1,125 @@
+"""Files of predictions in the form of each task's official server: written, read and checked."""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+ExampleId = int | str
+
+
+@dataclass(frozen=True)
+class PredictionFormat:
+    """How a server wants its predictions.
+
+    Attributes:
+        id_key: Name of the field with the example's id.
+        answer_key: Name of the field with the answer.
+        id_type: Of the ids.
+        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header.
+    """
+
+    id_key: str
+    answer_key: str
+    id_type: Literal["int", "str"]
+    kind: Literal["json", "csv"] = "json"
+
+    @property
+    def suffix(self) -> str:
+        """Of a file in this form."""
+        return f".{self.kind}"
+
+    def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
+        """Write a file, in order of the ids."""
+        # 9 before 10, be the ids numbers or text.
+        ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
+        with path.open("w", encoding="utf-8", newline="") as file:
+            if self.kind == "csv":
+                csv.writer(file, lineterminator="\n").writerows((key, predictions[key]) for key in ids)
+            else:
+                rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
+                file.write(json.dumps(rows) + "\n")
+
+    def read(self, path: Path) -> dict[ExampleId, str]:
+        """Read a file.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it is in another form, or an id stands there twice.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"expected a file of predictions at {path}, found none")
+        predictions: dict[ExampleId, str] = {}
+        for place, key, answer in self._rows(path):
+            if key in predictions:
+                raise ValueError(
+                    f"{path}, {place}: {self.id_key} {key!r} stands there twice; keep one prediction for each"
+                )
+            predictions[key] = answer
+        return predictions
+
+    def _rows(self, path: Path) -> Iterable[tuple[str, ExampleId, str]]:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            content = None if self.kind == "csv" else json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
+        if self.kind == "csv":
+            for number, cells in enumerate(csv.reader(text.splitlines()), start=1):
+                if not cells:
+                    continue
+                if len(cells) != 2:
+                    raise ValueError(
+                        f"{path}, line {number}: expected {self._form()}, found {','.join(cells)!r:.60}"
+                    )
+                yield f"line {number}", self._id(cells[0].strip(), path, f"line {number}"), cells[1].strip()
+            return
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected {self._form()}, found {type(content).__name__}")
+        for number, row in enumerate(content):
+            if not isinstance(row, dict) or not {self.id_key, self.answer_key} <= row.keys():
+                raise ValueError(f"{path}, entry {number}: expected {self._form()}, found {row!r:.80}")
+            answer = row[self.answer_key]
+            if not isinstance(answer, str):
+                raise ValueError(
+                    f"{path}, entry {number}: expected {self.answer_key!r} to be text, found {answer!r:.60}"
+                )
+            yield f"entry {number}", self._id(row[self.id_key], path, f"entry {number}"), answer
+
+    def _id(self, value: Any, path: Path, place: str) -> ExampleId:
+        if self.id_type == "str" and isinstance(value, str):
+            return value
+        if self.id_type == "int" and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        # The servers compare by value: 262148000.0 and "262148000" are nobody's question.
+        raise ValueError(
+            f"{path}, {place}: expected {self.id_key!r} to be {self.id_type}, found {value!r:.60}"
+        )
+
+    def _form(self) -> str:
+        if self.kind == "csv":
+            return f"lines of {self.id_key},{self.answer_key}"
+        return f'a list of {{"{self.id_key}": {self.id_type}, "{self.answer_key}": str}}'
+
+
+def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:
+    """Refuse predictions that are not one for each example.
+
+    Raises:
+        ValueError: If ids are missing or unknown; the message counts them and names the first.
+    """
+    wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
+    missing = [key for key in wanted if key not in given]
+    extra = [key for key in given if key not in wanted]
+    if missing or extra:
+        problems = [
+            f"{len(ids):,} {what} (first: {', '.join(map(repr, ids[:3]))})"
+            for ids, what in ((missing, "missing"), (extra, "that belong to no example"))
+            if ids
+        ]
+        raise ValueError(
+            f"{where}: expected one prediction for each of the {len(wanted):,} examples, found "
+            f"{len(given):,}: {' and '.join(problems)}"
+        )

@@ -1,0 +1,180 @@
+"""Annotation files as Arrow columns: converted once, memory-mapped by every process from then on.
+
+The converted file lies in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`) under a name
+made from the paths, sizes and times of its sources, so that a changed source is converted anew.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+CONVERTER_VERSION = 1
+"""Raised whenever the same sources would give other columns."""
+CHUNK_ROWS = 50_000
+"""Rows held as Python objects while converting."""
+
+
+def cache_folder() -> Path:
+    """Where converted files are kept."""
+    chosen = os.environ.get("DEPT_VL_CACHE")
+    return (
+        Path(chosen)
+        if chosen
+        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dept_vl"
+    )
+
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Rows:
+    """Rows of an Arrow table, and which of them count.
+
+    Args:
+        table: The columns, memory-mapped where they come from files.
+        indices: The rows that count, in order; None for all.
+        files: What the table was read from, one after the other; empty for a table in memory.
+    """
+
+    def __init__(self, table: pa.Table, indices: Indices | None = None, files: Sequence[Path] = ()) -> None:
+        self.table, self.indices, self.files = table, indices, tuple(files)
+        self._columns = {name: table.column(name) for name in table.column_names}
+
+    @classmethod
+    def open(cls, files: Sequence[Path], indices: Indices | None = None) -> "Rows":
+        """Map Arrow files of one schema into memory."""
+        tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in files]
+        return cls(pa.concat_tables(tables), indices, files)
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> "Rows":
+        """A few rows in memory."""
+        return cls(pa.Table.from_pylist([dict(record) for record in records], schema))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name where there is one, so that a spawned worker maps the files and copies nothing.
+        if self.files:
+            return Rows.open, (self.files, self.indices)
+        return Rows, (self.table, self.indices)
+
+    def __len__(self) -> int:
+        return self.table.num_rows if self.indices is None else len(self.indices)
+
+    def value(self, name: str, index: int) -> Any:
+        """One field of one row."""
+        return self._columns[name][self._place(index)].as_py()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """All fields of one row."""
+        place = self._place(index)
+        return {name: column[place].as_py() for name, column in self._columns.items()}
+
+    def _place(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return index % len(self) if self.indices is None else int(self.indices[index])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All rows, a chunk at a time."""
+        for start in range(0, len(self), CHUNK_ROWS):
+            if self.indices is None:
+                chunk = self.table.slice(start, CHUNK_ROWS)
+            else:
+                chunk = self.table.take(self.indices[start : start + CHUNK_ROWS])
+            yield from chunk.to_pylist()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One field of all rows."""
+        column = self._columns[name]
+        return column if self.indices is None else column.take(pa.array(self.indices))
+
+    def distinct(self, *names: str) -> list[tuple[Any, ...]]:
+        """The different values of these fields, in order of first appearance."""
+        table = pa.table({name: self.column(name) for name in names})
+        rows = table.group_by(list(names), use_threads=False).aggregate([])
+        return list(zip(*(rows.column(name).to_pylist() for name in names), strict=True))
+
+    def subset(self, indices: Sequence[int] | Indices) -> "Rows":
+        """These rows alone."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Rows(self.table, chosen if self.indices is None else self.indices[chosen], self.files)
+
+    def where(self, name: str, values: Sequence[Any], *, keep: bool = True) -> "Rows":
+        """The rows whose field is one of the values, or (`keep=False`) is none of them."""
+        column = self.column(name)
+        found = pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy(zero_copy_only=False)
+        return self.subset(np.flatnonzero(found == keep))
+
+
+def convert(
+    name: str,
+    sources: Sequence[Path],
+    schema: pa.Schema,
+    records: Iterator[Mapping[str, Any]],
+    *,
+    unique: str,
+) -> Rows:
+    """Write records to an Arrow file in the cache folder, or find them there.
+
+    Args:
+        name: Of the file, for people.
+        sources: The files that the records come from.
+        schema: Of the columns.
+        records: A field for each column; not read if the sources were converted before.
+        unique: The column of the ids.
+
+    Raises:
+        ValueError: If an id stands there twice.
+        OSError: If the cache folder cannot be written.
+    """
+    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    key = hashlib.sha256(json.dumps([CONVERTER_VERSION, str(schema), stats]).encode()).hexdigest()[:24]
+    path = cache_folder() / f"{name}-{key}.arrow"
+    if path.is_file():
+        try:
+            return Rows.open([path])
+        except pa.ArrowInvalid:
+            path.unlink(missing_ok=True)  # damaged: made anew
+    # The process's own name: several may convert at a time, and the last one's file is as good.
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(partial, schema, records)
+        _check_unique(Rows.open([partial]).column(unique), unique, sources)
+        partial.replace(path)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) in sources:
+            raise
+        raise OSError(
+            f"cannot write the columns of {sources[0].name} to {path.parent} ({error}); make room there, or "
+            "set DEPT_VL_CACHE to another folder"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return Rows.open([path])
+
+
+def _check_unique(ids: pa.ChunkedArray, name: str, sources: Sequence[Path]) -> None:
+    if len(ids.unique()) == len(ids):
+        return
+    values, counts = ids.value_counts().flatten()
+    repeated = values.filter(pc.greater(counts, 1))
+    raise ValueError(
+        f"{sources[0]}: {name} {repeated[0].as_py()!r} stands there more than once, as do "
+        f"{len(repeated) - 1:,} others; expected every id once"
+    )
+
+
+def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]]) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        while chunk := list(islice(records, CHUNK_ROWS)):
+            columns = [[record[name] for record in chunk] for name in schema.names]
+            writer.write_batch(pa.record_batch(columns, schema=schema))

@@ -1,0 +1,56 @@
+"""Official files: found by name, and what was published about them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Published:
+    """What the authors of a data set say of a split.
+
+    Attributes:
+        files: For each annotation file the names it may have, the usual one first.
+        folders: For each image folder likewise.
+        source: Where all of it is published.
+        examples: Questions, sentences or captioned images.
+        images: Different images; None where nobody says.
+        answers: Human answers or captions; None where there are none or nobody says.
+    """
+
+    files: tuple[tuple[str, ...], ...]
+    folders: tuple[tuple[str, ...], ...]
+    source: str
+    examples: int
+    images: int | None = None
+    answers: int | None = None
+
+
+def find(root: Path, names: Sequence[str], what: str, source: str) -> Path:
+    """The first of these files that is there.
+
+    Raises:
+        FileNotFoundError: If none is.
+    """
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    raise FileNotFoundError(
+        f"{what} file not found: expected {names[0]}{others} in {root}; it is published at {source}"
+    )
+
+
+def find_folder(root: Path, names: Sequence[str], holds: str, source: str) -> Path:
+    """The first of these folders that is there.
+
+    Raises:
+        FileNotFoundError: If none is.
+    """
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise FileNotFoundError(
+        f"no image folder for {names[0]}: expected {root / names[0]} with {holds}; "
+        f"the images are published at {source}"
+    )

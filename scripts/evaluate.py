@@ -1,0 +1,18 @@
+r"""Score a finished run on any split; of a test split, write the file for its server.
+
+accelerate launch scripts/evaluate.py --run runs/vqav2-... --split minival
+accelerate launch scripts/evaluate.py --run runs/vqav2-... --split test-dev
+"""
+
+import tyro
+
+from dept_vl.assess import AssessConfig, Assessment, assess
+
+
+def main(config: AssessConfig) -> Assessment:
+    """Answer, score and write."""
+    return assess(config)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(AssessConfig, description=__doc__, use_underscores=True))
