@@ -1,16 +1,26 @@
-"""Bring data into the official files that the tasks read.
+"""Bring data into the official files that the tasks read, and look whether they are whole.
 
 python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
+python scripts/prepare_data.py scenes --output_dir data/scenes
+python scripts/prepare_data.py check --task vqav2 --root data/vqav2
+python scripts/prepare_data.py karpathy --root data/vqav2 --output_dir data/vqav2-karpathy
 """
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
+from dept_vl.scenes.official import write_tasks
 from dept_vl.tasks import easy_vqa as easy_vqa_task
+from dept_vl.tasks import karpathy as karpathy_task
+from dept_vl.tasks.check import check as check_task
+
+SHOWN = 20
+"""Missing or broken files that are named on the screen, of each kind; --report names them all."""
 
 
 def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
@@ -25,20 +35,76 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
         print(f"  {kind:<22}{count:>7,}")
 
 
-COMMANDS = {"easy-vqa": easy_vqa}
+def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
+    """Make small stand-ins for all four tasks, in their official form, from generated scenes.
+
+    Args:
+        output_dir: Folder to make, with vqav2, gqa, nlvr2 and coco in it.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+        test: Images of the test splits.
+    """
+    write_tasks(output_dir, train=train, val=val, test=test)
+    print(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Run one command, given as on the command line."""
-    tyro.extras.subcommand_cli_from_dict(
+def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
+    """List expected files as found or missing, compare counts with the published ones, open images.
+
+    Args:
+        task: vqav2, gqa, nlvr2 or coco.
+        root: Folder with the task's official files.
+        sample: Images to open in each split; 0 opens all.
+        report: File for the whole report, a line a finding.
+    """
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
+    good = True
+    for finding in check_task(task, root, sample=sample):
+        line = f"{finding.status:<8} {finding.what}"
+        lines.append(line)
+        counts[finding.status] += 1
+        good &= finding.good
+        if finding.good or counts[finding.status] <= SHOWN:
+            print(line, flush=True)
+    for status, count in counts.items():
+        if status in ("missing", "broken", "differs") and count > SHOWN:
+            print(f"{status:<8} {count - SHOWN:,} more; --report FILE names them all")
+    if report is not None:
+        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("everything is there" if good else f"not everything of {task} is in {root}")
+    return good
+
+
+def karpathy(root: Path, output_dir: Path) -> None:
+    """Write VQAv2's Karpathy splits in the official form, from the official files and dataset_coco.json.
+
+    Args:
+        root: Folder with VQAv2's official files and dataset_coco.json.
+        output_dir: Folder to write.
+    """
+    for split, count in karpathy_task.write_splits(root, output_dir).items():
+        print(f"karpathy-{split:<6}{count:>9,} questions")
+
+
+COMMANDS = {"easy-vqa": easy_vqa, "scenes": scenes, "check": check, "karpathy": karpathy}
+
+
+def main(arguments: Sequence[str]) -> bool | None:
+    """Run one command, given as on the command line; False if something is missing."""
+    result: bool | None = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="prepare_data.py",
-        description="Bring data into the official files that the tasks read.",
+        description="Bring data into the official files that the tasks read; look whether they are whole.",
         args=arguments,
         use_underscores=True,
     )
+    return result
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main(sys.argv[1:])
+    try:
+        sys.exit(main(sys.argv[1:]) is False)
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

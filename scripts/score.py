@@ -124,7 +124,13 @@ def coco(
 def show(title: str, figures: Figures, output: Path | None, form: str) -> Figures:
     """Print a table and write the file."""
     rows = [
-        (name, f"{value:,}" if isinstance(value, int) else format(value, form))
+        # A distance of a tenth or so, not a percentage.
+        (
+            name,
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:{'.4f' if name == 'distribution' else form}}",
+        )
         for name, value in flatten(figures)
     ]
     print(markdown_table([title, "score"], rows))
@@ -155,4 +161,7 @@ def main(arguments: Sequence[str]) -> Figures:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))

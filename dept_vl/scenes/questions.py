@@ -469,8 +469,8 @@ def caption(scene: Scene, rng: Random) -> QA:
     return QA(rng.choice(CAPTION_PHRASINGS), " and ".join(parts))
 
 
-def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
-    """A statement about two images, true or false."""
+def pair_statement(left: Scene, right: Scene, rng: Random) -> tuple[str, bool]:
+    """A sentence about two images and whether it is true."""
     phrase, wanted = random_phrase(rng.choice([left, right]), rng)
     counts = [sum(matches(o, wanted) for o in scene.objects) for scene in (left, right)]
     in_left, in_right = (count > 0 for count in counts)
@@ -491,7 +491,35 @@ def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
     )
     if truth is None:
         truth = sentence.startswith(f"there are {NUMBERS[sum(counts)]} ")
-    return QA(rng.choice(PAIR_PHRASINGS).format(sentence.format(phrase)), _true(truth))
+    return sentence.format(phrase), truth
+
+
+def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
+    """A statement about two images, true or false."""
+    sentence, truth = pair_statement(left, right, rng)
+    return QA(rng.choice(PAIR_PHRASINGS).format(sentence), _true(truth))
+
+
+def ask_kept_out(scene: Scene, rng: Random, names: Sequence[str] = tuple(KEPT_OUT)) -> QA:
+    """A question that pretraining never asks."""
+    while True:
+        family, wordings = KEPT_OUT[rng.choice(names)]
+        fact = family(scene, rng)
+        if fact is not None:
+            return QA(rng.choice(wordings).format(*fact.slots), fact.answer)
+
+
+def listings(scene: Scene) -> list[str]:
+    """Five captions in a style that pretraining never uses: what there is, without size or place."""
+    things = [f"{o.colour} {o.shape}" for o in scene.objects]
+    nouns = [f"a {thing}" for thing in things]
+    return [
+        " and ".join(nouns),
+        f"a picture of {' and '.join(nouns)}",
+        f"there is {', '.join(nouns)}",
+        ", ".join(things),
+        f"{NUMBERS[len(things)]} shapes: {', '.join(things)}",
+    ]
 
 
 OPPOSITES = {

@@ -191,9 +191,14 @@ def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | No
         )
         for row in rows
     }
-    consistency = all(other in questions for q in questions.values() if q.is_balanced for other in q.entailed)
-    answered = all(question_id in predictions for question_id in questions)
-    return score_gqa(questions, predictions, choices, consistency=consistency and answered)
+    # All of it or none: the official scorer needs every entailed question, and an answer to every one.
+    balanced = [question for question in questions.values() if question.is_balanced]
+    consistency = (
+        any(other != question.question_id for question in balanced for other in question.entailed)
+        and all(other in questions for question in balanced for other in question.entailed)
+        and all(question_id in predictions for question_id in questions)
+    )
+    return score_gqa(questions, predictions, choices, consistency=consistency)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,183 @@
+"""How long annotation files of the real size take to load, and how much memory.
+
+    python scripts/bench_loading.py --output_dir /tmp/vqav2-sized
+
+Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783
+image names that are all one picture), then loads them in fresh processes: once cold, then from the
+converted columns. Times are of this machine; the sizes are what matters.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TextIO
+
+import tyro
+from PIL import Image
+
+from dept_vl.report import markdown_table
+from dept_vl.splits import check_images
+from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
+
+SUBTYPE = "train2014"
+WORDS = (
+    "man",
+    "dog",
+    "street",
+    "red",
+    "holding",
+    "standing",
+    "left",
+    "behind",
+    "people",
+    "sign",
+    "old",
+    "train",
+)
+STARTS = ("what color is the", "is there a", "how many", "what is the", "where is the", "are these")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Sizes and places."""
+
+    output_dir: Path
+    """Folder for the generated files; those that are there are used again."""
+    questions: int = 443_757
+    """Questions, ten answers each: VQAv2's training split has so many."""
+    images: int = 82_783
+    """Different images."""
+    rounds: int = 3
+    """Loads from the converted columns."""
+    json_out: Path | None = None
+    """File for the figures."""
+    load_only: bool = False
+    """Load once in this process and print the figures (used by the script itself)."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """One load in one process.
+
+    Attributes:
+        seconds: From the call to a split whose images were looked for.
+        resident_gib: Memory of the process afterwards, mapped file pages included.
+        peak_gib: The most that it had.
+        questions: Read.
+    """
+
+    seconds: float
+    resident_gib: float
+    peak_gib: float
+    questions: int
+
+
+def write_files(config: BenchConfig) -> None:
+    """Write questions, annotations and image names of the configured size."""
+    folder = config.output_dir / SUBTYPE
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = Random(0)
+    common = [
+        f"{rng.choice(WORDS)} {rng.choice(WORDS)} {n}" if n > 40 else WORDS[n % 12] for n in range(3000)
+    ]
+    questions = config.output_dir / question_names(SUBTYPE)[0]
+    annotations = config.output_dir / annotation_names(SUBTYPE)[0]
+    with questions.open("w") as asked, annotations.open("w") as answered:
+        asked.write('{"info": {}, "questions": [')
+        answered.write('{"info": {}, "annotations": [')
+        for number in range(config.questions):
+            _write_question(rng, number, config.images, common, asked, answered)
+        asked.write("]}")
+        answered.write("]}")
+    picture = folder / "picture.jpg"
+    Image.new("RGB", (64, 64)).save(picture)
+    for image_id in range(config.images):
+        os.link(picture, folder / f"COCO_{SUBTYPE}_{image_id:012d}.jpg")
+
+
+def _write_question(
+    rng: Random, number: int, images: int, common: list[str], asked: TextIO, answered: TextIO
+) -> None:
+    separator = ", " if number else ""
+    start = rng.choice(STARTS)
+    ids = {"image_id": number % images, "question_id": 1000 * (number % images) + number // images}
+    text = f"{start} {rng.choice(WORDS)} {rng.choice(WORDS)} the {rng.choice(WORDS)}?"
+    asked.write(separator + json.dumps({**ids, "question": text}))
+    usual = common[min(int(rng.expovariate(0.01)), 2999)]
+    answers = [usual if rng.random() < 0.6 else rng.choice(common) for _ in range(10)]
+    record = {
+        "question_type": start,
+        "multiple_choice_answer": usual,
+        "answers": [
+            {"answer": answer, "answer_confidence": "yes", "answer_id": n}
+            for n, answer in enumerate(answers, 1)
+        ],
+        **ids,
+        "answer_type": "other",
+    }
+    answered.write(separator + json.dumps(record))
+
+
+def load(root: Path) -> Load:
+    """Load the split in this process."""
+    started = time.perf_counter()
+    task = check_images(VQAv2.load(root, "train"), "raise")
+    seconds = time.perf_counter() - started
+    # Read as training does, all over the file, so that mapped pages are counted.
+    for index in range(0, len(task), max(1, len(task) // 5000)):
+        task[index]
+    # Linux says kibibytes, macOS bytes.
+    unit = 1024 if sys.platform != "darwin" else 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    status = Path("/proc/self/status")
+    resident = peak
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+        resident = int(line.split()[1]) / 2**20
+    return Load(round(seconds, 2), round(resident, 2), round(peak, 2), len(task))
+
+
+def main(config: BenchConfig) -> list[Load]:
+    """Generate, load cold, load again; returns the loads in that order."""
+    if config.load_only:
+        found = load(config.output_dir)
+        print(json.dumps(asdict(found)))
+        return [found]
+    if not (config.output_dir / SUBTYPE).is_dir():
+        print(f"writing {config.questions:,} questions to {config.output_dir}")
+        write_files(config)
+    cache = config.output_dir / "cache"
+    for path in cache.glob("*.arrow"):
+        path.unlink()
+    loads = []
+    for _ in range(1 + config.rounds):
+        finished = subprocess.run(
+            [sys.executable, __file__, "--output_dir", str(config.output_dir), "--load_only"],
+            env={**os.environ, "DEPT_VL_CACHE": str(cache)},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        loads.append(Load(**json.loads(finished.stdout.splitlines()[-1])))
+    rows = [
+        (name, f"{one.seconds:.2f}", f"{one.resident_gib:.2f}", f"{one.peak_gib:.2f}")
+        for name, one in zip(
+            ["cold", *[f"from its cache, {n}" for n in range(1, config.rounds + 1)]], loads, strict=True
+        )
+    ]
+    size = sum(path.stat().st_size for path in config.output_dir.glob("*.json")) / 2**20
+    header = [f"{loads[0].questions:,} questions, {size:.0f} MiB of JSON", "s", "GiB resident", "GiB at most"]
+    print(markdown_table(header, rows))
+    if config.json_out is not None:
+        config.json_out.write_text(json.dumps([asdict(one) for one in loads], indent=2) + "\n")
+    return loads
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
