@@ -7,6 +7,7 @@ they are, for which backbone, and how well they do.
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dept_vl import official
 from dept_vl.backbone import Backbone
 from dept_vl.dept import DePT
 from dept_vl.model import PromptedModel
@@ -33,7 +35,8 @@ class Adapter:
     Attributes:
         prompt: Sizes of the prompt (`prompt_length`, `rank`, `max_source_length`, `d_model`,
             `alpha`, `scale`); None if only the backbone's own parts were trained.
-        backbone: Its name, the hashes of its frozen weights and `visual_position_bias`.
+        backbone: Its name, the hashes of its frozen weights and `visual_position_bias`. The authors'
+            files tell the name alone: of theirs the rest is None, and `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
@@ -106,6 +109,69 @@ class Adapter:
             )
         return cls(**description, tensors=tensors)
 
+    @classmethod
+    def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
+        """Read an adapter in the files of the authors of DePT (see `official`).
+
+        The files do not say which weights the adapter belongs to: `build` compares the backbone's
+        name and width alone and warns of it.
+
+        Args:
+            folder: Holds `adapter_model.bin` and `adapter_config.json`.
+            task: The task it was trained on, of which the files say nothing.
+            prompt_only: Take the soft prompt P alone, as plain prompt tuning. Files without A and B
+                are refused otherwise.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
+        """
+        tensors, config = official.read(folder, prompt_only=prompt_only)
+        with torch.device("meta"):  # for its sizes alone
+            prompt = DePT(
+                config["token_dim"],
+                prompt_length=config["num_virtual_tokens"],
+                rank=0 if prompt_only else config["r"],
+                max_source_length=config["max_length"],
+                alpha=float(config["lora_alpha"]),
+            )
+        return cls(
+            prompt=_sizes(prompt),
+            backbone={
+                "name": config["base_model_name_or_path"],
+                "fingerprint": None,
+                "visual_position_bias": None,
+                "official_config": config,
+            },
+            task=task,
+            metrics={},
+            trainable_parameters=_count(prompt.parameter_groups()),
+            tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
+        )
+
+    def to_official(self, folder: str | Path) -> None:
+        """Write the adapter in the files of the authors of DePT, whose code runs T5 on text.
+
+        Raises:
+            ValueError: If it is more or less than P, A and B, which is all that they hold.
+        """
+        expected = {"prompt." + name for name in official.NAMES}
+        if self.prompt is None or self.tensors.keys() != expected:
+            raise ValueError(
+                f"the authors' files hold {sorted(expected)} and nothing else; this adapter has "
+                f"{sorted(self.tensors)}: keep it in its own format"
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = official.contents(
+            {name.removeprefix("prompt."): tensor for name, tensor in self.tensors.items()},
+            self.prompt,
+            self.backbone["name"],
+            self.backbone.get("official_config", {}),
+        )
+        for name, content in files.items():
+            _write(folder / name, content)
+
     def build(self, backbone: Backbone) -> PromptedModel:
         """A model with this adapter on its backbone.
 
@@ -134,6 +200,9 @@ class Adapter:
             _load_exactly(module, state, prefix)
 
     def _check_backbone(self, backbone: Backbone) -> None:
+        if self.backbone["fingerprint"] is None:
+            self._check_name(backbone)
+            return
         here = _identity(backbone)
         compared = ("fingerprint", "visual_position_bias")
         if any(self.backbone[key] != here[key] for key in compared):
@@ -145,10 +214,34 @@ class Adapter:
                 f"{here['visual_position_bias']}); load the backbone it was trained on"
             )
 
+    def _check_name(self, backbone: Backbone) -> None:
+        """All that can be compared where the weights are not on record; `PromptedModel` adds the width."""
+        name = self.backbone["name"]
+        if backbone.vision is not None:
+            raise ValueError(
+                f"this adapter was trained on {name} for text alone and does not fit {backbone.name}, "
+                "which has a vision tower; load the language model without one"
+            )
+        # "t5-base" is "google-t5/t5-base" on the Hub now, and any folder of that name on a disk.
+        if Path(name).name != Path(backbone.name).name:
+            raise ValueError(
+                f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
+                "backbone.name if this is the same model under another name"
+            )
+        warnings.warn(
+            f"the authors' files do not say on which weights of {name} this adapter was trained; of "
+            f"{backbone.name} only the name and the width were compared",
+            stacklevel=4,
+        )
+
 
 def count_trainable(model: PromptedModel) -> dict[str, int]:
     """Trained parameters by group, in all, and without the visual projection."""
-    groups = {name: sum(p.numel() for p in group) for name, group in model.parameter_groups().items()}
+    return _count(model.parameter_groups())
+
+
+def _count(parameter_groups: Mapping[str, list[nn.Parameter]]) -> dict[str, int]:
+    groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
     total = sum(groups.values())
     return {
         **groups,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dept_vl.dept import DePT, parameter_count, sample_vocabulary, solve_rank
+from dept_vl.dept import Budgeted, DePT, parameter_count, sample_vocabulary, solve_budget, solve_rank
 
 D_MODEL, LONGEST = 6, 10
 SIZES = [(3, 2), (0, 2), (3, 0), (0, 0)]
@@ -298,3 +298,42 @@ def test_prompt_over_budget_is_refused_with_the_longest_that_fits() -> None:
         solve_rank(768, 256, 76_800, 101)
     with pytest.raises(ValueError, match="-1 vectors"):
         solve_rank(768, 256, 76_800, -1)
+
+
+def test_budget_alone_gives_the_sizes_that_won_most_often() -> None:
+    assert solve_budget(768, 256, 76_800) == Budgeted(prompt_length=60, rank=30, left_over=0)
+    assert solve_budget(768, 512, 76_800) == Budgeted(prompt_length=60, rank=24, left_over=0)
+    # MultiRC: what the released runs overshoot by 2,760 is caught, and the rest is told.
+    assert solve_budget(768, 348, 76_800) == Budgeted(prompt_length=60, rank=27, left_over=588)
+    assert solve_budget(4096, 64, 100 * 4096) == Budgeted(prompt_length=60, rank=39, left_over=1_600)
+
+
+@pytest.mark.parametrize(("prompt_length", "rank"), PAPER)
+def test_budget_with_a_prompt_length_gives_the_table_of_the_paper(prompt_length: int, rank: int) -> None:
+    assert solve_budget(768, 256, 76_800, prompt_length) == Budgeted(prompt_length, rank, 0)
+
+
+def test_budget_is_never_overshot_and_what_is_left_buys_no_rank() -> None:
+    numbers = random.Random(0)
+    for _ in range(500):
+        d_model, longest = numbers.randint(1, 2048), numbers.randint(1, 600)
+        budget = d_model + longest + numbers.randint(0, 200_000)
+        sizes = solve_budget(d_model, longest, budget)
+        used = parameter_count(d_model, longest, sizes.prompt_length, sizes.rank)
+        assert used + sizes.left_over == budget
+        assert 0 <= sizes.left_over < d_model + longest
+        assert 0.6 * budget - d_model < sizes.prompt_length * d_model <= 0.6 * budget
+
+
+@pytest.mark.parametrize("budget", [0, 767])
+def test_budget_that_buys_nothing_is_refused(budget: int) -> None:
+    with pytest.raises(ValueError, match=rf"budget of {budget} parameters buys nothing.*768.*1,024"):
+        solve_budget(768, 256, budget)
+
+
+def test_budget_of_one_vector_and_of_less_than_was_asked_for() -> None:
+    assert solve_budget(768, 256, 768, 1) == Budgeted(1, 0, 0)
+    with pytest.raises(ValueError, match=r"101 vectors.*0 to 100"):
+        solve_budget(768, 256, 76_800, 101)
+    with pytest.raises(ValueError, match="the budget is -1"):
+        solve_budget(768, 256, -1)

@@ -1,0 +1,188 @@
+"""Figures of GLUE, SuperGLUE and MRQA, in percent (0 to 100) and not rounded.
+
+Classification figures are scikit-learn's (`accuracy_score`, `f1_score`, `matthews_corrcoef`), the
+correlation is scipy's (`pearsonr`), MultiRC follows SuperGLUE (Wang et al. 2019) and answers are
+compared as in SQuAD v1.1 (Rajpurkar et al. 2016), whose scorer MRQA took over (Fisch et al. 2019).
+Where those divide by zero, the figure here is 0.0 and never nan.
+
+A prediction may be any text. One that names no class of the task is wrong for `accuracy`, no positive
+for `f1` and a class of its own for `matthews`; a task that wants it counted as the opposite class, as
+T5's own scorers do, says so by giving that class.
+"""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _check_pairs(predictions: Sequence[object], labels: Sequence[object], what: str = "labels") -> None:
+    if isinstance(predictions, str) or isinstance(labels, str):
+        # A string is a sequence too, and would be scored letter by letter.
+        raise ValueError(f"expected a list of predictions and one of {what}, found a single string")
+    if len(predictions) != len(labels):
+        raise ValueError(
+            f"expected one prediction each, found {len(predictions)} predictions and {len(labels)} {what}"
+        )
+    if len(predictions) == 0:
+        raise ValueError("expected at least one prediction, found none")
+
+
+def accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+    """Share of predictions that equal their label.
+
+    Raises:
+        ValueError: If the lists are empty or differ in length, here and in every figure below.
+    """
+    _check_pairs(predictions, labels)
+    right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
+    return 100 * right / len(labels)
+
+
+def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive: Hashable) -> float:
+    """F1 of one class; 0.0 if it is neither predicted nor a label.
+
+    Args:
+        predictions: One for each label.
+        labels: The right classes.
+        positive: The class that is looked for; all others are its opposite.
+    """
+    _check_pairs(predictions, labels)
+    predicted = sum(prediction == positive for prediction in predictions)
+    present = sum(label == positive for label in labels)
+    found = sum(
+        prediction == label == positive for prediction, label in zip(predictions, labels, strict=True)
+    )
+    return 100 * 2 * found / (predicted + present) if predicted + present else 0.0
+
+
+def macro_f1(
+    predictions: Sequence[Hashable],
+    labels: Sequence[Hashable],
+    *,
+    classes: Sequence[Hashable] | None = None,
+) -> float:
+    """Mean over the classes of their F1 (CB).
+
+    Args:
+        predictions: One for each label.
+        labels: The right classes.
+        classes: Those averaged over; None takes every class predicted or right, so a prediction
+            that is no class of the task adds one with an F1 of 0.
+    """
+    _check_pairs(predictions, labels)
+    averaged = {*predictions, *labels} if classes is None else set(classes)
+    if not averaged:
+        raise ValueError("expected at least one class to average over, found none")
+    return math.fsum(f1(predictions, labels, positive=each) for each in averaged) / len(averaged)
+
+
+def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
+    """Matthews correlation of two or more classes (CoLA), from -100 to 100.
+
+    0.0 if all predictions, or all labels, are of one class.
+    """
+    _check_pairs(predictions, labels)
+    predicted, present, count = Counter(predictions), Counter(labels), len(labels)
+    right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
+    # Whole numbers as far as the root, so that no rounding hides a zero.
+    covariance = right * count - sum(predicted[each] * present[each] for each in present)
+    spread = (count**2 - sum(n**2 for n in predicted.values())) * (
+        count**2 - sum(n**2 for n in present.values())
+    )
+    return 100 * covariance / math.sqrt(spread) if spread else 0.0
+
+
+def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
+    """Pearson correlation (STS-B), from -100 to 100; 0.0 if predictions or labels are all the same.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
+    _check_pairs(predictions, labels)
+    if not all(map(math.isfinite, (*predictions, *labels))):
+        raise ValueError("expected finite numbers to correlate, found inf or nan")
+    if len(set(predictions)) == 1 or len(set(labels)) == 1:
+        return 0.0
+    cosine = float(_direction(predictions) @ _direction(labels))
+    return 100 * max(-1.0, min(1.0, cosine))
+
+
+def _direction(numbers: Sequence[float]) -> NDArray[np.float64]:
+    """The numbers less their mean, at length 1."""
+    values = np.asarray(numbers, dtype=np.float64)
+    values = values / np.abs(values).max()  # or the squares of what a model made up may overflow
+    values = values - values.mean()
+    direction: NDArray[np.float64] = values / np.linalg.norm(values)
+    return direction
+
+
+def multirc(
+    predictions: Sequence[Hashable],
+    labels: Sequence[Hashable],
+    questions: Sequence[Hashable],
+    *,
+    positive: Hashable,
+) -> dict[str, float]:
+    """`f1a`, F1 over all answers, and `em`, the share of questions with every answer judged right.
+
+    Args:
+        predictions: One for each candidate answer.
+        labels: Whether it is right.
+        questions: The question it belongs to; the id of a question in MultiRC counts within its
+            paragraph, so give both.
+        positive: The label of a right answer.
+    """
+    _check_pairs(predictions, labels)
+    _check_pairs(predictions, questions, "questions")
+    whole: dict[Hashable, bool] = {}
+    for prediction, label, question in zip(predictions, labels, questions, strict=True):
+        whole[question] = whole.get(question, True) and prediction == label
+    return {
+        "f1a": f1(predictions, labels, positive=positive),
+        "em": 100 * sum(whole.values()) / len(whole),
+    }
+
+
+def normalise_text(text: str) -> str:
+    """Lower case, without ASCII punctuation, articles and superfluous spaces, in SQuAD's order."""
+    bare = text.lower().translate(DELETE_PUNCTUATION)
+    return " ".join(ARTICLES.sub(" ", bare).split())
+
+
+def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`em` and `f1` of free answers, each the best over the human answers to its question.
+
+    As in SQuAD v1.1 and MRQA, two answers of which nothing is left agree exactly (`em`) and share no
+    word (`f1` of 0).
+
+    Args:
+        predictions: One for each question.
+        answers: All human answers to it.
+
+    Raises:
+        ValueError: If a question has no answer.
+    """
+    _check_pairs(predictions, answers, "lists of answers")
+    exact, overlap = [], []
+    for index, (prediction, golds) in enumerate(zip(predictions, answers, strict=True)):
+        if isinstance(golds, str) or not golds:
+            raise ValueError(f"expected a list of one answer or more to question {index}, found {golds!r}")
+        said = normalise_text(prediction)
+        wanted = [normalise_text(gold) for gold in golds]
+        exact.append(float(said in wanted))
+        overlap.append(max(_word_f1(said.split(), gold.split()) for gold in wanted))
+    count = len(predictions)
+    return {"em": 100 * math.fsum(exact) / count, "f1": 100 * math.fsum(overlap) / count}
+
+
+def _word_f1(said: list[str], wanted: list[str]) -> float:
+    shared = (Counter(said) & Counter(wanted)).total()
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
