@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 data/easy-vqa: | $(STAMP)
 	$(BIN)/python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
 
+data/scenes: | $(STAMP)
+	$(BIN)/python scripts/prepare_data.py scenes --output_dir data/scenes
+
 vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
@@ -34,4 +37,4 @@ test: lint  ## install, check style and types, run the tests
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) data/easy-vqa
+	rm -rf $(VENV) data/easy-vqa data/scenes

@@ -64,7 +64,8 @@ def picture_grid(
         # Two images share a tile, side by side.
         side = TILE // len(example.images)
         for number, image in enumerate(map(read_image, example.images)):
-            sheet.paste(image.resize((side, TILE), Image.Resampling.BICUBIC), (left + number * side, top))
+            resized = image.resize((side, side), Image.Resampling.BICUBIC)
+            sheet.paste(resized, (left + number * side, top + (TILE - side) // 2))
         draw.rectangle((left, top, left + TILE, top + TILE), outline=INK)
         text = textwrap.wrap(example.question, WRAP)[:3]
         draw.multiline_text((left, top + TILE + 6), "\n".join(text), fill=INK, font=font)

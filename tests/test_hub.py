@@ -374,6 +374,14 @@ def test_a_connection_that_breaks_leaves_nothing(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_empty_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = dataset(vqa_rows(), "image").features
+    stream = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
+    with pytest.raises(ValueError, match="lmms-lab/VQAv2, testdev: expected rows, found none"):
+        fetch("vqav2", "lmms-lab/VQAv2", tmp_path / "out", split="test-dev")
+
+
 def test_unknown_tasks_splits_and_sources(tmp_path: Path) -> None:
     copy = vqa_copy(tmp_path / "copy")
     out = tmp_path / "out"
@@ -405,9 +413,9 @@ def test_incomplete_and_damaged_copies(tmp_path: Path) -> None:
     whole.write_bytes(whole.read_bytes()[:-100])
     with pytest.raises(OSError, match=r"cannot read.*validation.*hf download"):
         fetch("vqav2", copy, tmp_path / "out", split="val")
-    dataset(vqa_rows(), "image").select([]).save_to_disk(str(tmp_path / "empty" / "validation"))
-    with pytest.raises(ValueError, match="validation: expected rows, found none"):
-        fetch("vqav2", tmp_path / "empty", tmp_path / "out", split="val")
+    dataset([row | {"image": 7} for row in vqa_rows()]).save_to_disk(str(tmp_path / "saved" / "validation"))
+    with pytest.raises(OSError, match=r"validation: expected images in image, found"):
+        fetch("vqav2", tmp_path / "saved", tmp_path / "out", split="val")
     assert not (tmp_path / "out").exists()
 
 

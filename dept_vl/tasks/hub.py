@@ -172,8 +172,13 @@ class Source:
         if absent:
             logger.warning("%s: no columns %s, so the official file goes without", where, ", ".join(absent))
         dataset = dataset.select_columns([*needed, *(name for name in carried if name in found)])
-        for name in images:
-            dataset = dataset.cast_column(name, Image(decode=False))
+        try:
+            for name in images:
+                dataset = dataset.cast_column(name, Image(decode=False))
+        except Exception as error:  # Arrow's, of many kinds
+            raise OSError(
+                f"{where}: expected images in {', '.join(images)}, found {dataset.features} ({error})"
+            ) from error
         return self._read(dataset, where)
 
     def _open(self, part: Part, where: str) -> Any:
