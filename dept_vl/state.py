@@ -182,7 +182,7 @@ class TrainingState:
             "progress": asdict(progress),
             "optimizer": {name: sorted(self.optimizer.state[p]) for name, p in self.trained.items()},
             "rates": [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups],
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "schedule": self.schedule.state_dict(),
         }
 
 

@@ -161,8 +161,11 @@ def train(
             evaluating = last or step % options.eval_every == 0
             saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
             progress.stopped_by = interrupt.requested(accelerator, step, options.log_every)
-            if evaluating or saving or progress.stopped_by or step % options.log_every == 0:
-                log.loss(torch.stack(losses).mean(), rates)
+            logging = evaluating or saving or step % options.log_every == 0
+            if logging or progress.stopped_by:
+                mean_loss = log.look(torch.stack(losses).mean())
+            if logging:
+                log.loss(mean_loss, rates)
             if evaluating:
                 _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
             if saving or progress.stopped_by:
@@ -266,7 +269,7 @@ class _Log:
         self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
         self.examples = self.skipped = 0
         main = accelerator.is_main_process
-        if main and progress.steps:
+        if main:
             _cut_log(path, progress.steps)
         # None: no bar where the output is no terminal; the log's lines are printed instead.
         self.bar = tqdm(
@@ -279,8 +282,14 @@ class _Log:
         self.examples += len(batch.ids)
         self.skipped += len(batch.skipped)
 
-    def loss(self, loss: Tensor, rates: Mapping[str, float]) -> None:
-        """Write the loss of a step, after a look at all since the last one.
+    def look(self, loss: Tensor) -> float:
+        """Check all losses since the last look and count what was learnt.
+
+        Args:
+            loss: Of the last step, on this process.
+
+        Returns:
+            The same over all processes.
 
         Raises:
             ValueError: If one is not finite.
@@ -293,13 +302,18 @@ class _Log:
         progress.examples += round(examples)
         progress.skipped += round(skipped)
         self.examples = self.skipped = 0
+        return float(mean_loss)
+
+    def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
+        """Write the loss of a step."""
+        progress = self.progress
         step, total = progress.steps, self.options.max_steps
         speed = progress.examples / progress.train_seconds
         self.bar.update(step - self.bar.n)
         self.bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_second=f"{speed:.0f}")
         record = {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1)}
         self._write(record | ({"skipped_examples": progress.skipped} if progress.skipped else {}))
-        if accelerator.is_main_process and self.bar.disable:
+        if self.accelerator.is_main_process and self.bar.disable:
             left = progress.train_seconds / step * (total - step)
             print(f"step {step}/{total} loss {mean_loss:.3f} {left:.0f} s left", flush=True)
 
@@ -335,7 +349,9 @@ class _Log:
 
 def _cut_log(path: Path, steps: int) -> None:
     """Leave the lines of a log up to a step; those behind it will come again."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
     path.write_text("".join(kept))
 
