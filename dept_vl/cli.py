@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -25,9 +25,15 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
+    if known.config is None and known.resume not in (None, "auto"):
+        # A run goes on with its own options unless others are given.
+        known.config = Path(known.resume) / "config.json"
     if known.config is not None:
         defaults = read_config(known.config)
+    if known.resume is not None:
+        defaults = replace(defaults, resume=known.resume)
     return tyro.cli(
         RunConfig,
         args=rest,
@@ -53,6 +59,7 @@ def read_config(path: Path) -> RunConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if isinstance(content, dict):
         content.pop("output_dir", None)
+        content.pop("resume", None)
     config: RunConfig = _build(RunConfig, content, str(path))
     return config
 
