@@ -93,7 +93,7 @@ def assess(config: AssessConfig) -> Assessment:
         task = load_task(options.task, options.data_dir, options.test_split)
     task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
     decoding = choose_decoding(config, task)
-    model = build_model(trained)
+    model = build_model(trained, decoding.max_new_tokens)
     Adapter.load(config.adapter or config.run / BEST).apply(model)
     model.to(accelerator.device)
     evaluation = evaluate(

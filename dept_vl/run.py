@@ -87,7 +87,8 @@ def run(config: RunConfig) -> RunResult:
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in (config.data, *config.also)]
     _check_distinct([task.test.name for task in tasks])
-    model = build_model(config)
+    max_target_length = max(task.decoding.max_new_tokens for task in tasks)
+    model = build_model(config, max_target_length)
     model.to(accelerator.device)
     for task in tasks:
         check_source_lengths(
@@ -103,7 +104,7 @@ def run(config: RunConfig) -> RunResult:
     collator = Collator(
         model.backbone.tokenizer,
         max_source_length=config.prompt.max_source_length,
-        max_target_length=max(task.decoding.max_new_tokens for task in tasks),
+        max_target_length=max_target_length,
         images=images,
         on_bad_image=config.data.on_bad_image or "skip",
     )
@@ -189,8 +190,12 @@ def _check_distinct(names: list[str]) -> None:
         )
 
 
-def build_model(config: RunConfig) -> PromptedModel:
-    """The backbone, with a prompt where one has any size, and what is trained set free."""
+def build_model(config: RunConfig, max_target_length: int) -> PromptedModel:
+    """The backbone, with a prompt where one has any size, and what is trained set free.
+
+    Raises:
+        ValueError: If the language model has too few positions for the longest example.
+    """
     options = config.backbone
     backbone = Backbone.from_pretrained(
         options.backbone,
@@ -207,6 +212,7 @@ def build_model(config: RunConfig) -> PromptedModel:
         config.prompt.prompt_length if prompt else 0,
         config.prompt.max_source_length,
         backbone.vision.token_count if backbone.vision else 0,
+        max_target_length,
     )
     return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
 
