@@ -231,8 +231,8 @@ class DecoderOnly(LanguageModel):
             )
         if tokenizer.eos_token is None:
             raise ValueError(
-                f"the tokenizer of {name} has no end of text, without which no answer ends; name one (eos_token) "
-                "in its tokenizer_config.json"
+                f"the tokenizer of {name} has no end of text, without which no answer ends; name one "
+                "(eos_token) in its tokenizer_config.json"
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
