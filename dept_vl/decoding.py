@@ -6,6 +6,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from dept_vl.targets import continues_text, target_ids
 from dept_vl.tasks.example import Decoding
 
 
@@ -44,7 +45,7 @@ class Trie:
     def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:
         if not candidates:
             raise ValueError("expected at least one candidate answer, found none")
-        sequences = [tuple(ids) for ids in tokenizer(text_target=list(candidates)).input_ids]
+        sequences = [tuple(ids) for ids in target_ids(tokenizer, candidates)]
         following: dict[tuple[int, ...], dict[int, None]] = {}
         for ids in sequences:
             for length in range(len(ids)):
@@ -52,8 +53,9 @@ class Trie:
         self.following = {prefix: list(tokens) for prefix, tokens in following.items()}
         self.depth = max(map(len, sequences))
         self.padding = [tokenizer.pad_token_id]
+        # An encoder-decoder's first token is the decoder's start, no part of the answer.
+        self.start = 0 if continues_text(tokenizer) else 1
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
         """Token ids that may come next; padding behind a finished candidate."""
-        # The first token is the decoder's start, no part of the answer.
-        return self.following.get(tuple(tokens[1:].tolist()), self.padding)
+        return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
