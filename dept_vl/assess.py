@@ -17,7 +17,7 @@ from dept_vl.config import DataOptions, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, build_model, score_rows, write_answers
-from dept_vl.splits import check_images
+from dept_vl.splits import check_images, with_split_names
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
@@ -130,7 +130,7 @@ def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
     name = config.task or trained.data.task
     if name not in known and not (config.data_dir and config.split):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
-    options = known.get(name, DataOptions(task=name))
+    options = with_split_names(known.get(name, DataOptions(task=name)))
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,

@@ -1,6 +1,6 @@
 """The training, dev and test splits of a task, with their images at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,6 +11,7 @@ from dept_vl.features import FeatureTable, table_bytes
 from dept_vl.images import missing_files
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
+from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.tasks.vqav2 import VQAv2, usual_answers
 from dept_vl.vision import VisionEncoder
 
@@ -43,6 +44,7 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         FileNotFoundError: If images are missing that are not to be skipped.
         ValueError: If there are no answers to train or to choose on.
     """
+    options = with_split_names(options)
     train = load_task(options.task, options.data_dir, options.train_split)
     for option, split in (("train_split", options.train_split), ("dev_split", options.dev_split)):
         task = load_task(options.task, options.data_dir, split) if split else train
@@ -62,6 +64,12 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         decoding=decoding,
         options=options,
     )
+
+
+def with_split_names(options: DataOptions) -> DataOptions:
+    """The options with the splits that are left out named."""
+    dev, test = ("validation", "test") if options.task in TEXT_TASKS else ("", "val")
+    return replace(options, dev_split=options.dev_split or dev, test_split=options.test_split or test)
 
 
 def choose_decoding(options: DataOptions, train: Task) -> Decoding:
