@@ -55,3 +55,14 @@ class Trie:
         """Token ids that may come next; padding behind a finished candidate."""
         # The first token is the decoder's start, no part of the answer.
         return self.following.get(tuple(tokens[1:].tolist()), self.padding)
+
+
+def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
+    """Decoded text -> the candidate that it stands for.
+
+    A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
+    candidate back as it was.
+    """
+    sequences = tokenizer(text_target=list(candidates)).input_ids if candidates else []
+    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
+    return dict(zip(decoded, candidates, strict=True))
