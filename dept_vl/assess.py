@@ -16,12 +16,14 @@ from dept_vl.cli import read_config
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.report import markdown_table
-from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, build_model, score_rows, write_answers
+from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
 from dept_vl.splits import check_images, with_split_names
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
 from dept_vl.train import BEST
+
+SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class AssessConfig:
     num_beams: int = 0
     """Beams of the search; 0 takes the run's or the task's own."""
     candidates: Path | None = None
-    """JSON list of answers to choose among; left out, the run's candidates.json if it has one."""
+    """JSON list of answers to choose among; left out, on VQAv2 the run's candidates.json if it has one."""
     batch_size: int = 128
     """Examples decoded at a time, per process."""
     num_workers: int = 0
@@ -87,21 +89,27 @@ def assess(config: AssessConfig) -> Assessment:
     set_seed(trained.train.seed)
     options = data_options(config, trained)
     output_dir = config.output_dir or config.run / f"{options.task}-{options.test_split}"
-    if (output_dir / "scores.json").exists():
-        raise FileExistsError(f"{output_dir} already holds an evaluation; choose another --output_dir")
+    # A run's own folder has predictions, of its test split.
+    if (output_dir / SCORES_FILE).exists() or any(output_dir.glob("predictions*")):
+        raise FileExistsError(
+            f"{output_dir} already holds predictions; nothing was changed there. Choose another --output_dir"
+        )
     with accelerator.local_main_process_first():
         task = load_task(options.task, options.data_dir, options.test_split)
+        whole = None
+        if task.name in SUBMITTED and not config.limit and not task[0].targets:
+            # Now, or a missing file would be noticed when all is answered.
+            whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
     task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
-    decoding = choose_decoding(config, task)
-    model = build_model(trained)
-    Adapter.load(config.adapter or config.run / BEST).apply(model)
+    decoding = choose_decoding(config, options, task)
+    model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone))
     model.to(accelerator.device)
     evaluation = evaluate(
         model,
         task,
         Collator(
             model.backbone.tokenizer,
-            max_source_length=trained.prompt.max_source_length,
+            max_source_length=(model.prompt or trained.prompt).max_source_length,
             max_target_length=decoding.max_new_tokens,
             images=model.backbone.vision,
             on_bad_image=config.on_bad_image,
@@ -114,7 +122,7 @@ def assess(config: AssessConfig) -> Assessment:
     )
     submission = None
     if accelerator.is_main_process:
-        submission = _write(options, task, evaluation, output_dir, limited=config.limit > 0)
+        submission = _write(options, task, evaluation, output_dir, whole)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Assessment(evaluation, output_dir, submission)
@@ -139,39 +147,53 @@ def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
     )
 
 
-def choose_decoding(config: AssessConfig, task: Task) -> Decoding:
-    """The task's own way of decoding, as the configuration changes it.
+def choose_decoding(config: AssessConfig, options: DataOptions, task: Task) -> Decoding:
+    """The task's own way of decoding, as the options of the task and the configuration change it.
 
     Raises:
         FileNotFoundError: If the file of candidates is missing.
         ValueError: If it is no list of answers.
     """
     default = task.decoding
-    path = config.candidates or config.run / CANDIDATES_FILE
     candidates = default.candidates
-    if config.candidates is not None and not path.is_file():
-        raise FileNotFoundError(f"no list of candidates at {path}")
-    if path.is_file() and task.name == "vqav2":
-        content = json.loads(path.read_text())
-        if not isinstance(content, list) or not all(isinstance(answer, str) for answer in content):
-            raise ValueError(f"{path}: expected a JSON list of answers")
-        candidates = tuple(content)
-    return Decoding(default.max_new_tokens, config.num_beams or default.num_beams, candidates)
+    path = config.candidates
+    if path is None and task.name == "vqav2" and (config.run / CANDIDATES_FILE).is_file():
+        path = config.run / CANDIDATES_FILE
+    if path is not None:
+        candidates = read_candidates(path)
+    return Decoding(default.max_new_tokens, options.num_beams or default.num_beams, candidates)
+
+
+def read_candidates(path: Path) -> tuple[str, ...]:
+    """A list of answers to choose among.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no list of answers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON list of answers, found no JSON ({error})") from None
+    if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
+        raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
+    return tuple(content)
 
 
 def _write(
-    options: DataOptions, task: Task, evaluation: Evaluation, folder: Path, *, limited: bool
+    options: DataOptions, task: Task, evaluation: Evaluation, folder: Path, whole: Task | None
 ) -> Submission | None:
     folder.mkdir(parents=True, exist_ok=True)
     path = write_answers(task, evaluation, folder)
-    (folder / "scores.json").write_text(json.dumps(evaluation.scores, indent=2) + "\n")
+    (folder / SCORES_FILE).write_text(json.dumps(evaluation.scores, indent=2) + "\n")
     if evaluation.scores:
         rows = score_rows(evaluation.scores, f"{task.name} {options.test_split}")
         print(f"\n{markdown_table(['', 'score'], [*rows, ('examples scored', f'{len(task):,}')])}\n")
     print(f"predictions: {path}")
-    if evaluation.scores or limited or task.name not in SUBMITTED:
+    if whole is None:
         return None
-    whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
     submission = write_submission(evaluation.predictions, whole, folder / "submission.json")
     filled = f", {submission.filled:,} of other phases left empty" if submission.filled else ""
     print(f"submission: {submission.path} ({submission.answered:,} answers{filled}); ids checked")

@@ -43,10 +43,10 @@ class DataOptions:
     9 in the literature); 0 generates freely."""
     on_bad_image: OnBadImage | None = None
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
-    counted in training, and evaluation stops."""
+    counted in training, and evaluation stops. Of several tasks the first says it for all."""
     feature_memory: float = 4.0
     """GiB of memory for visual features computed once before training; images that would need more
-    are read and encoded at every step."""
+    are read and encoded at every step. Of several tasks the first says it for all images together."""
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
     if decoding.candidates:
         trie = Trie(tokenizer, decoding.candidates)
-        options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth}
+        # A checkpoint's own habits (BART's: three tokens never twice) rule no candidate out.
+        options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth, "no_repeat_ngram_size": 0}
         if decoding.num_beams > 1:
-            options["length_penalty"] = 0.0  # the plain sum, or long candidates would be favoured
+            # The plain sum, or long candidates would be favoured; and on while a better one may come.
+            options |= {"length_penalty": 0.0, "early_stopping": False}
     return options
 
 

@@ -1,5 +1,6 @@
 """Image files, read with care: they come by the hundred thousand, and some are broken."""
 
+import os
 import warnings
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -14,13 +15,15 @@ SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 def read_image(path: Path) -> Image.Image:
     """Read an image as RGB: grey, palette, CMYK and 16-bit images too, of an animation the first frame.
 
+    The pixels are as stored: transparency is dropped, and no rotation noted beside them is made.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no whole image, or so large that it may be meant to fill the memory.
     """
     try:
         if path.stat().st_size == 0:
-            raise ValueError(f"{path} is no readable image: the file is empty; download it again")
+            raise EOFError("the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # What Pillow says of odd metadata is no fault of the pixels.
@@ -32,32 +35,31 @@ def read_image(path: Path) -> Image.Image:
         raise FileNotFoundError(f"no image at {path}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} is no readable image: {error}. If it is meant to be so large, raise "
+            f"{path} is no readable image: {error} If it is meant to be so large, raise "
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        TypeError,
-        OverflowError,
-        KeyError,
-    ) as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
-            raise
-        raise ValueError(f"{path} is no readable image: {error}; download it again") from None
+    except Exception as error:
+        problem = " ".join(str(error).split()) or type(error).__name__
+        # What the system refuses, such as a folder, is not cured by another copy.
+        advice = "" if isinstance(error, OSError) and error.errno else "; download it again"
+        raise ValueError(f"{path} is no readable image: {problem}{advice}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode in SIXTEEN_BIT_MODES:
-        values = np.asarray(image, dtype=np.float32)
-        # The upper of two bytes where there are two; 8-bit values kept in a wider mode stay.
-        scale = 256.0 if values.size and values.max() > 255 else 1.0
-        return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return (_eight_bits(image) if image.mode in SIXTEEN_BIT_MODES else image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0, posinf=0, neginf=0)
+    largest = values.max()
+    if image.mode == "F" and largest <= 1:
+        values = values * 255  # fractions of white
+    elif largest > 0xFFFF:
+        values = values * (255 / largest)
+    elif largest > 0xFF:
+        values = values // 256  # the upper of two bytes; 8-bit values kept in a wider mode stay
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
 def confined(name: str, what: str) -> str:
@@ -68,7 +70,8 @@ def confined(name: str, what: str) -> str:
         what: Where it was found, for the message.
 
     Raises:
-        ValueError: If it is empty, absolute, or goes up.
+        ValueError: If it is empty, absolute, goes up, or has characters of other systems' paths or none
+            of any name's: backslash, colon, control characters.
     """
     path = PurePosixPath(name)
     if (
@@ -76,8 +79,8 @@ def confined(name: str, what: str) -> str:
         or path.is_absolute()
         or ".." in path.parts
         or "\\" in name
-        or "\0" in name
         or ":" in name
+        or min(name) < " "
     ):
         raise ValueError(f"{what}: expected the name of an image inside its folder, found {name!r}")
     return name
@@ -85,12 +88,13 @@ def confined(name: str, what: str) -> str:
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:
     """Those that are not there, found by one listing of each folder rather than a look at each file."""
-    listings: dict[Path, set[str]] = {}
+    listings: dict[str, set[str]] = {}
     missing = []
     for path in paths:
-        folder = path.parent
+        folder, name = os.path.split(path)  # a Path of each folder would take most of the time
         if folder not in listings:
-            listings[folder] = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        if path.name not in listings[folder]:
+            here = folder or "."
+            listings[folder] = set(os.listdir(here)) if os.path.isdir(here) else set()
+        if name not in listings[folder]:
             missing.append(path)
     return missing

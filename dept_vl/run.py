@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter, count_trainable
-from dept_vl.config import PromptOptions, RunConfig, to_json
+from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.lengths import source_lengths
@@ -84,14 +84,19 @@ def run(config: RunConfig) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
+    task_options = _together(config)
     output_dir = _claim_output_dir(config, accelerator)
     set_seed(config.train.seed)
     with accelerator.local_main_process_first():  # the first to read converts the files for all
-        tasks = [load_splits(options, config.train.seed) for options in (config.data, *config.also)]
-    _check_distinct([task.test.name for task in tasks])
+        tasks = [load_splits(options, config.train.seed) for options in task_options]
     model = build_model(config)
     model.to(accelerator.device)
     for task in tasks:
+        model.backbone.check_length(
+            model.prompt.prompt_length if model.prompt else 0,
+            config.prompt.max_source_length,
+            visual_tokens(model, task.train),
+        )
         for name, split in (("train", task.train), ("dev", task.dev), ("test", task.test)):
             check_source_lengths(
                 split, name, model.backbone.tokenizer, config.prompt.max_source_length, accelerator
@@ -184,18 +189,27 @@ def _training_task(task: Splits, config: RunConfig) -> TrainingTask:
     return TrainingTask(task.train, task.dev, task.decoding, size)
 
 
-def _check_distinct(names: list[str]) -> None:
+def _together(config: RunConfig) -> list[DataOptions]:
+    """The options of every task: different tasks, the first of which says what is done with bad images."""
+    names = [options.task for options in (config.data, *config.also)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
             f"expected different tasks to train on together, found {', '.join(repeated)} more than once"
         )
+    on_bad_image = config.data.on_bad_image
+    for place, options in enumerate(config.also):
+        if options.on_bad_image not in (None, on_bad_image):
+            raise ValueError(
+                f"expected one on_bad_image for all tasks, found {on_bad_image!r} in data and "
+                f"{options.on_bad_image!r} in also[{place}]; leave it out there"
+            )
+    return [replace(options, on_bad_image=on_bad_image) for options in (config.data, *config.also)]
 
 
-def build_model(config: RunConfig) -> PromptedModel:
-    """The backbone, with a prompt where one has any size, and what is trained set free."""
-    options = config.backbone
-    backbone = Backbone.from_pretrained(
+def load_backbone(options: BackboneOptions) -> Backbone:
+    """The frozen models, with a visual projection."""
+    return Backbone.from_pretrained(
         options.backbone,
         vision=options.vision,
         language=options.language,
@@ -204,13 +218,14 @@ def build_model(config: RunConfig) -> PromptedModel:
         pooled_grid=options.pooled_grid,
         visual_position_bias=options.visual_position_bias,
     )
+
+
+def build_model(config: RunConfig) -> PromptedModel:
+    """The backbone, with a prompt where one has any size, and what is trained set free."""
+    options = config.backbone
+    backbone = load_backbone(options)
     backbone.freeze(language=not options.train_backbone, visual_projection=not options.train_projection)
     prompt = build_prompt(config.prompt, backbone, config.train.seed)
-    backbone.check_length(
-        config.prompt.prompt_length if prompt else 0,
-        config.prompt.max_source_length,
-        backbone.vision.token_count if backbone.vision else 0,
-    )
     return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
 
 

@@ -9,7 +9,9 @@ from dept_vl.batch import OnBadImage
 from dept_vl.config import DataOptions
 from dept_vl.features import FeatureTable, table_bytes
 from dept_vl.images import missing_files
+from dept_vl.metrics.caption import check_installed
 from dept_vl.tasks import load_task
+from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.tasks.vqav2 import VQAv2, usual_answers
@@ -46,19 +48,21 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     """
     options = with_split_names(options)
     train = load_task(options.task, options.data_dir, options.train_split)
-    for option, split in (("train_split", options.train_split), ("dev_split", options.dev_split)):
-        task = load_task(options.task, options.data_dir, split) if split else train
-        if not task[0].targets:
-            raise ValueError(f"{option}={split} of {options.task} has no published answers; choose another")
+    _check_answered(train, "train_split", options.train_split)
     decoding = choose_decoding(options, train)
+    if isinstance(train, COCOCaptions):
+        check_installed()  # now, rather than when the first captions are to be scored
+    # Before any are held out: a gap in the training images is none in the dev split.
+    train = without_missing_images(train, options.on_bad_image or "skip")
     if options.dev_split:
         dev = load_task(options.task, options.data_dir, options.dev_split)
+        _check_answered(dev, "dev_split", options.dev_split)
     else:
         train, dev = hold_out_images(train, options.holdout_images, seed)
     test = load_task(options.task, options.data_dir, options.test_split)
     evaluated = options.on_bad_image or "raise"
     return Splits(
-        train=without_missing_images(train, options.on_bad_image or "skip"),
+        train=train,
         dev=check_images(limit(dev, options.dev_limit, seed), evaluated),
         test=check_images(limit(test, options.test_limit, seed), evaluated),
         decoding=decoding,
@@ -70,6 +74,11 @@ def with_split_names(options: DataOptions) -> DataOptions:
     """The options with the splits that are left out named."""
     dev, test = ("validation", "test") if options.task in TEXT_TASKS else ("", "val")
     return replace(options, dev_split=options.dev_split or dev, test_split=options.test_split or test)
+
+
+def _check_answered(task: Task, option: str, split: str) -> None:
+    if not task[0].targets:
+        raise ValueError(f"{option}={split} of {task.name} has no published answers; choose another")
 
 
 def choose_decoding(options: DataOptions, train: Task) -> Decoding:
@@ -142,7 +151,7 @@ def read_features(
     """Features of all images where they fit in memory, else the encoder that makes them as they come.
 
     Raises:
-        ValueError: If an image of a dev or test split cannot be read and is not to be skipped.
+        ValueError: If features fit in memory and an image cannot be read that is not to be skipped.
     """
     if vision is None:
         return None
@@ -153,10 +162,15 @@ def read_features(
     if not paths or table_bytes(vision, len(paths)) > feature_memory * GIB:
         return vision
     table = FeatureTable(vision, paths, num_workers=num_workers, progress=accelerator.is_main_process)
-    for split in splits:
-        if table.errors and (split.options.on_bad_image or "raise") == "raise":
-            # Now, rather than at the first evaluation.
-            for path in (*split.dev.image_files(), *split.test.image_files()):
-                if path in table.errors:
-                    raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")
+    # Now, rather than when they come up.
+    for split in splits if table.errors else ():
+        for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
+            if (split.options.on_bad_image or default) == "raise":
+                _check_readable(table, task)
     return table
+
+
+def _check_readable(table: FeatureTable, task: Task) -> None:
+    for path in task.image_files():
+        if path in table.errors:
+            raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")

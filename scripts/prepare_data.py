@@ -4,6 +4,7 @@ python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
 python scripts/prepare_data.py scenes --output_dir data/scenes
 python scripts/prepare_data.py snippets --output_dir data/snippets
 python scripts/prepare_data.py check --task vqav2 --root data/vqav2
+python scripts/prepare_data.py from-hub --task vqav2 --split val --output_dir data/vqav2
 python scripts/prepare_data.py karpathy --root data/vqav2 --output_dir data/vqav2-karpathy
 """
 
@@ -17,6 +18,7 @@ import tyro
 
 from dept_vl.scenes.official import write_tasks
 from dept_vl.tasks import easy_vqa as easy_vqa_task
+from dept_vl.tasks import hub
 from dept_vl.tasks import karpathy as karpathy_task
 from dept_vl.tasks import snippets as snippets_task
 from dept_vl.tasks.check import check as check_task
@@ -89,6 +91,21 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
     return good
 
 
+def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
+    """Write a split's official files and images from a parquet copy on the Hub, or in a folder.
+
+    Args:
+        task: vqav2, gqa, nlvr2 or coco.
+        split: As the task calls it; for coco, whose one file holds every split, all.
+        output_dir: Folder to write, or to add to.
+        source: Name on the Hub, or folder with the copy; left out, the usual one of the task.
+    """
+    if task in hub.COPIES:
+        source = source or hub.COPIES[task].hub
+    for kind, count in hub.fetch(task, source, output_dir, split=split).items():
+        print(f"{kind:<22}{count:>9,}")
+
+
 def karpathy(root: Path, output_dir: Path) -> None:
     """Write VQAv2's Karpathy splits in the official form, from the official files and dataset_coco.json.
 
@@ -106,6 +123,7 @@ COMMANDS = {
     "snippets": snippets,
     "check": check,
     "karpathy": karpathy,
+    "from-hub": from_hub,
 }
 
 

@@ -70,6 +70,10 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
         output: File for the figures.
     """
     rows = gqa_task.read_rows(questions)
+    if not rows.value("answers", 0):
+        raise ValueError(
+            f"{questions}: expected an answer to each question; the test and submission files have none"
+        )
     answers = {str(key): answer for key, answer in GQA.prediction_format.read(predictions).items()}
     figures = gqa_task.score_rows(
         rows, answers, gqa_task.read_choices(choices) if choices else None
@@ -163,5 +167,6 @@ def main(arguments: Sequence[str]) -> Figures:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    # ImportError, RuntimeError: pycocoevalcap is not installed, Java fails.
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         sys.exit(str(error))

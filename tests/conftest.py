@@ -37,6 +37,7 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from dept_vl.backbone import Backbone
 from dept_vl.model import IGNORE_INDEX
+from dept_vl.scenes.official import write_tasks
 
 VOCABULARY = 160
 IMAGE_SIZE = 32
@@ -331,7 +332,17 @@ def random_labels(lengths: tuple[int, ...] = (4, 2, 3), *, seed: int = 0) -> Ten
     return labels
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Converted annotation files go where pytest cleans up."""
-    monkeypatch.setenv("DEPT_VL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPT_VL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders vqav2, gqa, nlvr2 and coco in the official form; a test that damages one copies it first."""
+    folder = tmp_path_factory.mktemp("scenes") / "official"
+    write_tasks(folder, train=12, val=6, test=6)
+    return folder

@@ -4,38 +4,41 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from conftest import LANGUAGES
 from helpers import write_vqa
 from PIL import Image
-from torch import Tensor
+from runs import assert_same, files, log, reset_accelerate, tensors, tiny_run, with_
 
 import dept_vl.run
 import dept_vl.train
 from dept_vl.backbone import Backbone
-from dept_vl.batch import Collator, Draw
+from dept_vl.batch import Batch, Collator, Draw
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import parse
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
+from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.metrics.caption import CaptionScore
 from dept_vl.model import PromptedModel
-from dept_vl.optim import OptimOptions
 from dept_vl.run import RunResult
 from dept_vl.splits import load_splits
+from dept_vl.tasks import coco, load_task
 from dept_vl.tasks.vqav2 import VQAv2
-from dept_vl.train import TrainOptions
+from scripts import train_caption, train_gqa, train_nlvr2
 from scripts.train_vqa import main
 
 ROOT = Path(__file__).parents[1]
@@ -56,11 +59,6 @@ def _fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
 
 
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_vqa(tmp_path_factory.mktemp("data") / "vqa", subtypes=("train2014", "val2014", "test2015"))
@@ -72,23 +70,12 @@ def configs(
 ) -> dict[str, RunConfig]:
     """A run of a few steps on each language model with CLIP, without dropout."""
     return {
-        language: RunConfig(
-            data=DataOptions(data_dir=data_dir, holdout_images=1),
-            backbone=BackboneOptions(
-                vision=str(vision_folders["clip"]),
-                language=str(language_folders[language]),
-                backbone_dropout=False,
-            ),
-            prompt=PromptOptions(prompt_length=3, rank=2, reference_prompt_length=6, max_source_length=16),
-            train=TrainOptions(
-                max_steps=STEPS,
-                per_device_batch_size=4,
-                eval_every=3,
-                eval_batch_size=64,
-                log_every=1,
-                seed=5,
-            ),
-            optim=OptimOptions(prompt_lr=0.05, warmup_steps=0),
+        language: tiny_run(
+            DataOptions(data_dir=data_dir, holdout_images=1),
+            vision=vision_folders["clip"],
+            language=language_folders[language],
+            max_steps=STEPS,
+            eval_every=3,
         )
         for language in LANGUAGES
     }
@@ -98,15 +85,6 @@ def configs(
 def config(configs: dict[str, RunConfig], tmp_path: Path) -> RunConfig:
     """With T5."""
     return replace(configs["t5"], output_dir=tmp_path / "run")
-
-
-def with_(config: RunConfig, **parts: Any) -> RunConfig:
-    """The configuration with options changed: `with_(config, train={"max_steps": 3})`."""
-    changed = {
-        name: replace(getattr(config, name), **part) if isinstance(part, dict) else part
-        for name, part in parts.items()
-    }
-    return replace(config, **changed)
 
 
 @dataclass
@@ -137,28 +115,6 @@ def finished(
         reset_accelerate()
         result = main(config)
     return Finished(config, result, built[0], folder)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def log(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
-    return Adapter.load(folder / which).tensors
-
-
-def assert_same(ours: Path, theirs: Path, *, atol: float = 0.0) -> None:
-    """Both adapters of two runs are equal, but for so much."""
-    for which in ("best", "last"):
-        mine, other = tensors(ours, which), tensors(theirs, which)
-        assert mine.keys() == other.keys()
-        for name in mine:
-            difference = (mine[name] - other[name]).abs().max().item()
-            assert difference <= atol, (which, name)
 
 
 def assert_trained(folder: Path, config: RunConfig) -> None:
@@ -563,6 +519,162 @@ def test_a_run_names_a_new_folder_where_none_is_given(
     assert result.output_dir.parent == Path("runs")
     assert result.output_dir.name.startswith("vqav2-2")
     assert (tmp_path / result.output_dir / "summary.json").is_file()
+
+
+@pytest.fixture
+def damaged(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """On a copy of the data, to be damaged; each image is trained on several times."""
+    data_dir = shutil.copytree(config.data.data_dir, tmp_path / "data")
+    return with_(config, data={"data_dir": data_dir, "dev_split": "val"}, train={"max_steps": 6})
+
+
+def image_of(config: RunConfig, split: str, place: int) -> Path:
+    return VQAv2.load(config.data.data_dir, split).image_files()[place]
+
+
+def skipped(folder: Path) -> tuple[int, int]:
+    """Examples skipped in training, and those without an answer."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["skipped_examples"], summary["unanswered_examples"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_training_images_are_skipped_and_counted(
+    damaged: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    image_of(damaged, "train", 1).write_bytes(b"no image")
+    learnt: list[int] = []
+    inputs = Batch.training_inputs
+
+    def noting(batch: Batch) -> dict[str, Any]:
+        learnt.extend(int(key) for key in batch.ids)
+        return inputs(batch)
+
+    monkeypatch.setattr(Batch, "training_inputs", noting)
+    table, live = tmp_path / "table", tmp_path / "live"
+    main(replace(damaged, output_dir=table))
+    of_the_table, learnt[:] = learnt.copy(), []
+    config = with_(damaged, data={"feature_memory": 0.0}, train={"num_workers": num_workers})
+    main(replace(config, output_dir=live))
+    assert learnt == of_the_table
+    # Two epochs of four images with three questions each.
+    assert Counter(learnt) == {key: 2 for image in (0, 2, 3) for key in range(10 * image, 10 * image + 3)}
+    for folder in (table, live):
+        assert skipped(folder) == (6, 0)
+        assert log(folder)[-2]["skipped_examples"] == 6
+        assert "training examples skipped, image not readable" in (folder / "summary.md").read_text()
+    assert_same(table, live, atol=1e-5)
+
+
+def test_missing_training_images_are_left_out_from_the_start(
+    damaged: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_of(damaged, "train", 1).unlink()
+    result = main(damaged)
+    assert skipped(result.output_dir) == (0, 0)
+    assert "1 images of vqav2 are missing; 3 of 12 training examples" in capsys.readouterr().out
+    assert not any("skipped_examples" in line for line in log(result.output_dir))
+
+
+@pytest.mark.parametrize("feature_memory", [0.0, 1.0])
+def test_bad_training_images_stop_a_run_that_is_told_so(damaged: RunConfig, feature_memory: float) -> None:
+    path = image_of(damaged, "train", 1)
+    path.write_bytes(b"no image")
+    data = {"on_bad_image": "raise", "feature_memory": feature_memory}
+    with pytest.raises(ValueError, match="is no readable image") as error:
+        main(with_(damaged, data=data))
+    assert str(path) in str(error.value)
+    assert "--on_bad_image skip" in str(error.value)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="1 of 4 images of vqav2 are missing"):
+        main(with_(damaged, data=data, output_dir=damaged.data.data_dir / "run"))
+
+
+def test_a_batch_without_a_readable_image_ends_the_run(damaged: RunConfig) -> None:
+    for path in VQAv2.load(damaged.data.data_dir, "train").image_files():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"no image of the batch at step 1 could be read \(ids \["):
+        main(damaged)
+
+
+@pytest.mark.parametrize("feature_memory", [0.0, 1.0])
+def test_evaluation_stops_at_a_broken_image_unless_told_to_skip(
+    damaged: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], feature_memory: float
+) -> None:
+    path = image_of(damaged, "val", 2)
+    path.write_bytes(path.read_bytes()[:100])
+    config = with_(damaged, data={"feature_memory": feature_memory}, train={"max_steps": 1})
+    with pytest.raises(ValueError, match="is no readable image") as error:
+        main(replace(config, output_dir=tmp_path / "stopped"))
+    assert str(path) in str(error.value)
+    result = main(with_(config, data={"on_bad_image": "skip"}))
+    assert skipped(result.output_dir) == (0, 3)
+    predictions = json.loads((result.output_dir / "predictions.json").read_text())
+    assert [row["question_id"] for row in predictions if not row["answer"]] == [10_020, 10_021, 10_022]
+    assert len(predictions) == 12
+    assert "3 of 12 examples of vqav2 have no readable image" in capsys.readouterr().out
+
+
+@pytest.fixture
+def flags(language_folders: dict[str, Path], vision_folders: dict[str, Path], tmp_path: Path) -> list[str]:
+    """A short run on the command line, of any of the scripts."""
+    options = {
+        **{"vision": vision_folders["clip"], "language": language_folders["t5"]},
+        **{"prompt_length": 3, "rank": 2, "reference_prompt_length": 6},
+        **{"max_steps": 2, "per_device_batch_size": 4, "output_dir": tmp_path / "run"},
+    }
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize(
+    ("script", "task", "test_split", "figures"),
+    [
+        (train_gqa, "gqa", "testdev", {"accuracy", "binary", "open", "validity", "plausibility"}),
+        (train_nlvr2, "nlvr2", "test1", {"accuracy", "consistency"}),
+        (train_caption, "coco", "test", {"CIDEr", "Bleu_4", "METEOR", "ROUGE_L"}),
+    ],
+)
+def test_each_task_has_its_script(
+    script: ModuleType,
+    task: str,
+    test_split: str,
+    figures: set[str],
+    scenes: Path,
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scored: list[dict[int, str]] = []
+
+    def scorer(references: Any, predictions: dict[int, str]) -> CaptionScore:
+        scored.append(predictions)
+        return CaptionScore(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, len(references))
+
+    monkeypatch.setattr(coco, "score_captions", scorer)
+    result = script.main(parse(script.DEFAULTS, "Train.", [*flags, "--data_dir", str(scenes / task)]))
+    tested = load_task(task, scenes / task, test_split)
+    kind = tested.prediction_format.kind
+    assert files(result.output_dir).keys() == FILES - {"predictions.json"} | {f"predictions.{kind}"}
+    predictions = tested.prediction_format.read(result.output_dir / f"predictions.{kind}")
+    assert predictions.keys() == {*tested.example_ids()}
+    assert tested.score(predictions) == result.scores
+    assert figures <= result.scores.keys()
+    assert result.training is not None
+    assert result.training.best_scores is not None
+    assert result.training.best_scores.keys() == result.scores.keys()
+    assert tensors(result.output_dir)["prompt.lora_b"].abs().max() > 0
+    # On the dev split, then on the test split, each image with one caption.
+    assert [len(captions) for captions in scored[:2]] == ([6, 6] if task == "coco" else [])
+
+
+def test_both_images_of_an_example_count_among_the_positions_of_bart(
+    configs: dict[str, RunConfig], scenes: Path, tmp_path: Path
+) -> None:
+    data = DataOptions(
+        task="nlvr2", data_dir=scenes / "nlvr2", train_split="train", dev_split="dev", test_split="test1"
+    )
+    config = replace(configs["bart"], data=data, output_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"64 positions .* needs 68: 20 prompt \+ 16 text \+ 32 visual"):
+        main(with_(config, prompt={"prompt_length": 20}))
 
 
 def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from helpers import annotations_path, questions_path, read_rows, task_of, vqa_ro
 from dept_vl.metrics.vqa import normalise_answer, vqa_accuracy
 from dept_vl.splits import check_images
 from dept_vl.tasks import load_task
+from dept_vl.tasks import vqav2 as vqav2_module
+from dept_vl.tasks.coco import KARPATHY_FILE
 from dept_vl.tasks.example import hold_out_images, limit
 from dept_vl.tasks.rows import Rows
-from dept_vl.tasks.vqav2 import SCHEMA, VQAv2
+from dept_vl.tasks.vqav2 import MINIVAL_FILE, SCHEMA, SUBTYPES, VQAv2
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vqa" / "cases.jsonl"
 CASES: list[dict[str, Any]] = [json.loads(line) for line in FIXTURE.read_text(encoding="utf-8").splitlines()]
@@ -314,3 +316,213 @@ def test_a_subset_is_scored_alone(folder: Path) -> None:
     assert few.score({0: "red", 11: "perhaps"})["overall"] == 50.0
     with pytest.raises(ValueError, match="belong to no example"):
         few.score(usual_answers(task))
+
+
+KARPATHY = {0: "train", 1: "train", 2: "test", 1000: "restval", 1001: "val", 1002: "test", 5: "val"}
+"""Image -> split. Image 5 has no questions, image 3 is in no split."""
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All official files, and the lists of the other splits."""
+    root = write_vqa(
+        tmp_path_factory.mktemp("lists"), subtypes=("train2014", "val2014", "test2015", "test-dev2015")
+    )
+    write_karpathy(root, KARPATHY)
+    write_minival(root, [10_020, 10_001, 10_002])
+    return root
+
+
+def write_karpathy(root: Path, splits: dict[int, str]) -> None:
+    images = [
+        {
+            "filepath": "val2014",
+            "filename": f"{image_id}.jpg",
+            "cocoid": image_id,
+            "split": split,
+            "sentences": [{"raw": "a shape"}],
+        }
+        for image_id, split in splits.items()
+    ]
+    (root / KARPATHY_FILE).write_text(json.dumps({"images": images}))
+
+
+def write_minival(root: Path, ids: list[int]) -> None:
+    """As LXMERT's: whole records, of which the id is read."""
+    rows = [{"question_id": question_id, "label": {"yes": 1}, "sent": "?"} for question_id in ids]
+    (root / MINIVAL_FILE).write_text(json.dumps(rows))
+
+
+def asked(*images: int) -> list[int]:
+    return [10 * image_id + place for image_id in images for place in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("split", "ids"),
+    [
+        ("train", asked(0, 1, 2, 3)),
+        ("val", asked(1000, 1001, 1002, 1003)),
+        ("trainval", asked(0, 1, 2, 3, 1000, 1001, 1002, 1003)),
+        ("minival", [10_001, 10_002, 10_020]),
+        ("nominival", [i for i in asked(1000, 1001, 1002, 1003) if i not in (10_001, 10_002, 10_020)]),
+        ("karpathy-train", asked(0, 1, 1000)),
+        ("karpathy-val", asked(1001)),
+        ("karpathy-test", asked(2, 1002)),
+        ("test-dev", asked(2000, 2001, 2002, 2003)),
+        ("test-std", asked(2000, 2001, 2002, 2003)),
+        ("test", asked(2000, 2001, 2002, 2003)),
+    ],
+)
+def test_every_split_holds_its_questions(lists: Path, split: str, ids: list[int]) -> None:
+    task = VQAv2.load(lists, split)
+    assert task.example_ids() == ids
+    subtype = {0: "train2014", 1: "val2014", 2: "test2015"}
+    paths = {i: lists / subtype[i // 10_000] / f"COCO_{subtype[i // 10_000]}_{i // 10:012d}.jpg" for i in ids}
+    assert [task[index].images for index in range(len(ids))] == [(paths[i],) for i in ids]
+    assert task.image_files() == list(dict.fromkeys(paths.values()))
+    assert all(path.is_file() for path in task.image_files())
+    assert all(bool(task[index].targets) == (not split.startswith("test")) for index in range(len(ids)))
+    assert bool(task.score(dict.fromkeys(ids, "red"))) == (not split.startswith("test"))
+
+
+def test_there_are_no_other_splits() -> None:
+    assert len(SUBTYPES) == 11
+
+
+def test_rows_are_what_the_files_hold(scenes: Path) -> None:
+    root = scenes / "vqav2"
+    task = VQAv2.load(root, "trainval")
+    place = 0
+    for subtype in ("train2014", "val2014"):
+        annotations = {
+            row["question_id"]: row for row in read_rows(annotations_path(root, subtype), "annotations")
+        }
+        for row in read_rows(questions_path(root, subtype), "questions"):
+            annotation = annotations[row["question_id"]]
+            answers = [answer["answer"] for answer in annotation["answers"]]
+            assert task.rows[place] == {
+                "question_id": row["question_id"],
+                "image_id": row["image_id"],
+                "subtype": subtype,
+                "question": row["question"],
+                "answers": answers,
+                "answer_type": annotation["answer_type"],
+                "question_type": annotation["question_type"],
+            }
+            assert task[place].answer == annotation["multiple_choice_answer"]
+            place += 1
+    assert len(task) == place == 72
+
+
+@pytest.mark.parametrize(
+    ("split", "name", "source"),
+    [
+        ("minival", MINIVAL_FILE, "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"),
+        ("nominival", MINIVAL_FILE, "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"),
+        ("karpathy-test", KARPATHY_FILE, "https://cs.stanford.edu/people/karpathy/deepimagesent"),
+    ],
+)
+def test_missing_list_is_named(folder: Path, split: str, name: str, source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"expected {name} in ") as error:
+        VQAv2.load(folder, split)
+    assert str(folder) in str(error.value)
+    assert source in str(error.value)
+
+
+def test_a_list_of_other_questions(folder: Path) -> None:
+    write_minival(folder, [7])
+    write_karpathy(folder, {77: "val", 0: "train"})
+    for split, name in (("minival", MINIVAL_FILE), ("karpathy-val", KARPATHY_FILE)):
+        with pytest.raises(
+            ValueError, match=rf"questions of .*val2014 for the split '{split}', found none of "
+        ):
+            VQAv2.load(folder, split)
+        with pytest.raises(ValueError, match=str(folder / name)):
+            VQAv2.load(folder, split)
+    # Nothing is left of val2014 without all of it.
+    write_minival(folder, asked(1000, 1001, 1002, 1003))
+    with pytest.raises(ValueError, match="for the split 'nominival', found none of 12"):
+        VQAv2.load(folder, "nominival")
+
+
+def test_damaged_minival(folder: Path) -> None:
+    path = folder / MINIVAL_FILE
+    path.write_text('[{"question_id": 10000}, {"question_id": "10001"}]')
+    with pytest.raises(ValueError, match="entry 1: expected 'question_id' to be int, found '10001'") as error:
+        VQAv2.load(folder, "minival")
+    assert str(path) in str(error.value)
+    path.write_text('[{"question_id": 10000}, {"quest')
+    with pytest.raises(ValueError, match="cut short or damaged"):
+        VQAv2.load(folder, "minival")
+
+
+def test_the_usual_answers_of_enough_questions() -> None:
+    answers = ("No.", "two", "red", "no", "red", "blue", "no", "the", "red")
+    # Nine say so, one says something else: the commonest counts, as the scorer writes it.
+    task = task_of(*([answer] * 9 + ["odd"] for answer in answers), ["odd"] * 10)
+    assert vqav2_module.usual_answers(task, 2) == ("no", "red")
+    assert vqav2_module.usual_answers(task, 3) == ("no", "red")
+    # Of an article nothing is left; of equally usual ones the first comes first.
+    assert vqav2_module.usual_answers(task, 1) == ("no", "red", "2", "blue", "odd")
+    assert vqav2_module.usual_answers(task.subset([4, 8, 3]), 2) == ("red",)
+    with pytest.raises(ValueError, match=r"usual one of 4 .*commonest stands 3 times: lower candidate_floor"):
+        vqav2_module.usual_answers(task, 4)
+
+
+def test_a_test_split_has_no_usual_answers(lists: Path) -> None:
+    with pytest.raises(ValueError, match="the commonest stands 0 times"):
+        vqav2_module.usual_answers(VQAv2.load(lists, "test"), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"answers": [{"answer": "red"}] * 9}, "question 10: expected 10 human answers, found 9"),
+        ({"answers": ["red"] * 10}, "question 10: expected each answer to be an object, found 'red'"),
+        ({"answers": [{"answer": 2}] * 10}, "question 10: expected 'answer' to be str, found 2"),
+        ({"answer_type": None}, "question 10: expected 'answer_type' to be str, found None"),
+        ({"question_id": True}, "question True: expected 'question_id' to be int, found True"),
+        ({"question_id": 11}, "question_id 11 stands there more than once"),
+    ],
+)
+def test_damaged_annotations(folder: Path, change: dict[str, Any], expected: str) -> None:
+    path = annotations_path(folder)
+    rows = read_rows(path, "annotations")
+    rows[3] |= change
+    write_rows(path, "annotations", rows)
+    with pytest.raises(ValueError, match=expected) as error:
+        VQAv2.load(folder, "train")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["image_id", "question", "question_id"])
+def test_damaged_questions(folder: Path, name: str) -> None:
+    path = questions_path(folder)
+    rows = read_rows(path, "questions")
+    del rows[3][name]
+    write_rows(path, "questions", rows)
+    where = "None" if name == "question_id" else "10"
+    with pytest.raises(
+        ValueError, match=f"question {where}: expected '{name}' to be .*, found no such"
+    ) as error:
+        VQAv2.load(folder, "train")
+    assert str(path) in str(error.value)
+
+
+def test_files_are_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_karpathy(folder, KARPATHY)
+    before = VQAv2.load(folder, "trainval")
+    VQAv2.load(folder, "karpathy-val")
+
+    def fail(*_: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(vqav2_module, "read_list", fail)
+    again = VQAv2.load(folder, "trainval")
+    assert [again[index] for index in range(24)] == [before[index] for index in range(24)]
+    # Other splits of the same files need no parsing either.
+    assert len(VQAv2.load(folder, "val")) == 12
+    assert len(VQAv2.load(folder, "karpathy-test")) == 6
+    annotations_path(folder).write_text(annotations_path(folder).read_text() + "\n")
+    with pytest.raises(AssertionError, match="parsed again"):
+        VQAv2.load(folder, "train")

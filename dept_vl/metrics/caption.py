@@ -102,7 +102,7 @@ def score_captions(
         RuntimeError: If a Java program fails.
     """
     _check_captions(references, predictions)
-    _check_installed(spice)
+    check_installed(spice)
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -156,7 +156,7 @@ def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any
             raise ValueError(f"expected one predicted caption of image {image_id}, found {caption!r}")
 
 
-def _check_installed(spice: bool) -> None:
+def check_installed(spice: bool = False) -> None:
     """Everything that will be needed, before anything slow."""
     try:
         import pycocoevalcap.spice.spice as spice_module

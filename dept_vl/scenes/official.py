@@ -1,9 +1,9 @@
 """Small data sets of generated scenes in the official form of the four tasks.
 
 A stand-in for VQAv2, GQA, NLVR2 and COCO captions where these are not at hand: every file has the name
-and the fields of the real one, so loaders, scorers and scripts run on it unchanged. Questions and
-captions are of the kinds kept out of the small backbone's pretraining, so that there is something to
-learn. Figures on it say nothing about the real data sets.
+of the real one and the fields that are read, so loaders, scorers and scripts run on it unchanged.
+Questions and captions are of the kinds kept out of the small backbone's pretraining, so that there is
+something to learn. Figures on it say nothing about the real data sets.
 """
 
 import json
@@ -45,7 +45,11 @@ def write_tasks(
 
     Raises:
         FileExistsError: If the folder is there.
+        ValueError: If a split would be empty.
     """
+    for split, count in zip(SPLITS, (train, val, test), strict=True):
+        if count < 1:
+            raise ValueError(f"expected at least one image in each split, found {split}={count}")
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} is there already; choose another folder, or remove it")
     rng = Random(seed)

@@ -22,6 +22,13 @@ TASKS: dict[str, tuple[type[OfficialTask], dict[str, Published]]] = {
     "nlvr2": (NLVR2, nlvr2.PUBLISHED),
     "coco": (COCOCaptions, coco.PUBLISHED),
 }
+ELSEWHERE = {
+    coco.KARPATHY_FILE: coco.KARPATHY_SOURCE,
+    vqav2.MINIVAL_FILE: vqav2.MINIVAL_SOURCE,
+    "train2014": coco.IMAGE_SOURCE,
+    "val2014": coco.IMAGE_SOURCE,
+}
+"""Files and folders that are published elsewhere than the rest of a data set."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ def _file(path: Path | None, names: tuple[str, ...], source: str) -> Finding:
     if path is not None:
         return Finding("found", str(path))
     others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return Finding("missing", f"{names[0]}{others}, published at {source}")
+    return Finding("missing", f"{names[0]}{others}, published at {ELSEWHERE.get(names[0], source)}")
 
 
 def _split(

@@ -39,7 +39,12 @@ SCHEMA = pa.schema(
     }
 )
 
-_FOLDERS = tuple((name, f"images/{name}", f"Images/mscoco/{name}") for name in ("train2014", "val2014"))
+
+def _folder_names(name: str) -> tuple[str, ...]:
+    return name, f"images/{name}", f"Images/mscoco/{name}"
+
+
+_FOLDERS = (_folder_names("train2014"), _folder_names("val2014"))
 PUBLISHED = {
     "train": Published(((KARPATHY_FILE,),), _FOLDERS, KARPATHY_SOURCE, 113_287, 113_287, 566_747),
     "val": Published(((KARPATHY_FILE,),), _FOLDERS[1:], KARPATHY_SOURCE, 5_000, 5_000, 25_010),
@@ -80,7 +85,7 @@ class COCOCaptions:
         if not len(rows):
             raise ValueError(f"{file}: expected images of the split {split!r}, found none")
         folders = {
-            name: find_folder(root, (name, f"images/{name}", f"Images/mscoco/{name}"), "*.jpg", IMAGE_SOURCE)
+            name: find_folder(root, _folder_names(name), "*.jpg", IMAGE_SOURCE)
             for (name,) in rows.distinct("folder")
         }
         return cls(rows, folders)
@@ -153,10 +158,10 @@ def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
             raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
         rows = read_rows(path).where("split", SPLITS[split])
         return dict(zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True))
+    if path.name == KARPATHY_FILE:
+        raise ValueError(f"{path} holds the splits {', '.join(SPLITS)}; say which with --split")
     captions: dict[int, list[str]] = {}
-    for number, row in enumerate(
-        read_list(path, "annotations", f"{IMAGE_SOURCE}; of {KARPATHY_FILE} say --split")
-    ):
+    for number, row in enumerate(read_list(path, "annotations", IMAGE_SOURCE)):
         where = f"{path}, annotations[{number}]"
         image_id = field(row, "image_id", int, where)
         captions.setdefault(image_id, []).append(field(row, "caption", str, where))

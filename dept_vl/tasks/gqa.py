@@ -53,6 +53,9 @@ SCHEMA = pa.schema(
         "steps": pa.int32(),
     }
 )
+PARTS = {"train_all": 10}
+"""Splits that come as a folder of files numbered from 0."""
+
 _SCORED = tuple(f.name for f in fields(GqaQuestion) if f.name != "answer")
 
 
@@ -144,7 +147,7 @@ class GQA:
         Empty where no answers are published.
         """
         check_ids(self.example_ids(), predictions, self.name)
-        if not self.rows.value("answers", 0):
+        if not len(self) or not self.rows.value("answers", 0):
             return {}
         choices = None if self.choices_file is None else read_choices(self.choices_file)
         score = score_rows(self.rows, {str(key): value for key, value in predictions.items()}, choices)
@@ -160,12 +163,19 @@ def question_files(root: Path, split: str) -> list[Path]:
     """The file of a split, or the parts of one that comes in parts.
 
     Raises:
-        FileNotFoundError: If neither is there.
+        FileNotFoundError: If neither is there, or some of the parts are not.
     """
     for folder in (root / f"{split}_questions", root / "questions" / f"{split}_questions"):
-        parts = sorted(folder.glob(f"{split}_questions_*.json"))
-        if parts:
-            return parts
+        if split not in PARTS or not folder.is_dir():
+            continue
+        parts = [folder / f"{split}_questions_{number}.json" for number in range(PARTS[split])]
+        missing = [path.name for path in parts if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"expected the {len(parts)} parts of GQA's {split} in {folder}, found "
+                f"{len(parts) - len(missing)}; missing: {', '.join(missing)}; they are published at {SOURCE}"
+            )
+        return parts
     return [find(root, _names(split), "GQA", SOURCE)]
 
 
@@ -222,8 +232,17 @@ def read_choices(path: Path) -> Choices:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
+    answered: bool | None = None
     for question_id, record in read_mapping(path, SOURCE):
         where = f"{path}, question {question_id!r}"
+        if answered is None:
+            answered = "answer" in record
+        if answered != ("answer" in record):
+            raise ValueError(
+                f"{where}: expected an answer in every question or in none, found "
+                f"{'no answer here' if answered else 'one here'} and the opposite before; download the "
+                f"file again from {SOURCE}"
+            )
         row: dict[str, Any] = {
             "question_id": question_id,
             "image_id": confined(field(record, "imageId", str, where), f"{where}, imageId"),
@@ -237,7 +256,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             "detailed": "",
             "steps": 0,
         }
-        if "answer" in record:
+        if answered:
             try:
                 question = asdict(GqaQuestion.from_record(question_id, record))
             except ValueError as error:

@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 JPEG = b"\xff\xd8\xff"
 """How every JPEG file begins."""
 
-BATCH_ROWS = 100
-"""Rows of a file decoded at a time: by default a whole row group, of which Arrow reads many ahead."""
-
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"-\d+-of-(\d+)")
 NO_PUNCTUATION = re.compile(r"[^\s,'\"\[\]]+")
@@ -141,7 +138,7 @@ class Source:
     def rows(
         self, part: Part, needed: Sequence[str], carried: Sequence[str] = (), images: Sequence[str] = ()
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows of a part, one in memory at a time, each with a name for messages.
+        """The rows of a part as a stream (Arrow reads some row groups ahead), each named for messages.
 
         Columns are checked at once, not when the first row is asked for.
 
@@ -581,11 +578,7 @@ def _open_folder(folder: Path, part: Part, hub: str) -> Any:
     try:
         if files:
             return load_dataset(
-                "parquet",
-                data_files={split: [str(path) for path in files]},
-                split=split,
-                streaming=True,
-                batch_size=BATCH_ROWS,
+                "parquet", data_files={split: [str(path) for path in files]}, split=split, streaming=True
             )
         if (root / split / "state.json").is_file():
             return load_from_disk(str(root / split))

@@ -6,12 +6,13 @@ files and `dataset_coco.json`.
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TextIO
 
 from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.records import read_list
+from dept_vl.tasks.records import field, read_list
 from dept_vl.tasks.sources import find
 from dept_vl.tasks.vqav2 import ANSWERED, SOURCE, annotation_names, question_names
 
@@ -52,22 +53,25 @@ def write_splits(root: Path, output_dir: Path) -> dict[str, int]:
     # A sibling, so that the renames stay within one file system and nothing half-written is left.
     with TemporaryDirectory(dir=output_dir, prefix=".karpathy.") as temporary:
         for key, files in sources.items():
-            writers = {split: _ListWriter(Path(temporary) / f"{key}-{split}", key) for split in SPLITS}
-            for record in _records(files, key):
-                split = split_of.get(record.get("image_id", -1))
-                if split is not None:
-                    writers[split].add(record)
-                    counts[split] += key == "questions"
-            for writer in writers.values():
-                writer.close()
+            with ExitStack() as stack:
+                writers = {
+                    split: stack.enter_context(closing(_ListWriter(Path(temporary) / f"{key}-{split}", key)))
+                    for split in SPLITS
+                }
+                for image_id, record in _records(files, key):
+                    if image_id in split_of:
+                        split = split_of[image_id]
+                        writers[split].add(record)
+                        counts[split] += key == "questions"
         for (key, split), path in names.items():
             (Path(temporary) / f"{key}-{split}").replace(path)
     return counts
 
 
-def _records(files: list[Path], key: str) -> Iterator[dict[str, Any]]:
+def _records(files: list[Path], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for file in files:
-        yield from read_list(file, key, SOURCE)
+        for number, record in enumerate(read_list(file, key, SOURCE)):
+            yield field(record, "image_id", int, f"{file}, {key}[{number}]"), record
 
 
 class _ListWriter:

@@ -148,6 +148,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
+    labelled: bool | None = None
     for number, row in enumerate(read_lines(path, SOURCE), start=1):
         where = f"{path}, record {number}"
         identifier = confined(field(row, "identifier", str, where), f"{where}, identifier")
@@ -155,13 +156,24 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         if len(parts) != 4 or "/" in identifier:
             raise ValueError(f"{where}: expected an identifier split-set-pair-sentence, found {identifier!r}")
         label = row.get("label")
-        if label is not None and label not in VERBALIZER:
+        # A tuple: a list or an object, which no dictionary looks up, is refused as well.
+        if label not in (None, *VERBALIZER):
             raise ValueError(
                 f"{where} ({identifier}): expected the label 'True' or 'False', found {label!r:.60}"
             )
+        if labelled is None:
+            labelled = label is not None
+        if labelled != (label is not None):
+            raise ValueError(
+                f"{where} ({identifier}): expected a label in every record or in none, found "
+                f"{'no label here' if labelled else 'one here'} and the opposite before; download the "
+                f"file again from {SOURCE}"
+            )
         # Training images lie in a hundred numbered folders, the others in one.
         directory = row.get("directory")
-        folder = "" if directory is None else confined(f"{directory}/", f"{where}, directory")
+        folder = (
+            "" if directory is None else confined(f"{directory}", f"{where} ({identifier}), directory") + "/"
+        )
         pair = "-".join(parts[:3])
         yield {
             "identifier": identifier,

@@ -1,8 +1,10 @@
 """Files of predictions in the form of each task's official server: written, read and checked."""
 
 import csv
+import io
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,21 +62,23 @@ class PredictionFormat:
             predictions[key] = answer
         return predictions
 
-    def _rows(self, path: Path) -> Iterable[tuple[str, ExampleId, str]]:
+    def _rows(self, path: Path) -> Iterator[tuple[str, ExampleId, str]]:
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            content = None if self.kind == "csv" else json.loads(text)
-        except ValueError as error:
+            # Not as text: line ends inside of an answer stay as they are.
+            text = path.read_bytes().decode("utf-8-sig")
+            content = _csv_lines(text) if self.kind == "csv" else json.loads(text)
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
         if self.kind == "csv":
-            for number, cells in enumerate(csv.reader(text.splitlines()), start=1):
-                if not cells:
-                    continue
+            for number, cells in content:
                 if len(cells) != 2:
                     raise ValueError(
                         f"{path}, line {number}: expected {self._form()}, found {','.join(cells)!r:.60}"
                     )
-                yield f"line {number}", self._id(cells[0].strip(), path, f"line {number}"), cells[1].strip()
+                # Numbers are text here like everything else; 18 digits fit 64 bits.
+                is_number = self.id_type == "int" and re.fullmatch(r"-?[0-9]{1,18}", cells[0])
+                key = int(cells[0]) if is_number else cells[0]
+                yield f"line {number}", self._id(key, path, f"line {number}"), cells[1]
             return
         if not isinstance(content, list):
             raise ValueError(f"{path}: expected {self._form()}, found {type(content).__name__}")
@@ -102,6 +106,13 @@ class PredictionFormat:
         if self.kind == "csv":
             return f"lines of {self.id_key},{self.answer_key}"
         return f'a list of {{"{self.id_key}": {self.id_type}, "{self.answer_key}": str}}'
+
+
+def _csv_lines(text: str) -> list[tuple[int, list[str]]]:
+    """The lines that are not blank, each with its number."""
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
+    return [(number, cells) for number, cells in rows if cells not in ([], [""])]
 
 
 def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:

@@ -13,10 +13,13 @@ CHUNK = 1 << 20
 """Characters read at a time."""
 
 _DECODER = json.JSONDecoder()
+_LONGEST_WORD = len("-Infinity")
 
 
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
     """The objects of the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
+
+    What stands behind the list is walked through too: a file cut there is damaged all the same.
 
     Args:
         path: The file.
@@ -29,16 +32,19 @@ def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
     """
     with _Text(path, source) as text:
         text.expect("{", f"an object with a list under {key!r}")
+        found = False
         for name in text.member_names():
             if name != key:
-                text.value()
+                text.skip()
                 continue
+            found = True
             text.expect("[", f"a non-empty list under {key!r}")
             yield from text.objects(text.elements(), f"{key}[{{}}]")
-            return
-    raise text.error(
-        f"expected a non-empty list under {key!r}, found no such key; is it another file renamed?"
-    )
+        text.expect_end()
+    if not found:
+        raise text.error(
+            f"expected a non-empty list under {key!r}, found no such key; is it another file renamed?"
+        )
 
 
 def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -59,6 +65,7 @@ def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]
 
         for record in text.objects(values(), "entry {}"):
             yield names.pop(), record
+        text.expect_end()
 
 
 def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
@@ -71,6 +78,7 @@ def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
     with _Text(path, source) as text:
         text.expect("[", "a list of objects")
         yield from text.objects(text.elements(), "entry {}")
+        text.expect_end()
 
 
 def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
@@ -88,7 +96,7 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(
                         f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}); "
                         f"download the file again from {source}"
@@ -160,9 +168,9 @@ class _Text:
     def member_names(self) -> Iterator[str]:
         """Keys of the object at hand; whoever takes a key takes the value behind it too."""
         for _ in self._items("}"):
-            name = self.value()
-            if not isinstance(name, str):
-                raise self._damaged("a key")
+            if self._peek() != '"':
+                raise self._damaged("a key in double quotes")
+            name: str = self.value()
             self.expect(":", "a colon behind a key")
             yield name
 
@@ -190,22 +198,48 @@ class _Text:
             raise self._damaged(what)
         self.position += 1
 
+    def expect_end(self) -> None:
+        """See to it that nothing follows."""
+        if self._peek():
+            raise self._damaged("the end of the file")
+
+    def skip(self) -> None:
+        """Step over the value at hand, of a list or an object one value at a time."""
+        mark = self._peek()
+        if mark == "[":
+            self.position += 1
+            for _ in self.elements():
+                pass
+        elif mark == "{":
+            self.position += 1
+            for _ in self.member_names():
+                self.value()
+        else:
+            self.value()
+
     def value(self) -> Any:
         """Decode the value at hand, reading on until it is whole."""
         self._peek()
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
-            except ValueError:
-                end = len(self.buffer)
+            except json.JSONDecodeError as error:
+                # Only a string, or what stands at the very end, may be whole once more is read.
+                if self.ended or not (
+                    error.msg.startswith("Unterminated string")
+                    or error.pos + _LONGEST_WORD > len(self.buffer)
+                ):
+                    self.position = error.pos
+                    raise self._damaged(f"JSON ({error.msg})") from None
+            except ValueError as error:
+                raise self._damaged(f"a number of fewer digits ({error})") from None
             except RecursionError:
                 raise self._damaged("no more than a few hundred nested lists or objects") from None
-            # A number at the very end of the buffer may go on behind it.
-            if end < len(self.buffer):
-                self.position = end
-                return value
-            if self.ended:
-                raise self._damaged("a JSON value")
+            else:
+                # The 1 at the end of "1", "1." and "1e+" may go on as 1.5 or 1e+5.
+                if self.ended or end + 2 < len(self.buffer):
+                    self.position = end
+                    return value
             # As much again, so that a long value is not decoded anew for every chunk.
             self._read(max(CHUNK, len(self.buffer) - self.position))
 

@@ -7,7 +7,9 @@ made from the paths, sizes and times of its sources, so that a changed source is
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,9 @@ CHUNK_ROWS = 50_000
 
 def cache_folder() -> Path:
     """Where converted files are kept."""
-    chosen = os.environ.get("DEPT_VL_CACHE")
-    return (
-        Path(chosen)
-        if chosen
-        else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dept_vl"
-    )
+    if chosen := os.environ.get("DEPT_VL_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dept_vl"
 
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -98,14 +97,21 @@ class Rows:
 
     def distinct(self, *names: str) -> list[tuple[Any, ...]]:
         """The different values of these fields, in order of first appearance."""
-        table = pa.table({name: self.column(name) for name in names})
-        rows = table.group_by(list(names), use_threads=False).aggregate([])
-        return list(zip(*(rows.column(name).to_pylist() for name in names), strict=True))
+        codes = np.zeros(len(self), dtype=np.int64)
+        for name in names:
+            encoded = self.column(name).combine_chunks().dictionary_encode()
+            codes = codes * max(1, len(encoded.dictionary)) + encoded.indices.to_numpy()
+        first = np.sort(np.unique(codes, return_index=True)[1])
+        return list(zip(*(self.column(name).take(first).to_pylist() for name in names), strict=True))
 
     def subset(self, indices: Sequence[int] | Indices) -> "Rows":
-        """These rows alone."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return Rows(self.table, chosen if self.indices is None else self.indices[chosen], self.files)
+        """These rows alone.
+
+        Raises:
+            IndexError: If there is no such row.
+        """
+        places = np.arange(len(self)) if self.indices is None else self.indices
+        return Rows(self.table, places[np.asarray(indices, dtype=np.int64)], self.files)
 
     def where(self, name: str, values: Sequence[Any], *, keep: bool = True) -> "Rows":
         """The rows whose field is one of the values, or (`keep=False`) is none of them."""
@@ -132,33 +138,27 @@ def convert(
         unique: The column of the ids.
 
     Raises:
-        ValueError: If an id stands there twice.
+        ValueError: If an id stands there twice, or a record does not fit the columns.
         OSError: If the cache folder cannot be written.
     """
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     key = hashlib.sha256(json.dumps([CONVERTER_VERSION, str(schema), stats]).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{key}.arrow"
-    if path.is_file():
-        try:
-            return Rows.open([path])
-        except pa.ArrowInvalid:
-            path.unlink(missing_ok=True)  # damaged: made anew
-    # The process's own name: several may convert at a time, and the last one's file is as good.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    # Not there yet, or damaged: made anew.
+    with suppress(OSError, pa.ArrowInvalid):
+        return Rows.open([path])
+    # A name of its own: several processes, of several machines, may convert at a time, and the last
+    # one's file is as good.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(partial, schema, records)
+        _write(partial, schema, records, sources[0])
         _check_unique(Rows.open([partial]).column(unique), unique, sources)
-        partial.replace(path)
-    except OSError as error:
-        if error.filename is not None and Path(error.filename) in sources:
-            raise
-        raise OSError(
-            f"cannot write the columns of {sources[0].name} to {path.parent} ({error}); make room there, or "
-            "set DEPT_VL_CACHE to another folder"
-        ) from error
+        with _writing(path.parent, sources[0]):
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        # Where even this fails there is an error under way that says why.
+        with suppress(OSError):
+            partial.unlink()
     return Rows.open([path])
 
 
@@ -173,8 +173,44 @@ def _check_unique(ids: pa.ChunkedArray, name: str, sources: Sequence[Path]) -> N
     )
 
 
-def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]]) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        while chunk := list(islice(records, CHUNK_ROWS)):
-            columns = [[record[name] for record in chunk] for name in schema.names]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]], source: Path) -> None:
+    with _writing(path.parent, source):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = pa.OSFile(str(path), "wb")
+        writer = pa.ipc.new_file(file, schema)
+    with file:
+        # Read outside of `_writing`: a source that cannot be read is not a cache that cannot be written.
+        for batch in _batches(schema, records, source):
+            with _writing(path.parent, source):
+                writer.write_batch(batch)
+        with _writing(path.parent, source):
+            writer.close()
+            file.close()
+
+
+@contextmanager
+def _writing(folder: Path, source: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write the columns of {source.name} to {folder} ({error}); make room there, or set "
+            "DEPT_VL_CACHE to another folder"
+        ) from error
+
+
+def _batches(
+    schema: pa.Schema, records: Iterator[Mapping[str, Any]], source: Path
+) -> Iterator[pa.RecordBatch]:
+    while chunk := list(islice(records, CHUNK_ROWS)):
+        yield pa.record_batch([_column(column, chunk, source) for column in schema], schema=schema)
+
+
+def _column(column: pa.Field, chunk: Sequence[Mapping[str, Any]], source: Path) -> pa.Array:
+    try:
+        return pa.array([record[column.name] for record in chunk], column.type)
+    # Arrow's own errors are among these: too large a number, a lone surrogate, a list of other things.
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{source}: expected every {column.name!r} to fit {column.type}, found one that does not: {error}"
+        ) from None

@@ -153,16 +153,7 @@ class VQAv2:
             )
             for subtype in SUBTYPES[split]
         ]
-        rows = Rows.open([path for part in parts for path in part.files])
-        if split.startswith("karpathy-"):
-            images = karpathy_split(
-                find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE),
-                split.removeprefix("karpathy-"),
-            )
-            rows = rows.where("image_id", images)
-        elif split in ("minival", "nominival"):
-            ids = _minival_ids(find(root, (MINIVAL_FILE,), "LXMERT's minival", MINIVAL_SOURCE))
-            rows = rows.where("question_id", ids, keep=split == "minival")
+        rows = _listed(Rows.open([path for part in parts for path in part.files]), root, split)
         return cls(rows, image_folders(root, SUBTYPES[split]), normalisation)
 
     def __len__(self) -> int:
@@ -258,8 +249,8 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: 
 def usual_answers(task: VQAv2, floor: int) -> tuple[str, ...]:
     """The answers given to at least `floor` questions as their most usual one, commonest first.
 
-    With the answers of train and val and a floor of 9 these are the 3,129 of the literature (Teney
-    et al. 2018).
+    So the 3,129 of the literature are made (Teney et al. 2018), of train and val with a floor of 9 and
+    with `multiple_choice_answer` as the most usual one.
 
     Raises:
         ValueError: If no answer is given that often.
@@ -351,6 +342,24 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             texts.append(known.setdefault(text, text))
         types = {name: field(row, name, str, where) for name in ("answer_type", "question_type")}
         yield question_id, {"answers": texts, **{k: known.setdefault(v, v) for k, v in types.items()}}
+
+
+def _listed(rows: Rows, root: Path, split: str) -> Rows:
+    """Of a split that is not an official one, the questions that its list names; of others all."""
+    if split.startswith("karpathy-"):
+        path = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
+        listed = rows.where("image_id", karpathy_split(path, split.removeprefix("karpathy-")))
+    elif split in ("minival", "nominival"):
+        path = find(root, (MINIVAL_FILE,), "LXMERT's minival", MINIVAL_SOURCE)
+        listed = rows.where("question_id", _minival_ids(path), keep=split == "minival")
+    else:
+        return rows
+    if not len(listed):
+        raise ValueError(
+            f"{path}: expected it to leave questions of {', '.join(SUBTYPES[split])} for the split "
+            f"{split!r}, found none of {len(rows):,}; is it the list of another data set?"
+        )
+    return listed
 
 
 def _minival_ids(path: Path) -> list[int]:

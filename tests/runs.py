@@ -1,0 +1,103 @@
+"""Whole runs on tiny random models: how tests make them, and look at what they leave behind."""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor
+
+from dept_vl.checkpoint import Adapter
+from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
+from dept_vl.optim import OptimOptions
+from dept_vl.train import TrainOptions
+
+
+def tiny_run(data: DataOptions, *, vision: Path, language: Path, **train: Any) -> RunConfig:
+    """A run of a few steps, without dropout."""
+    steps: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_batch_size": 4,
+        "eval_every": 2,
+        "eval_batch_size": 64,
+        "log_every": 1,
+        "seed": 5,
+    }
+    return RunConfig(
+        data=data,
+        backbone=BackboneOptions(vision=str(vision), language=str(language), backbone_dropout=False),
+        prompt=PromptOptions(prompt_length=3, rank=2, reference_prompt_length=6, max_source_length=16),
+        train=TrainOptions(**(steps | train)),
+        optim=OptimOptions(prompt_lr=0.05, warmup_steps=0),
+    )
+
+
+def with_(config: RunConfig, **parts: Any) -> RunConfig:
+    """The configuration with options changed: `with_(config, train={"max_steps": 3})`."""
+    changed = {
+        name: replace(getattr(config, name), **part) if isinstance(part, dict) else part
+        for name, part in parts.items()
+    }
+    return replace(config, **changed)
+
+
+def reset_accelerate() -> None:
+    """Accelerate keeps its state for the life of a process."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def in_two_processes(function: Callable[..., object], *arguments: object) -> None:
+    """Call a function of a module in two processes that know of each other, as a launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Both are forked from a third that has imported everything and computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dept_vl.assess"])
+    processes = [
+        context.Process(target=_one_of_two, args=(rank, port, function, arguments)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=180)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def _one_of_two(rank: int, port: int, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
+    }
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def log(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path, which: str = "last") -> dict[str, Tensor]:
+    return Adapter.load(folder / which).tensors
+
+
+def assert_same(ours: Path, theirs: Path, *, atol: float = 0.0) -> None:
+    """Both adapters of two runs are equal, but for so much."""
+    for which in ("best", "last"):
+        mine, other = tensors(ours, which), tensors(theirs, which)
+        assert mine.keys() == other.keys()
+        for name in mine:
+            difference = (mine[name] - other[name]).abs().max().item()
+            assert difference <= atol, (which, name)
