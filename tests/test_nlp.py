@@ -17,7 +17,10 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import LANGUAGES
 
+import dept_vl.train
+from dept_vl.assess import AssessConfig, assess
 from dept_vl.backbone import Backbone
+from dept_vl.batch import TrainingBatches
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import parse
 from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
@@ -656,6 +659,8 @@ def test_a_run_without_images(
     assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
     assert adapter.tensors["prompt.lora_b"].abs().max() > 0
     adapter.build(Backbone.from_pretrained(language=language_folders[language]))
+    dev = assess(AssessConfig(run=tmp_path / "run", split="validation")).evaluation
+    assert dev.scores == result.training.best_scores
     shown = capsys.readouterr().out
     assert f"{task} test: {test.primary} (0-100)" in shown
     # The texts are longer than s for these tokenizers, which know few words.
@@ -663,13 +668,43 @@ def test_a_run_without_images(
         assert f"texts ({task} {split}); the longest has" in shown
 
 
-def test_length_groups_change_the_order_and_nothing_else(
-    language_folders: dict[str, Path], tmp_path: Path
+def test_a_run_is_scored_on_another_text_task(
+    language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data_dir = write_splits(tmp_path / "data", "boolq")
-    config = tiny(language_folders["t5"], data_dir, tmp_path / "grouped", "boolq")
-    mixed = replace(config, output_dir=tmp_path / "mixed", train=replace(config.train, group_by_length=False))
-    assert main(config).trainable == main(mixed).trainable
+    monkeypatch.chdir(tmp_path)
+    data_dir = write_splits(tmp_path / "data" / "rte", "rte")
+    write_splits(tmp_path / "data" / "mrpc", "mrpc")
+    main(tiny(language_folders["t5"], data_dir, tmp_path / "run", "rte"))
+    found = assess(AssessConfig(run=tmp_path / "run", task="mrpc"))
+    assert found.evaluation.scores.keys() == {"accuracy", "f1"}
+    assert found.output_dir == tmp_path / "run" / "mrpc-test"
+
+
+def test_training_is_grouped_by_the_lengths_of_the_cut_texts(
+    language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class Noting(TrainingBatches):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            given.append(options["lengths"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(dept_vl.train, "TrainingBatches", Noting)
+    data_dir = tmp_path / "data"
+    texts = ["red", "a small red circle", "how many red shapes are there ? " * 20]
+    for split in SPLITS:
+        rows = [{"sentence": texts[n % 3], "label": n % 2, "rating": 1.0} for n in range(12)]
+        write_lines(data_dir / f"{split}.jsonl", rows)
+    config = tiny(language_folders["t5"], data_dir, tmp_path / "grouped", "snippets")
+    main(config)
+    main(replace(config, output_dir=tmp_path / "mixed", train=replace(config.train, group_by_length=False)))
+    tokenizer = Backbone.from_pretrained(language=language_folders["t5"]).tokenizer
+    counted = [len(tokenizer(f"snippets sentence: {text}".strip()).input_ids) for text in texts]
+    assert counted[0] < counted[1] < 40 < counted[2]
+    (lengths,), off = given
+    assert lengths.tolist() == [*counted[:2], 40] * 4
+    assert off is None
 
 
 # Presets.
