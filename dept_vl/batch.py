@@ -1,5 +1,6 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -218,6 +219,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         seed: Of the permutations and of the order of the tasks.
         process, processes: Which of how many.
         lengths: Of the texts of each task, in tokens, as they are cut; None leaves them mixed.
+        start: Batches to pass over, of a run that goes on.
     """
 
     def __init__(
@@ -229,6 +231,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         process: int = 0,
         processes: int = 1,
         lengths: Sequence[Lengths] | None = None,
+        start: int = 0,
     ) -> None:
         self.lengths = lengths
         self.example_counts = example_counts
@@ -236,6 +239,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.process = process
         self.processes = processes
+        self.start = start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         numbers = [self._numbers(count) for count in self.example_counts]
@@ -247,11 +251,12 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         pairs = zip(self.example_counts, self.batch_sizes, strict=True)
         shares = [count / size for count, size in pairs]
         choices = Random(f"{self.seed} tasks")
-        while True:
+        for place in itertools.count():
             task = choices.choices(range(len(shares)), shares)[0]
             size = self.batch_sizes[task]
             whole = [(task, next(numbers[task])) for _ in range(size * self.processes)]
-            yield whole[self.process * size : (self.process + 1) * size]
+            if place >= self.start:
+                yield whole[self.process * size : (self.process + 1) * size]
 
     def _numbers(self, example_count: int) -> Iterator[int]:
         epoch = 0

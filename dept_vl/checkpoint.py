@@ -73,8 +73,8 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         description = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
-        _write(folder / TENSORS_FILE, save(self.tensors, metadata={"format": "pt"}))
-        _write(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        write_atomically(folder / TENSORS_FILE, save(self.tensors, metadata={"format": "pt"}))
+        write_atomically(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
@@ -170,7 +170,7 @@ class Adapter:
             self.backbone.get("official_config", {}),
         )
         for name, content in files.items():
-            _write(folder / name, content)
+            write_atomically(folder / name, content)
 
     def build(self, backbone: Backbone) -> PromptedModel:
         """A model with this adapter on its backbone.
@@ -306,7 +306,8 @@ def _identity(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to the disk, and rename it: whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(content)

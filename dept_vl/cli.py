@@ -29,10 +29,15 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--preset", choices=list(PRESETS))
+    parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
+    if known.config is None and known.resume not in (None, "auto"):
+        # A run goes on with its own options unless others are given.
+        known.config = Path(known.resume) / "config.json"
 
     def over(base: RunConfig) -> RunConfig:
-        return base if known.config is None else read_config(known.config, base)
+        config = base if known.config is None else read_config(known.config, base)
+        return config if known.resume is None else replace(config, resume=known.resume)
 
     def flags(base: RunConfig) -> RunConfig:
         return tyro.cli(
@@ -75,6 +80,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if isinstance(content, dict):
         content.pop("output_dir", None)
+        content.pop("resume", None)
     config: RunConfig = _build(base or RunConfig(), content, str(path))
     return config
 

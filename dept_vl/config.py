@@ -110,10 +110,42 @@ class RunConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     output_dir: Path | None = None
     """Folder of the run, which must hold none yet; left out, a new one under runs/."""
+    resume: str = ""
+    """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
+    to begin one if not (the same command may then be started again and again)."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
     log_with: str | None = None
     """A tracker of accelerate, such as tensorboard or wandb, beside the run's own log.jsonl."""
+
+
+FREE_TO_CHANGE = (
+    "output_dir",
+    "resume",
+    "log_with",
+    "train.num_workers",
+    "train.log_every",
+    "data.feature_memory",
+)
+"""Options that a run may go on with changed, because its result does not depend on them."""
+
+
+def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options on which a run's result depends and that were changed, as `name=old -> new`."""
+    old, new = _flat(started), _flat(now)
+    names = sorted(old.keys() | new.keys())
+    return [
+        f"{name}={old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if name not in FREE_TO_CHANGE and old.get(name) != new.get(name)
+    ]
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def to_json(config: RunConfig) -> dict[str, Any]:

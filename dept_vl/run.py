@@ -17,8 +17,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
-from dept_vl.checkpoint import Adapter, count_trainable
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
+from dept_vl.checkpoint import Adapter, count_trainable, write_atomically
+from dept_vl.config import (
+    BackboneOptions,
+    DataOptions,
+    PromptOptions,
+    RunConfig,
+    differences,
+    to_json,
+)
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.lengths import source_lengths
@@ -26,9 +33,10 @@ from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
 from dept_vl.splits import Splits, load_splits, read_features
+from dept_vl.state import Progress, newest
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
-from dept_vl.train import BEST, LOG_FILE, TrainingTask, TrainResult, train
+from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
 COMMON_TOKENS = 5000
@@ -55,15 +63,16 @@ class RunResult:
     output_dir: Path
     scores: dict[str, float]
     trainable: dict[str, int]
-    training: TrainResult | None
+    training: Progress | None
     seconds: float
     tokens: float
     reference_tokens: float
 
     @property
     def exit_status(self) -> int:
-        """Of the program: 130 after Ctrl-C, as shells have it."""
-        return 130 if self.training is not None and self.training.interrupted else 0
+        """Of the program: 130 after Ctrl-C and 143 after SIGTERM, as shells have it."""
+        stopped_by = self.training.stopped_by if self.training is not None else 0
+        return 128 + stopped_by if stopped_by else 0
 
 
 def run(config: RunConfig) -> RunResult:
@@ -85,7 +94,11 @@ def run(config: RunConfig) -> RunResult:
         project_dir=str(config.output_dir or "runs"),
     )
     task_options = _together(config)
-    output_dir = _claim_output_dir(config, accelerator)
+    output_dir, checkpoint = _open_folder(config, accelerator)
+    if (output_dir / SUMMARY_FILE).is_file():
+        accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
+        accelerator.end_training()
+        return _finished(output_dir)
     set_seed(config.train.seed)
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in task_options]
@@ -134,12 +147,14 @@ def run(config: RunConfig) -> RunResult:
             output_dir,
             config.train,
             config.optim,
+            checkpoint=checkpoint,
         )
-    if training is not None and training.interrupted:
-        accelerator.end_training()
+    if training is not None and training.stopped_by:
         accelerator.print(
-            f"stopped at step {training.steps}; the best adapter so far is in {output_dir / BEST}"
+            f"stopped at step {training.steps} of {config.train.max_steps}; --resume {output_dir} goes on"
+            + (f"; the best adapter so far is in {output_dir / BEST}" if training.best_step else "")
         )
+        accelerator.end_training()
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluations = [
         evaluate(
@@ -176,6 +191,20 @@ def run(config: RunConfig) -> RunResult:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers and the process group, so last
     return result
+
+
+def _finished(output_dir: Path) -> RunResult:
+    """What a run that ended before has left."""
+    summary = json.loads((output_dir / SUMMARY_FILE).read_text())
+    return RunResult(
+        output_dir,
+        summary["scores"],
+        summary["trainable_parameters"],
+        None,
+        summary["seconds"],
+        summary["tokens_per_example"],
+        summary["reference_tokens_per_example"],
+    )
 
 
 def visual_tokens(model: PromptedModel, task: Task) -> int:
@@ -288,21 +317,62 @@ def check_source_lengths(
         )
 
 
+def _open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """The run's folder, claimed or gone on with, and the checkpoint to go on from."""
+    if config.resume not in ("", "auto"):
+        output_dir = Path(config.resume)
+        if not _holds_run(output_dir):
+            raise FileNotFoundError(f"--resume {output_dir}: expected the folder of a run, found none there")
+        return output_dir, _go_on(config, output_dir, accelerator)
+    if config.resume == "auto" and config.output_dir is None:
+        raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
+    if config.resume == "auto" and _holds_run(Path(config.output_dir or "")):
+        return Path(config.output_dir or ""), _go_on(config, Path(config.output_dir or ""), accelerator)
+    return _claim_output_dir(config, accelerator), None
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
+
+
+def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
+    """The newest whole checkpoint of a run that was started with the same options."""
+    started = json.loads((output_dir / CONFIG_FILE).read_text())
+    changed = differences(started, to_json(config))
+    if changed:
+        raise ValueError(
+            f"{output_dir} was started with other options ({'; '.join(changed)}); go on with its own, by "
+            f"--config {output_dir / CONFIG_FILE}, or begin a new run"
+        )
+    checkpoint, damaged = newest(output_dir)
+    for problem in damaged:
+        accelerator.print(f"warning: {problem}; the one before is taken")
+    # Every process looks before one writes again.
+    accelerator.wait_for_everyone()
+    where = (
+        f"step {int(checkpoint.name.split('-')[1]):,}"
+        if checkpoint
+        else "the beginning: it has no checkpoint"
+    )
+    accelerator.print(f"going on with {output_dir} from {where}")
+    return checkpoint
+
+
 def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     """Create the run's folder and write its configuration there."""
     chosen = [str(config.output_dir or Path("runs") / time.strftime(f"{config.data.task}-%Y%m%d-%H%M%S"))]
     output_dir = Path(broadcast_object_list(chosen)[0])
-    holds_run = any((output_dir / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
+    holds_run = _holds_run(output_dir)
     # Every process looks before one writes, so that all of them refuse together.
     accelerator.wait_for_everyone()
     if holds_run:
         raise FileExistsError(
-            f"{output_dir} already holds a run; nothing was changed there. Choose another --output_dir, or "
-            "leave it out for a new folder under runs/"
+            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
+            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
         )
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / CONFIG_FILE).write_text(json.dumps(to_json(config), indent=2) + "\n")
+        write_atomically(output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode())
     accelerator.wait_for_everyone()
     return output_dir
 
@@ -336,7 +406,8 @@ def _write_results(
         "tokens_per_example": round(result.tokens, 2),
         "reference_tokens_per_example": round(result.reference_tokens, 2),
     }
-    (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    # Last, and whole: it says that the run is finished.
+    write_atomically(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
 
 

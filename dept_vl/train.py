@@ -6,13 +6,14 @@ import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from dept_vl.evaluate import evaluate
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
+from dept_vl.state import Progress, TrainingState
 from dept_vl.tasks.example import Decoding, Task
 from dept_vl.tasks.predictions import ExampleId
 
@@ -48,6 +50,9 @@ class TrainOptions:
     """Optimizer steps between evaluations on the dev split; the last step is always evaluated."""
     eval_batch_size: int = 128
     """Examples decoded at a time, per process."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
+    three times what is trained, the last two are kept); 0 writes one only when the run is stopped."""
     patience: int = 0
     """Stop after this many evaluations without a better score; 0 never stops early."""
     log_every: int = 20
@@ -78,31 +83,6 @@ class TrainingTask:
     batch_size: int
 
 
-@dataclass
-class TrainResult:
-    """What a training run leaves behind.
-
-    Attributes:
-        best_scores: Figures of the best evaluation on the dev splits.
-        best_step: When it was made.
-        steps: Optimizer steps done.
-        train_seconds: Spent in training steps, evaluation left out.
-        eval_seconds: Spent in evaluations.
-        interrupted: Whether Ctrl-C ended it.
-        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
-        skipped: Examples left out because their image could not be read, each time they came up.
-    """
-
-    best_scores: dict[str, float] | None = None
-    best_step: int = 0
-    steps: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    interrupted: bool = False
-    history: list[tuple[int, float]] = field(default_factory=list)
-    skipped: int = 0
-
-
 def train(
     model: PromptedModel,
     tasks: Sequence[TrainingTask],
@@ -112,18 +92,33 @@ def train(
     output_dir: Path,
     options: TrainOptions,
     optim: OptimOptions,
-) -> TrainResult:
+    *,
+    checkpoint: Path | None = None,
+) -> Progress:
     """Train what `model.parameter_groups()` names; keep the adapter that does best on the dev splits.
 
     Of several tasks every batch is of one, the same on all processes, and the mean of their primary
-    figures decides. The model ends with the best adapter loaded. Ctrl-C ends the run after the step at
-    hand; the adapter is saved either way.
+    figures decides. The model ends with the best adapter loaded. Ctrl-C and SIGTERM end the run after
+    the step at hand, with a checkpoint from which it can go on as if nothing had happened.
+
+    Args:
+        model: The unwrapped model.
+        tasks: What is learnt.
+        collator: Of training batches.
+        dev_collator: Of batches to evaluate.
+        accelerator: Of the run.
+        output_dir: Folder of the run.
+        options: How long, how fast, and how often to look.
+        optim: Learning rates.
+        checkpoint: Where to go on; None starts from the beginning.
 
     Raises:
-        ValueError: If the loss is not finite; the message names the step and the batch's ids.
+        ValueError: If a loss is not finite; the message names the step and the batch's ids.
     """
     optimizer = build_optimizer(model.parameter_groups(), optim)
     schedule = build_schedule(optimizer, optim, options.max_steps)
+    state = TrainingState(output_dir, model, optimizer, schedule, accelerator)
+    progress = Progress() if checkpoint is None else state.load(checkpoint)
     # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -141,31 +136,24 @@ def train(
             process=accelerator.process_index,
             processes=accelerator.num_processes,
             lengths=lengths,
+            start=progress.steps * options.gradient_accumulation_steps,
         ),
         collate_fn=collator,
         num_workers=options.num_workers,
     )
     batches = iter(loader)
-    result = TrainResult()
-    log = _Log(accelerator, output_dir / LOG_FILE)
+    if checkpoint is not None:
+        state.load_random_state(checkpoint)
     names = "+".join(task.dev.name for task in tasks)
-    seen = skipped_here = 0
-    main = accelerator.is_main_process
-    # None: no bar where the output is no terminal; the log's lines are printed instead.
-    bar = tqdm(total=options.max_steps, desc="training", disable=None if main else True)
-    scores: dict[str, float] = {}
-    best_score = -math.inf
-    evaluations_without_progress = 0
+    log = _Log(accelerator, output_dir / LOG_FILE, progress, options)
     model.train()
     with _Interrupt() as interrupt:
-        for step in range(1, options.max_steps + 1):
+        while progress.steps < options.max_steps and not _patience_is_over(progress, options):
             started = time.perf_counter()
             losses = []
             for _ in range(options.gradient_accumulation_steps):
                 batch = next(batches).to(accelerator.device)
-                _check_readable(batch, step)
-                skipped_here += len(batch.skipped)
-                seen += len(batch.ids) * accelerator.num_processes
+                _check_readable(batch, progress.steps + 1)
                 with accelerator.accumulate(wrapped):
                     loss = wrapped(**batch.training_inputs()).loss
                     accelerator.backward(loss)
@@ -174,51 +162,67 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
+                log.note(batch, loss)
             rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
             schedule.step()
-            result.steps = step
-            result.train_seconds += time.perf_counter() - started
-            bar.update()
-
-            if step % options.log_every == 0 or step == options.max_steps:
-                totals = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(skipped_here)])
-                mean_loss, skipped = accelerator.reduce(totals, "sum").tolist()
-                mean_loss /= accelerator.num_processes
-                result.skipped = int(skipped)
-                _check_finite(mean_loss, step, batch.ids, output_dir)
-                speed = seen / result.train_seconds
-                bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_second=f"{speed:.0f}")
-                bad = {"skipped_examples": result.skipped} if result.skipped else {}
-                log.write(step, {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1), **bad})
-                if main and bar.disable:
-                    left = result.train_seconds / step * (options.max_steps - step)
-                    print(f"step {step}/{options.max_steps} loss {mean_loss:.3f} {left:.0f} s left")
-
-            stopping = interrupt.requested(accelerator, step, options.log_every)
-            ending = step == options.max_steps or (stopping and result.best_scores is None)
-            if step % options.eval_every == 0 or ending:
-                started = time.perf_counter()
-                score, scores = _evaluate_all(model, tasks, dev_collator, accelerator, options)
-                result.eval_seconds += time.perf_counter() - started
-                log.write(step, {f"dev/{name}": value for name, value in scores.items()})
-                result.history.append((step, score))
-                if main:
-                    bar.write(f"step {step}: dev {_primary(tasks)} {score:.2f}")
-                evaluations_without_progress += 1
-                if result.best_scores is None or score > best_score:
-                    result.best_scores, result.best_step, best_score = scores, step, score
-                    evaluations_without_progress = 0
-                    _save(model, names, scores, output_dir / BEST, accelerator)
-            if stopping:
-                result.interrupted = True
+            progress.steps += 1
+            progress.train_seconds += time.perf_counter() - started
+            step, last = progress.steps, progress.steps == options.max_steps
+            evaluating = last or step % options.eval_every == 0
+            saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
+            progress.stopped_by = interrupt.requested(accelerator, step, options.log_every)
+            logging = evaluating or saving or step % options.log_every == 0
+            if logging or progress.stopped_by:
+                mean_loss = log.look(torch.stack(losses).mean())
+            if logging:
+                log.loss(mean_loss, rates)
+            if evaluating:
+                _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
+            if saving or progress.stopped_by:
+                state.save(replace(progress, stopped_by=0))
+            if progress.stopped_by:
                 break
-            if options.patience and evaluations_without_progress >= options.patience:
-                break
-    bar.close()
-    _save(model, names, scores, output_dir / LAST, accelerator)
+        if progress.stopped_by == signal.SIGINT and not progress.best_step:
+            # Somebody is waiting for an adapter; the checkpoint knows nothing of this evaluation.
+            _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
+    log.close()
+    if accelerator.is_main_process:
+        Adapter.of(model, task=names, metrics=progress.scores).save(output_dir / LAST)
     accelerator.wait_for_everyone()
-    Adapter.load(output_dir / BEST).apply(model)
-    return result
+    if progress.best_step:
+        Adapter.load(output_dir / BEST).apply(model)
+    return progress
+
+
+def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
+    return 0 < options.patience <= progress.evaluations_without_progress
+
+
+def _evaluate_dev(
+    model: PromptedModel,
+    tasks: Sequence[TrainingTask],
+    collator: Collator,
+    accelerator: Accelerator,
+    options: TrainOptions,
+    progress: Progress,
+    output_dir: Path,
+    log: "_Log",
+) -> None:
+    """Evaluate on the dev splits; keep the adapter if it is the best so far."""
+    started = time.perf_counter()
+    score, scores = _evaluate_all(model, tasks, collator, accelerator, options)
+    progress.eval_seconds += time.perf_counter() - started
+    log.scores(_primary(tasks), score, scores)
+    progress.evaluations_without_progress += 1
+    better = score > progress.best_score
+    progress.scores = scores
+    progress.history.append((progress.steps, score))
+    if better:
+        progress.best_scores, progress.best_step = scores, progress.steps
+        progress.evaluations_without_progress = 0
+        if accelerator.is_main_process:
+            names = "+".join(task.dev.name for task in tasks)
+            Adapter.of(model, task=names, metrics=scores).save(output_dir / BEST)
 
 
 def _evaluate_all(
@@ -261,68 +265,139 @@ def _check_readable(batch: Batch, step: int) -> None:
         )
 
 
-def _check_finite(loss: float, step: int, ids: tuple[ExampleId, ...], output_dir: Path) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower the "
-            f"learning rates or train in full precision. The best adapter so far is in {output_dir / BEST}"
+class _Log:
+    """A line of JSON for every record, the same to the run's trackers, and what a person sees.
+
+    Losses are looked at only when they are logged, since each look waits for the device; a loss that
+    is not finite is found then, with the step and the batch that it came from.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, progress: Progress, options: TrainOptions
+    ) -> None:
+        self.accelerator, self.path, self.progress, self.options = accelerator, path, progress, options
+        self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
+        self.examples = self.skipped = 0
+        main = accelerator.is_main_process
+        if main:
+            _cut_log(path, progress.steps)
+        # None: no bar where the output is no terminal; the log's lines are printed instead.
+        self.bar = tqdm(
+            total=options.max_steps, initial=progress.steps, desc="training", disable=None if main else True
         )
 
+    def note(self, batch: Batch, loss: Tensor) -> None:
+        """Remember a batch until the next look."""
+        self.pending.append((self.progress.steps + 1, batch.ids, loss.detach()))
+        self.examples += len(batch.ids)
+        self.skipped += len(batch.skipped)
 
-def _save(
-    model: PromptedModel,
-    task: str,
-    scores: Mapping[str, float],
-    folder: Path,
-    accelerator: Accelerator,
-) -> None:
-    if accelerator.is_main_process:
-        Adapter.of(model, task=task, metrics=scores).save(folder)
+    def look(self, loss: Tensor) -> float:
+        """Check all losses since the last look and count what was learnt.
 
+        Args:
+            loss: Of the last step, on this process.
 
-class _Log:
-    """A line of JSON for every record, and the same to the run's trackers."""
+        Returns:
+            The same over all processes.
 
-    def __init__(self, accelerator: Accelerator, path: Path) -> None:
-        self.accelerator, self.path = accelerator, path
+        Raises:
+            ValueError: If one is not finite.
+        """
+        progress, accelerator = self.progress, self.accelerator
+        self._check_finite()
+        own = torch.stack([loss, loss.new_tensor(self.examples), loss.new_tensor(self.skipped)]).double()
+        mean_loss, examples, skipped = accelerator.reduce(own, "sum").tolist()
+        mean_loss /= accelerator.num_processes
+        progress.examples += round(examples)
+        progress.skipped += round(skipped)
+        self.examples = self.skipped = 0
+        return float(mean_loss)
 
-    def write(self, step: int, record: Mapping[str, float]) -> None:
+    def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
+        """Write the loss of a step."""
+        progress = self.progress
+        step, total = progress.steps, self.options.max_steps
+        speed = progress.examples / progress.train_seconds
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_second=f"{speed:.0f}")
+        record = {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1)}
+        self._write(record | ({"skipped_examples": progress.skipped} if progress.skipped else {}))
+        if self.accelerator.is_main_process and self.bar.disable:
+            left = progress.train_seconds / step * (total - step)
+            print(f"step {step}/{total} loss {mean_loss:.3f} {left:.0f} s left", flush=True)
+
+    def scores(self, name: str, score: float, scores: Mapping[str, float]) -> None:
+        """Write the figures of an evaluation."""
+        self._write({f"dev/{key}": value for key, value in scores.items()})
+        if self.accelerator.is_main_process:
+            self.bar.write(f"step {self.progress.steps}: dev {name} {score:.2f}")
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+    def _check_finite(self) -> None:
+        losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
+        pending, self.pending = self.pending, []
+        for (step, ids, _), loss in zip(pending, losses, strict=True):
+            if not math.isfinite(loss):
+                folder = self.path.parent
+                raise ValueError(
+                    f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower "
+                    "the learning rates or train in full precision. Checkpoints and the best adapter in "
+                    f"{folder} are of steps before"
+                )
+
+    def _write(self, record: Mapping[str, float]) -> None:
+        step = self.progress.steps
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **record}) + "\n")
         self.accelerator.log(dict(record), step=step)
 
 
+def _cut_log(path: Path, steps: int) -> None:
+    """Leave the lines of a log up to a step; those behind it will come again."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    path.write_text("".join(kept))
+
+
 class _Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the step; a later one kills as usual."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; a later Ctrl-C kills as usual."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.here = False
+        self.signal = 0
         self.asked_at = 0.0
-        self.previous: Any = None
+        self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupt":
-        # Only the main thread may set handlers; elsewhere Ctrl-C stays what it is.
+        # Only the main thread may set handlers; elsewhere signals do what they always do.
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGINT, self._note)
+            self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # A launcher passes the terminal's Ctrl-C on, so the same one can arrive twice.
-        if self.here and time.monotonic() - self.asked_at > ECHO_SECONDS:
+        if number == signal.SIGINT and self.signal and time.monotonic() - self.asked_at > ECHO_SECONDS:
             raise KeyboardInterrupt
-        if not self.here:
-            self.here, self.asked_at = True, time.monotonic()
+        if not self.signal:
+            self.signal, self.asked_at = number, time.monotonic()
 
-    def requested(self, accelerator: Accelerator, step: int, every: int) -> bool:
-        """Whether any process was asked to stop; several processes agree every so many steps."""
+    def requested(self, accelerator: Accelerator, step: int, every: int) -> int:
+        """The signal that any process has got; several processes agree every so many steps."""
         if accelerator.num_processes == 1:
-            return self.here
+            return self.signal
         if step % every:
-            return False
-        flag = torch.tensor(float(self.here), device=accelerator.device)
-        return bool(accelerator.reduce(flag, "sum").item() > 0)
+            return 0
+        flags = accelerator.gather(torch.tensor([self.signal], device=accelerator.device))
+        return int(flags.max().item())

@@ -82,7 +82,9 @@ def _one_of_two(rank: int, port: int, function: Callable[..., object], arguments
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Every file below the folder but the checkpoints."""
+    found = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    return {name: p.read_bytes() for name, p in found.items() if not name.startswith("checkpoints")}
 
 
 def log(folder: Path) -> list[dict[str, float]]:

@@ -346,6 +346,7 @@ def test_groups_are_mixed_and_differ_from_epoch_to_epoch() -> None:
     assert WINDOW < 100
     assert min(longest[:50]) < np.median(longest) < max(longest[:50])
     assert grouped(lengths, 16, 50) == batches[:50]
+    assert grouped(lengths, 16, 50, start=70) == batches[70:120]
     assert grouped(lengths, 16, 50, seed=1) != batches[:50]
 
 

@@ -361,7 +361,7 @@ def test_patience_ends_a_run_that_gets_no_better(config: RunConfig, monkeypatch:
     result = main(with_(config, train={"eval_every": 1, "patience": 2, "max_steps": 9}))
     assert result.training is not None
     assert (result.training.steps, result.training.best_step) == (5, 3)
-    assert not result.training.interrupted
+    assert result.training.stopped_by == 0
     assert files(result.output_dir).keys() == FILES
 
 
@@ -452,7 +452,7 @@ def test_ctrl_c_ends_the_run_after_the_step_and_saves_the_adapter(
     result = main(config)
     assert signal.getsignal(signal.SIGINT) is before
     assert result.training is not None
-    assert result.training.interrupted
+    assert result.training.stopped_by == signal.SIGINT
     assert (result.training.steps, result.training.best_step) == (step, best_step)
     assert result.scores == {}
     left = files(result.output_dir).keys()
@@ -466,7 +466,7 @@ def test_an_echo_of_ctrl_c_is_no_second_one(config: RunConfig, interrupt: Callab
     interrupt(2, times=3)
     result = main(config)
     assert result.training is not None
-    assert (result.training.interrupted, result.training.steps) == (True, 2)
+    assert (result.training.stopped_by, result.training.steps) == (signal.SIGINT, 2)
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once(
@@ -577,7 +577,9 @@ def test_missing_training_images_are_left_out_from_the_start(
 
 
 @pytest.mark.parametrize("feature_memory", [0.0, 1.0])
-def test_bad_training_images_stop_a_run_that_is_told_so(damaged: RunConfig, feature_memory: float) -> None:
+def test_bad_training_images_stop_a_run_that_is_told_so(
+    damaged: RunConfig, tmp_path: Path, feature_memory: float
+) -> None:
     path = image_of(damaged, "train", 1)
     path.write_bytes(b"no image")
     data = {"on_bad_image": "raise", "feature_memory": feature_memory}
@@ -587,7 +589,7 @@ def test_bad_training_images_stop_a_run_that_is_told_so(damaged: RunConfig, feat
     assert "--on_bad_image skip" in str(error.value)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="1 of 4 images of vqav2 are missing"):
-        main(with_(damaged, data=data, output_dir=damaged.data.data_dir / "run"))
+        main(with_(damaged, data=data, output_dir=tmp_path / "again"))
 
 
 def test_a_batch_without_a_readable_image_ends_the_run(damaged: RunConfig) -> None:

@@ -1,0 +1,258 @@
+"""A run that is killed anywhere and goes on ends as the run that was never killed, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import write_vqa
+from safetensors.torch import load_file
+
+from dept_vl import state
+from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, differences, to_json
+from dept_vl.run import RunResult, run
+from dept_vl.train import TrainOptions
+
+EVENTS = ("step", "fsync", "rename", "log")
+"""Where a run is killed: in an optimizer step, as a file is flushed or renamed, as a line is logged."""
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dept_vl.run"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def config(
+    tmp_path_factory: pytest.TempPathFactory,
+    language_folders: dict[str, Path],
+    vision_folders: dict[str, Path],
+) -> RunConfig:
+    folder = tmp_path_factory.mktemp("resume")
+    return RunConfig(
+        data=DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        # Dropout on, so that a generator set back wrongly shows.
+        backbone=BackboneOptions(
+            vision=str(vision_folders["clip"]), language=str(language_folders["t5"]), backbone_dropout=True
+        ),
+        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=16),
+        train=TrainOptions(
+            max_steps=9,
+            per_device_batch_size=3,
+            gradient_accumulation_steps=2,
+            eval_every=4,
+            checkpoint_every=2,
+            log_every=3,
+            seed=3,
+        ),
+        output_dir=folder / "whole",
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: RunConfig) -> RunResult:
+    AcceleratorState._reset_state(True)
+    return run(config)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a run leaves that must not depend on kills."""
+    summary = json.loads((folder / "summary.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timed = ("samples_per_second",)
+    return {
+        "tensors": {
+            (name, key): tensor.numpy().tobytes()
+            for name in ("best", "last")
+            for key, tensor in load_file(folder / name / "adapter.safetensors").items()
+        },
+        "predictions": (folder / "predictions.json").read_text(),
+        "scores": summary["scores"],
+        "best_step": summary["best_step"],
+        "log": [{key: value for key, value in line.items() if key not in timed} for line in log],
+    }
+
+
+def run_and_die(config: RunConfig, threads: int, event: str, number: int) -> None:
+    """Run in a child and kill it with SIGKILL at the n-th event of a kind."""
+    torch.set_num_threads(threads)  # sums of several threads have an order of their own
+    left = [number]
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    if event == "step":
+        torch.optim.AdamW.step = dying(torch.optim.AdamW.step)  # type: ignore[method-assign]
+    elif event == "fsync":
+        os.fsync = dying(os.fsync)
+    elif event == "rename":
+        Path.rename = dying(Path.rename)  # type: ignore[method-assign]
+    else:
+        json.dumps = dying(json.dumps)
+    run(config)
+
+
+def kill_until_finished(config: RunConfig, rng: random.Random, kills: int) -> int:
+    """Start the same command again and again, killed at random; the last one is left to finish."""
+    killed = 0
+    while killed < kills:
+        event = rng.choice(EVENTS)
+        number = rng.randint(1, {"step": 9, "fsync": 24, "rename": 4, "log": 12}[event])
+        process = CONTEXT.Process(target=run_and_die, args=(config, torch.get_num_threads(), event, number))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+        if process.exitcode == 0:
+            assert (config.output_dir / "summary.json").is_file()  # type: ignore[operator]
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+    run(config)
+    return killed
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_points_and_resumed_is_bit_identical(
+    config: RunConfig, whole: RunResult, tmp_path: Path, seed: int
+) -> None:
+    again = replace(config, output_dir=tmp_path / "killed", resume="auto")
+    assert kill_until_finished(again, random.Random(seed), kills=10) > 0
+    assert result_of(tmp_path / "killed") == result_of(whole.output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_killed_often(config: RunConfig, whole: RunResult, tmp_path: Path, seed: int) -> None:
+    again = replace(config, output_dir=tmp_path / "killed", resume="auto")
+    kill_until_finished(again, random.Random(seed), kills=20)
+    assert result_of(tmp_path / "killed") == result_of(whole.output_dir)
+
+
+def stopped_at(config: RunConfig, folder: Path, steps: int) -> RunConfig:
+    """The configuration of a run that was sent SIGTERM after some steps."""
+    again = replace(config, output_dir=folder, resume="auto")
+    calls = [0]
+    step = torch.optim.AdamW.step
+
+    def counting(self: torch.optim.AdamW, *args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counting)
+        result = run(again)
+    assert result.exit_status == 128 + signal.SIGTERM
+    AcceleratorState._reset_state(True)
+    return again
+
+
+def test_sigterm_saves_and_says_so(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=5)
+    assert "stopped at step 5 of 9; --resume" in capsys.readouterr().out
+    assert [path.name for path in state.checkpoints(tmp_path / "run")][-1] == "step-00000005"
+    # No evaluation that the whole run does not make: there may be seconds left before the kill.
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=7)
+    before, newest = state.checkpoints(tmp_path / "run")
+    for damage in (
+        lambda: (newest / "tensors.safetensors").write_bytes(b"nonsense"),
+        lambda: (newest / "manifest.json").unlink(),
+    ):
+        damage()
+        place, problems = state.newest(tmp_path / "run")
+        assert place == before
+        assert len(problems) == 1
+        assert f"{newest} is damaged" in problems[0]
+    assert run(again).exit_status == 0
+    assert "is damaged" in capsys.readouterr().out
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_without_a_whole_checkpoint_it_begins_again(
+    config: RunConfig, whole: RunResult, tmp_path: Path
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=3)
+    for place in state.checkpoints(tmp_path / "run"):
+        shutil.rmtree(place)
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    config: RunConfig, whole: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*")}
+    result = run(replace(config, resume=str(whole.output_dir)))
+    assert "finished already" in capsys.readouterr().out
+    assert result.scores == whole.scores
+    assert {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*")} == before
+
+
+def test_other_options_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=3)
+    changed = replace(again, train=replace(again.train, max_steps=10))
+    with pytest.raises(ValueError, match=r"other options \(train\.max_steps=9 -> 10\)"):
+        run(changed)
+
+
+def test_options_that_change_nothing_may_change(config: RunConfig) -> None:
+    changed = replace(config, resume="auto", train=replace(config.train, num_workers=2, log_every=1))
+    assert differences(to_json(config), to_json(changed)) == []
+
+
+def test_no_run_to_go_on_with(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
+        run(replace(config, resume=str(tmp_path)))
+    with pytest.raises(ValueError, match="needs --output_dir"):
+        run(replace(config, resume="auto", output_dir=None))
+
+
+def test_the_last_two_checkpoints_stay(config: RunConfig, whole: RunResult) -> None:
+    assert [path.name for path in state.checkpoints(whole.output_dir)] == ["step-00000008", "step-00000009"]
+    assert not list((whole.output_dir / state.CHECKPOINTS).glob(".*"))
+
+
+def test_random_generators_come_back() -> None:
+    device = torch.device("cpu")
+    random.gauss(0, 1)  # leaves a second number waiting
+    np.random.standard_normal()
+    saved = state._random_state(device)
+    drawn = [(random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    state._restore_random_state(saved, device)
+    assert [
+        (random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)
+    ] == drawn
