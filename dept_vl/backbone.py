@@ -1,8 +1,9 @@
-"""A vision tower and an encoder-decoder language model, joined by a visual projection.
+"""A vision tower and an encoder-decoder language model, joined by a visual projection; or text alone.
 
 The language model's encoder reads `[text ; visual]`, with a prompt in front of the text when there
 is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). Their box embedding is
-a constant under grid features and is therefore left to the image-order embedding.
+a constant under grid features and is therefore left to the image-order embedding. For text alone the
+language model may also be decoder-only (see `language`).
 """
 
 import hashlib
@@ -10,24 +11,17 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dept_vl.language import VisualPositionBias, choose_kind, load_language
 from dept_vl.vision import VisionEncoder
-
-VisualPositionBias = Literal["none", "relative"]
-"""What the language model's own position signal says of visual tokens.
-
-`none`: nothing, as published. T5's relative bias is zero for every pair with a visual token; BART's
-learned positions count the text alone (the prompt has none either).
-`relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted.
-"""
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
@@ -69,16 +63,17 @@ class Backbone(nn.Module):
 
     Args:
         vision: Image encoder, or None for text alone.
-        language: A T5- or BART-like encoder-decoder.
+        language: A T5- or BART-like encoder-decoder; for text alone also a GPT-2- or Llama-like decoder.
         tokenizer: Its tokenizer; padding is put on the right.
         name: What an adapter calls this backbone.
         visual_position_bias: See `VisualPositionBias`.
 
     Attributes:
+        kind: How the language model reads and answers, by its kind.
         fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
 
     Raises:
-        ValueError: If the language model is no encoder-decoder with T5's or BART's positions.
+        ValueError: If the language model is of no kind that is supported, or cannot read images.
     """
 
     def __init__(
@@ -101,18 +96,19 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.tokenizer.padding_side = "right"
         self.visual_position_bias = visual_position_bias
-        self.encoder = language.get_encoder()
-        self.word_embeddings = self.encoder.get_input_embeddings()
-        self.d_model: int = self.word_embeddings.embedding_dim
+        if vision is not None and not language.config.is_encoder_decoder:
+            raise ValueError(
+                f"visual tokens are read by an encoder, and {name} has none ({type(language).__name__}): "
+                "leave the vision tower out, or take an encoder-decoder such as google-t5/t5-base"
+            )
+        self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
+        self.d_model: int = self.kind.word_embeddings.embedding_dim
         self.visual_projection: VisualProjection | None = None
         if vision is not None:
             self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
         # Taken before any training, so that it names the frozen weights even after fine-tuning.
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
-        self._segments = (0, 0)
-        if visual_position_bias == "none":
-            self._keep_positions_to_text()
         self.freeze()
 
     @classmethod
@@ -132,7 +128,7 @@ class Backbone(nn.Module):
         Args:
             backbone: Such a folder; it carries a trained visual projection and its own options.
             vision: Hub name or folder of the image encoder (with `language`); None for text alone.
-            language: Hub name or folder of the encoder-decoder.
+            language: Hub name or folder of the encoder-decoder or, for text alone, of the decoder-only model.
             vision_layer: See `VisionEncoder`.
             class_token: See `VisionEncoder`.
             pooled_grid: See `VisionEncoder`.
@@ -158,7 +154,7 @@ class Backbone(nn.Module):
                 )
             return cls(
                 tower,
-                _load_language(language),
+                load_language(language),
                 AutoTokenizer.from_pretrained(language),
                 name="+".join(str(part) for part in (vision, language) if part is not None),
                 visual_position_bias=visual_position_bias,
@@ -174,7 +170,7 @@ class Backbone(nn.Module):
             VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
             if options["vision"] is not None
             else None,
-            _load_language(folder / "language"),
+            load_language(folder / "language"),
             AutoTokenizer.from_pretrained(folder / "language"),
             name=options["name"],
             visual_position_bias=options["visual_position_bias"],
@@ -208,12 +204,8 @@ class Backbone(nn.Module):
             self.visual_projection.requires_grad_(not visual_projection)
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the encoder uses them (BART's scale included)."""
-        embeddings: Tensor = self.word_embeddings(input_ids)
-        # BART's embedding scales by itself; Pegasus' and Marian's encoders do it, for input_ids alone.
-        scales_itself = hasattr(self.word_embeddings, "embed_scale")
-        scale: float = 1.0 if scales_itself else getattr(self.encoder, "embed_scale", 1.0)
-        return embeddings * scale if scale != 1.0 else embeddings
+        """Word embeddings as the language model uses them (BART's scale included)."""
+        return self.kind.embed(input_ids)
 
     def project(
         self,
@@ -259,82 +251,25 @@ class Backbone(nn.Module):
             prompt_length: How many of the first columns are prompt.
 
         Returns:
-            The encoder's output and the mask for the decoder's cross-attention.
+            The encoder's output and the mask for the decoder's cross-attention; of a decoder-only model
+            the embeddings and their mask, padding first.
 
         Raises:
-            ValueError: If the encoder has no position for so long an input.
+            ValueError: If the language model has no position for so long an input.
         """
         visual_length = 0 if visual is None else visual.shape[1]
         self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
-        if visual is not None:
-            embeddings = torch.cat([embeddings, visual.to(embeddings.dtype)], dim=1)
-            mask = torch.cat([mask, mask.new_ones(visual.shape[:2])], dim=1)
-            if self.visual_position_bias == "relative":
-                # Padding between text and image would shift the image's positions: it goes last.
-                embeddings, mask = pack(embeddings, mask)
-        if self.visual_position_bias == "relative":
-            return self.encoder(inputs_embeds=embeddings, attention_mask=mask), mask
-        segments = (prompt_length, visual_length)
-        output = self.encoder(inputs_embeds=embeddings, attention_mask=mask, segments=segments)
-        if output.last_hidden_state.requires_grad:
-            # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
-            output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
-        return output, mask
+        return self.kind.encode(embeddings, mask, visual, prompt_length)
 
-    def check_length(self, prompt: int, text: int, visual: int) -> None:
-        """Refuse an input for which the encoder has too few positions.
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """Refuse an input for which the language model has too few positions.
+
+        An encoder-decoder's answer has positions of its own and is not counted.
 
         Raises:
             ValueError: With the limit and what each part takes of it.
         """
-        limit = getattr(self.language.config, "max_position_embeddings", None)
-        if limit is not None and prompt + text + visual > limit:
-            raise ValueError(
-                f"the encoder of {self.name} has {limit} positions and the input needs "
-                f"{prompt + text + visual}: {prompt} prompt + {text} text + {visual} visual; "
-                "shorten the prompt (prompt_length) or the text (max_source_length)"
-            )
-
-    def _keep_positions_to_text(self) -> None:
-        """Hook the encoder's own position modules; the hooks read the segments of the running call."""
-        hooked = False
-        for name, module in self.encoder.named_modules():
-            if name.endswith("relative_attention_bias"):  # in the first block; UMT5: in every block
-                module.register_forward_hook(self._without_visual_bias)
-                hooked = True
-            elif name == "embed_positions":
-                module.register_forward_hook(self._positions_of_text)
-                hooked = True
-        if not hooked:
-            raise ValueError(
-                f"{type(self.language).__name__} has neither T5's relative_attention_bias nor BART's "
-                "embed_positions in its encoder; visual_position_bias='none' supports these two, "
-                "'relative' any encoder-decoder"
-            )
-        self.encoder.register_forward_pre_hook(self._take_segments, with_kwargs=True)
-
-    def _take_segments(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Segments hold for the call they came with: one that brings none is the stock encoder's."""
-        self._segments = named.pop("segments", (0, 0))
-        return inputs, named
-
-    def _without_visual_bias(
-        self, module: nn.Module, inputs: object, bias: Float[Tensor, "query key heads"]
-    ) -> Float[Tensor, "query key heads"]:
-        _, visual = self._segments
-        if visual == 0:
-            return bias
-        text = bias.shape[0] - visual
-        return nn.functional.pad(bias[:text, :text], (0, 0, 0, visual, 0, visual))
-
-    def _positions_of_text(
-        self, module: nn.Module, inputs: object, positions: Float[Tensor, "batch source d_model"]
-    ) -> Float[Tensor, "batch source d_model"]:
-        prompt, visual = self._segments
-        text = positions.shape[1] - prompt - visual
-        return nn.functional.pad(positions[:, :text], (0, 0, prompt, visual))
+        self.kind.check_length(prompt, text, visual, answer)
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
@@ -352,22 +287,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
     return digest.hexdigest()[:16]
 
 
-def pack(
-    embeddings: Float[Tensor, "batch length d_model"], mask: Bool[Tensor, "batch length"]
-) -> tuple[Float[Tensor, "batch length d_model"], Bool[Tensor, "batch length"]]:
-    """Move every row's padding to its end, the order of the rest kept."""
-    order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
-    rows = order[..., None].expand_as(embeddings)
-    return embeddings.gather(1, rows), mask.gather(1, order)
-
-
 def _norm(language: PreTrainedModel) -> nn.Module:
     """A new norm of the language model's own kind."""
     width: int = language.get_input_embeddings().embedding_dim
     eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
     return nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)
-
-
-def _load_language(name_or_path: str | Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
-    return model

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from dept_vl.features import FeatureTable, load_pixels
 from dept_vl.lengths import Lengths
-from dept_vl.model import IGNORE_INDEX
+from dept_vl.targets import IGNORE_INDEX, target_ids
 from dept_vl.tasks.example import Example, Task
 from dept_vl.tasks.predictions import ExampleId
 from dept_vl.vision import VisionEncoder
@@ -99,7 +100,8 @@ class Collator:
         """A batch; labels and weights only if the draws have targets.
 
         Raises:
-            ValueError: If an image cannot be read and examples are not skipped, naming both.
+            ValueError: If an image cannot be read and examples are not skipped, naming both; or if a
+                text has no token.
         """
         draws, visual, skipped = self._read_images(draws)
         ids = tuple(draw.example.example_id for draw in draws)
@@ -113,17 +115,15 @@ class Collator:
             padding=True,
             return_tensors="pt",
         )
+        _check_texts(ids, source.attention_mask)
         batch = Batch(ids, source.input_ids, source.attention_mask, skipped=skipped, **visual)
-        if draws[0].target is None:
+        answers = [draw.target for draw in draws if draw.target is not None]
+        if not answers:
             return batch
-        target = self.tokenizer(
-            text_target=[draw.target for draw in draws],
-            max_length=self.max_target_length,
-            truncation=True,
-            padding=True,
-            return_tensors="pt",
+        targets = target_ids(self.tokenizer, answers, self.max_target_length)
+        labels = pad_sequence(
+            [torch.tensor(target) for target in targets], batch_first=True, padding_value=IGNORE_INDEX
         )
-        labels = target.input_ids.masked_fill(target.attention_mask == 0, IGNORE_INDEX)
         weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
         return replace(batch, labels=labels, weights=weights)
 
@@ -148,6 +148,14 @@ class Collator:
                 skipped.append(draw.example.example_id)
         name = "visual_features" if isinstance(self.images, FeatureTable) else "pixel_values"
         return kept, {name: torch.stack(rows)} if rows else {}, tuple(skipped)
+
+
+def _check_texts(ids: Sequence[ExampleId], mask: Int[Tensor, "batch text"]) -> None:
+    for example_id, length in zip(ids, mask.sum(1).tolist(), strict=True):
+        if length == 0:
+            raise ValueError(
+                f"example {example_id!r} has no text to read; give it one, a task prefix at least"
+            )
 
 
 class _PixelReader:

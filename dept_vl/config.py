@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from dept_vl.backbone import VisualPositionBias
 from dept_vl.batch import OnBadImage
+from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
 
@@ -58,7 +58,8 @@ class BackboneOptions:
     vision: str | None = None
     """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
     language: str | None = None
-    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base."""
+    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base; for
+    text alone also of a decoder-only model, such as openai-community/gpt2."""
     vision_layer: int = -1
     """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
     class_token: bool = False

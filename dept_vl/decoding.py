@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from dept_vl.targets import continues_text, target_ids, target_texts
 from dept_vl.tasks.example import Decoding
 
 
@@ -44,7 +46,7 @@ class Trie:
     def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:
         if not candidates:
             raise ValueError("expected at least one candidate answer, found none")
-        sequences = [tuple(ids) for ids in tokenizer(text_target=list(candidates)).input_ids]
+        sequences = [tuple(ids) for ids in target_ids(tokenizer, candidates)]
         following: dict[tuple[int, ...], dict[int, None]] = {}
         for ids in sequences:
             for length in range(len(ids)):
@@ -52,11 +54,12 @@ class Trie:
         self.following = {prefix: list(tokens) for prefix, tokens in following.items()}
         self.depth = max(map(len, sequences))
         self.padding = [tokenizer.pad_token_id]
+        # An encoder-decoder's first token is the decoder's start, no part of the answer.
+        self.start = 0 if continues_text(tokenizer) else 1
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
         """Token ids that may come next; padding behind a finished candidate."""
-        # The first token is the decoder's start, no part of the answer.
-        return self.following.get(tuple(tokens[1:].tolist()), self.padding)
+        return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
 
 
 def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
@@ -65,6 +68,8 @@ def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
     A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
     candidate back as it was.
     """
-    sequences = tokenizer(text_target=list(candidates)).input_ids if candidates else []
-    decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
-    return dict(zip(decoded, candidates, strict=True))
+    sequences = target_ids(tokenizer, candidates) if candidates else []
+    return {
+        target_texts(tokenizer, torch.tensor([ids]))[0]: candidate
+        for ids, candidate in zip(sequences, candidates, strict=True)
+    }

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dept_vl.batch import Collator, EvaluationDraws
 from dept_vl.decoding import generation_options, spellings
 from dept_vl.model import PromptedModel
+from dept_vl.targets import target_texts
 from dept_vl.tasks.example import Decoding, Task
 from dept_vl.tasks.predictions import ExampleId
 
@@ -82,8 +83,7 @@ def evaluate(
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
             tokens = model.generate(**moved.inputs(), **options)
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        texts = [spelled.get(text, text) for text in texts]
+        texts = [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         text_tokens += int(batch.attention_mask.sum())
     model.train(was_training)

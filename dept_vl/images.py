@@ -30,7 +30,7 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", UserWarning)
             with Image.open(path) as image:
                 image.load()
-                return _rgb(image)
+                return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -46,7 +46,8 @@ def read_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} is no readable image: {problem}{advice}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes in RGB; more than eight bits are scaled, not clipped."""
     return (_eight_bits(image) if image.mode in SIXTEEN_BIT_MODES else image).convert("RGB")
 
 

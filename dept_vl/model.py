@@ -10,13 +10,11 @@ from transformers.utils import ModelOutput
 
 from dept_vl.backbone import Backbone
 from dept_vl.dept import DePT
-
-IGNORE_INDEX = -100
-"""Label of a position that the loss does not count."""
+from dept_vl.targets import IGNORE_INDEX
 
 
 class PromptedModel(nn.Module):
-    """Reads `[prompt ; text ; visual]` in the encoder; the decoder is the backbone's own.
+    """Reads `[prompt ; text ; visual]`, in the encoder where there is one, and answers.
 
     Args:
         backbone: Frozen but for what `Backbone.freeze` leaves trainable.
@@ -61,7 +59,7 @@ class PromptedModel(nn.Module):
         pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """The encoder's output and the cross-attention mask; `forward` and `generate` both use it.
+        """What `Backbone.encode` makes of the source; `forward` and `generate` both use it.
 
         Args:
             input_ids: Text tokens, padded on either side.
@@ -96,7 +94,7 @@ class PromptedModel(nn.Module):
         Args:
             input_ids: See `encode`, as for the mask, pixels and features.
             attention_mask: Non-zero on text tokens.
-            labels: Target tokens, `IGNORE_INDEX` on padding.
+            labels: Target tokens, `IGNORE_INDEX` on the padding behind them.
             pixel_values: See `encode`.
             visual_features: See `encode`.
             weights: An example's share of the loss (VQA: the soft score of the sampled answer).
@@ -104,10 +102,7 @@ class PromptedModel(nn.Module):
         encoded, mask = self.encode(
             input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
         )
-        decoder_input_ids = self.backbone.language.prepare_decoder_input_ids_from_labels(labels)
-        logits = self.backbone.language(
-            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=decoder_input_ids
-        ).logits
+        logits = self.backbone.kind.logits(encoded, mask, labels)
         return Seq2SeqLMOutput(loss=sequence_loss(logits, labels, weights), logits=logits)
 
     @torch.no_grad()
@@ -129,14 +124,14 @@ class PromptedModel(nn.Module):
             visual_features: See `encode`.
             **options: Of `transformers.GenerationMixin.generate`: `num_beams`, `max_new_tokens`,
                 `do_sample`, `num_return_sequences`, ...
+
+        Returns:
+            New tokens, behind the decoder's start token where there is one.
         """
         encoded, mask = self.encode(
             input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
         )
-        tokens: Tensor = self.backbone.language.generate(
-            encoder_outputs=encoded, attention_mask=mask, **options
-        )
-        return tokens
+        return self.backbone.kind.generate(encoded, mask, **options)
 
 
 def sequence_loss(

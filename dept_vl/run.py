@@ -102,6 +102,7 @@ def run(config: RunConfig) -> RunResult:
     set_seed(config.train.seed)
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in task_options]
+    max_target_length = max(task.decoding.max_new_tokens for task in tasks)
     model = build_model(config)
     model.to(accelerator.device)
     for task in tasks:
@@ -109,6 +110,7 @@ def run(config: RunConfig) -> RunResult:
             model.prompt.prompt_length if model.prompt else 0,
             config.prompt.max_source_length,
             visual_tokens(model, task.train),
+            max_target_length,
         )
         for name, split in (("train", task.train), ("dev", task.dev), ("test", task.test)):
             check_source_lengths(
@@ -124,7 +126,7 @@ def run(config: RunConfig) -> RunResult:
     collator = Collator(
         model.backbone.tokenizer,
         max_source_length=config.prompt.max_source_length,
-        max_target_length=max(task.decoding.max_new_tokens for task in tasks),
+        max_target_length=max_target_length,
         images=images,
         on_bad_image=config.data.on_bad_image or "skip",
     )

@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
+from dept_vl.images import to_rgb
+
 CONVOLUTIONAL = 4
 """Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
 
@@ -86,8 +88,9 @@ class VisionEncoder(nn.Module):
         }
 
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Resize, crop and normalise RGB images as the encoder was trained."""
-        pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        """Resize, crop and normalise as the encoder was trained, in RGB whatever the images are in."""
+        rgb = [to_rgb(image) for image in images]
+        pixels: Tensor = self.processor(images=rgb, return_tensors="pt")["pixel_values"]
         return pixels
 
     def train(self, mode: bool = True) -> "VisionEncoder":

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -23,6 +23,10 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipImageProcessor,
@@ -45,6 +49,7 @@ D_MODEL = 32
 D_VISION = 24
 TOWERS = ("clip", "siglip", "dinov2", "timm_vit", "timm_resnet")
 LANGUAGES = ("t5", "bart")
+DECODERS = ("gpt2", "llama")
 
 CORPUS = [
     "vqa: what colour is the small circle left of the square ?",
@@ -132,13 +137,79 @@ def language_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return {name: root / name for name in LANGUAGES}
 
 
+@pytest.fixture(scope="session")
+def decoder_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a GPT-2 and a Llama, each with a tokenizer of its kind, which has no padding token."""
+    root = tmp_path_factory.mktemp("decoders")
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCABULARY,
+            n_positions=64,
+            n_embd=D_MODEL,
+            n_layer=2,
+            n_head=4,
+            n_inner=48,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            max_position_embeddings=64,
+            hidden_size=D_MODEL,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    tokenizers = {"gpt2": _byte_level_tokenizer(), "llama": _sentence_piece_tokenizer()}
+    for name, decoder in (("gpt2", gpt2), ("llama", llama)):
+        _spread_out(decoder)
+        decoder.save_pretrained(root / name)
+        tokenizers[name].save_pretrained(root / name)
+    return {name: root / name for name in DECODERS}
+
+
+def _byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """As GPT-2's: a space belongs to the word behind it, and nothing is put around a text."""
+    end = "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[end], show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end)
+
+
+def _sentence_piece_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: the first word gets a space too, and `<s>` goes in front of a text."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    # Learnt from words, used on whole texts.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
 def _spread_out(language: PreTrainedModel) -> None:
     """Enlarge what random initialisation leaves too small to tell one input from another."""
     with torch.no_grad():
         for name, parameter in language.named_parameters():
             if "relative_attention_bias" in name:
                 parameter.normal_(std=2.0)
-            elif "embed_positions" in name:
+            elif "embed_positions" in name or "wpe" in name:
                 parameter.normal_(std=0.5)
             elif parameter.dim() == 2:
                 parameter.normal_(std=0.25)
@@ -232,16 +303,17 @@ def timm_processor(model: PreTrainedModel) -> TimmWrapperImageProcessor:
 
 @pytest.fixture(scope="session")
 def _loaded(
-    language_folders: dict[str, Path], vision_folders: dict[str, Path]
+    language_folders: dict[str, Path], decoder_folders: dict[str, Path], vision_folders: dict[str, Path]
 ) -> Callable[[str, str | None, str], Backbone]:
     """Backbones as first loaded; tests get copies."""
+    folders = language_folders | decoder_folders
     loaded: dict[tuple[str, str | None, str], Backbone] = {}
 
     def load(language: str, tower: str | None, visual_position_bias: str) -> Backbone:
         key = (language, tower, visual_position_bias)
         if key not in loaded:
             loaded[key] = Backbone.from_pretrained(
-                language=language_folders[language],
+                language=folders[language],
                 vision=None if tower is None else vision_folders[tower],
                 visual_position_bias=visual_position_bias,  # type: ignore[arg-type]
             ).eval()

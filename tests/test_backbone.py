@@ -19,7 +19,8 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from dept_vl.backbone import Backbone, VisualProjection, fingerprint, pack
+from dept_vl.backbone import Backbone, VisualProjection, fingerprint
+from dept_vl.language import pack
 from dept_vl.vision import VisionEncoder
 
 MODES = ("none", "relative")
@@ -508,8 +509,7 @@ def test_only_the_projection_is_trained_unless_told(backbone: Backbone) -> None:
 def test_freeze(backbone: Backbone, frozen: dict[str, bool], names: set[str]) -> None:
     backbone.freeze(language=False)
     backbone.freeze(**frozen)
-    # Word embeddings are shared by `encoder` and `word_embeddings`, which are parts of `language`.
-    assert trained(backbone) - {"encoder", "word_embeddings"} == names
+    assert trained(backbone) == names
     assert all(p.requires_grad == ("language" in names) for p in backbone.language.parameters())
     assert not any(p.requires_grad for p in backbone.vision.parameters())
 
@@ -547,7 +547,7 @@ def test_language_model_is_still_stock_after_use(
 def test_failed_call_leaves_nothing_behind(backbone: Backbone, language_folders: dict[str, Path]) -> None:
     name = "t5" if "T5" in type(backbone.language).__name__ else "bart"
     embeddings, mask, visual = parts(backbone)
-    block = next(m for m in backbone.encoder.modules() if isinstance(m, nn.ModuleList))[-1]
+    block = next(m for m in backbone.language.get_encoder().modules() if isinstance(m, nn.ModuleList))[-1]
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory, say")
@@ -596,7 +596,7 @@ def test_gradient_checkpointing_recomputes_the_same(
             output, _ = backbone.encode(embeddings, mask, prompt_length=PROMPT)
             loss = loss + output.last_hidden_state[mask].pow(3).mean()
         elif between == "stock call":
-            backbone.encoder(**random_text(backbone, (25,)))
+            backbone.language.get_encoder()(**random_text(backbone, (25,)))
         loss.backward()
         return backbone.visual_projection.linear.weight.grad
 

@@ -103,7 +103,9 @@ def test_answers_in_evaluation_mode_and_restores_the_mode(
 ) -> None:
     model.train(training)
     modes: list[bool] = []
-    model.backbone.encoder.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    model.backbone.language.get_encoder().register_forward_pre_hook(
+        lambda module, inputs: modes.append(module.training)
+    )
     predictions = answer().predictions
     assert set(modes) == {False}
     assert model.training == model.backbone.training == training

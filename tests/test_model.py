@@ -132,7 +132,7 @@ def test_forward_and_generate_share_the_encoder_input(model: PromptedModel, imag
     def spy(module: nn.Module, arguments: object, named: dict[str, Any]) -> None:
         seen.append({name: value for name, value in named.items() if isinstance(value, Tensor)})
 
-    model.backbone.encoder.register_forward_pre_hook(spy, with_kwargs=True)
+    model.backbone.language.get_encoder().register_forward_pre_hook(spy, with_kwargs=True)
     given = inputs(model, images=images)
     model(**given, labels=random_labels())
     generate(model, given)
@@ -147,7 +147,7 @@ def test_forward_and_generate_share_the_encoder_input(model: PromptedModel, imag
 
 def test_encoder_reads_prompt_then_shifted_text_then_image(model: PromptedModel) -> None:
     seen: list[Tensor] = []
-    model.backbone.encoder.register_forward_pre_hook(
+    model.backbone.language.get_encoder().register_forward_pre_hook(
         lambda module, arguments, named: seen.append(named["inputs_embeds"]), with_kwargs=True
     )
     given = inputs(model, (5,))
