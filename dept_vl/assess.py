@@ -17,10 +17,11 @@ from dept_vl.config import DataOptions, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
-from dept_vl.splits import check_images
+from dept_vl.splits import check_images, with_split_names
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
+from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.train import BEST
 
 SCORES_FILE = "scores.json"
@@ -132,13 +133,13 @@ def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
     """The run's options of the task, as the configuration changes them.
 
     Raises:
-        ValueError: If the task is new to the run and its folder or split is not said.
+        ValueError: If the task is one of images, new to the run, and its folder or split is not said.
     """
     known = {options.task: options for options in (trained.data, *trained.also)}
     name = config.task or trained.data.task
-    if name not in known and not (config.data_dir and config.split):
+    if name not in known and name not in TEXT_TASKS and not (config.data_dir and config.split):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
-    options = known.get(name, DataOptions(task=name))
+    options = with_split_names(known.get(name, DataOptions(task=name)))
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,

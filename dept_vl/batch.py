@@ -4,6 +4,7 @@ import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -15,10 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from dept_vl.features import FeatureTable, load_pixels
+from dept_vl.lengths import Lengths
 from dept_vl.targets import IGNORE_INDEX, target_ids
 from dept_vl.tasks.example import Example, Task
 from dept_vl.tasks.predictions import ExampleId
 from dept_vl.vision import VisionEncoder
+
+WINDOW = 50
+"""Batches that are sorted by length together: enough for few to be padded much, few enough to stay mixed."""
 
 
 @dataclass(frozen=True)
@@ -213,11 +218,15 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     and batches run across its end, so every global batch is full and the same whatever the number of
     processes.
 
+    With lengths, texts of about the same length come together: the next `WINDOW` batches are sorted by
+    length and put into a random order. They end where the epoch does, with the batch that runs across.
+
     Args:
         example_counts: Examples in an epoch of each task.
         batch_sizes: Of one process, for each task.
         seed: Of the permutations and of the order of the tasks.
         process, processes: Which of how many.
+        lengths: Of the texts of each task, in tokens, as they are cut; None leaves them mixed.
         start: Batches to pass over, of a run that goes on.
     """
 
@@ -229,8 +238,10 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         seed: int,
         process: int = 0,
         processes: int = 1,
+        lengths: Sequence[Lengths] | None = None,
         start: int = 0,
     ) -> None:
+        self.lengths = lengths
         self.example_counts = example_counts
         self.batch_sizes = batch_sizes
         self.seed = seed
@@ -240,6 +251,11 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         numbers = [self._numbers(count) for count in self.example_counts]
+        if self.lengths is not None:
+            numbers = [
+                self._grouped(stream, lengths, size * self.processes)
+                for stream, lengths, size in zip(numbers, self.lengths, self.batch_sizes, strict=True)
+            ]
         pairs = zip(self.example_counts, self.batch_sizes, strict=True)
         shares = [count / size for count, size in pairs]
         choices = Random(f"{self.seed} tasks")
@@ -258,3 +274,16 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
             Random(f"{self.seed} {epoch}").shuffle(order)
             yield from (epoch * example_count + index for index in order)
             epoch += 1
+
+    def _grouped(self, numbers: Iterator[int], lengths: Lengths, batch_size: int) -> Iterator[int]:
+        """The same numbers, in batches of texts of about the same length."""
+        count, drawn = len(lengths), 0
+        while True:
+            left_in_epoch = count - drawn % count
+            size = batch_size * min(WINDOW, -(-left_in_epoch // batch_size))
+            window = sorted(islice(numbers, size), key=lambda number: int(lengths[number % count]))
+            starts = list(range(0, size, batch_size))
+            Random(f"{self.seed} {drawn} batches").shuffle(starts)
+            for start in starts:
+                yield from window[start : start + batch_size]
+            drawn += size

@@ -12,10 +12,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 
 from dept_vl.config import RunConfig
+from dept_vl.presets import PRESETS, with_preset
 
 
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
-    """Flags over a configuration file (`--config`) over a script's defaults.
+    """Flags over a configuration file (`--config`) over a preset (`--preset`) over a script's defaults.
+
+    A file stands for the script's defaults: what it leaves out is as in no script.
 
     Args:
         defaults: Of the script.
@@ -25,27 +28,45 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
     if known.config is None and known.resume not in (None, "auto"):
         # A run goes on with its own options unless others are given.
         known.config = Path(known.resume) / "config.json"
-    if known.config is not None:
-        defaults = read_config(known.config)
-    if known.resume is not None:
-        defaults = replace(defaults, resume=known.resume)
-    return tyro.cli(
-        RunConfig,
-        args=rest,
-        default=defaults,
-        description=f"{description} --config FILE starts from the config.json of another run.",
-        config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
-    )
+
+    def over(base: RunConfig) -> RunConfig:
+        config = base if known.config is None else read_config(known.config, base)
+        return config if known.resume is None else replace(config, resume=known.resume)
+
+    def flags(base: RunConfig) -> RunConfig:
+        return tyro.cli(
+            RunConfig,
+            args=rest,
+            default=base,
+            description=(
+                f"{description} --config FILE starts from the config.json of another run, --preset "
+                f"{'|'.join(PRESETS)} from the task's published hyper-parameters; flags go before both, and "
+                "a file before a preset."
+            ),
+            config=(tyro.conf.OmitArgPrefixes,),
+            use_underscores=True,
+        )
+
+    base = defaults if known.config is None else RunConfig()
+    config = flags(over(base))
+    if known.preset is None:
+        return config
+    # Which task is a question of flags too, so they are read twice.
+    return flags(over(with_preset(base, known.preset, config.data.task)))
 
 
-def read_config(path: Path) -> RunConfig:
+def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
+
+    Args:
+        path: The file.
+        base: Gives what the file leaves out; None as everywhere.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -60,12 +81,13 @@ def read_config(path: Path) -> RunConfig:
     if isinstance(content, dict):
         content.pop("output_dir", None)
         content.pop("resume", None)
-    config: RunConfig = _build(RunConfig, content, str(path))
+    config: RunConfig = _build(base or RunConfig(), content, str(path))
     return config
 
 
-def _build(kind: type, content: Any, where: str) -> Any:
-    """A dataclass from what JSON holds of it; options left out keep their defaults."""
+def _build(base: Any, content: Any, where: str) -> Any:
+    """A dataclass from what JSON holds of it; options left out are the base's."""
+    kind = type(base)
     if not isinstance(content, dict):
         raise ValueError(f"{where}: expected an object with the options of {kind.__name__}")
     hints = get_type_hints(kind)
@@ -77,12 +99,13 @@ def _build(kind: type, content: Any, where: str) -> Any:
     for name, value in content.items():
         hint = hints[name]
         if isinstance(hint, type) and is_dataclass(hint):
-            value = _build(hint, value, f"{where}: {name}")
+            value = _build(getattr(base, name), value, f"{where}: {name}")
         elif is_dataclass(_element(hint)):
             if not isinstance(value, list):
                 raise ValueError(f"{where}: {name} is {value!r}; expected a list of objects")
             value = tuple(
-                _build(_element(hint), part, f"{where}: {name}[{place}]") for place, part in enumerate(value)
+                _build(_element(hint)(), part, f"{where}: {name}[{place}]")
+                for place, part in enumerate(value)
             )
         elif not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
@@ -92,7 +115,7 @@ def _build(kind: type, content: Any, where: str) -> Any:
         elif hint is float:
             value = float(value)
         values[name] = value
-    return kind(**values)
+    return replace(base, **values)
 
 
 def _element(hint: Any) -> Any:

@@ -19,18 +19,19 @@ class DataOptions:
 
     task: str = "vqav2"
     """Name of the task."""
-    data_dir: Path = Path("data/vqav2")
-    """Folder with the task's official files."""
+    data_dir: Path | None = None
+    """Folder with the task's files; left out, data/TASK, and for a text task without it the Hub."""
     train_split: str = "train"
     """Split to train on."""
     dev_split: str = ""
-    """Split to choose the best adapter on; empty holds images out of the training split."""
+    """Split to choose the best adapter on; empty holds images out of the training split, and is validation
+    for a text task."""
     holdout_images: int = 200
     """Images held out of the training split, with all their questions, where dev_split is empty."""
     dev_limit: int = 2000
     """At most so many examples of the dev split, drawn with the seed; 0 takes all."""
-    test_split: str = "val"
-    """Split that the best adapter is scored on at the end."""
+    test_split: str = ""
+    """Split that the best adapter is scored on at the end; empty is val, and test for a text task."""
     test_limit: int = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
     task_batch_size: int = 0

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dept_vl.targets import continues_text, target_ids
+from dept_vl.targets import continues_text, target_ids, target_texts
 from dept_vl.tasks.example import Decoding
 
 
@@ -59,3 +60,16 @@ class Trie:
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
         """Token ids that may come next; padding behind a finished candidate."""
         return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
+
+
+def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
+    """Decoded text -> the candidate that it stands for.
+
+    A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
+    candidate back as it was.
+    """
+    sequences = target_ids(tokenizer, candidates) if candidates else []
+    return {
+        target_texts(tokenizer, torch.tensor([ids]))[0]: candidate
+        for ids, candidate in zip(sequences, candidates, strict=True)
+    }

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dept_vl.batch import Collator, EvaluationDraws
-from dept_vl.decoding import generation_options
+from dept_vl.decoding import generation_options, spellings
 from dept_vl.model import PromptedModel
 from dept_vl.targets import target_texts
 from dept_vl.tasks.example import Decoding, Task
@@ -63,7 +63,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    options = generation_options(decoding or task.decoding, model.backbone.tokenizer)
+    tokenizer, decoding = model.backbone.tokenizer, decoding or task.decoding
+    options, spelled = generation_options(decoding, tokenizer), spellings(tokenizer, decoding.candidates)
     mine = range(accelerator.process_index, len(task), accelerator.num_processes)
     loader: DataLoader[Any] = DataLoader(
         EvaluationDraws(task),
@@ -82,7 +83,7 @@ def evaluate(
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
             tokens = model.generate(**moved.inputs(), **options)
-        texts = target_texts(model.backbone.tokenizer, tokens)
+        texts = [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         text_tokens += int(batch.attention_mask.sum())
     model.train(was_training)

@@ -5,7 +5,9 @@ all: AdamW, gradients clipped at 1.0, linear decay of both learning rates after 
 precision, evaluation every 1,000 steps with the best kept, 32 examples a step, seed 42.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from dept_vl.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,41 @@ PAPER: dict[str, Preset] = {
     "naturalquestions": _question_answering(0.3, 300_000),
 }
 """By task; a field not given is at the default above, the value of most runs."""
+
+PRESETS: dict[str, dict[str, Preset]] = {"paper": PAPER}
+"""By the name that a command line calls them by."""
+
+
+def with_preset(config: RunConfig, name: str, task: str) -> RunConfig:
+    """A configuration with the hyper-parameters of a preset; all else is kept.
+
+    Raises:
+        ValueError: If the preset knows nothing of the task.
+    """
+    if task not in PRESETS[name]:
+        raise ValueError(
+            f"the preset {name!r} has no hyper-parameters for {task!r}; it has them for "
+            f"{', '.join(PRESETS[name])}. Leave it out, or give the options yourself"
+        )
+    preset = PRESETS[name][task]
+    return replace(
+        config,
+        prompt=replace(
+            config.prompt,
+            prompt_length=preset.prompt_length,
+            rank=preset.rank,
+            max_source_length=preset.max_source_length,
+        ),
+        optim=replace(
+            config.optim,
+            prompt_lr=preset.prompt_lr,
+            lora_lr=preset.lora_lr,
+            warmup_steps=preset.warmup_steps,
+        ),
+        train=replace(
+            config.train,
+            max_steps=preset.max_steps,
+            per_device_batch_size=preset.batch_size,
+            gradient_accumulation_steps=preset.gradient_accumulation_steps,
+        ),
+    )

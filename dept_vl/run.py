@@ -28,19 +28,21 @@ from dept_vl.config import (
 )
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.state import Progress, newest
 from dept_vl.tasks.example import Task
+from dept_vl.tasks.nlp import TextTask
 from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
 COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 LENGTH_SAMPLE = 2000
-"""Questions that are measured to see how many `max_source_length` cuts."""
+"""Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ def run(config: RunConfig) -> RunResult:
             visual_tokens(model, task.train),
             max_target_length,
         )
-        check_source_lengths(
-            task.train, model.backbone.tokenizer, config.prompt.max_source_length, accelerator
-        )
+        for name, split in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+            check_source_lengths(
+                split, name, model.backbone.tokenizer, config.prompt.max_source_length, accelerator
+            )
     images = read_features(
         model.backbone.vision,
         tasks,
@@ -288,26 +291,31 @@ def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT 
 
 
 def check_source_lengths(
-    task: Task, tokenizer: Any, max_source_length: int, accelerator: Accelerator
+    task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
 ) -> None:
     """Say how many texts are cut; refuse a length that leaves nothing of the question.
 
     Raises:
         ValueError: If the task prefix alone fills `max_source_length`.
     """
-    texts = [task[index].source_text for index in range(min(LENGTH_SAMPLE, len(task)))]
-    shared = len(tokenizer(texts[0].split(":")[0] + ":").input_ids)
+    text = task[0].source_text
+    shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
     if max_source_length <= shared:
         raise ValueError(
             f"max_source_length is {max_source_length} tokens and the task prefix of "
-            f"{texts[0]!r} alone takes {shared}; raise max_source_length"
+            f"{text!r} alone takes {shared}; raise max_source_length"
         )
-    lengths = [len(ids) for ids in tokenizer(texts).input_ids]
-    cut = sum(length > max_source_length for length in lengths)
+    whole = isinstance(task, TextTask)
+    with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+        lengths = source_lengths(
+            task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer
+        )
+    cut = int((lengths > max_source_length).sum())
     if cut:
+        counted = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
         accelerator.print(
-            f"warning: max_source_length={max_source_length} cuts {cut} of the first {len(texts)} texts; "
-            f"the longest has {max(lengths)} tokens"
+            f"warning: max_source_length={max_source_length} cuts {cut:,} of {counted}; the longest has "
+            f"{lengths.max():,} tokens"
         )
 
 

@@ -1,6 +1,6 @@
 """The training, dev and test splits of a task, with their images at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,6 +13,7 @@ from dept_vl.metrics.caption import check_installed
 from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
+from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.tasks.vqav2 import VQAv2, usual_answers
 from dept_vl.vision import VisionEncoder
 
@@ -45,6 +46,7 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         FileNotFoundError: If images are missing that are not to be skipped.
         ValueError: If there are no answers to train or to choose on.
     """
+    options = with_split_names(options)
     train = load_task(options.task, options.data_dir, options.train_split)
     _check_answered(train, "train_split", options.train_split)
     decoding = choose_decoding(options, train)
@@ -66,6 +68,12 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         decoding=decoding,
         options=options,
     )
+
+
+def with_split_names(options: DataOptions) -> DataOptions:
+    """The options with the splits that are left out named."""
+    dev, test = ("validation", "test") if options.task in TEXT_TASKS else ("", "val")
+    return replace(options, dev_split=options.dev_split or dev, test_split=options.test_split or test)
 
 
 def _check_answered(task: Task, option: str, split: str) -> None:

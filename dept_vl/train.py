@@ -20,6 +20,7 @@ from tqdm import tqdm
 from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
 from dept_vl.checkpoint import Adapter
 from dept_vl.evaluate import evaluate
+from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
 from dept_vl.state import Progress, TrainingState
@@ -58,6 +59,9 @@ class TrainOptions:
     """Optimizer steps between lines of the log."""
     num_workers: int = 0
     """Processes that read images; 0 reads them in the training process."""
+    group_by_length: bool = False
+    """Make batches of texts of about the same length, so that little is padded; every example still comes
+    once an epoch."""
     seed: int = 42
     """Of initialisation, order and sampled answers."""
 
@@ -118,6 +122,11 @@ def train(
     # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    lengths = None
+    if options.group_by_length:
+        with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+            whole = [source_lengths(task.train, collator.tokenizer) for task in tasks]
+        lengths = [of_task.clip(max=collator.max_source_length) for of_task in whole]
     loader: DataLoader[Any] = DataLoader(
         TrainingDraws([task.train for task in tasks], options.seed),
         batch_sampler=TrainingBatches(
@@ -126,6 +135,7 @@ def train(
             seed=options.seed,
             process=accelerator.process_index,
             processes=accelerator.num_processes,
+            lengths=lengths,
             start=progress.steps * options.gradient_accumulation_steps,
         ),
         collate_fn=collator,

@@ -2,6 +2,7 @@
 
 python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
 python scripts/prepare_data.py scenes --output_dir data/scenes
+python scripts/prepare_data.py snippets --output_dir data/snippets
 python scripts/prepare_data.py check --task vqav2 --root data/vqav2
 python scripts/prepare_data.py from-hub --task vqav2 --split val --output_dir data/vqav2
 python scripts/prepare_data.py karpathy --root data/vqav2 --output_dir data/vqav2-karpathy
@@ -19,6 +20,7 @@ from dept_vl.scenes.official import write_tasks
 from dept_vl.tasks import easy_vqa as easy_vqa_task
 from dept_vl.tasks import hub
 from dept_vl.tasks import karpathy as karpathy_task
+from dept_vl.tasks import snippets as snippets_task
 from dept_vl.tasks.check import check as check_task
 
 SHOWN = 20
@@ -48,6 +50,17 @@ def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 
     """
     write_tasks(output_dir, train=train, val=val, test=test)
     print(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
+
+
+def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = None) -> None:
+    """Write the rated movie-review snippets of the package vaderSentiment as a task like SST-2.
+
+    Args:
+        output_dir: Folder to write.
+        archive: Source distribution of vaderSentiment; left out, pip downloads it.
+    """
+    for split, count in snippets_task.write(output_dir, archive).items():
+        print(f"{split:<11}{count:>7,} snippets")
 
 
 def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
@@ -107,6 +120,7 @@ def karpathy(root: Path, output_dir: Path) -> None:
 COMMANDS = {
     "easy-vqa": easy_vqa,
     "scenes": scenes,
+    "snippets": snippets,
     "check": check,
     "karpathy": karpathy,
     "from-hub": from_hub,

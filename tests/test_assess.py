@@ -145,7 +145,7 @@ def test_every_task_of_the_run_is_known(finished: Finished, scenes: Path) -> Non
     gqa = DataOptions(task="gqa", data_dir=scenes / "gqa", test_split="testdev", num_beams=4)
     trained = replace(finished.config, also=(gqa,))
     assert data_options(AssessConfig(run=finished.folder, task="gqa"), trained) == gqa
-    assert data_options(AssessConfig(run=finished.folder), trained) == trained.data
+    assert data_options(AssessConfig(run=finished.folder), trained) == replace(trained.data, test_split="val")
 
 
 def test_a_limit_draws_as_the_run_would(

@@ -6,14 +6,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import LANGUAGES, random_image
 from helpers import task_of
 from transformers import AutoTokenizer
 
-from dept_vl.batch import Batch, Collator, Draw, EvaluationDraws, TrainingBatches, TrainingDraws
+from dept_vl.batch import WINDOW, Batch, Collator, Draw, EvaluationDraws, TrainingBatches, TrainingDraws
 from dept_vl.features import FeatureTable
+from dept_vl.lengths import Lengths
 from dept_vl.model import IGNORE_INDEX
 from dept_vl.tasks.example import Example
 from dept_vl.tasks.vqav2 import VQAv2
@@ -288,3 +290,78 @@ def test_examples_without_readable_image_are_left_out_and_named(
         ) as e:
             replace(collator, on_bad_image="raise")([drawn[0], draw])
         assert str(draw.example.images[0]) in str(e.value)
+
+
+def sentence_lengths(count: int, mean: float, spread: float, seed: int = 0) -> Lengths:
+    """Lengths as sentence pairs have them: log-normal about a mean, cut at 256 tokens."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(mean), spread, count)
+    return drawn.clip(5, 256).astype(np.int32)
+
+
+def grouped(lengths: Lengths, batch_size: int, batches: int, **options: Any) -> list[list[int]]:
+    sampler = TrainingBatches([len(lengths)], [batch_size], **{"seed": 0, "lengths": [lengths], **options})
+    return [[number for _, number in batch] for batch in islice(sampler, batches)]
+
+
+def padded_share(batches: list[list[int]], lengths: Lengths) -> float:
+    """Of the tokens that the encoder reads, those that are padding."""
+    sizes = [lengths[np.array(batch) % len(lengths)] for batch in batches]
+    whole = sum(int(size.max()) * len(size) for size in sizes)
+    return 1 - sum(int(size.sum()) for size in sizes) / whole
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(38, 0.45), (27, 0.3), (14, 0.5), (30, 0.8)])
+@pytest.mark.parametrize("count", [2_490, 20_000])
+def test_texts_of_about_the_same_length_lose_little_to_padding(
+    mean: float, spread: float, count: int
+) -> None:
+    """As long as MNLI's, QQP's and CoLA's texts, and more uneven."""
+    lengths = sentence_lengths(count, mean, spread)
+    batches = grouped(lengths, 32, 2 * count // 32)
+    assert padded_share(batches, lengths) < 0.1
+    assert padded_share(numbers(count, 32, 2 * count // 32), lengths) > 0.3
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(64, 8), (101, 8), (5, 3), (2, 7), (1700, 16)])
+def test_grouped_batches_hold_every_example_once_an_epoch(count: int, batch_size: int) -> None:
+    lengths = sentence_lengths(count, 30, 0.6)
+    epochs = 6
+    flat = list(chain.from_iterable(grouped(lengths, batch_size, epochs * count // batch_size + 1)))
+    assert len(set(flat)) == len(flat)
+    for epoch in range(epochs):
+        # Up to the batch that runs across the end of the epoch, all of it has come.
+        end = -(-(epoch + 1) * count // batch_size) * batch_size
+        assert set(range((epoch + 1) * count)) <= set(flat[:end])
+
+
+def test_groups_are_mixed_and_differ_from_epoch_to_epoch() -> None:
+    lengths = sentence_lengths(1600, 30, 0.6)
+    batches = grouped(lengths, 16, 200)
+    longest = [int(lengths[np.array(batch) % 1600].max()) for batch in batches]
+    assert longest != sorted(longest)
+    assert {frozenset(batch) for batch in batches[:100]}.isdisjoint(
+        frozenset(number - 1600 for number in batch) for batch in batches[100:]
+    )
+    # Only so many batches are sorted together: short texts come in both halves of the epoch.
+    assert WINDOW < 100
+    assert min(longest[:50]) < np.median(longest) < max(longest[:50])
+    assert grouped(lengths, 16, 50) == batches[:50]
+    assert grouped(lengths, 16, 50, start=70) == batches[70:120]
+    assert grouped(lengths, 16, 50, seed=1) != batches[:50]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_grouped_batches_of_one(processes: int) -> None:
+    lengths = sentence_lengths(101, 30, 0.6)
+    whole = grouped(lengths, 8, 40)
+    shares = [grouped(lengths, 8 // processes, 40, process=p, processes=processes) for p in range(processes)]
+    assert [list(chain.from_iterable(parts)) for parts in zip(*shares, strict=True)] == whole
+
+
+def test_each_task_is_grouped_by_its_own_lengths() -> None:
+    lengths = [sentence_lengths(count, 30, 0.6, seed) for seed, count in enumerate((48, 8, 12))]
+    drawn = mixed(300, lengths=lengths)
+    assert [batch[0][0] for batch in drawn] == [batch[0][0] for batch in mixed(300)]
+    for task, size in enumerate((4, 2, 6)):
+        among = [[number for _, number in batch] for batch in drawn if batch[0][0] == task]
+        assert among == grouped(lengths[task], size, len(among))

@@ -132,7 +132,7 @@ def test_json_of_something_else_is_refused(tmp_path: Path, content: str) -> None
         ),
         ({"prompt": {"rank": 2.5}}, r"rank is 2\.5; expected int \| None"),
         ({"backbone": {"class_token": 1}}, "class_token is 1; expected bool"),
-        ({"data": {"data_dir": 3}}, "data_dir is 3; expected Path"),
+        ({"data": {"data_dir": 3}}, r"data_dir is 3; expected pathlib\.Path \| None"),
         ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'; expected .*'no', 'bf16'"),
     ],
 )

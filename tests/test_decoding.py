@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dept_vl.backbone import Backbone
-from dept_vl.decoding import Trie, generation_options
+from dept_vl.decoding import Trie, generation_options, spellings
 from dept_vl.dept import DePT
 from dept_vl.model import PromptedModel
 from dept_vl.tasks.example import Decoding
@@ -196,3 +196,15 @@ def test_the_habits_of_a_checkpoint_do_not_matter(
     habits = model.backbone.language.generation_config
     habits.update(no_repeat_ngram_size=3, early_stopping=True, num_beams=4, length_penalty=2.0)
     assert choose(repeating, num_beams) == expected
+
+
+def test_a_decoded_candidate_is_told_however_it_is_spelled(tokenizer: Any) -> None:
+    # Neither tokenizer knows the underline, and both put spaces between the pieces of a word.
+    candidates = ("entailment", "not_entailment", "yes")
+    decoded = [
+        tokenizer.decode(tokenizer(text_target=one).input_ids, skip_special_tokens=True) for one in candidates
+    ]
+    assert decoded[1] != candidates[1]
+    spelled = spellings(tokenizer, candidates)
+    assert [spelled[text] for text in decoded] == list(candidates)
+    assert spellings(tokenizer, ()) == {}

@@ -1,11 +1,15 @@
-"""The tasks, one file each."""
+"""The tasks, one file each; the text tasks in one table."""
 
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.nlp import TextTask
+from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.tasks.nlvr2 import NLVR2
 from dept_vl.tasks.vqav2 import VQAv2
 
@@ -14,16 +18,27 @@ TASKS: dict[str, Callable[[Path, str], Task]] = {
     "gqa": GQA.load,
     "nlvr2": NLVR2.load,
     "coco": COCOCaptions.load,
+    **{name: partial(TextTask.load, name) for name in TEXT_TASKS},
 }
 """Name of a task -> how one of its splits is read from a folder."""
 
 
-def load_task(name: str, root: Path, split: str) -> Task:
+def load_task(name: str, root: Path | None, split: str) -> Task:
     """Read a split of a task.
+
+    Args:
+        name: Of the task.
+        root: Folder with its files; None for `data/NAME`, and for a text task without it for the Hub.
+        split: As the task calls it.
 
     Raises:
         ValueError: If there is no such task.
     """
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
-    return TASKS[name](root, split)
+        closest = get_close_matches(name, TASKS)
+        meant = f"; closest: {', '.join(closest)}" if closest else ""
+        raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}{meant}")
+    folder = Path("data") / name if root is None else root
+    if root is None and name in TEXT_TASKS and not folder.is_dir():
+        return TextTask.load(name, None, split)
+    return TASKS[name](folder, split)

@@ -1,0 +1,132 @@
+"""Movie-review snippets that people rated, as a task like SST-2 that needs the package index alone.
+
+The source distribution of `vaderSentiment` (C.J. Hutto, MIT licence; Hutto & Gilbert 2014) holds 10,605
+sentences of reviews on rottentomatoes.com (Pang & Lee), each with the mean of 20 or more ratings from -4
+to 4:
+
+    3	-0.6	Effective but too tepid biopic
+
+A snippet is positive or negative by the sign of its mean; those nearer to zero than `NEUTRAL` are left
+out (533 of them), which leaves 4,996 positive and 5,076 negative. A hash of the sentence decides the
+split, so that it depends on nothing else and no sentence is on two sides: a tenth each is validation and
+test. Whether two sentences are of one review is not published. SST-2 is of the same sentences: do not
+train on one and score on the other.
+"""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+REQUIREMENT = "vaderSentiment==3.3.2"
+INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
+RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+NEUTRAL = 0.5
+"""Mean ratings nearer to zero are no judgement."""
+SPLITS = ("train", "validation", "test")
+
+
+def download(folder: Path) -> Path:
+    """Fetch the source distribution with pip.
+
+    Raises:
+        OSError: If pip cannot.
+    """
+    command = ["download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False
+    )
+    found = list(folder.glob("*.tar.gz"))
+    if done.returncode or not found:
+        raise OSError(
+            f"pip could not download {REQUIREMENT}: {done.stderr.strip()[-300:]}; "
+            f"fetch its source distribution yourself and name it with --archive"
+        )
+    return found[0]
+
+
+def write(output_dir: Path, archive: Path | None = None) -> dict[str, int]:
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`.
+
+    Args:
+        output_dir: Folder to make.
+        archive: The source distribution; None downloads it.
+
+    Returns:
+        Examples of each split.
+
+    Raises:
+        FileExistsError: If the folder holds such files already.
+        OSError: If the distribution cannot be had.
+        ValueError: If it is another than expected.
+    """
+    paths = {split: output_dir / f"{split}.jsonl" for split in SPLITS}
+    if any(path.exists() for path in paths.values()):
+        raise FileExistsError(f"{output_dir} already holds snippets; nothing was changed there")
+    with TemporaryDirectory() as folder:
+        text = read(archive or download(Path(folder)))
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for sentence, rating in parse(text):
+        if abs(rating) >= NEUTRAL:
+            record = {"sentence": sentence, "label": int(rating > 0), "rating": rating}
+            lines[split_of(sentence)].append(json.dumps(record, ensure_ascii=False))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for split, path in paths.items():
+        path.write_text("\n".join([*lines[split], ""]), encoding="utf-8")
+    return {split: len(lines[split]) for split in SPLITS}
+
+
+def read(archive: Path) -> str:
+    """The file of rated snippets, out of the archive within the distribution.
+
+    Raises:
+        FileNotFoundError: If there is no such archive.
+        ValueError: If it holds no such file.
+    """
+    try:
+        with tarfile.open(archive) as outer:
+            name = next(name for name in outer.getnames() if name.endswith(INNER))
+            with tarfile.open(fileobj=io.BytesIO(_content(outer, name))) as inner:
+                return _content(inner, RATED).decode("utf-8")
+    except (tarfile.TarError, StopIteration, KeyError) as error:
+        raise ValueError(
+            f"{archive}: expected the source distribution of {REQUIREMENT} with {INNER} and in it {RATED}, "
+            f"found something else ({error})"
+        ) from None
+
+
+def _content(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise KeyError(f"{name} is no file")
+    return file.read()
+
+
+def parse(text: str) -> Iterator[tuple[str, float]]:
+    """Sentences and mean ratings.
+
+    Raises:
+        ValueError: If a line is no id, rating and sentence.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        cells = line.split("\t")
+        try:
+            _, rating, sentence = cells
+            mean = float(rating)
+        except ValueError:
+            raise ValueError(
+                f"{RATED}, line {number}: expected an id, a rating and a sentence between tabs, found "
+                f"{line!r:.60}"
+            ) from None
+        yield sentence.strip(), mean
+
+
+def split_of(sentence: str) -> str:
+    """The split of a sentence: of ten parts by its hash eight, one and one."""
+    part = int(hashlib.sha256(sentence.encode()).hexdigest(), 16) % 10
+    return {8: "validation", 9: "test"}.get(part, "train")
