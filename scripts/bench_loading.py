@@ -1,30 +1,41 @@
 """How long annotation files of the real size take to load, and how much memory.
 
     python scripts/bench_loading.py --output_dir /tmp/vqav2-sized
+    python scripts/bench_loading.py --output_dir /tmp/mnli-sized --text_pairs 400000
 
 Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783
 image names), then loads them in fresh processes: once cold, then from the
-converted columns. Times are of this machine; the sizes are what matters.
+converted columns. With `--text_pairs` it is text pairs of MNLI's form instead: read, tokenised and their
+lengths kept, and how much of a batch is padding. Times are of this machine; the sizes are what matters.
 """
 
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import TextIO
 
 import tyro
+from transformers import AutoTokenizer
 
+from dept_vl.batch import TrainingBatches
+from dept_vl.lengths import source_lengths
 from dept_vl.report import markdown_table
 from dept_vl.splits import check_images
+from dept_vl.tasks.nlp import TextTask, read_rows
 from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
 
 SUBTYPE = "train2014"
+PAIRS = "train.jsonl"
+BATCH, BATCHES = 32, 1000
+"""Text pairs in a batch, and batches looked at for padding."""
 WORDS = (
     "man",
     "dog",
@@ -52,6 +63,10 @@ class BenchConfig:
     """Questions, ten answers each: VQAv2's training split has so many."""
     images: int = 82_783
     """Different images."""
+    text_pairs: int = 0
+    """Pairs of MNLI's form to load instead of VQAv2's files."""
+    tokenizer: Path = Path("data/tiny-clip-t5/language")
+    """Folder of the tokenizer of the pairs."""
     rounds: int = 3
     """Loads from the converted columns."""
     json_out: Path | None = None
@@ -68,13 +83,13 @@ class Load:
         seconds: From the call to a split whose images were looked for.
         resident_gib: Memory of the process afterwards, mapped file pages included.
         peak_gib: The most that it had.
-        questions: Read.
+        examples: Read.
     """
 
     seconds: float
     resident_gib: float
     peak_gib: float
-    questions: int
+    examples: int
 
 
 def write_files(config: BenchConfig) -> None:
@@ -121,6 +136,36 @@ def _write_question(
     answered.write(separator + json.dumps(record))
 
 
+def write_pairs(config: BenchConfig) -> None:
+    """Write text pairs about as long as MNLI's: some 20 words and some 10."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    rng = Random(0)
+
+    def sentence(mean: float) -> str:
+        return " ".join(rng.choices(WORDS, k=1 + min(int(rng.expovariate(1 / mean)), 80)))
+
+    with (config.output_dir / PAIRS).open("w") as file:
+        for number in range(config.text_pairs):
+            pair = {"premise": sentence(19), "hypothesis": sentence(9), "label": number % 3, "idx": number}
+            file.write(json.dumps(pair) + "\n")
+
+
+def load_pairs(config: BenchConfig) -> Load:
+    """Read the pairs and count their tokens in this process; say how much of a batch is padding."""
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    started = time.perf_counter()
+    task = TextTask("mnli", read_rows("mnli", config.output_dir, "train"))
+    lengths = source_lengths(task, tokenizer)
+    found = _measured(time.perf_counter() - started, len(task))
+    for name, grouping in (("mixed", None), ("grouped by length", [lengths])):
+        batches = TrainingBatches([len(task)], [BATCH], seed=0, lengths=grouping)
+        taken = [lengths[[number % len(task) for _, number in batch]] for batch in islice(batches, BATCHES)]
+        padded = sum(len(batch) * int(batch.max()) for batch in taken)
+        share = 1 - sum(int(batch.sum()) for batch in taken) / padded
+        print(f"padding in batches of {BATCH}, {name}: {share:.1%}", file=sys.stderr)
+    return found
+
+
 def load(root: Path) -> Load:
     """Load the split in this process."""
     started = time.perf_counter()
@@ -129,6 +174,10 @@ def load(root: Path) -> Load:
     # Read as training does, all over the file, so that mapped pages are counted.
     for index in range(0, len(task), max(1, len(task) // 5000)):
         task[index]
+    return _measured(seconds, len(task))
+
+
+def _measured(seconds: float, examples: int) -> Load:
     # Linux says kibibytes, macOS bytes.
     unit = 1024 if sys.platform != "darwin" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -137,25 +186,29 @@ def load(root: Path) -> Load:
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         resident = int(line.split()[1]) / 2**20
-    return Load(round(seconds, 2), round(resident, 2), round(peak, 2), len(task))
+    return Load(round(seconds, 2), round(resident, 2), round(peak, 2), examples)
 
 
 def main(config: BenchConfig) -> list[Load]:
     """Generate, load cold, load again; returns the loads in that order."""
     if config.load_only:
-        found = load(config.output_dir)
+        found = load_pairs(config) if config.text_pairs else load(config.output_dir)
         print(json.dumps(asdict(found)))
         return [found]
-    if not (config.output_dir / SUBTYPE).is_dir():
+    if config.text_pairs and not (config.output_dir / PAIRS).is_file():
+        write_pairs(config)
+    elif not config.text_pairs and not (config.output_dir / SUBTYPE).is_dir():
         print(f"writing {config.questions:,} questions to {config.output_dir}")
         write_files(config)
     cache = config.output_dir / "cache"
-    for path in cache.glob("*.arrow"):
-        path.unlink()
+    shutil.rmtree(cache, ignore_errors=True)
     loads = []
     for _ in range(1 + config.rounds):
         finished = subprocess.run(
-            [sys.executable, __file__, "--output_dir", str(config.output_dir), "--load_only"],
+            [
+                *(sys.executable, __file__, "--output_dir", str(config.output_dir), "--load_only"),
+                *("--text_pairs", str(config.text_pairs), "--tokenizer", str(config.tokenizer)),
+            ],
             env={**os.environ, "DEPT_VL_CACHE": str(cache)},
             check=True,
             stdout=subprocess.PIPE,
@@ -168,8 +221,9 @@ def main(config: BenchConfig) -> list[Load]:
             ["cold", *[f"from its cache, {n}" for n in range(1, config.rounds + 1)]], loads, strict=True
         )
     ]
-    size = sum(path.stat().st_size for path in config.output_dir.glob("*.json")) / 2**20
-    header = [f"{loads[0].questions:,} questions, {size:.0f} MiB of JSON", "s", "GiB resident", "GiB at most"]
+    size = sum(path.stat().st_size for path in config.output_dir.glob("*.json*")) / 2**20
+    what = "text pairs" if config.text_pairs else "questions"
+    header = [f"{loads[0].examples:,} {what}, {size:.0f} MiB of JSON", "s", "GiB resident", "GiB at most"]
     print(markdown_table(header, rows))
     if config.json_out is not None:
         config.json_out.write_text(json.dumps([asdict(one) for one in loads], indent=2) + "\n")
