@@ -132,6 +132,8 @@ def run(config: RunConfig) -> RunResult:
     )
     evaluation_collator = replace(collator, on_bad_image=config.data.on_bad_image or "raise")
     trainable = count_trainable(model)
+    if model.prompt is not None:
+        accelerator.print(budget_line(config.prompt, model.prompt))
     accelerator.print(f"{trainable['total']:,} trainable parameters: {trainable}\noutput: {output_dir}")
     training = None
     if trainable["total"]:
@@ -258,6 +260,17 @@ def build_model(config: RunConfig) -> PromptedModel:
     backbone.freeze(language=not options.train_backbone, visual_projection=not options.train_projection)
     prompt = build_prompt(config.prompt, backbone, config.train.seed)
     return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
+
+
+def budget_line(options: PromptOptions, prompt: DePT) -> str:
+    """The prompt's sizes, and what of its budget is left over or overshot."""
+    budget = options.reference_prompt_length * prompt.d_model
+    left = budget - sum(parameter.numel() for parameter in prompt.parameters())
+    spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
+    return (
+        f"prompt: m={prompt.prompt_length}, r={prompt.rank}; of the {budget:,} parameters of a "
+        f"{options.reference_prompt_length}-vector prompt {spent}"
+    )
 
 
 def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:

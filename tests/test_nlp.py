@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import LANGUAGES
+from conftest import DECODERS, LANGUAGES
 
 import dept_vl.train
 from dept_vl.assess import AssessConfig, assess
@@ -636,17 +636,22 @@ def tiny(language: Path, data_dir: Path, output_dir: Path, task: str) -> RunConf
     )
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("language", [*LANGUAGES, *DECODERS])
 @pytest.mark.parametrize("task", ["rte", "newsqa"])
 def test_a_run_without_images(
     language: str,
     task: str,
     language_folders: dict[str, Path],
+    decoder_folders: dict[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    folder = (language_folders | decoder_folders)[language]
     data_dir = write_splits(tmp_path / "data", task)
-    result = main(tiny(language_folders[language], data_dir, tmp_path / "run", task))
+    config = tiny(folder, data_dir, tmp_path / "run", task)
+    if language in DECODERS:  # whose context holds prompt, text and answer
+        config = replace(config, prompt=replace(config.prompt, max_source_length=24))
+    result = main(config)
     assert result.training is not None
     assert result.training.steps == 3
     test = load_task(task, data_dir, "test")
@@ -658,7 +663,7 @@ def test_a_run_without_images(
     adapter = Adapter.load(tmp_path / "run" / "best")
     assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
     assert adapter.tensors["prompt.lora_b"].abs().max() > 0
-    adapter.build(Backbone.from_pretrained(language=language_folders[language]))
+    adapter.build(Backbone.from_pretrained(language=folder))
     dev = assess(AssessConfig(run=tmp_path / "run", split="validation")).evaluation
     assert dev.scores == result.training.best_scores
     shown = capsys.readouterr().out
