@@ -84,6 +84,9 @@ def _of_file(error: OSError) -> str:
 def _way_on(run: Path) -> str:
     if not (run / "config.json").is_file():
         return f"Nothing has begun in {run}: start again when that is done"
-    steps = [int(place.name.split("-")[1]) for place in checkpoints(run)]
-    where = f"from step {steps[-1]:,}, its newest checkpoint" if steps else "from the beginning"
-    return f"Nothing that was saved is lost: then --resume {run} goes on {where}"
+    try:
+        steps = [int(place.name.split("-")[1]) for place in checkpoints(run)]
+        where = f"step {steps[-1]:,}, its newest checkpoint" if steps else "the beginning"
+    except OSError:  # no more files, not even for this
+        where = "its newest checkpoint"
+    return f"Nothing that was saved is lost: then --resume {run} goes on from {where}"
