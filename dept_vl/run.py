@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.backbone import Backbone
@@ -94,6 +94,11 @@ def run(config: RunConfig) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        accelerator.print(
+            f"warning: parameters that are spread over processes ({accelerator.distributed_type.value}) are "
+            "not tested; look at the first adapter and go on from a checkpoint once before relying on either"
+        )
     task_options = _together(config)
     output_dir, checkpoint = _open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
