@@ -25,6 +25,8 @@ from dept_vl.state import checkpoints, newest
 from dept_vl.train import BEST, LAST
 
 ROOT = Path(__file__).parents[1]
+FEWEST = 4
+"""Kills and stops, however short the time."""
 DAMAGED = 0.25
 """Share of the kills and stops after which the newest checkpoint is damaged."""
 
@@ -34,7 +36,7 @@ class SoakOptions:
     """What to do and for how long."""
 
     minutes: float = 30.0
-    """Time in which runs are ended from outside; the last one is then left to finish."""
+    """Time in which runs are ended from outside, four times at least; the last is left to finish."""
     output_dir: Path = Path("runs/soak")
     """Folder for the runs and soak.json; must not be there yet."""
     config: Path = Path("data/configs/scenes-vqav2.json")
@@ -58,6 +60,10 @@ class SoakResult:
     identical: bool = True
     minutes: float = 0.0
 
+    def going_on(self, end: float) -> bool:
+        """Whether runs are still to be ended from outside."""
+        return self.kills + self.terms < FEWEST or time.monotonic() < end
+
 
 def main(options: SoakOptions) -> SoakResult:
     """One run in peace, then the same again and again under faults until the time is over.
@@ -77,7 +83,7 @@ def main(options: SoakOptions) -> SoakResult:
     expected = left_by(folder / "peace")
     rng, result = random.Random(options.seed), SoakResult()
     end = time.monotonic() + 60 * options.minutes
-    while result.runs == 0 or time.monotonic() < end:
+    while result.runs == 0 or result.going_on(end):
         run = folder / f"faults-{result.runs}"
         while not _ended(file, run, rng, patience, end, result):
             if rng.random() < DAMAGED and checkpoints(run):
@@ -99,11 +105,11 @@ def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
         )
         train = replace(
             config.train,
-            max_steps=30,
+            max_steps=16,
             per_device_batch_size=4,
-            eval_every=10,
+            eval_every=8,
             checkpoint_every=2,
-            log_every=5,
+            log_every=4,
         )
         return replace(config, data=data, train=train)
     if not config.data.data_dir.exists():
@@ -136,7 +142,7 @@ def _ended(
     result.starts += 1
     process = _start(config, run)
     try:
-        process.wait(rng.uniform(0, patience) if time.monotonic() < end else None)
+        process.wait(rng.uniform(0, patience) if result.going_on(end) else None)
     except subprocess.TimeoutExpired:
         if rng.random() < 0.5:
             process.kill()
