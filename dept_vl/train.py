@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
+from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, outlive_signals
 from dept_vl.checkpoint import Adapter, write_atomically, writing
 from dept_vl.evaluate import evaluate
 from dept_vl.model import PromptedModel
@@ -138,6 +138,7 @@ def train(
         ),
         collate_fn=collator,
         num_workers=options.num_workers,
+        worker_init_fn=outlive_signals,
     )
     batches = iter(loader)
     if checkpoint is not None:

@@ -301,6 +301,24 @@ def test_a_worker_is_killed(config: RunConfig, whole: RunConfig) -> None:
     assert_goes_on(with_(config, train={"num_workers": 0}), whole)
 
 
+def test_a_stop_sent_to_all_processes_reaches_one(config: RunConfig, whole: RunConfig) -> None:
+    """As a terminal sends Ctrl-C and Slurm SIGTERM: the step is ended with what the workers read."""
+    trainer = os.getpid()
+
+    def stop(collator: Collator, draws: Any) -> None:
+        if get_worker_info() is not None:
+            os.kill(trainer, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    patch = at_call(Collator, "__call__", 4, stop)
+    result = run(with_(config, train={"num_workers": 1}))
+    patch.undo()
+    reset_accelerate()
+    assert result.exit_status == 128 + signal.SIGTERM
+    assert_goes_on(config, whole)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [(3, "the loss is nan at step 4"), (4, "after step 4 model.prompt.soft_prompt is not finite")],
