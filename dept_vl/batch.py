@@ -1,6 +1,7 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
 import itertools
+import signal
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -170,6 +171,16 @@ class _PixelReader:
             if path not in self.pixels:
                 self.pixels[path] = load_pixels(self.vision, path)
         return torch.stack([self.pixels[path] for path in paths])
+
+
+def outlive_signals(worker: int) -> None:
+    """For a process that reads images: a stop that is sent to all at once is the training process's to obey.
+
+    Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its reader the step at hand could
+    not be ended. The readers end with the training process.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingDraws(Dataset[Draw]):

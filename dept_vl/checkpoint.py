@@ -8,7 +8,8 @@ they are, for which backbone, and how well they do.
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -307,10 +308,31 @@ def _identity(backbone: Backbone) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it: whole or not at all."""
+    """Write a file beside its place, flush it to the disk, and rename it: whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written, naming the file; what was there before is untouched.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with writing(path), partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        # A full disk has no room for a part either.
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in errors of writing it, where the system says only that there is no space left."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise

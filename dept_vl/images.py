@@ -1,5 +1,6 @@
 """Image files, read with care: they come by the hundred thousand, and some are broken."""
 
+import errno
 import os
 import warnings
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no whole image, or so large that it may be meant to fill the memory.
+        OSError: If the process may open no more files, or a network disk is gone.
     """
     try:
         if path.stat().st_size == 0:
@@ -40,6 +42,9 @@ def read_image(path: Path) -> Image.Image:
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
     except Exception as error:
+        # Nothing is wrong with the image, and it must not be left out for this.
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ESTALE):
+            raise
         problem = " ".join(str(error).split()) or type(error).__name__
         # What the system refuses, such as a folder, is not cured by another copy.
         advice = "" if isinstance(error, OSError) and error.errno else "; download it again"

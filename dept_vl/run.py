@@ -4,6 +4,7 @@ Every training script is a `RunConfig` and a call of `run`.
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
-from dept_vl.checkpoint import Adapter, count_trainable, write_atomically
+from dept_vl.checkpoint import Adapter, count_trainable, write_atomically, writing
 from dept_vl.config import (
     BackboneOptions,
     DataOptions,
@@ -28,6 +29,7 @@ from dept_vl.config import (
 )
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.faults import explained
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
@@ -82,6 +84,7 @@ def run(config: RunConfig) -> RunResult:
         FileExistsError: If the output folder already holds a run.
         FileNotFoundError: If data or images are missing.
         ValueError: If options do not fit the data or the backbone; the message says which.
+        OSError, RuntimeError: If the machine fails the run, as `explained` says it.
     """
     started = time.perf_counter()
     disable_progress_bar()  # transformers' bars for loading weights
@@ -93,13 +96,32 @@ def run(config: RunConfig) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        accelerator.print(
+            f"warning: parameters that are spread over processes ({accelerator.distributed_type.value}) are "
+            "not tested; look at the first adapter and go on from a checkpoint once before relying on either"
+        )
     task_options = _together(config)
     output_dir, checkpoint = _open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
         accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
         accelerator.end_training()
         return _finished(output_dir)
+    with explained(output_dir):
+        return _run(config, task_options, accelerator, output_dir, checkpoint, started)
+
+
+def _run(
+    config: RunConfig,
+    task_options: list[DataOptions],
+    accelerator: Accelerator,
+    output_dir: Path,
+    checkpoint: Path | None,
+    started: float,
+) -> RunResult:
     set_seed(config.train.seed)
+    if config.train.deterministic:
+        _only_deterministic()
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in task_options]
     max_target_length = max(task.decoding.max_new_tokens for task in tasks)
@@ -195,6 +217,14 @@ def run(config: RunConfig) -> RunResult:
     accelerator.wait_for_everyone()
     accelerator.end_training()  # closes the trackers and the process group, so last
     return result
+
+
+def _only_deterministic() -> None:
+    """Refuse what does not repeat to the bit; holds for the rest of the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def _finished(output_dir: Path) -> RunResult:
@@ -386,8 +416,11 @@ def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
             f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
         )
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode())
+        with explained(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode()
+            )
     accelerator.wait_for_everyone()
     return output_dir
 
@@ -405,9 +438,10 @@ def _write_results(
     for task, evaluation in zip(tasks, evaluations, strict=True):
         write_answers(task.test, evaluation, folder, f"-{task.test.name}" if config.also else "")
         if task.options.candidate_floor:
-            (folder / CANDIDATES_FILE).write_text(json.dumps(task.decoding.candidates) + "\n")
+            candidates = json.dumps(task.decoding.candidates) + "\n"
+            write_atomically(folder / CANDIDATES_FILE, candidates.encode())
     table = summary_table(config, model, tasks, result)
-    (folder / "summary.md").write_text(table + "\n")
+    write_atomically(folder / "summary.md", (table + "\n").encode())
     training = result.training
     summary = {
         "scores": result.scores,
@@ -433,7 +467,8 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
         The file of predictions.
     """
     path = folder / f"predictions{suffix}.{task.prediction_format.kind}"
-    task.prediction_format.write(evaluation.predictions, path)
+    with writing(path):
+        task.prediction_format.write(evaluation.predictions, path)
     if evaluation.skipped:
         print(
             f"warning: {len(evaluation.skipped):,} of {len(task):,} examples of {task.name} have no "
@@ -441,7 +476,9 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
             f"(first ids: {list(evaluation.skipped[:3])})"
         )
     elif task[0].images:
-        picture_grid(task, evaluation.predictions, folder / f"answers{suffix}.png")
+        picture = folder / f"answers{suffix}.png"
+        with writing(picture):
+            picture_grid(task, evaluation.predictions, picture)
     return path
 
 

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from dept_vl.checkpoint import writing
+
 CHECKPOINTS = "checkpoints"
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""
@@ -101,9 +103,27 @@ class TrainingState:
 
         Raises:
             OSError: If it cannot be written; the checkpoints before are untouched.
+            ValueError: If a trained parameter is not finite: going on from it would lead nowhere.
         """
+        # On the main process: the others have the same.
+        tensors = self._tensors() if self.accelerator.is_main_process else {}
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"after step {progress.steps} {broken[0]} is not finite; lower the learning rates or train "
+                f"in full precision, in a new run. The checkpoints in {self.folder} are of steps before"
+            )
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
+        try:
+            self._save(place, partial, tensors, progress)
+        except OSError:
+            # A full disk has no room for a part either.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return place
+
+    def _save(self, place: Path, partial: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
         main = self.accelerator.is_main_process
         if main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -112,7 +132,7 @@ class TrainingState:
         rank = self.accelerator.process_index
         _write(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
         if main:
-            _write(partial / "tensors.safetensors", save(self._tensors()))
+            _write(partial / "tensors.safetensors", save(tensors))
             _write(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
         self.accelerator.wait_for_everyone()
         if main:
@@ -123,7 +143,6 @@ class TrainingState:
             _sync(self.folder)
             for old in checkpoints(self.folder.parent)[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
-        return place
 
     def load(self, place: Path) -> Progress:
         """Put model, optimizer and schedule back to a checkpoint.
@@ -257,7 +276,7 @@ def _restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> 
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

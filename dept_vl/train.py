@@ -5,9 +5,11 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any
 
@@ -17,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
-from dept_vl.checkpoint import Adapter
+from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, outlive_signals
+from dept_vl.checkpoint import Adapter, write_atomically, writing
 from dept_vl.evaluate import evaluate
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
@@ -30,6 +32,8 @@ from dept_vl.tasks.predictions import ExampleId
 BEST, LAST = "best", "last"
 """Folders of a run: the adapter that scored best, and the one at the end."""
 LOG_FILE = "log.jsonl"
+SPIKE, SPIKE_WINDOW = 5.0, 20
+"""A loss is remarked on above so many times the median of so many logged before it."""
 ECHO_SECONDS = 3.0
 """A second Ctrl-C within this time is the first one's echo."""
 
@@ -64,6 +68,10 @@ class TrainOptions:
     once an epoch."""
     seed: int = 42
     """Of initialisation, order and sampled answers."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
+    a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed
+    differ in the last digits. Slower there, and an operation without such a form is refused by name."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ def train(
         ),
         collate_fn=collator,
         num_workers=options.num_workers,
+        worker_init_fn=outlive_signals,
     )
     batches = iter(loader)
     if checkpoint is not None:
@@ -278,6 +287,7 @@ class _Log:
         self.accelerator, self.path, self.progress, self.options = accelerator, path, progress, options
         self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
         self.examples = self.skipped = 0
+        self.usual: deque[float] = deque(maxlen=SPIKE_WINDOW)
         main = accelerator.is_main_process
         if main:
             _cut_log(path, progress.steps)
@@ -326,6 +336,7 @@ class _Log:
         if self.accelerator.is_main_process and self.bar.disable:
             left = progress.train_seconds / step * (total - step)
             print(f"step {step}/{total} loss {mean_loss:.3f} {left:.0f} s left", flush=True)
+        self._remark_spike(mean_loss)
 
     def scores(self, name: str, score: float, scores: Mapping[str, float]) -> None:
         """Write the figures of an evaluation."""
@@ -345,14 +356,23 @@ class _Log:
                 folder = self.path.parent
                 raise ValueError(
                     f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower "
-                    "the learning rates or train in full precision. Checkpoints and the best adapter in "
-                    f"{folder} are of steps before"
+                    "the learning rates or train in full precision, in a new run. Checkpoints and the best "
+                    f"adapter in {folder} are of steps before"
                 )
+
+    def _remark_spike(self, mean_loss: float) -> None:
+        usual = median(self.usual) if len(self.usual) == SPIKE_WINDOW else math.inf
+        if self.accelerator.is_main_process and mean_loss > SPIKE * usual:
+            self.bar.write(
+                f"warning: the loss is {mean_loss:.3f} at step {self.progress.steps}; {usual:.3f} is usual. "
+                "If it stays there, lower the learning rates in a new run"
+            )
+        self.usual.append(mean_loss)
 
     def _write(self, record: Mapping[str, float]) -> None:
         step = self.progress.steps
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **record}) + "\n")
         self.accelerator.log(dict(record), step=step)
 
@@ -363,7 +383,7 @@ def _cut_log(path: Path, steps: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    path.write_text("".join(kept))
+    write_atomically(path, "".join(kept).encode())
 
 
 class _Interrupt:

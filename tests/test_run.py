@@ -717,3 +717,25 @@ def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> N
     for mine, other in zip(log(one), log(two), strict=True):
         assert mine["step"] == other["step"]
         assert mine.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), abs=1e-5)
+
+
+def test_deterministic_runs_are_the_same_to_the_bit(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # what is set afterwards is taken back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    config = with_(config, train={"deterministic": True, "max_steps": 2}, backbone={"backbone_dropout": True})
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        main(config)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        reset_accelerate()
+        main(replace(config, output_dir=tmp_path / "again"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.benchmark = benchmark
+    assert_same(tmp_path / "run", tmp_path / "again")
+    assert_trained(tmp_path / "run", config)

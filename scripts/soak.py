@@ -1,0 +1,194 @@
+"""Train while being killed, told to stop and robbed of checkpoints, and compare with a run left in peace.
+
+python scripts/soak.py --minutes 30
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from dept_vl.checkpoint import Adapter
+from dept_vl.cli import read_config
+from dept_vl.config import RunConfig, to_json
+from dept_vl.report import markdown_table
+from dept_vl.scenes.official import write_tasks
+from dept_vl.state import checkpoints, newest
+from dept_vl.train import BEST, LAST
+
+ROOT = Path(__file__).parents[1]
+FEWEST = 4
+"""Kills and stops, however short the time."""
+DAMAGED = 0.25
+"""Share of the kills and stops after which the newest checkpoint is damaged."""
+
+
+@dataclass(frozen=True)
+class SoakOptions:
+    """What to do and for how long."""
+
+    minutes: float = 30.0
+    """Time in which runs are ended from outside, four times at least; the last is left to finish."""
+    output_dir: Path = Path("runs/soak")
+    """Folder for the runs and soak.json; must not be there yet."""
+    config: Path = Path("data/configs/scenes-vqav2.json")
+    """What is trained; its data are made if they are missing."""
+    tiny: bool = False
+    """A few steps on a few images, made in output_dir."""
+    seed: int = 0
+    """Of the faults."""
+
+
+@dataclass
+class SoakResult:
+    """What was done to the runs, and whether it left a trace."""
+
+    runs: int = 0
+    starts: int = 0
+    kills: int = 0
+    terms: int = 0
+    damages: int = 0
+    steps: int = 0
+    identical: bool = True
+    minutes: float = 0.0
+
+    def going_on(self, end: float) -> bool:
+        """Whether runs are still to be ended from outside."""
+        return self.kills + self.terms < FEWEST or time.monotonic() < end
+
+
+def main(options: SoakOptions) -> SoakResult:
+    """One run in peace, then the same again and again under faults until the time is over.
+
+    Raises:
+        FileExistsError: If the output folder is there.
+        RuntimeError: If a run ends by anything but what was done to it.
+    """
+    folder = options.output_dir.resolve()
+    folder.mkdir(parents=True)
+    config = _configuration(options, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    started = time.monotonic()
+    _finish(_start(file, folder / "peace"), folder / "peace")
+    patience = time.monotonic() - started
+    expected = left_by(folder / "peace")
+    rng, result = random.Random(options.seed), SoakResult()
+    end = time.monotonic() + 60 * options.minutes
+    while result.runs == 0 or result.going_on(end):
+        run = folder / f"faults-{result.runs}"
+        while not _ended(file, run, rng, patience, end, result):
+            if rng.random() < DAMAGED and checkpoints(run):
+                damage(checkpoints(run)[-1], rng)
+                result.damages += 1
+        result.runs += 1
+        result.steps += config.train.max_steps
+        result.identical &= left_by(run) == expected
+        _report(result, folder, started)
+    return result
+
+
+def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
+    config = read_config(options.config)
+    if options.tiny:
+        write_tasks(folder / "data", train=30, val=10, test=10)
+        data = replace(
+            config.data, data_dir=folder / "data" / "vqav2", holdout_images=5, dev_limit=20, test_limit=20
+        )
+        train = replace(
+            config.train,
+            max_steps=16,
+            per_device_batch_size=4,
+            eval_every=8,
+            checkpoint_every=2,
+            log_every=4,
+        )
+        return replace(config, data=data, train=train)
+    if not config.data.data_dir.exists():
+        write_tasks(config.data.data_dir.parent)
+    return replace(config, train=replace(config.train, checkpoint_every=10))
+
+
+def _start(config: Path, run: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(ROOT / "scripts" / "train_vqa.py"), "--config", str(config)]
+    run.parent.mkdir(exist_ok=True)
+    with run.with_suffix(".txt").open("ab") as output:
+        return subprocess.Popen(
+            [*command, "--output_dir", str(run), "--resume", "auto"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _finish(process: subprocess.Popen[bytes], run: Path, allowed: tuple[int, ...] = (0,)) -> int:
+    code = process.wait()
+    if code not in allowed:
+        raise RuntimeError(f"the run ended with the status {code}; see {run.with_suffix('.txt')}")
+    return code
+
+
+def _ended(
+    config: Path, run: Path, rng: random.Random, patience: float, end: float, result: SoakResult
+) -> bool:
+    """Start the run, end it at a random time while there is time, and say whether it came to its end."""
+    result.starts += 1
+    process = _start(config, run)
+    try:
+        process.wait(rng.uniform(0, patience) if result.going_on(end) else None)
+    except subprocess.TimeoutExpired:
+        if rng.random() < 0.5:
+            process.kill()
+            result.kills += 1
+        else:
+            process.terminate()
+            result.terms += 1
+    code = _finish(process, run, (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM))
+    return code == 0
+
+
+def damage(checkpoint: Path, rng: random.Random) -> None:
+    """Cut a file of a checkpoint, change a byte of it, or remove it."""
+    path = rng.choice(sorted(checkpoint.iterdir()))
+    content = path.read_bytes()
+    place = rng.randrange(len(content))
+    ways: list[Callable[[], object]] = [
+        path.unlink,
+        lambda: path.write_bytes(content[:place]),
+        lambda: path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]),
+    ]
+    rng.choice(ways)()
+    if newest(checkpoint.parents[1])[0] == checkpoint:
+        raise RuntimeError(f"{path} was damaged and {checkpoint} is taken for whole")
+
+
+def left_by(run: Path) -> dict[str, Any]:
+    """What may not depend on what was done to a run: adapters, predictions, scores."""
+    return {
+        "predictions": next(run.glob("predictions.*")).read_bytes(),
+        "scores": json.loads((run / "summary.json").read_text())["scores"],
+        **{
+            f"{which} {name}": tensor.numpy().tobytes()
+            for which in (BEST, LAST)
+            for name, tensor in Adapter.load(run / which).tensors.items()
+        },
+    }
+
+
+def _report(result: SoakResult, folder: Path, started: float) -> None:
+    result.minutes = round((time.monotonic() - started) / 60, 1)
+    (folder / "soak.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+    rows = [(name, value) for name, value in asdict(result).items() if name != "identical"]
+    rows.append(("identical", "yes" if result.identical else "NO"))
+    print(markdown_table(["", "soak"], rows), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(not main(tyro.cli(SoakOptions, description=__doc__)).identical)
