@@ -224,6 +224,9 @@ def read_choices(path: Path) -> Choices:
     for question_id, record in read_mapping(path, SOURCE):
         where = f"{path}, question {question_id!r}"
         answers = {kind: tuple(field(record, kind, list, where)) for kind in ("valid", "plausible")}
+        other = [one for values in answers.values() for one in values if not isinstance(one, str)]
+        if other:
+            raise ValueError(f"{where}: expected answers of text, found {other[0]!r:.60}")
         # The same lists come again and again; each is kept once.
         content[question_id] = {
             kind: known.setdefault(json.dumps(values), values) for kind, values in answers.items()
