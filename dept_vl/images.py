@@ -13,9 +13,14 @@ from dept_vl.files import one_line
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of grey images with more than eight bits, which its own conversion would clip."""
 
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000")
-"""What is read, whatever a file is called. Pillow knows 30 more, some of them by running other programs
-(EPS by Ghostscript)."""
+Image.init()  # registers what this Pillow reads; AVIF is not in all of them
+FORMATS = tuple(
+    form
+    for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+    if form in Image.OPEN
+)
+"""What is read, whatever a file is called. Pillow knows 30 more, and runs other programs for some of them
+(Ghostscript for EPS)."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -25,7 +30,8 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no whole image of one of `FORMATS`, or so large that it may be meant to fill the memory.
+        ValueError: If it is no whole image of one of `FORMATS`, or so large that it may be meant to fill
+            the memory.
     """
     try:
         if path.stat().st_size == 0:

@@ -225,8 +225,8 @@ class TrainingState:
         known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(*moments.values())
         if not known or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise ValueError(
-                f"{path} is damaged, or of another model: expected the tensors that state.json names, of this "
-                "model's shapes, found others"
+                f"{path} is damaged, or of another model: expected the tensors that state.json names, of "
+                "this model's shapes, found others"
             )
         check_parameters(tensors, path)
 
