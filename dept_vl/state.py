@@ -222,7 +222,9 @@ class TrainingState:
             for key in keys:
                 whole = self.trained[name].shape if name in self.trained else torch.Size()
                 shapes[f"optimizer.{name}.{key}"] = () if key == "step" else tuple(whole)
-        known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(*moments.values())
+        known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(
+            key for keys in moments.values() for key in keys
+        )
         if not known or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
             raise ValueError(
                 f"{path} is damaged, or of another model: expected the tensors that state.json names, of "
