@@ -136,7 +136,7 @@ FREE_TO_CHANGE = (
 LARGEST_COUNT = 2**31 - 1
 _COUNT, _SOME, _SIZE = (0, LARGEST_COUNT), (1, LARGEST_COUNT), (0, LARGEST_SIZE)
 _FRACTION = (0.0, sys.float_info.max)
-RANGES: dict[str, tuple[float, float]] = {
+RANGES: dict[str, tuple[int | float, int | float]] = {
     "holdout_images": _COUNT,
     "dev_limit": _COUNT,
     "test_limit": _COUNT,
@@ -183,7 +183,8 @@ def validate(config: RunConfig) -> None:
             allowed = _allowed(name, value)
             if allowed:
                 option = f"{part}.{name}" if name else part
-                problems.append(f"{option} is {str(value)[:60]!r}; expected {allowed}")
+                shown = str(value) if isinstance(value, Path) else value
+                problems.append(f"{option} is {shown!r:.60}; expected {allowed}")
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -202,7 +203,7 @@ def _allowed(name: str, value: Any) -> str:
     return ""
 
 
-def _said(low: float, high: float) -> str:
+def _said(low: int | float, high: int | float) -> str:
     """A range in words."""
     if high < sys.float_info.max:
         return f"{low:,} to {high:,}"
