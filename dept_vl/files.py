@@ -22,8 +22,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, on one line of bearable length: it may quote the file."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def read_json(path: Path) -> Any:

@@ -95,7 +95,7 @@ def confined(name: str, what: str) -> str:
         or ":" in name
         or min(name) < " "
     ):
-        raise ValueError(f"{what}: expected the name of an image inside its folder, found {name!r}")
+        raise ValueError(f"{what}: expected the name of an image inside its folder, found {name!r:.60}")
     return name
 
 

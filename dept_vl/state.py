@@ -187,8 +187,9 @@ class TrainingState:
             group.update(rates)
         self.schedule.load_state_dict(content["schedule"])
         saved = content["progress"]
-        saved["history"] = [tuple(pair) for pair in saved["history"]]
-        return Progress(**saved)
+        saved["history"] = [(step, float(score)) for step, score in saved["history"]]
+        seconds = {name: float(saved[name]) for name in ("train_seconds", "eval_seconds")}
+        return Progress(**saved | seconds)
 
     def load_random_state(self, place: Path) -> None:
         """Put this process's random generators back; last, since making a loader draws from them.
@@ -319,7 +320,7 @@ def _impossible(progress: Mapping[str, Any]) -> str:
     negative = {name: value for name, value in progress.items() if type(value) in (int, float) and value < 0}
     if negative:
         return f"expected counts of 0 or more in progress, found {negative!s:.200}"
-    if any(len(pair) != 2 for pair in progress["history"]):
+    if any(len(pair) != 2 or type(pair[0]) is not int for pair in progress["history"]):
         return "expected pairs of a step and a score in progress.history"
     return ""
 

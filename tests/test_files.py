@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import write_vqa
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,10 +15,20 @@ from dept_vl import files, official
 from dept_vl.checkpoint import CONFIG_FILE, TENSORS_FILE, Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import RANGES, BackboneOptions, DataOptions, PromptOptions, RunConfig, validate
-from dept_vl.files import check_parameters, difference, load_exactly, read_json, read_object, read_tensors
+from dept_vl.files import (
+    check_parameters,
+    difference,
+    load_exactly,
+    one_line,
+    read_json,
+    read_object,
+    read_tensors,
+)
 from dept_vl.optim import OptimOptions
 from dept_vl.run import run
+from dept_vl.tasks import nlvr2
 from dept_vl.tasks.gqa import read_choices
+from dept_vl.tasks.vqav2 import VQAv2, read_rows
 from dept_vl.train import TrainOptions
 
 # JSON
@@ -276,3 +287,26 @@ def test_choices_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"1": {"valid": [["yes"]], "plausible": []}}')
     with pytest.raises(ValueError, match=r"c\.json, question '1': expected answers of text"):
         read_choices(tmp_path / "c.json")
+
+
+def test_an_id_of_more_than_64_bits(tmp_path: Path) -> None:
+    write_vqa(tmp_path, images=2)
+    (tmp_path / "minival.json").write_text('[{"question_id": 9999999999999999999999}]')
+    with pytest.raises(ValueError, match=r"minival\.json, entry 0: expected 'question_id' to fit 64 bits"):
+        VQAv2.load(tmp_path, "minival")
+
+
+def test_a_long_value_does_not_make_a_long_message(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [{"question_id": "x" * 9999}]}))
+    with pytest.raises(ValueError, match="expected 'question_id' to be int") as error:
+        read_rows(tmp_path / "q.json", None)
+    assert len(str(error.value)) < 500
+    assert len(one_line(ValueError("x\n" * 9999))) == 300
+
+
+def test_an_identifier_that_cannot_be_printed(tmp_path: Path) -> None:
+    row = {"identifier": "dev-\ud800-0-0", "sentence": "x", "label": "maybe"}
+    (tmp_path / "dev.json").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"dev-\\ud800-0-0") as error:
+        nlvr2.read_rows(tmp_path / "dev.json")
+    str(error.value).encode()

@@ -222,7 +222,7 @@ def read_choices(path: Path) -> Choices:
     content: dict[str, Any] = {}
     known: dict[str, tuple[str, ...]] = {}
     for question_id, record in read_mapping(path, SOURCE):
-        where = f"{path}, question {question_id!r}"
+        where = f"{path}, question {question_id!r:.60}"
         answers = {kind: tuple(field(record, kind, list, where)) for kind in ("valid", "plausible")}
         other = [one for values in answers.values() for one in values if not isinstance(one, str)]
         if other:
@@ -237,7 +237,7 @@ def read_choices(path: Path) -> Choices:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     answered: bool | None = None
     for question_id, record in read_mapping(path, SOURCE):
-        where = f"{path}, question {question_id!r}"
+        where = f"{path}, question {question_id!r:.60}"
         if answered is None:
             answered = "answer" in record
         if answered != ("answer" in record):
