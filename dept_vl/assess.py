@@ -15,6 +15,7 @@ from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.files import read_json
 from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
 from dept_vl.splits import check_images, with_split_names
@@ -174,10 +175,7 @@ def read_candidates(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a JSON list of answers, found no JSON ({error})") from None
+    content = read_json(path)
     if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
         raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
     return tuple(content)

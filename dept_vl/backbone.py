@@ -15,17 +15,25 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dept_vl.files import check_parameters, load_exactly, read_object, read_tensors
 from dept_vl.language import VisualPositionBias, choose_kind, load_language
 from dept_vl.vision import VisionEncoder
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
 MAX_IMAGES = 2
+
+OPTIONS = {
+    "name": str,
+    "visual_position_bias": get_args(VisualPositionBias),
+    "vision": (None, {"layer": int, "class_token": bool, "pooled_grid": int}),
+}
+"""Fields of `backbone.json`, as `files.difference` has them."""
 
 
 class VisualProjection(nn.Module):
@@ -135,7 +143,8 @@ class Backbone(nn.Module):
             visual_position_bias: See `VisualPositionBias`.
 
         Raises:
-            ValueError: If both or neither of `backbone` and `language` are given.
+            ValueError: If both or neither of `backbone` and `language` are given, or the folder's files are
+                damaged or do not belong together.
             FileNotFoundError: If the folder holds no backbone.
         """
         if (backbone is None) == (language is None):
@@ -155,7 +164,7 @@ class Backbone(nn.Module):
             return cls(
                 tower,
                 load_language(language),
-                AutoTokenizer.from_pretrained(language),
+                AutoTokenizer.from_pretrained(language, trust_remote_code=False),
                 name="+".join(str(part) for part in (vision, language) if part is not None),
                 visual_position_bias=visual_position_bias,
             )
@@ -165,18 +174,20 @@ class Backbone(nn.Module):
                 f"no backbone at {folder}: expected {BACKBONE_FILE}, language/ and, for images, vision/ and "
                 f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
             )
-        options = json.loads((folder / BACKBONE_FILE).read_text())
+        options = read_object(folder / BACKBONE_FILE, OPTIONS)
         self = cls(
             VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
             if options["vision"] is not None
             else None,
             load_language(folder / "language"),
-            AutoTokenizer.from_pretrained(folder / "language"),
+            AutoTokenizer.from_pretrained(folder / "language", trust_remote_code=False),
             name=options["name"],
             visual_position_bias=options["visual_position_bias"],
         )
         if self.visual_projection is not None:
-            self.visual_projection.load_state_dict(load_file(folder / PROJECTION_FILE))
+            tensors = read_tensors(folder / PROJECTION_FILE)
+            check_parameters(tensors, folder / PROJECTION_FILE)
+            load_exactly(self.visual_projection, tensors, f"{folder / PROJECTION_FILE}: its")
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:

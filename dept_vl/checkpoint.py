@@ -6,27 +6,65 @@ they are, for which backbone, and how well they do.
 """
 
 import json
-import os
+import math
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dept_vl import official
 from dept_vl.backbone import Backbone
-from dept_vl.dept import DePT
+from dept_vl.dept import LARGEST_SIZE, DePT
+from dept_vl.files import (
+    check_parameters,
+    difference,
+    load_exactly,
+    read_json,
+    read_tensors,
+    write_atomically,
+)
+from dept_vl.language import VisualPositionBias
 from dept_vl.model import PromptedModel
 
 FORMAT_VERSION = 1
 TENSORS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
+PREFIXES = ("prompt.", "visual_projection.", "language.")
+"""Of the names of tensors, one for each module that an adapter may hold."""
+
+SIZES = {
+    "prompt_length": int,
+    "rank": int,
+    "max_source_length": int,
+    "d_model": int,
+    "alpha": float,
+    "scale": float,
+}
+DESCRIPTION = {
+    "prompt": (None, SIZES),
+    "backbone": {
+        "name": str,
+        "fingerprint": {str: str},
+        "visual_position_bias": get_args(VisualPositionBias),
+    },
+    "task": str,
+    "metrics": {str: float},
+    "trainable_parameters": {str: int},
+    "format_version": int,
+}
+"""Fields of `adapter.json`, as `files.difference` has them."""
+OFFICIAL_BACKBONE = {
+    "name": str,
+    "fingerprint": None,
+    "visual_position_bias": None,
+    "official_config": dict,
+}
+"""What `from_official` knows of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -79,36 +117,25 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """Read both files.
+        """Read both files, and see to it that they are what they say.
 
         Raises:
             FileNotFoundError: If one is missing.
-            ValueError: If one is damaged, of another format version, or they do not belong together.
+            ValueError: If one is damaged, of another format version, holds numbers that are not finite, or
+                they do not belong together.
         """
         folder = Path(folder)
         for name in (CONFIG_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no adapter at {folder}: {name} is missing there")
-        try:
-            description = json.loads((folder / CONFIG_FILE).read_text())
-            tensors = load_file(folder / TENSORS_FILE)
-        except (ValueError, SafetensorError) as error:
-            raise ValueError(f"the adapter at {folder} is damaged: {error}") from None
-        if not isinstance(description, dict):
-            raise ValueError(f"the adapter at {folder} is damaged: {CONFIG_FILE} holds no JSON object")
-        found = description.get("format_version")
-        if found != FORMAT_VERSION:
-            raise ValueError(
-                f"the adapter at {folder} has format version {found}; this dept_vl reads "
-                f"{FORMAT_VERSION}: use the dept_vl that wrote it"
-            )
-        expected = {f.name for f in fields(cls)} - {"tensors"}
-        if description.keys() != expected:
-            raise ValueError(
-                f"the adapter at {folder} is damaged: expected {sorted(expected)} in {CONFIG_FILE}, "
-                f"found {sorted(description)}"
-            )
-        return cls(**description, tensors=tensors)
+        description = _read_description(folder / CONFIG_FILE)
+        tensors = read_tensors(folder / TENSORS_FILE)
+        check_parameters(tensors, folder / TENSORS_FILE)
+        adapter = cls(**description, tensors=tensors)
+        problem = adapter._mismatch()
+        if problem:
+            raise ValueError(f"the adapter at {folder} is damaged: {problem}")
+        return adapter
 
     @classmethod
     def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
@@ -198,7 +225,32 @@ class Adapter:
             state = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
             if module is None or (not state and module is model.backbone.language):
                 continue
-            _load_exactly(module, state, prefix)
+            load_exactly(module, state, "the adapter's", prefix)
+
+    def _mismatch(self) -> str:
+        """Where the tensors are not those described; empty if nowhere.
+
+        After this a model built from the description is no larger than the file.
+        """
+        unknown = [name for name in self.tensors if not name.startswith(PREFIXES)]
+        if unknown:
+            return f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}"
+        expected = {} if self.prompt is None else _shapes(self.prompt)
+        found = {k: tuple(v.shape) for k, v in self.tensors.items() if k.startswith("prompt.")}
+        if found != expected:
+            return f"by its sizes the prompt has the tensors {expected}; found {found!s:.200}"
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            groups.setdefault(_group(name), []).append(tensor)
+        if "visual_projection" not in self.trainable_parameters:
+            groups.pop("visual_projection", None)  # kept, though frozen
+        counts = _count(groups)
+        if counts != self.trainable_parameters:
+            return (
+                f"the tensors have {counts} parameters, and trainable_parameters says "
+                f"{self.trainable_parameters!s:.200}"
+            )
+        return ""
 
     def _check_backbone(self, backbone: Backbone) -> None:
         if self.backbone["fingerprint"] is None:
@@ -241,7 +293,7 @@ def count_trainable(model: PromptedModel) -> dict[str, int]:
     return _count(model.parameter_groups())
 
 
-def _count(parameter_groups: Mapping[str, list[nn.Parameter]]) -> dict[str, int]:
+def _count(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
     groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
     total = sum(groups.values())
     return {
@@ -253,11 +305,8 @@ def _count(parameter_groups: Mapping[str, list[nn.Parameter]]) -> dict[str, int]
 
 def _parts(model: PromptedModel) -> dict[str, nn.Module | None]:
     """The modules that an adapter may hold, by the prefix of their tensors in the file."""
-    return {
-        "prompt.": model.prompt,
-        "visual_projection.": model.backbone.visual_projection,
-        "language.": model.backbone.language,
-    }
+    modules = (model.prompt, model.backbone.visual_projection, model.backbone.language)
+    return dict(zip(PREFIXES, modules, strict=True))
 
 
 def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
@@ -270,22 +319,50 @@ def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
     }
 
 
-def _load_exactly(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
-    own = dict(module.named_parameters())
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = [
-        f"{prefix}{name}: expected {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
-        for name in own.keys() & state.keys()
-        if own[name].shape != state[name].shape
-    ]
-    if missing or extra or reshaped:
+def _read_description(path: Path) -> dict[str, Any]:
+    description = read_json(path)
+    found = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
+    if found != FORMAT_VERSION:
         raise ValueError(
-            f"the adapter's tensors are not those of the model: missing {missing}, extra {extra}, "
-            f"other shapes {reshaped}"
+            f"the adapter at {path.parent} has format version {found!r:.60}; this dept_vl reads "
+            f"{FORMAT_VERSION}: use the dept_vl that wrote it"
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+    backbone = description.get("backbone") if isinstance(description, dict) else None
+    official_one = isinstance(backbone, dict) and "official_config" in backbone
+    like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
+    problem = difference(description, like)
+    if not problem and description["prompt"] is not None:
+        problem = _wrong_size(description["prompt"])
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}")
+    fields: dict[str, Any] = description
+    return fields
+
+
+def _wrong_size(prompt: Mapping[str, Any]) -> str:
+    """What is wrong with the sizes of a prompt; empty if nothing is."""
+    for name, least in (("prompt_length", 0), ("rank", 0), ("max_source_length", 1), ("d_model", 1)):
+        if not least <= prompt[name] <= LARGEST_SIZE:
+            return f"expected prompt.{name} to be {least} to {LARGEST_SIZE:,}, found {prompt[name]!s:.60}"
+    scale = prompt["alpha"] / math.sqrt(prompt["rank"]) if prompt["rank"] else 0.0
+    if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
+        return f"expected prompt.scale to be alpha / sqrt(rank) = {scale}, found {prompt['scale']!s:.60}"
+    return ""
+
+
+def _shapes(prompt: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Of the tensors of a prompt, by its sizes."""
+    width, rank = prompt["d_model"], prompt["rank"]
+    shapes = {"prompt.soft_prompt": (prompt["prompt_length"], width)}
+    shapes |= {"prompt.lora_a": (prompt["max_source_length"], rank), "prompt.lora_b": (rank, width)}
+    return {name: shape for name, shape in shapes.items() if 0 not in shape}
+
+
+def _group(name: str) -> str:
+    """The group of `PromptedModel.parameter_groups` that a tensor of the file belongs to."""
+    if name.startswith("prompt."):
+        return "prompt" if name == "prompt.soft_prompt" else "low_rank"
+    return "backbone" if name.startswith("language.") else "visual_projection"
 
 
 def _sizes(prompt: DePT) -> dict[str, Any]:
@@ -305,34 +382,3 @@ def _identity(backbone: Backbone) -> dict[str, Any]:
         "fingerprint": backbone.fingerprint,
         "visual_position_bias": backbone.visual_position_bias,
     }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it: whole or not at all.
-
-    Raises:
-        OSError: If it cannot be written, naming the file; what was there before is untouched.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with writing(path), partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        # A full disk has no room for a part either.
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing it, where the system says only that there is no space left."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            error.filename = str(path)
-        raise

@@ -1,7 +1,6 @@
 """Flags from dataclasses; the only reader of the command line."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -11,7 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from dept_vl.config import RunConfig
+from dept_vl.config import RunConfig, validate
+from dept_vl.files import read_json
 from dept_vl.presets import PRESETS, with_preset
 
 
@@ -70,18 +70,20 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, or has a key that no option has or a value of another type.
+        ValueError: If it is no such file, has a key that no option has, or a value of another type or out of
+            range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    content = read_json(path)
     if isinstance(content, dict):
         content.pop("output_dir", None)
         content.pop("resume", None)
     config: RunConfig = _build(base or RunConfig(), content, str(path))
+    try:
+        validate(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return config
 
 
@@ -94,7 +96,7 @@ def _build(base: Any, content: Any, where: str) -> Any:
     names = {f.name for f in fields(kind)}
     unknown = sorted(content.keys() - names)
     if unknown:
-        raise ValueError(f"{where}: unknown options {unknown}; there are {sorted(names)}")
+        raise ValueError(f"{where}: unknown options {unknown[:5]!s:.300}; there are {sorted(names)}")
     values = {}
     for name, value in content.items():
         hint = hints[name]
@@ -102,14 +104,14 @@ def _build(base: Any, content: Any, where: str) -> Any:
             value = _build(getattr(base, name), value, f"{where}: {name}")
         elif is_dataclass(_element(hint)):
             if not isinstance(value, list):
-                raise ValueError(f"{where}: {name} is {value!r}; expected a list of objects")
+                raise ValueError(f"{where}: {name} is {value!r:.60}; expected a list of objects")
             value = tuple(
                 _build(_element(hint)(), part, f"{where}: {name}[{place}]")
                 for place, part in enumerate(value)
             )
         elif not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
-            raise ValueError(f"{where}: {name} is {value!r}; expected {expected}")
+            raise ValueError(f"{where}: {name} is {value!r:.60}; expected {expected}")
         elif value is not None and (hint is Path or Path in get_args(hint)):
             value = Path(value)
         elif hint is float:
@@ -130,4 +132,6 @@ def _fits(value: Any, hint: Any) -> bool:
     # `Literal[...] | None` is the older kind of union.
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
-    return type(value) in {Path: (str,), float: (float, int)}.get(hint, (hint,))
+    if hint is float and type(value) is int:
+        return abs(value) <= sys.float_info.max  # JSON's integers may have more digits
+    return type(value) in {Path: (str,), float: (float,)}.get(hint, (hint,))

@@ -1,16 +1,20 @@
 """Everything a run can be told; `cli` makes flags of it."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+import sys
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from dept_vl.batch import OnBadImage
+from dept_vl.dept import LARGEST_SIZE
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
+from dept_vl.vision import LARGEST_GRID
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,83 @@ FREE_TO_CHANGE = (
     "data.feature_memory",
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
+
+LARGEST_COUNT = 2**31 - 1
+_COUNT, _SOME, _SIZE = (0, LARGEST_COUNT), (1, LARGEST_COUNT), (0, LARGEST_SIZE)
+_FRACTION = (0.0, sys.float_info.max)
+RANGES: dict[str, tuple[int | float, int | float]] = {
+    "holdout_images": _COUNT,
+    "dev_limit": _COUNT,
+    "test_limit": _COUNT,
+    "task_batch_size": _COUNT,
+    "num_beams": (0, 1000),
+    "candidate_floor": _COUNT,
+    "feature_memory": (0.0, math.inf),
+    "vision_layer": (-1000, 1000),
+    "pooled_grid": (0, LARGEST_GRID),
+    "prompt_length": _SIZE,
+    "rank": _SIZE,
+    "reference_prompt_length": (1, LARGEST_SIZE),
+    "max_source_length": (1, LARGEST_SIZE),
+    "alpha": (-sys.float_info.max, sys.float_info.max),
+    "max_steps": _SOME,
+    "per_device_batch_size": _SOME,
+    "gradient_accumulation_steps": _SOME,
+    "max_grad_norm": (1e-9, math.inf),
+    "eval_every": _SOME,
+    "eval_batch_size": _SOME,
+    "checkpoint_every": _COUNT,
+    "patience": _COUNT,
+    "log_every": _SOME,
+    "num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),  # NumPy takes no other
+    "warmup_steps": _COUNT,
+    **dict.fromkeys((f.name for f in fields(OptimOptions) if f.name != "warmup_steps"), _FRACTION),
+}
+"""Least and largest value of every option that is a number."""
+
+
+def validate(config: RunConfig) -> None:
+    """Refuse numbers out of range, and text that no file system or tokenizer takes.
+
+    Raises:
+        ValueError: With every such option, its value and what is allowed.
+    """
+    parts: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "also"}
+    parts |= {f"also[{place}]": options for place, options in enumerate(config.also)}
+    problems = []
+    for part, options in parts.items():
+        inner = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
+        for name, value in inner.items() or [("", options)]:
+            allowed = _allowed(name, value)
+            if allowed:
+                option = f"{part}.{name}" if name else part
+                shown = str(value) if isinstance(value, Path) else value
+                problems.append(f"{option} is {shown!r:.60}; expected {allowed}")
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def _allowed(name: str, value: Any) -> str:
+    """What an option may be, if the value is not; empty if it is."""
+    if isinstance(value, str | Path):
+        text = str(value)
+        # Paths end at a zero byte; half of a surrogate pair is no character.
+        good = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
+        return "" if good else "text without zero bytes and lone surrogates"
+    if name in RANGES and value is not None:
+        low, high = RANGES[name]
+        if not low <= value <= high:
+            return _said(low, high)
+    return ""
+
+
+def _said(low: int | float, high: int | float) -> str:
+    """A range in words."""
+    if high < sys.float_info.max:
+        return f"{low:,} to {high:,}"
+    least = "" if low < 0 else f" of {low:g} or more"
+    return f"a {'number' if high == math.inf else 'finite number'}{least}"
 
 
 def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -26,6 +26,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+LARGEST_SIZE = 1_000_000
+"""Of a prompt, in any dimension, that a file may ask for."""
+
 
 class DePT(nn.Module):
     """The trainable prompt: `soft_prompt` (m, d), `lora_a` (s, r) and `lora_b` (r, d).

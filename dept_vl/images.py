@@ -9,8 +9,19 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from dept_vl.files import one_line
+
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of grey images with more than eight bits, which its own conversion would clip."""
+
+Image.init()  # registers what this Pillow reads; AVIF is not in all of them
+FORMATS = tuple(
+    form
+    for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
+    if form in Image.OPEN
+)
+"""What is read, whatever a file is called. Pillow knows 30 more, and runs other programs for some of them
+(Ghostscript for EPS)."""
 
 
 def read_image(path: Path) -> Image.Image:
@@ -20,7 +31,8 @@ def read_image(path: Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no whole image, or so large that it may be meant to fill the memory.
+        ValueError: If it is no whole image of one of `FORMATS`, or so large that it may be meant to fill
+            the memory.
         OSError: If the process may open no more files, or a network disk is gone.
     """
     try:
@@ -30,14 +42,14 @@ def read_image(path: Path) -> Image.Image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # What Pillow says of odd metadata is no fault of the pixels.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 image.load()
                 return to_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} is no readable image: {error} If it is meant to be so large, raise "
+            f"{path} is no readable image: {one_line(error)} If it is meant to be so large, raise "
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
@@ -45,7 +57,7 @@ def read_image(path: Path) -> Image.Image:
         # Nothing is wrong with the image, and it must not be left out for this.
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ESTALE):
             raise
-        problem = " ".join(str(error).split()) or type(error).__name__
+        problem = one_line(error)
         # What the system refuses, such as a folder, is not cured by another copy.
         advice = "" if isinstance(error, OSError) and error.errno else "; download it again"
         raise ValueError(f"{path} is no readable image: {problem}{advice}") from None
@@ -88,7 +100,7 @@ def confined(name: str, what: str) -> str:
         or ":" in name
         or min(name) < " "
     ):
-        raise ValueError(f"{what}: expected the name of an image inside its folder, found {name!r}")
+        raise ValueError(f"{what}: expected the name of an image inside its folder, found {name!r:.60}")
     return name
 
 

@@ -40,9 +40,10 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
     """An encoder-decoder or a decoder-only model of the Hub or the disk, in full precision.
 
     Raises:
-        ValueError: If its configuration is of neither kind.
+        ValueError: If its configuration is of neither kind, or it brings code of its own.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{name_or_path} is of type {config.model_type!r}, which transformers has neither as an "
@@ -50,7 +51,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
             "openai-community/gpt2"
         )
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(name_or_path, dtype=torch.float32)
+    model: PreTrainedModel = kind.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
     return model
 
 

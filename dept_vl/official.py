@@ -6,13 +6,15 @@ their fork of PEFT. Source: the adapters and the code that came with Shi & Lipan
 
 import io
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dept_vl.dept import LARGEST_SIZE
+from dept_vl.files import check_parameters, difference, read_json
 
 TENSORS_FILE = "adapter_model.bin"
 CONFIG_FILE = "adapter_config.json"
@@ -71,7 +73,7 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
     if found.keys() - set(NAMES.values()) or not found.keys() >= set(names.values()):
         raise ValueError(
             f"{folder / TENSORS_FILE} holds other tensors than an adapter: expected "
-            f"{sorted(NAMES.values())}, found {sorted(found)}"
+            f"{sorted(NAMES.values())}, found {sorted(found)!s:.300}"
         )
     tensors = {ours: found[theirs] for ours, theirs in names.items()}
     width, rank, longest = config["token_dim"], config["r"], config["max_length"]
@@ -119,32 +121,29 @@ def contents(
 
 
 def _read_config(path: Path, *, rank_counts: bool) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
         found = config.get("peft_type") if isinstance(config, dict) else config
         raise ValueError(
-            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found}"
+            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found!r:.60}"
         )
     sizes = ["num_virtual_tokens", "token_dim", "max_length"] + ["r"] * rank_counts
     wrong = {key: config.get(key) for key in sizes if not _is_size(config.get(key))}
     if not isinstance(config.get("base_model_name_or_path"), str):
         wrong["base_model_name_or_path"] = config.get("base_model_name_or_path")
-    alpha = config.get("lora_alpha")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        wrong["lora_alpha"] = alpha
+    if difference(config.get("lora_alpha"), float):
+        wrong["lora_alpha"] = config.get("lora_alpha")
     if wrong:
         raise ValueError(
-            f"{path} does not describe the adapter: expected sizes of 1 or more, a number for lora_alpha "
-            f"and a name for base_model_name_or_path; found {wrong}"
+            f"{path} does not describe the adapter: expected sizes of 1 to {LARGEST_SIZE:,}, a finite number "
+            f"for lora_alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
         )
-    return config
+    fields: dict[str, Any] = config
+    return fields
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -153,9 +152,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what a damaged pickle raises is anybody's guess
         found = None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and type(value) is Tensor and value.layout is torch.strided
+        for name, value in found.items()
+    ):
         raise ValueError(
             f"{path} is damaged or holds more than tensors; nothing else is read, because reading a "
             "pickle can run code"
         )
+    # A pickle may spread few bytes over a large tensor, by strides of 0, or squeeze them.
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    if claimed > path.stat().st_size:
+        raise ValueError(
+            f"{path} is damaged: expected tensors no larger than the file ({path.stat().st_size:,} bytes), "
+            f"found {claimed:,} bytes"
+        )
+    check_parameters(found, path)
     return found

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
-from dept_vl.checkpoint import Adapter, count_trainable, write_atomically, writing
+from dept_vl.checkpoint import Adapter, count_trainable
 from dept_vl.config import (
     BackboneOptions,
     DataOptions,
@@ -26,10 +26,12 @@ from dept_vl.config import (
     RunConfig,
     differences,
     to_json,
+    validate,
 )
 from dept_vl.dept import DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
+from dept_vl.files import read_object, write_atomically, writing
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
@@ -45,6 +47,19 @@ COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 LENGTH_SAMPLE = 2000
 """Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
+SUMMARY = {
+    "scores": {str: float},
+    "trainable_parameters": {str: int},
+    "seconds": float,
+    "train_seconds": float,
+    "steps": int,
+    "best_step": int,
+    "skipped_examples": int,
+    "unanswered_examples": int,
+    "tokens_per_example": float,
+    "reference_tokens_per_example": float,
+}
+"""Fields of `summary.json`, as `files.difference` has them."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +98,12 @@ def run(config: RunConfig) -> RunResult:
     Raises:
         FileExistsError: If the output folder already holds a run.
         FileNotFoundError: If data or images are missing.
-        ValueError: If options do not fit the data or the backbone; the message says which.
+        ValueError: If options are out of range, or do not fit the data or the backbone; the message says
+            which.
         OSError, RuntimeError: If the machine fails the run, as `explained` says it.
     """
     started = time.perf_counter()
+    validate(config)
     disable_progress_bar()  # transformers' bars for loading weights
     accelerator = Accelerator(
         # Said plainly, or accelerate takes several processes on a bare CPU for as many single runs.
@@ -229,7 +246,7 @@ def _only_deterministic() -> None:
 
 def _finished(output_dir: Path) -> RunResult:
     """What a run that ended before has left."""
-    summary = json.loads((output_dir / SUMMARY_FILE).read_text())
+    summary = read_object(output_dir / SUMMARY_FILE, SUMMARY)
     return RunResult(
         output_dir,
         summary["scores"],
@@ -382,7 +399,7 @@ def _holds_run(folder: Path) -> bool:
 
 def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
     """The newest whole checkpoint of a run that was started with the same options."""
-    started = json.loads((output_dir / CONFIG_FILE).read_text())
+    started = read_object(output_dir / CONFIG_FILE, dict)
     changed = differences(started, to_json(config))
     if changed:
         raise ValueError(

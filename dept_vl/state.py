@@ -25,17 +25,48 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from dept_vl.checkpoint import writing
+from dept_vl.files import (
+    check_parameters,
+    difference,
+    one_line,
+    read_json,
+    read_object,
+    read_tensors,
+    writing,
+)
 
 CHECKPOINTS = "checkpoints"
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""
 MANIFEST = "manifest.json"
 STATE_VERSION = 1
+
+DESCRIPTION = {
+    "version": STATE_VERSION,
+    "processes": int,
+    "progress": {
+        "steps": int,
+        "best_step": int,
+        "best_scores": {str: float},
+        "scores": {str: float},
+        "history": [[float]],
+        "evaluations_without_progress": int,
+        "examples": int,
+        "skipped": int,
+        "train_seconds": float,
+        "eval_seconds": float,
+        "stopped_by": int,
+    },
+    "optimizer": {str: [str]},
+    "rates": list,
+    "schedule": dict,
+}
+"""Fields of `state.json`, as `files.difference` has them."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW knows of a parameter."""
 
 
 @dataclass
@@ -148,23 +179,26 @@ class TrainingState:
         """Put model, optimizer and schedule back to a checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of another model, or of another number of processes.
+            ValueError: If the checkpoint is of another model or of another number of processes, or is
+                damaged.
         """
-        content = json.loads((place / "state.json").read_text())
+        content = read_object(place / "state.json", DESCRIPTION)
         processes = self.accelerator.num_processes
         if content["processes"] != processes:
             raise ValueError(
                 f"{place} is of {content['processes']} process(es), and this run has {processes}; go on with "
                 f"--num_processes {content['processes']}, or start a new run"
             )
-        tensors = load_file(place / "tensors.safetensors")
-        expected = {f"model.{name}" for name in self.trained}
-        found = {name for name in tensors if name.startswith("model.")}
-        if expected != found:
-            raise ValueError(
-                f"{place} is of another model: missing {sorted(expected - found)[:3]}, "
-                f"unknown {sorted(found - expected)[:3]}"
-            )
+        # `rates` and `schedule` go into the optimizer's and the schedule's own attributes.
+        problem = (
+            _unlike(content["rates"], self._rates(), "rates")
+            or _unlike(content["schedule"], self.schedule.state_dict(), "schedule")
+            or _impossible(content["progress"])
+        )
+        if problem:
+            raise ValueError(f"{place / 'state.json'} is damaged: {problem}")
+        tensors = read_tensors(place / "tensors.safetensors")
+        self._check_tensors(tensors, content["optimizer"], place)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -178,13 +212,54 @@ class TrainingState:
             group.update(rates)
         self.schedule.load_state_dict(content["schedule"])
         saved = content["progress"]
-        saved["history"] = [tuple(pair) for pair in saved["history"]]
-        return Progress(**saved)
+        saved["history"] = [(step, float(score)) for step, score in saved["history"]]
+        seconds = {name: float(saved[name]) for name in ("train_seconds", "eval_seconds")}
+        return Progress(**saved | seconds)
 
     def load_random_state(self, place: Path) -> None:
-        """Put this process's random generators back; last, since making a loader draws from them."""
-        rank = self.accelerator.process_index
-        _restore_random_state(load_file(place / f"rng-{rank}.safetensors"), self.accelerator.device)
+        """Put this process's random generators back; last, since making a loader draws from them.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = place / f"rng-{self.accelerator.process_index}.safetensors"
+        tensors = read_tensors(path)
+        try:
+            _restore_random_state(tensors, self.accelerator.device)
+        # Every generator has its own way of refusing a state.
+        except (LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is damaged: it holds no states of generators: {one_line(error)}"
+            ) from None
+
+    def _check_tensors(
+        self, tensors: Mapping[str, Tensor], moments: Mapping[str, list[str]], place: Path
+    ) -> None:
+        expected = {f"model.{name}" for name in self.trained}
+        found = {name for name in tensors if name.startswith("model.")}
+        if expected != found:
+            raise ValueError(
+                f"{place} is of another model: missing {sorted(expected - found)[:3]}, "
+                f"unknown {sorted(found - expected)[:3]}"
+            )
+        path = place / "tensors.safetensors"
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in self.trained.items()}
+        for name, keys in moments.items():
+            for key in keys:
+                whole = self.trained[name].shape if name in self.trained else torch.Size()
+                shapes[f"optimizer.{name}.{key}"] = () if key == "step" else tuple(whole)
+        known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(
+            key for keys in moments.values() for key in keys
+        )
+        if not known or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise ValueError(
+                f"{path} is damaged, or of another model: expected the tensors that state.json names, of "
+                "this model's shapes, found others"
+            )
+        check_parameters(tensors, path)
+
+    def _rates(self) -> list[dict[str, float]]:
+        return [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups]
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -200,7 +275,7 @@ class TrainingState:
             "processes": self.accelerator.num_processes,
             "progress": asdict(progress),
             "optimizer": {name: sorted(self.optimizer.state[p]) for name, p in self.trained.items()},
-            "rates": [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups],
+            "rates": self._rates(),
             "schedule": self.schedule.state_dict(),
         }
 
@@ -228,23 +303,51 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 def check(place: Path) -> str:
     """What is wrong with a checkpoint; empty if nothing is."""
     try:
-        manifest = json.loads((place / MANIFEST).read_text())
+        manifest = read_json(place / MANIFEST)
         if manifest != _manifest(place):
             return f"{place} is damaged: its files are not those of its {MANIFEST}"
-        version = json.loads((place / "state.json").read_text())["version"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        return f"{place} is damaged: {error}"
+        version = read_json(place / "state.json")["version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{place} is damaged: {one_line(error)}"
     if version != STATE_VERSION:
-        return f"{place} has format version {version}; this dept_vl reads {STATE_VERSION}"
+        return f"{place} has format version {version!r:.60}; this dept_vl reads {STATE_VERSION}"
     return ""
 
 
 def _manifest(folder: Path) -> dict[str, list[Any]]:
     return {
-        path.name: [path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        path.name: [path.stat().st_size, _digest(path)]
         for path in sorted(folder.iterdir())
         if path.name != MANIFEST
     }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unlike(found: Any, own: Any, name: str) -> str:
+    """Where a state differs in kind from one's own; empty if nowhere."""
+    if isinstance(own, dict) and isinstance(found, dict) and found.keys() == own.keys():
+        places = [(found[key], own[key], f"{name}.{key}") for key in own]
+    elif isinstance(own, list) and isinstance(found, list) and len(found) == len(own):
+        places = [(found[place], own[place], f"{name}[{place}]") for place in range(len(own))]
+    elif isinstance(own, dict | list):
+        return f"expected {name} to be like {own!r:.200}, found {found!r:.200}"
+    else:
+        return difference(found, type(own), name)
+    return next(filter(None, (_unlike(*place) for place in places)), "")
+
+
+def _impossible(progress: Mapping[str, Any]) -> str:
+    """What no run can have counted; empty if nothing."""
+    negative = {name: value for name, value in progress.items() if type(value) in (int, float) and value < 0}
+    if negative:
+        return f"expected counts of 0 or more in progress, found {negative!s:.200}"
+    if any(len(pair) != 2 or type(pair[0]) is not int for pair in progress["history"]):
+        return "expected pairs of a step and a score in progress.history"
+    return ""
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

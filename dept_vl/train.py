@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, outlive_signals
-from dept_vl.checkpoint import Adapter, write_atomically, writing
+from dept_vl.checkpoint import Adapter
 from dept_vl.evaluate import evaluate
+from dept_vl.files import one_line, write_atomically, writing
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
@@ -382,7 +383,13 @@ def _cut_log(path: Path, steps: int) -> None:
     if not path.is_file():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
+            "move it away to go on without it"
+        ) from None
     write_atomically(path, "".join(kept).encode())
 
 

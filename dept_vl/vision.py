@@ -20,6 +20,9 @@ from dept_vl.images import to_rgb
 CONVOLUTIONAL = 4
 """Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
 
+LARGEST_GRID = 256
+"""Side of a pooled grid; towers have 50 or so at most."""
+
 
 class VisionEncoder(nn.Module):
     """Images in, visual tokens out; never trained.
@@ -31,6 +34,9 @@ class VisionEncoder(nn.Module):
         class_token: Keep the class token (and registers) in front of the patch tokens.
         pooled_grid: Adaptively max-pool the patch grid to `pooled_grid` x `pooled_grid` tokens
             (published for CLIP RN101: 7x7 to 6x6); 0 keeps every patch.
+
+    Raises:
+        ValueError: If there is no such layer or grid.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class VisionEncoder(nn.Module):
         self.processor = processor
         self.layer = layer
         self.class_token = class_token
+        if not 0 <= pooled_grid <= LARGEST_GRID:
+            raise ValueError(f"expected pooled_grid to be 0 to {LARGEST_GRID}, got {pooled_grid}")
         self.pooled_grid = pooled_grid
         pixels = self.preprocess([Image.new("RGB", (8, 8))])
         self.pixel_shape = tuple(pixels.shape[1:])
@@ -65,14 +73,19 @@ class VisionEncoder(nn.Module):
 
         Raises:
             OSError: If there is no such model, as transformers says it.
+            ValueError: If it brings code of its own, or has no such layer.
         """
-        config = AutoConfig.from_pretrained(name_or_path)
+        # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         # A two-tower checkpoint (CLIP, SigLIP) names its image half; the rest is never loaded.
         config = getattr(config, "vision_config", config)
-        model = AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+        model = AutoModel.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
+        )
         # timm's processor exists for one backend; asking for another makes transformers warn.
         backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}
-        return cls(model, AutoImageProcessor.from_pretrained(name_or_path, **backend), **options)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)
+        return cls(model, processor, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and processor in the standard layout."""
@@ -104,7 +117,8 @@ class VisionEncoder(nn.Module):
         """Visual tokens of preprocessed images.
 
         Raises:
-            ValueError: If a class token is asked for at a layer that timm gives without one.
+            ValueError: If there is no such layer, or a class token is asked for at one that timm gives
+                without.
         """
         timm_model = getattr(self.model, "timm_model", None)
         if self.layer == -1:
@@ -113,6 +127,12 @@ class VisionEncoder(nn.Module):
                 hidden = hidden.permute(0, 3, 1, 2)
         else:
             outputs = self.model(pixel_values=pixel_values, output_hidden_states=True)
+            count = len(outputs.hidden_states)
+            if not -count <= self.layer < count:
+                raise ValueError(
+                    f"the image encoder has {count} hidden states and vision_layer is {self.layer}; choose "
+                    f"one of {-count} to {count - 1}"
+                )
             hidden = outputs.hidden_states[self.layer]
             if self.class_token and getattr(timm_model, "num_prefix_tokens", 0) > 0:
                 raise ValueError(

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import struct
+import subprocess
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import EpsImagePlugin, Image, features
 
 from dept_vl.images import confined, missing_files, read_image
 
@@ -302,21 +303,31 @@ def test_damaged_image_is_refused_or_read(tmp_path: Path, monkeypatch: pytest.Mo
             refused(path)
 
 
-def blp() -> bytes:
-    content = bytearray(encoded(PICTURE.quantize(), "BLP"))
-    content[4:8] = struct.pack("<i", 77)
-    return bytes(content)
+def test_a_half_avif(tmp_path: Path) -> None:
+    if not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    content = encoded(PICTURE, "AVIF")
+    refused(write(tmp_path, content[: len(content) // 2]))  # a RuntimeError
 
 
-def test_decoders_that_raise_anything(tmp_path: Path) -> None:
-    assert "Unknown BLP compression 77" in refused(write(tmp_path, blp()))  # a NotImplementedError
-    if features.check("avif"):
-        content = encoded(PICTURE, "AVIF")
-        refused(write(tmp_path, content[: len(content) // 2]))  # a RuntimeError
+@pytest.mark.parametrize("form", ["EPS", "BLP", "PDF", "SGI"])
+def test_formats_of_no_data_set_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    """Pillow would read an EPS, whatever its name, by running Ghostscript."""
+
+    def no_program(*_: Any, **__: Any) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "check_call", no_program)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", no_program)
+    picture = PICTURE.quantize() if form == "BLP" else PICTURE
+    assert "cannot identify image file" in refused(write(tmp_path, encoded(picture, form)))
 
 
 @pytest.mark.parametrize(
-    "error", [struct.error("two\nlines"), MemoryError(), AttributeError("x"), KeyError(1)]
+    "error",
+    [struct.error("two\nlines"), MemoryError(), AttributeError("x"), KeyError(1), NotImplementedError("x")],
 )
 def test_no_error_of_a_decoder_escapes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

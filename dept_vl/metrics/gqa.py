@@ -37,7 +37,7 @@ def _field(where: str, record: object, path: str, kind: type | UnionType) -> Any
             )
         value = value[key]
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: expected {path!r} to be of type {kind}, found {value!r}")
+        raise ValueError(f"{where}: expected {path!r} to be of type {kind}, found {value!r:.60}")
     return value
 
 
@@ -89,7 +89,7 @@ class GqaQuestion:
         Raises:
             ValueError: If a key is missing or its value is of another type; says of which question.
         """
-        where = f"GQA question {question_id!r}"
+        where = f"GQA question {question_id!r:.60}"
         return cls(
             question_id=question_id,
             question=_field(where, record, "question", str),

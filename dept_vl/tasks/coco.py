@@ -186,7 +186,7 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str]) -> CaptionScore
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(read_list(path, "images", KARPATHY_SOURCE)):
-        where = f"{path}, images[{number}] (cocoid {row.get('cocoid')!r})"
+        where = f"{path}, images[{number}] (cocoid {row.get('cocoid')!r:.60})"
         sentences = field(row, "sentences", list, where)
         captions = []
         for sentence in sentences:

@@ -176,7 +176,7 @@ def _finished_counts(output_dir: Path) -> dict[str, int] | None:
     try:
         expected = json.loads((output_dir / MARKER).read_text(encoding="utf-8"))
         counts = _count(output_dir)
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return counts if counts == expected else None
 

@@ -222,8 +222,11 @@ def read_choices(path: Path) -> Choices:
     content: dict[str, Any] = {}
     known: dict[str, tuple[str, ...]] = {}
     for question_id, record in read_mapping(path, SOURCE):
-        where = f"{path}, question {question_id!r}"
+        where = f"{path}, question {question_id!r:.60}"
         answers = {kind: tuple(field(record, kind, list, where)) for kind in ("valid", "plausible")}
+        other = [one for values in answers.values() for one in values if not isinstance(one, str)]
+        if other:
+            raise ValueError(f"{where}: expected answers of text, found {other[0]!r:.60}")
         # The same lists come again and again; each is kept once.
         content[question_id] = {
             kind: known.setdefault(json.dumps(values), values) for kind, values in answers.items()
@@ -234,7 +237,7 @@ def read_choices(path: Path) -> Choices:
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     answered: bool | None = None
     for question_id, record in read_mapping(path, SOURCE):
-        where = f"{path}, question {question_id!r}"
+        where = f"{path}, question {question_id!r:.60}"
         if answered is None:
             answered = "answer" in record
         if answered != ("answer" in record):

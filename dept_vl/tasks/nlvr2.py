@@ -154,26 +154,25 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         identifier = confined(field(row, "identifier", str, where), f"{where}, identifier")
         parts = identifier.split("-")
         if len(parts) != 4 or "/" in identifier:
-            raise ValueError(f"{where}: expected an identifier split-set-pair-sentence, found {identifier!r}")
+            raise ValueError(
+                f"{where}: expected an identifier split-set-pair-sentence, found {identifier!r:.60}"
+            )
+        shown = repr(identifier)[1:61].rstrip("'")  # escaped: it may hold half of a surrogate pair
         label = row.get("label")
         # A tuple: a list or an object, which no dictionary looks up, is refused as well.
         if label not in (None, *VERBALIZER):
-            raise ValueError(
-                f"{where} ({identifier}): expected the label 'True' or 'False', found {label!r:.60}"
-            )
+            raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {label!r:.60}")
         if labelled is None:
             labelled = label is not None
         if labelled != (label is not None):
             raise ValueError(
-                f"{where} ({identifier}): expected a label in every record or in none, found "
+                f"{where} ({shown}): expected a label in every record or in none, found "
                 f"{'no label here' if labelled else 'one here'} and the opposite before; download the "
                 f"file again from {SOURCE}"
             )
         # Training images lie in a hundred numbered folders, the others in one.
         directory = row.get("directory")
-        folder = (
-            "" if directory is None else confined(f"{directory}", f"{where} ({identifier}), directory") + "/"
-        )
+        folder = "" if directory is None else confined(f"{directory}", f"{where} ({shown}), directory") + "/"
         pair = "-".join(parts[:3])
         yield {
             "identifier": identifier,

@@ -37,6 +37,7 @@ from dept_vl.tasks.sources import Published, find, find_folder
 SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"
 MINIVAL_SOURCE = "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"
+LARGEST_ID = 2**63 - 1
 ANSWERS = 10
 """Human answers to a question."""
 
@@ -300,7 +301,7 @@ def _records(questions_file: Path, annotations_file: Path | None, subtype: str) 
     asked: set[int] = set()
     unanswered: list[int] = []
     for row in read_list(questions_file, "questions", SOURCE):
-        where = f"{questions_file}, question {row.get('question_id')!r}"
+        where = f"{questions_file}, question {row.get('question_id')!r:.60}"
         question_id = field(row, "question_id", int, where)
         if annotations_file and question_id not in annotations:
             unanswered.append(question_id)
@@ -326,7 +327,7 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # The same few thousand answers come again and again; each is kept once.
     known: dict[str, str] = {}
     for row in read_list(path, "annotations", SOURCE):
-        where = f"{path}, question {row.get('question_id')!r}"
+        where = f"{path}, question {row.get('question_id')!r:.60}"
         question_id = field(row, "question_id", int, where)
         answers = field(row, "answers", list, where)
         if len(answers) != ANSWERS:
@@ -363,7 +364,12 @@ def _listed(rows: Rows, root: Path, split: str) -> Rows:
 
 
 def _minival_ids(path: Path) -> list[int]:
-    return [
-        field(row, "question_id", int, f"{path}, entry {number}")
-        for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
-    ]
+    ids = []
+    for number, row in enumerate(read_array(path, MINIVAL_SOURCE)):
+        question_id = field(row, "question_id", int, f"{path}, entry {number}")
+        if abs(question_id) > LARGEST_ID:
+            raise ValueError(
+                f"{path}, entry {number}: expected 'question_id' to fit 64 bits, found {question_id!r:.60}"
+            )
+        ids.append(question_id)
+    return ids
