@@ -175,7 +175,10 @@ def read_candidates(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a JSON list of answers") from None
     if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
         raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
     return tuple(content)
