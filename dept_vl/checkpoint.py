@@ -107,6 +107,30 @@ class Adapter:
             },
         )
 
+    @classmethod
+    def of_prompt(
+        cls, prompt: DePT, backbone: dict[str, Any], *, task: str, metrics: Mapping[str, float]
+    ) -> "Adapter":
+        """Copy a prompt that is trained on a model of someone else's (see `attach`).
+
+        Args:
+            prompt: Of which all is kept.
+            backbone: What the attribute of that name says of the model.
+            task: The task it was trained on.
+            metrics: Figures, on the task's own scale.
+        """
+        return cls(
+            prompt=_sizes(prompt),
+            backbone=backbone,
+            task=task,
+            metrics=dict(metrics),
+            trainable_parameters=_count(prompt.parameter_groups()),
+            tensors={
+                "prompt." + name: parameter.detach().to("cpu", copy=True).contiguous()
+                for name, parameter in prompt.named_parameters()
+            },
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write both files, each beside its final name first, so that no half-written one is left."""
         folder = Path(folder)
@@ -207,13 +231,21 @@ class Adapter:
             ValueError: If this is another backbone, or the tensors are not those described.
         """
         self._check_backbone(backbone)
-        prompt = None
-        if self.prompt is not None:
-            sizes = {key: value for key, value in self.prompt.items() if key not in ("d_model", "scale")}
-            prompt = DePT(self.prompt["d_model"], **sizes)
+        prompt = None if self.prompt is None else self.new_prompt()
         model = PromptedModel(backbone, prompt)
         self.apply(model)
         return model
+
+    def new_prompt(self) -> DePT:
+        """A prompt of the sizes described, not yet with the tensors.
+
+        Raises:
+            ValueError: If there is no prompt in the adapter.
+        """
+        if self.prompt is None:
+            raise ValueError(f"this adapter of {self.backbone['name']} holds no prompt")
+        sizes = {key: value for key, value in self.prompt.items() if key not in ("d_model", "scale")}
+        return DePT(self.prompt["d_model"], **sizes)
 
     def apply(self, model: PromptedModel) -> None:
         """Put the tensors into a model built alike."""

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 LARGEST_SIZE = 1_000_000
 """Of a prompt, in any dimension, that a file may ask for."""
+COMMON_TOKENS = 5000
+"""Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 
 
 class DePT(nn.Module):

@@ -28,7 +28,7 @@ from dept_vl.config import (
     to_json,
     validate,
 )
-from dept_vl.dept import DePT, sample_vocabulary, solve_rank
+from dept_vl.dept import COMMON_TOKENS, DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.files import read_object, write_atomically, writing
@@ -44,8 +44,6 @@ from dept_vl.tasks.nlp import TextTask
 from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
-COMMON_TOKENS = 5000
-"""Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 LENGTH_SAMPLE = 2000
 """Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
 SUMMARY = {
