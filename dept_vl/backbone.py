@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dept_vl.files import check_parameters, load_exactly, read_object, read_tensors
-from dept_vl.language import VisualPositionBias, choose_kind, load_language
+from dept_vl.language import VisualPositionBias, choose_kind, load_language, reads_in_blocks
 from dept_vl.vision import VisionEncoder
 
 BACKBONE_FILE = "backbone.json"
@@ -81,7 +81,8 @@ class Backbone(nn.Module):
         fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
 
     Raises:
-        ValueError: If the language model is of no kind that is supported, or cannot read images.
+        ValueError: If the language model is of no kind that is supported, or cannot read images, or not
+            with this `visual_position_bias`.
     """
 
     def __init__(
@@ -108,6 +109,11 @@ class Backbone(nn.Module):
             raise ValueError(
                 f"visual tokens are read by an encoder, and {name} has none ({type(language).__name__}): "
                 "leave the vision tower out, or take an encoder-decoder such as google-t5/t5-base"
+            )
+        if vision is not None and visual_position_bias == "none" and reads_in_blocks(language):
+            raise ValueError(
+                f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
+                "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
             )
         self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
         self.d_model: int = self.kind.word_embeddings.embedding_dim

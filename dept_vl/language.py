@@ -132,10 +132,11 @@ class EncoderDecoder(LanguageModel):
             if self.visual_position_bias == "relative":
                 # Padding between text and image would shift the image's positions: it goes last.
                 embeddings, mask = pack(embeddings, mask)
+        inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
         if self.visual_position_bias == "relative":
-            return self.reader(inputs_embeds=embeddings, attention_mask=mask), mask
+            return self.reader(**inputs), mask
         segments = (prompt_length, visual_length)
-        output = self.reader(inputs_embeds=embeddings, attention_mask=mask, segments=segments)
+        output = self.reader(**inputs, segments=segments)
         if output.last_hidden_state.requires_grad:
             # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
             output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
@@ -165,7 +166,7 @@ class EncoderDecoder(LanguageModel):
         """Hook the encoder's own position modules; the hooks read the segments of the running call."""
         hooked = False
         for name, module in self.reader.named_modules():
-            if name.endswith("relative_attention_bias"):  # in the first block; UMT5: in every block
+            if name.endswith(".relative_attention_bias"):  # in the first block; UMT5: in every block
                 module.register_forward_hook(self._without_visual_bias)
                 hooked = True
             elif name == "embed_positions":
@@ -320,6 +321,11 @@ def choose_kind(
             f"makes {found} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
         )
     return kind
+
+
+def reads_in_blocks(model: PreTrainedModel) -> bool:
+    """Whether the encoder's self-attention goes by blocks of the source: LongT5's, both kinds."""
+    return hasattr(model.config, "encoder_attention_type")
 
 
 def pack(

@@ -14,13 +14,19 @@ from torch.nn import functional
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    LongT5Config,
+    LongT5ForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     PreTrainedModel,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 from dept_vl.backbone import Backbone, VisualProjection, fingerprint
+from dept_vl.dept import DePT
 from dept_vl.language import pack
+from dept_vl.model import PromptedModel
 from dept_vl.vision import VisionEncoder
 
 MODES = ("none", "relative")
@@ -225,6 +231,107 @@ def test_every_block_with_a_bias_of_its_own_is_kept_to_text(t5: Backbone) -> Non
         if "relative_attention_bias" in name:
             nn.init.normal_(parameter, std=2.0)
     assert shuffled_alike(Backbone(t5.vision, umt5, t5.tokenizer, name="umt5").eval())
+
+
+# -- T5's relatives, as they come from the disk
+
+RELATIVES = ("mt5", "longt5-local", "longt5-global")
+
+
+@pytest.fixture(scope="module")
+def relatives(tmp_path_factory: pytest.TempPathFactory, language_folders: dict[str, Path]) -> dict[str, Path]:
+    """Folders of an mT5 and two LongT5, whose blocks are shorter than the texts of the tests."""
+    root = tmp_path_factory.mktemp("relatives")
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "d_model": D_MODEL,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "num_layers": 2,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    }
+    blocks = {"local_radius": 3, "global_block_size": 4}
+    torch.manual_seed(0)
+    models = {
+        "mt5": MT5ForConditionalGeneration(MT5Config(**sizes)),
+        "longt5-local": LongT5ForConditionalGeneration(
+            LongT5Config(**sizes, **blocks, encoder_attention_type="local")
+        ),
+        "longt5-global": LongT5ForConditionalGeneration(
+            LongT5Config(**sizes, **blocks, encoder_attention_type="transient-global")
+        ),
+    }
+    for name, model in models.items():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.25)
+        model.save_pretrained(root / name)
+        AutoTokenizer.from_pretrained(language_folders["t5"]).save_pretrained(root / name)
+    return {name: root / name for name in models}
+
+
+def prompted_relative(folder: Path, tower: Path | None, mode: str) -> PromptedModel:
+    backbone = Backbone.from_pretrained(language=folder, vision=tower, visual_position_bias=mode)  # type: ignore[arg-type]
+    prompt = DePT(D_MODEL, prompt_length=PROMPT, rank=2, max_source_length=20)
+    for parameter in prompt.parameters():
+        nn.init.normal_(parameter)
+    return PromptedModel(backbone, prompt).eval()
+
+
+@pytest.mark.parametrize("with_image", [False, True])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_is_prompted_like_its_parts_by_hand(
+    relatives: dict[str, Path], vision_folders: dict[str, Path], name: str, with_image: bool
+) -> None:
+    model = prompted_relative(relatives[name], vision_folders["clip"] if with_image else None, "relative")
+    backbone, prompt, reference = model.backbone, model.prompt, stock(relatives[name])
+    lengths = (19, 4, 9)
+    text, labels = random_text(backbone, lengths), torch.randint(5, VOCABULARY, (3, 4))
+    features = random_features(backbone, 3) if with_image else None
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
+    with torch.no_grad():
+        logits = model(**text, labels=labels, visual_features=features).logits
+        tokens = model.generate(**text, visual_features=features, **options)
+        for row, length in enumerate(lengths):
+            words = reference.get_input_embeddings()(text["input_ids"][row, :length])
+            alone = [prompt.soft_prompt, words + prompt.scale * prompt.lora_a[:length] @ prompt.lora_b]
+            if features is not None:
+                alone.append(backbone.project(visual_features=features[row : row + 1])[0])
+            inputs = {"inputs_embeds": torch.cat(alone)[None]}
+            torch.testing.assert_close(
+                logits[row],
+                reference(**inputs, labels=labels[row : row + 1]).logits[0],
+                rtol=1e-4,
+                atol=1e-4,
+            )
+            assert torch.equal(tokens[row], reference.generate(**inputs, **options)[0])
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_relative_passes_gradients_on_to_the_prompt_alone(relatives: dict[str, Path], name: str) -> None:
+    model = prompted_relative(relatives[name], None, "none")
+    text = random_text(model.backbone, (19, 4, 9))
+    model(**text, labels=torch.randint(5, VOCABULARY, (3, 4))).loss.backward()
+    moved = {part for part, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
+
+
+def test_mt5_keeps_its_positions_to_the_text(relatives: dict[str, Path], t5: Backbone) -> None:
+    mt5 = stock(relatives["mt5"])
+    assert shuffled_alike(Backbone(t5.vision, mt5, t5.tokenizer, name="mt5").eval())
+
+
+def test_longt5_cannot_keep_its_positions_to_the_text(
+    relatives: dict[str, Path], vision_folders: dict[str, Path]
+) -> None:
+    for name in ("longt5-local", "longt5-global"):
+        with pytest.raises(ValueError, match=r"reads in blocks .* --visual_position_bias relative"):
+            Backbone.from_pretrained(language=relatives[name], vision=vision_folders["clip"])
 
 
 # -- padding
