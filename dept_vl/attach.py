@@ -10,8 +10,9 @@
 All four write the image's features over placeholder tokens of the source. The text encoder then reads
 `[P ; E]` with the offset on the embeddings of the text alone: a token's position is its place among the text
 tokens of its row, wherever image and padding are, and P stands in front of the first token that is not
-padding. Every position counts as the stock encoder counts it (BART's learned ones too, so that P takes m
-of them). The decoder's cross-attention mask grows by the m positions of P.
+padding. Every position counts as the stock encoder counts it: BART's learned ones too, so that P takes m of
+them, and T5Gemma 2's windows, so that in its sliding layers only what is near the front sees P. The decoder's
+cross-attention mask grows by the m positions of P.
 
 Three hooks do it: on the word embeddings (which tokens are text?), before the text encoder, and before the
 decoder (its mask). They are entered by `forward` and `generate` alike.
@@ -29,6 +30,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dept_vl.backbone import fingerprint
 from dept_vl.checkpoint import Adapter
@@ -56,7 +58,7 @@ class Parts:
         positions: How many the encoder has; None where there is no limit.
     """
 
-    embedding: nn.Module
+    embedding: nn.Embedding
     encoder: nn.Module
     decoder: nn.Module
     image_tokens: tuple[int, ...]
@@ -69,7 +71,7 @@ class Parts:
         return width
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Parts":
+    def of(cls, model: PreTrainedModel) -> "Parts":
         """Find them in a model.
 
         Raises:
@@ -113,7 +115,7 @@ class Parts:
 
 
 def new_prompt(
-    model: nn.Module, *, prompt_length: int, rank: int, max_source_length: int, seed: int = 0
+    model: PreTrainedModel, *, prompt_length: int, rank: int, max_source_length: int, seed: int = 0
 ) -> DePT:
     """A prompt of the model's width that starts from words of its vocabulary.
 
@@ -141,7 +143,7 @@ def new_prompt(
     return prompt
 
 
-def attach(model: nn.Module, prompt: DePT) -> "Attached":
+def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
     """Put a prompt on a model, freeze the model, and return the handle that takes both back.
 
     Args:
@@ -179,7 +181,7 @@ class Attached(nn.Module):
         prompt: What is trained.
     """
 
-    def __init__(self, model: nn.Module, prompt: DePT, parts: Parts) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: DePT, parts: Parts) -> None:
         super().__init__()
         self.model = model
         self.prompt = prompt
@@ -196,7 +198,7 @@ class Attached(nn.Module):
         ]
 
     @classmethod
-    def load(cls, folder: str | Path, model: nn.Module) -> "Attached":
+    def load(cls, folder: str | Path, model: PreTrainedModel) -> "Attached":
         """Attach what `save` wrote; to go on training, or to answer.
 
         Raises:
@@ -289,7 +291,7 @@ class Attached(nn.Module):
             )
         self._check_length(ids.shape[1])
         text = mask.bool() & self._is_text(ids)
-        prompt, embeddings = self._apply(embeddings, text)
+        prompt, embeddings = self._shift(embeddings, text)
         named |= {
             "input_ids": None,
             "inputs_embeds": insert(prompt, embeddings, mask),
@@ -350,7 +352,7 @@ class Attached(nn.Module):
                 "(prompt_length) or the text"
             )
 
-    def _apply(
+    def _shift(
         self, embeddings: Float[Tensor, "batch source d_model"], text: Bool[Tensor, "batch source"]
     ) -> tuple[Float[Tensor, "batch prompt d_model"], Float[Tensor, "batch source d_model"]]:
         """P for every row, and the embeddings with the offset where the text is.
@@ -387,8 +389,9 @@ def insert(
     return both.gather(1, source.view(*source.shape, *(1,) * (both.ndim - 2)).expand_as(both))
 
 
-def _name(model: nn.Module) -> str:
-    return model.name_or_path or type(model).__name__
+def _name(model: PreTrainedModel) -> str:
+    name: str = model.name_or_path
+    return name or type(model).__name__
 
 
 def _special_tokens(encoder: nn.Module) -> list[int]:
@@ -397,7 +400,7 @@ def _special_tokens(encoder: nn.Module) -> list[int]:
     return [token for token in ids if isinstance(token, int)]
 
 
-def _base(model: nn.Module) -> dict[str, Any]:
+def _base(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter says of the model that it belongs to."""
     # Weights that lie on no device (offloaded) are not at hand.
     weights = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
@@ -413,7 +416,7 @@ def _base(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _check_base(adapter: Adapter, model: nn.Module) -> None:
+def _check_base(adapter: Adapter, model: PreTrainedModel) -> None:
     """Refuse a model of another class or embedding table; warn of one with other weights elsewhere."""
     here, there = _base(model), adapter.backbone
     trained_on = there["fingerprint"] or {}

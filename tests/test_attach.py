@@ -3,13 +3,14 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, VOCABULARY, random_image
+from conftest import D_MODEL, VOCABULARY
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
@@ -350,6 +351,27 @@ def test_what_the_encoder_gives_is_m_longer_and_may_be_given_back(
         torch.testing.assert_close(again.logits, out.logits)
 
 
+def test_the_encoder_alone_reads_the_prompt(model: PreTrainedModel, family: str) -> None:
+    inputs = inputs_of(family)
+    ids, mask = inputs["input_ids"].clamp(max=IMAGE - 1), inputs["attention_mask"]
+    attached = attach(model, trained_prompt(max_source_length=20))
+    with torch.no_grad():
+        named = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        in_order = model.get_encoder()(ids, mask).last_hidden_state
+    assert named.shape[1] == ids.shape[1] + attached.prompt.prompt_length
+    assert torch.equal(named, in_order)
+
+
+def test_given_positions_make_room_for_the_prompt(make: Callable[[str], PreTrainedModel]) -> None:
+    attached = attach(make("t5gemma2"), trained_prompt())
+    for side in ("right", "left"):
+        inputs = inputs_of("t5gemma2", side=side)
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        torch.testing.assert_close(
+            logits(attached, {**inputs, "position_ids": positions}), logits(attached, inputs)
+        )
+
+
 # -- the offset, and where it goes
 
 
@@ -527,6 +549,51 @@ def test_half_precision(model: PreTrainedModel, family: str) -> None:
     out.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in attached.prompt.parameters())
     assert attached.generate(**inputs, max_new_tokens=3).shape[0] == len(TEXTS)
+
+
+def test_model_and_prompt_are_moved_together(model: PreTrainedModel, family: str) -> None:
+    inputs = inputs_of(family)
+    attached = attach(model, trained_prompt())
+    expected = logits(attached, inputs)
+    attached.double()
+    assert all(p.dtype == torch.float64 for p in attached.parameters())
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    torch.testing.assert_close(logits(attached, inputs).float(), expected, rtol=1e-3, atol=1e-3)
+
+
+def readme_example(*words: str) -> str:
+    """The one block of Python in the README that has these words."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (block,) = [block for block in blocks if all(word in block for word in words)]
+    return block
+
+
+def test_the_readme_trains_and_answers(
+    make: Callable[[str], PreTrainedModel],
+    language_folders: dict[str, Path],
+    images: list[Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size = {"height": PIXELS["blip2"], "width": PIXELS["blip2"]}
+    processor = Blip2Processor(
+        BlipImageProcessor(size=size),
+        AutoTokenizer.from_pretrained(language_folders["t5"]),
+        num_query_tokens=IMAGE_TOKENS["blip2"],
+    )
+    model = make("blip2")
+    model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+    model.resize_token_embeddings(len(processor.tokenizer))
+    monkeypatch.chdir(tmp_path)
+    for part in (model, processor):
+        part.save_pretrained("blip2")
+    questions, answers = ["how many ?", "what colour is the circle ?"], ["two", "green"]
+    found = {"batches": [(images[:2], questions, answers)] * 2, "image": images[0], "question": "how many ?"}
+    for block in (readme_example("Blip2Processor", "build_optimizer"), readme_example("Attached.load")):
+        exec(block.replace("Salesforce/blip2-flan-t5-xl", "blip2"), found)
+    assert Adapter.load("runs/blip2").trainable_parameters["total"] == 60 * D_MODEL + (64 + D_MODEL) * 30
+    assert isinstance(found["answer"], str)
 
 
 def test_wrappers_find_the_prompt(make: Callable[[str], PreTrainedModel], tmp_path: Path) -> None:
