@@ -106,14 +106,14 @@ def from_peft(
     state = own_names(tensors)
     with torch.device("meta"):  # compared before anything of the claimed size is made
         shapes = {
-            name: p.shape
+            name: tuple(p.shape)
             for name, p in DePT(backbone.d_model, **sizes, alpha=config["alpha"]).named_parameters()
         }
-    found = {name: tensor.shape for name, tensor in state.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if found != shapes:
         raise ValueError(
-            f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the tensors "
-            f"{ {k: tuple(v) for k, v in shapes.items()} }, found { {k: tuple(v) for k, v in found.items()}!s:.300}"
+            f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
+            f"tensors {shapes}, found {found!s:.300}"
         )
     prompt = DePT(backbone.d_model, **sizes, alpha=config["alpha"])
     load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
@@ -128,7 +128,8 @@ def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def encoder_name(model: PreTrainedModel) -> str:
     """The name of an encoder-decoder's encoder in the model: `encoder` in T5, `model.encoder` in BART."""
     encoder = model.get_encoder()
-    return next(name for name, module in model.named_modules() if module is encoder)
+    name: str = next(name for name, module in model.named_modules() if module is encoder)
+    return name
 
 
 def _check_positions(backbone: Backbone) -> None:
@@ -142,8 +143,8 @@ def _check_positions(backbone: Backbone) -> None:
     if backbone.visual_position_bias == "none" and "embed_positions" in names:
         raise ValueError(
             f"in PEFT the encoder of {backbone.name} counts the positions of the prompt, and with "
-            "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load the "
-            "backbone with visual_position_bias='relative'"
+            "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load "
+            "the backbone with visual_position_bias='relative'"
         )
 
 
@@ -175,8 +176,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         wrong["base_model_name_or_path"] = config["base_model_name_or_path"]
     if wrong:
         raise ValueError(
-            f"{path} does not describe the adapter: expected sizes up to {LARGEST_SIZE:,}, a finite number for "
-            f"alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
+            f"{path} does not describe the adapter: expected sizes up to {LARGEST_SIZE:,}, a finite number "
+            f"for alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
         )
     if config.get("modules_to_save"):
         raise ValueError(

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -48,7 +48,7 @@ COMMON_TOKENS = 5000
 INITS = ("vocabulary", "text", "random")
 
 
-class DeptType(str, enum.Enum):
+class DeptType(str, enum.Enum):  # noqa: UP042  PEFT takes the name from str()
     """The method's name; an enumeration of PEFT's own cannot be extended."""
 
     DEPT = PEFT_TYPE
@@ -103,7 +103,8 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
                 continue
             if type(value) is not int or not smallest <= value <= LARGEST_SIZE:
                 raise ValueError(
-                    f"DeptConfig.{name} is a whole number of {smallest} to {LARGEST_SIZE:,}; got {value!r:.60}"
+                    f"DeptConfig.{name} is a whole number of {smallest} to {LARGEST_SIZE:,}; got "
+                    f"{value!r:.60}"
                 )
         if self.prompt_length == self.rank == 0:
             raise ValueError("DeptConfig has prompt_length=0 and rank=0: nothing to train; raise one of them")
@@ -219,17 +220,20 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return self.base_layer(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give the encoder exactly one of input_ids and inputs_embeds")
         language = LanguageModel(self.base_layer, self.base_layer, type(self.base_layer).__name__)
-        embeddings = language.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        if input_ids is not None and inputs_embeds is None:
+            embeddings = language.embed(input_ids)
+        elif input_ids is None and inputs_embeds is not None:
+            embeddings = inputs_embeds
+        else:
+            raise ValueError("give the encoder exactly one of input_ids and inputs_embeds")
         batch, text = embeddings.shape[:2]
         if attention_mask is None:
             attention_mask = torch.ones(batch, text, dtype=torch.long, device=embeddings.device)
         if attention_mask.shape != (batch, text):
             raise ValueError(
-                f"the attention_mask has the shape {tuple(attention_mask.shape)}; expected {(batch, text)}, as "
-                "the text"
+                f"the attention_mask has the shape {tuple(attention_mask.shape)}; expected {(batch, text)}, "
+                "as the text"
             )
         if adapter_names is None:
             adapter_names = active * batch
@@ -249,7 +253,10 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return output.to_tuple() if return_dict is False else output
 
     def _prompt_lengths(self, adapter_names: Sequence[str]) -> list[int]:
-        return [0 if name == BASE else self.dept_prompt[name].prompt_length for name in adapter_names]
+        return [0 if name == BASE else self._prompt(name).prompt_length for name in adapter_names]
+
+    def _prompt(self, name: str) -> DePT:
+        return cast(DePT, self.dept_prompt[name])
 
     def _prompted(
         self,
@@ -291,14 +298,16 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """As `_prompted`, of rows with the same prompt, and for the columns of the text alone."""
         if name == BASE:
             return embeddings, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        prompt = self.dept_prompt[name]
+        prompt = self._prompt(name)
         # Padding goes last, so that a column is a position, as in `PromptedModel.encode`.
         order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
         packed = embeddings.gather(1, order[..., None].expand_as(embeddings))
         with_prompt, with_mask = prompt(packed, mask.gather(1, order))
         return with_prompt, with_mask, order.argsort(dim=1) + prompt.prompt_length
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: PreTrainedModel
+    ) -> tuple[torch.device, torch.dtype]:
         weight = base_layer.get_input_embeddings().weight
         return weight.device, weight.dtype
 
@@ -324,8 +333,9 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused."""
         raise ValueError(
-            "prompts cannot be added up: the m vectors of a prompt have no counterparts in another, and A @ B "
-            "of two adapters has twice the rank; train one prompt on both tasks, or mix rows by adapter_names"
+            "prompts cannot be added up: the m vectors of a prompt have no counterparts in another, and A @ "
+            "B of two adapters has twice the rank; train one prompt on both tasks, or mix rows by "
+            "adapter_names"
         )
 
     def _check_new_adapter_config(self, config: DeptConfig) -> None:
@@ -446,7 +456,8 @@ def create_dept_optimizer(
     }
     if not any(groups.values()):
         raise ValueError(
-            "the model has no trainable prompt; make it with get_peft_model, or load it with is_trainable=True"
+            "the model has no trainable prompt; make it with get_peft_model, or load it with "
+            "is_trainable=True"
         )
     of_dept = {id(p) for group in groups.values() for p in group}
     groups["others"] = [p for p in model.parameters() if p.requires_grad and id(p) not in of_dept]
@@ -477,8 +488,8 @@ def text_encoder(model: nn.Module) -> PreTrainedModel:
         return unwrapped
     raise ValueError(
         f"in PEFT, DePT prompts the text encoder of an encoder-decoder, and {type(model).__name__} is none. "
-        "Supported are T5, FLAN-T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, Pegasus, Marian and models built like them; "
-        "decoder-only models and images are prompted by dept_vl.PromptedModel"
+        "Supported are T5, FLAN-T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, Pegasus, Marian and models like "
+        "them; decoder-only models and images are prompted by dept_vl.PromptedModel"
     )
 
 
@@ -551,7 +562,7 @@ def _lengthen_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def _hide_unused(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_lengths: list[int]
 ) -> Call:
-    """Hide the columns in front of a text whose prompt is shorter than another row's; runs after the above."""
+    """Hide the columns in front of a text whose prompt is shorter than another's; runs after the above."""
     states, mask = kwargs["encoder_hidden_states"], kwargs.get("encoder_attention_mask")
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
@@ -573,8 +584,8 @@ def _tell_adapter_names(
 
 def _refuse_merging() -> NoReturn:
     raise ValueError(
-        "DePT cannot be merged into the weights: the prompt is vectors in front of the text, and A @ B shifts "
-        "the text by position; keep the adapter, or call unload() for the base model"
+        "DePT cannot be merged into the weights: the prompt is vectors in front of the text, and A @ B "
+        "shifts the text by position; keep the adapter, or call unload() for the base model"
     )
 
 

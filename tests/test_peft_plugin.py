@@ -12,7 +12,7 @@ import torch
 from conftest import D_MODEL, VOCABULARY, random_labels, random_text
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 
 peft = pytest.importorskip("peft", reason="the extra 'peft' is not installed")
 
@@ -44,6 +44,32 @@ DECODING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampling": {"do_sample": True, "num_return_sequences": 3},
+}
+
+T5_LIKE = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 2, "decoder_start_token_id": 0}
+BART_LIKE: dict[str, Any] = {
+    **{
+        f"{side}_{what}": size
+        for side in ("encoder", "decoder")
+        for what, size in (("layers", 2), ("ffn_dim", 32))
+    },
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "d_model": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "scale_embedding": True,
+}
+GEMMA_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
 }
 
 Text = dict[str, Tensor]
@@ -719,6 +745,89 @@ def test_half_precision_under_autocast(load: Load, text: Text) -> None:
     torch.testing.assert_close(half.float(), logits(model, text), atol=0.5, rtol=0.1)
 
 
+def bitsandbytes_config(**options: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return BitsAndBytesConfig(**options)
+
+
+def torchao_config() -> Any:
+    from transformers import TorchAoConfig
+
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    return TorchAoConfig(quantization.Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bitsandbytes_config(load_in_8bit=True),
+        lambda: bitsandbytes_config(load_in_4bit=True),
+        torchao_config,
+    ],
+    ids=["bitsandbytes 8", "bitsandbytes 4", "torchao"],
+)
+@pytest.mark.parametrize("folder", ["t5"], indirect=True)
+def test_quantised_base(text: Text, tmp_path: Path, make: Callable[[], Any]) -> None:
+    sizes = T5_LIKE | {"d_model": 64, "d_kv": 16, "d_ff": 64, "vocab_size": VOCABULARY}  # blocks are of 64
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes)).save_pretrained(tmp_path / "base")
+
+    def quantised() -> PreTrainedModel:
+        return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base", quantization_config=make())
+
+    model = get_peft_model(peft.prepare_model_for_kbit_training(quantised()), config())
+    model.train()
+    model(**text, labels=random_labels()).loss.backward()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(trainable) == 3
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in trainable)
+    assert model.get_nb_trainable_parameters()[0] == parameter_count(64, S, M, R)
+    model.eval()
+    assert generated(model, text).shape == (3, 7)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(quantised(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded, text), logits(model, text), atol=1e-2, rtol=1e-2)
+
+
+# Other encoder-decoders.
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("mt5", T5_LIKE),
+        ("umt5", T5_LIKE),
+        ("longt5", T5_LIKE),
+        ("mbart", BART_LIKE),
+        ("pegasus", BART_LIKE),
+        ("marian", BART_LIKE),
+        ("t5gemma", {"encoder": GEMMA_LIKE, "decoder": GEMMA_LIKE}),
+    ],
+)
+@torch.no_grad()
+def test_other_encoder_decoders(name: str, sizes: dict[str, Any]) -> None:
+    base = AutoModelForSeq2SeqLM.from_config(
+        AutoConfig.for_model(name, vocab_size=VOCABULARY, **sizes)
+    ).eval()
+    pad = base.config.pad_token_id or 0
+    text = {"input_ids": torch.randint(5, VOCABULARY, (2, 6)), "attention_mask": torch.ones(2, 6).long()}
+    text["input_ids"][1, 4:], text["attention_mask"][1, 4:] = pad, 0
+    labels = random_labels((3, 3))
+    expected = base(**text, labels=labels).logits
+    model = trained(base)
+    found = model(**text, labels=labels).logits
+    assert not torch.allclose(found, expected, atol=1e-3)
+    shorter = {key: value[1:, :4] for key, value in text.items()}
+    close(model(**shorter, labels=labels[1:]).logits[0], found[1])
+    mixed = model(**text, labels=labels, adapter_names=["default", "__base__"]).logits
+    close(mixed[0], found[0])
+    close(mixed[1], expected[1])
+    assert generated(model, text, num_beams=2).shape == (2, 7)
+    with model.disable_adapter():
+        assert torch.equal(model(**text, labels=labels).logits, expected)
+
+
 # Starting a prompt.
 
 
@@ -810,14 +919,14 @@ def test_too_long_an_input_is_refused_with_both_numbers(language_folders: dict[s
         model.add_adapter("long", config(prompt_length=64))
     assert list(model.peft_config) == ["default"]
     short = trained(AutoModelForSeq2SeqLM.from_pretrained(folder))
-    with pytest.raises(ValueError, match="the text has 13 tokens and the prompt was built for .*=12"):
+    with pytest.raises(ValueError, match=r"the text has 13 tokens and the prompt was built for .*=12"):
         logits(short, padded(folder, lengths=(13,)))
 
 
 def test_a_failed_addition_leaves_the_model_as_it_was(load: Load, text: Text) -> None:
     model = trained(load())
     before = logits(model, text)
-    with pytest.raises(OSError):  # noqa: PT011  the words are transformers'
+    with pytest.raises(OSError):
         model.add_adapter("x", config(**TEXT_PROMPT, tokenizer_name_or_path="nowhere/at-all"))
     assert list(model.peft_config) == ["default"]
     assert list(model.get_base_model().get_encoder().dept_prompt) == ["default"]
