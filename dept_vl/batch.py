@@ -117,12 +117,14 @@ class Collator:
             max_length=self.max_source_length,
             truncation=True,
             padding=True,
-            pad_to_multiple_of=self.pad_to_multiple_of,
             return_tensors="pt",
         )
-        # Nothing but padding is further.
-        input_ids, mask = (source[k][:, : self.max_source_length] for k in ("input_ids", "attention_mask"))
-        _check_texts(ids, mask)
+        _check_texts(ids, source.attention_mask)
+        # Not by the tokenizer, which cuts at multiples alone.
+        width = source.input_ids.shape[1]
+        further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
+        input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
+        mask = nn.functional.pad(source.attention_mask, (0, further))
         batch = Batch(ids, input_ids, mask, skipped=skipped, **visual)
         answers = [draw.target for draw in draws if draw.target is not None]
         if not answers:

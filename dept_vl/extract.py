@@ -1,6 +1,6 @@
 """Visual features of a data set, encoded once and kept: what `scripts/extract_features.py` does."""
 
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ def extract(config: ExtractConfig) -> list[Path]:
     vision = load_vision(config.backbone).to(accelerator.device)
     folders = []
     for options in (config.data, *config.also):
+        options = replace(options, on_bad_image=config.data.on_bad_image)
         folder = features_folder(options)
         with accelerator.local_main_process_first():  # the first to read converts the files for all
             paths = image_files(options, config.splits)
@@ -57,9 +58,9 @@ def extract(config: ExtractConfig) -> list[Path]:
             )
         index = read_index(folder)
         accelerator.print(f"{encoded:,} images encoded, {len(index['images']) - encoded:,} were there")
-        for image, error in islice(index["unreadable"].items(), 1):
-            count = len(index["unreadable"])
-            accelerator.print(f"warning: {count:,} images cannot be read, {image} the first: {error}")
+        if unreadable := index["unreadable"]:
+            first = next(iter(unreadable.values()))
+            accelerator.print(f"warning: {len(unreadable):,} images cannot be read, the first: {first}")
         folders.append(folder)
     accelerator.end_training()
     return folders

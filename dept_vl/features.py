@@ -107,7 +107,7 @@ class FeatureTable:
 
     def __init__(
         self,
-        shards: Sequence[Float[Tensor, "images tokens d_vision"]],
+        shards: Sequence[Float[Tensor, "_ tokens d_vision"]],
         places: Mapping[Path, tuple[int, int]],
         errors: Mapping[Path, str],
         files: Sequence[Path] = (),
@@ -347,8 +347,8 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
         if found not in (0, expected):
             raise ValueError(
                 f"{paths[place]} is not the image whose visual features are in {folder}: expected "
-                f"{expected:,} bytes, found {found:,}; {EXTRACT} encodes images anew that have changed, or name "
-                "the --features_dir of these"
+                f"{expected:,} bytes, found {found:,}; {EXTRACT} encodes changed images anew, or name the "
+                "--features_dir of these"
             )
     per_shard = index["shard_images"]
     table = FeatureTable.map(
