@@ -13,18 +13,20 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl.batch import Collator, OnBadImage
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
-from dept_vl.config import DataOptions, RunConfig
+from dept_vl.config import DataOptions, Features, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
+from dept_vl.features import FeatureTable
 from dept_vl.files import read_json
 from dept_vl.report import markdown_table
-from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
-from dept_vl.splits import check_images, with_split_names
+from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, score_rows, write_answers
+from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.train import BEST
+from dept_vl.vision import VisionEncoder
 
 SCORES_FILE = "scores.json"
 
@@ -53,6 +55,11 @@ class AssessConfig:
     """Examples decoded at a time, per process."""
     num_workers: int = 0
     """Processes that read images; 0 reads them in the evaluating process."""
+    features: Features = "auto"
+    """cached: visual features from the files that scripts/extract_features.py made; live: every image is read
+    and encoded; auto: from those files if they are there for the run's encoder and all images, else live."""
+    features_dir: Path | None = None
+    """Folder of those files; left out, the run's for the run's data, else features in data_dir."""
     on_bad_image: OnBadImage = "raise"
     """raise, or skip: give an empty answer, count it and go on."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -107,6 +114,12 @@ def assess(config: AssessConfig) -> Assessment:
     decoding = choose_decoding(config, options, task)
     model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone))
     place_model(model, accelerator)
+    images: FeatureTable | VisionEncoder | None = model.backbone.vision
+    if isinstance(images, VisionEncoder):
+        wanted = [(options, list(task.image_files()))]
+        images = mapped_features(images, wanted, config.features, accelerator) or images
+    if isinstance(images, FeatureTable) and config.on_bad_image == "raise":
+        check_readable(images, task)
     evaluation = evaluate(
         model,
         task,
@@ -114,8 +127,9 @@ def assess(config: AssessConfig) -> Assessment:
             model.backbone.tokenizer,
             max_source_length=(model.prompt or trained.prompt).max_source_length,
             max_target_length=decoding.max_new_tokens,
-            images=model.backbone.vision,
+            images=images,
             on_bad_image=config.on_bad_image,
+            pad_to_multiple_of=pad_to(accelerator),
         ),
         accelerator,
         batch_size=config.batch_size,
@@ -145,6 +159,8 @@ def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,
+        # The run's features are of the images of its own folder.
+        features_dir=config.features_dir or (None if config.data_dir else options.features_dir),
         test_split=config.split or options.test_split,
         num_beams=config.num_beams or options.num_beams,
     )

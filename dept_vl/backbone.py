@@ -59,8 +59,9 @@ class VisualProjection(nn.Module):
     ) -> Float[Tensor, "batch images*tokens d_model"]:
         """Visual tokens of all images of an example, one after the other."""
         order = self.image_order.weight[: features.shape[1], None]
-        # The norm in full precision under autocast too, as T5's own.
-        tokens: Tensor = self.norm(self.linear(features).float()) + order
+        # Features from files may be of half precision. The norm is in full under autocast too, as T5's own.
+        linear: Tensor = self.linear(features.to(self.linear.weight.dtype))
+        tokens: Tensor = self.norm(linear.float()) + order
         return tokens.flatten(1, 2)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -89,6 +89,8 @@ class Collator:
         max_target_length: Likewise for answers.
         images: A table of features, or the encoder whose preprocessing makes pixels; None for text.
         on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
+        pad_to_multiple_of: Texts and answers are padded to the longest of the batch, and on to a multiple
+            of this; of texts no further than `max_source_length`, the prompt's last position.
     """
 
     tokenizer: Any
@@ -96,6 +98,7 @@ class Collator:
     max_target_length: int
     images: FeatureTable | VisionEncoder | None = None
     on_bad_image: OnBadImage = "raise"
+    pad_to_multiple_of: int = 1
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
         """A batch; labels and weights only if the draws have targets.
@@ -117,7 +120,12 @@ class Collator:
             return_tensors="pt",
         )
         _check_texts(ids, source.attention_mask)
-        batch = Batch(ids, source.input_ids, source.attention_mask, skipped=skipped, **visual)
+        # Not by the tokenizer, which cuts at multiples alone.
+        width = source.input_ids.shape[1]
+        further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
+        input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
+        mask = nn.functional.pad(source.attention_mask, (0, further))
+        batch = Batch(ids, input_ids, mask, skipped=skipped, **visual)
         answers = [draw.target for draw in draws if draw.target is not None]
         if not answers:
             return batch
@@ -125,6 +133,8 @@ class Collator:
         labels = pad_sequence(
             [torch.tensor(target) for target in targets], batch_first=True, padding_value=IGNORE_INDEX
         )
+        further = -labels.shape[1] % self.pad_to_multiple_of
+        labels = nn.functional.pad(labels, (0, further), value=IGNORE_INDEX)
         weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
         return replace(batch, labels=labels, weights=weights)
 
@@ -135,10 +145,10 @@ class Collator:
         if self.images is None or not draws[0].example.images:
             return draws, {}, ()
         read = self.images if isinstance(self.images, FeatureTable) else _PixelReader(self.images)
-        kept, rows, skipped = [], [], []
+        kept, skipped = [], []
         for draw in draws:
             try:
-                rows.append(read(draw.example.images))
+                read.check(draw.example.images)
                 kept.append(draw)
             except (ValueError, FileNotFoundError) as error:
                 if self.on_bad_image == "raise":
@@ -148,7 +158,7 @@ class Collator:
                     ) from None
                 skipped.append(draw.example.example_id)
         name = "visual_features" if isinstance(self.images, FeatureTable) else "pixel_values"
-        return kept, {name: torch.stack(rows)} if rows else {}, tuple(skipped)
+        return kept, {name: read([draw.example.images for draw in kept])} if kept else {}, tuple(skipped)
 
 
 def _check_texts(ids: Sequence[ExampleId], mask: Int[Tensor, "batch text"]) -> None:
@@ -166,11 +176,14 @@ class _PixelReader:
         self.vision = vision
         self.pixels: dict[Path, Tensor] = {}
 
-    def __call__(self, paths: Sequence[Path]) -> Float[Tensor, "images 3 height width"]:
+    def check(self, paths: Sequence[Path]) -> None:
         for path in paths:
             if path not in self.pixels:
                 self.pixels[path] = load_pixels(self.vision, path)
-        return torch.stack([self.pixels[path] for path in paths])
+
+    def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images 3 height width"]:
+        pixels = torch.stack([self.pixels[path] for paths in examples for path in paths])
+        return pixels.view(len(examples), -1, *pixels.shape[1:])
 
 
 def outlive_signals(worker: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from dept_vl.config import RunConfig, validate
+from dept_vl.config import ExtractConfig, RunConfig, validate
 from dept_vl.files import read_json
 from dept_vl.presets import PRESETS, with_preset
 
@@ -59,6 +59,32 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         return config
     # Which task is a question of flags too, so they are read twice.
     return flags(over(with_preset(base, known.preset, config.data.task)))
+
+
+def parse_extraction(description: str, argv: Sequence[str] | None = None) -> ExtractConfig:
+    """Flags over the data and the backbone of a run's configuration file (`--config`).
+
+    Args:
+        description: Shown by `--help`.
+        argv: Without the program's name; None reads the command line.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    of_run = RunConfig() if known.config is None else read_config(known.config)
+    config: ExtractConfig = tyro.cli(
+        ExtractConfig,
+        args=rest,
+        default=ExtractConfig(data=of_run.data, also=of_run.also, backbone=of_run.backbone),
+        description=f"{description} --config FILE takes the data and the backbone of a run's config.json.",
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+    validate(config)
+    return config
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:

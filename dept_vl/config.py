@@ -11,10 +11,13 @@ import tyro
 
 from dept_vl.batch import OnBadImage
 from dept_vl.dept import LARGEST_SIZE
+from dept_vl.features import Precision
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
 from dept_vl.vision import LARGEST_GRID
+
+Features = Literal["auto", "cached", "live"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,16 @@ class DataOptions:
     on_bad_image: OnBadImage | None = None
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
     counted in training, and evaluation stops. Of several tasks the first says it for all."""
+    features: Features = "auto"
+    """Where visual features come from. cached: from the files that scripts/extract_features.py made; live:
+    every image is read and encoded at every step; auto: from those files if they are there for this encoder
+    and all images, else encoded once before training if feature_memory is enough, else live. Of several
+    tasks the first says it for all."""
+    features_dir: Path | None = None
+    """Folder of the files with the task's visual features; left out, features in its data_dir."""
     feature_memory: float = 4.0
-    """GiB of memory for visual features computed once before training; images that would need more
-    are read and encoded at every step. Of several tasks the first says it for all images together."""
+    """GiB of memory for visual features that are encoded once before training. Of several tasks the first
+    says it for all images together."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +134,34 @@ class RunConfig:
     """A tracker of accelerate, such as tensorboard or wandb, beside the run's own log.jsonl."""
 
 
+@dataclass(frozen=True)
+class ExtractConfig:
+    """What visual features are extracted of, by what, and how they are stored."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    also: Annotated[tuple[DataOptions, ...], tyro.conf.Suppress] = ()
+    """Further tasks, of a configuration file; their features go into folders of their own."""
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    splits: tuple[str, ...] = ()
+    """Splits whose images are encoded; left out, those of training, dev and test."""
+    dtype: Precision = "float16"
+    """What features are stored in; bfloat16 and float32 hold larger numbers."""
+    shard_images: int = 1024
+    """Images in one file; a folder that is gone on with keeps its own."""
+    batch_size: int = 64
+    """Images encoded at a time, per process."""
+    num_workers: int = 0
+    """Processes that read and preprocess images; 0 reads them in the encoding process."""
+
+
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
     "log_with",
     "train.num_workers",
     "train.log_every",
+    "data.features",  # `run` sees to it that their precision stays
+    "data.features_dir",
     "data.feature_memory",
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
@@ -162,6 +194,8 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "patience": _COUNT,
     "log_every": _SOME,
     "num_workers": (0, 1024),
+    "shard_images": _SOME,
+    "batch_size": _SOME,
     "seed": (0, 2**32 - 1),  # NumPy takes no other
     "warmup_steps": _COUNT,
     **dict.fromkeys((f.name for f in fields(OptimOptions) if f.name != "warmup_steps"), _FRACTION),
@@ -169,7 +203,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
 """Least and largest value of every option that is a number."""
 
 
-def validate(config: RunConfig) -> None:
+def validate(config: RunConfig | ExtractConfig) -> None:
     """Refuse numbers out of range, and text that no file system or tokenizer takes.
 
     Raises:
@@ -181,7 +215,7 @@ def validate(config: RunConfig) -> None:
     for part, options in parts.items():
         inner = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
         for name, value in inner.items() or [("", options)]:
-            allowed = _allowed(name, value)
+            allowed = _allowed(name or part, value)
             if allowed:
                 option = f"{part}.{name}" if name else part
                 shown = str(value) if isinstance(value, Path) else value

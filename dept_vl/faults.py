@@ -20,11 +20,13 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communica
 
 
 @contextmanager
-def explained(run: Path) -> Iterator[None]:
+def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> Iterator[None]:
     """Turn what the machine does to a run into one message with a way out; other errors pass.
 
     Args:
-        run: Folder of the run, which need not be there yet.
+        folder: Of the run, which need not be there yet.
+        option: That names the folder.
+        way_on: How to go on; left out, as the run's checkpoints say.
 
     Raises:
         OSError: With the number that the system gave, for a full disk, a folder that refuses or is gone,
@@ -34,16 +36,16 @@ def explained(run: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        problem = _problem(error)
+        problem = _problem(error, option)
         if not problem:
             raise
-        message = f"{problem}. {_way_on(run)}"
+        message = f"{problem}. {way_on or _way_on(folder)}"
         if isinstance(error, OSError) and error.errno:
             raise OSError(error.errno, message) from None
         raise RuntimeError(message) from None
 
 
-def _problem(error: OSError | RuntimeError) -> str:
+def _problem(error: OSError | RuntimeError, option: str) -> str:
     """What happened and what helps; empty for what is no fault of the machine."""
     text = " ".join(str(error).split())
     if MANY_FILES in text:
@@ -52,7 +54,7 @@ def _problem(error: OSError | RuntimeError) -> str:
             "fewest) or raise the limit by ulimit -n"
         )
     if isinstance(error, OSError):
-        return _of_file(error)
+        return _of_file(error, option)
     if WORKER in text and "shared memory" in text:
         return "the processes that read images lack shared memory; enlarge /dev/shm or take --num_workers 0"
     if WORKER in text:
@@ -66,14 +68,14 @@ def _problem(error: OSError | RuntimeError) -> str:
     return ""
 
 
-def _of_file(error: OSError) -> str:
+def _of_file(error: OSError, option: str) -> str:
     if error.errno is None or error.filename is None:
         return ""
     where = f"{error.filename}: {os.strerror(error.errno)}"
     if error.errno in FULL:
         return f"no room for {where}; free some space there"
     if error.errno in REFUSED:
-        return f"no permission for {where}; make the folder writable or choose another --output_dir"
+        return f"no permission for {where}; make the folder writable or choose another {option}"
     if error.errno in GONE:
         return f"something was removed or is in the way at {where}; put that right"
     if error.errno in FAILED:

@@ -31,6 +31,7 @@ from dept_vl.config import (
 from dept_vl.dept import COMMON_TOKENS, DePT, sample_vocabulary, solve_rank
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
+from dept_vl.features import FeatureTable
 from dept_vl.files import read_object, write_atomically, writing
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
@@ -44,6 +45,7 @@ from dept_vl.tasks.nlp import TextTask
 from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
+FEATURES_FILE = "features.json"
 LENGTH_SAMPLE = 2000
 """Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
 SUMMARY = {
@@ -152,16 +154,19 @@ def _run(
     images = read_features(
         model.backbone.vision,
         tasks,
-        feature_memory=config.data.feature_memory,
         num_workers=config.train.num_workers,
         accelerator=accelerator,
     )
+    if images is not None:
+        precision = images.dtype if isinstance(images, FeatureTable) else "float32"
+        _keep_precision(output_dir / FEATURES_FILE, precision, accelerator)
     collator = Collator(
         model.backbone.tokenizer,
         max_source_length=config.prompt.max_source_length,
         max_target_length=max_target_length,
         images=images,
         on_bad_image=config.data.on_bad_image or "skip",
+        pad_to_multiple_of=pad_to(accelerator),
     )
     evaluation_collator = replace(collator, on_bad_image=config.data.on_bad_image or "raise")
     trainable = count_trainable(model)
@@ -236,6 +241,29 @@ def _only_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+
+
+def _keep_precision(path: Path, precision: str, accelerator: Accelerator) -> None:
+    """Note in what the visual features of a run are stored; features in another would give another result.
+
+    Raises:
+        ValueError: If the run began with features in another.
+    """
+    if accelerator.is_main_process and not path.is_file():
+        write_atomically(path, json.dumps({"dtype": precision}).encode())
+    accelerator.wait_for_everyone()
+    began = read_object(path, {"dtype": str})["dtype"]
+    if began != precision:
+        raise ValueError(
+            f"{path.parent} began with visual features in {began} and would go on with {precision}, to "
+            "another result; say --features cached with the --features_dir that it began with, or --features "
+            "live if it began without (float32)"
+        )
+
+
+def pad_to(accelerator: Accelerator) -> int:
+    """Multiple to which batches are padded: tensor cores compute in tiles of 8, a CPU gains nothing."""
+    return 8 if accelerator.device.type == "cuda" else 1
 
 
 def _finished(output_dir: Path) -> RunResult:

@@ -6,11 +6,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dept_vl.batch import OnBadImage
-from dept_vl.config import DataOptions
-from dept_vl.features import FeatureTable, table_bytes
+from dept_vl.config import DataOptions, Features
+from dept_vl.features import INDEX_FILE, FeatureTable, open_features, table_bytes
 from dept_vl.images import missing_files
 from dept_vl.metrics.caption import check_installed
-from dept_vl.tasks import load_task
+from dept_vl.tasks import data_folder, load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
 from dept_vl.tasks.nlp_table import TEXT_TASKS
@@ -144,33 +144,96 @@ def read_features(
     vision: VisionEncoder | None,
     splits: list[Splits],
     *,
-    feature_memory: float,
     num_workers: int,
     accelerator: Accelerator,
 ) -> FeatureTable | VisionEncoder | None:
-    """Features of all images where they fit in memory, else the encoder that makes them as they come.
+    """Features of all images, from files or in memory, else the encoder that makes them as they come.
+
+    Which of these is what the first task's options say.
 
     Raises:
-        ValueError: If features fit in memory and an image cannot be read that is not to be skipped.
+        FileNotFoundError: If features are to come from files that are missing, or lack some of the images.
+        ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
+            encoded that is not to be skipped.
     """
-    if vision is None:
-        return None
-    paths: dict[Path, None] = {}
-    for split in splits:
-        for task in (split.train, split.dev, split.test):
-            paths |= dict.fromkeys(task.image_files())
-    if not paths or table_bytes(vision, len(paths)) > feature_memory * GIB:
+    wanted = [(part.options, _image_files(part)) for part in splits]
+    if vision is None or not any(paths for _, paths in wanted):
         return vision
-    table = FeatureTable(vision, paths, num_workers=num_workers, progress=accelerator.is_main_process)
+    first = splits[0].options
+    table = mapped_features(vision, wanted, first.features, accelerator)
+    if table is None:
+        paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
+        if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
+            accelerator.print("visual features: encoded at every step")
+            return vision
+        main = accelerator.is_main_process
+        table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
+        accelerator.print("visual features: encoded once, in memory")
     # Now, rather than when they come up.
     for split in splits if table.errors else ():
         for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
             if (split.options.on_bad_image or default) == "raise":
-                _check_readable(table, task)
+                check_readable(table, task)
     return table
 
 
-def _check_readable(table: FeatureTable, task: Task) -> None:
+def _image_files(splits: Splits) -> list[Path]:
+    parts = (splits.train, splits.dev, splits.test)
+    return list(dict.fromkeys(path for task in parts for path in task.image_files()))
+
+
+def mapped_features(
+    vision: VisionEncoder,
+    wanted: list[tuple[DataOptions, list[Path]]],
+    choice: Features,
+    accelerator: Accelerator,
+) -> FeatureTable | None:
+    """Features that `scripts/extract_features.py` made, mapped into memory; None if they are not to be used.
+
+    Args:
+        vision: The encoder that the run has.
+        wanted: The images of each task.
+        choice: Whether they may, must or must not be used. If they may, what is wrong with them is said.
+        accelerator: Of the run.
+
+    Raises:
+        FileNotFoundError: If they must be used and are missing, or lack some of the images.
+        ValueError: If they must be used and are of another encoder, unfinished or damaged.
+    """
+    folders = [features_folder(options) for options, paths in wanted if paths]
+    there = all((folder / INDEX_FILE).is_file() for folder in folders)
+    if not folders or choice == "live" or (choice == "auto" and not there):
+        return None
+    try:
+        table = FeatureTable.joined(
+            [
+                open_features(
+                    vision, data_folder(options.task, options.data_dir), paths, features_folder(options)
+                )
+                for options, paths in wanted
+                if paths
+            ]
+        )
+    except (FileNotFoundError, ValueError) as error:
+        if choice == "cached":
+            raise
+        accelerator.print(f"warning: {error}. The images are encoded anew")
+        return None
+    accelerator.print(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
+    return table
+
+
+def features_folder(options: DataOptions) -> Path:
+    """Where the visual features of a task are."""
+    return options.features_dir or data_folder(options.task, options.data_dir) / "features"
+
+
+def check_readable(table: FeatureTable, task: Task) -> None:
+    """Refuse a split with an image that could not be encoded.
+
+    Raises:
+        ValueError: With what is wrong with the first of them.
+    """
     for path in task.image_files():
         if path in table.errors:
             raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")

@@ -71,6 +71,24 @@ def test_long_texts_and_answers_are_cut(tokenizer: Any) -> None:
     assert batch.input_ids[:, -1].tolist() == [tokenizer.eos_token_id] * 3
 
 
+def test_padding_goes_on_to_a_multiple_but_not_past_the_prompts_last_position(tokenizer: Any) -> None:
+    drawn = draws("red green blue yellow", "yes", "no no no")
+    plain = Collator(tokenizer, max_source_length=20, max_target_length=9)(drawn)
+    assert plain.labels is not None
+    text, answer = plain.input_ids.shape[1], plain.labels.shape[1]
+    for cut in (20, text + 1):
+        padded = Collator(tokenizer, cut, 9, pad_to_multiple_of=8)(drawn)
+        assert padded.labels is not None
+        assert padded.input_ids.shape[1] == min(-(-text // 8) * 8, cut)
+        assert padded.labels.shape[1] == -(-answer // 8) * 8
+        assert torch.equal(padded.input_ids[:, :text], plain.input_ids)
+        assert torch.equal(padded.labels[:, :answer], plain.labels)
+        assert padded.attention_mask.shape == padded.input_ids.shape
+        assert padded.attention_mask[:, text:].sum() == 0
+        assert (padded.input_ids[:, text:] == tokenizer.pad_token_id).all()
+        assert (padded.labels[:, answer:] == IGNORE_INDEX).all()
+
+
 def test_no_targets_no_labels(tokenizer: Any) -> None:
     batch = Collator(tokenizer, max_source_length=20, max_target_length=9)(draws(None, None))
     assert (batch.labels, batch.weights, batch.pixel_values, batch.visual_features) == (None,) * 4
@@ -273,7 +291,7 @@ def test_examples_without_readable_image_are_left_out_and_named(
     vision = VisionEncoder.from_pretrained(vision_folders["clip"])
     drawn = bad_images(tmp_path)
     files = [path for draw in drawn for path in draw.example.images]
-    images = FeatureTable(vision, files, progress=False) if table else vision
+    images = FeatureTable.encode(vision, files, progress=False) if table else vision
     tokenizer = AutoTokenizer.from_pretrained(language_folders["t5"])
     collator = Collator(tokenizer, 20, 9, images, on_bad_image="skip")
     batch = collator(drawn)

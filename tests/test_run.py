@@ -44,7 +44,15 @@ from scripts.train_vqa import main
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_vqa.py"
 FILES = {
-    *("config.json", "log.jsonl", "predictions.json", "answers.png", "summary.json", "summary.md"),
+    *(
+        "config.json",
+        "features.json",
+        "log.jsonl",
+        "predictions.json",
+        "answers.png",
+        "summary.json",
+        "summary.md",
+    ),
     *("best/adapter.json", "best/adapter.safetensors", "last/adapter.json", "last/adapter.safetensors"),
 }
 STEPS = 6
@@ -456,7 +464,7 @@ def test_ctrl_c_ends_the_run_after_the_step_and_saves_the_adapter(
     assert (result.training.steps, result.training.best_step) == (step, best_step)
     assert result.scores == {}
     left = files(result.output_dir).keys()
-    assert left == {name for name in FILES if name.startswith(("best", "last", "log", "config"))}
+    assert left == {name for name in FILES if name.startswith(("best", "last", "log", "config", "features"))}
     assert f"stopped at step {step}" in capsys.readouterr().out
     Adapter.load(result.output_dir / "best").build(pristine(config))
     assert_trained(result.output_dir, config)

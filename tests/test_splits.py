@@ -1,9 +1,12 @@
 """The splits of a run: candidates, images that are missing or broken, and features that fit or do not."""
 
+import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from runs import reset_accelerate
 from dept_vl.backbone import Backbone
 from dept_vl.batch import OnBadImage
 from dept_vl.config import DataOptions
-from dept_vl.features import FeatureTable, table_bytes
+from dept_vl.features import FeatureTable, table_bytes, write_features
 from dept_vl.metrics.vqa import normalise_answer
 from dept_vl.splits import GIB, Splits, load_splits, read_features
 from dept_vl.tasks import load_task
@@ -54,11 +57,25 @@ def remove(task: Task, *indices: int) -> list[Path]:
     return paths
 
 
-def read(vision: VisionEncoder, *splits: Splits, memory: float = 1.0) -> FeatureTable | VisionEncoder | None:
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
     reset_accelerate()
-    accelerator = Accelerator(cpu=True)
+    yield
     reset_accelerate()
-    return read_features(vision, [*splits], feature_memory=memory, num_workers=0, accelerator=accelerator)
+
+
+def read(vision: VisionEncoder, *splits: Splits, **of_first: Any) -> FeatureTable | VisionEncoder | None:
+    first = replace(splits[0], options=replace(splits[0].options, **{"feature_memory": 1.0, **of_first}))
+    return read_features(vision, [first, *splits[1:]], num_workers=0, accelerator=Accelerator(cpu=True))
+
+
+def write(vision: VisionEncoder, splits: Splits, **options: Any) -> Path:
+    """Features of all images of the splits, in the default folder."""
+    paths = [path for task in (splits.train, splits.dev, splits.test) for path in task.image_files()]
+    root = splits.options.data_dir
+    assert root is not None
+    write_features(vision, root, paths, root / "features", Accelerator(cpu=True), shard_images=5, **options)
+    return root / "features"
 
 
 @pytest.mark.parametrize("task", SPLITS)
@@ -219,12 +236,100 @@ def test_features_are_computed_once_where_they_fit(scenes: Path, vision: VisionE
         for path in task.image_files()
     }
     needed = table_bytes(vision, len(files)) / GIB
-    table = read(vision, vqav2, nlvr2, memory=needed)
+    table = read(vision, vqav2, nlvr2, feature_memory=needed)
     assert isinstance(table, FeatureTable)
-    assert table.rows.keys() == files
-    assert torch.isfinite(table.features).all()
-    assert read(vision, vqav2, nlvr2, memory=0.99 * needed) is vision
-    assert read(vision, vqav2, memory=0.0) is vision
+    assert table.places.keys() == files
+    assert torch.isfinite(table([[path] for path in files])).all()
+    assert read(vision, vqav2, nlvr2, feature_memory=0.99 * needed) is vision
+    assert read(vision, vqav2, feature_memory=0.0) is vision
+    assert read(vision, vqav2, features="live") is vision
+    for folder in (scenes / "vqav2", scenes / "nlvr2"):
+        assert not (folder / "features").exists()
+
+
+def test_features_come_from_files_where_they_are_there(
+    scenes: Path, tmp_path: Path, vision: VisionEncoder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vqav2, coco = (
+        load_splits(options(task, shutil.copytree(scenes / task, tmp_path / task)), seed=0)
+        for task in ("vqav2", "coco")
+    )
+    in_memory = read(vision, vqav2, coco)
+    assert isinstance(in_memory, FeatureTable)
+    assert not in_memory.files
+    with pytest.raises(FileNotFoundError, match=r"no visual features at .*vqav2/features.*extract_features"):
+        read(vision, vqav2, coco, features="cached")
+    write(vision, vqav2, dtype="float32", batch_size=1)
+    # Of one task alone they are no use.
+    assert not read(vision, vqav2, coco).files  # type: ignore[union-attr]
+    write(vision, coco, dtype="float32", batch_size=1)
+    for choice in ("auto", "cached"):
+        mapped = read(vision, vqav2, coco, features=choice, feature_memory=0.0)
+        assert isinstance(mapped, FeatureTable)
+        assert len({file.parent for file in mapped.files}) == 2
+        assert mapped.places.keys() == in_memory.places.keys()
+        examples = [[path] for path in mapped.places]
+        # Files of one name in two folders.
+        torch.testing.assert_close(mapped(examples), in_memory(examples))
+    assert f"visual features: float32 from {tmp_path}/vqav2/features, " in capsys.readouterr().out
+    assert read(vision, vqav2, coco, features="live") is vision
+
+
+def test_features_of_several_precisions_are_not_mixed(
+    scenes: Path, tmp_path: Path, vision: VisionEncoder
+) -> None:
+    parts = [
+        load_splits(options(task, shutil.copytree(scenes / task, tmp_path / task)), seed=0)
+        for task in ("vqav2", "coco")
+    ]
+    for part, dtype in zip(parts, ("float16", "float32"), strict=True):
+        write(vision, part, dtype=dtype)
+    with pytest.raises(ValueError, match="of one dtype, found float16, float32"):
+        read(vision, *parts, features="cached")
+
+
+@pytest.mark.parametrize("damage", ["encoder", "truncated", "unfinished", "lacking"])
+def test_files_that_do_not_serve_are_refused_or_left_with_a_warning(
+    data: DataOptions, vision: VisionEncoder, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    splits = load_splits(data, seed=0)
+    if damage == "lacking":
+        folder = write(vision, replace(splits, test=splits.dev, train=splits.dev))
+    else:
+        folder = write(vision, splits)
+    if damage == "encoder":
+        vision.layer = -2
+    elif damage == "truncated":
+        (folder / "features-00001.safetensors").write_bytes(b"short")
+    elif damage == "unfinished":
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(index | {"shard_bytes": None}))
+    said = {
+        "encoder": r"of another encoder.* differ in vision_layer",
+        "truncated": r"features-00001\.safetensors is damaged: expected [\d,]+ bytes, found 5",
+        "unfinished": r"are not finished; scripts/extract_features.py goes on",
+        "lacking": r"images have no visual features in .*extract_features.py adds them",
+    }[damage]
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        read(vision, splits, features="cached")
+    table = read(vision, splits, features="auto")
+    assert isinstance(table, FeatureTable)
+    assert not table.files
+    assert re.search(rf"warning: .*{said}", capsys.readouterr().out)
+
+
+def test_images_that_could_not_be_extracted_are_treated_as_any(
+    data: DataOptions, vision: VisionEncoder
+) -> None:
+    splits = load_splits(data, seed=0)
+    path = splits.dev.images(0)[0]
+    path.write_bytes(b"no image")
+    write(vision, splits, skip_unreadable=True)
+    with pytest.raises(ValueError, match=rf"{path} is no readable image.*--on_bad_image skip"):
+        read(vision, splits, features="cached")
+    table = read(vision, splits, features="cached", on_bad_image="skip")
+    assert isinstance(table, FeatureTable)
+    assert table.errors.keys() == {path}
 
 
 def test_no_tower_no_features(scenes: Path) -> None:

@@ -38,7 +38,12 @@ def load_task(name: str, root: Path | None, split: str) -> Task:
         closest = get_close_matches(name, TASKS)
         meant = f"; closest: {', '.join(closest)}" if closest else ""
         raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}{meant}")
-    folder = Path("data") / name if root is None else root
+    folder = data_folder(name, root)
     if root is None and name in TEXT_TASKS and not folder.is_dir():
         return TextTask.load(name, None, split)
     return TASKS[name](folder, split)
+
+
+def data_folder(name: str, root: Path | None) -> Path:
+    """Folder with a task's files: `data/NAME` unless said."""
+    return Path("data") / name if root is None else root

@@ -1,0 +1,108 @@
+"""How fast visual features are read from files into batches.
+
+    python scripts/bench_features.py --output_dir /tmp/features
+
+Writes generated features of the shape of CLIP ViT-B/32 (49 x 768, float16), then reads batches of images
+drawn at random, as a run does: by file, into one tensor. The files are read through once before, so that
+they are in the system's page cache where that has room for them.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from statistics import median
+
+import torch
+import tyro
+from safetensors.torch import save_file
+
+from dept_vl.features import DTYPES, FeatureTable, Precision, shard_name
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Sizes and places."""
+
+    output_dir: Path
+    """Folder for the generated features; those that are there are used again."""
+    images: int = 16_384
+    """Images with features; 16,384 take 1.15 GiB."""
+    shard_images: int = 1024
+    """Images in a file."""
+    tokens: int = 49
+    """Visual tokens of an image."""
+    d_vision: int = 768
+    """Width of a token."""
+    dtype: Precision = "float16"
+    """What features are stored in."""
+    batch_size: int = 64
+    """Images read at a time."""
+    batches: int = 500
+    """Batches of a round."""
+    rounds: int = 5
+    """Rounds, the median of which is given."""
+    json_out: Path | None = None
+    """File for the figures."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was measured.
+
+    Attributes:
+        rows_per_second: Images whose features were read a second, median of the rounds.
+        slowest: Of the rounds.
+        cores: Of the machine; one process reads.
+    """
+
+    rows_per_second: int
+    slowest: int
+    cores: int
+
+
+def write(config: BenchConfig) -> list[Path]:
+    """Write the generated features, unless they are there."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, first in enumerate(range(0, config.images, config.shard_images)):
+        count = min(config.shard_images, config.images - first)
+        files.append(config.output_dir / shard_name(number))
+        if not files[-1].is_file():
+            drawn = torch.randn(count, config.tokens, config.d_vision).to(DTYPES[config.dtype])
+            save_file({"features": drawn}, files[-1])
+    return files
+
+
+def main(config: BenchConfig) -> Reading:
+    """Write, warm up, read."""
+    files = write(config)
+    for file in files:
+        file.read_bytes()
+    paths = [Path(f"{number:012d}.jpg") for number in range(config.images)]
+    places = {path: divmod(row, config.shard_images) for row, path in enumerate(paths)}
+    table = FeatureTable.map(files, places, {})
+    random, rates = Random(0), []
+    for _ in range(1 + config.rounds):
+        drawn = [
+            [[path] for path in random.choices(paths, k=config.batch_size)] for _ in range(config.batches)
+        ]
+        started = time.perf_counter()
+        for batch in drawn:
+            table(batch)
+        rates.append(config.batches * config.batch_size / (time.perf_counter() - started))
+    counted = rates[1:]  # the first maps the pages
+    reading = Reading(round(median(counted)), round(min(counted)), os.cpu_count() or 1)
+    print(
+        f"{reading.rows_per_second:,} rows of {config.tokens} x {config.d_vision} {config.dtype} a second, "
+        f"one process of a machine of {reading.cores} cores (slowest round {reading.slowest:,})"
+    )
+    if config.json_out is not None:
+        config.json_out.write_text(json.dumps(asdict(reading), indent=2) + "\n")
+    return reading
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
