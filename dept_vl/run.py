@@ -38,6 +38,7 @@ from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.state import Progress, newest
+from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
 from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
@@ -161,6 +162,14 @@ def _run(
         feature_memory=config.data.feature_memory,
         num_workers=config.train.num_workers,
         accelerator=accelerator,
+    )
+    # Behind the features, which the tower computes in full precision.
+    prepare_step(
+        model,
+        accelerator.device,
+        bfloat16=accelerator.mixed_precision == "bf16",
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        compiled=config.train.compile,
     )
     collator = Collator(
         model.backbone.tokenizer,
