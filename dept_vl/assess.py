@@ -20,6 +20,7 @@ from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
 from dept_vl.splits import check_images, with_split_names
 from dept_vl.spread import place_model
+from dept_vl.step import hold_frozen_in_bfloat16
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
@@ -107,6 +108,8 @@ def assess(config: AssessConfig) -> Assessment:
     decoding = choose_decoding(config, options, task)
     model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone))
     place_model(model, accelerator)
+    if config.mixed_precision == "bf16":
+        hold_frozen_in_bfloat16(model)
     evaluation = evaluate(
         model,
         task,

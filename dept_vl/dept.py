@@ -128,16 +128,23 @@ class DePT(nn.Module):
         if self.lora_a is None or self.lora_b is None:
             return None
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # A fused optimizer's step, which may follow, leaves no trace on a tensor's version.
+            self._kept = None
             return self.lora_a[:text_length] @ self.lora_b * self.scale
         return self._kept_offset(self.lora_a.detach(), self.lora_b.detach())[:text_length]
+
+    def train(self, mode: bool = True) -> "DePT":
+        """Training mode, or inference with nothing kept from before."""
+        self._kept = None
+        return super().train(mode)
 
     def _kept_offset(
         self, a: Float[Tensor, "source rank"], b: Float[Tensor, "rank d_model"]
     ) -> Float[Tensor, "source d_model"]:
         """The whole product, for inference: computed when A, B or the precision have changed.
 
-        Every change in place raises a tensor's version; every other gives it another storage, which
-        cannot lie where the old one does, for that is kept alive here.
+        A change in place raises a tensor's version; any other gives it another storage, which cannot
+        lie where the old one does, for that is kept alive here.
         """
         kind = a.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

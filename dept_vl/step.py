@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dept_vl.model import PromptedModel
+from dept_vl.spread import is_spread
 
 RECOMPILES = 8
 """Graphs of one model: training and evaluation, with and without padding, for any lengths. More are a fault."""
@@ -29,7 +30,15 @@ def prepare_step(
         bfloat16: It will run under bfloat16 autocast, always.
         gradient_checkpointing: See `recompute_activations`.
         compiled: See `compile_forward`.
+
+    Raises:
+        ValueError: If a spread backbone is to be compiled.
     """
+    if compiled and is_spread(model):
+        raise ValueError(
+            "a backbone that is spread over processes gathers its blocks between graphs and cannot be compiled "
+            "as one: leave --compile out, or launch without FSDP and ZeRO-3"
+        )
     choose_attention(model, device, bfloat16=bfloat16)
     if bfloat16:
         hold_frozen_in_bfloat16(model)
@@ -39,20 +48,22 @@ def prepare_step(
         compile_forward(model)
 
 
-def hold_frozen_in_bfloat16(model: nn.Module) -> None:
-    """Keep the frozen linear layers in bfloat16, for a model that runs under bfloat16 autocast.
+def hold_frozen_in_bfloat16(model: PromptedModel) -> None:
+    """Keep the language model's frozen linear layers in bfloat16, if it runs under bfloat16 autocast.
 
     Autocast makes this copy of a frozen weight at every use and keeps it until the backward pass. Made
     once, it gives the same numbers to the bit. Embeddings, norms and whatever is trained stay in full
     precision, and a head that shares the word table gets its own copy. Outside autocast such a model
-    cannot run.
+    cannot run. A backbone that is spread over processes is left as it is.
     """
-    for module in model.modules():
+    if is_spread(model):
+        return
+    for module in model.backbone.language.modules():
         if isinstance(module, nn.Linear):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if not parameter.requires_grad and parameter.dtype == torch.float32:
-                    copy = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
-                    setattr(module, name, copy)
+                if not parameter.requires_grad:
+                    held = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
+                    setattr(module, name, held)
 
 
 def choose_attention(model: PromptedModel, device: torch.device, *, bfloat16: bool) -> None:
