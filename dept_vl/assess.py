@@ -21,6 +21,7 @@ from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, score_rows, write_answers
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
+from dept_vl.step import hold_frozen_in_bfloat16
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
@@ -120,6 +121,8 @@ def assess(config: AssessConfig) -> Assessment:
         images = mapped_features(images, wanted, config.features, accelerator) or images
     if isinstance(images, FeatureTable) and config.on_bad_image == "raise":
         check_readable(images, task)
+    if config.mixed_precision == "bf16":
+        hold_frozen_in_bfloat16(model)
     evaluation = evaluate(
         model,
         task,

@@ -21,6 +21,7 @@ saves l - m positions in every encoder layer and every decoder cross-attention.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -81,6 +82,7 @@ class DePT(nn.Module):
             self.lora_a = nn.Parameter(torch.empty(max_source_length, rank))
             self.lora_b = nn.Parameter(torch.zeros(rank, d_model))
             nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+        self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -127,7 +129,31 @@ class DePT(nn.Module):
             )
         if self.lora_a is None or self.lora_b is None:
             return None
-        return self.lora_a[:text_length] @ self.lora_b * self.scale
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # A fused optimizer's step, which may follow, leaves no trace on a tensor's version.
+            self._kept = None
+            return self.lora_a[:text_length] @ self.lora_b * self.scale
+        return self._kept_offset(self.lora_a.detach(), self.lora_b.detach())[:text_length]
+
+    def train(self, mode: bool = True) -> "DePT":
+        """Training mode, or inference with nothing kept from before."""
+        self._kept = None
+        return super().train(mode)
+
+    def _kept_offset(
+        self, a: Float[Tensor, "source rank"], b: Float[Tensor, "rank d_model"]
+    ) -> Float[Tensor, "source d_model"]:
+        """The whole product, for inference: computed when A, B or the precision have changed.
+
+        A change in place raises a tensor's version; any other gives it another storage, which cannot
+        lie where the old one does, for that is kept alive here.
+        """
+        kind = a.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, a.dtype, a.device, self.scale, autocast)
+        if self._kept is None or self._kept[0] != key:
+            self._kept = (key, a, b, a @ b * self.scale)
+        return self._kept[-1]
 
     @torch.no_grad()
     def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:

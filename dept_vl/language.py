@@ -137,8 +137,9 @@ class EncoderDecoder(LanguageModel):
             return self.reader(**inputs), mask
         segments = (prompt_length, visual_length)
         output = self.reader(**inputs, segments=segments)
-        if output.last_hidden_state.requires_grad:
+        if output.last_hidden_state.requires_grad and not torch.compiler.is_compiling():
             # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
+            # In a compiled graph the segments are part of it.
             output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
         return output, mask
 
@@ -149,9 +150,11 @@ class EncoderDecoder(LanguageModel):
         labels: Int[Tensor, "batch target"],
     ) -> Float[Tensor, "batch target vocabulary"]:
         """Scores of each token of the answer, those before it given."""
-        decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels)
         logits: Tensor = self.model(
-            encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=decoder_input_ids
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
         ).logits
         return logits
 

@@ -40,6 +40,7 @@ from dept_vl.report import markdown_table, picture_grid
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
 from dept_vl.state import Progress, newest
+from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
 from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
@@ -160,6 +161,14 @@ def _run(
     if images is not None:
         precision = images.dtype if isinstance(images, FeatureTable) else "float32"
         _keep_precision(output_dir / FEATURES_FILE, precision, accelerator)
+    # Behind the features, which the tower computes in full precision.
+    prepare_step(
+        model,
+        accelerator.device,
+        bfloat16=accelerator.mixed_precision == "bf16",
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        compiled=config.train.compile,
+    )
     collator = Collator(
         model.backbone.tokenizer,
         max_source_length=config.prompt.max_source_length,

@@ -70,6 +70,12 @@ class TrainOptions:
     once an epoch."""
     seed: int = 42
     """Of initialisation, order and sampled answers."""
+    gradient_checkpointing: bool = False
+    """Run every layer of the language model a second time in the backward pass instead of keeping what it
+    computed: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the step with torch.compile, once for all lengths; the first steps take minutes. Needs a C++
+    compiler, and on a GPU Triton."""
     deterministic: bool = False
     """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
     a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed

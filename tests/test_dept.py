@@ -1,11 +1,13 @@
 """The method against its formula, its edge cases and its budget."""
 
+import copy
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dept_vl.dept import Budgeted, DePT, parameter_count, sample_vocabulary, solve_budget, solve_rank
 
@@ -337,3 +339,82 @@ def test_budget_of_one_vector_and_of_less_than_was_asked_for() -> None:
         solve_budget(768, 256, 76_800, 101)
     with pytest.raises(ValueError, match="the budget is -1"):
         solve_budget(768, 256, -1)
+
+
+# -- the offset in inference
+
+
+def uncached(prompt: DePT, text_length: int) -> Tensor:
+    return (prompt.lora_a[:text_length] @ prompt.lora_b * prompt.scale).detach()
+
+
+def change_by_optimizer(prompt: DePT, *, fused: bool) -> None:
+    optimizer = torch.optim.AdamW(prompt.parameters(), lr=0.5, fused=fused)
+    prompt.train()
+    prompt.offset(4).sum().backward()
+    optimizer.step()
+    prompt.eval()
+
+
+def change_by_rounding(prompt: DePT) -> None:
+    # There and back: the same type, shape and version, perhaps even the same place in memory.
+    prompt.to(torch.bfloat16).to(torch.float32)
+
+
+CHANGES = {
+    "optimizer": lambda prompt: change_by_optimizer(prompt, fused=False),
+    "fused optimizer": lambda prompt: change_by_optimizer(prompt, fused=True),
+    "load_state_dict": lambda prompt: prompt.load_state_dict(trained().state_dict()),
+    "to": lambda prompt: prompt.to(torch.float64),
+    "rounding": change_by_rounding,
+    "in place": lambda prompt: nn.init.normal_(prompt.lora_b),
+    "data": lambda prompt: setattr(prompt.lora_a, "data", torch.randn(LONGEST, 2)),
+    "new parameter": lambda prompt: setattr(prompt, "lora_b", nn.Parameter(torch.randn(2, D_MODEL))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_kept_offset_follows_every_change(change: Callable[[DePT], object]) -> None:
+    prompt = trained().eval()
+    with torch.no_grad():
+        before = prompt.offset(5)
+    change(prompt)
+    with torch.no_grad():
+        after = prompt.offset(5)
+    torch.testing.assert_close(after, uncached(prompt, 5))
+    assert not torch.equal(after.float(), before.float()) or after.dtype != before.dtype
+
+
+def test_offset_is_computed_once_in_inference_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = trained().eval()
+    with torch.no_grad():
+        first = prompt.offset(5)
+        assert prompt.offset(3).data_ptr() == first.data_ptr()
+        prompt.train()
+        assert prompt.offset(5).data_ptr() != first.data_ptr()
+    prompt.eval()
+    with_gradient = prompt.offset(5)
+    assert with_gradient.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(prompt.offset(5), first)
+    # What was kept is no part of what is saved.
+    assert set(prompt.state_dict()) == {"soft_prompt", "lora_a", "lora_b"}
+
+
+def test_kept_offset_follows_the_precision() -> None:
+    prompt = trained().eval()
+    with torch.no_grad():
+        full = prompt.offset(5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert prompt.offset(5).dtype == torch.bfloat16
+        assert torch.equal(prompt.offset(5), full)
+
+
+def test_copies_keep_their_own_offset() -> None:
+    prompt = trained().eval()
+    with torch.no_grad():
+        prompt.offset(5)
+        other = copy.deepcopy(prompt)
+        nn.init.normal_(other.lora_a)
+        torch.testing.assert_close(other.offset(5), uncached(other, 5))
+        torch.testing.assert_close(prompt.offset(5), uncached(prompt, 5))

@@ -1,0 +1,268 @@
+"""A step made fast or small computes what it did before; gradients go no further than they must."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import jaxtyping
+import pytest
+import torch
+from conftest import D_MODEL, random_features, random_labels, random_text
+from torch import Tensor, nn
+
+import dept_vl.step
+from dept_vl.backbone import Backbone
+from dept_vl.dept import DePT
+from dept_vl.model import PromptedModel
+from dept_vl.step import compile_forward, hold_frozen_in_bfloat16, prepare_step
+
+CPU = torch.device("cpu")
+
+
+def trained_model(backbone: Backbone, **options: bool) -> PromptedModel:
+    """Training mode without dropout, no part of the prompt zero."""
+    prompt = DePT(D_MODEL, prompt_length=3, rank=2, max_source_length=20)
+    for parameter in prompt.parameters():
+        nn.init.normal_(parameter)
+    return PromptedModel(backbone, prompt, **({"backbone_dropout": False} | options)).train()
+
+
+def loss(model: PromptedModel, text: tuple[int, ...] = (7, 4, 5), images: bool = True) -> Tensor:
+    """Of the same random inputs for every model."""
+    features = random_features(model.backbone, len(text)) if images else None
+    labels = random_labels(tuple(1 + length % 4 for length in text))
+    return model(**random_text(model.backbone, text), visual_features=features, labels=labels).loss
+
+
+def gradients(model: PromptedModel) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# -- where gradients go
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_no_gradient_into_tower_features_or_word_table(backbone: Backbone, live: bool) -> None:
+    model = trained_model(backbone)
+    features = random_features(backbone)
+    shown: dict[str, Tensor] = {"visual_features": features}
+    if live:
+        shown = {"pixel_values": torch.randn(3, 1, *backbone.vision.pixel_shape)}
+    computed: dict[str, Tensor] = {}
+    backbone.vision.register_forward_hook(lambda *call: computed.update(tower=call[2]))
+    backbone.kind.word_embeddings.register_forward_hook(lambda *call: computed.update(words=call[2]))
+    model(**random_text(backbone), **shown, labels=random_labels()).loss.backward()
+    assert computed.keys() == {"words", "tower"} if live else {"words"}
+    # Nothing of these was even recorded for a backward pass.
+    assert not any(tensor.requires_grad for tensor in [*computed.values(), features])
+    frozen = [*backbone.vision.parameters(), *backbone.language.parameters()]
+    assert all(parameter.grad is None for parameter in frozen)
+    assert model.prompt.soft_prompt.grad.abs().sum() > 0
+
+
+def test_one_pass_trains_without_a_cache(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained_model(backbone)
+    decoder = backbone.language.get_decoder()
+    given: list[object] = []
+    decoder.register_forward_hook(lambda *call: given.append(call[-1].past_key_values))
+    loss(model)
+    assert given == [None]
+
+
+# -- bfloat16
+
+
+def test_holding_weights_in_bfloat16_changes_no_bit(backbone: Backbone) -> None:
+    model = trained_model(backbone)
+    held = copy.deepcopy(model)
+    hold_frozen_in_bfloat16(held)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(loss(held), loss(model))
+        ours, theirs = gradients(held), gradients(model)
+        text = random_text(backbone)
+        assert torch.equal(
+            held.generate(**text, max_new_tokens=5, do_sample=False),
+            model.generate(**text, max_new_tokens=5, do_sample=False),
+        )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_only_frozen_linear_layers_are_held(backbone: Backbone) -> None:
+    model = trained_model(backbone)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    fingerprint = dict(backbone.fingerprint)
+    hold_frozen_in_bfloat16(model)
+    kinds = {name: p.dtype for name, p in model.named_parameters()}
+    held = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    assert not held & trained
+    assert any(name.endswith("lm_head.weight") for name in held)
+    assert not any("norm" in name or "embed" in name or "shared" in name for name in held)
+    assert backbone.kind.word_embeddings.weight.dtype == torch.float32
+    assert backbone.fingerprint == fingerprint
+
+
+def test_trained_language_model_is_left_alone(backbone: Backbone) -> None:
+    backbone.freeze(language=False)
+    hold_frozen_in_bfloat16(trained_model(backbone))
+    assert all(p.dtype == torch.float32 for p in backbone.language.parameters())
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "expected"),
+    [("cpu", True, "eager"), ("cpu", False, "sdpa"), ("cuda", True, "sdpa"), ("cuda", False, "sdpa")],
+)
+def test_attention_is_the_fastest(backbone: Backbone, device: str, bfloat16: bool, expected: str) -> None:
+    model = trained_model(backbone)
+    assert backbone.language.config._attn_implementation == "sdpa"
+    prepare_step(model, torch.device(device), bfloat16=bfloat16)
+    for part in (backbone.language, backbone.language.get_encoder(), backbone.language.get_decoder()):
+        assert part.config._attn_implementation == expected
+
+
+def test_both_attentions_agree(backbone: Backbone) -> None:
+    model = trained_model(backbone)
+    fused = gradients(model)
+    backbone.language.set_attn_implementation("eager")
+    plain = gradients(model)
+    assert fused.keys() == plain.keys()
+    for name, gradient in fused.items():
+        torch.testing.assert_close(plain[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_takes_sdpa_with_its_position_bias(t5: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Tensor | None] = []
+    attend = nn.functional.scaled_dot_product_attention
+
+    def noting(*tensors: Tensor, attn_mask: Tensor | None = None, **options: object) -> Tensor:
+        masks.append(attn_mask)
+        return attend(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noting)
+    loss(trained_model(t5))
+    layers = t5.language.config.num_layers + 2 * t5.language.config.num_decoder_layers
+    assert len(masks) == layers
+    assert masks[0] is not None
+    assert masks[0].is_floating_point()
+    assert len(masks[0].unique()) > 2  # a bias, not only open and shut
+
+
+# -- gradient checkpointing
+
+
+@pytest.mark.parametrize("backbone_dropout", [False, True])
+def test_checkpointing_gives_the_same_gradients(backbone: Backbone, backbone_dropout: bool) -> None:
+    model = trained_model(backbone, backbone_dropout=backbone_dropout)
+    checkpointed = copy.deepcopy(model)
+    prepare_step(checkpointed, CPU, bfloat16=False, gradient_checkpointing=True)
+    found = []
+    for one in (checkpointed, model):
+        torch.manual_seed(3)
+        found.append(gradients(one))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_checkpointing_keeps_less_and_generates_as_before(backbone: Backbone) -> None:
+    model = trained_model(backbone).eval()
+    given = random_text(backbone) | {"max_new_tokens": 5, "do_sample": False}
+    before, kept = model.generate(**given), saved_numbers(model)
+    prepare_step(model, CPU, bfloat16=False, gradient_checkpointing=True)
+    assert saved_numbers(model) < kept / 2
+    assert torch.equal(model.generate(**given), before)
+
+
+def saved_numbers(model: PromptedModel) -> int:
+    """Numbers kept for the backward pass, however often each."""
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss(model)
+    return sum(kept)
+
+
+# -- torch.compile
+
+
+@pytest.fixture
+def graphs() -> Iterator[Callable[[], int]]:
+    """Graphs that were compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
+    checking = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", checking)
+
+
+def shallow(backbone: Backbone) -> Backbone:
+    """The first layer of encoder and decoder alone: the compiler takes seconds for each."""
+    for stack in (backbone.language.get_encoder(), backbone.language.get_decoder()):
+        layers = "block" if hasattr(stack, "block") else "layers"
+        setattr(stack, layers, getattr(stack, layers)[:1])
+    return backbone
+
+
+BATCHES = [(7, 4, 5), (9, 9), (11, 3, 4, 8), (2, 12), (6, 6, 6)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_for_all_lengths_at_once(
+    t5: Backbone, graphs: Callable[[], int], checkpointing: bool
+) -> None:
+    model = trained_model(shallow(t5))
+    expected = [loss(model, text).item() for text in BATCHES]
+    expected_gradients = gradients(model)
+    prepare_step(model, CPU, bfloat16=False, gradient_checkpointing=checkpointing)
+    compile_forward(model, backend="eager")
+    found = []
+    for text in BATCHES[:2]:
+        found.append(loss(model, text))
+        found[-1].backward()
+    after_two = graphs()
+    assert 1 <= after_two <= 2
+    found += [loss(model, text) for text in BATCHES[2:]]
+    # No length and no batch size brings a graph of its own.
+    assert graphs() == after_two
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for one, other in zip(found, expected, strict=True):
+        assert one.item() == pytest.approx(other, rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_bart_has_no_graph_break(bart: Backbone, graphs: Callable[[], int]) -> None:
+    model = trained_model(shallow(bart))
+    expected = [loss(model, text).item() for text in BATCHES[:3]]
+    compile_forward(model, backend="eager")
+    assert [loss(model, text).item() for text in BATCHES[:3]] == pytest.approx(expected, rel=1e-5)
+    assert 1 <= graphs() <= 2
+
+
+def test_too_many_graphs_are_an_error(
+    t5: Backbone, graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dept_vl.step, "RECOMPILES", 1)
+    model = trained_model(shallow(t5))
+    compile_forward(model, backend="eager")
+    loss(model)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit, match="recompile_limit"):
+        loss(model, images=False)
+
+
+def test_spread_backbone_is_not_compiled(t5: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dept_vl.step, "is_spread", lambda model: True)
+    with pytest.raises(ValueError, match="--compile"):
+        prepare_step(trained_model(t5), CPU, bfloat16=False, compiled=True)
+    before = {name: p.dtype for name, p in t5.language.named_parameters()}
+    hold_frozen_in_bfloat16(trained_model(t5))
+    assert {name: p.dtype for name, p in t5.language.named_parameters()} == before
