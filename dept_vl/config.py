@@ -9,8 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dept_vl.backbone import TrainedPart
 from dept_vl.batch import OnBadImage
 from dept_vl.dept import LARGEST_SIZE
+from dept_vl.family import Method
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
@@ -78,17 +80,26 @@ class BackboneOptions:
     """Train the visual projection, as every published row does."""
     train_backbone: bool = False
     """Train the language model too: full fine-tuning, the ceiling to compare with."""
+    train_only: TrainedPart = "all"
+    """With train_backbone: all of it; biases alone (BitFit; T5 has none: the scales of its norms); or lora,
+    the pairs of LoRA that peft adds to the attention's queries and values."""
+    lora_rank: int = 8
+    """Rank of each pair of LoRA."""
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """The prompt."""
 
+    method: Method = "dept"
+    """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts) or
+    residual; see family.py."""
     prompt_length: int = 40
-    """Vectors of the soft prompt (m); 0 leaves the offset alone."""
+    """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
+    reference_prompt_length instead."""
     rank: int | None = None
-    """Rank of the offset (r); 0 is plain prompt tuning. Left out, it is the largest with which the
-    prompt has no more parameters than reference_prompt_length vectors."""
+    """Rank of the offset, or of a compressed prompt (r); 0 is plain prompt tuning. Left out, it is the
+    largest with which the prompt has no more parameters than reference_prompt_length vectors."""
     reference_prompt_length: int = 100
     """Length of the plain soft prompt (l) whose parameters are spent."""
     max_source_length: int = 20
@@ -149,6 +160,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "pooled_grid": (0, LARGEST_GRID),
     "prompt_length": _SIZE,
     "rank": _SIZE,
+    "lora_rank": (1, LARGEST_SIZE),
     "reference_prompt_length": (1, LARGEST_SIZE),
     "max_source_length": (1, LARGEST_SIZE),
     "alpha": (-sys.float_info.max, sys.float_info.max),

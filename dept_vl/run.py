@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl import family
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter, count_trainable
@@ -28,7 +29,7 @@ from dept_vl.config import (
     to_json,
     validate,
 )
-from dept_vl.dept import DePT, sample_vocabulary, solve_rank
+from dept_vl.dept import DePT, sample_vocabulary
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.files import read_object, write_atomically, writing
@@ -304,7 +305,13 @@ def build_model(config: RunConfig) -> PromptedModel:
     """The backbone, with a prompt where one has any size, and what is trained set free."""
     options = config.backbone
     backbone = load_backbone(options)
-    backbone.freeze(language=not options.train_backbone, visual_projection=not options.train_projection)
+    if options.train_backbone and options.train_only == "lora":
+        backbone.add_lora(options.lora_rank)
+    backbone.freeze(
+        language=not options.train_backbone,
+        visual_projection=not options.train_projection,
+        but=options.train_only,
+    )
     prompt = build_prompt(config.prompt, backbone, config.train.seed)
     return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
 
@@ -312,28 +319,35 @@ def build_model(config: RunConfig) -> PromptedModel:
 def budget_line(options: PromptOptions, prompt: DePT) -> str:
     """The prompt's sizes, and what of its budget is left over or overshot."""
     budget = options.reference_prompt_length * prompt.d_model
+    sizes = family.describe(prompt)
     left = budget - sum(parameter.numel() for parameter in prompt.parameters())
     spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
     return (
-        f"prompt: m={prompt.prompt_length}, r={prompt.rank}; of the {budget:,} parameters of a "
-        f"{options.reference_prompt_length}-vector prompt {spent}"
+        f"prompt: {sizes['method']}, m={prompt.prompt_length}, r={sizes['rank']}; of the {budget:,} "
+        f"parameters of a {options.reference_prompt_length}-vector prompt {spent}"
     )
 
 
 def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:
     """The prompt with its initial vectors; None if both its parts are of size zero."""
-    rank = options.rank
-    if rank is None:
-        budget = options.reference_prompt_length * backbone.d_model
-        rank = solve_rank(backbone.d_model, options.max_source_length, budget, options.prompt_length)
-    if options.prompt_length == 0 and rank == 0:
-        return None
-    prompt = DePT(
+    prompt_length, rank = family.solve_sizes(
+        options.method,
         backbone.d_model,
-        prompt_length=options.prompt_length,
+        options.max_source_length,
+        options.reference_prompt_length,
+        options.prompt_length,
+        options.rank,
+    )
+    if prompt_length == 0 and rank == 0:
+        return None
+    prompt = family.build(
+        options.method,
+        backbone.d_model,
+        prompt_length=prompt_length,
         rank=rank,
         max_source_length=options.max_source_length,
         alpha=options.alpha,
+        seed=seed,
     )
     if options.prompt_init != "random":
         tokenizer = backbone.tokenizer
@@ -342,7 +356,7 @@ def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT 
         else:
             ids = sample_vocabulary(
                 min(COMMON_TOKENS, len(tokenizer)),
-                options.prompt_length,
+                prompt_length,
                 torch.Generator().manual_seed(seed),
                 exclude=tokenizer.all_special_ids,
             )
