@@ -219,19 +219,31 @@ class Adapter:
         ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
         if ranks:
             backbone.add_lora(ranks[0])
-        prompt = None
-        if self.prompt is not None:
-            sizes: dict[str, Any] = {**BEFORE_METHODS, **self.prompt}
-            del sizes["scale"]  # follows from the others
-            if sizes["d_model"] != backbone.d_model:  # before anything of that width is made
-                raise ValueError(
-                    f"the adapter's prompt is {sizes['d_model']} wide and {backbone.name} is "
-                    f"{backbone.d_model} wide; load the backbone it was trained on"
-                )
-            prompt = family.build(**sizes)
-        model = PromptedModel(backbone, prompt)
+        if self.prompt is not None and self.prompt["d_model"] != backbone.d_model:
+            # Before anything of that width is made.
+            raise ValueError(
+                f"the adapter's prompt is {self.prompt['d_model']} wide and {backbone.name} is "
+                f"{backbone.d_model} wide; load the backbone it was trained on"
+            )
+        model = PromptedModel(backbone, None if self.prompt is None else self._untrained_prompt())
         self.apply(model)
         return model
+
+    def build_prompt(self) -> DePT:
+        """The prompt alone, with its tensors.
+
+        Raises:
+            ValueError: If the tensors are not those described.
+        """
+        prompt = self._untrained_prompt()
+        state = {k.removeprefix("prompt."): v for k, v in self.tensors.items() if k.startswith("prompt.")}
+        load_exactly(prompt, state, "the adapter's", "prompt.")
+        return prompt
+
+    def _untrained_prompt(self) -> DePT:
+        sizes: dict[str, Any] = {**BEFORE_METHODS, **(self.prompt or {})}
+        del sizes["scale"]  # follows from the others
+        return family.build(**sizes)
 
     def apply(self, model: PromptedModel) -> None:
         """Put the tensors into a model built alike."""

@@ -13,6 +13,7 @@ from dept_vl.backbone import TrainedPart
 from dept_vl.batch import OnBadImage
 from dept_vl.dept import LARGEST_SIZE
 from dept_vl.family import Method
+from dept_vl.inherit import InitParts
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
@@ -40,6 +41,13 @@ class DataOptions:
     """Split that the best adapter is scored on at the end; empty is val, and test for a text task."""
     test_limit: int = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
+    shots: int = 0
+    """Learn from so many examples of the training split alone, of each class where there are classes, and
+    choose the best adapter on as many others of it; 0 takes all."""
+    shots_seed: int = 0
+    """Of the draw of the shots."""
+    shots_file: Path | None = None
+    """Shots of another run (its shots.json) instead of a draw."""
     task_batch_size: int = 0
     """Examples of this task per process and forward pass; 0 takes per_device_batch_size."""
     num_beams: int = 0
@@ -110,6 +118,10 @@ class PromptOptions:
     """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
     init_text: str = ""
     """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""
+    init_from: tuple[Path, ...] = ()
+    """Start from trained prompts instead: folders of runs or adapters; of several, from their mean."""
+    init_parts: InitParts = "prompt"
+    """Of these take the prompt alone (P), or all of it: the offset too."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,8 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "holdout_images": _COUNT,
     "dev_limit": _COUNT,
     "test_limit": _COUNT,
+    "shots": _COUNT,
+    "shots_seed": (0, 2**32 - 1),
     "task_batch_size": _COUNT,
     "num_beams": (0, 1000),
     "candidate_floor": _COUNT,
@@ -204,6 +218,8 @@ def validate(config: RunConfig) -> None:
 
 def _allowed(name: str, value: Any) -> str:
     """What an option may be, if the value is not; empty if it is."""
+    if isinstance(value, tuple):
+        return next(filter(None, (_allowed(name, one) for one in value)), "")
     if isinstance(value, str | Path):
         text = str(value)
         # Paths end at a zero byte; half of a surrogate pair is no character.

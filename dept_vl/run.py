@@ -33,10 +33,12 @@ from dept_vl.dept import DePT, sample_vocabulary
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.files import read_object, write_atomically, writing
+from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
+from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.state import Progress, newest
 from dept_vl.tasks.example import Task
@@ -93,8 +95,12 @@ class RunResult:
         return 128 + stopped_by if stopped_by else 0
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     """Train on one split, choose on another, score on a third; of one task or several together.
+
+    Args:
+        config: Of the run.
+        more_to_come: Another run follows in this program, so its processes stay together.
 
     Raises:
         FileExistsError: If the output folder already holds a run.
@@ -123,10 +129,17 @@ def run(config: RunConfig) -> RunResult:
     output_dir, checkpoint = _open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
         accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
-        accelerator.end_training()
-        return _finished(output_dir)
-    with explained(output_dir):
-        return _run(config, task_options, accelerator, output_dir, checkpoint, started)
+        result = _finished(output_dir)
+    else:
+        with explained(output_dir):
+            result = _run(config, task_options, accelerator, output_dir, checkpoint, started)
+    accelerator.wait_for_everyone()
+    if more_to_come:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()  # closes the trackers and the process group, so last
+    return result
 
 
 def _run(
@@ -142,6 +155,11 @@ def _run(
         _only_deterministic()
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in task_options]
+    if accelerator.is_main_process:
+        for task in tasks:
+            if task.shots is not None:
+                suffix = f"-{task.options.task}" if config.also else ""
+                task.shots.write(output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
     max_target_length = max(task.decoding.max_new_tokens for task in tasks)
     model = build_model(config)
     model.to(accelerator.device)
@@ -198,7 +216,6 @@ def _run(
             f"stopped at step {training.steps} of {config.train.max_steps}; --resume {output_dir} goes on"
             + (f"; the best adapter so far is in {output_dir / BEST}" if training.best_step else "")
         )
-        accelerator.end_training()
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluations = [
         evaluate(
@@ -232,8 +249,6 @@ def _run(
     )
     if accelerator.is_main_process:
         _write_results(config, model, tasks, evaluations, result)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # closes the trackers and the process group, so last
     return result
 
 
@@ -313,7 +328,10 @@ def build_model(config: RunConfig) -> PromptedModel:
         but=options.train_only,
     )
     prompt = build_prompt(config.prompt, backbone, config.train.seed)
-    return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
+    model = PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
+    if config.prompt.init_from:
+        inherit(model, config.prompt.init_from, config.prompt.init_parts)
+    return model
 
 
 def budget_line(options: PromptOptions, prompt: DePT) -> str:
