@@ -3,10 +3,10 @@
     OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,lora_lr=0.02/    a run, kept once it is finished
     OUTPUT/comparison.json, .md
 
-Every method trains for the same steps on the same examples in the same order, and ends with its last step. With the first seed it
-tries each of its rates (as many for one method as for another) and takes those of the best dev figure;
-the other seeds run with these. The run that was chosen is the first seed's, so test figures decide nothing.
-Each run is a process of its own, whose peak memory is its own.
+Every method trains for the same steps on the same examples in the same order, and is what it is after the
+last. With the first seed it tries each of its rates (as many for one method as for another) and takes those
+of the best dev figure; the other seeds run with these. Test figures decide nothing. Each run is a process
+of its own, whose peak memory is its own.
 """
 
 import json
@@ -32,7 +32,7 @@ from dept_vl.report import markdown_table
 from dept_vl.run import SUMMARY, SUMMARY_FILE, load_backbone, run
 from dept_vl.splits import load_splits
 from dept_vl.tasks.nlp_table import TEXT_TASKS
-from dept_vl.train import LOG_FILE
+from dept_vl.train import best_dev
 
 TASKS = {
     "easy-vqa": "data/configs/easy-vqa.json",
@@ -264,13 +264,6 @@ def compare_one(config: CompareConfig, task: str, base: RunConfig, name: str, me
         peak_mib=max(read_object(path / PEAK_FILE, {"mib": float})["mib"] for path in runs),
         tokens=statistics.mean(summary["tokens_per_example"] for summary in summaries),
     )
-
-
-def best_dev(folder: Path) -> float:
-    """The best primary figure of a run on its dev split."""
-    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    figure = next(key for line in lines for key in line if key.startswith("dev/"))
-    return max(float(line[figure]) for line in lines if figure in line)
 
 
 def run_apart(config: RunConfig) -> None:

@@ -141,6 +141,8 @@ class RunConfig:
     resume: str = ""
     """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
     to begin one if not (the same command may then be started again and again)."""
+    tune: int = 0
+    """Search the learning rates and the split between prompt and rank first, in so many trials."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
     log_with: str | None = None
@@ -152,6 +154,7 @@ FREE_TO_CHANGE = (
     "resume",
     "log_with",
     "train.num_workers",
+    "train.pause_at",
     "train.log_every",
     "data.feature_memory",
 )
@@ -185,7 +188,9 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "eval_every": _SOME,
     "eval_batch_size": _SOME,
     "checkpoint_every": _COUNT,
+    "pause_at": _COUNT,
     "patience": _COUNT,
+    "tune": (0, 10_000),
     "log_every": _SOME,
     "num_workers": (0, 1024),
     "seed": (0, 2**32 - 1),  # NumPy takes no other

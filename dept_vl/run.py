@@ -217,6 +217,9 @@ def _run(
             + (f"; the best adapter so far is in {output_dir / BEST}" if training.best_step else "")
         )
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
+    if training is not None and training.steps == config.train.pause_at < config.train.max_steps:
+        accelerator.print(f"paused at step {training.steps} of {config.train.max_steps}: {output_dir}")
+        return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluations = [
         evaluate(
             model,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from dept_vl.batch import Collator, Draw
 from dept_vl.cli import read_config
@@ -82,6 +82,7 @@ def transfer(config: TransferConfig) -> int:
         ValueError: If there are too few examples of a class, or a source does not fit.
     """
     check(config)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
     base = target_config(config)
     sources = []
     for place, name in enumerate(config.source):
@@ -101,11 +102,10 @@ def transfer(config: TransferConfig) -> int:
         if result.exit_status:
             return result.exit_status
         scores.setdefault((start, k), []).append(primary(result))
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    if accelerator.is_main_process:
+    if processes.is_main_process:
         write_table(config, {key: interval(values) for key, values in scores.items()})
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    processes.wait_for_everyone()
+    processes.destroy_process_group()
     return 0
 
 
@@ -205,27 +205,27 @@ def cell_config(
 
 def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    processes = PartialState()
     if path.is_file():
         losses = read_object(path, {"losses": {str: float}})["losses"]
     else:
         losses = {}
         for source in sources:
             prompt = replace(cell.prompt, init_from=(source,), init_parts="prompt")
-            losses[str(source)] = dev_loss(replace(cell, prompt=prompt), accelerator)
-    accelerator.wait_for_everyone()  # all have looked for the file
-    if accelerator.is_main_process and not path.is_file():
+            losses[str(source)] = dev_loss(replace(cell, prompt=prompt), processes)
+    processes.wait_for_everyone()  # all have looked for the file
+    if processes.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps({"losses": losses}, indent=1) + "\n").encode())
     return min(sources, key=lambda source: losses[str(source)])
 
 
 @torch.no_grad()
-def dev_loss(config: RunConfig, accelerator: Accelerator) -> float:
+def dev_loss(config: RunConfig, processes: PartialState) -> float:
     """Mean loss of an untrained run on its dev examples, each with its best answer."""
-    with accelerator.local_main_process_first():
+    with processes.local_main_process_first():
         splits = load_splits(config.data, config.train.seed)
-    model = build_model(config).to(accelerator.device).eval()
+    model = build_model(config).to(processes.device).eval()
     collate = Collator(
         model.backbone.tokenizer,
         max_source_length=config.prompt.max_source_length,
@@ -237,7 +237,7 @@ def dev_loss(config: RunConfig, accelerator: Accelerator) -> float:
     total, size = 0.0, config.train.eval_batch_size
     for start in range(0, len(draws), size):
         part = draws[start : start + size]
-        batch = collate(part).to(accelerator.device)
+        batch = collate(part).to(processes.device)
         total += model(**batch.training_inputs()).loss.item() * len(part)
     return total / len(draws)
 
