@@ -19,6 +19,7 @@ from dept_vl.files import read_json
 from dept_vl.report import markdown_table
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, score_rows, write_answers
 from dept_vl.splits import check_images, with_split_names
+from dept_vl.spread import place_model
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task, limit
@@ -105,7 +106,7 @@ def assess(config: AssessConfig) -> Assessment:
     task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
     decoding = choose_decoding(config, options, task)
     model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone)).folded()
-    model.to(accelerator.device)
+    place_model(model, accelerator)
     evaluation = evaluate(
         model,
         task,
@@ -175,7 +176,10 @@ def read_candidates(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a JSON list of answers") from None
     if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
         raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
     return tuple(content)

@@ -136,7 +136,11 @@ class Adapter:
         folder = Path(folder)
         for name in (CONFIG_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no adapter at {folder}: {name} is missing there")
+                hint = "; files of PEFT's are read by dept_vl.peft_files.from_peft"
+                found = (folder / "adapter_config.json").is_file()
+                raise FileNotFoundError(
+                    f"no adapter at {folder}: {name} is missing there{hint if found else ''}"
+                )
         description = _read_description(folder / CONFIG_FILE)
         tensors = read_tensors(folder / TENSORS_FILE)
         check_parameters(tensors, folder / TENSORS_FILE)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from dept_vl.batch import Collator, EvaluationDraws, outlive_signals
 from dept_vl.decoding import generation_options, spellings
 from dept_vl.model import PromptedModel
+from dept_vl.spread import is_spread
 from dept_vl.targets import target_texts
 from dept_vl.tasks.example import Decoding, Task
 from dept_vl.tasks.predictions import ExampleId
@@ -65,28 +66,40 @@ def evaluate(
     model.eval()
     tokenizer, decoding = model.backbone.tokenizer, decoding or task.decoding
     options, spelled = generation_options(decoding, tokenizer), spellings(tokenizer, decoding.candidates)
-    mine = range(accelerator.process_index, len(task), accelerator.num_processes)
+    mine = list(range(accelerator.process_index, len(task), accelerator.num_processes))
+    spread = is_spread(model)
+    if spread:
+        # All processes decode together, as many batches and as many tokens each.
+        options |= {"synced_gpus": True}
+        if len(mine) * accelerator.num_processes < len(task) or not mine:
+            mine.append(0)
     loader: DataLoader[Any] = DataLoader(
         EvaluationDraws(task),
-        sampler=list(mine),
+        sampler=mine,
         batch_size=batch_size,
         collate_fn=collator,
         num_workers=num_workers,
         worker_init_fn=outlive_signals,
     )
     answers: list[tuple[ExampleId, str]] = []
+    lengths: list[tuple[ExampleId, int]] = []
     skipped: list[ExampleId] = []
-    text_tokens = 0
     for batch in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
         skipped.extend(batch.skipped)
         if not batch.ids:
+            if spread:
+                raise ValueError(
+                    f"no image of a batch could be read (ids {list(batch.skipped[:5])}, ...), and the other "
+                    "processes cannot go on without this one; put the images right, or evaluate with the "
+                    "backbone whole"
+                )
             continue
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
             tokens = model.generate(**moved.inputs(), **options)
         texts = [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
-        text_tokens += int(batch.attention_mask.sum())
+        lengths.extend(zip(batch.ids, batch.attention_mask.sum(1).tolist(), strict=True))
     model.train(was_training)
     answers.extend((example_id, NO_ANSWER) for example_id in skipped)
     predictions: dict[ExampleId, str] = dict(gather_object(answers))
@@ -95,6 +108,6 @@ def evaluate(
     return Evaluation(
         predictions,
         broadcast_object_list(scores)[0],
-        sum(gather_object([text_tokens])) / max(1, len(task)),
-        tuple(gather_object(skipped)),
+        sum(dict(gather_object(lengths)).values()) / max(1, len(task)),
+        tuple(dict.fromkeys(gather_object(skipped))),
     )

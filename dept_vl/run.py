@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl import family
@@ -40,6 +40,7 @@ from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
+from dept_vl.spread import place_model
 from dept_vl.state import Progress, newest
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
@@ -120,11 +121,6 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        accelerator.print(
-            f"warning: parameters that are spread over processes ({accelerator.distributed_type.value}) are "
-            "not tested; look at the first adapter and go on from a checkpoint once before relying on either"
-        )
     task_options = _together(config)
     output_dir, checkpoint = _open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
@@ -162,7 +158,7 @@ def _run(
                 task.shots.write(output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
     max_target_length = max(task.decoding.max_new_tokens for task in tasks)
     model = build_model(config)
-    model.to(accelerator.device)
+    place_model(model, accelerator)
     for task in tasks:
         model.backbone.check_length(
             model.prompt.prompt_length if model.prompt else 0,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -26,6 +26,7 @@ from dept_vl.files import one_line, write_atomically, writing
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
+from dept_vl.spread import average_gradients, is_spread
 from dept_vl.state import Progress, TrainingState
 from dept_vl.tasks.example import Decoding, Task
 from dept_vl.tasks.predictions import ExampleId
@@ -131,7 +132,9 @@ def train(
     state = TrainingState(output_dir, model, optimizer, schedule, accelerator)
     progress = Progress() if checkpoint is None else state.load(checkpoint)
     # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    spread = is_spread(model)
+    wrapped = model if spread else accelerator.prepare_model(model)
+    optimizer = accelerator.prepare_optimizer(optimizer)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     lengths = None
     if options.group_by_length:
@@ -167,11 +170,15 @@ def train(
             for _ in range(options.gradient_accumulation_steps):
                 batch = next(batches).to(accelerator.device)
                 _check_readable(batch, progress.steps + 1)
-                with accelerator.accumulate(wrapped):
-                    loss = wrapped(**batch.training_inputs()).loss
-                    accelerator.backward(loss)
+                with accelerator.accumulate(*(() if spread else (wrapped,))):
+                    with accelerator.autocast():
+                        loss = wrapped(**batch.training_inputs()).loss
+                    # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
+                    (loss / options.gradient_accumulation_steps).backward()
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained, options.max_grad_norm)
+                        if spread:
+                            average_gradients(trained, accelerator)
+                        nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())

@@ -152,7 +152,7 @@ def write_pairs(config: BenchConfig) -> None:
 
 def load_pairs(config: BenchConfig) -> Load:
     """Read the pairs and count their tokens in this process; say how much of a batch is padding."""
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
     started = time.perf_counter()
     task = TextTask("mnli", read_rows("mnli", config.output_dir, "train"))
     lengths = source_lengths(task, tokenizer)

@@ -3,13 +3,8 @@
 from pathlib import Path
 
 import pytest
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.utils import DistributedType
-from runs import reset_accelerate
-
-from dept_vl.config import RunConfig
-from dept_vl.run import run
 
 FOLDER = Path(__file__).parents[1] / "data" / "accelerate"
 
@@ -28,14 +23,3 @@ def test_accelerate_reads_them(name: str, kind: DistributedType, machines: int) 
     assert (config.distributed_type, config.num_machines) == (kind, machines)
     assert config.num_processes == 8 * machines
     assert not config.use_cpu
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_what_is_not_tested_is_said(
-    kind: DistributedType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda _: kind))
-    with pytest.raises(ValueError, match="needs --output_dir"):
-        run(RunConfig(resume="auto"))
-    reset_accelerate()
-    assert f"spread over processes ({kind.value}) are not tested" in capsys.readouterr().out

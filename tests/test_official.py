@@ -318,7 +318,7 @@ def test_other_tensors_are_listed(tmp_path: Path, prompt_only: bool) -> None:
         ({"max_length": 13}, r"lora_embedding_A has the shape \(13, 3\); found \(12, 3\)"),
         ({"r": 2}, r"lora_embedding_A has the shape \(12, 2\); found \(12, 3\)"),
         ({"token_dim": 31}, r"prompt_embeddings has the shape \(4, 31\); found \(4, 32\)"),
-        ({"peft_type": "LORA"}, "expected peft_type PROMPT_TUNING_LORA, found LORA"),
+        ({"peft_type": "LORA"}, "expected peft_type PROMPT_TUNING_LORA, found 'LORA'"),
         ({"r": None}, "'r': None"),
         ({"r": 0}, "'r': 0"),
         ({"max_length": "12"}, "'max_length': '12'"),
