@@ -20,12 +20,18 @@ data/easy-vqa: | $(STAMP)
 data/scenes: | $(STAMP)
 	$(BIN)/python scripts/prepare_data.py scenes --output_dir data/scenes
 
+data/concepts: | $(STAMP)
+	$(BIN)/python scripts/prepare_data.py concepts --output_dir data/concepts
+
+data/snippets: | $(STAMP)
+	$(BIN)/python scripts/prepare_data.py snippets --output_dir data/snippets
+
 vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
 		scripts/train_vqa.py --config data/configs/easy-vqa.json
 
-compare: $(STAMP) | data/easy-vqa  ## the README's comparison of methods, 3 seeds each
+compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods, 3 seeds each
 	$(BIN)/python scripts/compare.py
 
 lint: $(STAMP)
@@ -37,4 +43,4 @@ test: lint  ## install, check style and types, run the tests
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf $(VENV) data/easy-vqa data/scenes
+	rm -rf $(VENV) data/easy-vqa data/scenes data/concepts data/snippets

@@ -113,7 +113,7 @@ def assess(config: AssessConfig) -> Assessment:
             whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
     task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
     decoding = choose_decoding(config, options, task)
-    model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone))
+    model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone)).folded()
     place_model(model, accelerator)
     images: FeatureTable | VisionEncoder | None = model.backbone.vision
     if isinstance(images, VisionEncoder):

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,11 @@ from dept_vl.vision import VisionEncoder
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
 MAX_IMAGES = 2
+LORA = "lora_"
+"""In the names that peft gives to the tensors of LoRA."""
+
+TrainedPart = Literal["all", "biases", "lora"]
+"""What of the language model is trained where it is not frozen."""
 
 OPTIONS = {
     "name": str,
@@ -214,12 +219,46 @@ class Backbone(nn.Module):
             options["vision"] = self.vision.options()
         (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
 
-    def freeze(self, *, language: bool = True, visual_projection: bool = False) -> None:
-        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`."""
-        self.language.requires_grad_(not language)
+    def freeze(
+        self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"
+    ) -> None:
+        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`.
+
+        Args:
+            language: Freeze the whole language model.
+            visual_projection: Freeze the visual projection.
+            but: What of the language model is trained if it is not frozen.
+        """
+        self.language.requires_grad_(False)
+        for parameter in [] if language else self._trained_parts(but):
+            parameter.requires_grad_(True)
         if self.vision is not None and self.visual_projection is not None:
             self.vision.requires_grad_(False)
             self.visual_projection.requires_grad_(not visual_projection)
+
+    def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
+        named = list(self.language.named_parameters())
+        if part == "all":
+            return [parameter for _, parameter in named]
+        if part == "lora":
+            return [parameter for name, parameter in named if LORA in name]
+        biases = [parameter for name, parameter in named if name.endswith(".bias")]
+        # T5 has none; the scales of its norms are as many and act as near.
+        return biases or [parameter for _, parameter in named if parameter.dim() == 1]
+
+    def add_lora(self, rank: int) -> None:
+        """Put a low-rank pair beside each query and value of the attention, as peft does by default.
+
+        Raises:
+            ImportError: If peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
+        # The pair is scaled by alpha / rank.
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank), self.language)
+        self.freeze(language=False, but="lora")
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the language model uses them (BART's scale included)."""

@@ -1,8 +1,8 @@
 """The adapter: what training changed, as a small file that fits one backbone.
 
-A folder with `adapter.safetensors` (soft_prompt, lora_a, lora_b, and the visual projection, trained
-or not, because a projection is no part of the models on the Hub) and `adapter.json`, which says what
-they are, for which backbone, and how well they do.
+A folder with `adapter.safetensors` (the prompt's tensors, as `family.tensors` has them, and the visual
+projection, trained or not, because a projection is no part of the models on the Hub) and `adapter.json`,
+which says what they are, for which backbone, and how well they do.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dept_vl import official
+from dept_vl import family, official
 from dept_vl.backbone import Backbone
 from dept_vl.dept import LARGEST_SIZE, DePT
 from dept_vl.files import (
@@ -32,19 +32,26 @@ from dept_vl.language import VisualPositionBias
 from dept_vl.model import PromptedModel
 
 FORMAT_VERSION = 1
+LARGEST_SEED = 2**32 - 1
 TENSORS_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter.json"
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Of the names of tensors, one for each module that an adapter may hold."""
+GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
+"""Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
 
 SIZES = {
+    "method": family.METHODS,
     "prompt_length": int,
     "rank": int,
     "max_source_length": int,
     "d_model": int,
     "alpha": float,
     "scale": float,
+    "seed": int,
 }
+BEFORE_METHODS = {"method": "dept", "seed": 0}
+"""What is left out where a prompt was described before there was more than one method."""
 DESCRIPTION = {
     "prompt": (None, SIZES),
     "backbone": {
@@ -72,14 +79,16 @@ class Adapter:
     """Trained tensors and their description.
 
     Attributes:
-        prompt: Sizes of the prompt (`prompt_length`, `rank`, `max_source_length`, `d_model`,
-            `alpha`, `scale`); None if only the backbone's own parts were trained.
+        prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
+            `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
+            `family.describe` gives them; None if only the backbone's own parts were trained.
         backbone: Its name, the hashes of its frozen weights and `visual_position_bias`. The authors'
             files tell the name alone: of theirs the rest is None, and `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
-        tensors: By name: `prompt.*`, `visual_projection.*`, and `language.*` after full fine-tuning.
+        tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
+            `language.*`.
         format_version: Of the two files.
     """
 
@@ -96,7 +105,7 @@ class Adapter:
         """Copy what is trained out of a model."""
         prompt, backbone = model.prompt, model.backbone
         return cls(
-            prompt=None if prompt is None else _sizes(prompt),
+            prompt=None if prompt is None else family.describe(prompt),
             backbone=_identity(backbone),
             task=task,
             metrics=dict(metrics),
@@ -120,7 +129,7 @@ class Adapter:
             metrics: Figures, on the task's own scale.
         """
         return cls(
-            prompt=_sizes(prompt),
+            prompt=family.describe(prompt),
             backbone=backbone,
             task=task,
             metrics=dict(metrics),
@@ -192,7 +201,7 @@ class Adapter:
                 alpha=float(config["lora_alpha"]),
             )
         return cls(
-            prompt=_sizes(prompt),
+            prompt=family.describe(prompt),
             backbone={
                 "name": config["base_model_name_or_path"],
                 "fingerprint": None,
@@ -234,22 +243,42 @@ class Adapter:
         Raises:
             ValueError: If this is another backbone, or the tensors are not those described.
         """
-        self._check_backbone(backbone)
-        prompt = None if self.prompt is None else self.new_prompt()
-        model = PromptedModel(backbone, prompt)
+        self.check_backbone(backbone)
+        ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
+        if ranks:
+            backbone.add_lora(ranks[0])
+        if self.prompt is not None and self.prompt["d_model"] != backbone.d_model:
+            # Before anything of that width is made.
+            raise ValueError(
+                f"the adapter's prompt is {self.prompt['d_model']} wide and {backbone.name} is "
+                f"{backbone.d_model} wide; load the backbone it was trained on"
+            )
+        model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
         self.apply(model)
         return model
 
+    def build_prompt(self) -> DePT:
+        """The prompt alone, with its tensors.
+
+        Raises:
+            ValueError: If the tensors are not those described.
+        """
+        prompt = self.new_prompt()
+        state = {k.removeprefix("prompt."): v for k, v in self.tensors.items() if k.startswith("prompt.")}
+        load_exactly(prompt, state, "the adapter's", "prompt.")
+        return prompt
+
     def new_prompt(self) -> DePT:
-        """A prompt of the sizes described, not yet with the tensors.
+        """A prompt of the method and sizes described, not yet with the tensors.
 
         Raises:
             ValueError: If there is no prompt in the adapter.
         """
         if self.prompt is None:
             raise ValueError(f"this adapter of {self.backbone['name']} holds no prompt")
-        sizes = {key: value for key, value in self.prompt.items() if key not in ("d_model", "scale")}
-        return DePT(self.prompt["d_model"], **sizes)
+        sizes: dict[str, Any] = {**BEFORE_METHODS, **self.prompt}
+        del sizes["scale"]  # follows from the others
+        return family.build(**sizes)
 
     def apply(self, model: PromptedModel) -> None:
         """Put the tensors into a model built alike."""
@@ -261,6 +290,8 @@ class Adapter:
             state = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
             if module is None or (not state and module is model.backbone.language):
                 continue
+            if module is model.backbone.language:  # of which a part may be trained
+                state = dict(module.named_parameters()) | state
             load_exactly(module, state, "the adapter's", prefix)
 
     def _mismatch(self) -> str:
@@ -271,13 +302,17 @@ class Adapter:
         unknown = [name for name in self.tensors if not name.startswith(PREFIXES)]
         if unknown:
             return f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}"
-        expected = {} if self.prompt is None else _shapes(self.prompt)
+        expected = (
+            {} if self.prompt is None else {k: v for g in _shapes(self.prompt).values() for k, v in g.items()}
+        )
         found = {k: tuple(v.shape) for k, v in self.tensors.items() if k.startswith("prompt.")}
         if found != expected:
             return f"by its sizes the prompt has the tensors {expected}; found {found!s:.200}"
+        low_rank = {} if self.prompt is None else _shapes(self.prompt)["low_rank"]
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in self.tensors.items():
-            groups.setdefault(_group(name), []).append(tensor)
+            group = "low_rank" if name in low_rank else GROUPS[name.split(".")[0]]
+            groups.setdefault(group, []).append(tensor)
         if "visual_projection" not in self.trainable_parameters:
             groups.pop("visual_projection", None)  # kept, though frozen
         counts = _count(groups)
@@ -288,7 +323,12 @@ class Adapter:
             )
         return ""
 
-    def _check_backbone(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse any backbone but the one that the adapter was trained on.
+
+        Raises:
+            ValueError: With both names and fingerprints.
+        """
         if self.backbone["fingerprint"] is None:
             self._check_name(backbone)
             return
@@ -366,8 +406,10 @@ def _read_description(path: Path) -> dict[str, Any]:
     backbone = description.get("backbone") if isinstance(description, dict) else None
     official_one = isinstance(backbone, dict) and "official_config" in backbone
     like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
+    if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
+        description["prompt"] = BEFORE_METHODS | description["prompt"]
     problem = difference(description, like)
-    if not problem and description["prompt"] is not None:
+    if not problem and isinstance(description["prompt"], dict):
         problem = _wrong_size(description["prompt"])
     if problem:
         raise ValueError(f"{path} is damaged: {problem}")
@@ -380,36 +422,23 @@ def _wrong_size(prompt: Mapping[str, Any]) -> str:
     for name, least in (("prompt_length", 0), ("rank", 0), ("max_source_length", 1), ("d_model", 1)):
         if not least <= prompt[name] <= LARGEST_SIZE:
             return f"expected prompt.{name} to be {least} to {LARGEST_SIZE:,}, found {prompt[name]!s:.60}"
-    scale = prompt["alpha"] / math.sqrt(prompt["rank"]) if prompt["rank"] else 0.0
+    if not 0 <= prompt["seed"] <= LARGEST_SEED:
+        return f"expected prompt.seed to be 0 to {LARGEST_SEED:,}, found {prompt['seed']!s:.60}"
+    problem = family.impossible(*(prompt[key] for key in ("method", "d_model", "prompt_length", "rank")))
+    if problem:
+        return problem
+    by_position = prompt["rank"] and prompt["method"] in ("dept", "hybrid")
+    scale = prompt["alpha"] / math.sqrt(prompt["rank"]) if by_position else 0.0
     if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
         return f"expected prompt.scale to be alpha / sqrt(rank) = {scale}, found {prompt['scale']!s:.60}"
     return ""
 
 
-def _shapes(prompt: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Of the tensors of a prompt, by its sizes."""
-    width, rank = prompt["d_model"], prompt["rank"]
-    shapes = {"prompt.soft_prompt": (prompt["prompt_length"], width)}
-    shapes |= {"prompt.lora_a": (prompt["max_source_length"], rank), "prompt.lora_b": (rank, width)}
-    return {name: shape for name, shape in shapes.items() if 0 not in shape}
-
-
-def _group(name: str) -> str:
-    """The group of `PromptedModel.parameter_groups` that a tensor of the file belongs to."""
-    if name.startswith("prompt."):
-        return "prompt" if name == "prompt.soft_prompt" else "low_rank"
-    return "backbone" if name.startswith("language.") else "visual_projection"
-
-
-def _sizes(prompt: DePT) -> dict[str, Any]:
-    return {
-        "prompt_length": prompt.prompt_length,
-        "rank": prompt.rank,
-        "max_source_length": prompt.max_source_length,
-        "d_model": prompt.d_model,
-        "alpha": prompt.alpha,
-        "scale": prompt.scale,
-    }
+def _shapes(prompt: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of the tensors of a prompt, by its description: by group, by name in the file."""
+    sizes = (prompt[key] for key in ("d_model", "max_source_length", "prompt_length", "rank"))
+    groups = family.tensors(prompt["method"], *sizes)
+    return {group: {f"prompt.{k}": v for k, v in shapes.items()} for group, shapes in groups.items()}
 
 
 def _identity(backbone: Backbone) -> dict[str, Any]:

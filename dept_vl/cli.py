@@ -135,6 +135,8 @@ def _build(base: Any, content: Any, where: str) -> Any:
                 _build(_element(hint)(), part, f"{where}: {name}[{place}]")
                 for place, part in enumerate(value)
             )
+        elif _element(hint) is Path and isinstance(value, list) and all(_fits(v, Path) for v in value):
+            value = tuple(map(Path, value))
         elif not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{where}: {name} is {value!r:.60}; expected {expected}")

@@ -9,9 +9,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from dept_vl.backbone import TrainedPart
 from dept_vl.batch import OnBadImage
 from dept_vl.dept import LARGEST_SIZE
+from dept_vl.family import Method
 from dept_vl.features import Precision
+from dept_vl.inherit import InitParts
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
@@ -41,6 +44,13 @@ class DataOptions:
     """Split that the best adapter is scored on at the end; empty is val, and test for a text task."""
     test_limit: int = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
+    shots: int = 0
+    """Learn from so many examples of the training split alone, of each class where there are classes, and
+    choose the best adapter on as many others of it; 0 takes all."""
+    shots_seed: int = 0
+    """Of the draw of the shots."""
+    shots_file: Path | None = None
+    """Shots of another run (its shots.json) instead of a draw."""
     task_batch_size: int = 0
     """Examples of this task per process and forward pass; 0 takes per_device_batch_size."""
     num_beams: int = 0
@@ -88,17 +98,26 @@ class BackboneOptions:
     """Train the visual projection, as every published row does."""
     train_backbone: bool = False
     """Train the language model too: full fine-tuning, the ceiling to compare with."""
+    train_only: TrainedPart = "all"
+    """With train_backbone: all of it; biases alone (BitFit; T5 has none: the scales of its norms); or lora,
+    the pairs of LoRA that peft adds to the attention's queries and values."""
+    lora_rank: int = 8
+    """Rank of each pair of LoRA."""
 
 
 @dataclass(frozen=True)
 class PromptOptions:
     """The prompt."""
 
+    method: Method = "dept"
+    """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts) or
+    residual; see family.py."""
     prompt_length: int = 40
-    """Vectors of the soft prompt (m); 0 leaves the offset alone."""
+    """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
+    reference_prompt_length instead."""
     rank: int | None = None
-    """Rank of the offset (r); 0 is plain prompt tuning. Left out, it is the largest with which the
-    prompt has no more parameters than reference_prompt_length vectors."""
+    """Rank of the offset, or of a compressed prompt (r); 0 is plain prompt tuning. Left out, it is the
+    largest with which the prompt has no more parameters than reference_prompt_length vectors."""
     reference_prompt_length: int = 100
     """Length of the plain soft prompt (l) whose parameters are spent."""
     max_source_length: int = 20
@@ -109,6 +128,10 @@ class PromptOptions:
     """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
     init_text: str = ""
     """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""
+    init_from: tuple[Path, ...] = ()
+    """Start from trained prompts instead: folders of runs or adapters; of several, from their mean."""
+    init_parts: InitParts = "prompt"
+    """Of these take the prompt alone (P), or all of it: the offset too."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +151,8 @@ class RunConfig:
     resume: str = ""
     """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
     to begin one if not (the same command may then be started again and again)."""
+    tune: int = 0
+    """Search the learning rates and the split between prompt and rank first, in so many trials."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
     log_with: str | None = None
@@ -159,6 +184,7 @@ FREE_TO_CHANGE = (
     "resume",
     "log_with",
     "train.num_workers",
+    "train.pause_at",
     "train.log_every",
     "data.features",  # `run` sees to it that their precision stays
     "data.features_dir",
@@ -173,6 +199,8 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "holdout_images": _COUNT,
     "dev_limit": _COUNT,
     "test_limit": _COUNT,
+    "shots": _COUNT,
+    "shots_seed": (0, 2**32 - 1),
     "task_batch_size": _COUNT,
     "num_beams": (0, 1000),
     "candidate_floor": _COUNT,
@@ -181,6 +209,7 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "pooled_grid": (0, LARGEST_GRID),
     "prompt_length": _SIZE,
     "rank": _SIZE,
+    "lora_rank": (1, LARGEST_SIZE),
     "reference_prompt_length": (1, LARGEST_SIZE),
     "max_source_length": (1, LARGEST_SIZE),
     "alpha": (-sys.float_info.max, sys.float_info.max),
@@ -191,7 +220,9 @@ RANGES: dict[str, tuple[int | float, int | float]] = {
     "eval_every": _SOME,
     "eval_batch_size": _SOME,
     "checkpoint_every": _COUNT,
+    "pause_at": _COUNT,
     "patience": _COUNT,
+    "tune": (0, 10_000),
     "log_every": _SOME,
     "num_workers": (0, 1024),
     "shard_images": _SOME,
@@ -226,6 +257,8 @@ def validate(config: RunConfig | ExtractConfig) -> None:
 
 def _allowed(name: str, value: Any) -> str:
     """What an option may be, if the value is not; empty if it is."""
+    if isinstance(value, tuple):
+        return next(filter(None, (_allowed(name, one) for one in value)), "")
     if isinstance(value, str | Path):
         text = str(value)
         # Paths end at a zero byte; half of a surrogate pair is no character.

@@ -16,6 +16,9 @@ The encoder reads `[P ; E(x) + scale * A[:n] @ B]` with `scale = alpha / sqrt(r)
 an untrained DePT is plain prompt tuning with m vectors; r = 0 *is* plain prompt tuning, m = 0 is
 the offset alone. A prompt of l vectors has l*d parameters; DePT spends them as m*d + (s + d)*r and
 saves l - m positions in every encoder layer and every decoder cross-attention.
+
+Methods that make P out of something else, or shift a token by what it is, give `DePT` a source or a
+token offset: `family` has them.
 """
 
 import math
@@ -33,6 +36,22 @@ COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 
 
+class PromptSource(nn.Module):
+    """What P is made of where its vectors are not trained themselves."""
+
+    def forward(self) -> Float[Tensor, "prompt d_model"]:
+        """P."""
+        raise NotImplementedError
+
+    def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
+        """Make P as near to these vectors as can be."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """As `DePT.parameter_groups`."""
+        raise NotImplementedError
+
+
 class DePT(nn.Module):
     """The trainable prompt: `soft_prompt` (m, d), `lora_a` (s, r) and `lora_b` (r, d).
 
@@ -45,6 +64,8 @@ class DePT(nn.Module):
         max_source_length: Longest text in tokens (s); the rows of `lora_a`.
         alpha: The offset is scaled by `alpha / sqrt(rank)` (section 2.2 says nothing of it; the
             authors' code uses 8, and the root, not the rank itself).
+        source: Makes the m vectors of P; None trains them themselves.
+        token_offset: A further shift of a token, from its embedding alone; None for none.
 
     Raises:
         ValueError: If a size is negative, or there is no text position to offset.
@@ -58,6 +79,8 @@ class DePT(nn.Module):
         rank: int,
         max_source_length: int,
         alpha: float = 8.0,
+        source: PromptSource | None = None,
+        token_offset: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if min(prompt_length, rank) < 0 or min(d_model, max_source_length) < 1:
@@ -72,11 +95,13 @@ class DePT(nn.Module):
         self.max_source_length = max_source_length
         self.alpha = alpha
         self.scale = alpha / math.sqrt(rank) if rank else 0.0
+        self.source = source
+        self.token_offset = token_offset
 
         self.soft_prompt: nn.Parameter | None = None
         self.lora_a: nn.Parameter | None = None
         self.lora_b: nn.Parameter | None = None
-        if prompt_length:
+        if prompt_length and source is None:
             self.soft_prompt = nn.Parameter(torch.empty(prompt_length, d_model).uniform_(-0.5, 0.5))
         if rank:
             self.lora_a = nn.Parameter(torch.empty(max_source_length, rank))
@@ -104,20 +129,28 @@ class DePT(nn.Module):
         Raises:
             ValueError: If the text is longer than `max_source_length`.
         """
-        offset = self.offset(token_embeddings.shape[1])
+        embeddings = token_embeddings
+        offset = self.offset(embeddings.shape[1])
         if offset is not None:
-            offset = offset.to(token_embeddings.dtype)
-            token_embeddings = token_embeddings + (
+            offset = offset.to(embeddings.dtype)
+            embeddings = embeddings + (
                 offset if positions is None else nn.functional.embedding(positions, offset)
             )
-        if self.soft_prompt is None:
-            return token_embeddings, mask
-        batch = token_embeddings.shape[0]
-        prompt = self.soft_prompt.to(token_embeddings.dtype).expand(batch, -1, -1)
+        if self.token_offset is not None:
+            embeddings = embeddings + self.token_offset(token_embeddings)
+        vectors = self.vectors()
+        if vectors is None:
+            return embeddings, mask
+        batch = embeddings.shape[0]
+        prompt = vectors.to(embeddings.dtype).expand(batch, -1, -1)
         return (
-            torch.cat([prompt, token_embeddings], dim=1),
+            torch.cat([prompt, embeddings], dim=1),
             torch.cat([mask.new_ones(batch, self.prompt_length), mask], dim=1),
         )
+
+    def vectors(self) -> Float[Tensor, "prompt d_model"] | None:
+        """P; None without one."""
+        return self.soft_prompt if self.source is None else self.source()
 
     def offset(self, text_length: int) -> Float[Tensor, "text d_model"] | None:
         """`scale * A[:n] @ B`, the shift of each of the first n text positions; None at rank 0."""
@@ -158,18 +191,23 @@ class DePT(nn.Module):
     @torch.no_grad()
     def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:
         """Start the soft prompt from word embeddings, repeated or cut to m vectors."""
-        if self.soft_prompt is None:
+        if self.prompt_length == 0:
             return
         if len(embeddings) == 0:
             raise ValueError("the prompt's initial text has no token; give a text of one word or more")
         rows = torch.arange(self.prompt_length, device=embeddings.device) % len(embeddings)
-        self.soft_prompt.copy_(embeddings[rows])
+        if self.source is not None:
+            self.source.start_from(embeddings[rows])
+        elif self.soft_prompt is not None:
+            self.soft_prompt.copy_(embeddings[rows])
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters by learning rate: `prompt` (alpha1) and `low_rank` (alpha2)."""
+        of_source = {} if self.source is None else self.source.parameter_groups()
+        of_token = [] if self.token_offset is None else list(self.token_offset.parameters())
         groups = {
-            "prompt": [self.soft_prompt],
-            "low_rank": [self.lora_a, self.lora_b],
+            "prompt": [self.soft_prompt, *of_source.get("prompt", [])],
+            "low_rank": [self.lora_a, self.lora_b, *of_source.get("low_rank", []), *of_token],
         }
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 
 from dept_vl.backbone import Backbone
 from dept_vl.dept import DePT
+from dept_vl.family import fold
 from dept_vl.targets import IGNORE_INDEX
 
 
@@ -34,6 +35,23 @@ class PromptedModel(nn.Module):
         self.backbone = backbone
         self.prompt = prompt
         self.backbone_dropout = backbone_dropout
+        self.word_table: nn.Embedding | None = None
+
+    @torch.no_grad()
+    def folded(self) -> "PromptedModel":
+        """This model for inference: P is one tensor, and a token offset is in a word table of its own.
+
+        The backbone is shared, and not changed. A prompt with nothing to fold gives this model itself.
+        """
+        if self.prompt is None or (self.prompt.source is None and self.prompt.token_offset is None):
+            return self
+        words = self.backbone.kind.word_embeddings.weight
+        table = self.backbone.embed(torch.arange(len(words), device=words.device)[None])[0]
+        prompt, table = fold(self.prompt, table)
+        model = PromptedModel(self.backbone, prompt, backbone_dropout=self.backbone_dropout)
+        if self.prompt.token_offset is not None:
+            model.word_table = nn.Embedding(len(table), table.shape[1], _weight=table, _freeze=True)
+        return model.train(self.training)
 
     def train(self, mode: bool = True) -> "PromptedModel":
         """Training mode, with the frozen backbone's dropout as asked for."""
@@ -71,7 +89,8 @@ class PromptedModel(nn.Module):
         # Padding goes last before anything is looked up, so that a column is a position from here on.
         order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
         mask = mask.gather(1, order)
-        embeddings = self.backbone.embed(input_ids.gather(1, order))
+        look_up = self.backbone.embed if self.word_table is None else self.word_table
+        embeddings = look_up(input_ids.gather(1, order))
         prompt_length = 0
         if self.prompt is not None:
             prompt_length = self.prompt.prompt_length

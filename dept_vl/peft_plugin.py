@@ -37,14 +37,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dept_vl.dept import LARGEST_SIZE, DePT, sample_vocabulary, solve_rank
+from dept_vl.dept import COMMON_TOKENS, LARGEST_SIZE, DePT, sample_vocabulary, solve_rank
 from dept_vl.language import LanguageModel
 from dept_vl.peft_files import CONTAINER, PEFT_TYPE
 
 BASE = "__base__"
 """In `adapter_names`, a row that no prompt is put in front of."""
-COMMON_TOKENS = 5000
-"""Of a vocabulary, the first this many, from which a prompt starts: the frequent ones come first."""
 INITS = ("vocabulary", "text", "random")
 
 

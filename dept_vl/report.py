@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dept_vl.images import read_image
+from dept_vl.intervals import Interval
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.predictions import ExampleId
 
@@ -31,6 +32,34 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def line_plot(lines: Mapping[str, Mapping[int, Interval]], path: Path, *, x: str, y: str) -> bool:
+    """Means with their 95% intervals, a line for each name.
+
+    Args:
+        lines: By name, by place on the horizontal axis.
+        path: PNG file to write.
+        x: What the horizontal axis is.
+        y: What the vertical axis is.
+
+    Returns:
+        Whether matplotlib is installed; without it nothing is drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        means = [point.mean for point in points.values()]
+        widths = [point.half_width or 0.0 for point in points.values()]
+        axes.errorbar(list(points), means, widths, marker="o", capsize=3, label=name)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend()
+    figure.savefig(path)
+    return True
 
 
 def picture_grid(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl import family
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter, count_trainable
@@ -28,15 +29,17 @@ from dept_vl.config import (
     to_json,
     validate,
 )
-from dept_vl.dept import COMMON_TOKENS, DePT, sample_vocabulary, solve_rank
+from dept_vl.dept import COMMON_TOKENS, DePT, sample_vocabulary
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_object, write_atomically, writing
+from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid
+from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
 from dept_vl.state import Progress, newest
@@ -94,8 +97,12 @@ class RunResult:
         return 128 + stopped_by if stopped_by else 0
 
 
-def run(config: RunConfig) -> RunResult:
+def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     """Train on one split, choose on another, score on a third; of one task or several together.
+
+    Args:
+        config: Of the run.
+        more_to_come: Another run follows in this program, so its processes stay together.
 
     Raises:
         FileExistsError: If the output folder already holds a run.
@@ -119,10 +126,17 @@ def run(config: RunConfig) -> RunResult:
     output_dir, checkpoint = _open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
         accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
-        accelerator.end_training()
-        return _finished(output_dir)
-    with explained(output_dir):
-        return _run(config, task_options, accelerator, output_dir, checkpoint, started)
+        result = _finished(output_dir)
+    else:
+        with explained(output_dir):
+            result = _run(config, task_options, accelerator, output_dir, checkpoint, started)
+    accelerator.wait_for_everyone()
+    if more_to_come:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    else:
+        accelerator.end_training()  # closes the trackers and the process group, so last
+    return result
 
 
 def _run(
@@ -138,6 +152,11 @@ def _run(
         _only_deterministic()
     with accelerator.local_main_process_first():  # the first to read converts the files for all
         tasks = [load_splits(options, config.train.seed) for options in task_options]
+    if accelerator.is_main_process:
+        for task in tasks:
+            if task.shots is not None:
+                suffix = f"-{task.options.task}" if config.also else ""
+                task.shots.write(output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
     max_target_length = max(task.decoding.max_new_tokens for task in tasks)
     model = build_model(config)
     place_model(model, accelerator)
@@ -205,7 +224,9 @@ def _run(
             f"stopped at step {training.steps} of {config.train.max_steps}; --resume {output_dir} goes on"
             + (f"; the best adapter so far is in {output_dir / BEST}" if training.best_step else "")
         )
-        accelerator.end_training()
+        return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
+    if training is not None and training.steps == config.train.pause_at < config.train.max_steps:
+        accelerator.print(f"paused at step {training.steps} of {config.train.max_steps}: {output_dir}")
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluations = [
         evaluate(
@@ -239,8 +260,6 @@ def _run(
     )
     if accelerator.is_main_process:
         _write_results(config, model, tasks, evaluations, result)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # closes the trackers and the process group, so last
     return result
 
 
@@ -335,36 +354,52 @@ def build_model(config: RunConfig) -> PromptedModel:
     """The backbone, with a prompt where one has any size, and what is trained set free."""
     options = config.backbone
     backbone = load_backbone(options)
-    backbone.freeze(language=not options.train_backbone, visual_projection=not options.train_projection)
+    if options.train_backbone and options.train_only == "lora":
+        backbone.add_lora(options.lora_rank)
+    backbone.freeze(
+        language=not options.train_backbone,
+        visual_projection=not options.train_projection,
+        but=options.train_only,
+    )
     prompt = build_prompt(config.prompt, backbone, config.train.seed)
-    return PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
+    model = PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
+    if config.prompt.init_from:
+        inherit(model, config.prompt.init_from, config.prompt.init_parts)
+    return model
 
 
 def budget_line(options: PromptOptions, prompt: DePT) -> str:
     """The prompt's sizes, and what of its budget is left over or overshot."""
     budget = options.reference_prompt_length * prompt.d_model
+    sizes = family.describe(prompt)
     left = budget - sum(parameter.numel() for parameter in prompt.parameters())
     spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
     return (
-        f"prompt: m={prompt.prompt_length}, r={prompt.rank}; of the {budget:,} parameters of a "
-        f"{options.reference_prompt_length}-vector prompt {spent}"
+        f"prompt: {sizes['method']}, m={prompt.prompt_length}, r={sizes['rank']}; of the {budget:,} "
+        f"parameters of a {options.reference_prompt_length}-vector prompt {spent}"
     )
 
 
 def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:
     """The prompt with its initial vectors; None if both its parts are of size zero."""
-    rank = options.rank
-    if rank is None:
-        budget = options.reference_prompt_length * backbone.d_model
-        rank = solve_rank(backbone.d_model, options.max_source_length, budget, options.prompt_length)
-    if options.prompt_length == 0 and rank == 0:
-        return None
-    prompt = DePT(
+    prompt_length, rank = family.solve_sizes(
+        options.method,
         backbone.d_model,
-        prompt_length=options.prompt_length,
+        options.max_source_length,
+        options.reference_prompt_length,
+        options.prompt_length,
+        options.rank,
+    )
+    if prompt_length == 0 and rank == 0:
+        return None
+    prompt = family.build(
+        options.method,
+        backbone.d_model,
+        prompt_length=prompt_length,
         rank=rank,
         max_source_length=options.max_source_length,
         alpha=options.alpha,
+        seed=seed,
     )
     if options.prompt_init != "random":
         tokenizer = backbone.tokenizer
@@ -373,7 +408,7 @@ def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT 
         else:
             ids = sample_vocabulary(
                 min(COMMON_TOKENS, len(tokenizer)),
-                options.prompt_length,
+                prompt_length,
                 torch.Generator().manual_seed(seed),
                 exclude=tokenizer.all_special_ids,
             )

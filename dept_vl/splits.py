@@ -10,6 +10,7 @@ from dept_vl.config import DataOptions, Features
 from dept_vl.features import INDEX_FILE, FeatureTable, open_features, table_bytes
 from dept_vl.images import missing_files
 from dept_vl.metrics.caption import check_installed
+from dept_vl.shots import Shots, draw_shots, read_shots
 from dept_vl.tasks import data_folder, load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.example import Decoding, Task, hold_out_images, limit
@@ -30,6 +31,7 @@ class Splits:
         test: To score it on at the end.
         decoding: How answers are decoded.
         options: What the splits were made from.
+        shots: Which examples of the training split these are, if they are few.
     """
 
     train: Task
@@ -37,6 +39,7 @@ class Splits:
     test: Task
     decoding: Decoding
     options: DataOptions
+    shots: Shots | None = None
 
 
 def load_splits(options: DataOptions, seed: int) -> Splits:
@@ -52,9 +55,14 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     decoding = choose_decoding(options, train)
     if isinstance(train, COCOCaptions):
         check_installed()  # now, rather than when the first captions are to be scored
-    # Before any are held out: a gap in the training images is none in the dev split.
-    train = without_missing_images(train, options.on_bad_image or "skip")
-    if options.dev_split:
+    shots = choose_shots(options, train)
+    if shots is None:
+        # Before any are held out: a gap in the training images is none in the dev split.
+        train = without_missing_images(train, options.on_bad_image or "skip")
+    if shots is not None:
+        # Few are not to become fewer.
+        train, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
+    elif options.dev_split:
         dev = load_task(options.task, options.data_dir, options.dev_split)
         _check_answered(dev, "dev_split", options.dev_split)
     else:
@@ -67,7 +75,24 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         test=check_images(limit(test, options.test_limit, seed), evaluated),
         decoding=decoding,
         options=options,
+        shots=shots,
     )
+
+
+def choose_shots(options: DataOptions, train: Task) -> Shots | None:
+    """The few examples that a run is to learn from, drawn or read; None if it is to learn from all.
+
+    Raises:
+        FileNotFoundError: If their file is missing.
+        ValueError: If both are asked for, there are too few examples, or the file does not fit the split.
+    """
+    if options.shots and options.shots_file:
+        raise ValueError(
+            f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
+        )
+    if options.shots_file:
+        return read_shots(options.shots_file, len(train))
+    return draw_shots(train, options.shots, options.shots_seed) if options.shots else None
 
 
 def with_split_names(options: DataOptions) -> DataOptions:

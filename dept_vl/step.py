@@ -11,7 +11,7 @@ from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
 
 RECOMPILES = 8
-"""Graphs of one model: training and evaluation, with and without padding, for any lengths. More are a fault."""
+"""Graphs of one model: training and evaluation, with and without padding, for any lengths; more are a fault."""
 
 
 def prepare_step(
@@ -36,8 +36,8 @@ def prepare_step(
     """
     if compiled and is_spread(model):
         raise ValueError(
-            "a backbone that is spread over processes gathers its blocks between graphs and cannot be compiled "
-            "as one: leave --compile out, or launch without FSDP and ZeRO-3"
+            "a backbone that is spread over processes gathers its blocks between graphs and cannot be "
+            "compiled as one: leave --compile out, or launch without FSDP and ZeRO-3"
         )
     choose_attention(model, device, bfloat16=bfloat16)
     if bfloat16:

@@ -59,6 +59,8 @@ class TrainOptions:
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
     three times what is trained, the last two are kept); 0 writes one only when the run is stopped."""
+    pause_at: int = 0
+    """Stop at this step, with an evaluation and a checkpoint, to go on by --resume; 0 goes through."""
     patience: int = 0
     """Stop after this many evaluations without a better score; 0 never stops early."""
     log_every: int = 20
@@ -167,7 +169,8 @@ def train(
     log = _Log(accelerator, output_dir / LOG_FILE, progress, options)
     model.train()
     with _Interrupt() as interrupt:
-        while progress.steps < options.max_steps and not _patience_is_over(progress, options):
+        end = min(options.max_steps, options.pause_at or options.max_steps)
+        while progress.steps < end and not _patience_is_over(progress, options):
             started = time.perf_counter()
             losses = []
             for _ in range(options.gradient_accumulation_steps):
@@ -190,9 +193,10 @@ def train(
             schedule.step()
             progress.steps += 1
             progress.train_seconds += time.perf_counter() - started
-            step, last = progress.steps, progress.steps == options.max_steps
+            step, last = progress.steps, progress.steps == end
             evaluating = last or step % options.eval_every == 0
             saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
+            saving = saving or (last and end < options.max_steps)
             progress.stopped_by = interrupt.requested(accelerator, step, options.log_every)
             logging = evaluating or saving or step % options.log_every == 0
             if logging or progress.stopped_by:
@@ -354,7 +358,7 @@ class _Log:
 
     def scores(self, name: str, score: float, scores: Mapping[str, float]) -> None:
         """Write the figures of an evaluation."""
-        self._write({f"dev/{key}": value for key, value in scores.items()})
+        self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
         if self.accelerator.is_main_process:
             self.bar.write(f"step {self.progress.steps}: dev {name} {score:.2f}")
 
@@ -389,6 +393,21 @@ class _Log:
             with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **record}) + "\n")
         self.accelerator.log(dict(record), step=step)
+
+
+def best_dev(run: Path, steps: int | None = None) -> float:
+    """The best figure that a run had on its dev splits, of several tasks the mean.
+
+    Args:
+        run: Its folder.
+        steps: Up to which evaluations count; None for all.
+    """
+    records = map(json.loads, (run / LOG_FILE).read_text().splitlines())
+    return max(
+        float(record["score"])
+        for record in records
+        if "score" in record and (steps is None or record["step"] <= steps)
+    )
 
 
 def _cut_log(path: Path, steps: int) -> None:

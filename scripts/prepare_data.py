@@ -2,6 +2,7 @@
 
 python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
 python scripts/prepare_data.py scenes --output_dir data/scenes
+python scripts/prepare_data.py concepts --output_dir data/concepts
 python scripts/prepare_data.py snippets --output_dir data/snippets
 python scripts/prepare_data.py check --task vqav2 --root data/vqav2
 python scripts/prepare_data.py from-hub --task vqav2 --split val --output_dir data/vqav2
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from dept_vl.scenes.official import write_tasks
+from dept_vl.scenes.official import write_concepts, write_tasks
 from dept_vl.tasks import easy_vqa as easy_vqa_task
 from dept_vl.tasks import hub
 from dept_vl.tasks import karpathy as karpathy_task
@@ -50,6 +51,18 @@ def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 
     """
     write_tasks(output_dir, train=train, val=val, test=test)
     print(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
+
+
+def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: int = 400) -> None:
+    """Make two sets of questions in VQAv2's form about concepts that the small backbone never had.
+
+    Args:
+        output_dir: Folder to make, with relabelled and many-or-few in it.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+    """
+    write_concepts(output_dir, train=train, val=val)
+    print(f"{output_dir} holds relabelled and many-or-few")
 
 
 def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = None) -> None:
@@ -120,6 +133,7 @@ def karpathy(root: Path, output_dir: Path) -> None:
 COMMANDS = {
     "easy-vqa": easy_vqa,
     "scenes": scenes,
+    "concepts": concepts,
     "snippets": snippets,
     "check": check,
     "karpathy": karpathy,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig
-from dept_vl.run import RunResult, run
+from dept_vl.run import RunResult
+from dept_vl.tune import launch
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="gqa", data_dir=Path("data/gqa"), dev_split="val", test_split="testdev"),
@@ -17,7 +18,7 @@ DEFAULTS = RunConfig(
 
 def main(config: RunConfig) -> RunResult:
     """Train, score and report."""
-    return run(config)
+    return launch(config)
 
 
 if __name__ == "__main__":

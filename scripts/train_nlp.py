@@ -6,8 +6,9 @@ accelerate launch scripts/train_nlp.py --task sst2 --data_dir data/sst2 --max_st
 
 from dept_vl.cli import parse
 from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
-from dept_vl.run import RunResult, run
+from dept_vl.run import RunResult
 from dept_vl.train import TrainOptions
+from dept_vl.tune import launch
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="rte"),
@@ -19,7 +20,7 @@ DEFAULTS = RunConfig(
 
 def main(config: RunConfig) -> RunResult:
     """Train, score and report."""
-    return run(config)
+    return launch(config)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, PromptOptions, RunConfig
-from dept_vl.run import RunResult, run
+from dept_vl.run import RunResult
+from dept_vl.tune import launch
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="nlvr2", data_dir=Path("data/nlvr2"), dev_split="dev", test_split="test1"),
@@ -18,7 +19,7 @@ DEFAULTS = RunConfig(
 
 def main(config: RunConfig) -> RunResult:
     """Train, score and report."""
-    return run(config)
+    return launch(config)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ accelerate launch scripts/train_vqa.py --config data/configs/easy-vqa.json
 
 from dept_vl.cli import parse
 from dept_vl.config import RunConfig
-from dept_vl.run import RunResult, run
+from dept_vl.run import RunResult
+from dept_vl.tune import launch
 
 
 def main(config: RunConfig) -> RunResult:
     """Train, score and report."""
-    return run(config)
+    return launch(config)
 
 
 if __name__ == "__main__":

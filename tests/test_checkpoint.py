@@ -293,7 +293,10 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
     model = trained(t5)
     adapter_of(model).save(tmp_path)
     assert json.loads((tmp_path / CONFIG_FILE).read_text()) == {
-        "prompt": {**SIZES, "d_model": D_MODEL, "alpha": 5.0, "scale": 5.0 / 3**0.5},
+        "prompt": {
+            **{"method": "dept", "seed": 0},
+            **{**SIZES, "d_model": D_MODEL, "alpha": 5.0, "scale": 5.0 / 3**0.5},
+        },
         "backbone": {
             "name": t5.name,
             "fingerprint": t5.fingerprint,

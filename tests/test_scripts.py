@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_vqa
 
 from dept_vl.backbone import Backbone
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, to_json
-from dept_vl.train import TrainOptions
-from scripts import compare, pretrain_tiny
+from scripts import pretrain_tiny
 
 TINY = pretrain_tiny.PretrainConfig(
     vision_steps=2,
@@ -75,49 +72,3 @@ def test_every_word_of_the_scenes_is_one_token(pretrained: Path) -> None:
     text = "is there not a teal rectangle present in the image?"
     assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(text.split()) + 1
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
-
-
-def comparison(pretrained: Path, folder: Path) -> compare.CompareConfig:
-    """Two steps of every method on a handful of questions."""
-    base = RunConfig(
-        data=DataOptions(data_dir=write_vqa(folder / "vqa"), holdout_images=1),
-        backbone=BackboneOptions(backbone=pretrained),
-        prompt=PromptOptions(prompt_length=2, reference_prompt_length=6),
-        train=TrainOptions(max_steps=2, per_device_batch_size=4, eval_every=2),
-    )
-    (folder / "base.json").write_text(json.dumps(to_json(base)))
-    return compare.CompareConfig(
-        base=folder / "base.json", output_dir=folder / "runs", seeds=(1, 2), max_steps=2
-    )
-
-
-def test_comparison_runs_every_method_and_resumes(pretrained: Path, tmp_path: Path) -> None:
-    config = comparison(pretrained, tmp_path)
-    table = compare.main(config)
-    for name in ("majority answer", "zero-shot", "projection only", "PT (l=6)", "DePT (m=2) + projection"):
-        assert name in table
-    assert table == (tmp_path / "runs" / "comparison.md").read_text().rstrip("\n")
-    summaries = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("summary.json")}
-    assert len(summaries) == 7 * 2
-    half_done = next(iter(summaries))
-    half_done.unlink()
-    compare.main(config)
-    assert half_done.exists()
-    assert all(path.stat().st_mtime_ns == when for path, when in summaries.items() if path != half_done)
-
-
-def test_compared_prompts_have_one_budget(pretrained: Path, tmp_path: Path) -> None:
-    config = replace(comparison(pretrained, tmp_path), seeds=(1,), methods=("PT (l=6)", "DePT (m=2)"))
-    compare.main(config)
-    counts = [
-        json.loads(path.read_text())["trainable_parameters"]["total"]
-        for path in sorted((tmp_path / "runs").rglob("summary.json"))
-    ]
-    d_model, max_source_length = 32, 20
-    assert max(counts) == 6 * d_model
-    assert min(counts) > max(counts) - (d_model + max_source_length)
-
-
-def test_unknown_method_is_named(pretrained: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="magic"):
-        compare.main(replace(comparison(pretrained, tmp_path), methods=("magic",)))

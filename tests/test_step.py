@@ -193,7 +193,7 @@ def saved_numbers(model: PromptedModel) -> int:
 
 @pytest.fixture
 def graphs() -> Iterator[Callable[[], int]]:
-    """Graphs that were compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
+    """Graphs compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
     checking = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     torch._dynamo.reset()

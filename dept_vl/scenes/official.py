@@ -7,7 +7,8 @@ something to learn. Figures on it say nothing about the real data sets.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,7 +16,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dept_vl.metrics.vqa import normalise_answer
-from dept_vl.scenes.questions import NUMBERS, ask_kept_out, listings, pair_statement
+from dept_vl.scenes.questions import (
+    NUMBERS,
+    QA,
+    ask_code,
+    ask_kept_out,
+    ask_many_or_few,
+    listings,
+    pair_statement,
+)
 from dept_vl.scenes.render import COLOURS, SHAPES, Scene, render, sample_scene
 
 QUESTIONS_PER_IMAGE = 4
@@ -47,33 +56,80 @@ def write_tasks(
         FileExistsError: If the folder is there.
         ValueError: If a split would be empty.
     """
-    for split, count in zip(SPLITS, (train, val, test), strict=True):
-        if count < 1:
-            raise ValueError(f"expected at least one image in each split, found {split}={count}")
-    if output_dir.exists():
-        raise FileExistsError(f"{output_dir} is there already; choose another folder, or remove it")
+    _check(output_dir, dict(zip(SPLITS, (train, val, test), strict=True)))
     rng = Random(seed)
     numbers = iter(range(1, 1 + train + val + test))
     splits = {
         split: [Drawn(next(numbers), sample_scene(rng)) for _ in range(count)]
         for split, count in zip(SPLITS, (train, val, test), strict=True)
     }
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        staging = Path(temporary) / output_dir.name
+    with _staged(output_dir) as staging:
         for task, write in (("vqav2", _vqav2), ("gqa", _gqa), ("nlvr2", _nlvr2), ("coco", _coco)):
             (staging / task).mkdir(parents=True)
             write(staging / task, splits, rng)
+
+
+def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed: int = 0) -> None:
+    """Write the folders relabelled and many-or-few, VQAv2's form; whole or not at all.
+
+    Two concepts that pretraining never had: an arbitrary code for each shape, and a judgement. One
+    question an image.
+
+    Args:
+        output_dir: Folder to make.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+        seed: Of scenes and questions.
+
+    Raises:
+        FileExistsError: If the folder is there.
+        ValueError: If a split would be empty.
+    """
+    _check(output_dir, {"train": train, "val": val})
+    rng = Random(seed)
+    with _staged(output_dir) as staging:
+        for name, ask, most in (("relabelled", ask_code, 1), ("many-or-few", ask_many_or_few, 4)):
+            numbers = iter(range(1, 1 + train + val))
+            splits = {
+                split: [Drawn(next(numbers), sample_scene(rng, max_objects=most)) for _ in range(count)]
+                for split, count in (("train", train), ("val", val))
+            }
+            (staging / name).mkdir(parents=True)
+            _vqav2(staging / name, splits, rng, ask, per_image=1)
+
+
+def _check(output_dir: Path, counts: dict[str, int]) -> None:
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"expected at least one image in each split, found {split}={count}")
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} is there already; choose another folder, or remove it")
+
+
+@contextmanager
+def _staged(output_dir: Path) -> Iterator[Path]:
+    """A folder that takes its place when all is written."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        staging = Path(temporary) / output_dir.name
+        yield staging
         staging.rename(output_dir)
 
 
-def _vqav2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
+def _vqav2(
+    folder: Path,
+    splits: dict[str, list[Drawn]],
+    rng: Random,
+    ask: Callable[[Scene, Random], QA] = ask_kept_out,
+    per_image: int = QUESTIONS_PER_IMAGE,
+) -> None:
     names = {"train": "train2014", "val": "val2014", "test": "test2015"}
-    for split, subtype in names.items():
+    for split, scenes in splits.items():
+        subtype = names[split]
         questions, annotations = [], []
-        for drawn in splits[split]:
-            for place in range(QUESTIONS_PER_IMAGE):
-                text, answer = ask_kept_out(drawn.scene, rng)
+        for drawn in scenes:
+            for place in range(per_image):
+                text, answer = ask(drawn.scene, rng)
                 ids = {"image_id": drawn.number, "question_id": 10 * drawn.number + place}
                 questions.append({**ids, "question": text})
                 # People write digits there, and ten of the same are compared raw.

@@ -449,6 +449,21 @@ KEPT_OUT: dict[str, tuple[Family, tuple[str, ...]]] = {
 Their answer words are targets elsewhere: with tied embeddings no prompt can elicit a word that never was.
 """
 
+CODES = dict(zip(SHAPES, ("left", "right", "top", "bottom", "small", "large"), strict=True))
+"""An arbitrary code for each shape, of words that VQA's normalisation leaves as they are (numbers become
+digits)."""
+
+
+def ask_code(scene: Scene, rng: Random) -> QA:
+    """Which code the first shape has; for scenes of one."""
+    return QA(rng.choice(KEPT_OUT["relabelled shapes"][1]), CODES[scene.objects[0].shape])
+
+
+def ask_many_or_few(scene: Scene, rng: Random) -> QA:
+    """Whether there are many shapes or few."""
+    return ask_kept_out(scene, rng, ("many or few",))
+
+
 AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "count", "extreme", "describe")
 """Families without negation or comparison: where to start."""
 

@@ -1,0 +1,19 @@
+r"""Transfer a trained prompt to a task with a few examples: from scratch, from P, from P and offset.
+
+accelerate launch scripts/transfer.py --source runs/vqa --target vqav2 --k 4 16 32 --seeds 5
+accelerate launch scripts/transfer.py --source vqav2 --source_config data/configs/scenes-vqav2.json \
+        --target nlvr2 --config data/configs/scenes-nlvr2.json
+"""
+
+import tyro
+
+from dept_vl.transfer import TransferConfig, transfer
+
+
+def main(config: TransferConfig) -> int:
+    """Run what is missing and write the table."""
+    return transfer(config)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(TransferConfig, use_underscores=True)))
