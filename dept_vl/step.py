@@ -11,7 +11,7 @@ from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
 
 RECOMPILES = 8
-"""Graphs of one model: training and evaluation, with and without padding, for any lengths; more are a fault."""
+"""Graphs of one model: training and evaluation, with and without padding, any lengths; more are a fault."""
 
 
 def prepare_step(
