@@ -212,7 +212,7 @@ def validate(config: RunConfig) -> None:
     for part, options in parts.items():
         inner = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
         for name, value in inner.items() or [("", options)]:
-            allowed = _allowed(name, value)
+            allowed = _allowed(name or part, value)
             if allowed:
                 option = f"{part}.{name}" if name else part
                 shown = str(value) if isinstance(value, Path) else value
