@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from dept_vl.config import RunConfig, differences, to_json
+from dept_vl.config import RunConfig, differences, to_json, validate
 from dept_vl.family import LONG
 from dept_vl.files import read_object, write_atomically
 from dept_vl.report import markdown_table
@@ -76,6 +76,7 @@ def tune(config: RunConfig) -> RunResult:
         ImportError: If Optuna is not installed.
         ValueError: If a study was begun with other options, or there is nothing to search.
     """
+    validate(config)
     search = _space(config)
     if not search:
         raise ValueError("there is nothing to search: neither a prompt nor anything else is trained")

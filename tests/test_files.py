@@ -275,7 +275,7 @@ def test_defaults_are_in_range() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    kinds = (DataOptions, BackboneOptions, PromptOptions, TrainOptions, OptimOptions)
+    kinds = (RunConfig, DataOptions, BackboneOptions, PromptOptions, TrainOptions, OptimOptions)
     numbers = {f.name for kind in kinds for f in fields(kind) if f.type in (int, float, int | None)}
     assert numbers == RANGES.keys()
 

@@ -78,6 +78,7 @@ def test_released_adapter_is_read_exactly(task: str) -> None:
     adapter = Adapter.from_official(RELEASED / task, task=task)
     preset = PAPER[task]
     assert adapter.prompt == {
+        **{"method": "dept", "seed": 0},
         "prompt_length": preset.prompt_length,
         "rank": preset.rank,
         "max_source_length": 256,
