@@ -109,7 +109,7 @@ def assess(config: AssessConfig) -> Assessment:
     model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone))
     place_model(model, accelerator)
     if config.mixed_precision == "bf16":
-        hold_frozen_in_bfloat16(model)
+        hold_frozen_in_bfloat16(model.backbone.language)
     evaluation = evaluate(
         model,
         task,
