@@ -122,7 +122,7 @@ def assess(config: AssessConfig) -> Assessment:
     if isinstance(images, FeatureTable) and config.on_bad_image == "raise":
         check_readable(images, task)
     if config.mixed_precision == "bf16":
-        hold_frozen_in_bfloat16(model)
+        hold_frozen_in_bfloat16(model.backbone.language)
     evaluation = evaluate(
         model,
         task,

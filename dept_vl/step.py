@@ -5,13 +5,14 @@ from functools import partial
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
 
 RECOMPILES = 8
-"""Graphs of one model: training and evaluation, with and without padding, any lengths; more are a fault."""
+"""Graphs of one model at most: with and without images, weights and full batches, for any lengths."""
 
 
 def prepare_step(
@@ -39,26 +40,26 @@ def prepare_step(
             "a backbone that is spread over processes gathers its blocks between graphs and cannot be "
             "compiled as one: leave --compile out, or launch without FSDP and ZeRO-3"
         )
-    choose_attention(model, device, bfloat16=bfloat16)
+    choose_attention(model.backbone.language, device, bfloat16=bfloat16)
     if bfloat16:
-        hold_frozen_in_bfloat16(model)
+        hold_frozen_in_bfloat16(model.backbone.language)
     if gradient_checkpointing:
         recompute_activations(model)
     if compiled:
         compile_forward(model)
 
 
-def hold_frozen_in_bfloat16(model: PromptedModel) -> None:
-    """Keep the language model's frozen linear layers in bfloat16, if it runs under bfloat16 autocast.
+def hold_frozen_in_bfloat16(language: nn.Module) -> None:
+    """Keep a language model's frozen linear layers in bfloat16, if it runs under bfloat16 autocast.
 
     Autocast makes this copy of a frozen weight at every use and keeps it until the backward pass. Made
     once, it gives the same numbers to the bit. Embeddings, norms and whatever is trained stay in full
     precision, and a head that shares the word table gets its own copy. Outside autocast such a model
     cannot run. A backbone that is spread over processes is left as it is.
     """
-    if is_spread(model):
+    if is_spread(language):
         return
-    for module in model.backbone.language.modules():
+    for module in language.modules():
         if isinstance(module, nn.Linear):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if not parameter.requires_grad:
@@ -66,14 +67,14 @@ def hold_frozen_in_bfloat16(model: PromptedModel) -> None:
                     setattr(module, name, held)
 
 
-def choose_attention(model: PromptedModel, device: torch.device, *, bfloat16: bool) -> None:
+def choose_attention(language: PreTrainedModel, device: torch.device, *, bfloat16: bool) -> None:
     """Take the fastest attention: SDPA (as loaded), but on a CPU in bfloat16 the three plain products.
 
     There torch's fused backward pass takes four to five times as long as theirs (README, "Step time and
     memory").
     """
     if device.type == "cpu" and bfloat16:
-        model.backbone.language.set_attn_implementation("eager")
+        language.set_attn_implementation("eager")
 
 
 def recompute_activations(model: PromptedModel) -> None:

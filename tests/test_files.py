@@ -14,7 +14,15 @@ from torch import nn
 from dept_vl import files, official
 from dept_vl.checkpoint import CONFIG_FILE, TENSORS_FILE, Adapter
 from dept_vl.cli import read_config
-from dept_vl.config import RANGES, BackboneOptions, DataOptions, PromptOptions, RunConfig, validate
+from dept_vl.config import (
+    RANGES,
+    BackboneOptions,
+    DataOptions,
+    ExtractConfig,
+    PromptOptions,
+    RunConfig,
+    validate,
+)
 from dept_vl.files import (
     check_parameters,
     difference,
@@ -275,7 +283,15 @@ def test_defaults_are_in_range() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    kinds = (RunConfig, DataOptions, BackboneOptions, PromptOptions, TrainOptions, OptimOptions)
+    kinds = (
+        RunConfig,
+        DataOptions,
+        BackboneOptions,
+        PromptOptions,
+        TrainOptions,
+        OptimOptions,
+        ExtractConfig,
+    )
     numbers = {f.name for kind in kinds for f in fields(kind) if f.type in (int, float, int | None)}
     assert numbers == RANGES.keys()
 

@@ -76,7 +76,7 @@ def test_one_pass_trains_without_a_cache(backbone: Backbone, monkeypatch: pytest
 def test_holding_weights_in_bfloat16_changes_no_bit(backbone: Backbone) -> None:
     model = trained_model(backbone)
     held = copy.deepcopy(model)
-    hold_frozen_in_bfloat16(held)
+    hold_frozen_in_bfloat16(held.backbone.language)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(loss(held), loss(model))
         ours, theirs = gradients(held), gradients(model)
@@ -93,7 +93,7 @@ def test_only_frozen_linear_layers_are_held(backbone: Backbone) -> None:
     model = trained_model(backbone)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     fingerprint = dict(backbone.fingerprint)
-    hold_frozen_in_bfloat16(model)
+    hold_frozen_in_bfloat16(model.backbone.language)
     kinds = {name: p.dtype for name, p in model.named_parameters()}
     held = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
@@ -106,7 +106,7 @@ def test_only_frozen_linear_layers_are_held(backbone: Backbone) -> None:
 
 def test_trained_language_model_is_left_alone(backbone: Backbone) -> None:
     backbone.freeze(language=False)
-    hold_frozen_in_bfloat16(trained_model(backbone))
+    hold_frozen_in_bfloat16(backbone.language)
     assert all(p.dtype == torch.float32 for p in backbone.language.parameters())
 
 
@@ -264,5 +264,5 @@ def test_spread_backbone_is_not_compiled(t5: Backbone, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="--compile"):
         prepare_step(trained_model(t5), CPU, bfloat16=False, compiled=True)
     before = {name: p.dtype for name, p in t5.language.named_parameters()}
-    hold_frozen_in_bfloat16(trained_model(t5))
+    hold_frozen_in_bfloat16(t5.language)
     assert {name: p.dtype for name, p in t5.language.named_parameters()} == before

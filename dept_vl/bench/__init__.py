@@ -1,0 +1,1 @@
+"""Time and memory of a step, ours and others', side by side; `scripts/bench.py` runs it."""
