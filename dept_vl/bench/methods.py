@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
 
 from dept_vl.backbone import Backbone
 from dept_vl.dept import DePT, solve_rank
-from dept_vl.features import FeatureTable, load_pixels
+from dept_vl.features import load_pixels, open_features, write_features
 from dept_vl.model import PromptedModel, sequence_loss
 from dept_vl.optim import OptimOptions, build_optimizer
 from dept_vl.vision import VisionEncoder
@@ -383,12 +384,14 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 def seeing(runner: Runner, vision: VisionEncoder, paths: Sequence[Path]) -> dict[str, Runner]:
-    """A method with features looked up (`cached`), and with images decoded and encoded (`live`)."""
-    table = FeatureTable(vision, paths, progress=False)
+    """A method with features read from files (`cached`), and with images decoded and encoded (`live`)."""
     device = next(vision.parameters()).device
+    images, folder = paths[0].parent, paths[0].parent / "features"
+    write_features(vision, images, paths, folder, Accelerator(cpu=device.type == "cpu"))
+    table = open_features(vision, images, paths, folder)
 
     def cached(batch: Inputs) -> Tensor:
-        features = torch.stack([table([path]) for path in batch["paths"]])
+        features = table([[path] for path in batch["paths"]])
         return runner.forward(_shown(batch, visual_features=features.to(device)))
 
     def live(batch: Inputs) -> Tensor:
