@@ -164,7 +164,12 @@ def build_backbone(size: Size, tokenizer: Path, *, vision: bool) -> Backbone:
         square = {"height": size.image, "width": size.image}
         processor = CLIPImageProcessor(size={"shortest_edge": size.image}, crop_size=square)
         tower = VisionEncoder(CLIPVisionModel(config), processor)
-    backbone = Backbone(tower, language, AutoTokenizer.from_pretrained(tokenizer), name="T5, random weights")
+    backbone = Backbone(
+        tower,
+        language,
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
+        name="T5, random weights",
+    )
     backbone.freeze(visual_projection=True)
     return backbone
 
