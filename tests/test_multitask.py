@@ -207,8 +207,10 @@ def test_the_mean_of_the_primary_figures_decides(finished: Finished) -> None:
         assert len({*figures}) > 1
     best = max(training.history, key=lambda entry: entry[1])
     assert training.best_step == best[0]
+    logged = lines[best[0]]
+    assert logged.pop("score") == pytest.approx(best[1])
     assert {f"dev/{name}": value for name, value in (training.best_scores or {}).items()} == {
-        name: value for name, value in lines[best[0]].items() if name != "step"
+        name: value for name, value in logged.items() if name != "step"
     }
 
 
