@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Collator, EvaluationDraws, outlive_signals
+from dept_vl.batch import Collator, EvaluationDraws, prepare_reader
 from dept_vl.decoding import generation_options, spellings
 from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
@@ -79,7 +79,7 @@ def evaluate(
         batch_size=batch_size,
         collate_fn=collator,
         num_workers=num_workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=prepare_reader,
     )
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
