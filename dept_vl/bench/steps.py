@@ -34,6 +34,8 @@ from dept_vl.bench.methods import (
 from dept_vl.files import write_atomically
 from dept_vl.step import choose_attention, hold_frozen_in_bfloat16
 
+MORE_ANSWERS = 8
+"""Examples answered together, for each of a training step: evaluation keeps nothing for a backward pass."""
 IMAGES = 16
 """Different image files, of which every batch takes some."""
 PAIR = ("pt100", "dept40")
@@ -67,9 +69,9 @@ class BenchConfig:
     methods: str = ""
     """Methods of a training step, such as pt100,dept40; left out, those that the bars and tables need."""
     rounds: int = 9
-    """Rounds of every group; of the long ones (large, mrqa) a third."""
+    """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
     batch_size: int = 8
-    """Examples of a step; half of them at large."""
+    """Examples of a step; half of them at large, eight times as many where answers are generated."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation: auto is bfloat16 where the machine computes in it."""
     device: str = ""
@@ -121,9 +123,11 @@ def plan(config: BenchConfig) -> list[Group]:
     groups = []
     for (model, shape, work), names in entries.items():
         if model in models and shape in shapes:
-            long = model == "large" or shape == "mrqa"
+            answers = work.startswith("generate")
+            long = model == "large" or shape == "mrqa" or answers
             rounds = max(1, config.rounds // 3) if long else config.rounds
             size = max(1, config.batch_size // 2) if model == "large" else config.batch_size
+            size = size * MORE_ANSWERS if answers else size
             groups.append(Group(model, shape, work, _installed(names), size, rounds))
     if not groups:
         raise ValueError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
