@@ -413,6 +413,7 @@ def _base(model: PreTrainedModel) -> dict[str, Any]:
             "all": fingerprint(weights),
         },
         "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
+        "vision": None,
     }
 
 

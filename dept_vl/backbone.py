@@ -6,6 +6,7 @@ a constant under grid features and is therefore left to the image-order embeddin
 language model may also be decoder-only (see `language`).
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -123,7 +124,7 @@ class Backbone(nn.Module):
             )
         self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
         self.d_model: int = self.kind.word_embeddings.embedding_dim
-        self.visual_projection: VisualProjection | None = None
+        self.visual_projection: nn.Module | None = None
         if vision is not None:
             self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
         # Taken before any training, so that it names the frozen weights even after fine-tuning.
@@ -218,6 +219,17 @@ class Backbone(nn.Module):
             save_file(self.visual_projection.state_dict(), folder / PROJECTION_FILE)
             options["vision"] = self.vision.options()
         (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
+
+    def with_projection(self, projection: nn.Module | None) -> "Backbone":
+        """The same models, not copied, behind another visual projection.
+
+        Args:
+            projection: Of the interface of `VisualProjection`.
+        """
+        other = copy.copy(self)
+        # `nn.Module` would share the table of its parts too.
+        other._modules = {**self._modules, "visual_projection": projection}
+        return other
 
     def freeze(
         self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"

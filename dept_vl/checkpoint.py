@@ -50,6 +50,10 @@ SIZES = {
     "scale": float,
     "seed": int,
 }
+VISION = {"layer": int, "class_token": bool, "pooled_grid": int}
+"""What is read of the image encoder; None where there is none, or in files that do not say."""
+BEFORE_VISION = {"vision": None}
+"""What is left out where a backbone was described before that was kept."""
 BEFORE_METHODS = {"method": "dept", "seed": 0}
 """What is left out where a prompt was described before there was more than one method."""
 DESCRIPTION = {
@@ -58,6 +62,7 @@ DESCRIPTION = {
         "name": str,
         "fingerprint": {str: str},
         "visual_position_bias": get_args(VisualPositionBias),
+        "vision": (None, VISION),
     },
     "task": str,
     "metrics": {str: float},
@@ -69,6 +74,7 @@ OFFICIAL_BACKBONE = {
     "name": str,
     "fingerprint": None,
     "visual_position_bias": None,
+    "vision": None,
     "official_config": dict,
 }
 """What `from_official` knows of the backbone."""
@@ -82,8 +88,9 @@ class Adapter:
         prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
             `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
             `family.describe` gives them; None if only the backbone's own parts were trained.
-        backbone: Its name, the hashes of its frozen weights and `visual_position_bias`. The authors'
-            files tell the name alone: of theirs the rest is None, and `official_config` is kept.
+        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, and what is read of the
+            image encoder (`vision`, as `VisionEncoder.options`). The authors' files tell the name alone: of
+            theirs the rest is None, and `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
@@ -206,6 +213,7 @@ class Adapter:
                 "name": config["base_model_name_or_path"],
                 "fingerprint": None,
                 "visual_position_bias": None,
+                **BEFORE_VISION,
                 "official_config": config,
             },
             task=task,
@@ -332,15 +340,14 @@ class Adapter:
         if self.backbone["fingerprint"] is None:
             self._check_name(backbone)
             return
-        here = _identity(backbone)
-        compared = ("fingerprint", "visual_position_bias")
-        if any(self.backbone[key] != here[key] for key in compared):
+        here, there = _identity(backbone), {**BEFORE_VISION, **self.backbone}
+        compared = ["fingerprint", "visual_position_bias"]
+        if there["vision"] is not None:
+            compared.append("vision")
+        if any(there[key] != here[key] for key in compared):
             raise ValueError(
-                f"this adapter was trained on {self.backbone['name']} "
-                f"(fingerprint {self.backbone['fingerprint']}, visual_position_bias "
-                f"{self.backbone['visual_position_bias']}) and does not fit {here['name']} "
-                f"(fingerprint {here['fingerprint']}, visual_position_bias "
-                f"{here['visual_position_bias']}); load the backbone it was trained on"
+                f"this adapter was trained on {_said(there, compared)} and does not fit "
+                f"{_said(here, compared)}; load the backbone it was trained on"
             )
 
     def _check_name(self, backbone: Backbone) -> None:
@@ -405,6 +412,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         )
     backbone = description.get("backbone") if isinstance(description, dict) else None
     official_one = isinstance(backbone, dict) and "official_config" in backbone
+    if isinstance(description, dict) and isinstance(backbone, dict):
+        description["backbone"] = BEFORE_VISION | backbone
     like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         description["prompt"] = BEFORE_METHODS | description["prompt"]
@@ -441,9 +450,15 @@ def _shapes(prompt: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
     return {group: {f"prompt.{k}": v for k, v in shapes.items()} for group, shapes in groups.items()}
 
 
+def _said(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A backbone in words: its name, and what else is compared."""
+    return f"{identity['name']} ({', '.join(f'{key} {identity[key]}' for key in keys)})"
+
+
 def _identity(backbone: Backbone) -> dict[str, Any]:
     return {
         "name": backbone.name,
         "fingerprint": backbone.fingerprint,
         "visual_position_bias": backbone.visual_position_bias,
+        "vision": None if backbone.vision is None else backbone.vision.options(),
     }
