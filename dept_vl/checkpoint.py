@@ -30,11 +30,10 @@ from dept_vl.files import (
 )
 from dept_vl.language import VisualPositionBias
 from dept_vl.model import PromptedModel
+from dept_vl.sharing import CONFIG_FILE, TENSORS_FILE, adapter_folder
 
 FORMAT_VERSION = 1
 LARGEST_SEED = 2**32 - 1
-TENSORS_FILE = "adapter.safetensors"
-CONFIG_FILE = "adapter.json"
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Of the names of tensors, one for each module that an adapter may hold."""
 GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
@@ -173,6 +172,26 @@ class Adapter:
         if problem:
             raise ValueError(f"the adapter at {folder} is damaged: {problem}")
         return adapter
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "Adapter":
+        """Read an adapter from its folder, from the run that made it, or from the Hub.
+
+        Args:
+            name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`), whose files
+                are kept in the Hub's cache and read from there where there is no network.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories; None takes the one of `hf auth login`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or
+                neither network nor a copy in the cache.
+            PermissionError: If the repository is gated, or the token is not accepted.
+            ValueError: As `load`; or if a folder is asked for a revision.
+        """
+        return cls.load(adapter_folder(name_or_folder, revision=revision, token=token))
 
     @classmethod
     def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
