@@ -3,6 +3,7 @@
 A repository holds the two files of an adapter at its top, and a model card.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from dept_vl.files import one_line
@@ -46,6 +47,60 @@ def adapter_folder(
             "like user/adapter"
         )
     return _download(name_or_folder, revision, token)
+
+
+def push(
+    repository: str,
+    files: Mapping[str, bytes],
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str,
+    token: str | bool | None = None,
+) -> str:
+    """Upload files in one commit; the repository, and the branch, are made if they are missing.
+
+    Args:
+        repository: Its name (`user/adapter`).
+        files: Contents by name.
+        private: Of a repository that is made; None is the owner's default.
+        revision: Branch; None is the main one.
+        message: Of the commit.
+        token: With the right to write; None takes the one of `hf auth login`.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        PermissionError: If the token may not write there.
+        ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()],
+            commit_message=message,
+            revision=revision,
+        )
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            f"nothing was uploaded to {repository}: HF_HUB_OFFLINE is set; unset it"
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"{repository} cannot be written with this token ({one_line(error)}); log in with one that may "
+            "(hf auth login), or give it, and look at the name before the stroke"
+        ) from error
+    return str(commit.commit_url)
 
 
 def _is_repository_name(name: str) -> bool:
