@@ -17,8 +17,8 @@ from dept_vl.config import DataOptions, Features, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_json
-from dept_vl.report import markdown_table
-from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, score_rows, write_answers
+from dept_vl.report import markdown_table, score_rows
+from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, write_answers
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
 from dept_vl.step import hold_frozen_in_bfloat16

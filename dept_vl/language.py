@@ -236,13 +236,13 @@ class DecoderOnly(LanguageModel):
         if any(getattr(module, "is_causal", None) is False for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} reads both ways and cannot write an answer; take a model that reads "
-                f"from left to right, such as GPT-2 or Llama, or an encoder-decoder: supported are {SUPPORTED}"
+                f"from left to right, or an encoder-decoder: supported are {SUPPORTED}"
             )
         missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
         if missing:
             raise ValueError(
                 f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}, without which "
-                f"padding moves the text; take a model that does, such as GPT-2 or Llama: supported are {SUPPORTED}"
+                f"padding moves the text; supported are {SUPPORTED}"
             )
         if tokenizer.eos_token is None:
             raise ValueError(

@@ -123,7 +123,9 @@ class TextTask:
         if not re.fullmatch(form, text) and len(names) == 1:
             text = self.spec.text.format_map({names[0]: text})
         if not re.fullmatch(form, text):
-            raise ValueError(f"{self.name} reads {self.spec.text!r}; write the text like that, not {text!r:.80}")
+            raise ValueError(
+                f"{self.name} reads {self.spec.text!r}; write the text like that, not {text!r:.80}"
+            )
         return text
 
     def source_texts(self) -> pa.ChunkedArray:
