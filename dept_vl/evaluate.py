@@ -50,7 +50,8 @@ def decode(
         options: Of `decoding.generation_options`.
         spelled: Of `decoding.spellings`.
     """
-    tokens = model.generate(**batch.inputs(), **options)
+    inputs: dict[str, Any] = batch.inputs()
+    tokens = model.generate(**inputs, **options)
     return [spelled.get(text, text) for text in target_texts(model.backbone.tokenizer, tokens)]
 
 

@@ -69,6 +69,7 @@ class COCOCaptions:
     prediction_format: PredictionFormat = PredictionFormat("image_id", "caption", "int")
     source_text: str = "caption:"
     image_count: int = 1
+    asks: bool = False
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "COCOCaptions":

@@ -116,6 +116,11 @@ class Asked(Protocol):
         ...
 
     @property
+    def asks(self) -> bool:
+        """Whether there is a question; captions have none."""
+        ...
+
+    @property
     def decoding(self) -> Decoding:
         """How its answers are decoded by default."""
         ...

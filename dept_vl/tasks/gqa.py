@@ -92,6 +92,7 @@ class GQA:
     prediction_format: PredictionFormat = PredictionFormat("questionId", "prediction", "str")
     prefix: str = "gqa: "
     image_count: int = 1
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "GQA":

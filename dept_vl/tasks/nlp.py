@@ -53,6 +53,7 @@ class TextTask:
     rows: Rows
     prediction_format: PredictionFormat = PredictionFormat("id", "prediction", "int")
     image_count: int = 0
+    asks: bool = True
 
     @classmethod
     def load(cls, name: str, folder: Path | None, split: str) -> "TextTask":

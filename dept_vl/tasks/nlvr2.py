@@ -72,6 +72,7 @@ class NLVR2:
     prediction_format: PredictionFormat = PredictionFormat("identifier", "prediction", "str", "csv")
     prefix: str = "nlvr: "
     image_count: int = 2
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "NLVR2":

@@ -135,6 +135,7 @@ class VQAv2:
     prediction_format: PredictionFormat = PredictionFormat("question_id", "answer", "int")
     prefix: str = "vqa: "
     image_count: int = 1
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str, normalisation: Normalisation = "official") -> "VQAv2":
