@@ -94,7 +94,7 @@ class ManyAdapters:
         names: list[str | None] = (
             [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
         )
-        readers = [self._reader(name) for name in names]
+        readers = [self.reader(name) for name in names]
         pairs = all(reader.task.image_count > 1 for reader in readers)
         (images, questions, readers), alone = line_up(
             images=as_images(image, pairs=pairs),
@@ -118,7 +118,7 @@ class ManyAdapters:
         Raises:
             ValueError: If there is no such adapter.
         """
-        readers = {name: self._reader(name) for name in adapters}
+        readers = {name: self.reader(name) for name in adapters}
         device = self.backbone.kind.word_embeddings.weight.device
         rows = torch.tensor([self._places[name] for name in adapters], device=device)
         backbone = self.backbone
@@ -130,7 +130,12 @@ class ManyAdapters:
             backbone = backbone.with_projection(RowProjections(parts))
         return PromptedModel(backbone, RowPrompts(self._prompts, rows))
 
-    def _reader(self, name: str | None) -> Predictor:
+    def reader(self, name: str | None) -> Predictor:
+        """Who answers the rows of an adapter; None the backbone alone.
+
+        Raises:
+            ValueError: If there is no such adapter.
+        """
         if name not in self.readers:
             known = ", ".join(repr(known) for known in self.readers)
             raise ValueError(f"there is no adapter {name!r}; there are {known}")

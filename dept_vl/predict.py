@@ -129,17 +129,18 @@ def find_backbone(
     # transformers says so of models that are neither on the disk nor on the Hub.
     except OSError as error:
         raise FileNotFoundError(
-            f"the adapter was trained on {known['name']}, and {name} cannot be loaded: {one_line(error)}. "
+            f"the backbone of this adapter ({known['name']}) cannot be loaded: {one_line(error)}. "
             "Say where it is: backbone=... (scripts: --backbone ...), the folder of a saved backbone, as "
             "data/tiny-clip-t5 is one, or VISION+LANGUAGE, two names of the Hub or folders"
         ) from None
-    return loaded.to(device or torch.accelerator.current_accelerator() or "cpu").eval()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return loaded.to(device or accelerator or "cpu").eval()
 
 
 def _two(name: str) -> tuple[str, str]:
     parts = name.split("+")
     if len(parts) != 2:
-        raise FileNotFoundError(f"there is no backbone folder {name}, and it is not VISION+LANGUAGE")
+        raise FileNotFoundError(f"there is no backbone folder {name}, and it names no two models")
     return parts[0], parts[1]
 
 
