@@ -18,8 +18,7 @@ MOST_BYTES = 20 * 2**20
 KEPT = 3600
 """Seconds after which an upload is deleted."""
 STYLE = """
-.gradio-container {max-width: 1080px !important; margin: 0 auto !important}
-.gradio-container main {width: 100% !important}
+.gradio-container {width: min(1080px, 100%) !important; margin: 0 auto !important}
 .upload img {width: 100%; height: 100%; object-fit: contain}
 #answer textarea {font-size: 1.6rem; font-weight: 600}
 .problem {color: #7a2e0e; background: #fffaeb; border: 1px solid #fec84b; border-radius: 8px; padding: 12px}
@@ -87,7 +86,7 @@ def respond(
             images.append(Path(path))
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
-            (answer,) = many.answer(
+            answer = many.answer(
                 [tuple(images)], question if task.asks else "", adapters=adapter, batch_size=1
             )
         return answer, " ".join(str(note.message) for note in noted)

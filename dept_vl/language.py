@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from dept_vl.files import one_line
 from dept_vl.targets import IGNORE_INDEX, WORD, continues_text
 
 SUPPORTED = (
@@ -49,8 +51,17 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
         ValueError: If its configuration is of neither kind, or it brings code of its own.
     """
     # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except ValueError as error:  # a type of which transformers knows nothing
+        problem = one_line(error).partition(". ")[0]
+        raise ValueError(
+            f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
+        ) from None
+    kinds = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    if type(config) not in kinds:
         raise ValueError(
             f"{name_or_path} is of type {config.model_type!r}, which transformers has neither as an "
             "encoder-decoder nor as a decoder-only language model; load one such as google-t5/t5-base or "

@@ -46,10 +46,12 @@ def main(config: PredictConfig) -> list[str]:
         task=config.task,
         device=config.device,
     )
-    count = predictor.task.image_count
-    images, questions = config.inputs[:count], config.inputs[count:]
-    shown = images if len(images) > 1 else next(iter(images), None)
-    answers = predictor.answer(shown, questions or [""])
+    task = predictor.task
+    images, questions = config.inputs[: task.image_count], config.inputs[task.image_count :]
+    if len(images) < task.image_count or (task.asks and not questions):
+        needed = [*["IMAGE"] * task.image_count, *['"QUESTION"'] * task.asks]
+        raise ValueError(f"{task.name} needs {' '.join(needed)}; got {' '.join(map(repr, config.inputs))}")
+    answers = predictor.answer([images] if images else None, questions or [""])
     print(*answers, sep="\n")
     return list(answers)
 

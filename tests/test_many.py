@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dept_vl.checkpoint import Adapter
 from dept_vl.many import ManyAdapters, load_many
 from dept_vl.model import PromptedModel
 from dept_vl.predict import load
+from scripts import bench_adapters
 
 SIZES: dict[str, dict[str, Any] | None] = {
     "short": {"method": "dept", "prompt_length": 2, "rank": 3, "max_source_length": 9},
@@ -250,3 +252,24 @@ def test_many_are_loaded_on_one_backbone(
     image = random_image((40, 30))
     expected = [predictor.answer(image, "what colour?") for predictor in alone.values()]
     assert many.answer(image, "what colour?", adapters=["one", "two"]) == expected
+
+
+def test_throughput_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = bench_adapters.BenchConfig(
+        model="tiny",
+        prompt_length=2,
+        unequal=(1, 3),
+        batch_size=3,
+        new_tokens=2,
+        rounds=2,
+        json_out=tmp_path / "figures.json",
+    )
+    figures = bench_adapters.main(config)
+    assert figures.keys() == {"(2, 2)", "(1, 3)"}
+    for found in figures.values():
+        assert 0 < found.processor.low <= found.processor.median <= found.processor.high
+    printed = capsys.readouterr().out
+    assert str(figures["(1, 3)"].clock) in printed
+    assert ("NOT met" in printed) == (figures["(2, 2)"].processor.median < bench_adapters.BAR)
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["(2, 2)"]["processor"]["median"] == figures["(2, 2)"].processor.median
