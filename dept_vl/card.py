@@ -70,14 +70,15 @@ def model_card(
         "Use": _usage(name, adapter, images=images),
         "Figures": _figures(adapter["metrics"]),
         "Trained parameters": _parameters(adapter["trainable_parameters"]),
-        "Prompt": "None: parts of the base model were trained." if prompt is None else _sizes(prompt),
+        "Prompt": "" if prompt is None else _sizes(prompt),
         "Training": "" if training is None else _training(training),
         "Base model": _base(base),
     }
-    method = "parts of the language model" if prompt is None else f"a soft prompt (`{prompt['method']}`)"
+    method = "no prompt" if prompt is None else f"a soft prompt (`{prompt['method']}`)"
+    frozen = "is frozen" if "backbone" not in adapter["trainable_parameters"] else "was trained in part"
     title = (
         f"# {name}\n\nAn adapter of `dept_vl`: {method} for **{base['name']}**, trained "
-        f"on the task **{adapter['task'] or 'unnamed'}**. The base model is frozen and loaded apart. "
+        f"on the task **{adapter['task'] or 'unnamed'}**. The base model {frozen} and is loaded apart. "
         f"Decomposed Prompt Tuning is by [Shi & Lipani, ICLR 2024]({PAPER})."
     )
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
