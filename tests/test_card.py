@@ -117,6 +117,9 @@ def test_without_a_prompt() -> None:
     [
         {"images": True},
         {"images": True, "task": "nlvr2"},
+        {"images": True, "task": "gqa+vqav2"},
+        {"images": True, "task": "of my own"},
+        {"images": False, "task": "of my own"},
         {"images": False, "task": "cola", "backbone": {"fingerprint": {"language": "0" * 16}}},
         {"images": False, "task": "cola", "backbone": {"fingerprint": None, "visual_position_bias": None}},
         {
