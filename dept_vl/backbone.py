@@ -263,13 +263,24 @@ class Backbone(nn.Module):
 
         Raises:
             ImportError: If peft is not installed.
+            ValueError: If peft does not know which they are in this language model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
-        # The pair is scaled by alpha / rank.
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank), self.language)
+        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
+        # As peft has it for T5, and not for all of its relatives.
+        of_t5 = ["q", "v"] if {"q", "v"} <= names else None
+        try:
+            # The pair is scaled by alpha / rank.
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=of_t5)
+            inject_adapter_in_model(config, self.language)
+        except ValueError as error:
+            raise ValueError(
+                f"peft puts no LoRA on {self.name} ({type(self.language).__name__}): {error}; train biases "
+                "or everything instead (--train_only biases, all)"
+            ) from error
         self.freeze(language=False, but="lora")
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:

@@ -15,6 +15,13 @@ PAPER = "https://arxiv.org/abs/2309.05173"
 
 SCRIPTS = {"vqav2": "train_vqa", "gqa": "train_gqa", "nlvr2": "train_nlvr2", "coco": "train_caption"}
 """By task; text tasks have `train_nlp`."""
+QUESTIONS = {
+    "vqav2": '"image.jpg", "what color is the cat?"',
+    "gqa": '"image.jpg", "is there a dog to the left of the car?"',
+    "nlvr2": '("left.jpg", "right.jpg"), "both images show a dog"',
+    "coco": '"image.jpg"',
+}
+"""What is given to `answer`, to show how."""
 PIPELINES = {
     "vqav2": "visual-question-answering",
     "gqa": "visual-question-answering",
@@ -70,14 +77,15 @@ def model_card(
         "Use": _usage(name, adapter, images=images),
         "Figures": _figures(adapter["metrics"]),
         "Trained parameters": _parameters(adapter["trainable_parameters"]),
-        "Prompt": "None: parts of the base model were trained." if prompt is None else _sizes(prompt),
+        "Prompt": "" if prompt is None else _sizes(prompt),
         "Training": "" if training is None else _training(training),
         "Base model": _base(base),
     }
-    method = "parts of the language model" if prompt is None else f"a soft prompt (`{prompt['method']}`)"
+    method = "no prompt" if prompt is None else f"a soft prompt (`{prompt['method']}`)"
+    frozen = "is frozen" if "backbone" not in adapter["trainable_parameters"] else "was trained in part"
     title = (
         f"# {name}\n\nAn adapter of `dept_vl`: {method} for **{base['name']}**, trained "
-        f"on the task **{adapter['task'] or 'unnamed'}**. The base model is frozen and loaded apart. "
+        f"on the task **{adapter['task'] or 'unnamed'}**. The base model {frozen} and is loaded apart. "
         f"Decomposed Prompt Tuning is by [Shi & Lipani, ICLR 2024]({PAPER})."
     )
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
@@ -130,12 +138,19 @@ def _usage(name: str, adapter: Mapping[str, Any], *, images: bool) -> str:
             f'attached = Attached.load("{name}", model.eval())\n'
             "tokens = attached.generate(**inputs)  # of the model's own processor"
         )
-    if images:
-        shown = '[Image.open("left.jpg"), Image.open("right.jpg")]' if adapter["task"] == "nlvr2" else ""
+    tasks = adapter["task"].split("+")
+    asked = QUESTIONS.get(tasks[0], '"..."' if tasks[0] in TEXT_TASKS else "")
+    if asked:
+        # Of several tasks one is chosen.
+        task = f', task="{tasks[0]}"' if len(tasks) > 1 else ""
         return _python(
-            "from PIL import Image\n\nimport dept_vl\n\n"
-            f'model = dept_vl.load("{name}")\n'
-            f'print(model.answer({shown or """Image.open("image.jpg")"""}, "what color is the cat?"))'
+            f'import dept_vl\n\nmodel = dept_vl.load("{name}"{task})\nprint(model.answer({asked}))'
+        )
+    if images:
+        return _python(
+            "from dept_vl import Adapter, Backbone\n\n"
+            "backbone = Backbone.from_pretrained(vision=..., language=...)  # see below\n"
+            f'model = Adapter.from_pretrained("{name}").build(backbone).eval()'
         )
     return _python(
         "from dept_vl import Adapter, Backbone\n\n"

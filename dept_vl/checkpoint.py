@@ -292,6 +292,14 @@ class Adapter:
             )
         model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
         self.apply(model)
+        # What was trained may be trained on, and is saved again.
+        trained = sum(name.startswith("language.") for name in self.tensors)
+        whole = trained == sum(1 for _ in backbone.language.parameters())
+        backbone.freeze(
+            language=not trained,
+            visual_projection="visual_projection" not in self.trainable_parameters,
+            but="lora" if ranks else "all" if whole else "biases",
+        )
         return model
 
     def build_prompt(self) -> DePT:

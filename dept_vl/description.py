@@ -73,7 +73,9 @@ def read_description(path: Path) -> dict[str, Any]:
         description["backbone"] = BEFORE_VISION | backbone
     like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
-        description["prompt"] = BEFORE_METHODS | description["prompt"]
+        # Last, so that a file that says them is written again as it was.
+        for name, value in BEFORE_METHODS.items():
+            description["prompt"].setdefault(name, value)
     problem = difference(description, like)
     if not problem and isinstance(description["prompt"], dict):
         problem = _wrong_size(description["prompt"])
