@@ -86,10 +86,10 @@ def respond(
             images.append(Path(path))
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
-            answer = many.answer(
+            answers = many.answer(
                 [tuple(images)], question if task.asks else "", adapters=adapter, batch_size=1
             )
-        return answer, " ".join(str(note.message) for note in noted)
+        return answers[0], " ".join(str(note.message) for note in noted)
     except (ValueError, OSError) as error:
         problem = one_line(error)
         for path, own_name in shown.items():
