@@ -191,6 +191,8 @@ def test_a_visitor_asks_and_picks_another_adapter(
     assert page.find("#problem .problem").text.startswith("broken.png is no readable image")
     assert page.answer() == ""
     assert "Traceback" not in browser.page_source
+    entries = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert all(entry.startswith((address, "data:", "blob:")) for entry in entries)
 
     assert not page.seen("#image-1")
     page.pick("pairs")
