@@ -17,6 +17,7 @@ of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
 
 import enum
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from transformers.utils import ModelOutput
 
 from dept_vl.dept import COMMON_TOKENS, LARGEST_SIZE, DePT, sample_vocabulary, solve_rank
 from dept_vl.language import LanguageModel
-from dept_vl.peft_files import CONTAINER, PEFT_TYPE
+from dept_vl.peft_files import CONTAINER, PEFT_TYPE, another_base, embedding_fingerprint
 
 BASE = "__base__"
 """In `adapter_names`, a row that no prompt is put in front of."""
@@ -65,8 +66,11 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
         prompt_init: Start from random words of the `vocabulary`, from a `text`, or `random`.
         prompt_init_text: The text, repeated or cut to the prompt's length.
         tokenizer_name_or_path: Its tokenizer.
+        init_weights: False starts B away from zero, so that the offset is there before any training; for
+            tests, as with PEFT's other methods.
         modules_to_save: Modules of the base model that are trained and saved as well.
         target_modules: Not for DePT, which wraps the encoder.
+        embedding_fingerprint: Of the base's word embeddings; taken from the base, and compared on loading.
 
     Raises:
         ValueError: If a value is out of range, or does not go with the others.
@@ -84,11 +88,15 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
     prompt_init: str = field(default="vocabulary", metadata={"help": "vocabulary, text or random."})
     prompt_init_text: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
     tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts B away from zero; for tests."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules of the base model that are trained and saved as well."}
     )
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Not for DePT, which wraps the encoder."}
+    )
+    embedding_fingerprint: str | None = field(
+        default=None, metadata={"help": "Of the base's word embeddings; taken from the base."}
     )
 
     def __post_init__(self) -> None:
@@ -342,6 +350,11 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         LanguageModel(encoder, encoder, type(self.model).__name__).check_positions(
             "encoder", prompt=config.prompt_length, text=1
         )
+        problem = another_base(config.embedding_fingerprint, encoder)
+        if problem and config.inference_mode:
+            raise ValueError(f"this adapter {problem}")
+        if problem:  # trained on, or a configuration that is used a second time
+            warnings.warn(f"the adapter of this configuration {problem}", stacklevel=2)
 
     def _prepare_adapter_config(self, peft_config: DeptConfig, model_config: dict[str, Any]) -> DeptConfig:
         if peft_config.rank is None:
@@ -370,7 +383,11 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        prompt = _new_prompt(peft_config, text_encoder(self.model))
+        encoder = text_encoder(self.model)
+        prompt = _new_prompt(peft_config, encoder)
+        peft_config.embedding_fingerprint = (
+            embedding_fingerprint(encoder) or peft_config.embedding_fingerprint
+        )
         layer = target
         if not isinstance(layer, DeptLayer):
             layer = DeptLayer(target, self.model.get_decoder())
@@ -503,6 +520,8 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
         max_source_length=config.max_source_length,
         alpha=config.alpha,
     )
+    if not config.init_weights and prompt.lora_b is not None:
+        nn.init.normal_(prompt.lora_b)
     # An adapter that is about to be loaded needs no tokenizer.
     if config.prompt_init == "random" or (config.prompt_init == "text" and config.inference_mode):
         return prompt
