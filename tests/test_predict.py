@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import random_image
 from PIL import Image
+from runs import reset_accelerate, tiny_run
 from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig
 
@@ -26,7 +27,6 @@ from dept_vl.model import PromptedModel
 from dept_vl.predict import load
 from dept_vl.run import run
 from dept_vl.tasks import asked, load_task
-from runs import reset_accelerate, tiny_run
 from scripts.predict import PredictConfig
 from scripts.predict import main as predict
 
