@@ -19,6 +19,7 @@ from dept_vl.bench.tiny import D_MODEL, IMAGE_SIZE, VOCABULARY, language_model, 
 from dept_vl.checkpoint import Adapter
 from dept_vl.dept import DePT
 from dept_vl.language import VisualPositionBias
+from dept_vl.many import PromptTable, RowPrompts
 from dept_vl.model import PromptedModel
 from dept_vl.step import recompute_activations
 
@@ -256,6 +257,16 @@ class Composed(Subject):
             raise NotThere
         self.module = self.model.folded()
         return self.logits(self.inputs)
+
+    def mixed(self) -> tuple[Tensor, list[bool]]:
+        """See `Subject`."""
+        if self.model.prompt is None:
+            raise NotThere
+        on, backbone = [True, False, True], self.model.backbone
+        table = PromptTable([None, copy.deepcopy(self.model.prompt)], backbone)
+        other = copy.copy(self)
+        other.module = PromptedModel(backbone, RowPrompts(table, torch.tensor(on).long())).eval()
+        return other.logits(self.inputs), on
 
 
 @cache
