@@ -70,7 +70,7 @@ def read_description(path: Path) -> dict[str, Any]:
     backbone = description.get("backbone") if isinstance(description, dict) else None
     official_one = isinstance(backbone, dict) and "official_config" in backbone
     if isinstance(description, dict) and isinstance(backbone, dict):
-        description["backbone"] = BEFORE_VISION | backbone
+        description["backbone"] = backbone | {k: backbone.get(k) for k in BEFORE_VISION}
     like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         # Last, so that a file that says them is written again as it was.

@@ -226,6 +226,15 @@ def described(folder: Path, **backbone: Any) -> None:
     path.write_text(json.dumps(content))
 
 
+def test_an_older_adapter_does_not_say_what_it_reads_of_the_tower(t5: Backbone, tmp_path: Path) -> None:
+    save(t5, tmp_path)
+    path = tmp_path / "adapter.json"
+    content = json.loads(path.read_text())
+    del content["backbone"]["vision"]
+    path.write_text(json.dumps(content))
+    assert load(tmp_path, backbone=t5).adapter.backbone["vision"] is None  # type: ignore[union-attr]
+
+
 def test_a_backbone_that_moved_is_asked_for(t5: Backbone, tmp_path: Path) -> None:
     save(t5, tmp_path)
     for name in ("tiny", "/old/place/clip+/old/place/t5"):
