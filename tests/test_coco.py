@@ -112,7 +112,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[int, list[str]], 
     """What is given to the scorer, which takes no time."""
     calls: list[tuple[dict[int, list[str]], dict[int, str]]] = []
 
-    def score(references: dict[int, list[str]], predictions: dict[int, str]) -> CaptionScore:
+    def score(references: dict[int, list[str]], predictions: dict[int, str], *, meteor: bool) -> CaptionScore:
         calls.append((references, predictions))
         return SCORE
 
