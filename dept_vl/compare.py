@@ -25,8 +25,8 @@ from dept_vl.backbone import TrainedPart
 from dept_vl.bench.steps import StepCost, measure_steps
 from dept_vl.cli import read_config
 from dept_vl.compare_report import Row, report
-from dept_vl.config import ExtractConfig, RunConfig
-from dept_vl.extract import extract
+from dept_vl.config import RunConfig
+from dept_vl.extract import with_features
 from dept_vl.family import METHODS, Method
 from dept_vl.files import read_object, write_atomically
 from dept_vl.intervals import interval
@@ -186,7 +186,7 @@ def compare(config: CompareConfig) -> list[Row]:
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
     bases = {Path(name).stem: task_config(config, name) for name in config.tasks if _can_run(name)}
-    bases = {task: with_features(config, task, base) for task, base in bases.items()}
+    bases = {task: _prepared(config, task, base) for task, base in bases.items()}
     usual = {task: majority(base) for task, base in bases.items()}
     pairs = [
         (task, name)
@@ -201,7 +201,8 @@ def compare(config: CompareConfig) -> list[Row]:
         costs = {task: step_costs(config, task, base, pairs) for task, base in bases.items()}
         seeds = config.seeds[:count]
         rows = [row_of(config, task, bases[task], name, seeds, costs[task].get(name)) for task, name in pairs]
-        settings = json.loads(json.dumps(asdict(replace(config, seeds=seeds)), default=str))
+        settings = asdict(replace(config, seeds=seeds))
+        del settings["output_dir"]
         report(settings, usual, rows, config.output_dir)
     return rows
 
@@ -250,15 +251,13 @@ def with_steps(base: RunConfig, steps: int) -> RunConfig:
     )
 
 
-def with_features(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
-    """The same, with visual features from files that are made first where they are missing."""
+def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
+    """The same, with visual features from files; of thousands of images the smallest reads a handful."""
     if base.data.task in TEXT_TASKS:
         return base
-    if config.smallest:  # of thousands of images a handful is read
+    if config.smallest:
         return replace(base, data=replace(base.data, features="live"))
-    data = replace(base.data, features_dir=config.output_dir / task / "features")
-    extract(ExtractConfig(data=data, backbone=base.backbone, dtype="float32"))
-    return replace(base, data=replace(data, features="cached"))
+    return with_features(base, config.output_dir / task / "features")
 
 
 def seeded_run(config: CompareConfig, task: str, base: RunConfig, name: str, seed: int) -> Path:
