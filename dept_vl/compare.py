@@ -1,14 +1,14 @@
 """Methods side by side: several tasks and seeds, one budget, the same search for every method.
 
     OUTPUT/TASK/features/                                     visual features, encoded once
-    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,lora_lr=0.02/       a run of half the steps, scored on the dev split
+    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,lora_lr=0.02/       a third of the steps, scored on the dev split
     OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,lora_lr=0.02/     a whole run, scored on the test split
     OUTPUT/TASK/steps.json                                    time and memory of a step
     OUTPUT/comparison.json, .md                               of the seeds that are finished
 
 Every method trains for the same steps on the same examples in the same order, and is what it is after the
-last. It tries each of its rates (as many for one method as for another) for half the steps and takes those
-of the best dev figure. Test figures decide nothing. Finished runs are kept; all are done with one seed
+last. It tries each of its rates (as many for one method as for another) for a third of the steps and takes
+those of the best dev figure. Test figures decide nothing. Finished runs are kept; all are done with one seed
 before the next one is begun, so that a comparison that was stopped is one of fewer seeds.
 """
 
@@ -55,6 +55,8 @@ Rates = dict[str, float]
 STEPS_FILE = "steps.json"
 FEW_SEEDS = 3
 """Of methods that are no prompt alone."""
+TRY = 3
+"""Part of the steps for which rates are tried."""
 UNUSED = 8
 """Examples of a split that decides nothing in a run."""
 
@@ -88,13 +90,13 @@ class CompareConfig:
     """Names of methods; empty takes them all."""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """One run of each method per seed; of what is no prompt alone, for the first three."""
-    max_steps: int = 80
-    """Steps of every run; of a try half."""
+    max_steps: int = 60
+    """Steps of every run; of a try a third."""
     batch_size: int = 8
     """Examples of a step."""
-    dev_limit: int = 200
+    dev_limit: int = 150
     """At most so many dev examples, by which rates are chosen; 0 takes all."""
-    test_limit: int = 300
+    test_limit: int = 200
     """At most so many test examples, the same for all methods of a seed; 0 takes all."""
     rounds: int = 15
     """Steps of every method whose processor time is measured."""
@@ -279,7 +281,7 @@ def choose_rates(
     grid = method.rates[:1] if config.smallest else method.rates
     if len(grid) < 2:
         return (grid[0] if grid else {}), {}
-    short = with_steps(method.configure(base), max(1, base.train.max_steps // 2))
+    short = with_steps(method.configure(base), max(1, base.train.max_steps // TRY))
     data, train = replace(short.data, test_limit=UNUSED), replace(short.train, seed=config.seeds[0])
     short = replace(short, data=data, train=train)
     folder = config.output_dir / task / _folder(name)

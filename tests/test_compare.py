@@ -116,7 +116,7 @@ def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
 def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tmp_path: Path) -> None:
     methods = ("zero-shot", "dept", "dept + projection")
     config = CompareConfig(
-        tasks=(str(base),), methods=methods, seeds=(1, 2, 3, 4), max_steps=2, rounds=2, output_dir=tmp_path
+        tasks=(str(base),), methods=methods, seeds=(1, 2, 3, 4), max_steps=3, rounds=2, output_dir=tmp_path
     )
     rows = script.main(config)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in methods]
@@ -132,7 +132,7 @@ def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tm
     best = ",".join(f"{option}={rate:g}" for option, rate in dept.rates.items())
     assert dept.tried[best] == max(dept.tried.values())
     assert seeded == [f"seed{seed},{best}" for seed in config.seeds]
-    assert steps(tmp_path / "tiny" / "dept" / seeded[0]) == 2
+    assert steps(tmp_path / "tiny" / "dept" / seeded[0]) == 3
     # A prompt with more beside it takes the prompt's rates, and fewer seeds.
     assert both.rates == dept.rates
     assert (dept.score.count, both.score.count) == (4, 3)
