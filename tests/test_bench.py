@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import write_vqa
+from runs import reset_accelerate, tiny_run, with_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +16,9 @@ from dept_vl.backbone import Backbone
 from dept_vl.bench import methods
 from dept_vl.bench.measure import Ratio, encoder_flops, in_turn, saved_bytes
 from dept_vl.bench.methods import SHAPES, SIZES, Size, build_backbone, build_prompt, build_runners, draw_batch
+from dept_vl.bench.steps import measure_steps
+from dept_vl.config import DataOptions
+from dept_vl.run import build_model
 from scripts import bench
 
 TINY = SIZES["tiny"]
@@ -295,3 +300,31 @@ def test_bars(tmp_path: Path) -> None:
     groups["large/vl/train"] = record(pt100=1.0, dept40=0.5)
     rows = {row[0]: row[1:] for row in bench.bar_rows({"groups": groups, "config": {"tiny": False}})}
     assert rows["DePT m=40 over PT l=100 at small, base, large, step time"][-1] == "met"
+
+
+def test_steps_of_a_task_are_measured_in_turn(
+    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
+) -> None:
+    data = DataOptions(data_dir=write_vqa(tmp_path / "vqa"), holdout_images=1)
+    short = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+    bare = {"prompt_length": 0, "rank": 0}
+    reset_accelerate()
+    costs = measure_steps(
+        {
+            "nothing": with_(short, prompt=bare, backbone={"train_projection": False}),
+            "short": short,
+            "long": with_(short, prompt={"prompt_length": 60}),
+            "language model": with_(short, prompt=bare, backbone={"train_backbone": True}),
+        },
+        rounds=3,
+    )
+    reset_accelerate()
+    assert costs.keys() == {"short", "long", "language model"}
+    for cost in costs.values():
+        assert len(cost.seconds) == 3
+        assert min(cost.seconds) > 0
+    model = build_model(with_(short, prompt=bare, backbone={"train_backbone": True}))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Activations besides: the whole language model needs them for its weights' gradients too.
+    assert costs["language model"].bytes > 12 * trained
+    assert costs["long"].bytes > 2 * costs["short"].bytes
