@@ -12,7 +12,7 @@ from dept_vl.bench.steps import StepCost
 from dept_vl.family import METHODS
 from dept_vl.files import write_atomically
 from dept_vl.intervals import Interval, interval
-from dept_vl.report import markdown_table
+from dept_vl.report import markdown_table, scatter_plot
 
 MIB = 2**20
 CIDER_SCALE = 10
@@ -61,13 +61,14 @@ def report(
         settings: What was compared.
         usual: The commonest answer of each task and its score.
         rows: Every method on every task.
-        folder: For `comparison.json` and `comparison.md`.
+        folder: For `comparison.json` and `.md`, and `.png` where matplotlib is installed.
     """
     parts = [overview(usual, rows), bars(rows), rates_table(rows), *task_tables(usual, rows)]
     text = "\n\n".join(filter(None, parts))
     content = {"config": settings, "majority": usual, "rows": [asdict(row) for row in rows]}
     write_atomically(folder / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(folder / "comparison.md", (text + "\n").encode())
+    draw(rows, folder / "comparison.png")
     print(f"\n{text}\n\nwritten to {folder / 'comparison.md'}", flush=True)
 
 
@@ -82,19 +83,37 @@ def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row])
     for name in names:
         mine = [row for row in rows if row.method == name]
         means = means_over_tasks(mine) if len(mine) == len(tasks) else []
-        costs = [row.cost for row in mine if row.cost]
+        costs, seconds = [row.cost for row in mine if row.cost], step_seconds(mine)
         lines.append(
             [
                 name,
                 *(scores.get((task, name), "") for task in tasks),
                 str(interval(means)) if means else "",
                 f"{mine[0].parameters:,}",
-                f"{fmean(1000 * median(cost.seconds) for cost in costs):.0f}" if costs else "",
+                "" if seconds is None else f"{1000 * seconds:.0f}",
                 f"{fmean(cost.bytes for cost in costs) / MIB:.0f}" if costs else "",
             ]
         )
     header = ["method", *tasks, "mean over tasks", "trained", "CPU ms per step", "MiB of a step"]
     return markdown_table(header, lines)
+
+
+def step_seconds(rows: Sequence[Row]) -> float | None:
+    """Processor time of a step, mean over tasks; None if nothing is trained."""
+    costs = [median(row.cost.seconds) for row in rows if row.cost]
+    return fmean(costs) if costs else None
+
+
+def draw(rows: Sequence[Row], path: Path) -> bool:
+    """The mean over the tasks against what a step costs, of methods that are on all of them."""
+    count = len(_distinct(row.task for row in rows))
+    points = {}
+    for name in _distinct(row.method for row in rows):
+        mine = [row for row in rows if row.method == name]
+        seconds = step_seconds(mine)
+        if seconds is not None and len(mine) == count:
+            points[name] = (1000 * seconds, interval(means_over_tasks(mine)))
+    return scatter_plot(points, path, x="CPU ms per step", y="mean over tasks")
 
 
 def means_over_tasks(rows: Sequence[Row]) -> list[float]:

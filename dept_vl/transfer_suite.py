@@ -3,7 +3,7 @@
     OUTPUT/source-TASK/       DePT, trained on all examples of a task
     OUTPUT/TARGET/            one transfer, as `transfer.py` has it, from the sources of other tasks
     OUTPUT/features/TASK/     visual features, encoded once
-    OUTPUT/transfer.json, .md
+    OUTPUT/transfer.json, .md, and .png where matplotlib is installed
 
 Prompts alone are trained, never the visual projection, and all starts of a target have the same examples,
 steps and rates. Of the sources that are not the target itself the one is taken that has the least loss on
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from dept_vl.config import RunConfig, to_json
 from dept_vl.extract import with_features
 from dept_vl.files import read_object, write_atomically
 from dept_vl.intervals import Interval, interval
-from dept_vl.report import markdown_table
+from dept_vl.report import line_plot, markdown_table
 from dept_vl.run import run
 from dept_vl.transfer import NAMES, Start, TransferConfig, transfer
 
@@ -107,6 +108,7 @@ def transfer_suite(config: SuiteConfig) -> int:
     content = json.dumps(cells, indent=1)
     write_atomically(config.output_dir / "transfer.json", (content + "\n").encode())
     write_atomically(config.output_dir / "transfer.md", (text + "\n").encode())
+    draw(cells, config.k, config.output_dir / "transfer.png")
     print(f"\n{text}\n\nwritten to {config.output_dir / 'transfer.md'}")
     return 0
 
@@ -189,3 +191,14 @@ def wins(found: Mapping[str, Cells], shots: Sequence[int]) -> str:
             f"({', '.join(better) or 'none'}), on {len(sure)} by more than the 95% interval."
         )
     return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Cells], shots: Sequence[int], path: Path) -> bool:
+    """The mean over the targets of every start, by k; the interval is of the seeds."""
+    lines: dict[str, dict[int, Interval]] = {}
+    for start, name in NAMES.items():
+        lines[name] = {}
+        for k in shots:
+            by_target = [_scores(cells, k, start) for cells in found.values()]
+            lines[name][k] = interval([fmean(of_seed) for of_seed in zip(*by_target, strict=True)])
+    return line_plot(lines, path, x="shots (k)", y=f"mean over {len(found)} targets")

@@ -221,6 +221,7 @@ def test_tables_and_bars(tmp_path: Path) -> None:
         "| prompt_lr=0.3 |",
     ):
         assert said in text
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
     # Without PT there is nothing to hold against.
     assert bars([one for one in rows if one.method != "pt"]) == ""
 
