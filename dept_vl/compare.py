@@ -98,7 +98,7 @@ class CompareConfig:
     """At most so many dev examples, by which rates are chosen; 0 takes all."""
     test_limit: int = 200
     """At most so many test examples, the same for all methods of a seed; 0 takes all."""
-    rounds: int = 15
+    rounds: int = 9
     """Steps of every method whose processor time is measured."""
     output_dir: Path = Path("runs/compare")
     """Folder of all runs; those finished are not repeated, those stopped go on."""
