@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from dept_vl.backbone import TrainedPart
-from dept_vl.bench.steps import StepCost, measure_steps
+from dept_vl.bench.costs import StepCost, measure_steps
 from dept_vl.cli import read_config
 from dept_vl.compare_report import Row, report
 from dept_vl.config import RunConfig

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from dept_vl.bench.costs import StepCost
 from dept_vl.bench.measure import Ratio
-from dept_vl.bench.steps import StepCost
 from dept_vl.family import METHODS
 from dept_vl.files import write_atomically
 from dept_vl.intervals import Interval, interval

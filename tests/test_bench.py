@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dept_vl.backbone import Backbone
 from dept_vl.bench import methods
+from dept_vl.bench.costs import measure_steps
 from dept_vl.bench.measure import Ratio, encoder_flops, in_turn, saved_bytes
 from dept_vl.bench.methods import SHAPES, SIZES, Size, build_backbone, build_prompt, build_runners, draw_batch
-from dept_vl.bench.steps import measure_steps
 from dept_vl.config import DataOptions
 from dept_vl.run import build_model
 from scripts import bench

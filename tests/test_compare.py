@@ -14,7 +14,7 @@ from runs import reset_accelerate, tiny_run
 import dept_vl.compare
 from dept_vl import family
 from dept_vl.backbone import Backbone
-from dept_vl.bench.steps import StepCost
+from dept_vl.bench.costs import StepCost
 from dept_vl.checkpoint import count_trainable
 from dept_vl.compare import COMPARED, TASKS, CompareConfig, task_config
 from dept_vl.compare_report import Row, bars, report
