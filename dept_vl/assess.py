@@ -17,14 +17,14 @@ from dept_vl.config import DataOptions, Features, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_json
-from dept_vl.report import markdown_table
-from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, score_rows, write_answers
+from dept_vl.report import markdown_table, score_rows
+from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, write_answers
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
 from dept_vl.step import hold_frozen_in_bfloat16
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
-from dept_vl.tasks.example import Decoding, Task, limit
+from dept_vl.tasks.example import Asked, Decoding, Task, limit
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.train import BEST
 from dept_vl.vision import VisionEncoder
@@ -169,7 +169,7 @@ def data_options(config: AssessConfig, trained: RunConfig) -> DataOptions:
     )
 
 
-def choose_decoding(config: AssessConfig, options: DataOptions, task: Task) -> Decoding:
+def choose_decoding(config: AssessConfig, options: DataOptions, task: Task | Asked) -> Decoding:
     """The task's own way of decoding, as the options of the task and the configuration change it.
 
     Raises:

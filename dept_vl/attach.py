@@ -198,14 +198,28 @@ class Attached(nn.Module):
         ]
 
     @classmethod
-    def load(cls, folder: str | Path, model: PreTrainedModel) -> "Attached":
+    def load(
+        cls,
+        name_or_folder: str | Path,
+        model: PreTrainedModel,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> "Attached":
         """Attach what `save` wrote; to go on training, or to answer.
 
+        Args:
+            name_or_folder: Its folder, or a repository on the Hub (see `Adapter.from_pretrained`).
+            model: That it was trained on.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories.
+
         Raises:
-            FileNotFoundError: If there is no adapter in the folder.
+            FileNotFoundError: If there is no adapter in the folder or repository.
+            PermissionError: If the repository is gated, or the token is not accepted.
             ValueError: If it is damaged, or was trained on another base.
         """
-        adapter = Adapter.load(folder)
+        adapter = Adapter.from_pretrained(name_or_folder, revision=revision, token=token)
         _check_base(adapter, model)
         prompt = adapter.new_prompt()
         tensors = {name.removeprefix("prompt."): tensor for name, tensor in adapter.tensors.items()}
@@ -413,6 +427,7 @@ def _base(model: PreTrainedModel) -> dict[str, Any]:
             "all": fingerprint(weights),
         },
         "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
+        "vision": None,
     }
 
 

@@ -6,6 +6,7 @@ a constant under grid features and is therefore left to the image-order embeddin
 language model may also be decoder-only (see `language`).
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -123,7 +124,7 @@ class Backbone(nn.Module):
             )
         self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
         self.d_model: int = self.kind.word_embeddings.embedding_dim
-        self.visual_projection: VisualProjection | None = None
+        self.visual_projection: nn.Module | None = None
         if vision is not None:
             self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
         # Taken before any training, so that it names the frozen weights even after fine-tuning.
@@ -219,6 +220,17 @@ class Backbone(nn.Module):
             options["vision"] = self.vision.options()
         (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
 
+    def with_projection(self, projection: nn.Module | None) -> "Backbone":
+        """The same models, not copied, behind another visual projection.
+
+        Args:
+            projection: Of the interface of `VisualProjection`.
+        """
+        other = copy.copy(self)
+        # `nn.Module` would share the table of its parts too.
+        other._modules = {**self._modules, "visual_projection": projection}
+        return other
+
     def freeze(
         self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"
     ) -> None:
@@ -251,13 +263,24 @@ class Backbone(nn.Module):
 
         Raises:
             ImportError: If peft is not installed.
+            ValueError: If peft does not know which they are in this language model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
-        # The pair is scaled by alpha / rank.
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank), self.language)
+        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
+        # As peft has it for T5, and not for all of its relatives.
+        of_t5 = ["q", "v"] if {"q", "v"} <= names else None
+        try:
+            # The pair is scaled by alpha / rank.
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=of_t5)
+            inject_adapter_in_model(config, self.language)
+        except ValueError as error:
+            raise ValueError(
+                f"peft puts no LoRA on {self.name} ({type(self.language).__name__}): {error}; train biases "
+                "or everything instead (--train_only biases, all)"
+            ) from error
         self.freeze(language=False, but="lora")
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:

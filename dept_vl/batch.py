@@ -1,11 +1,15 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
 import itertools
+import os
 import signal
+import sys
+import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
+from multiprocessing.queues import Queue
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -186,14 +190,33 @@ class _PixelReader:
         return pixels.view(len(examples), -1, *pixels.shape[1:])
 
 
-def outlive_signals(worker: int) -> None:
-    """For a process that reads images: a stop that is sent to all at once is the training process's to obey.
+def prepare_reader(worker: int) -> None:
+    """For a process that reads images: it obeys the training process alone, and keeps no batch from it.
 
     Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its reader the step at hand could
-    not be ended. The readers end with the training process.
+    not be ended. SIGTERM from the training process itself, which ends its readers so where it fails, is
+    obeyed. A batch that cannot be handed over (for want of open files, say) would be dropped, and waited
+    for forever: the reader ends, which is noticed.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS does not say who sent a signal
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The hook that the standard library has for it; torch's queues are of this class.
+    Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
+
+
+def _end_when_told_by(sender: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+def _end_reader(error: Exception, batch: object) -> None:
+    print(f"a batch could not be handed over: {error}", file=sys.stderr, flush=True)
+    os._exit(0)  # another status would be raised in the middle of a step, not where the batch is missed
 
 
 class TrainingDraws(Dataset[Draw]):

@@ -6,12 +6,11 @@ which says what they are, for which backbone, and how well they do.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -19,59 +18,22 @@ from torch import Tensor, nn
 
 from dept_vl import family, official
 from dept_vl.backbone import Backbone
-from dept_vl.dept import LARGEST_SIZE, DePT
+from dept_vl.card import CARD_FILE, TRAINING_FILE, model_card, training_of
+from dept_vl.dept import DePT
+from dept_vl.description import BEFORE_METHODS, BEFORE_VISION, FORMAT_VERSION, read_description, tensor_shapes
 from dept_vl.files import (
     check_parameters,
-    difference,
     load_exactly,
-    read_json,
     read_tensors,
     write_atomically,
 )
-from dept_vl.language import VisualPositionBias
 from dept_vl.model import PromptedModel
+from dept_vl.sharing import CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 
-FORMAT_VERSION = 1
-LARGEST_SEED = 2**32 - 1
-TENSORS_FILE = "adapter.safetensors"
-CONFIG_FILE = "adapter.json"
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Of the names of tensors, one for each module that an adapter may hold."""
 GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
 """Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
-
-SIZES = {
-    "method": family.METHODS,
-    "prompt_length": int,
-    "rank": int,
-    "max_source_length": int,
-    "d_model": int,
-    "alpha": float,
-    "scale": float,
-    "seed": int,
-}
-BEFORE_METHODS = {"method": "dept", "seed": 0}
-"""What is left out where a prompt was described before there was more than one method."""
-DESCRIPTION = {
-    "prompt": (None, SIZES),
-    "backbone": {
-        "name": str,
-        "fingerprint": {str: str},
-        "visual_position_bias": get_args(VisualPositionBias),
-    },
-    "task": str,
-    "metrics": {str: float},
-    "trainable_parameters": {str: int},
-    "format_version": int,
-}
-"""Fields of `adapter.json`, as `files.difference` has them."""
-OFFICIAL_BACKBONE = {
-    "name": str,
-    "fingerprint": None,
-    "visual_position_bias": None,
-    "official_config": dict,
-}
-"""What `from_official` knows of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +44,9 @@ class Adapter:
         prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
             `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
             `family.describe` gives them; None if only the backbone's own parts were trained.
-        backbone: Its name, the hashes of its frozen weights and `visual_position_bias`. The authors'
-            files tell the name alone: of theirs the rest is None, and `official_config` is kept.
+        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, and what is read of the
+            image encoder (`vision`, as `VisionEncoder.options`). The authors' files tell the name alone: of
+            theirs the rest is None, and `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
@@ -144,9 +107,62 @@ class Adapter:
         """Write both files, each beside its final name first, so that no half-written one is left."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
-        write_atomically(folder / TENSORS_FILE, save(self.tensors, metadata={"format": "pt"}))
-        write_atomically(folder / CONFIG_FILE, (json.dumps(description, indent=2) + "\n").encode())
+        for name, content in self._contents().items():
+            write_atomically(folder / name, content)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        token: str | bool | None = None,
+        datasets: Sequence[str] = (),
+        run: str | Path | None = None,
+    ) -> str:
+        """Upload both files and a model card in one commit.
+
+        Args:
+            repo_id: Name of the repository (`user/adapter`), made if it is missing.
+            private: Of a repository that is made; None is the owner's default.
+            revision: Branch, made if it is missing; None is the main one.
+            commit_message: Of the commit.
+            token: With the right to write; None takes the one of `hf auth login`.
+            datasets: For the card: names on the Hub of what the adapter was trained on.
+            run: Folder of the run that made it, whose options go along, without this machine's paths: for
+                the card, and to repeat it.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            FileNotFoundError: If there is no such run.
+            ValueError: If the run was of another task.
+            PermissionError: If the token may not write there.
+            ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
+        """
+        files = self._contents()
+        training = None
+        if run is not None:
+            training = training_of(Path(run), self.task)
+            files[TRAINING_FILE] = (json.dumps(training, indent=2) + "\n").encode()
+        trained_on = self.backbone["fingerprint"] or {}
+        images = "vision" in trained_on or "class" in trained_on  # the latter: see `attach`
+        card = model_card(repo_id, self._description(), images=images, datasets=datasets, training=training)
+        files[CARD_FILE] = card.encode()
+        return push(repo_id, files, private=private, revision=revision, message=commit_message, token=token)
+
+    def _description(self) -> dict[str, Any]:
+        """What `adapter.json` says."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+
+    def _contents(self) -> dict[str, bytes]:
+        """Both files, by name."""
+        return {
+            TENSORS_FILE: save(self.tensors, metadata={"format": "pt"}),
+            CONFIG_FILE: (json.dumps(self._description(), indent=2) + "\n").encode(),
+        }
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
@@ -165,7 +181,7 @@ class Adapter:
                 raise FileNotFoundError(
                     f"no adapter at {folder}: {name} is missing there{hint if found else ''}"
                 )
-        description = _read_description(folder / CONFIG_FILE)
+        description = read_description(folder / CONFIG_FILE)
         tensors = read_tensors(folder / TENSORS_FILE)
         check_parameters(tensors, folder / TENSORS_FILE)
         adapter = cls(**description, tensors=tensors)
@@ -173,6 +189,26 @@ class Adapter:
         if problem:
             raise ValueError(f"the adapter at {folder} is damaged: {problem}")
         return adapter
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "Adapter":
+        """Read an adapter from its folder, from the run that made it, or from the Hub.
+
+        Args:
+            name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`), whose files
+                are kept in the Hub's cache and read from there where there is no network.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories; None takes the one of `hf auth login`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or
+                neither network nor a copy in the cache.
+            PermissionError: If the repository is gated, or the token is not accepted.
+            ValueError: As `load`; or if a folder is asked for a revision.
+        """
+        return cls.load(adapter_folder(name_or_folder, revision=revision, token=token))
 
     @classmethod
     def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
@@ -206,6 +242,7 @@ class Adapter:
                 "name": config["base_model_name_or_path"],
                 "fingerprint": None,
                 "visual_position_bias": None,
+                **BEFORE_VISION,
                 "official_config": config,
             },
             task=task,
@@ -255,6 +292,14 @@ class Adapter:
             )
         model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
         self.apply(model)
+        # What was trained may be trained on, and is saved again.
+        trained = sum(name.startswith("language.") for name in self.tensors)
+        whole = trained == sum(1 for _ in backbone.language.parameters())
+        backbone.freeze(
+            language=not trained,
+            visual_projection="visual_projection" not in self.trainable_parameters,
+            but="lora" if ranks else "all" if whole else "biases",
+        )
         return model
 
     def build_prompt(self) -> DePT:
@@ -303,12 +348,14 @@ class Adapter:
         if unknown:
             return f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}"
         expected = (
-            {} if self.prompt is None else {k: v for g in _shapes(self.prompt).values() for k, v in g.items()}
+            {}
+            if self.prompt is None
+            else {k: v for g in tensor_shapes(self.prompt).values() for k, v in g.items()}
         )
         found = {k: tuple(v.shape) for k, v in self.tensors.items() if k.startswith("prompt.")}
         if found != expected:
             return f"by its sizes the prompt has the tensors {expected}; found {found!s:.200}"
-        low_rank = {} if self.prompt is None else _shapes(self.prompt)["low_rank"]
+        low_rank = {} if self.prompt is None else tensor_shapes(self.prompt)["low_rank"]
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in self.tensors.items():
             group = "low_rank" if name in low_rank else GROUPS[name.split(".")[0]]
@@ -332,15 +379,14 @@ class Adapter:
         if self.backbone["fingerprint"] is None:
             self._check_name(backbone)
             return
-        here = _identity(backbone)
-        compared = ("fingerprint", "visual_position_bias")
-        if any(self.backbone[key] != here[key] for key in compared):
+        here, there = _identity(backbone), {**BEFORE_VISION, **self.backbone}
+        compared = ["fingerprint", "visual_position_bias"]
+        if there["vision"] is not None:
+            compared.append("vision")
+        if any(there[key] != here[key] for key in compared):
             raise ValueError(
-                f"this adapter was trained on {self.backbone['name']} "
-                f"(fingerprint {self.backbone['fingerprint']}, visual_position_bias "
-                f"{self.backbone['visual_position_bias']}) and does not fit {here['name']} "
-                f"(fingerprint {here['fingerprint']}, visual_position_bias "
-                f"{here['visual_position_bias']}); load the backbone it was trained on"
+                f"this adapter was trained on {_said(there, compared)} and does not fit "
+                f"{_said(here, compared)}; load the backbone it was trained on"
             )
 
     def _check_name(self, backbone: Backbone) -> None:
@@ -395,50 +441,9 @@ def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
     }
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    description = read_json(path)
-    found = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
-    if found != FORMAT_VERSION:
-        raise ValueError(
-            f"the adapter at {path.parent} has format version {found!r:.60}; this dept_vl reads "
-            f"{FORMAT_VERSION}: use the dept_vl that wrote it"
-        )
-    backbone = description.get("backbone") if isinstance(description, dict) else None
-    official_one = isinstance(backbone, dict) and "official_config" in backbone
-    like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
-    if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
-        description["prompt"] = BEFORE_METHODS | description["prompt"]
-    problem = difference(description, like)
-    if not problem and isinstance(description["prompt"], dict):
-        problem = _wrong_size(description["prompt"])
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
-    fields: dict[str, Any] = description
-    return fields
-
-
-def _wrong_size(prompt: Mapping[str, Any]) -> str:
-    """What is wrong with the sizes of a prompt; empty if nothing is."""
-    for name, least in (("prompt_length", 0), ("rank", 0), ("max_source_length", 1), ("d_model", 1)):
-        if not least <= prompt[name] <= LARGEST_SIZE:
-            return f"expected prompt.{name} to be {least} to {LARGEST_SIZE:,}, found {prompt[name]!s:.60}"
-    if not 0 <= prompt["seed"] <= LARGEST_SEED:
-        return f"expected prompt.seed to be 0 to {LARGEST_SEED:,}, found {prompt['seed']!s:.60}"
-    problem = family.impossible(*(prompt[key] for key in ("method", "d_model", "prompt_length", "rank")))
-    if problem:
-        return problem
-    by_position = prompt["rank"] and prompt["method"] in ("dept", "hybrid")
-    scale = prompt["alpha"] / math.sqrt(prompt["rank"]) if by_position else 0.0
-    if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
-        return f"expected prompt.scale to be alpha / sqrt(rank) = {scale}, found {prompt['scale']!s:.60}"
-    return ""
-
-
-def _shapes(prompt: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of the tensors of a prompt, by its description: by group, by name in the file."""
-    sizes = (prompt[key] for key in ("d_model", "max_source_length", "prompt_length", "rank"))
-    groups = family.tensors(prompt["method"], *sizes)
-    return {group: {f"prompt.{k}": v for k, v in shapes.items()} for group, shapes in groups.items()}
+def _said(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A backbone in words: its name, and what else is compared."""
+    return f"{identity['name']} ({', '.join(f'{key} {identity[key]}' for key in keys)})"
 
 
 def _identity(backbone: Backbone) -> dict[str, Any]:
@@ -446,4 +451,5 @@ def _identity(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "fingerprint": backbone.fingerprint,
         "visual_position_bias": backbone.visual_position_bias,
+        "vision": None if backbone.vision is None else backbone.vision.options(),
     }

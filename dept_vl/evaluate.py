@@ -1,5 +1,6 @@
 """Answer every example of a split and score the answers; the same on any number of processes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Collator, EvaluationDraws, outlive_signals
+from dept_vl.batch import Batch, Collator, EvaluationDraws, prepare_reader
 from dept_vl.decoding import generation_options, spellings
 from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
@@ -36,6 +37,22 @@ class Evaluation:
     scores: dict[str, float]
     text_tokens: float
     skipped: tuple[ExampleId, ...] = ()
+
+
+def decode(
+    model: PromptedModel, batch: Batch, options: Mapping[str, Any], spelled: Mapping[str, str]
+) -> list[str]:
+    """The answer to each example of a batch.
+
+    Args:
+        model: In evaluation mode.
+        batch: On its device.
+        options: Of `decoding.generation_options`.
+        spelled: Of `decoding.spellings`.
+    """
+    inputs: dict[str, Any] = batch.inputs()
+    tokens = model.generate(**inputs, **options)
+    return [spelled.get(text, text) for text in target_texts(model.backbone.tokenizer, tokens)]
 
 
 @torch.no_grad()
@@ -79,7 +96,7 @@ def evaluate(
         batch_size=batch_size,
         collate_fn=collator,
         num_workers=num_workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=prepare_reader,
     )
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
@@ -96,8 +113,7 @@ def evaluate(
             continue
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
-            tokens = model.generate(**moved.inputs(), **options)
-        texts = [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
+            texts = decode(model, moved, options, spelled)
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         lengths.extend(zip(batch.ids, batch.attention_mask.sum(1).tolist(), strict=True))
     model.train(was_training)

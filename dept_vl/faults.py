@@ -35,7 +35,7 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, EOFError) as error:
         problem = _problem(error, option)
         if not problem:
             raise
@@ -45,10 +45,11 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
         raise RuntimeError(message) from None
 
 
-def _problem(error: OSError | RuntimeError, option: str) -> str:
+def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
     """What happened and what helps; empty for what is no fault of the machine."""
     text = " ".join(str(error).split())
-    if MANY_FILES in text:
+    # A reader that may open no more files closes the connection over which it should hand a batch.
+    if MANY_FILES in text or isinstance(error, (EOFError, ConnectionError)):
         return (
             "this process may open no more files (Too many open files); lower --num_workers (0 opens the "
             "fewest) or raise the limit by ulimit -n"
@@ -60,8 +61,8 @@ def _problem(error: OSError | RuntimeError, option: str) -> str:
     if WORKER in text:
         said = text[text.index(WORKER) :].split(". ")[0]
         return (
-            f"a process that reads images has ended ({said}), most likely for want of memory; lower "
-            "--num_workers (0 reads images in the training process)"
+            f"a process that reads images has ended ({said}), most likely for want of memory or of open "
+            "files; lower --num_workers (0 reads images in the training process)"
         )
     if any(lost in text for lost in LOST):
         return "another process of this run has ended; what it said is the cause"

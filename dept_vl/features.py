@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dept_vl.files import difference, read_json, read_tensors, write_atomically
-from dept_vl.images import confined, read_image
+from dept_vl.images import ImageSource, confined, read_image
 from dept_vl.vision import VisionEncoder
 
 INDEX_FILE = "index.json"
@@ -65,14 +65,14 @@ VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "
 """What a configuration says that changes no feature."""
 
 
-def load_pixels(vision: VisionEncoder, path: Path) -> Float[Tensor, "3 height width"]:
-    """Read and preprocess one image file.
+def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 height width"]:
+    """Read and preprocess one image.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no readable image.
+        ValueError: If it is no readable image.
     """
-    return vision.preprocess([read_image(path)])[0]
+    return vision.preprocess([read_image(source)])[0]
 
 
 class _Pixels(Dataset[tuple[Tensor, str]]):

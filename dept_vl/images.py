@@ -4,10 +4,11 @@ import errno
 import os
 import warnings
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dept_vl.files import one_line
 
@@ -24,7 +25,11 @@ FORMATS = tuple(
 (Ghostscript for EPS)."""
 
 
-def read_image(path: Path) -> Image.Image:
+ImageSource = str | Path | bytes | Image.Image
+"""An image file, its content, or an image that Pillow has opened."""
+
+
+def read_image(source: ImageSource) -> Image.Image:
     """Read an image as RGB: grey, palette, CMYK and 16-bit images too, of an animation the first frame.
 
     The pixels are as stored: transparency is dropped, and no rotation noted beside them is made.
@@ -36,20 +41,23 @@ def read_image(path: Path) -> Image.Image:
         OSError: If the process may open no more files, or a network disk is gone.
     """
     try:
-        if path.stat().st_size == 0:
+        if isinstance(source, Image.Image):
+            return to_rgb(source)
+        file = BytesIO(source) if isinstance(source, bytes) else Path(source)
+        if (len(source) if isinstance(source, bytes) else Path(source).stat().st_size) == 0:
             raise EOFError("the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # What Pillow says of odd metadata is no fault of the pixels.
             warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 image.load()
                 return to_rgb(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no image at {path}") from None
+        raise FileNotFoundError(f"no image at {source!s}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{path} is no readable image: {one_line(error)} If it is meant to be so large, raise "
+            f"{_called(source)} is no readable image: {one_line(error)} If it is meant to be so large, raise "
             "PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
@@ -57,10 +65,20 @@ def read_image(path: Path) -> Image.Image:
         # Nothing is wrong with the image, and it must not be left out for this.
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ESTALE):
             raise
-        problem = one_line(error)
+        # Pillow would name the object in memory.
+        unknown = isinstance(error, UnidentifiedImageError)
+        problem = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(error)
+        again = "download it again" if isinstance(source, str | Path) else "take another copy"
         # What the system refuses, such as a folder, is not cured by another copy.
-        advice = "" if isinstance(error, OSError) and error.errno else "; download it again"
-        raise ValueError(f"{path} is no readable image: {problem}{advice}") from None
+        advice = "" if isinstance(error, OSError) and error.errno else f"; {again}"
+        raise ValueError(f"{_called(source)} is no readable image: {problem}{advice}") from None
+
+
+def _called(source: ImageSource) -> str:
+    """Name of an image in messages."""
+    if isinstance(source, bytes):
+        return f"what was given ({len(source):,} bytes)"
+    return f"{source!s}" if isinstance(source, str | Path) else "what was given"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

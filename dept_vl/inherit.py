@@ -8,24 +8,13 @@ import torch
 from torch import Tensor
 
 from dept_vl import family
-from dept_vl.checkpoint import CONFIG_FILE, Adapter
+from dept_vl.checkpoint import Adapter
 from dept_vl.dept import DePT
 from dept_vl.files import load_exactly
 from dept_vl.model import PromptedModel
 
 InitParts = Literal["prompt", "all"]
 """P alone, or all that the prompt has."""
-
-
-def read_adapter(path: Path) -> Adapter:
-    """An adapter, from its folder or from the run that made it.
-
-    Raises:
-        FileNotFoundError: If there is neither.
-        ValueError: If it is damaged.
-    """
-    of_run = path / "best"
-    return Adapter.load(of_run if (of_run / CONFIG_FILE).is_file() else path)
 
 
 def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> None:
@@ -42,7 +31,7 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
         FileNotFoundError: If a source is missing.
         ValueError: If a source is of another backbone, or of other sizes than the model's prompt.
     """
-    adapters = [read_adapter(path) for path in paths]
+    adapters = [Adapter.from_pretrained(path) for path in paths]
     for path, adapter in zip(paths, adapters, strict=True):
         _check(model, adapter, path, parts)
     prompt = model.prompt

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -25,7 +26,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
+from dept_vl.files import one_line
 from dept_vl.targets import IGNORE_INDEX, WORD, continues_text
+
+SUPPORTED = (
+    "encoder-decoders with T5's or BART's positions (T5, FLAN-T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, "
+    "Marian) and, for text alone, decoder-only models (GPT-2, Llama, Mistral, Qwen2 and their like)"
+)
+"""Language models, for messages."""
 
 VisualPositionBias = Literal["none", "relative"]
 """What the language model's own position signal says of visual tokens.
@@ -43,12 +51,21 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
         ValueError: If its configuration is of neither kind, or it brings code of its own.
     """
     # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
-    config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    if not config.is_encoder_decoder and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except ValueError as error:  # a type of which transformers knows nothing
+        problem = one_line(error).partition(". ")[0]
+        raise ValueError(
+            f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
+        ) from None
+    kinds = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    if type(config) not in kinds:
         raise ValueError(
             f"{name_or_path} is of type {config.model_type!r}, which transformers has neither as an "
             "encoder-decoder nor as a decoder-only language model; load one such as google-t5/t5-base or "
-            "openai-community/gpt2"
+            f"openai-community/gpt2: supported are {SUPPORTED}"
         )
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model: PreTrainedModel = kind.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
@@ -62,6 +79,9 @@ class LanguageModel:
         model: Of transformers.
         reader: Its part that reads the text.
         name: Of the backbone, for messages.
+
+    Attributes:
+        counts_text: Positions are columns counted from the text's first, whatever is before it.
     """
 
     def __init__(self, model: PreTrainedModel, reader: PreTrainedModel, name: str) -> None:
@@ -69,6 +89,7 @@ class LanguageModel:
         self.reader = reader
         self.name = name
         self.word_embeddings = reader.get_input_embeddings()
+        self.counts_text = False
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the reader uses them (BART's scale included)."""
@@ -174,12 +195,12 @@ class EncoderDecoder(LanguageModel):
                 hooked = True
             elif name == "embed_positions":
                 module.register_forward_hook(self._positions_of_text)
-                hooked = True
+                hooked = self.counts_text = True
         if not hooked:
             raise ValueError(
                 f"{type(self.model).__name__} has neither T5's relative_attention_bias nor BART's "
                 "embed_positions in its encoder; visual_position_bias='none' supports these two, "
-                "'relative' any encoder-decoder"
+                f"'relative' any encoder-decoder. Supported are {SUPPORTED}"
             )
         self.reader.register_forward_pre_hook(self._take_segments, with_kwargs=True)
 
@@ -226,13 +247,13 @@ class DecoderOnly(LanguageModel):
         if any(getattr(module, "is_causal", None) is False for module in model.modules()):
             raise ValueError(
                 f"{type(model).__name__} reads both ways and cannot write an answer; take a model that reads "
-                "from left to right, such as GPT-2 or Llama, or an encoder-decoder"
+                f"from left to right, or an encoder-decoder: supported are {SUPPORTED}"
             )
         missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
         if missing:
             raise ValueError(
                 f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}, without which "
-                "padding moves the text; take a model that does, such as GPT-2 or Llama"
+                f"padding moves the text; supported are {SUPPORTED}"
             )
         if tokenizer.eos_token is None:
             raise ValueError(

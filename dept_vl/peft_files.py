@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dept_vl.backbone import Backbone
+from dept_vl.backbone import Backbone, fingerprint
 from dept_vl.checkpoint import Adapter
 from dept_vl.dept import LARGEST_SIZE, DePT
 from dept_vl.files import (
@@ -68,6 +68,7 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
         "rank": prompt.rank,
         "max_source_length": prompt.max_source_length,
         "alpha": prompt.alpha,
+        "embedding_fingerprint": embedding_fingerprint(backbone.language.get_encoder()),
     }
     prefix = f"base_model.model.{encoder_name(backbone.language)}.{CONTAINER}."
     named = {prefix + name: tensor for name, tensor in tensors.items()}
@@ -91,7 +92,7 @@ def from_peft(
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If one is damaged, they do not belong together, or they hold more than a prompt; or if
-            the backbone goes by another name, or cannot run the prompt as PEFT does.
+            the backbone has another name or other word embeddings, or cannot run the prompt as PEFT does.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSORS_FILE):
@@ -99,6 +100,9 @@ def from_peft(
             raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
     config = _read_config(folder / CONFIG_FILE)
     _check_name(config["base_model_name_or_path"], backbone)
+    problem = another_base(config.get("embedding_fingerprint"), backbone.language.get_encoder())
+    if problem:
+        raise ValueError(f"the adapter at {folder} {problem}")
     _check_positions(backbone)
     tensors = read_tensors(folder / TENSORS_FILE)
     check_parameters(tensors, folder / TENSORS_FILE)
@@ -118,6 +122,29 @@ def from_peft(
     prompt = DePT(backbone.d_model, **sizes, alpha=config["alpha"])
     load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
+
+
+def embedding_fingerprint(encoder: PreTrainedModel) -> str | None:
+    """Names the word embeddings that a prompt was trained in front of.
+
+    None where they are not at hand (on no device) or rounded otherwise (float16, integers).
+    """
+    words = encoder.get_input_embeddings()
+    weight = getattr(words, "original_module", words).weight  # PEFT's copy for training has one
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return fingerprint([("embeddings", weight)])
+
+
+def another_base(trained_on: Any, encoder: PreTrainedModel) -> str:
+    """What is wrong with a base whose word embeddings are others than on record; empty if nothing is."""
+    here = embedding_fingerprint(encoder)
+    if None in (trained_on, here) or trained_on == here:
+        return ""
+    return (
+        f"was trained on another base: its word embeddings have the fingerprint {trained_on!s:.60}, those of "
+        f"{encoder.name_or_path or type(encoder).__name__} {here}; load the base it was trained on"
+    )
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

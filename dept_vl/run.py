@@ -39,7 +39,7 @@ from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
-from dept_vl.report import markdown_table, picture_grid
+from dept_vl.report import markdown_table, picture_grid, score_rows
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
@@ -592,18 +592,3 @@ def summary_table(config: RunConfig, model: PromptedModel, tasks: list[Splits], 
     if training is not None and training.skipped:
         rows.append(("training examples skipped, image not readable", f"{training.skipped:,}"))
     return markdown_table(["", "this run"], rows)
-
-
-def score_rows(scores: dict[str, float], splits: str) -> list[tuple[str, str]]:
-    """A row for each figure that a summary shows, with its scale."""
-    return [
-        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
-        for name, value in scores.items()
-        if "question_type/" not in name
-    ]
-
-
-def scale_of(name: str) -> str:
-    """In what a figure is counted."""
-    figure = name.rsplit("/", 1)[-1]
-    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, outlive_signals
+from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, prepare_reader
 from dept_vl.checkpoint import Adapter
 from dept_vl.evaluate import evaluate
 from dept_vl.files import one_line, write_atomically, writing
@@ -160,7 +160,7 @@ def train(
         ),
         collate_fn=collator,
         num_workers=options.num_workers,
-        worker_init_fn=outlive_signals,
+        worker_init_fn=prepare_reader,
     )
     batches = iter(loader)
     if checkpoint is not None:

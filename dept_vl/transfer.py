@@ -20,10 +20,10 @@ import torch
 from accelerate import PartialState
 
 from dept_vl.batch import Collator, Draw
+from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.files import read_object, write_atomically
-from dept_vl.inherit import read_adapter
 from dept_vl.intervals import Interval, interval
 from dept_vl.report import line_plot, markdown_table
 from dept_vl.run import CONFIG_FILE, RunResult, build_model, run
@@ -96,7 +96,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
                 return trained.exit_status
             sources.append(trained.output_dir)
         else:
-            read_adapter(Path(name))  # now, rather than after the runs from scratch
+            Adapter.from_pretrained(Path(name))  # now, rather than after the runs from scratch
             sources.append(Path(config.source[place]))
     check_fit(config, base, sources)
     scores: dict[tuple[Start, int], list[float]] = {}

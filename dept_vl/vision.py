@@ -15,11 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
+from dept_vl.files import one_line
 from dept_vl.images import to_rgb
 
 CONVOLUTIONAL = 4
 """Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
 
+SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
+"""Image encoders, for messages."""
 LARGEST_GRID = 256
 """Side of a pooled grid; towers have 50 or so at most."""
 
@@ -76,12 +79,23 @@ class VisionEncoder(nn.Module):
             ValueError: If it brings code of its own, or has no such layer.
         """
         # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except ValueError as error:  # a type of which transformers knows nothing
+            problem = one_line(error).partition(". ")[0]
+            raise ValueError(
+                f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
+            ) from None
         # A two-tower checkpoint (CLIP, SigLIP) names its image half; the rest is never loaded.
         config = getattr(config, "vision_config", config)
         model = AutoModel.from_pretrained(
             name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
         )
+        if model.main_input_name != "pixel_values":
+            raise ValueError(
+                f"{name_or_path} is no image encoder: {type(model).__name__} reads {model.main_input_name}. "
+                f"Supported are {SUPPORTED}"
+            )
         # timm's processor exists for one backend; asking for another makes transformers warn.
         backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}
         processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)

@@ -14,16 +14,13 @@ from torch.nn import functional
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    LongT5Config,
-    LongT5ForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
     PreTrainedModel,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 from dept_vl.backbone import Backbone, VisualProjection, fingerprint
+from dept_vl.bench.tiny import language_model
 from dept_vl.dept import DePT
 from dept_vl.language import pack
 from dept_vl.model import PromptedModel
@@ -242,30 +239,8 @@ RELATIVES = ("mt5", "longt5-local", "longt5-global")
 def relatives(tmp_path_factory: pytest.TempPathFactory, language_folders: dict[str, Path]) -> dict[str, Path]:
     """Folders of an mT5 and two LongT5, whose blocks are shorter than the texts of the tests."""
     root = tmp_path_factory.mktemp("relatives")
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "d_model": D_MODEL,
-        "d_kv": 8,
-        "d_ff": 48,
-        "num_heads": 4,
-        "num_layers": 2,
-        "relative_attention_num_buckets": 8,
-        "relative_attention_max_distance": 20,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-    }
-    blocks = {"local_radius": 3, "global_block_size": 4}
     torch.manual_seed(0)
-    models = {
-        "mt5": MT5ForConditionalGeneration(MT5Config(**sizes)),
-        "longt5-local": LongT5ForConditionalGeneration(
-            LongT5Config(**sizes, **blocks, encoder_attention_type="local")
-        ),
-        "longt5-global": LongT5ForConditionalGeneration(
-            LongT5Config(**sizes, **blocks, encoder_attention_type="transient-global")
-        ),
-    }
+    models = {name: language_model(name) for name in RELATIVES}
     for name, model in models.items():
         for parameter in model.parameters():
             if parameter.dim() == 2:

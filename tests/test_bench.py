@@ -7,18 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import write_vqa
-from runs import reset_accelerate, tiny_run, with_
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dept_vl.backbone import Backbone
-from dept_vl.bench import methods
-from dept_vl.bench.costs import measure_steps
+from dept_vl.bench import methods, steps
+from dept_vl.bench.figures import BARS, GROWTH, bar_rows
 from dept_vl.bench.measure import Ratio, encoder_flops, in_turn, saved_bytes
-from dept_vl.bench.methods import SHAPES, SIZES, Size, build_backbone, build_prompt, build_runners, draw_batch
-from dept_vl.config import DataOptions
-from dept_vl.run import build_model
+from dept_vl.bench.methods import (
+    SHAPES,
+    SIZES,
+    Size,
+    build_backbone,
+    build_prompt,
+    build_runners,
+    draw_batch,
+    has_peft,
+    needs_peft,
+)
+from dept_vl.bench.steps import Bench, BenchConfig, plan
 from scripts import bench
 
 TINY = SIZES["tiny"]
@@ -186,22 +193,22 @@ def test_peft_reads_the_same_backbone(backbone: Backbone) -> None:
 def test_unknown_names_are_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="magic"):
         build_runners(["magic"], backbone, None, SHAPES["vl"])
-    config = bench.BenchConfig(tmp_path)
+    config = BenchConfig(tmp_path)
     for option in ("models", "shapes", "methods"):
         with pytest.raises(ValueError, match=f"--{option}.*magic"):
-            bench.plan(replace(config, **{option: "magic"}))  # type: ignore[arg-type]
+            plan(replace(config, **{option: "magic"}))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing to measure"):
-        bench.plan(replace(config, models="large", shapes="glue"))
+        plan(replace(config, models="large", shapes="glue"))
 
 
 def test_plan_measures_every_bar(tmp_path: Path) -> None:
-    groups = {group.key: group for group in bench.plan(bench.BenchConfig(tmp_path))}
-    for bar in bench.BARS:
+    groups = {group.key: group for group in plan(BenchConfig(tmp_path))}
+    for bar in BARS:
         missing = {bar.ours, bar.theirs} - set(groups[bar.group].methods)
-        assert not {name for name in missing if bench.has_peft() or not bench.needs_peft(name)}
-    assert all(f"{model}/vl/train" in groups for model in bench.GROWTH)
+        assert not {name for name in missing if has_peft() or not needs_peft(name)}
+    assert all(f"{model}/vl/train" in groups for model in GROWTH)
     assert groups["large/vl/train"].batch_size == 4
-    chosen = bench.plan(bench.BenchConfig(tmp_path, models="base", shapes="vl", methods="pt100,dept60"))
+    chosen = plan(BenchConfig(tmp_path, models="base", shapes="vl", methods="pt100,dept60"))
     assert [(group.key, group.methods) for group in chosen] == [("base/vl/train", ("pt100", "dept60"))]
 
 
@@ -211,7 +218,7 @@ def test_plan_measures_every_bar(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("bench") / "out"
-    return folder, bench.main(bench.BenchConfig(folder, tiny=True, bars=True))
+    return folder, bench.main(BenchConfig(folder, tiny=True, bars=True))
 
 
 def test_everything_is_measured(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -224,7 +231,7 @@ def test_everything_is_measured(finished: tuple[Path, dict[str, Any]]) -> None:
     for record in results["groups"].values():
         assert len(record["measured"]) == len(record["methods"])
         for one in record["measured"].values():
-            assert len(one["seconds"]) == len(one["cpu_seconds"]) == record["rounds"]
+            assert len(one["seconds"]) == len(one["wall_seconds"]) == record["rounds"]
             assert min(one["seconds"]) > 0
             assert (one["memory"] is None) == record["work"].startswith("generate")
     measured = results["groups"]["tiny/vl/train"]["measured"]
@@ -240,8 +247,8 @@ def test_results_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:
     for name in ("PT (l=100)", "DePT (m=40), padded to s", "cached", "backbone alone, 40 positions more"):
         assert f"| {name} " in text
     assert "of the throughput of the backbone alone" in text
-    assert len(results["bars"]) == len(bench.BARS) + 2
-    assert sum(bar["met"] in ("met", "NOT met") for bar in results["bars"]) >= len(bench.BARS) - 2
+    assert len(results["bars"]) == len(BARS) + 2
+    assert sum(bar["met"] in ("met", "NOT met") for bar in results["bars"]) >= len(BARS) - 2
     if pytest.importorskip("matplotlib"):
         assert (folder / "bench.png").stat().st_size > 1000
 
@@ -249,11 +256,9 @@ def test_results_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:
 def test_what_was_measured_is_kept_when_a_run_ends_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = bench.BenchConfig(
-        tmp_path, models="tiny", shapes="vl", methods="pt100,dept40", rounds=5, batch_size=1
-    )
+    config = BenchConfig(tmp_path, models="tiny", shapes="vl", methods="pt100,dept40", rounds=5, batch_size=1)
     calls: list[int] = []
-    step = bench.Bench._time
+    step = Bench._time
 
     def failing(*arguments: Any) -> tuple[float, float]:
         calls.append(1)
@@ -261,7 +266,7 @@ def test_what_was_measured_is_kept_when_a_run_ends_early(
             raise RuntimeError("the machine went away")
         return step(*arguments)
 
-    monkeypatch.setattr(bench.Bench, "_time", failing)
+    monkeypatch.setattr(Bench, "_time", failing)
     with pytest.raises(RuntimeError, match="went away"):
         bench.main(config)
     measured = json.loads((tmp_path / "bench.json").read_text())["groups"]["tiny/vl/train"]["measured"]
@@ -271,9 +276,10 @@ def test_what_was_measured_is_kept_when_a_run_ends_early(
 def test_without_peft_its_methods_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "has_peft", lambda: False)
+    for module in (bench, steps):
+        monkeypatch.setattr(module, "has_peft", lambda: False)
     results = bench.main(
-        bench.BenchConfig(
+        BenchConfig(
             tmp_path, models="tiny", shapes="glue", methods="pt100,peft100,lora8", rounds=1, batch_size=1
         )
     )
@@ -291,40 +297,12 @@ def test_bars(tmp_path: Path) -> None:
         "small/vl/train": record(pt100=1.0, dept40=0.7),
         "large/vl/train": record(pt100=1.0, dept40=0.65),
     }
-    rows = {row[0]: row[1:] for row in bench.bar_rows({"groups": groups, "config": {"tiny": False}})}
+    rows = {row[0]: row[1:] for row in bar_rows({"groups": groups, "config": {"tiny": False}})}
     assert rows["DePT m=40 over PT l=100, step time"] == ("<= 0.70", "0.600 (0.600-0.600)", "met")
     assert rows["PT l=100 over DePT m=40, 4 tokens generated"][0::2] == (">= 1.25", "NOT met")
     assert rows["PT l=100 over DePT m=40, 20 tokens generated"][1:] == ("not measured", "")
     growth = rows["DePT m=40 over PT l=100 at small, base, large, step time"]
     assert growth == ("falling", "0.700, 0.600, 0.650", "NOT met")
     groups["large/vl/train"] = record(pt100=1.0, dept40=0.5)
-    rows = {row[0]: row[1:] for row in bench.bar_rows({"groups": groups, "config": {"tiny": False}})}
+    rows = {row[0]: row[1:] for row in bar_rows({"groups": groups, "config": {"tiny": False}})}
     assert rows["DePT m=40 over PT l=100 at small, base, large, step time"][-1] == "met"
-
-
-def test_steps_of_a_task_are_measured_in_turn(
-    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
-) -> None:
-    data = DataOptions(data_dir=write_vqa(tmp_path / "vqa"), holdout_images=1)
-    short = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
-    bare = {"prompt_length": 0, "rank": 0}
-    reset_accelerate()
-    costs = measure_steps(
-        {
-            "nothing": with_(short, prompt=bare, backbone={"train_projection": False}),
-            "short": short,
-            "long": with_(short, prompt={"prompt_length": 60}),
-            "language model": with_(short, prompt=bare, backbone={"train_backbone": True}),
-        },
-        rounds=3,
-    )
-    reset_accelerate()
-    assert costs.keys() == {"short", "long", "language model"}
-    for cost in costs.values():
-        assert len(cost.seconds) == 3
-        assert min(cost.seconds) > 0
-    model = build_model(with_(short, prompt=bare, backbone={"train_backbone": True}))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # Activations besides: the whole language model needs them for its weights' gradients too.
-    assert costs["language model"].bytes > 12 * trained
-    assert costs["long"].bytes > 2 * costs["short"].bytes

@@ -101,6 +101,27 @@ def test_full_fine_tuning_is_kept(make_backbone: Callable[..., Backbone], tmp_pa
     assert torch.equal(logits(model), logits(built))
 
 
+@pytest.mark.parametrize("part", ["all", "biases", "lora", "prompt", "prompt alone"])
+@pytest.mark.parametrize("language", ["t5", "bart"])
+def test_what_was_trained_is_trained_on_and_saved_again(
+    make_backbone: Callable[..., Backbone], tmp_path: Path, language: str, part: str
+) -> None:
+    backbone = make_backbone(language)
+    if part == "lora":
+        backbone.add_lora(2)
+    elif part in ("all", "biases"):
+        backbone.freeze(language=False, but=part)  # type: ignore[arg-type]
+    elif part == "prompt alone":
+        backbone.freeze(visual_projection=True)
+    model = trained(backbone, SIZES if part.startswith("prompt") else None)
+    adapter_of(model).save(tmp_path / "first")
+    built = Adapter.load(tmp_path / "first").build(make_backbone(language))
+    assert count_trainable(built) == count_trainable(model)
+    adapter_of(built).save(tmp_path / "second")
+    for name in (TENSORS_FILE, CONFIG_FILE):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+
+
 def test_a_frozen_projection_is_kept(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
     # It belongs to no model of the Hub, so nothing else could bring it back.
     backbone = make_backbone("t5")
@@ -301,6 +322,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
             "name": t5.name,
             "fingerprint": t5.fingerprint,
             "visual_position_bias": "none",
+            "vision": {"layer": -1, "class_token": False, "pooled_grid": 0},
         },
         "task": "vqav2",
         "metrics": {"overall": 61.5},

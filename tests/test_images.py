@@ -322,7 +322,7 @@ def test_formats_of_no_data_set_are_refused(
     monkeypatch.setattr(subprocess, "check_call", no_program)
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", no_program)
     picture = PICTURE.quantize() if form == "BLP" else PICTURE
-    assert "cannot identify image file" in refused(write(tmp_path, encoded(picture, form)))
+    assert "it is none of JPEG, PNG" in refused(write(tmp_path, encoded(picture, form)))
 
 
 @pytest.mark.parametrize(

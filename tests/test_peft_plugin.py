@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, VOCABULARY, random_labels, random_text
+from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 peft = pytest.importorskip("peft", reason="the extra 'peft' is not installed")
 
@@ -546,6 +548,10 @@ def test_injection_needs_no_peft_model(load: Load, text: Text, folder: Path) -> 
     assert get_peft_model_state_dict(again).keys() == get_peft_model_state_dict(bare).keys()
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers loads adapters with PEFT {MIN_PEFT_VERSION} or later alone",
+)
 def test_transformers_loads_switches_and_deletes(
     load: Load, text: Text, tmp_path: Path, folder: Path
 ) -> None:

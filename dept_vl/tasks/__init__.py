@@ -5,12 +5,14 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
+from dept_vl.tasks import coco, gqa, nlp, nlvr2, vqav2
 from dept_vl.tasks.coco import COCOCaptions
-from dept_vl.tasks.example import Task
+from dept_vl.tasks.example import Asked, Task
 from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlp import TextTask
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 from dept_vl.tasks.nlvr2 import NLVR2
+from dept_vl.tasks.rows import Rows
 from dept_vl.tasks.vqav2 import VQAv2
 
 TASKS: dict[str, Callable[[Path, str], Task]] = {
@@ -35,13 +37,36 @@ def load_task(name: str, root: Path | None, split: str) -> Task:
         ValueError: If there is no such task.
     """
     if name not in TASKS:
-        closest = get_close_matches(name, TASKS)
-        meant = f"; closest: {', '.join(closest)}" if closest else ""
-        raise ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}{meant}")
+        raise _unknown(name)
     folder = data_folder(name, root)
     if root is None and name in TEXT_TASKS and not folder.is_dir():
         return TextTask.load(name, None, split)
     return TASKS[name](folder, split)
+
+
+def asked(name: str) -> Asked:
+    """A task without its files, for questions of one's own.
+
+    Raises:
+        ValueError: If there is no such task.
+    """
+    if name in TEXT_TASKS:
+        return TextTask(name, Rows.of([], nlp.SCHEMA))
+    tasks: dict[str, Asked] = {
+        "vqav2": VQAv2(Rows.of([], vqav2.SCHEMA), {}),
+        "gqa": GQA(Rows.of([], gqa.SCHEMA), Path()),
+        "nlvr2": NLVR2(Rows.of([], nlvr2.SCHEMA), Path()),
+        "coco": COCOCaptions(Rows.of([], coco.SCHEMA), {}),
+    }
+    if name not in tasks:
+        raise _unknown(name)
+    return tasks[name]
+
+
+def _unknown(name: str) -> ValueError:
+    closest = get_close_matches(name, TASKS)
+    meant = f"; closest: {', '.join(closest)}" if closest else ""
+    return ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}{meant}")
 
 
 def data_folder(name: str, root: Path | None) -> Path:

@@ -70,6 +70,8 @@ class COCOCaptions:
     decoding: Decoding = Decoding(max_new_tokens=40, num_beams=5)
     prediction_format: PredictionFormat = PredictionFormat("image_id", "caption", "int")
     source_text: str = "caption:"
+    image_count: int = 1
+    asks: bool = False
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "COCOCaptions":
@@ -99,12 +101,22 @@ class COCOCaptions:
         row = self.rows[index]
         return Example(
             example_id=row["image_id"],
-            source_text=self.source_text,
+            source_text=self.source(""),
             images=(self.image_folders[row["folder"]] / row["file"],),
             targets=tuple((caption, 1.0) for caption in dict.fromkeys(row["answers"])),
             in_turn=True,
             question=row["answers"][0],
         )
+
+    def source(self, question: str) -> str:
+        """The same of every image.
+
+        Raises:
+            ValueError: If a question is asked.
+        """
+        if question.strip():
+            raise ValueError(f"a caption answers no question, and {question!r:.60} is one; leave it out")
+        return self.source_text
 
     def example_ids(self) -> list[ExampleId]:
         """The ids of all examples."""

@@ -101,6 +101,39 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class Asked(Protocol):
+    """A task without its files: enough to put questions of one's own to a model."""
+
+    @property
+    def name(self) -> str:
+        """As in the table of tasks."""
+        ...
+
+    @property
+    def image_count(self) -> int:
+        """Images of an example."""
+        ...
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a question; captions have none."""
+        ...
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its answers are decoded by default."""
+        ...
+
+    def source(self, question: str) -> str:
+        """What the encoder reads of a question."""
+        ...
+
+    def written(self, answer: str) -> str:
+        """A decoded answer as it is shown."""
+        ...
+
+
 def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
     """Split a task in two by image, so that no image is on both sides: (the rest, held out).
 

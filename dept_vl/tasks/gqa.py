@@ -91,6 +91,8 @@ class GQA:
     decoding: Decoding = Decoding(max_new_tokens=10)
     prediction_format: PredictionFormat = PredictionFormat("questionId", "prediction", "str")
     prefix: str = "gqa: "
+    image_count: int = 1
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "GQA":
@@ -116,12 +118,16 @@ class GQA:
         row = self.rows[index]
         return Example(
             example_id=row["question_id"],
-            source_text=self.prefix + row["question"].lower().strip(),
+            source_text=self.source(row["question"]),
             images=(self.image_folder / f"{row['image_id']}.jpg",),
             targets=tuple((answer, 1.0) for answer in row["answers"]),
             question=row["question"],
             answer="".join(row["answers"]),
         )
+
+    def source(self, question: str) -> str:
+        """The question behind the task's name, in lower case."""
+        return self.prefix + question.lower().strip()
 
     def example_ids(self) -> list[ExampleId]:
         """The ids of all examples."""

@@ -10,6 +10,7 @@ its rows are converted once to the columns of `SCHEMA`:
 """
 
 import hashlib
+import re
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,8 @@ class TextTask:
     name: str
     rows: Rows
     prediction_format: PredictionFormat = PredictionFormat("id", "prediction", "int")
+    image_count: int = 0
+    asks: bool = True
 
     @classmethod
     def load(cls, name: str, folder: Path | None, split: str) -> "TextTask":
@@ -107,6 +110,24 @@ class TextTask:
             question=row["source_text"],
             answer=answer,
         )
+
+    def source(self, question: str) -> str:
+        """The text as the task's template has it, which puts the names of the columns around their values.
+
+        Of a task with one column the value alone is enough.
+
+        Raises:
+            ValueError: If the text is not of the template's form.
+        """
+        text, names = " ".join(question.split()), _fields(self.spec.text)
+        form = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.spec.text))
+        if not re.fullmatch(form, text) and len(names) == 1:
+            text = self.spec.text.format_map({names[0]: text})
+        if not re.fullmatch(form, text):
+            raise ValueError(
+                f"{self.name} reads {self.spec.text!r}; write the text like that, not {text!r:.80}"
+            )
+        return text
 
     def source_texts(self) -> pa.ChunkedArray:
         """What the encoder reads, of all examples."""

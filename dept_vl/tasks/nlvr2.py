@@ -71,6 +71,8 @@ class NLVR2:
     decoding: Decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
     prediction_format: PredictionFormat = PredictionFormat("identifier", "prediction", "str", "csv")
     prefix: str = "nlvr: "
+    image_count: int = 2
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str) -> "NLVR2":
@@ -95,12 +97,16 @@ class NLVR2:
         answers = [VERBALIZER[label] for label in row["answers"]]
         return Example(
             example_id=row["identifier"],
-            source_text=self.prefix + row["sentence"].lower().strip(),
+            source_text=self.source(row["sentence"]),
             images=(self.image_folder / row["left"], self.image_folder / row["right"]),
             targets=tuple((answer, 1.0) for answer in answers),
             question=row["sentence"],
             answer=answers[0] if answers else "",
         )
+
+    def source(self, question: str) -> str:
+        """The sentence behind the task's name, in lower case."""
+        return self.prefix + question.lower().strip()
 
     def example_ids(self) -> list[ExampleId]:
         """The ids of all examples."""

@@ -134,6 +134,8 @@ class VQAv2:
     decoding: Decoding = Decoding(max_new_tokens=10)
     prediction_format: PredictionFormat = PredictionFormat("question_id", "answer", "int")
     prefix: str = "vqa: "
+    image_count: int = 1
+    asks: bool = True
 
     @classmethod
     def load(cls, root: str | Path, split: str, normalisation: Normalisation = "official") -> "VQAv2":
@@ -165,12 +167,16 @@ class VQAv2:
         answers = tuple(row["answers"])
         return Example(
             example_id=row["question_id"],
-            source_text=self.prefix + row["question"].lower().strip(),
+            source_text=self.source(row["question"]),
             images=(self._image(row["subtype"], row["image_id"]),),
             targets=_targets(answers),
             question=row["question"],
             answer=Counter(answers).most_common(1)[0][0] if answers else "",
         )
+
+    def source(self, question: str) -> str:
+        """The question behind the task's name, in lower case."""
+        return self.prefix + question.lower().strip()
 
     def example_ids(self) -> list[ExampleId]:
         """The ids of all examples."""

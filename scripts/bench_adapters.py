@@ -1,0 +1,146 @@
+"""Throughput of a batch whose rows have different adapters, against the same batch with a single one.
+
+    python scripts/bench_adapters.py
+
+Answers of a T5 and a CLIP with random weights to questions about images, whose features are at hand. Both
+ways are taken in turn, another one first each round; a figure is the median of the rounds' ratios, with the
+least and the largest. Every adapter has a visual projection of its own.
+"""
+
+import copy
+import gc
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from dept_vl.ask import Predictor
+from dept_vl.backbone import Backbone
+from dept_vl.bench.measure import Ratio, in_turn
+from dept_vl.bench.methods import SHAPES, SIZES, Inputs, build_backbone, build_prompt, draw_batch
+from dept_vl.checkpoint import Adapter
+from dept_vl.many import ManyAdapters
+from dept_vl.model import PromptedModel
+from dept_vl.report import markdown_table
+from dept_vl.tasks import asked
+
+TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
+BAR = 0.9
+"""Least throughput of mixed rows of equally long prompts, relative to a single adapter."""
+SHAPE = replace(SHAPES["vl"], spread=4.0)
+"""Questions are not all of one length: batches have padding in any case."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured, and how often."""
+
+    model: str = "base"
+    """Of T5's sizes: small, base or large; tiny is for tests."""
+    prompt_length: int = 40
+    """Vectors of each of the adapters that are equally long (m)."""
+    unequal: tuple[int, ...] = (10, 20, 40, 60)
+    """Vectors of those that are not; they are compared with the longest alone."""
+    batch_size: int = 8
+    """Questions answered together, the adapters one after the other."""
+    new_tokens: int = 4
+    """Tokens of every answer."""
+    rounds: int = 11
+    """Rounds of both ways."""
+    threads: int = 1
+    """Of the processor."""
+    device: str = "cpu"
+    """Such as cpu or cuda."""
+    json_out: Path | None = None
+    """File for the figures."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Throughput of mixed rows relative to a single adapter's.
+
+    Attributes:
+        clock: By the clock.
+        processor: By the time of the process, which other work on the machine disturbs less.
+        milliseconds: Median of a batch with a single adapter, by the clock.
+    """
+
+    clock: Ratio
+    processor: Ratio
+    milliseconds: float
+
+
+def adapters_of(backbone: Backbone, lengths: tuple[int, ...]) -> ManyAdapters:
+    """Adapters with prompts of these lengths, each with the parameters of 100 vectors."""
+    task, predictors = asked("vqav2"), {}
+    for number, length in enumerate(lengths):
+        own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
+        prompt = build_prompt(backbone.d_model, SHAPE, length).to(backbone.kind.word_embeddings.weight.device)
+        torch.nn.init.normal_(prompt.lora_b)  # as after training
+        model = PromptedModel(own, prompt).eval()
+        adapter = Adapter.of(model, task=task.name, metrics={})
+        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, SHAPE.longest)
+    return ManyAdapters(backbone, predictors)
+
+
+def measure(config: BenchConfig, backbone: Backbone, lengths: tuple[int, ...]) -> Figures:
+    """Rows of the adapters in turn, against all rows with the longest."""
+    many = adapters_of(backbone, lengths)
+    names = [name for name in many.readers if name is not None]
+    rows = [names[row % len(names)] for row in range(config.batch_size)]
+    single = many.reader(names[lengths.index(max(lengths))]).model
+    options = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "do_sample": False}
+
+    def answer(way: str, batch: Inputs) -> None:
+        model = single if way == "single" else many.model(rows)
+        model.generate(**batch, **options)
+
+    measured: dict[str, list[tuple[float, float]]] = {"single": [], "mixed": []}
+    for number, order in enumerate(in_turn(list(measured), config.rounds + 1)):
+        batch = draw_batch(backbone, SHAPE, config.batch_size, number)
+        del batch["labels"]
+        batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
+        for way in order:
+            gc.collect()
+            started = time.perf_counter(), time.process_time()
+            answer(way, batch)
+            if config.device != "cpu":
+                torch.accelerator.synchronize()
+            measured[way].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+    # The first round warms up.
+    clock, processor = (
+        {way: [t[kind] for t in times[1:]] for way, times in measured.items()} for kind in (0, 1)
+    )
+    return Figures(
+        Ratio.of(clock["single"], clock["mixed"]),
+        Ratio.of(processor["single"], processor["mixed"]),
+        1000 * sorted(clock["single"])[len(clock["single"]) // 2],
+    )
+
+
+def main(config: BenchConfig) -> dict[str, Figures]:
+    """Measure equally long prompts, and unequal ones."""
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(0)
+    backbone = build_backbone(SIZES[config.model], TOKENIZER, vision=True).to(config.device).eval()
+    equal = (config.prompt_length,) * len(config.unequal)
+    figures = {str(lengths): measure(config, backbone, lengths) for lengths in (equal, config.unequal)}
+    rows = [
+        (f"m = {', '.join(map(str, lengths))}", str(f.clock), str(f.processor), f"{f.milliseconds:.0f}")
+        for lengths, f in zip((equal, config.unequal), figures.values(), strict=True)
+    ]
+    title = f"{len(equal)} adapters in a batch of {config.batch_size}, T5-{config.model}, {config.device}"
+    print(markdown_table([title, "by the clock", "by processor time", "ms, the longest alone"], rows))
+    met = figures[str(equal)].processor.median >= BAR
+    print(f"\n{'met' if met else 'NOT met'}: {BAR} of a single adapter's throughput, prompts equally long")
+    if config.json_out is not None:
+        content = {lengths: asdict(found) for lengths, found in figures.items()}
+        config.json_out.write_text(json.dumps(content, indent=2) + "\n")
+    return figures
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))

@@ -1,0 +1,46 @@
+r"""What works with what, found out by doing it on tiny random models; ends in failure if something fails.
+
+python scripts/capabilities.py                    # prints the table
+python scripts/capabilities.py --check README.md  # compares it with the one between the marks there
+python scripts/capabilities.py --write README.md  # puts it there
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import tyro
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from dept_vl.bench.capabilities import failures, probe_all, split_at_marks, table
+
+
+def main(check: Path | None = None, write: Path | None = None) -> int:
+    """Probe everything and show it.
+
+    Args:
+        check: File whose table has to be the same.
+        write: File whose table is replaced.
+    """
+    torch.set_num_threads(1)  # tiny models lose time to more
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+    set_verbosity_error()
+    found = probe_all(tell=lambda architecture: print(f"{architecture} ...", file=sys.stderr, flush=True))
+    text = table(found)
+    print(text)
+    failed = failures(found)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    if write is not None and not failed:
+        before, _, behind = split_at_marks(write.read_text())
+        write.write_text(f"{before}\n\n{text}\n\n{behind}")
+    if check is not None and split_at_marks(check.read_text())[1].strip() != text:
+        print(f"the table in {check} is another; make it anew by --write {check}", file=sys.stderr)
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(tyro.cli(main, description=__doc__))
