@@ -113,7 +113,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         seconds = step_seconds(mine)
         if seconds is not None and len(mine) == count:
             points[name] = (1000 * seconds, interval(means_over_tasks(mine)))
-    return scatter_plot(points, path, x="CPU ms per step", y="mean over tasks")
+    return bool(points) and scatter_plot(points, path, x="CPU ms per step", y="mean over tasks")
 
 
 def means_over_tasks(rows: Sequence[Row]) -> list[float]:
