@@ -1,34 +1,37 @@
 """Methods side by side: several tasks and seeds, one budget, the same search for every method.
 
-    OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,lora_lr=0.02/    a run, kept once it is finished
-    OUTPUT/comparison.json, .md
+    OUTPUT/TASK/features/                                     visual features, encoded once
+    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,lora_lr=0.02/       a third of the steps, scored on the dev split
+    OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,lora_lr=0.02/     a whole run, scored on the test split
+    OUTPUT/TASK/steps.json                                    time and memory of a step
+    OUTPUT/comparison.json, .md                               of the seeds that are finished
 
 Every method trains for the same steps on the same examples in the same order, and is what it is after the
-last. With the first seed it tries each of its rates (as many for one method as for another) and takes those
-of the best dev figure; the other seeds run with these. Test figures decide nothing. Each run is a process
-of its own, whose peak memory is its own.
+last. It tries each of its rates (as many for one method as for another) for a third of the steps and takes
+those of the best dev figure. Test figures decide nothing. Finished runs are kept; all are done with one seed
+before the next one is begun, so that a comparison that was stopped is one of fewer seeds.
 """
 
 import json
-import multiprocessing
-import resource
-import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from dept_vl.backbone import TrainedPart
+from dept_vl.bench.costs import StepCost, measure_steps
 from dept_vl.cli import read_config
+from dept_vl.compare_report import Row, report
 from dept_vl.config import RunConfig
+from dept_vl.extract import with_features
 from dept_vl.family import METHODS, Method
 from dept_vl.files import read_object, write_atomically
-from dept_vl.intervals import Interval, interval
+from dept_vl.intervals import interval
+from dept_vl.metrics.caption import check_installed
 from dept_vl.optim import OptimOptions
-from dept_vl.report import markdown_table
 from dept_vl.run import SUMMARY, SUMMARY_FILE, load_backbone, run
 from dept_vl.splits import load_splits
 from dept_vl.tasks.nlp_table import TEXT_TASKS
@@ -49,8 +52,13 @@ labelling and a new judgement; text."""
 
 Rates = dict[str, float]
 """Learning rates, by their options."""
-PEAK_FILE = "peak.json"
-MIB = 2**20
+STEPS_FILE = "steps.json"
+FEW_SEEDS = 3
+"""Of methods that are no prompt alone."""
+TRY = 3
+"""Part of the steps for which rates are tried."""
+UNUSED = 8
+"""Examples of a split that decides nothing in a run."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,16 @@ class Compared:
     Attributes:
         configure: Makes its configuration of the task's.
         rates: The learning rates that are tried; empty if nothing is trained.
+        like: Method whose rates it takes instead.
         reads_images: It trains the visual projection, and means nothing for text.
+        few_seeds: The first seeds are enough: it is there to compare prompts with.
     """
 
     configure: Callable[[RunConfig], RunConfig]
     rates: tuple[Rates, ...] = ()
+    like: str = ""
     reads_images: bool = False
+    few_seeds: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,49 +88,22 @@ class CompareConfig:
     """Names of tasks, or configuration files."""
     methods: tuple[str, ...] = ()
     """Names of methods; empty takes them all."""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """One run of each method per seed; the first one's dev split chooses the rates."""
-    max_steps: int = 100
-    """Steps of every run."""
-    test_limit: int = 1000
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """One run of each method per seed; of what is no prompt alone, for the first three."""
+    max_steps: int = 60
+    """Steps of every run; of a try a third."""
+    batch_size: int = 8
+    """Examples of a step."""
+    dev_limit: int = 150
+    """At most so many dev examples, by which rates are chosen; 0 takes all."""
+    test_limit: int = 200
     """At most so many test examples, the same for all methods of a seed; 0 takes all."""
+    rounds: int = 9
+    """Steps of every method whose processor time is measured."""
     output_dir: Path = Path("runs/compare")
     """Folder of all runs; those finished are not repeated, those stopped go on."""
     smallest: bool = False
     """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method on a task.
-
-    Attributes:
-        task: Name.
-        method: Name.
-        score: The task's primary figure over the seeds.
-        scores: Of each seed.
-        figure: What the figure is called.
-        rates: Chosen ones.
-        tried: Dev figure of all rates that were tried, with the first seed.
-        parameters: Trained.
-        train_seconds: Median over the seeds.
-        step_milliseconds: Likewise.
-        peak_mib: Most memory of a run: of the GPU where there is one, else of its process.
-        tokens: The encoder's, per example.
-    """
-
-    task: str
-    method: str
-    score: Interval
-    scores: list[float]
-    figure: str
-    rates: Rates
-    tried: dict[str, float]
-    parameters: int
-    train_seconds: float
-    step_milliseconds: float
-    peak_mib: float
-    tokens: float
 
 
 def prompted(method: Method, *, projection: bool = False) -> Callable[[RunConfig], RunConfig]:
@@ -160,46 +145,80 @@ def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
     return tuple(dict(zip(options, values, strict=True)) for values in zip(*options.values(), strict=True))
 
 
-LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.4))
-BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.05), lora_lr=(0.02, 0.005, 0.02, 0.005))
+LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.3))
+BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), lora_lr=(0.02, 0.005, 0.02, 0.001))
 PROJECTION_RATES = _rates(projection_lr=(1e-3, 3e-4, 3e-3, 1e-2))
 PART_RATES = _rates(backbone_lr=(3e-3, 1e-3, 1e-2, 3e-2))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
-"""Four tries for every method; `lora_lr` trains what of a prompt is not `prompt_lr`'s."""
+"""Four tries for every method; `lora_lr` trains what of a prompt is not `prompt_lr`'s. The last of a prompt's
+two are the defaults of `OptimOptions`."""
+
+
+def _prompt(name: Method) -> Compared:
+    return Compared(prompted(name), LONG_RATES if name == "pt" else BOTH_RATES, few_seeds=False)
+
 
 COMPARED: dict[str, Compared] = {
-    "zero-shot": Compared(bare),
+    "zero-shot": Compared(bare, few_seeds=False),
     "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
     "BitFit": Compared(lambda c: bare(c, language="biases"), PART_RATES),
     "LoRA": Compared(with_lora, PART_RATES),
     "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
-    **{name: Compared(prompted(name), LONG_RATES if name == "pt" else BOTH_RATES) for name in METHODS},
-    "pt + projection": Compared(prompted("pt", projection=True), LONG_RATES, reads_images=True),
-    "dept + projection": Compared(prompted("dept", projection=True), BOTH_RATES, reads_images=True),
+    **{name: _prompt(name) for name in METHODS},
+    "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
+    "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
 }
 """By name. T5 has no biases; BitFit trains the scales of its norms."""
 
 
 def compare(config: CompareConfig) -> list[Row]:
-    """Run what is missing, then write and return the table.
+    """Run what is missing, and write the tables after every seed.
+
+    Returns:
+        A row for each method on each task, over all seeds.
 
     Raises:
         FileNotFoundError: If a configuration or data are missing.
+        SystemExit: If a signal stopped it.
         ValueError: If a method or a task is unknown.
     """
     unknown = set(config.methods) - set(COMPARED)
     if unknown:
         raise ValueError(f"unknown methods {sorted(unknown)}; there are: {', '.join(COMPARED)}")
-    bases = {Path(name).stem: task_config(config, name) for name in config.tasks}
-    chosen = {name: COMPARED[name] for name in config.methods or COMPARED}
-    rows = [
-        compare_one(config, task, base, name, method)
-        for task, base in bases.items()
-        for name, method in chosen.items()
-        if not (method.reads_images and base.data.task in TEXT_TASKS)
+    # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
+    torch.set_num_threads(1)
+    bases = {Path(name).stem: task_config(config, name) for name in config.tasks if _can_run(name)}
+    bases = {task: _prepared(config, task, base) for task, base in bases.items()}
+    usual = {task: majority(base) for task, base in bases.items()}
+    pairs = [
+        (task, name)
+        for task, name in product(bases, config.methods or COMPARED)
+        if not (COMPARED[name].reads_images and bases[task].data.task in TEXT_TASKS)
     ]
-    write(config, bases, rows)
+    rows: list[Row] = []
+    for count, seed in enumerate(config.seeds[:1] if config.smallest else config.seeds, start=1):
+        for task, name in pairs:
+            if count <= FEW_SEEDS or not COMPARED[name].few_seeds:
+                seeded_run(config, task, bases[task], name, seed)
+        costs = {task: step_costs(config, task, base, pairs) for task, base in bases.items()}
+        seeds = config.seeds[:count]
+        rows = [row_of(config, task, bases[task], name, seeds, costs[task].get(name)) for task, name in pairs]
+        settings = asdict(replace(config, seeds=seeds))
+        del settings["output_dir"]
+        report(settings, usual, rows, config.output_dir)
     return rows
+
+
+def _can_run(name: str) -> bool:
+    """Whether what a task needs is installed: captions are scored by Java programs."""
+    if name != "scenes-coco":
+        return True
+    try:
+        check_installed()
+    except (FileNotFoundError, ImportError) as error:
+        print(f"{name} is left out: {error}")
+        return False
+    return True
 
 
 def task_config(config: CompareConfig, name: str) -> RunConfig:
@@ -211,153 +230,141 @@ def task_config(config: CompareConfig, name: str) -> RunConfig:
     if name not in TASKS and not Path(name).is_file():
         raise ValueError(f"unknown task {name!r}; expected a configuration file or one of {', '.join(TASKS)}")
     base = read_config(Path(TASKS.get(name, name)))
-    steps = 2 if config.smallest else config.max_steps
-    base = replace(
-        base,
-        # Greedy: beams cost captions more than they would show here.
-        data=replace(base.data, test_limit=config.test_limit, num_beams=1),
-        train=replace(base.train, max_steps=steps, eval_every=steps),
-        optim=replace(base.optim, warmup_steps=steps // 10),
+    dev, test, size = config.dev_limit, config.test_limit, config.batch_size
+    if config.smallest:
+        dev, test, size = UNUSED, UNUSED, min(size, 4)
+    return with_steps(
+        replace(
+            base,
+            # Greedy, and captions by CIDEr: beams and METEOR cost more than they would show here.
+            data=replace(base.data, dev_limit=dev, test_limit=test, num_beams=1, meteor=False),
+            train=replace(base.train, per_device_batch_size=size, eval_batch_size=64),
+        ),
+        2 if config.smallest else config.max_steps,
     )
-    if not config.smallest:
-        return base
+
+
+def with_steps(base: RunConfig, steps: int) -> RunConfig:
+    """So many steps, a tenth of them to warm up, and one evaluation behind the last."""
     return replace(
         base,
-        # Images as they come: of thousands a handful is read.
-        data=replace(base.data, dev_limit=8, test_limit=8, feature_memory=0.0),
-        train=replace(base.train, per_device_batch_size=4),
+        train=replace(base.train, max_steps=steps, eval_every=steps, checkpoint_every=0),
+        optim=replace(base.optim, warmup_steps=steps // 10),
     )
 
 
-def compare_one(config: CompareConfig, task: str, base: RunConfig, name: str, method: Compared) -> Row:
-    """Choose a method's rates with the first seed, and run it with the others."""
-    folder = config.output_dir / task / name.replace(" ", "_")
-    configured = method.configure(base)
+def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
+    """The same, with visual features from files; of thousands of images the smallest reads a handful."""
+    if base.data.task in TEXT_TASKS:
+        return base
+    if config.smallest:
+        return replace(base, data=replace(base.data, features="live"))
+    return with_features(base, config.output_dir / task / "features")
 
-    def finished(seed: int, rates: Rates) -> Path:
-        label = ",".join([f"seed{seed}", *(f"{option}={rate:g}" for option, rate in rates.items())])
-        seeded = replace(configured, train=replace(configured.train, seed=seed))
-        optim: OptimOptions = replace(seeded.optim, **rates)  # type: ignore[arg-type]  # all are fractions
-        run_apart(replace(seeded, optim=optim, output_dir=folder / label))
-        return folder / label
 
-    seeds = config.seeds[:1] if config.smallest else config.seeds
+def seeded_run(config: CompareConfig, task: str, base: RunConfig, name: str, seed: int) -> Path:
+    """The folder of a method's run, which is made if it is missing."""
+    rates, _ = choose_rates(config, task, base, name)
+    configured = COMPARED[name].configure(base)
+    data = replace(configured.data, dev_limit=UNUSED)
+    configured = replace(configured, data=data, train=replace(configured.train, seed=seed))
+    return _run(configured, rates, config.output_dir / task / _folder(name), f"seed{seed}")
+
+
+def choose_rates(
+    config: CompareConfig, task: str, base: RunConfig, name: str
+) -> tuple[Rates, dict[str, float]]:
+    """The rates of a method, and the dev figure of all that were tried, with the first seed."""
+    method = COMPARED[name]
+    if method.like:
+        return choose_rates(config, task, base, method.like)
     grid = method.rates[:1] if config.smallest else method.rates
-    first = [(rates, finished(seeds[0], rates)) for rates in grid or ({},)]
-    tried = {path.name: best_dev(path) for _, path in first} if grid else {}
-    rates, path = max(first, key=lambda pair: tried.get(pair[1].name, 0.0))
-    runs = [path, *(finished(seed, rates) for seed in seeds[1:])]
+    if len(grid) < 2:
+        return (grid[0] if grid else {}), {}
+    short = with_steps(method.configure(base), max(1, base.train.max_steps // TRY))
+    data, train = replace(short.data, test_limit=UNUSED), replace(short.train, seed=config.seeds[0])
+    short = replace(short, data=data, train=train)
+    folder = config.output_dir / task / _folder(name)
+    tried = {_label(rates): best_dev(_run(short, rates, folder, "try")) for rates in grid}
+    return max(grid, key=lambda rates: tried[_label(rates)]), tried
+
+
+def _folder(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def _label(rates: Rates) -> str:
+    return ",".join(f"{option}={rate:g}" for option, rate in rates.items())
+
+
+def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
+    """Run with these rates; a run that is finished is left alone, one that was stopped goes on."""
+    output_dir = folder / ",".join(filter(None, [kind, _label(rates)]))
+    if not (output_dir / SUMMARY_FILE).is_file():
+        print(f"\n{output_dir}", flush=True)
+        optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
+        result = run(
+            replace(configured, optim=optim, output_dir=output_dir, resume="auto"), more_to_come=True
+        )
+        if result.exit_status:
+            raise SystemExit(result.exit_status)
+    return output_dir
+
+
+def step_costs(
+    config: CompareConfig, task: str, base: RunConfig, pairs: list[tuple[str, str]]
+) -> dict[str, StepCost]:
+    """Time and memory of a step of every method, measured in turn, once."""
+    names = [name for of_task, name in pairs if of_task == task]
+    path = config.output_dir / task / STEPS_FILE
+    if path.is_file():
+        kept = read_object(path, {str: {"seconds": [float], "bytes": int}})
+        costs = {name: StepCost(**cost) for name, cost in kept.items()}
+        if all(name in costs for name in names if name != "zero-shot"):
+            return costs
+    seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
+    configs = {name: COMPARED[name].configure(seeded) for name in names}
+    costs = measure_steps(configs, 1 if config.smallest else config.rounds)
+    content = {name: asdict(cost) for name, cost in costs.items()}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    return costs
+
+
+def row_of(
+    config: CompareConfig,
+    task: str,
+    base: RunConfig,
+    name: str,
+    seeds: tuple[int, ...],
+    cost: StepCost | None,
+) -> Row:
+    """What a method came to with some seeds."""
+    rates, tried = choose_rates(config, task, base, name)
+    seeds = seeds[:FEW_SEEDS] if COMPARED[name].few_seeds else seeds
+    runs = [seeded_run(config, task, base, name, seed) for seed in seeds]
     summaries = [read_object(path / SUMMARY_FILE, SUMMARY) for path in runs]
-    scores = [next(iter(summary["scores"].values())) for summary in summaries]
-    seconds = [summary["train_seconds"] for summary in summaries]
+    figure = next(iter(summaries[0]["scores"]))
+    scores = [summary["scores"][figure] for summary in summaries]
     return Row(
         task=task,
         method=name,
+        figure=figure,
         score=interval(scores),
         scores=scores,
-        figure=next(iter(summaries[0]["scores"])),
         rates=rates,
         tried=tried,
         parameters=summaries[0]["trainable_parameters"]["total"],
-        train_seconds=statistics.median(seconds),
-        step_milliseconds=1000 * statistics.median(seconds) / max(1, summaries[0]["steps"]),
-        peak_mib=max(read_object(path / PEAK_FILE, {"mib": float})["mib"] for path in runs),
-        tokens=statistics.mean(summary["tokens_per_example"] for summary in summaries),
+        tokens=summaries[0]["tokens_per_example"],
+        cost=cost,
     )
-
-
-def run_apart(config: RunConfig) -> None:
-    """Run in a process of its own; a run that is finished is left alone, one that was stopped goes on.
-
-    Raises:
-        SystemExit: If the run was stopped or failed; it has said why.
-    """
-    assert config.output_dir is not None
-    if (config.output_dir / SUMMARY_FILE).is_file() and (config.output_dir / PEAK_FILE).is_file():
-        return
-    print(f"\n{config.output_dir}", flush=True)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dept_vl.run"])  # imported once for all
-    process = context.Process(target=_run_and_measure, args=(replace(config, resume="auto"),))
-    process.start()
-    try:
-        process.join()
-    except KeyboardInterrupt:
-        process.join()  # it has got the signal too, and ends after the step at hand
-    if process.exitcode:
-        raise SystemExit(process.exitcode)
-
-
-def _run_and_measure(config: RunConfig) -> None:
-    assert config.output_dir is not None
-    result = run(config)
-    if result.exit_status:
-        raise SystemExit(result.exit_status)
-    write_atomically(config.output_dir / PEAK_FILE, json.dumps({"mib": peak_memory() / MIB}).encode())
-
-
-def peak_memory() -> float:
-    """Bytes that this process took at most: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
-    # In KiB, on macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def majority(base: RunConfig) -> tuple[str, float] | None:
     """The commonest training answer and what it scores, given to every test question; None for captions."""
     if base.data.task == "coco":
         return None
-    splits = load_splits(base.data, base.train.seed)
+    splits = load_splits(replace(base.data, test_limit=0), base.train.seed)
     counts = Counter(splits.train[index].answer for index in range(len(splits.train)))
     answer = counts.most_common(1)[0][0]
     scores = splits.test.score(dict.fromkeys(splits.test.example_ids(), answer))
     return answer, next(iter(scores.values()))
-
-
-HEADER = ["method", "score", "trained", "rates", "ms per step", "s of training", "MiB at most", "tokens"]
-
-
-def write(config: CompareConfig, bases: Mapping[str, RunConfig], rows: list[Row]) -> None:
-    """The tables as JSON and Markdown: all methods on all tasks, then each task."""
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    names = list(dict.fromkeys(row.method for row in rows))
-    scores = {(row.task, row.method): str(row.score) for row in rows}
-    usual = {task: majority(bases[task]) for task in tasks}
-    parts = [
-        markdown_table(
-            ["method", *tasks],
-            [
-                ["majority answer", *(f"{found[1]:.2f}" if (found := usual[task]) else "" for task in tasks)],
-                *([name, *(scores.get((task, name), "") for task in tasks)] for name in names),
-            ],
-        )
-    ]
-    for task in tasks:
-        of_task = [row for row in rows if row.task == task]
-        found = usual[task]
-        first = [[f"majority answer ({found[0]})", f"{found[1]:.2f}", "0", *[""] * 5]] if found else []
-        table = markdown_table(HEADER, [*first, *map(_cells, of_task)])
-        parts.append(f"### {task}: {of_task[0].figure}\n\n{table}")
-    report = "\n\n".join(parts)
-    content = {
-        "config": json.loads(json.dumps(asdict(config), default=str)),
-        "majority": usual,
-        "rows": [asdict(row) for row in rows],
-    }
-    write_atomically(config.output_dir / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomically(config.output_dir / "comparison.md", (report + "\n").encode())
-    print(f"\n{report}\n\nwritten to {config.output_dir / 'comparison.md'}")
-
-
-def _cells(row: Row) -> list[str]:
-    return [
-        row.method,
-        str(row.score),
-        f"{row.parameters:,}",
-        " / ".join(f"{rate:g}" for rate in row.rates.values()),
-        f"{row.step_milliseconds:.0f}" if row.parameters else "",
-        f"{row.train_seconds:.1f}" if row.parameters else "",
-        f"{row.peak_mib:,.0f}",
-        f"{row.tokens:.1f}",
-    ]

@@ -58,6 +58,8 @@ class DataOptions:
     candidate_floor: int = 0
     """Choose among the answers that are the usual one of at least so many training questions (VQAv2:
     9 in the literature); 0 generates freely."""
+    meteor: bool = True
+    """Score captions by METEOR too, a Java program that takes seconds for every evaluation."""
     on_bad_image: OnBadImage | None = None
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
     counted in training, and evaluation stops. Of several tasks the first says it for all."""

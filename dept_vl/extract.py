@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.backbone import Backbone
-from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig
+from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.faults import explained
 from dept_vl.features import DTYPES, read_index, write_features
 from dept_vl.splits import GIB, check_images, features_folder, with_split_names
@@ -64,6 +64,13 @@ def extract(config: ExtractConfig) -> list[Path]:
         folders.append(folder)
     accelerator.end_training()
     return folders
+
+
+def with_features(config: RunConfig, folder: Path) -> RunConfig:
+    """A run of one task with images that reads its visual features from a folder, made first if need be."""
+    data = replace(config.data, features_dir=folder)
+    extract(ExtractConfig(data=data, backbone=config.backbone, dtype="float32"))
+    return replace(config, data=replace(data, features="cached"))
 
 
 def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:

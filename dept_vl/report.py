@@ -77,6 +77,33 @@ def line_plot(lines: Mapping[str, Mapping[int, Interval]], path: Path, *, x: str
     return True
 
 
+def scatter_plot(points: Mapping[str, tuple[float, Interval]], path: Path, *, x: str, y: str) -> bool:
+    """A named point for each method: what it costs, and what it reaches with its 95% interval.
+
+    Args:
+        points: By name, place on the horizontal axis and figure.
+        path: PNG file to write.
+        x: What the horizontal axis is.
+        y: What the vertical axis is.
+
+    Returns:
+        Whether matplotlib is installed; without it nothing is drawn.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, (place, score)) in enumerate(points.items()):
+        marker = "osD^v<>pPX*hd"[number % 13]
+        axes.errorbar([place], [score.mean], [score.half_width or 0.0], marker=marker, capsize=3, label=name)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path)
+    return True
+
+
 def picture_grid(
     task: Task,
     predictions: Mapping[ExampleId, str],

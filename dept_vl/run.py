@@ -3,6 +3,7 @@
 Every training script is a `RunConfig` and a call of `run`.
 """
 
+import gc
 import json
 import os
 import time
@@ -134,6 +135,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     if more_to_come:
         for tracker in accelerator.trackers:
             tracker.finish()
+        gc.collect()  # models lie in cycles, and hundreds of runs may follow
     else:
         accelerator.end_training()  # closes the trackers and the process group, so last
     return result

@@ -50,7 +50,7 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         ValueError: If there are no answers to train or to choose on.
     """
     options = with_split_names(options)
-    train = load_task(options.task, options.data_dir, options.train_split)
+    train = _load(options, options.train_split)
     _check_answered(train, "train_split", options.train_split)
     decoding = choose_decoding(options, train)
     if isinstance(train, COCOCaptions):
@@ -63,11 +63,11 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         # Few are not to become fewer.
         train, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
     elif options.dev_split:
-        dev = load_task(options.task, options.data_dir, options.dev_split)
+        dev = _load(options, options.dev_split)
         _check_answered(dev, "dev_split", options.dev_split)
     else:
         train, dev = hold_out_images(train, options.holdout_images, seed)
-    test = load_task(options.task, options.data_dir, options.test_split)
+    test = _load(options, options.test_split)
     evaluated = options.on_bad_image or "raise"
     return Splits(
         train=train,
@@ -77,6 +77,11 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         options=options,
         shots=shots,
     )
+
+
+def _load(options: DataOptions, split: str) -> Task:
+    task = load_task(options.task, options.data_dir, split)
+    return replace(task, meteor=options.meteor) if isinstance(task, COCOCaptions) else task
 
 
 def choose_shots(options: DataOptions, train: Task) -> Shots | None:

@@ -71,8 +71,12 @@ class TransferConfig:
     """Folder of all runs; those finished are not repeated, those stopped go on."""
 
 
-def transfer(config: TransferConfig) -> int:
+def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
     """Run what is missing and write the table.
+
+    Args:
+        config: From where, to where, with how much.
+        more_to_come: Another transfer follows in this program, so its processes stay together.
 
     Returns:
         The exit status: of the run that a signal stopped, else 0.
@@ -103,9 +107,10 @@ def transfer(config: TransferConfig) -> int:
             return result.exit_status
         scores.setdefault((start, k), []).append(primary(result))
     if processes.is_main_process:
-        write_table(config, {key: interval(values) for key, values in scores.items()})
+        write_table(config, scores)
     processes.wait_for_everyone()
-    processes.destroy_process_group()
+    if not more_to_come:
+        processes.destroy_process_group()
     return 0
 
 
@@ -250,9 +255,10 @@ def primary(result: RunResult) -> float:
 NAMES: dict[Start, str] = {"scratch": "from scratch", "prompt": "from P", "all": "from P and offset"}
 
 
-def write_table(config: TransferConfig, found: dict[tuple[Start, int], Interval]) -> None:
+def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[float]]) -> None:
     """The table as JSON and Markdown, and as a plot where matplotlib is installed."""
     folder = config.output_dir
+    found: dict[tuple[Start, int], Interval] = {key: interval(values) for key, values in scores.items()}
     rows = [
         [
             f"{k}",
@@ -265,7 +271,10 @@ def write_table(config: TransferConfig, found: dict[tuple[Start, int], Interval]
         for (start, k), one in found.items()
     ]
     table = markdown_table(["k", "start", config.target, "deviation", "95% interval", "seeds"], rows)
-    records = [{"k": k, "start": start, **asdict(one)} for (start, k), one in found.items()]
+    records = [
+        {"k": k, "start": start, **asdict(one), "scores": scores[start, k]}
+        for (start, k), one in found.items()
+    ]
     content = {"source": config.source, "target": config.target, "cells": records}
     write_atomically(folder / "transfer.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(folder / "transfer.md", (table + "\n").encode())

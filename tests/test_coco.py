@@ -4,13 +4,16 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dept_vl.config import DataOptions
 from dept_vl.metrics import caption as caption_module
 from dept_vl.metrics.caption import CaptionScore
+from dept_vl.splits import load_splits
 from dept_vl.tasks import coco as coco_module
 from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import KARPATHY_FILE, SPLITS, COCOCaptions, karpathy_split, read_references
@@ -112,9 +115,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[int, list[str]], 
     """What is given to the scorer, which takes no time."""
     calls: list[tuple[dict[int, list[str]], dict[int, str]]] = []
 
-    def score(references: dict[int, list[str]], predictions: dict[int, str]) -> CaptionScore:
+    def score(references: dict[int, list[str]], predictions: dict[int, str], *, meteor: bool) -> CaptionScore:
         calls.append((references, predictions))
-        return SCORE
+        return SCORE if meteor else replace(SCORE, meteor=None)
 
     monkeypatch.setattr(coco_module, "score_captions", score)
     return calls
@@ -137,6 +140,18 @@ def test_every_caption_is_a_reference(
         "Bleu_3": 63.0,
     }
     assert next(iter(scores)) == task.primary == "CIDEr"
+    # Without METEOR, whose program takes seconds, the others are the same.
+    del scores["METEOR"]
+    assert replace(task, meteor=False).score(predictions) == scores
+
+
+@needs_java
+def test_a_run_may_leave_meteor_out(scenes: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    options = DataOptions(task="coco", data_dir=scenes / "coco", dev_split="val", test_split="test")
+    for meteor in (True, False):
+        splits = load_splits(replace(options, meteor=meteor), 0)
+        assert [part.meteor for part in (splits.train, splits.dev, splits.test)] == [meteor] * 3
 
 
 def test_a_subset_is_scored_against_its_own_references(

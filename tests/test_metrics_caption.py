@@ -208,6 +208,9 @@ def test_scores_as_official(run: Run) -> None:
     assert figures == pytest.approx({key: 100 * value for key, value in run.official.items()}, rel=1e-12)
     # Neither trivially right nor trivially nothing.
     assert all(5 < value < 250 for value in figures.values())
+    del figures["METEOR"]
+    quick = score_captions(REFERENCES, PREDICTIONS, meteor=False).to_json()
+    assert quick == figures | {"scale": 100, "n": len(REFERENCES)}
 
 
 @needs_java

@@ -655,7 +655,7 @@ def test_each_task_has_its_script(
 ) -> None:
     scored: list[dict[int, str]] = []
 
-    def scorer(references: Any, predictions: dict[int, str]) -> CaptionScore:
+    def scorer(references: Any, predictions: dict[int, str], *, meteor: bool) -> CaptionScore:
         scored.append(predictions)
         return CaptionScore(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, len(references))
 

@@ -221,9 +221,25 @@ def test_search_and_grid_are_put_side_by_side(
     monkeypatch.setattr(tune_against_grid, "GRID", GRID[:2])
     (tmp_path / "base.json").write_text(json.dumps(to_json(base)))
     options = tune_against_grid.Options(
-        config=tmp_path / "base.json", trials=2, max_steps=2, output_dir=tmp_path / "both"
+        config=tmp_path / "base.json",
+        trials=2,
+        seeds=(1, 2),
+        max_steps=2,
+        batch_size=4,
+        output_dir=tmp_path / "both",
     )
     table = tune_against_grid.main(options)
     assert "--tune 2" in table
-    assert len(list((tmp_path / "both" / "grid").iterdir())) == 2
-    assert f"| {cost(2, 2)} |" in " ".join(table.split())
+    content = json.loads((tmp_path / "both" / "tuning.json").read_text())
+    assert (content["grid_steps"], content["tune_steps"]) == (4, cost(2, 2))
+    for one in content["seeds"]:
+        folder = tmp_path / "both" / f"seed{one['seed']}"
+        runs = {path.name: best_dev(path) for path in (folder / "grid").iterdir()}
+        assert len(runs) == 2
+        assert one["grid"]["dev"] == runs[one["grid"]["run"]] == max(runs.values())
+        trials = json.loads((folder / "search" / "tuning.json").read_text())["trials"]
+        # The defaults of the package come first, a place of the published grid.
+        assert (trials[0]["values"]["prompt_lr"], trials[0]["values"]["lora_lr"]) == pytest.approx(
+            (0.3, 1e-3)
+        )
+        assert one["tune"]["dev"] == max(max(trial["scores"].values()) for trial in trials)

@@ -43,7 +43,7 @@ class CaptionScore:
         bleu_2: The same of up to 2 words.
         bleu_3: The same of up to 3 words.
         bleu_4: The same of up to 4 words.
-        meteor: METEOR 1.5 over the whole set.
+        meteor: METEOR 1.5 over the whole set, or None where it was not asked for.
         rouge_l: Mean over images of ROUGE-L.
         cider: Mean over images of CIDEr-D.
         count: Number of images.
@@ -54,7 +54,7 @@ class CaptionScore:
     bleu_2: float
     bleu_3: float
     bleu_4: float
-    meteor: float
+    meteor: float | None
     rouge_l: float
     cider: float
     count: int
@@ -67,17 +67,20 @@ class CaptionScore:
             "Bleu_2": self.bleu_2,
             "Bleu_3": self.bleu_3,
             "Bleu_4": self.bleu_4,
-            "METEOR": self.meteor,
             "ROUGE_L": self.rouge_l,
             "CIDEr": self.cider,
         }
-        if self.spice is not None:
-            figures["SPICE"] = self.spice
+        slow = {"METEOR": self.meteor, "SPICE": self.spice}
+        figures |= {name: figure for name, figure in slow.items() if figure is not None}
         return figures | {"scale": PERCENT, "n": self.count}
 
 
 def score_captions(
-    references: Mapping[int, Sequence[str]], predictions: Mapping[int, str], *, spice: bool = False
+    references: Mapping[int, Sequence[str]],
+    predictions: Mapping[int, str],
+    *,
+    meteor: bool = True,
+    spice: bool = False,
 ) -> CaptionScore:
     """Score one predicted caption for each image against the captions people wrote for it.
 
@@ -89,6 +92,7 @@ def score_captions(
     Args:
         references: Human captions by image id, at least one for each image; five in COCO.
         predictions: One caption by image id, for the same images.
+        meteor: Whether to compute METEOR: a Java program that reads a large table every time.
         spice: Whether to compute SPICE as well: minutes for thousands of images, and about 8 GB.
 
     Returns:
@@ -114,7 +118,6 @@ def score_captions(
         raise ValueError(f"expected references with words, found none in those of {len(human)} images")
 
     bleu, _ = Bleu(4).compute_score(human, predicted, verbose=0)
-    meteor = _meteor(human, predicted)
     rouge_l, _ = Rouge().compute_score(human, predicted)
     cider, _ = Cider().compute_score(human, predicted)
     bleu_1, bleu_2, bleu_3, bleu_4 = (PERCENT * float(figure) for figure in bleu)
@@ -123,7 +126,7 @@ def score_captions(
         bleu_2=bleu_2,
         bleu_3=bleu_3,
         bleu_4=bleu_4,
-        meteor=PERCENT * meteor,
+        meteor=PERCENT * _meteor(human, predicted) if meteor else None,
         rouge_l=PERCENT * float(rouge_l),
         cider=PERCENT * float(cider),
         count=len(image_ids),

@@ -59,10 +59,12 @@ class COCOCaptions:
     Attributes:
         rows: As in `SCHEMA`.
         image_folders: Folder of the images by its name in the file.
+        meteor: Score by METEOR too.
     """
 
     rows: Rows
     image_folders: Mapping[str, Path]
+    meteor: bool = True
     name: str = "coco"
     primary: str = "CIDEr"
     decoding: Decoding = Decoding(max_new_tokens=40, num_beams=5)
@@ -136,10 +138,9 @@ class COCOCaptions:
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100."""
         check_ids(self.example_ids(), predictions, self.name)
-        score = score_rows(self.rows, predictions)
+        figures = score_rows(self.rows, predictions, meteor=self.meteor).to_json()
         names = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
-        figures = score.to_json()
-        return {name: float(figures[name]) for name in names}
+        return {name: float(figures[name]) for name in names if name in figures}
 
     def written(self, answer: str) -> str:
         """A decoded caption on one line."""
@@ -188,12 +189,13 @@ def karpathy_split(path: Path, split: str) -> list[int]:
     ]
 
 
-def score_rows(rows: Rows, predictions: Mapping[ExampleId, str]) -> CaptionScore:
+def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], *, meteor: bool = True) -> CaptionScore:
     """The figures of one caption for each image."""
     references = dict(
         zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True)
     )
-    return score_captions(references, {int(key): caption for key, caption in predictions.items()})
+    captions = {int(key): caption for key, caption in predictions.items()}
+    return score_captions(references, captions, meteor=meteor)
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
