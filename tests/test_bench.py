@@ -271,6 +271,12 @@ def test_what_was_measured_is_kept_when_a_run_ends_early(
         bench.main(config)
     measured = json.loads((tmp_path / "bench.json").read_text())["groups"]["tiny/vl/train"]["measured"]
     assert [len(one["seconds"]) for one in measured.values()] == [2, 2]
+    monkeypatch.undo()
+    results = bench.main(config)  # once more, since a group is measured whole or not at all
+    whole = results["groups"]["tiny/vl/train"]["measured"]
+    assert [len(one["seconds"]) for one in whole.values()] == [5, 5]
+    assert bench.main(config)["groups"] == results["groups"]
+    assert bench.main(replace(config, rounds=1))["groups"] != results["groups"]
 
 
 def test_without_peft_its_methods_are_left_out(

@@ -31,9 +31,10 @@ from dept_vl.bench.methods import (
     seeing,
     write_images,
 )
-from dept_vl.files import write_atomically
+from dept_vl.files import read_json, write_atomically
 from dept_vl.step import choose_attention, hold_frozen_in_bfloat16
 
+RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8
 """Examples answered together, for each of a training step: evaluation keeps nothing for a backward pass."""
 IMAGES = 16
@@ -71,7 +72,7 @@ class BenchConfig:
     rounds: int = 9
     """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
     batch_size: int = 8
-    """Examples of a step; half of them at large, eight times as many where answers are generated."""
+    """Examples of a step; half of them at large, a quarter of mrqa's, eight times as many to be answered."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the computation: auto is bfloat16 where the machine computes in it."""
     device: str = ""
@@ -126,8 +127,8 @@ def plan(config: BenchConfig) -> list[Group]:
             answers = work.startswith("generate")
             long = model == "large" or shape == "mrqa" or answers
             rounds = max(1, config.rounds // 3) if long else config.rounds
-            size = max(1, config.batch_size // 2) if model == "large" else config.batch_size
-            size = size * MORE_ANSWERS if answers else size
+            share = 4 if shape == "mrqa" else 2 if model == "large" else 1
+            size = max(1, config.batch_size // share) * (MORE_ANSWERS if answers else 1)
             groups.append(Group(model, shape, work, _installed(names), size, rounds))
     if not groups:
         raise ValueError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
@@ -149,6 +150,8 @@ def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
 class Bench:
     """Measures groups and keeps the figures on disk.
 
+    Groups that an earlier call with the same options has measured whole on this machine are not repeated.
+
     Args:
         config: What is measured.
         tokenizer: Folder of any tokenizer of T5's kind.
@@ -169,11 +172,17 @@ class Bench:
             "groups": {},
         }
         config.output_dir.mkdir(parents=True, exist_ok=True)
+        if (path := config.output_dir / RESULTS_FILE).is_file():
+            before = read_json(path)
+            same = all(before.get(name) == self.results[name] for name in ("machine", "dtype", "config"))
+            self.results["groups"] = before["groups"] if same else {}
 
     def measure(self, groups: Sequence[Group]) -> None:
         """All groups; a model is built when its first group comes and given up behind its last."""
         for model in dict.fromkeys(group.model for group in groups):
-            mine = [group for group in groups if group.model == model]
+            mine = [group for group in groups if group.model == model and not self._has(group)]
+            if not mine:
+                continue
             images = any(SHAPES[group.shape].image for group in mine)
             torch.manual_seed(0)
             backbone = build_backbone(SIZES[model], self.tokenizer, vision=images).to(self.device)
@@ -188,6 +197,15 @@ class Bench:
             del backbone, stock
             gc.unfreeze()
             gc.collect()
+
+    def _has(self, group: Group) -> bool:
+        record = self.results["groups"].get(group.key, {})
+        measured = [len(one["seconds"]) for one in record.get("measured", {}).values()]
+        return (
+            measured == [group.rounds] * len(group.methods)
+            and list(group.methods) == record["methods"]
+            and group.batch_size == record["batch_size"]
+        )
 
     def _measure_group(
         self, group: Group, backbone: Backbone, stock: torch.nn.Module | None, paths: list[Path]
@@ -307,7 +325,7 @@ class Bench:
     def save(self) -> None:
         """Write bench.json."""
         content = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.config.output_dir / "bench.json", content.encode())
+        write_atomically(self.config.output_dir / RESULTS_FILE, content.encode())
 
 
 def computes_bfloat16(device: torch.device) -> bool:
