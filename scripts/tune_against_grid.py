@@ -12,9 +12,9 @@ import tyro
 
 from dept_vl.cli import read_config
 from dept_vl.files import write_atomically
+from dept_vl.log import best_dev
 from dept_vl.report import markdown_table
 from dept_vl.run import SUMMARY_FILE
-from dept_vl.train import best_dev
 from dept_vl.tune import GRID, cost, grid, tune
 
 
