@@ -6,11 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import psutil
-import torch
 from tqdm import tqdm
 
-GIB = 2**30
 PLAIN_SECONDS = 10.0
 """Least time between two lines where they stay: in a pipe, a file, a batch job."""
 USUAL_COLUMNS = 100
@@ -158,13 +155,6 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{large}{whole % size // part:02d}{small}"
     return f"{whole}s"
-
-
-def memory_gib(device: torch.device) -> float:
-    """Memory, in GiB: of a GPU the most that tensors took so far, else what the process holds now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
-    return float(psutil.Process().memory_info().rss) / GIB
 
 
 def _rate(rate: float) -> str:

@@ -7,17 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from dept_vl.batch import Batch
 from dept_vl.files import one_line, write_atomically, writing
-from dept_vl.live import Figures, ProgressLine, memory_gib
+from dept_vl.live import Figures, ProgressLine
 from dept_vl.state import Progress
 from dept_vl.tasks.predictions import ExampleId
 
 LOG_FILE = "log.jsonl"
+GIB = 2**30
 SPIKE, SPIKE_WINDOW = 5.0, 20
 """A loss is remarked on above so many times the median of so many logged before it."""
 
@@ -170,6 +172,13 @@ def best_dev(run: Path, steps: int | None = None) -> float:
         for record in records
         if "score" in record and (steps is None or record["step"] <= steps)
     )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory, in GiB: of a GPU the most that tensors took so far, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return float(psutil.Process().memory_info().rss) / GIB
 
 
 def _cut_log(path: Path, steps: int) -> None:

@@ -65,9 +65,9 @@ def start_tracker(
         options["wandb"] = {"id": key, "name": output_dir.name, "dir": str(output_dir), "resume": "allow"}
         options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
     chosen = {name: option for name, option in options.items() if name == config.log_with}
-    accelerator.init_trackers(
-        PROJECT, config=None if steps else hyper_parameters(config) | dict(found), init_kwargs=chosen
-    )
+    # TensorBoard would have them a second time, as of another run.
+    told = None if steps and config.log_with == "tensorboard" else hyper_parameters(config) | dict(found)
+    accelerator.init_trackers(PROJECT, config=told, init_kwargs=chosen)
 
 
 def hyper_parameters(config: RunConfig) -> dict[str, Any]:
