@@ -137,10 +137,11 @@ def in_wandb(folder: Path) -> tuple[Found, dict[str, Any]]:
 
 
 def test_wandb(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = stopped_and_resumed(with_(config, log_with="wandb"))
+    wandb.teardown()  # the process that writes the files ends, and they are whole
     found, options = in_wandb(folder)
     assert_as_logged(folder, found)
     assert options["train.max_steps"] == STEPS
