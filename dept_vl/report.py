@@ -34,6 +34,21 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
 
 
+def score_rows(scores: dict[str, float], splits: str) -> list[tuple[str, str]]:
+    """A row for each figure that a summary shows, with its scale."""
+    return [
+        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
+        for name, value in scores.items()
+        if "question_type/" not in name
+    ]
+
+
+def scale_of(name: str) -> str:
+    """In what a figure is counted."""
+    figure = name.rsplit("/", 1)[-1]
+    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")
+
+
 def line_plot(lines: Mapping[str, Mapping[int, Interval]], path: Path, *, x: str, y: str) -> bool:
     """Means with their 95% intervals, a line for each name.
 

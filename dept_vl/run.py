@@ -34,12 +34,13 @@ from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_object, write_atomically, writing
+from dept_vl.html_report import Answered, or_warn, write_run_report
 from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
 from dept_vl.log import LOG_FILE
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
-from dept_vl.report import markdown_table, picture_grid
+from dept_vl.report import markdown_table, picture_grid, score_rows
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
@@ -551,6 +552,11 @@ def _write_results(
     # Last, and whole: it says that the run is finished.
     write_atomically(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
+    answered = [
+        Answered(task.test, task.options.test_split, evaluation.predictions, evaluation.scores)
+        for task, evaluation in zip(tasks, evaluations, strict=True)
+    ]
+    or_warn(lambda: write_run_report(folder, config, summary, answered))
 
 
 def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
@@ -600,18 +606,3 @@ def summary_table(config: RunConfig, model: PromptedModel, tasks: list[Splits], 
     if training is not None and training.skipped:
         rows.append(("training examples skipped, image not readable", f"{training.skipped:,}"))
     return markdown_table(["", "this run"], rows)
-
-
-def score_rows(scores: dict[str, float], splits: str) -> list[tuple[str, str]]:
-    """A row for each figure that a summary shows, with its scale."""
-    return [
-        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
-        for name, value in scores.items()
-        if "question_type/" not in name
-    ]
-
-
-def scale_of(name: str) -> str:
-    """In what a figure is counted."""
-    figure = name.rsplit("/", 1)[-1]
-    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")
