@@ -88,13 +88,15 @@ def write_run_report(
     """
     adapter = read_json(folder / BEST / ADAPTER_FILE) if (folder / BEST / ADAPTER_FILE).is_file() else {}
     lines = (folder / LOG_FILE).read_text().splitlines() if (folder / LOG_FILE).is_file() else []
+    # Where it lies and how it went on is nothing of what it is.
+    options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
     parts = [
-        *_head(folder.name, about(adapter.get("prompt"), adapter.get("backbone", {}))),
+        *_head(folder.name, about(answered, adapter.get("prompt"), adapter.get("backbone", {}))),
         tiles(_facts(answered, summary)),
         *_curves(list(map(json.loads, lines)), summary["best_step"]),
         *_sections(answered),
         _folded("What was trained", table(("", "parameters"), _trained(summary["trainable_parameters"]))),
-        _folded("Options", table(("", ""), [(k, _shown(v)) for k, v in flat(to_json(config)).items()])),
+        _folded("Options", table(("", ""), [(k, _shown(v)) for k, v in options.items()])),
     ]
     return _write(folder, parts)
 
@@ -110,9 +112,8 @@ def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) 
     Returns:
         The page.
     """
-    name = f"{answered.task.name} {answered.split}"
     parts = [
-        *_head(name, about(adapter.prompt, adapter.backbone)),
+        *_head(folder.name, about([answered], adapter.prompt, adapter.backbone)),
         tiles(_facts([answered], {})),
         *_sections([answered]),
     ]
@@ -127,10 +128,11 @@ def or_warn(write: Callable[[], Path]) -> None:
         print(f"warning: {REPORT_FILE} could not be written ({one_line(error)}); nothing else is missing")
 
 
-def about(prompt: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> str:
-    """Backbone and prompt of an adapter, in a line."""
+def about(answered: Sequence[Answered], prompt: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> str:
+    """Tasks, backbone and prompt, in a line."""
+    tasks = " + ".join(f"{one.task.name} {one.split}" for one in answered)
     sizes = "no prompt" if not prompt else "{method}, m={prompt_length}, r={rank}, s={max_source_length}"
-    return f"{backbone.get('name', '')} · {sizes.format(**(prompt or {}))}"
+    return f"{tasks} · {backbone.get('name', '')} · {sizes.format(**(prompt or {}))}"
 
 
 def marks(answered: Answered) -> tuple[list[Marked], dict[str, dict[str, list[float]]]]:
@@ -167,7 +169,9 @@ def choose(marked: Sequence[Marked]) -> tuple[list[Marked], list[Marked]]:
     worst = _distinct(faulty, SHOWN - BEST_SHOWN, seen)
     best = sorted(order, key=lambda one: (-one.mark, -one.agreed))
     shown = {one.index for one in worst}
-    return worst, _distinct((one for one in best if one.index not in shown), BEST_SHOWN, seen)
+    return worst, _distinct(
+        (one for one in best if one.mark > 0 and one.index not in shown), BEST_SHOWN, seen
+    )
 
 
 def thumbnail(path: Path) -> str:
@@ -199,9 +203,8 @@ def _facts(answered: Sequence[Answered], summary: Mapping[str, Any]) -> list[tup
     for one in answered:
         if one.scores:
             name = one.task.primary
-            facts.append(
-                (f"{one.task.name} {one.split}: {name} ({scale_of(name)})", f"{one.scores[name]:.2f}")
-            )
+            scale = scale_of(name).replace("-", "\N{NON-BREAKING HYPHEN}")
+            facts.append((f"{one.task.name} {one.split}: {name} ({scale})", f"{one.scores[name]:.2f}"))
     facts.append(("examples answered", f"{sum(len(one.task) for one in answered):,}"))
     if summary:
         tokens, reference = summary["tokens_per_example"], summary["reference_tokens_per_example"]
@@ -215,14 +218,15 @@ def _facts(answered: Sequence[Answered], summary: Mapping[str, Any]) -> list[tup
 
 def _curves(log: Sequence[Mapping[str, Any]], best_step: int) -> list[str]:
     def line(name: str) -> list[tuple[float, float]]:
-        return [(record["step"], record[name]) for record in log if name in record]
+        return [(float(record["step"]), float(record[name])) for record in log if name in record]
 
     rates = dict.fromkeys(name for record in log for name in record if name.startswith("lr/"))
     scores = line("score")
-    best = next(((point, f"best: {point[1]:.2f}") for point in scores if point[0] == best_step), None)
+    best = next((point for point in scores if point[0] == best_step), None)
+    note = "by step" if best is None else f"best: {best[1]:.2f} at step {best_step:,}"
     charts = [
         chart("Loss", {"loss": line("loss")}),
-        chart("Score on the dev split", {"score": scores}, marked=best),
+        chart("Score on the dev split", {"score": scores}, note=note, marked=best),
         chart("Learning rates", {name.removeprefix("lr/"): line(name) for name in rates}, logarithmic=True),
     ]
     drawn = "".join(charts)
@@ -296,7 +300,7 @@ def _card(answered: Answered, one: Marked) -> str:
         # Of captions there is none: theirs would be a human caption.
         "" if example.in_turn else f'<p class="data question">{text(_cut(example.question))}</p>',
         f'<p class="data said">{mark}{text(_cut(prediction)) or "(nothing)"}</p>',
-        f'<p class="data quiet small">{text(_cut(_humans(example)))}</p>' if example.answers else "",
+        f'<p class="data humans quiet small">{text(_cut(_humans(example)))}</p>' if example.answers else "",
         f'<p class="quiet small">{text(f"{example.example_id}{of_kind}")}</p>',
     ]
     return (
@@ -311,6 +315,8 @@ def _humans(example: Example) -> str:
     counts = Counter(example.answers)
     if len(example.answers) == 1:
         return f"human: {example.answers[0]}"
+    if example.in_turn:
+        return "\n".join(("humans:", *example.answers))
     return "humans: " + " · ".join(
         answer if count == 1 else f"{answer} ×{count}" for answer, count in counts.most_common()
     )

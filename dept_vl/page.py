@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Point = tuple[float, float]
+Point = tuple[int | float, int | float]
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 """What the page may load, should anything slip through: pictures that it holds itself."""
@@ -88,7 +88,8 @@ def chart(
     lines: Mapping[str, Sequence[Point]],
     *,
     logarithmic: bool = False,
-    marked: tuple[Point, str] | None = None,
+    note: str = "by step",
+    marked: Point | None = None,
 ) -> str:
     """Curves over the steps of a run; empty if there is no point.
 
@@ -96,10 +97,11 @@ def chart(
         title: Above it.
         lines: Points by name of the curve, from left to right.
         logarithmic: Of the vertical axis; what is not above 0 is then left out.
-        marked: A point to set apart, and what is written beside it.
+        note: Below the title, of a single curve.
+        marked: A point to set apart.
     """
     kept = {
-        name: [(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not logarithmic)]
+        name: [(float(x), float(y)) for x, y in points if math.isfinite(y) and (y > 0 or not logarithmic)]
         for name, points in lines.items()
     }
     kept = {name: points for name, points in kept.items() if points}
@@ -132,14 +134,9 @@ def chart(
         if len(places) == 1:
             drawn.append(_dot(places[0], colour))
     if marked is not None:
-        x, y = place(*marked[0])
-        drawn.append(_dot((x, y), "s0"))
-        # On the side where there is room.
-        side = "end" if x > WIDTH / 2 else "start"
-        below = y + 17 if y < HEIGHT / 2 else y - 9
-        drawn.append(f'<text x="{x:.1f}" y="{below:.1f}" text-anchor="{side}">{text(marked[1])}</text>')
+        drawn.append(_dot(place(float(marked[0]), float(marked[1])), "s0"))
     names = (f'<span><i class="s{i % SERIES}"></i>{text(name)}</span>' for i, name in enumerate(kept))
-    legend = f'<p class="legend">{"".join(names) if len(kept) > 1 else "by step"}</p>'
+    legend = f'<p class="legend">{"".join(names) if len(kept) > 1 else text(note)}</p>'
     picture = (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(drawn)}</svg>'
     )
@@ -160,7 +157,7 @@ def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers around a range."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2
-    size = 10 ** math.floor(math.log10((high - low) / 3))
+    size = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(s * size for s in (1, 2, 5, 10) if (high - low) / (s * size) <= 4)
     first = math.floor(low / step)
     return [round(number * step, 12) for number in range(first, math.ceil(high / step) + 1)]
