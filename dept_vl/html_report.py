@@ -98,7 +98,7 @@ def write_run_report(
         _folded("What was trained", table(("", "parameters"), _trained(summary["trainable_parameters"]))),
         _folded("Options", table(("", ""), [(k, _shown(v)) for k, v in options.items()])),
     ]
-    return _write(folder, parts)
+    return _write(folder, folder.name, parts)
 
 
 def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) -> Path:
@@ -112,12 +112,13 @@ def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) 
     Returns:
         The page.
     """
+    name = f"{answered.task.name} {answered.split}"
     parts = [
-        *_head(folder.name, about([answered], adapter.prompt, adapter.backbone)),
+        *_head(name, about([], adapter.prompt, adapter.backbone)),
         tiles(_facts([answered], {})),
         *_sections([answered]),
     ]
-    return _write(folder, parts)
+    return _write(folder, name, parts)
 
 
 def or_warn(write: Callable[[], Path]) -> None:
@@ -132,7 +133,7 @@ def about(answered: Sequence[Answered], prompt: Mapping[str, Any] | None, backbo
     """Tasks, backbone and prompt, in a line."""
     tasks = " + ".join(f"{one.task.name} {one.split}" for one in answered)
     sizes = "no prompt" if not prompt else "{method}, m={prompt_length}, r={rank}, s={max_source_length}"
-    return f"{tasks} · {backbone.get('name', '')} · {sizes.format(**(prompt or {}))}"
+    return " · ".join(filter(None, (tasks, backbone.get("name"), sizes.format(**(prompt or {})))))
 
 
 def marks(answered: Answered) -> tuple[list[Marked], dict[str, dict[str, list[float]]]]:
@@ -188,9 +189,9 @@ def thumbnail(path: Path) -> str:
     return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{encoded}">'
 
 
-def _write(folder: Path, parts: Sequence[str]) -> Path:
+def _write(folder: Path, title: str, parts: Sequence[str]) -> Path:
     path = folder / REPORT_FILE
-    write_atomically(path, page(f"{folder.name}: dept_vl", parts).encode())
+    write_atomically(path, page(f"{title}: dept_vl", parts).encode())
     return path
 
 

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers import read_rows, task_of, vqa_row, write_rows, write_vqa
+from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
 from PIL import Image
 from runs import in_two_processes, reset_accelerate, tiny_run, with_
 
