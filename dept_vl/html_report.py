@@ -11,8 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from dept_vl.checkpoint import CONFIG_FILE as ADAPTER_FILE
 from dept_vl.checkpoint import Adapter
@@ -56,20 +58,18 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Marked:
-    """An example by its place in the split, with the mark of its answer and what decides among equals.
+class Marks:
+    """How good the answers to a split are.
 
     Attributes:
-        index: In the split.
-        mark: From 0 to 1; not a number where no answers are published.
+        marks: Of each answer, from 0 to 1; not numbers where no answers are published.
         agreed: Share of the humans who gave the most usual answer.
-        images: Of the example.
+        kinds: The marks by kind and type.
     """
 
-    index: int
-    mark: float
-    agreed: float
-    images: tuple[Path, ...]
+    marks: Float[np.ndarray, " examples"]
+    agreed: Float[np.ndarray, " examples"]
+    kinds: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def write_run_report(
@@ -136,43 +136,45 @@ def about(answered: Sequence[Answered], prompt: Mapping[str, Any] | None, backbo
     return " · ".join(filter(None, (tasks, backbone.get("name"), sizes.format(**(prompt or {})))))
 
 
-def marks(answered: Answered) -> tuple[list[Marked], dict[str, dict[str, list[float]]]]:
-    """The mark of every answer, and the marks by kind and type."""
-    marked, kinds = [], defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
+def mark(answered: Answered) -> Marks:
+    """Mark every answer by the task's own rule."""
     task = answered.task
+    marks, agreed = np.full(len(task), np.nan), np.zeros(len(task))
+    kinds = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
     for index in range(len(task)):
         example = task[index]
-        mark, agreed = math.nan, 0.0
-        if example.targets:
-            mark = task.mark(example, answered.predictions[example.example_id])
-            counts = Counter(example.answers)
-            agreed = max(counts.values(), default=0) / max(1, counts.total())
-            for kind, name in example.kinds:
-                kinds[kind][name].append(mark)
-        marked.append(Marked(index, mark, agreed, example.images))
-    return marked, kinds
+        if not example.targets:
+            continue
+        one = task.mark(example, answered.predictions[example.example_id])
+        counts = Counter(example.answers)
+        marks[index], agreed[index] = one, max(counts.values(), default=0) / max(1, counts.total())
+        for kind, name in example.kinds:
+            kinds[kind][name].append(one)
+    return Marks(marks, agreed, kinds)
 
 
-def choose(marked: Sequence[Marked]) -> tuple[list[Marked], list[Marked]]:
+def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[list[int], list[int]]:
     """What is shown: the worst answers, worst first, and the best, each of another image.
 
     Of equal answers those come first on which humans agree most; then chance decides, always the same.
 
+    Args:
+        found: Of a split.
+        images: Of an example by its place in the split.
+
     Returns:
-        Answers that are not perfect, and the best of the others; where nothing is marked, any, and none.
+        Places of answers that are not perfect, and of the best of the others; where nothing is marked, of
+        any, and none.
     """
-    order = list(marked)
-    Random(0).shuffle(order)
-    if any(math.isnan(one.mark) for one in order):
-        return _distinct(order, SHOWN, set()), []
+    chance = np.random.default_rng(0).permutation(len(found.marks))
     seen: set[tuple[Path, ...]] = set()
-    faulty = sorted((one for one in order if one.mark < 1), key=lambda one: (one.mark, -one.agreed))
-    worst = _distinct(faulty, SHOWN - BEST_SHOWN, seen)
-    best = sorted(order, key=lambda one: (-one.mark, -one.agreed))
-    shown = {one.index for one in worst}
-    return worst, _distinct(
-        (one for one in best if one.mark > 0 and one.index not in shown), BEST_SHOWN, seen
-    )
+    if np.isnan(found.marks).any():
+        return _distinct(np.argsort(chance), images, SHOWN, seen), []
+    worst_first = np.lexsort((chance, -found.agreed, found.marks))
+    worst = _distinct(worst_first[found.marks[worst_first] < 1], images, SHOWN - BEST_SHOWN, seen)
+    best_first = np.lexsort((chance, -found.agreed, -found.marks))
+    others = best_first[(found.marks[best_first] > 0) & ~np.isin(best_first, worst)]
+    return worst, _distinct(others, images, BEST_SHOWN, seen)
 
 
 def thumbnail(path: Path) -> str:
@@ -237,22 +239,21 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int) -> list[str]:
 def _sections(answered: Sequence[Answered]) -> list[str]:
     parts = []
     for one in answered:
-        marked, kinds = marks(one)
+        found = mark(one)
         name = f"{one.task.name} {one.split}"
         if one.scores:
             parts.append(f"<h2>Scores: {text(name)}</h2>")
-            parts.append(f'<div class="tables">{_score_table(one)}{_kind_tables(kinds)}</div>')
-        first, best = choose(marked)
-        if any(math.isnan(mark.mark) for mark in marked):
-            parts += _gallery(
-                f"Answers: {name}", "No human answers are published; drawn at random.", one, first
-            )
+            parts.append(f'<div class="tables">{_score_table(one)}{_kind_tables(found.kinds)}</div>')
+        first, best = choose(found, one.task.images)
+        if np.isnan(found.marks).any():
+            note = "No human answers are published; drawn at random."
+            parts += _gallery(f"Answers: {name}", note, one, found, first)
             continue
         said = f"Marks from 0 to 100: {one.task.marked_by}."
-        faulty = sum(mark.mark < 1 for mark in marked)
-        note = f"{faulty:,} of {len(marked):,} answers are not fully right. {said}"
-        parts += _gallery(f"Worst answers: {name}", f"{note} Equal ones: most agreed on first.", one, first)
-        parts += _gallery(f"Best answers: {name}", said, one, best)
+        note = f"{int((found.marks < 1).sum()):,} of {len(found.marks):,} answers are not fully right. {said}"
+        more = " Equal ones: most agreed on first."
+        parts += _gallery(f"Worst answers: {name}", note + more, one, found, first)
+        parts += _gallery(f"Best answers: {name}", said, one, found, best)
     return parts
 
 
@@ -280,27 +281,27 @@ def _kind_tables(kinds: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     return "".join(tables)
 
 
-def _gallery(title: str, note: str, answered: Answered, chosen: Sequence[Marked]) -> list[str]:
+def _gallery(title: str, note: str, answered: Answered, found: Marks, chosen: Sequence[int]) -> list[str]:
     if not chosen:
         return []
-    cards = "".join(_card(answered, one) for one in chosen)
-    wide = " wide" if len(chosen[0].images) != 1 else ""
+    cards = "".join(_card(answered, index, float(found.marks[index])) for index in chosen)
+    wide = " wide" if len(answered.task.images(chosen[0])) != 1 else ""
     head = f'<h2>{text(title)}</h2>\n<p class="quiet">{text(note)}</p>'
     return [head, f'<div class="cards{wide}">{cards}</div>']
 
 
-def _card(answered: Answered, one: Marked) -> str:
-    example = answered.task[one.index]
+def _card(answered: Answered, index: int, mark: float) -> str:
+    example = answered.task[index]
     prediction = answered.predictions[example.example_id]
-    marked = not math.isnan(one.mark)
-    kind = "right" if one.mark >= 1 else "wrong" if one.mark <= 0 else "partly"
-    mark = f'<span class="mark">{100 * one.mark:.0f}</span>' if marked else ""
+    marked = not math.isnan(mark)
+    kind = "right" if mark >= 1 else "wrong" if mark <= 0 else "partly"
+    shown = f'<span class="mark">{100 * mark:.0f}</span>' if marked else ""
     pictures = "".join(map(thumbnail, example.images))
     of_kind = "".join(f" · {name}" for _, name in example.kinds)
     lines = [
         # Of captions there is none: theirs would be a human caption.
         "" if example.in_turn else f'<p class="data question">{text(_cut(example.question))}</p>',
-        f'<p class="data said">{mark}{text(_cut(prediction)) or "(nothing)"}</p>',
+        f'<p class="data said">{shown}{text(_cut(prediction)) or "(nothing)"}</p>',
         f'<p class="data humans quiet small">{text(_cut(_humans(example)))}</p>' if example.answers else "",
         f'<p class="quiet small">{text(f"{example.example_id}{of_kind}")}</p>',
     ]
@@ -323,15 +324,21 @@ def _humans(example: Example) -> str:
     )
 
 
-def _distinct(ordered: Iterable[Marked], count: int, seen: set[tuple[Path, ...]]) -> list[Marked]:
+def _distinct(
+    ordered: Iterable[Any],
+    images: Callable[[int], tuple[Path, ...]],
+    count: int,
+    seen: set[tuple[Path, ...]],
+) -> list[int]:
     """The first so many whose images are not among those seen, which are noted."""
-    chosen: list[Marked] = []
-    for one in ordered:
+    chosen: list[int] = []
+    for index in map(int, ordered):
         if len(chosen) == count:
             break
-        if not one.images or one.images not in seen:
-            seen.add(one.images)
-            chosen.append(one)
+        shown = images(index)
+        if not shown or shown not in seen:
+            seen.add(shown)
+            chosen.append(index)
     return chosen
 
 

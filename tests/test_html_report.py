@@ -11,6 +11,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
 from PIL import Image
@@ -26,10 +27,10 @@ from dept_vl.html_report import (
     SHOWN,
     SIDE,
     Answered,
-    Marked,
+    Marks,
     _card,
     choose,
-    marks,
+    mark,
     or_warn,
     thumbnail,
 )
@@ -222,25 +223,24 @@ def answered_vqa(*answers: list[str], predictions: list[str], root: Path = Path(
 
 def test_worst_answers_come_first_and_of_these_the_most_agreed_on() -> None:
     ten, split, few = ["yes"] * 10, ["yes"] * 6 + ["no"] * 4, ["red"] * 8 + ["pink"] * 2
-    found, _ = marks(
-        answered_vqa(few, split, ten, ten, few, predictions=["pink", "maybe", "no", "yes", "red"])
-    )
-    assert [round(one.mark, 2) for one in found] == [0.6, 0.0, 0.0, 1.0, 1.0]
-    worst, best = choose(found)
-    assert [one.index for one in worst] == [2, 1, 0]
-    assert [one.index for one in best] == [3, 4]
+    answered = answered_vqa(few, split, ten, ten, few, predictions=["pink", "maybe", "no", "yes", "red"])
+    found = mark(answered)
+    assert found.marks == pytest.approx([0.6, 0, 0, 1, 1])
+    assert choose(found, answered.task.images) == ([2, 1, 0], [3, 4])
 
 
 def test_so_many_are_shown_and_each_of_another_image() -> None:
-    def marked(count: int, mark: float, images: int) -> list[Marked]:
-        return [Marked(index, mark, 1.0, (Path(f"{mark} {index % images}"),)) for index in range(count)]
+    def images(index: int) -> tuple[Path, ...]:
+        return (Path(f"wrong {index % 80}" if index < 100 else f"right {index % 5}"),)
 
-    worst, best = choose([*marked(100, 0.0, 80), *marked(100, 1.0, 5)])
+    marks = np.repeat([0.0, 1.0], 100)
+    worst, best = choose(Marks(marks, np.ones(200), {}), images)
     assert (len(worst), len(best)) == (SHOWN - BEST_SHOWN, 5)
+    assert max(worst) < 100 <= min(best)
     for shown in (worst, best):
-        assert max(Counter(one.images for one in shown).values()) == 1
+        assert max(Counter(map(images, shown)).values()) == 1
     # Texts have no images, and are shown all the same.
-    assert len(choose([Marked(index, 0.0, 1.0, ()) for index in range(10)])[0]) == 10
+    assert len(choose(Marks(np.zeros(10), np.ones(10), {}), lambda _: ())[0]) == 10
 
 
 def test_accuracies_by_type_are_the_official_ones(scenes: Path) -> None:
@@ -250,10 +250,11 @@ def test_accuracies_by_type_are_the_official_ones(scenes: Path) -> None:
             task[index].example_id: task[index].answer if index % 3 else "no" for index in range(len(task))
         }
         scores = task.score(predictions)
-        found, kinds = marks(Answered(task, split, predictions, scores))
-        primary = 100 * sum(one.mark for one in found) / len(found)
-        assert primary == pytest.approx(scores[task.primary], abs=0.005)
-        means = {kind: {k: 100 * sum(v) / len(v) for k, v in types.items()} for kind, types in kinds.items()}
+        found = mark(Answered(task, split, predictions, scores))
+        assert 100 * found.marks.mean() == pytest.approx(scores[task.primary], abs=0.005)
+        means = {
+            kind: {k: 100 * sum(v) / len(v) for k, v in types.items()} for kind, types in found.kinds.items()
+        }
         if name == "vqav2":
             for kind in ("answer type", "question type"):
                 official = {
@@ -278,7 +279,7 @@ def test_captions_are_marked_by_the_words_that_they_share(scenes: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "answers", "prediction", "mark"),
+    ("name", "answers", "prediction", "expected"),
     [
         ("sst2", ["positive"], "positive", 1.0),
         ("sst2", ["positive"], "negative", 0.0),
@@ -287,10 +288,10 @@ def test_captions_are_marked_by_the_words_that_they_share(scenes: Path) -> None:
         ("newsqa", ["the red car", "a van"], "red truck", 0.5),
     ],
 )
-def test_text_answers_are_marked(name: str, answers: list[str], prediction: str, mark: float) -> None:
+def test_text_answers_are_marked(name: str, answers: list[str], prediction: str, expected: float) -> None:
     row = {"id": 0, "source_text": "a text", "answers": answers, "group": ""}
     task = TextTask(name, Rows.of([row], SCHEMA))
-    assert task.mark(task[0], prediction) == pytest.approx(mark)
+    assert task.mark(task[0], prediction) == pytest.approx(expected)
     assert task[0].kinds == ((("class", "positive"),) if name == "sst2" else ())
 
 
@@ -328,7 +329,7 @@ def test_a_page_that_fails_takes_nothing_with_it(
 def test_long_texts_are_cut() -> None:
     task = task_of(["yes"] * 10)
     long = replace(task, rows=Rows.of([vqa_row(0, ["yes"] * 10, question="why " * 1000)], VQA_SCHEMA))
-    card = _card(Answered(long, "val", {0: "no " * 1000}, {}), Marked(0, 0.0, 1.0, ()))
+    card = _card(Answered(long, "val", {0: "no " * 1000}, {}), 0, 0.0)
     assert len(card) < 3 * LONGEST
 
 
