@@ -81,7 +81,7 @@ class ProgressLine:
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS
         self.pieces: list[str] = []
-        self.bar = tqdm(total=total, initial=done, disable=not (show and is_live()))
+        self.bar = tqdm(total=total, initial=done, disable=not (show and is_live()), bar_format="{desc}")
         self._draw(done)
 
     def advance(self, step: int) -> None:
