@@ -213,7 +213,7 @@ def _facts(answered: Sequence[Answered], summary: Mapping[str, Any]) -> list[tup
         tokens, reference = summary["tokens_per_example"], summary["reference_tokens_per_example"]
         facts += [
             ("trained parameters", f"{summary['trainable_parameters']['total']:,}"),
-            (f"encoder tokens an example, {1 - tokens / reference:.0%} saved", f"{tokens:.1f}"),
+            (f"encoder tokens an example, {1 - tokens / reference:.0%} saved", f"{tokens:.2f}"),
             (f"of training, {summary['steps']:,} steps", duration(summary["train_seconds"])),
         ]
     return facts

@@ -156,7 +156,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round numbers around a range."""
     if high <= low:
-        low, high = low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2
+        low, high = low - (abs(low) or 1) / 20, low + (abs(low) or 1) / 20
     size = 10.0 ** math.floor(math.log10((high - low) / 3))
     step = next(s * size for s in (1, 2, 5, 10) if (high - low) / (s * size) <= 4)
     first = math.floor(low / step)

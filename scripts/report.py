@@ -30,7 +30,7 @@ class ReportConfig:
     """Folder of a finished run."""
     picture: Path | None = None
     """PNG file to draw the page into, by Chromium."""
-    size: tuple[int, int] = (1200, 1500)
+    size: tuple[int, int] = (1200, 1800)
     """Pixels of that picture across and down."""
 
 
