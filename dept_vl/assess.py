@@ -17,6 +17,7 @@ from dept_vl.config import DataOptions, Features, RunConfig
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_json
+from dept_vl.html_report import Answered, or_warn, write_evaluation_report
 from dept_vl.report import markdown_table, score_rows
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, write_answers
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
@@ -113,7 +114,8 @@ def assess(config: AssessConfig) -> Assessment:
             whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
     task = check_images(limit(task, config.limit, trained.train.seed), config.on_bad_image)
     decoding = choose_decoding(config, options, task)
-    model = Adapter.load(config.adapter or config.run / BEST).build(load_backbone(trained.backbone)).folded()
+    adapter = Adapter.load(config.adapter or config.run / BEST)
+    model = adapter.build(load_backbone(trained.backbone)).folded()
     place_model(model, accelerator)
     images: FeatureTable | VisionEncoder | None = model.backbone.vision
     if isinstance(images, VisionEncoder):
@@ -143,6 +145,8 @@ def assess(config: AssessConfig) -> Assessment:
     submission = None
     if accelerator.is_main_process:
         submission = _write(options, task, evaluation, output_dir, whole)
+        answered = Answered(task, options.test_split, evaluation.predictions, evaluation.scores)
+        or_warn(lambda: write_evaluation_report(output_dir, adapter, answered))
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Assessment(evaluation, output_dir, submission)

@@ -30,12 +30,12 @@ from dept_vl.extract import with_features
 from dept_vl.family import METHODS, Method
 from dept_vl.files import read_object, write_atomically
 from dept_vl.intervals import interval
+from dept_vl.log import best_dev
 from dept_vl.metrics.caption import check_installed
 from dept_vl.optim import OptimOptions
 from dept_vl.run import SUMMARY, SUMMARY_FILE, load_backbone, run
 from dept_vl.splits import load_splits
 from dept_vl.tasks.nlp_table import TEXT_TASKS
-from dept_vl.train import best_dev
 
 TASKS = {
     "easy-vqa": "data/configs/easy-vqa.json",

@@ -158,7 +158,7 @@ class RunConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
     log_with: str | None = None
-    """A tracker of accelerate, such as tensorboard or wandb, beside the run's own log.jsonl."""
+    """A tracker beside the run's own log.jsonl: tensorboard, wandb, trackio, or another of accelerate's."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _said(low: int | float, high: int | float) -> str:
 
 def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Options on which a run's result depends and that were changed, as `name=old -> new`."""
-    old, new = _flat(started), _flat(now)
+    old, new = flat(started), flat(now)
     names = sorted(old.keys() | new.keys())
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
@@ -292,10 +292,11 @@ def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options in groups by their dotted names, `train.max_steps`."""
     found: dict[str, Any] = {}
     for name, value in options.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
 

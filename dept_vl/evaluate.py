@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dept_vl.batch import Batch, Collator, EvaluationDraws, prepare_reader
 from dept_vl.decoding import generation_options, spellings
+from dept_vl.live import is_live
 from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
 from dept_vl.targets import target_texts
@@ -101,7 +102,7 @@ def evaluate(
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
     skipped: list[ExampleId] = []
-    for batch in tqdm(loader, desc="evaluating", disable=None if progress else True, leave=False):
+    for batch in tqdm(loader, desc="evaluating", disable=not (progress and is_live()), leave=False):
         skipped.extend(batch.skipped)
         if not batch.ids:
             if spread:

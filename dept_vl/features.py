@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from dept_vl.files import difference, read_json, read_tensors, write_atomically
 from dept_vl.images import ImageSource, confined, read_image
+from dept_vl.live import is_live
 from dept_vl.vision import VisionEncoder
 
 INDEX_FILE = "index.json"
@@ -418,7 +419,7 @@ def _encode(
         _Pixels(vision, paths), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers
     )
     total = sum(map(len, batches))
-    with tqdm(total=total, desc="encoding images", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=total, desc="encoding images", disable=not (progress and is_live()), leave=False) as bar:
         for rows, (pixels, messages) in zip(batches, loader, strict=True):
             yield rows, vision(pixels.to(device)).cpu(), messages
             bar.update(len(rows))

@@ -35,8 +35,10 @@ from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_object, write_atomically, writing
+from dept_vl.html_report import Answered, or_warn, write_run_report
 from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
+from dept_vl.log import LOG_FILE
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid, score_rows
@@ -47,7 +49,8 @@ from dept_vl.state import Progress, newest
 from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
-from dept_vl.train import BEST, LOG_FILE, TrainingTask, train
+from dept_vl.trackers import check_tracker, start_tracker
+from dept_vl.train import BEST, TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
 FEATURES_FILE = "features.json"
@@ -110,10 +113,12 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         FileNotFoundError: If data or images are missing.
         ValueError: If options are out of range, or do not fit the data or the backbone; the message says
             which.
+        ImportError: If the tracker's package is not installed.
         OSError, RuntimeError: If the machine fails the run, as `explained` says it.
     """
     started = time.perf_counter()
     validate(config)
+    check_tracker(config.log_with)
     disable_progress_bar()  # transformers' bars for loading weights
     accelerator = Accelerator(
         # Said plainly, or accelerate takes several processes on a bare CPU for as many single runs.
@@ -205,7 +210,11 @@ def _run(
     accelerator.print(f"{trainable['total']:,} trainable parameters: {trainable}\noutput: {output_dir}")
     training = None
     if trainable["total"]:
-        accelerator.init_trackers("dept_vl", config={"config": json.dumps(to_json(config))})
+        sizes = {} if model.prompt is None else family.describe(model.prompt)
+        found = {f"prompt.{name}": sizes[name] for name in ("prompt_length", "rank") if name in sizes}
+        found |= {f"trainable_parameters.{name}": count for name, count in trainable.items()}
+        steps = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        start_tracker(accelerator, config, output_dir, found, steps)
         if config.optim.prompt_lr < SUSPICIOUS_PROMPT_LR and "prompt" in trainable:
             accelerator.print(
                 f"warning: prompt_lr={config.optim.prompt_lr} is small for a soft prompt; 0.3 is usual"
@@ -260,6 +269,8 @@ def _run(
         text_and_image + (model.prompt.prompt_length if model.prompt else 0),
         text_and_image + config.prompt.reference_prompt_length,
     )
+    if training is not None:
+        accelerator.log({f"test/{name}": value for name, value in result.scores.items()}, step=training.steps)
     if accelerator.is_main_process:
         _write_results(config, model, tasks, evaluations, result)
     return result
@@ -543,6 +554,11 @@ def _write_results(
     # Last, and whole: it says that the run is finished.
     write_atomically(folder / SUMMARY_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
+    answered = [
+        Answered(task.test, task.options.test_split, evaluation.predictions, evaluation.scores)
+        for task, evaluation in zip(tasks, evaluations, strict=True)
+    ]
+    or_warn(lambda: write_run_report(folder, config, summary, answered))
 
 
 def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:

@@ -1,41 +1,32 @@
 """The one training loop."""
 
-import json
-import math
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws, prepare_reader
 from dept_vl.checkpoint import Adapter
 from dept_vl.evaluate import evaluate
-from dept_vl.files import one_line, write_atomically, writing
 from dept_vl.lengths import source_lengths
+from dept_vl.log import LOG_FILE, Log
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
 from dept_vl.spread import average_gradients, is_spread
 from dept_vl.state import Progress, TrainingState
 from dept_vl.tasks.example import Decoding, Task
-from dept_vl.tasks.predictions import ExampleId
 
 BEST, LAST = "best", "last"
 """Folders of a run: the adapter that scored best, and the one at the end."""
-LOG_FILE = "log.jsonl"
-SPIKE, SPIKE_WINDOW = 5.0, 20
-"""A loss is remarked on above so many times the median of so many logged before it."""
 ECHO_SECONDS = 3.0
 """A second Ctrl-C within this time is the first one's echo."""
 
@@ -166,7 +157,7 @@ def train(
     if checkpoint is not None:
         state.load_random_state(checkpoint)
     names = "+".join(task.dev.name for task in tasks)
-    log = _Log(accelerator, output_dir / LOG_FILE, progress, options)
+    log = Log(accelerator, output_dir / LOG_FILE, progress, options.max_steps, options.eval_every)
     model.train()
     with _Interrupt() as interrupt:
         end = min(options.max_steps, options.pause_at or options.max_steps)
@@ -174,7 +165,11 @@ def train(
             started = time.perf_counter()
             losses = []
             for _ in range(options.gradient_accumulation_steps):
-                batch = next(batches).to(accelerator.device)
+                batch = next(batches)
+                tokens = encoder_tokens(
+                    model, batch
+                )  # here, since on a device it would have to be waited for
+                batch = batch.to(accelerator.device)
                 _check_readable(batch, progress.steps + 1)
                 with accelerator.accumulate(*(() if spread else (wrapped,))):
                     with accelerator.autocast():
@@ -188,11 +183,11 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
-                log.note(batch, loss)
-            rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+                log.note(batch, tokens, loss)
+            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             schedule.step()
             progress.steps += 1
-            progress.train_seconds += time.perf_counter() - started
+            log.advance()
             step, last = progress.steps, progress.steps == end
             evaluating = last or step % options.eval_every == 0
             saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
@@ -201,6 +196,7 @@ def train(
             logging = evaluating or saving or step % options.log_every == 0
             if logging or progress.stopped_by:
                 mean_loss = log.look(torch.stack(losses).mean())
+            progress.train_seconds += time.perf_counter() - started  # now that the device has ended the step
             if logging:
                 log.loss(mean_loss, rates)
             if evaluating:
@@ -233,7 +229,7 @@ def _evaluate_dev(
     options: TrainOptions,
     progress: Progress,
     output_dir: Path,
-    log: "_Log",
+    log: Log,
 ) -> None:
     """Evaluate on the dev splits; keep the adapter if it is the best so far."""
     started = time.perf_counter()
@@ -284,145 +280,27 @@ def _primary(tasks: Sequence[TrainingTask]) -> str:
     return "mean of " + ", ".join(f"{task.dev.name} {task.dev.primary}" for task in tasks)
 
 
+def encoder_tokens(model: PromptedModel, batch: Batch) -> int:
+    """Tokens that the encoder reads of a batch: prompt, text and visual ones, padding left out.
+
+    Args:
+        model: With its prompt.
+        batch: Before it is moved to a device.
+    """
+    prompt, vision = model.prompt, model.backbone.vision
+    images = batch.pixel_values if batch.visual_features is None else batch.visual_features
+    each = 0 if prompt is None else prompt.prompt_length
+    if vision is not None and images is not None:
+        each += images.shape[1] * vision.token_count
+    return int(batch.attention_mask.sum()) + each * len(batch.ids)
+
+
 def _check_readable(batch: Batch, step: int) -> None:
     if not batch.ids:
         raise ValueError(
             f"no image of the batch at step {step} could be read (ids {list(batch.skipped[:5])}, ...); "
             "look at the image folder with scripts/prepare_data.py check"
         )
-
-
-class _Log:
-    """A line of JSON for every record, the same to the run's trackers, and what a person sees.
-
-    Losses are looked at only when they are logged, since each look waits for the device; a loss that
-    is not finite is found then, with the step and the batch that it came from.
-    """
-
-    def __init__(
-        self, accelerator: Accelerator, path: Path, progress: Progress, options: TrainOptions
-    ) -> None:
-        self.accelerator, self.path, self.progress, self.options = accelerator, path, progress, options
-        self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
-        self.examples = self.skipped = 0
-        self.usual: deque[float] = deque(maxlen=SPIKE_WINDOW)
-        main = accelerator.is_main_process
-        if main:
-            _cut_log(path, progress.steps)
-        # None: no bar where the output is no terminal; the log's lines are printed instead.
-        self.bar = tqdm(
-            total=options.max_steps, initial=progress.steps, desc="training", disable=None if main else True
-        )
-
-    def note(self, batch: Batch, loss: Tensor) -> None:
-        """Remember a batch until the next look."""
-        self.pending.append((self.progress.steps + 1, batch.ids, loss.detach()))
-        self.examples += len(batch.ids)
-        self.skipped += len(batch.skipped)
-
-    def look(self, loss: Tensor) -> float:
-        """Check all losses since the last look and count what was learnt.
-
-        Args:
-            loss: Of the last step, on this process.
-
-        Returns:
-            The same over all processes.
-
-        Raises:
-            ValueError: If one is not finite.
-        """
-        progress, accelerator = self.progress, self.accelerator
-        self._check_finite()
-        own = torch.stack([loss, loss.new_tensor(self.examples), loss.new_tensor(self.skipped)]).double()
-        mean_loss, examples, skipped = accelerator.reduce(own, "sum").tolist()
-        mean_loss /= accelerator.num_processes
-        progress.examples += round(examples)
-        progress.skipped += round(skipped)
-        self.examples = self.skipped = 0
-        return float(mean_loss)
-
-    def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
-        """Write the loss of a step."""
-        progress = self.progress
-        step, total = progress.steps, self.options.max_steps
-        speed = progress.examples / progress.train_seconds
-        self.bar.update(step - self.bar.n)
-        self.bar.set_postfix(loss=f"{mean_loss:.3f}", samples_per_second=f"{speed:.0f}")
-        record = {"loss": mean_loss, **rates, "samples_per_second": round(speed, 1)}
-        self._write(record | ({"skipped_examples": progress.skipped} if progress.skipped else {}))
-        if self.accelerator.is_main_process and self.bar.disable:
-            left = progress.train_seconds / step * (total - step)
-            print(f"step {step}/{total} loss {mean_loss:.3f} {left:.0f} s left", flush=True)
-        self._remark_spike(mean_loss)
-
-    def scores(self, name: str, score: float, scores: Mapping[str, float]) -> None:
-        """Write the figures of an evaluation."""
-        self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
-        if self.accelerator.is_main_process:
-            self.bar.write(f"step {self.progress.steps}: dev {name} {score:.2f}")
-
-    def close(self) -> None:
-        """End the bar."""
-        self.bar.close()
-
-    def _check_finite(self) -> None:
-        losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
-        pending, self.pending = self.pending, []
-        for (step, ids, _), loss in zip(pending, losses, strict=True):
-            if not math.isfinite(loss):
-                folder = self.path.parent
-                raise ValueError(
-                    f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower "
-                    "the learning rates or train in full precision, in a new run. Checkpoints and the best "
-                    f"adapter in {folder} are of steps before"
-                )
-
-    def _remark_spike(self, mean_loss: float) -> None:
-        usual = median(self.usual) if len(self.usual) == SPIKE_WINDOW else math.inf
-        if self.accelerator.is_main_process and mean_loss > SPIKE * usual:
-            self.bar.write(
-                f"warning: the loss is {mean_loss:.3f} at step {self.progress.steps}; {usual:.3f} is usual. "
-                "If it stays there, lower the learning rates in a new run"
-            )
-        self.usual.append(mean_loss)
-
-    def _write(self, record: Mapping[str, float]) -> None:
-        step = self.progress.steps
-        if self.accelerator.is_main_process:
-            with writing(self.path), self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **record}) + "\n")
-        self.accelerator.log(dict(record), step=step)
-
-
-def best_dev(run: Path, steps: int | None = None) -> float:
-    """The best figure that a run had on its dev splits, of several tasks the mean.
-
-    Args:
-        run: Its folder.
-        steps: Up to which evaluations count; None for all.
-    """
-    records = map(json.loads, (run / LOG_FILE).read_text().splitlines())
-    return max(
-        float(record["score"])
-        for record in records
-        if "score" in record and (steps is None or record["step"] <= steps)
-    )
-
-
-def _cut_log(path: Path, steps: int) -> None:
-    """Leave the lines of a log up to a step; those behind it will come again."""
-    if not path.is_file():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
-            "move it away to go on without it"
-        ) from None
-    write_atomically(path, "".join(kept).encode())
 
 
 class _Interrupt:

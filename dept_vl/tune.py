@@ -23,10 +23,10 @@ from accelerate.utils import broadcast_object_list
 from dept_vl.config import RunConfig, differences, to_json, validate
 from dept_vl.family import LONG
 from dept_vl.files import read_object, write_atomically
+from dept_vl.log import best_dev
 from dept_vl.report import markdown_table
 from dept_vl.run import CONFIG_FILE, RunResult, run
 from dept_vl.tasks.nlp_table import TEXT_TASKS
-from dept_vl.train import best_dev
 
 Space = dict[str, tuple[float, float] | list[int]]
 """The range of each rate, and the lengths of the prompt."""

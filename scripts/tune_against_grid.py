@@ -21,10 +21,10 @@ from dept_vl.config import RunConfig
 from dept_vl.extract import with_features
 from dept_vl.files import write_atomically
 from dept_vl.intervals import interval
+from dept_vl.log import best_dev
 from dept_vl.optim import OptimOptions
 from dept_vl.report import markdown_table
 from dept_vl.run import RunResult
-from dept_vl.train import best_dev
 from dept_vl.tune import GRID, cost, grid, tune
 
 

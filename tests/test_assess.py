@@ -77,7 +77,7 @@ def test_the_split_of_the_run_is_scored_as_the_run_did(
     found = evaluate()
     assert found.evaluation.scores == finished.result.scores
     assert found.evaluation.predictions == written(finished.folder / "predictions.json")
-    assert files(found.output_dir).keys() == {"predictions.json", "scores.json", "answers.png"}
+    assert files(found.output_dir).keys() == {"predictions.json", "scores.json", "answers.png", "report.html"}
     for name in ("predictions.json", "answers.png"):
         assert (found.output_dir / name).read_bytes() == before[name]
     assert json.loads((found.output_dir / "scores.json").read_text()) == finished.result.scores

@@ -658,6 +658,7 @@ class Sizes:
     count: int
     name: str = "sizes"
     primary: str = "accuracy"
+    marked_by: str = "right or wrong"
     decoding: Decoding = Decoding(4)
     prediction_format: PredictionFormat = PredictionFormat("id", "answer", "int")
 
@@ -684,6 +685,9 @@ class Sizes:
 
     def written(self, answer: str) -> str:
         return answer
+
+    def mark(self, example: Example, prediction: str) -> float:
+        return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         right = [predictions[index] == self[index].targets[0][0] for index in range(self.count)]

@@ -20,12 +20,12 @@ from dept_vl.compare import COMPARED, TASKS, CompareConfig, task_config
 from dept_vl.compare_report import Row, bars, report
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.intervals import interval
+from dept_vl.log import best_dev
 from dept_vl.optim import OptimOptions
 from dept_vl.run import RunResult, build_model, load_backbone, run
 from dept_vl.scenes.official import write_concepts
 from dept_vl.scenes.questions import CODES
 from dept_vl.tasks import load_task
-from dept_vl.train import best_dev
 from scripts import compare as script
 
 ROOT = Path(__file__).parents[1]

@@ -29,9 +29,10 @@ from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter
 from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
 from dept_vl.faults import explained
+from dept_vl.log import SPIKE_WINDOW, Log
 from dept_vl.run import run
 from dept_vl.state import Progress, TrainingState
-from dept_vl.train import SPIKE_WINDOW, TrainOptions, _Log
+from dept_vl.train import TrainOptions
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +134,7 @@ def assert_goes_on(config: RunConfig, whole: RunConfig) -> None:
         (TrainingState, "save", 1, "checkpoints/.step-00000002.partial/rng-0.safetensors", "the beginning"),
         (TrainingState, "save", 2, "checkpoints/.step-00000004.partial/rng-0.safetensors", "step 2"),
         (Adapter, "save", 1, "best/adapter.safetensors", "step 2"),
-        (_Log, "scores", 2, "log.jsonl", "step 4"),
+        (Log, "scores", 2, "log.jsonl", "step 4"),
         (dept_vl.run, "write_answers", 1, "predictions.json", "step 6"),
     ],
 )
@@ -212,7 +213,7 @@ def test_a_file_in_the_way(config: RunConfig, whole: RunConfig) -> None:
 
 def test_the_folder_is_removed(config: RunConfig, whole: RunConfig, tmp_path: Path) -> None:
     folder = Path(config.output_dir or "")
-    patch = at_call(_Log, "scores", 1, lambda *_: folder.rename(tmp_path / "moved"))
+    patch = at_call(Log, "scores", 1, lambda *_: folder.rename(tmp_path / "moved"))
     message = fails(config)
     patch.undo()
     assert f"something was removed or is in the way at {folder / 'log.jsonl'}" in message
@@ -352,7 +353,7 @@ def test_a_loss_that_jumps_is_remarked_on(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     progress = Progress(train_seconds=1.0)
-    log = _Log(Accelerator(cpu=True), tmp_path / "log.jsonl", progress, TrainOptions(max_steps=99))
+    log = Log(Accelerator(cpu=True), tmp_path / "log.jsonl", progress, max_steps=99, eval_every=99)
     for loss in [9.0, *[1.0] * SPIKE_WINDOW, 4.9, 5.1, 1.0]:
         progress.steps += 1
         log.loss(loss, {})

@@ -73,7 +73,7 @@ def result_of(folder: Path) -> dict[str, Any]:
     """What a run leaves that must not depend on kills."""
     summary = json.loads((folder / "summary.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    timed = ("samples_per_second",)
+    timed = ("samples_per_second", "tokens_per_second", "memory_gib", "seconds_left")
     return {
         "tensors": {
             (name, key): tensor.numpy().tobytes()

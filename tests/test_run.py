@@ -52,6 +52,7 @@ FILES = {
         "answers.png",
         "summary.json",
         "summary.md",
+        "report.html",
     ),
     *("best/adapter.json", "best/adapter.safetensors", "last/adapter.json", "last/adapter.safetensors"),
 }

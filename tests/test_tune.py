@@ -13,8 +13,8 @@ from runs import assert_same, in_two_processes, log, reset_accelerate, tiny_run,
 import dept_vl.tune
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, to_json
+from dept_vl.log import best_dev
 from dept_vl.run import RunResult, run
-from dept_vl.train import best_dev
 from dept_vl.tune import GRID, cost, rungs, tune
 from scripts import tune_against_grid
 from scripts.train_vqa import main

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from dept_vl.images import confined
 from dept_vl.metrics.caption import CaptionScore, score_captions
+from dept_vl.metrics.text import squad
 from dept_vl.tasks.example import Decoding, Example
 from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.records import field, read_list
@@ -67,6 +68,7 @@ class COCOCaptions:
     meteor: bool = True
     name: str = "coco"
     primary: str = "CIDEr"
+    marked_by: str = "word F1 with the closest human caption (no official figure)"
     decoding: Decoding = Decoding(max_new_tokens=40, num_beams=5)
     prediction_format: PredictionFormat = PredictionFormat("image_id", "caption", "int")
     source_text: str = "caption:"
@@ -106,6 +108,7 @@ class COCOCaptions:
             targets=tuple((caption, 1.0) for caption in dict.fromkeys(row["answers"])),
             in_turn=True,
             question=row["answers"][0],
+            answers=tuple(row["answers"]),
         )
 
     def source(self, question: str) -> str:
@@ -134,6 +137,10 @@ class COCOCaptions:
     def subset(self, indices: Sequence[int]) -> "COCOCaptions":
         """These images alone. Their CIDEr is their own: its weights come from the captions scored."""
         return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """Word F1 with the closest human caption: CIDEr and the others are of many images."""
+        return squad([prediction], [example.answers])["f1"] / 100
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100."""

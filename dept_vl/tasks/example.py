@@ -22,6 +22,8 @@ class Example:
             proportion to its score.
         question: The bare question, to show.
         answer: The most usual human answer, to show; empty where none is published.
+        answers: All human answers, each as often as it was given, to show.
+        kinds: What it is one of, by kind of kind: `("answer type", "yes/no")`. Accuracies are shown for each.
     """
 
     example_id: ExampleId
@@ -31,6 +33,8 @@ class Example:
     in_turn: bool = False
     question: str = ""
     answer: str = ""
+    answers: tuple[str, ...] = ()
+    kinds: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,11 @@ class Task(Protocol):
     @property
     def primary(self) -> str:
         """The figure by which adapters are compared; higher is better."""
+        ...
+
+    @property
+    def marked_by(self) -> str:
+        """What `mark` gives, in words."""
         ...
 
     @property
@@ -94,6 +103,10 @@ class Task(Protocol):
 
     def written(self, answer: str) -> str:
         """A decoded answer as it goes into a submission."""
+        ...
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """How good one answer is, from 0 to 1, to an example whose answers are published; to show it."""
         ...
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:

@@ -88,6 +88,7 @@ class GQA:
     choices_file: Path | None = None
     name: str = "gqa"
     primary: str = "accuracy"
+    marked_by: str = "right or wrong"
     decoding: Decoding = Decoding(max_new_tokens=10)
     prediction_format: PredictionFormat = PredictionFormat("questionId", "prediction", "str")
     prefix: str = "gqa: "
@@ -123,6 +124,13 @@ class GQA:
             targets=tuple((answer, 1.0) for answer in row["answers"]),
             question=row["question"],
             answer="".join(row["answers"]),
+            answers=tuple(row["answers"]),
+            # Figures are of balanced questions.
+            kinds=tuple(
+                (f"{name} type", row[name])
+                for name in ("structural", "semantic")
+                if row["answers"] and row["is_balanced"]
+            ),
         )
 
     def source(self, question: str) -> str:
@@ -145,6 +153,10 @@ class GQA:
     def subset(self, indices: Sequence[int]) -> "GQA":
         """These questions alone."""
         return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """1 for the gold answer, as written."""
+        return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Accuracy, binary, open, distribution; with a choices file validity and plausibility.

@@ -19,9 +19,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from dept_vl.metrics.text import squad
 from dept_vl.tasks.example import Decoding, Example
 from dept_vl.tasks.nlp_source import DatasetName, Source, check_columns, open_source
 from dept_vl.tasks.nlp_table import TEXT_TASKS, Part, Row, TextSpec
+from dept_vl.tasks.nlp_table import number as read_number
 from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.rows import Indices, Rows, convert
 
@@ -35,6 +37,8 @@ SCHEMA = pa.schema(
 )
 UNLABELLED = (None, "", -1, "-1")
 """What stands for a label that is not published."""
+FAR = 5
+"""Between the least and the largest number that is an answer (stsb)."""
 DRAWING_SEED = 42
 """Of the examples that are held out: this literature's."""
 SHORT = {"dev": "validation", "val": "validation"}
@@ -92,6 +96,13 @@ class TextTask:
         return self.spec.primary
 
     @property
+    def marked_by(self) -> str:
+        """A class is right or wrong, a number is near or far, and free answers share words."""
+        if self.spec.words:
+            return "right or wrong"
+        return "word F1" if self.spec.answer is None else f"1 - distance / {FAR}"
+
+    @property
     def decoding(self) -> Decoding:
         """Greedy; among the words of the classes where there are any."""
         return Decoding(self.spec.max_new_tokens, candidates=tuple(self.spec.words.values()))
@@ -109,6 +120,8 @@ class TextTask:
             targets=((answer, 1.0),) if row["answers"] else (),
             question=row["source_text"],
             answer=answer,
+            answers=tuple(row["answers"]),
+            kinds=(("class", answer),) if answer and self.spec.words else (),
         )
 
     def source(self, question: str) -> str:
@@ -149,6 +162,15 @@ class TextTask:
     def subset(self, indices: Sequence[int]) -> "TextTask":
         """These examples alone."""
         return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """As `marked_by` says; what should be a number and is none gets 0."""
+        if self.spec.words:
+            return float(prediction == example.answer)
+        if self.spec.answer is None:
+            return squad([prediction], [example.answers])["f1"] / 100
+        found = read_number(prediction)
+        return 0.0 if found < 0 else max(0.0, 1 - abs(found - float(example.answer)) / FAR)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """The task's figures in percent, the primary one first; empty where labels are not published."""

@@ -68,6 +68,7 @@ class NLVR2:
     image_folder: Path
     name: str = "nlvr2"
     primary: str = "accuracy"
+    marked_by: str = "right or wrong"
     decoding: Decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
     prediction_format: PredictionFormat = PredictionFormat("identifier", "prediction", "str", "csv")
     prefix: str = "nlvr: "
@@ -102,6 +103,8 @@ class NLVR2:
             targets=tuple((answer, 1.0) for answer in answers),
             question=row["sentence"],
             answer=answers[0] if answers else "",
+            answers=tuple(answers),
+            kinds=tuple(("label", answer) for answer in answers),
         )
 
     def source(self, question: str) -> str:
@@ -125,6 +128,10 @@ class NLVR2:
     def subset(self, indices: Sequence[int]) -> "NLVR2":
         """These sentences alone."""
         return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """1 for the right word."""
+        return float(prediction.lower() == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Accuracy and consistency in percent; empty where no labels are published."""

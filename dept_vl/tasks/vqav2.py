@@ -131,6 +131,7 @@ class VQAv2:
     normalisation: Normalisation = "official"
     name: str = "vqav2"
     primary: str = "overall"
+    marked_by: str = "VQA accuracy"
     decoding: Decoding = Decoding(max_new_tokens=10)
     prediction_format: PredictionFormat = PredictionFormat("question_id", "answer", "int")
     prefix: str = "vqa: "
@@ -172,6 +173,10 @@ class VQAv2:
             targets=_targets(answers),
             question=row["question"],
             answer=Counter(answers).most_common(1)[0][0] if answers else "",
+            answers=answers,
+            kinds=tuple(
+                (name.replace("_", " "), row[name]) for name in ("answer_type", "question_type") if answers
+            ),
         )
 
     def source(self, question: str) -> str:
@@ -196,6 +201,10 @@ class VQAv2:
     def subset(self, indices: Sequence[int]) -> "VQAv2":
         """These questions alone."""
         return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """The official accuracy of one answer."""
+        return vqa_accuracy(prediction, example.answers, normalisation=self.normalisation)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Official accuracy: `overall`, then per answer type and per question type.
