@@ -38,7 +38,7 @@ class Options:
     """Of the search."""
     seeds: tuple[int, ...] = (1, 2, 3)
     """One grid and one search for each."""
-    max_steps: int = 60
+    max_steps: int = 160
     """Steps of a whole run."""
     batch_size: int = 8
     """Examples of a step."""
