@@ -31,7 +31,7 @@ vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it,
 		--num_cpu_threads_per_process $(CORES) \
 		scripts/train_vqa.py --config data/configs/easy-vqa.json
 
-compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods, 3 seeds each
+compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods
 	$(BIN)/python scripts/compare.py
 
 lint: $(STAMP)

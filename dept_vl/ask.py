@@ -24,6 +24,7 @@ from dept_vl.features import FeatureTable, load_pixels
 from dept_vl.images import ImageSource
 from dept_vl.model import PromptedModel
 from dept_vl.tasks.example import Asked, Decoding, Example
+from dept_vl.vision import VisionEncoder
 
 ENCODED_AT_ONCE = 32
 """Images that go through the vision tower together."""
@@ -228,20 +229,22 @@ def encode_images(
     if vision is None or not distinct:
         return None, names
     device = next(vision.parameters()).device
-    pixels = []
-    for number, image in enumerate(distinct, 1):
-        try:
-            pixels.append(load_pixels(vision, image))
-        except (ValueError, FileNotFoundError) as error:
-            place = f"image {number} of {len(distinct)}: " if len(distinct) > 1 else ""
-            raise type(error)(f"{place}{error}") from None
-    features = torch.cat([vision(torch.stack(part).to(device)) for part in _chunks(pixels)])
+    parts = []
+    for start in range(0, len(distinct), ENCODED_AT_ONCE):
+        some = enumerate(distinct[start : start + ENCODED_AT_ONCE], start + 1)
+        pixels = [_read(vision, image, number, len(distinct)) for number, image in some]
+        parts.append(vision(torch.stack(pixels).to(device)).float().cpu())
     places = {Path(f"image-{number}"): (0, number) for number in range(len(distinct))}
-    return FeatureTable([features.float().cpu()], places, {}), names
+    return FeatureTable([torch.cat(parts)], places, {}), names
 
 
-def _chunks(items: list[T]) -> list[list[T]]:
-    return [items[start : start + ENCODED_AT_ONCE] for start in range(0, len(items), ENCODED_AT_ONCE)]
+def _read(vision: VisionEncoder, image: ImageSource, number: int, count: int) -> torch.Tensor:
+    """Pixels of an image; an error says which of several it is."""
+    try:
+        return load_pixels(vision, image)
+    except (ValueError, FileNotFoundError) as error:
+        place = f"image {number} of {count}: " if count > 1 else ""
+        raise type(error)(f"{place}{error}") from None
 
 
 def _collate(reader: Predictor, example: Example, table: FeatureTable | None) -> Batch:

@@ -20,6 +20,7 @@ from dept_vl.files import read_json
 from dept_vl.html_report import Answered, or_warn, write_evaluation_report
 from dept_vl.report import markdown_table, score_rows
 from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, write_answers
+from dept_vl.sharing import BEST
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
 from dept_vl.step import hold_frozen_in_bfloat16
@@ -27,7 +28,6 @@ from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Asked, Decoding, Task, limit
 from dept_vl.tasks.nlp_table import TEXT_TASKS
-from dept_vl.train import BEST
 from dept_vl.vision import VisionEncoder
 
 SCORES_FILE = "scores.json"

@@ -1,6 +1,7 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -199,9 +200,10 @@ def prepare_reader(worker: int) -> None:
     for forever: the reader ends, which is noticed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
     else:  # macOS does not say who sent a signal
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # The hook that the standard library has for it; torch's queues are of this class.
@@ -211,7 +213,7 @@ def prepare_reader(worker: int) -> None:
 def _end_when_told_by(sender: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
-    os._exit(128 + signal.SIGTERM)
+    os._exit(0)  # as after any other end that it was told of
 
 
 def _end_reader(error: Exception, batch: object) -> None:

@@ -33,6 +33,8 @@ METRICS |= {f"Bleu_{n}": "bleu" for n in range(1, 5)}
 """The Hub's name of a figure, where it is another than the figure's own in small letters."""
 LOCAL = ("data_dir", "features_dir", "shots_file", "output_dir", "resume", "log_with", "init_from")
 """Options that tell of one machine alone."""
+MODELS = ("backbone", "vision", "language")
+"""Options that name a model of the Hub, or a folder of this machine."""
 
 
 def training_of(run: Path, task: str) -> dict[str, Any]:
@@ -51,7 +53,9 @@ def training_of(run: Path, task: str) -> dict[str, Any]:
     if "+".join(tasks) != task:
         raise ValueError(f"the adapter was trained on {task}, and the run at {run} on {'+'.join(tasks)}")
     found: dict[str, Any] = _without_local(config)
-    return found
+    backbone = found.get("backbone", {})
+    folders = {name for name in MODELS if backbone.get(name) and not _on_hub(str(backbone[name]))}
+    return found | {"backbone": {name: v for name, v in backbone.items() if name not in folders}}
 
 
 def model_card(
@@ -204,7 +208,10 @@ def _training(training: Mapping[str, Any]) -> str:
     script = SCRIPTS.get(_tasks_of(training)[0], "train_nlp")
     return (
         markdown_table(["option", "value"], [(label, value) for label, value in rows if value is not None])
-        + f"\n\nAll options stand in `{TRAINING_FILE}`; with the data in place (`--data_dir`), again:"
+        + f"\n\nThe options stand in `{TRAINING_FILE}`, but those that name files of the machine it was "
+        "trained on: the data (`--data_dir`), models from a folder (`--backbone`, `--vision`, `--language`), "
+        "adapters that it began from (`--init_from`) and lists of examples (`--shots_file`). With these in "
+        "place, again:"
         f"\n\n```\naccelerate launch scripts/{script}.py --config {TRAINING_FILE}\n```"
     )
 

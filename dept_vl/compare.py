@@ -25,7 +25,7 @@ from dept_vl.backbone import TrainedPart
 from dept_vl.bench.costs import StepCost, measure_steps
 from dept_vl.cli import read_config
 from dept_vl.compare_report import Row, report
-from dept_vl.config import RunConfig
+from dept_vl.config import RunConfig, differences, to_json
 from dept_vl.extract import with_features
 from dept_vl.family import METHODS, Method
 from dept_vl.files import read_object, write_atomically
@@ -33,7 +33,7 @@ from dept_vl.intervals import interval
 from dept_vl.log import best_dev
 from dept_vl.metrics.caption import check_installed
 from dept_vl.optim import OptimOptions
-from dept_vl.run import SUMMARY, SUMMARY_FILE, load_backbone, run
+from dept_vl.run import CONFIG_FILE, SUMMARY, SUMMARY_FILE, load_backbone, run
 from dept_vl.splits import load_splits
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 
@@ -298,16 +298,26 @@ def _label(rates: Rates) -> str:
 
 
 def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
-    """Run with these rates; a run that is finished is left alone, one that was stopped goes on."""
+    """Run with these rates; a run that is finished is left alone, one that was stopped goes on.
+
+    Raises:
+        ValueError: If it was begun with other options.
+    """
     output_dir = folder / ",".join(filter(None, [kind, _label(rates)]))
-    if not (output_dir / SUMMARY_FILE).is_file():
-        print(f"\n{output_dir}", flush=True)
-        optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
-        result = run(
-            replace(configured, optim=optim, output_dir=output_dir, resume="auto"), more_to_come=True
-        )
-        if result.exit_status:
-            raise SystemExit(result.exit_status)
+    optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
+    configured = replace(configured, optim=optim, output_dir=output_dir, resume="auto")
+    if (output_dir / SUMMARY_FILE).is_file():
+        changed = differences(read_object(output_dir / CONFIG_FILE, dict), to_json(configured))
+        if changed:
+            raise ValueError(
+                f"{output_dir} was made with other options ({'; '.join(changed)}); choose another "
+                "--output_dir"
+            )
+        return output_dir
+    print(f"\n{output_dir}", flush=True)
+    result = run(configured, more_to_come=True)
+    if result.exit_status:
+        raise SystemExit(result.exit_status)
     return output_dir
 
 
@@ -317,15 +327,17 @@ def step_costs(
     """Time and memory of a step of every method, measured in turn, once."""
     names = [name for of_task, name in pairs if of_task == task]
     path = config.output_dir / task / STEPS_FILE
+    rounds = 1 if config.smallest else config.rounds
+    settings = {"batch_size": base.train.per_device_batch_size, "rounds": rounds}
     if path.is_file():
-        kept = read_object(path, {str: {"seconds": [float], "bytes": int}})
-        costs = {name: StepCost(**cost) for name, cost in kept.items()}
-        if all(name in costs for name in names if name != "zero-shot"):
+        kept = read_object(path, {"settings": {str: int}, "costs": {str: {"seconds": [float], "bytes": int}}})
+        costs = {name: StepCost(**cost) for name, cost in kept["costs"].items()}
+        if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
             return costs
     seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
     configs = {name: COMPARED[name].configure(seeded) for name in names}
-    costs = measure_steps(configs, 1 if config.smallest else config.rounds)
-    content = {name: asdict(cost) for name, cost in costs.items()}
+    costs = measure_steps(configs, rounds)
+    content = {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     return costs
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +50,7 @@ def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
     """What happened and what helps; empty for what is no fault of the machine."""
     text = " ".join(str(error).split())
     # A reader that may open no more files closes the connection over which it should hand a batch.
-    if MANY_FILES in text or isinstance(error, (EOFError, ConnectionError)):
+    if MANY_FILES in text or _handing_over(error):
         return (
             "this process may open no more files (Too many open files); lower --num_workers (0 opens the "
             "fewest) or raise the limit by ulimit -n"
@@ -67,6 +68,13 @@ def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
     if any(lost in text for lost in LOST):
         return "another process of this run has ended; what it said is the cause"
     return ""
+
+
+def _handing_over(error: Exception) -> bool:
+    """Whether a batch that a reader should hand over did not come."""
+    frames = traceback.extract_tb(error.__traceback__)
+    between = any("multiprocessing" in Path(frame.filename).parts for frame in frames)
+    return between and isinstance(error, (EOFError, ConnectionError))
 
 
 def _of_file(error: OSError, option: str) -> str:

@@ -18,16 +18,17 @@ from jaxtyping import Float
 
 from dept_vl.checkpoint import Adapter
 from dept_vl.config import RunConfig, flat, to_json
-from dept_vl.files import one_line, read_json, write_atomically
+from dept_vl.description import read_description
+from dept_vl.files import one_line, write_atomically
 from dept_vl.images import read_image
 from dept_vl.live import duration
 from dept_vl.log import LOG_FILE
 from dept_vl.page import chart, page, table, text, tiles
 from dept_vl.report import scale_of
+from dept_vl.sharing import BEST
 from dept_vl.sharing import CONFIG_FILE as ADAPTER_FILE
 from dept_vl.tasks.example import Example, Task
 from dept_vl.tasks.predictions import ExampleId
-from dept_vl.train import BEST
 
 REPORT_FILE = "report.html"
 SHOWN, BEST_SHOWN = 48, 12
@@ -86,7 +87,8 @@ def write_run_report(
     Returns:
         The page.
     """
-    adapter = read_json(folder / BEST / ADAPTER_FILE) if (folder / BEST / ADAPTER_FILE).is_file() else {}
+    described = folder / BEST / ADAPTER_FILE
+    adapter = read_description(described) if described.is_file() else {}
     lines = (folder / LOG_FILE).read_text().splitlines() if (folder / LOG_FILE).is_file() else []
     # Where it lies and how it went on is nothing of what it is.
     options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
@@ -154,7 +156,7 @@ def mark(answered: Answered) -> Marks:
 
 
 def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[list[int], list[int]]:
-    """What is shown: the worst answers, worst first, and the best, each of another image.
+    """What is shown: the worst answers, worst first, and the best, other images before the same again.
 
     Of equal answers those come first on which humans agree most; then chance decides, always the same.
 
@@ -171,7 +173,8 @@ def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[lis
     if np.isnan(found.marks).any():
         return _distinct(np.argsort(chance), images, SHOWN, seen), []
     worst_first = np.lexsort((chance, -found.agreed, found.marks))
-    worst = _distinct(worst_first[found.marks[worst_first] < 1], images, SHOWN - BEST_SHOWN, seen)
+    wrong = worst_first[found.marks[worst_first] < 1]
+    worst = _distinct(wrong, images, SHOWN - BEST_SHOWN, seen, fill=True)
     best_first = np.lexsort((chance, -found.agreed, -found.marks))
     others = best_first[(found.marks[best_first] > 0) & ~np.isin(best_first, worst)]
     return worst, _distinct(others, images, BEST_SHOWN, seen)
@@ -329,17 +332,24 @@ def _distinct(
     images: Callable[[int], tuple[Path, ...]],
     count: int,
     seen: set[tuple[Path, ...]],
+    *,
+    fill: bool = False,
 ) -> list[int]:
-    """The first so many whose images are not among those seen, which are noted."""
-    chosen: list[int] = []
-    for index in map(int, ordered):
+    """The first so many whose images are not among those seen, which are noted; in their order.
+
+    With `fill`, if there are fewer, the first of the others too.
+    """
+    chosen: list[tuple[int, int]] = []  # place in the order, and what stands there
+    passed: list[tuple[int, int]] = []
+    for place, index in enumerate(map(int, ordered)):
         if len(chosen) == count:
             break
         shown = images(index)
-        if not shown or shown not in seen:
-            seen.add(shown)
-            chosen.append(index)
-    return chosen
+        (passed if shown and shown in seen else chosen).append((place, index))
+        seen.add(shown)
+    if fill:
+        chosen = sorted([*chosen, *passed[: count - len(chosen)]])
+    return [index for _, index in chosen]
 
 
 def _trained(parameters: Mapping[str, int]) -> list[tuple[str, str]]:

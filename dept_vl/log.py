@@ -109,9 +109,13 @@ class Log:
         self.line.tell(progress.steps, figures)
         self._remark_spike(mean_loss)
 
-    def scores(self, name: str, score: float, scores: Mapping[str, float]) -> None:
-        """Write the figures of an evaluation."""
-        self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
+    def scores(self, name: str, score: float, scores: Mapping[str, float], *, keep: bool = True) -> None:
+        """Tell the figures of an evaluation, and write those to be kept.
+
+        A resumed run keeps the lines up to its checkpoint: what an undisturbed run has not must not be there.
+        """
+        if keep:
+            self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
         self.line.say(f"step {self.progress.steps}: dev {name} {score:.2f}")
 
     def advance(self) -> None:

@@ -17,10 +17,11 @@ from dept_vl.cli import read_config
 from dept_vl.config import RunConfig
 from dept_vl.files import one_line
 from dept_vl.run import CONFIG_FILE, load_backbone
+from dept_vl.sharing import BEST
 from dept_vl.sharing import CONFIG_FILE as ADAPTER_FILE
 from dept_vl.tasks import TASKS, asked
 from dept_vl.tasks.example import Asked
-from dept_vl.train import BEST, LAST
+from dept_vl.train import LAST
 
 LONGEST_TEXT = 512
 """Tokens of a text where neither a prompt nor a run says how long it may be."""
@@ -38,8 +39,8 @@ def load(
 
     Args:
         source: The folder of a run or of an adapter, or an adapter's name on the Hub (`user/adapter`).
-        backbone: See `find_backbone`. One that is loaded is shared, not changed: any number of adapters
-            may be loaded on it.
+        backbone: See `find_backbone`. One that is loaded is shared by any number of adapters: it is frozen
+            and put in evaluation mode, its weights stay as they are.
         revision: Of a name on the Hub.
         task: How questions are asked; None takes the adapter's. It has to be said where that was several,
             or is none of this package's.

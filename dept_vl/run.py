@@ -42,6 +42,7 @@ from dept_vl.log import LOG_FILE
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid, score_rows
+from dept_vl.sharing import BEST
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
@@ -50,7 +51,7 @@ from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
 from dept_vl.trackers import check_tracker, start_tracker
-from dept_vl.train import BEST, TrainingTask, train
+from dept_vl.train import TrainingTask, train
 
 CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
 FEATURES_FILE = "features.json"

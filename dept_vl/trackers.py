@@ -58,7 +58,9 @@ def start_tracker(
     # The folder has its name only now.
     accelerator.project_configuration.logging_dir = str(output_dir)
     options: dict[str, dict[str, Any]] = {}
-    if config.log_with == "tensorboard" and steps:
+    board = output_dir / PROJECT
+    begun = config.log_with == "tensorboard" and board.is_dir() and any(board.rglob("events.*"))
+    if begun:
         options["tensorboard"] = {"purge_step": steps + 1}
     if config.log_with in ("wandb", "trackio") and accelerator.is_main_process:
         key = _key(output_dir / TRACKER_FILE)
@@ -66,7 +68,7 @@ def start_tracker(
         options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
     chosen = {name: option for name, option in options.items() if name == config.log_with}
     # TensorBoard would have them a second time, as of another run.
-    told = None if steps and config.log_with == "tensorboard" else hyper_parameters(config) | dict(found)
+    told = None if begun else hyper_parameters(config) | dict(found)
     accelerator.init_trackers(PROJECT, config=told, init_kwargs=chosen)
 
 

@@ -21,11 +21,12 @@ from dept_vl.lengths import source_lengths
 from dept_vl.log import LOG_FILE, Log
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
+from dept_vl.sharing import BEST
 from dept_vl.spread import average_gradients, is_spread
 from dept_vl.state import Progress, TrainingState
 from dept_vl.tasks.example import Decoding, Task
 
-BEST, LAST = "best", "last"
+LAST = "last"
 """Folders of a run: the adapter that scored best, and the one at the end."""
 ECHO_SECONDS = 3.0
 """A second Ctrl-C within this time is the first one's echo."""
@@ -206,8 +207,10 @@ def train(
             if progress.stopped_by:
                 break
         if progress.stopped_by == signal.SIGINT and not progress.best_step:
-            # Somebody is waiting for an adapter; the checkpoint knows nothing of this evaluation.
-            _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
+            # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
+            _evaluate_dev(
+                model, tasks, dev_collator, accelerator, options, progress, output_dir, log, keep=False
+            )
     log.close()
     if accelerator.is_main_process:
         Adapter.of(model, task=names, metrics=progress.scores).save(output_dir / LAST)
@@ -230,12 +233,14 @@ def _evaluate_dev(
     progress: Progress,
     output_dir: Path,
     log: Log,
+    *,
+    keep: bool = True,
 ) -> None:
-    """Evaluate on the dev splits; keep the adapter if it is the best so far."""
+    """Evaluate on the dev splits; keep the adapter if it is the best so far, and the figures if asked to."""
     started = time.perf_counter()
     score, scores = _evaluate_all(model, tasks, collator, accelerator, options)
     progress.eval_seconds += time.perf_counter() - started
-    log.scores(_primary(tasks), score, scores)
+    log.scores(_primary(tasks), score, scores, keep=keep)
     progress.evaluations_without_progress += 1
     better = score > progress.best_score
     progress.scores = scores

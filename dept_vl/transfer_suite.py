@@ -185,7 +185,8 @@ def wins(found: Mapping[str, Cells], shots: Sequence[int]) -> str:
     for k, start in product(shots, INHERITED):
         gains = {name: gain(cells, k, start) for name, cells in found.items()}
         better = [name for name, one in gains.items() if one.mean > 0]
-        sure = [name for name in better if gains[name].mean > (gains[name].half_width or 0.0)]
+        widths = {name: gains[name].half_width for name in better}
+        sure = [name for name, width in widths.items() if width is not None and gains[name].mean > width]
         lines.append(
             f"- k={k}, {NAMES[start]}: better than from scratch on {len(better)} of {len(found)} targets "
             f"({', '.join(better) or 'none'}), on {len(sure)} by more than the 95% interval."

@@ -21,8 +21,9 @@ from dept_vl.cli import read_config
 from dept_vl.config import RunConfig, to_json
 from dept_vl.report import markdown_table
 from dept_vl.scenes.official import write_tasks
+from dept_vl.sharing import BEST
 from dept_vl.state import checkpoints, newest
-from dept_vl.train import BEST, LAST
+from dept_vl.train import LAST
 
 ROOT = Path(__file__).parents[1]
 FEWEST = 4

@@ -95,6 +95,7 @@ def _loaded(
     def load(language: str, tower: str | None, visual_position_bias: str) -> Backbone:
         key = (language, tower, visual_position_bias)
         if key not in loaded:
+            torch.manual_seed(0)  # whichever test comes first
             loaded[key] = Backbone.from_pretrained(
                 language=folders[language],
                 vision=None if tower is None else vision_folders[tower],

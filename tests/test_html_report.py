@@ -153,8 +153,8 @@ def test_a_run_leaves_a_page_that_shows_it(finished: Path) -> None:
         assert part in found.said, part
     assert re.search(r"humans: \S+ ×7 · two ×2 · Blue\.", found.said)
     assert any(question in found.said for question, _, _ in ASKED)
-    # Every image once at most; all four have an answer that is not perfect.
-    assert len([tag for tag, _ in found.tags if tag == "img"]) == 4
+    # Four images with three questions each: there is room for all, whether right or wrong.
+    assert len([tag for tag, _ in found.tags if tag == "img"]) == 12
     assert sum(tag == "svg" for tag, _ in found.tags) == 3
 
 

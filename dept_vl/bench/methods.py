@@ -174,12 +174,20 @@ def build_backbone(size: Size, tokenizer: Path, *, vision: bool) -> Backbone:
     return backbone
 
 
-def draw_batch(backbone: Backbone, shape: Shape, size: int, seed: int) -> Inputs:
-    """Random tokens, padded to the longest text of the batch; features if the shape has an image."""
+def draw_batch(backbone: Backbone, shape: Shape, size: int, seed: int, *, multiple: int = 1) -> Inputs:
+    """Random tokens, padded to the longest text of the batch; features if the shape has an image.
+
+    Args:
+        backbone: Its vocabulary and its tower's sizes.
+        shape: Of the examples.
+        size: How many.
+        seed: Of the batch.
+        multiple: The width is rounded up to it.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(size, generator=generator)
     lengths = (shape.text + shape.spread * noise).round().long().clamp(2, shape.longest)
-    width = int(lengths.max())
+    width = -(-int(lengths.max()) // multiple) * multiple
     vocabulary = backbone.kind.word_embeddings.num_embeddings
     mask = (torch.arange(width) < lengths[:, None]).long()
     labels = torch.randint(2, vocabulary, (size, TARGET_LENGTH), generator=generator)

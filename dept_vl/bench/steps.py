@@ -129,7 +129,8 @@ def plan(config: BenchConfig) -> list[Group]:
             rounds = max(1, config.rounds // 3) if long else config.rounds
             share = 4 if shape == "mrqa" else 2 if model == "large" else 1
             size = max(1, config.batch_size // share) * (MORE_ANSWERS if answers else 1)
-            groups.append(Group(model, shape, work, _installed(names), size, rounds))
+            if installed := _installed(names):
+                groups.append(Group(model, shape, work, installed, size, rounds))
     if not groups:
         raise ValueError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
     return sorted(groups, key=lambda group: models.index(group.model))
@@ -173,9 +174,24 @@ class Bench:
         }
         config.output_dir.mkdir(parents=True, exist_ok=True)
         if (path := config.output_dir / RESULTS_FILE).is_file():
-            before = read_json(path)
-            same = all(before.get(name) == self.results[name] for name in ("machine", "dtype", "config"))
-            self.results["groups"] = before["groups"] if same else {}
+            self._take_up(read_json(path), path)
+
+    def _take_up(self, before: dict[str, Any], path: Path) -> None:
+        """Go on with what is there.
+
+        Raises:
+            ValueError: If it was measured with other options, or on another machine.
+        """
+        old, new = map(_conditions, (before, self.results))
+        changed = [
+            f"{name}={old.get(name)!r} -> {new.get(name)!r}" for name in new if old.get(name) != new[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} holds what was measured otherwise ({'; '.join(changed)}); choose another "
+                "--output_dir"
+            )
+        self.results["groups"] = before["groups"]
 
     def measure(self, groups: Sequence[Group]) -> None:
         """All groups; a model is built when its first group comes and given up behind its last."""
@@ -229,10 +245,13 @@ class Bench:
         if self.config.compile:
             for runner in runners.values():
                 runner.forward = torch.compile(runner.forward, dynamic=True)
+        multiple = 8 if self.device.type == "cuda" else 1  # as in training
         batches = [
             {
                 name: tensor.to(self.device)
-                for name, tensor in draw_batch(backbone, shape, group.batch_size, number).items()
+                for name, tensor in draw_batch(
+                    backbone, shape, group.batch_size, number, multiple=multiple
+                ).items()
             }
             for number in range(group.rounds + 1)
         ]
@@ -301,6 +320,8 @@ class Bench:
         does not count.
         """
         given = runner.prepare(batch)
+        if self.device.type == "cuda":
+            self._run(group, runner, given)  # what a new length costs once: kernels chosen, memory asked for
         gc.collect()
         gc.disable()
         self._synchronize()
@@ -326,6 +347,13 @@ class Bench:
         """Write bench.json."""
         content = json.dumps(self.results, indent=1) + "\n"
         write_atomically(self.config.output_dir / RESULTS_FILE, content.encode())
+
+
+def _conditions(results: dict[str, Any]) -> dict[str, Any]:
+    """What one file's figures have in common; which groups it holds is free."""
+    free = ("bars", "output_dir", "models", "shapes")
+    options = {name: value for name, value in results["config"].items() if name not in free}
+    return {**results["machine"], "dtype": results["dtype"], **options}
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -67,12 +67,13 @@ class CaptionScore:
             "Bleu_2": self.bleu_2,
             "Bleu_3": self.bleu_3,
             "Bleu_4": self.bleu_4,
+            "METEOR": self.meteor,
             "ROUGE_L": self.rouge_l,
             "CIDEr": self.cider,
+            "SPICE": self.spice,
         }
-        slow = {"METEOR": self.meteor, "SPICE": self.spice}
-        figures |= {name: figure for name, figure in slow.items() if figure is not None}
-        return figures | {"scale": PERCENT, "n": self.count}
+        computed = {name: figure for name, figure in figures.items() if figure is not None}
+        return computed | {"scale": PERCENT, "n": self.count}
 
 
 def score_captions(
