@@ -62,7 +62,7 @@ class CaptionScore:
 
     def to_json(self) -> dict[str, float | int]:
         """The figures under `pycocoevalcap`'s keys, their ``scale`` (100), and the images as ``n``."""
-        figures: dict[str, float | int] = {
+        figures: dict[str, float | int | None] = {
             "Bleu_1": self.bleu_1,
             "Bleu_2": self.bleu_2,
             "Bleu_3": self.bleu_3,
