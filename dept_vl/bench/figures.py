@@ -169,17 +169,16 @@ def share_lines(results: Measured) -> list[str]:
 
 
 def draw(results: Measured, path: Path) -> None:
-    """Time and memory of the first group of training steps, next to plain prompt tuning's."""
+    """Time and memory of training steps, of the group with most methods, next to plain prompt tuning's."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    record = next(
-        (r for r in results["groups"].values() if "pt100" in r["measured"] and r["work"] == "train"), None
-    )
-    if record is None:
+    groups = [r for r in results["groups"].values() if "pt100" in r["measured"] and r["work"] == "train"]
+    if not groups:
         return
+    record = max(groups, key=lambda group: len(group["measured"]))
     names = [name for name in METHODS if name in record["measured"]][::-1]
     figure, panes = pyplot.subplots(1, 2, figsize=(10, 1.5 + 0.35 * len(names)), sharey=True)
     for pane, name_of_figure, title in zip(

@@ -169,7 +169,7 @@ class Bench:
         self.results: dict[str, Any] = {
             "machine": describe_machine(self.device),
             "dtype": "bf16" if self.bfloat16 else "fp32",
-            "config": json.loads(json.dumps(asdict(config), default=str)),
+            "config": {name: value for name, value in asdict(config).items() if name != "output_dir"},
             "groups": {},
         }
         config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -351,7 +351,7 @@ class Bench:
 
 def _conditions(results: dict[str, Any]) -> dict[str, Any]:
     """What one file's figures have in common; which groups it holds is free."""
-    free = ("bars", "output_dir", "models", "shapes")
+    free = ("bars", "models", "shapes")
     options = {name: value for name, value in results["config"].items() if name not in free}
     return {**results["machine"], "dtype": results["dtype"], **options}
 
