@@ -232,7 +232,7 @@ class Composed(Subject):
 
     def checkpoint(self) -> None:
         """See `Subject`."""
-        recompute_activations(self.model)
+        recompute_activations(self.model.backbone.language)
 
     def save(self, folder: Path) -> None:
         """See `Subject`."""
