@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from PIL import Image
@@ -202,3 +203,20 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "official"
     write_tasks(folder, train=12, val=6, test=6)
     return folder
+
+
+@pytest.fixture
+def graphs() -> Iterator[Callable[[], int]]:
+    """Graphs compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
+    checking = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    shapes = torch.fx.experimental._config
+    with (
+        torch._dynamo.config.patch(recompile_limit=32, fail_on_recompile_limit_hit=False),
+        shapes.patch(use_duck_shape=shapes.use_duck_shape),
+    ):
+        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", checking)

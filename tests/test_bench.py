@@ -1,6 +1,8 @@
 """What the benchmark measures with, and a whole run of the smallest size."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,7 @@ def test_batches_have_their_shape(backbone: Backbone, shape: str) -> None:
 def test_authors_padding_changes_the_length_and_not_the_loss(backbone: Backbone) -> None:
     torch.manual_seed(0)
     backbone.eval()
-    padded = build_runners(["padded"], backbone, None, SHAPES["glue"])["padded"]
+    padded = build_runners(["padded"], backbone, SHAPES["glue"])["padded"]
     batch = draw_batch(backbone, SHAPES["glue"], 2, 0)
     wide = padded.prepare(batch)
     assert wide["input_ids"].shape[1] == wide["attention_mask"].shape[1] == 256
@@ -161,7 +163,7 @@ def test_authors_padding_changes_the_length_and_not_the_loss(backbone: Backbone)
 
 def test_bare_backbone_reads_as_many_positions_and_gets_a_gradient_as_deep(backbone: Backbone) -> None:
     backbone.eval()
-    runners = build_runners(["constant", "floor", "dept40"], backbone, None, SHAPES["vl"])
+    runners = build_runners(["constant", "floor", "dept40"], backbone, SHAPES["vl"])
     batch = draw_batch(backbone, SHAPES["vl"], 2, 0)
     read: list[int] = []
     hook = backbone.language.get_encoder().register_forward_hook(
@@ -181,7 +183,7 @@ def test_peft_reads_the_same_backbone(backbone: Backbone) -> None:
     pytest.importorskip("peft")
     backbone.eval()
     names = ["pt100", "peft100held"]
-    runners = build_runners(names, backbone, backbone.language, SHAPES["glue"])
+    runners = build_runners(names, backbone, SHAPES["glue"], stock=backbone.language)
     ours, theirs = (runners[name] for name in names)
     prompt = ours.trained[0]
     with torch.no_grad():  # the first half is the encoder's; the other is never used
@@ -192,7 +194,7 @@ def test_peft_reads_the_same_backbone(backbone: Backbone) -> None:
 
 def test_unknown_names_are_refused(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="magic"):
-        build_runners(["magic"], backbone, None, SHAPES["vl"])
+        build_runners(["magic"], backbone, SHAPES["vl"])
     config = BenchConfig(tmp_path)
     for option in ("models", "shapes", "methods"):
         with pytest.raises(ValueError, match=f"--{option}.*magic"):
@@ -251,6 +253,18 @@ def test_results_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:
     assert sum(bar["met"] in ("met", "NOT met") for bar in results["bars"]) >= len(BARS) - 2
     if pytest.importorskip("matplotlib"):
         assert (folder / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled code needs a C++ compiler")
+def test_compiled_beside_the_same_as_it_is(tmp_path: Path, graphs: Callable[[], int]) -> None:
+    methods = "dept40,dept40+compiled"
+    results = bench.main(
+        BenchConfig(tmp_path, models="tiny", shapes="vl", methods=methods, rounds=2, batch_size=1)
+    )
+    assert list(results["groups"]["tiny/vl/train"]["measured"]) == methods.split(",")
+    assert "| DePT (m=40), compiled " in (tmp_path / "bench.md").read_text()
+    assert graphs() > 0
 
 
 def test_what_was_measured_is_kept_when_a_run_ends_early(

@@ -3,9 +3,8 @@
 import copy
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from conftest import D_MODEL, DECODERS, random_features, random_labels, random_text
@@ -192,19 +191,6 @@ def saved_numbers(model: PromptedModel) -> int:
 
 
 # -- torch.compile
-
-
-@pytest.fixture
-def graphs() -> Iterator[Callable[[], int]]:
-    """Graphs compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
-    checking = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=32, fail_on_recompile_limit_hit=False):
-        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
-    jaxtyping.config.update("jaxtyping_disable", checking)
 
 
 BATCHES = [(7, 4, 5), (9, 9), (11, 3, 4, 8), (2, 12), (6, 6, 6)]

@@ -128,8 +128,7 @@ def tables(results: Measured) -> str:
         parts += [f"**{title}**", markdown_table(HEADER, rows)]
     machine = results["machine"]
     parts.append(
-        f"{results['dtype']}, {'layers compiled, ' if results['config']['compile'] else ''}"
-        f"{machine['device']}, {machine['threads']} threads of {machine['processors']} "
+        f"{results['dtype']}, {machine['device']}, {machine['threads']} threads of {machine['processors']} "
         f"processors, torch {machine['torch']}, transformers {machine['transformers']}. Ratios are to plain "
         "prompt tuning's (image files: to reading them), the median over the rounds and the range. On a "
         "CPU times are those that the process's threads computed, whatever else the machine did. MiB "

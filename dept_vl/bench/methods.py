@@ -103,6 +103,7 @@ class Runner:
         trained: What the optimizer moves; empty where the backbone alone is measured.
         prompt_length: Positions in front of the text.
         prepare: From a batch to what goes into `forward`; not measured.
+        compiled: Its layers are: the first step of a length may compile another graph.
     """
 
     forward: Callable[[Inputs], Tensor]
@@ -110,6 +111,7 @@ class Runner:
     trained: list[nn.Parameter] = field(default_factory=list)
     prompt_length: int = 0
     prepare: Callable[[Inputs], Inputs] = lambda batch: batch
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         """AdamW, as in training."""
@@ -218,6 +220,9 @@ METHODS = {
     "peft100held": "PEFT's PT (l=100) on our backbone",
     "lora8": "PEFT's LoRA (r=8 on q, v)",
 }
+COMPILED = "+compiled"
+OURS = ("pt100", "dept0", "dept20", "dept40", "dept60", "dept80", "floor", "constant")
+METHODS |= {name + COMPILED: f"{METHODS[name]}, compiled" for name in OURS}
 """By the name on the command line: the name in a table."""
 
 
@@ -232,25 +237,37 @@ def has_peft() -> bool:
 
 
 def build_runners(
-    names: Sequence[str], backbone: Backbone, stock: nn.Module | None, shape: Shape
+    names: Sequence[str],
+    backbone: Backbone,
+    shape: Shape,
+    *,
+    stock: nn.Module | None = None,
+    compiled: Backbone | None = None,
 ) -> dict[str, Runner]:
     """A runner for each method.
 
     Args:
         names: Of `METHODS`.
         backbone: Ready for a step; ours, the backbone alone and `peft100held` share it.
-        stock: The language model as it was loaded, for PEFT; None if none of its methods is named.
         shape: Of the batches.
+        stock: The language model as it was loaded, for PEFT; None if none of its methods is named.
+        compiled: A copy of the backbone whose layers are compiled; None if no such method is named.
 
     Raises:
         ValueError: If there is no such method.
     """
-    return {name: _build_runner(name, backbone, stock, shape) for name in names}
+    runners = {}
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"there is no method {name!r}; expected some of {', '.join(METHODS)}")
+        used = compiled if name.endswith(COMPILED) else backbone
+        assert used is not None
+        runners[name] = _build_runner(name.removesuffix(COMPILED), used, stock, shape)
+        runners[name].compiled = used is compiled
+    return runners
 
 
 def _build_runner(name: str, backbone: Backbone, stock: nn.Module | None, shape: Shape) -> Runner:
-    if name not in METHODS:
-        raise ValueError(f"there is no method {name!r}; expected some of {', '.join(METHODS)}")
     number = int("".join(re.findall(r"\d+", name)) or 0)
     if name == "padded":
         runner = _ours(backbone, shape, 40)

@@ -18,6 +18,7 @@ import transformers
 from dept_vl.backbone import Backbone
 from dept_vl.bench.measure import encoder_flops, in_turn, saved_bytes
 from dept_vl.bench.methods import (
+    COMPILED,
     METHODS,
     SHAPES,
     SIZES,
@@ -68,7 +69,8 @@ class BenchConfig:
     shapes: str = "vl,glue,mrqa"
     """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
     methods: str = ""
-    """Methods of a training step, such as pt100,dept40; left out, those that the bars and tables need."""
+    """Methods of a training step, such as pt100,dept40,dept40+compiled; left out, those that the bars and
+    tables need."""
     rounds: int = 9
     """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
     batch_size: int = 8
@@ -79,8 +81,6 @@ class BenchConfig:
     """Such as cpu or cuda; left out, a GPU if there is one."""
     backbone_dropout: bool = False
     """Dropout in the frozen backbone."""
-    compile: bool = False
-    """Compile the layers of every method's language model with torch.compile; training steps alone."""
     bars: bool = False
     """Say of each bar which ratio was measured and whether it is met."""
     tiny: bool = False
@@ -125,8 +125,6 @@ def plan(config: BenchConfig) -> list[Group]:
     for (model, shape, work), names in entries.items():
         if model in models and shape in shapes:
             answers = work.startswith("generate")
-            if answers and config.compile:
-                continue
             long = model == "large" or shape == "mrqa" or answers
             rounds = max(1, config.rounds // 3) if long else config.rounds
             share = 4 if shape == "mrqa" else 2 if model == "large" else 1
@@ -207,12 +205,15 @@ class Bench:
             stock = None
             if any(needs_peft(name) for group in mine for name in group.methods):
                 stock = copy.deepcopy(backbone.language).train(self.config.backbone_dropout)
+            compiled = None
+            if any(name.endswith(COMPILED) for group in mine for name in group.methods):
+                compiled = self._compiled(backbone)
             gc.freeze()  # so that collecting before every step takes no time
             with tempfile.TemporaryDirectory() as folder:
                 paths = write_images(Path(folder), IMAGES) if images else []
                 for group in mine:
-                    self._measure_group(group, backbone, stock, paths)
-            del backbone, stock
+                    self._measure_group(group, backbone, stock, compiled, paths)
+            del backbone, stock, compiled
             gc.unfreeze()
             gc.collect()
 
@@ -225,28 +226,37 @@ class Bench:
             and group.batch_size == record["batch_size"]
         )
 
+    def _compiled(self, backbone: Backbone) -> Backbone:
+        """A copy whose layers are compiled, as `prepare_step` makes it."""
+        backbone = copy.deepcopy(backbone).train(self.config.backbone_dropout)
+        choose_attention(backbone.language, self.device, bfloat16=self.bfloat16)
+        if self.bfloat16:
+            hold_frozen_in_bfloat16(backbone.language)
+        compile_layers(backbone.language)
+        return backbone
+
     def _measure_group(
-        self, group: Group, backbone: Backbone, stock: torch.nn.Module | None, paths: list[Path]
+        self,
+        group: Group,
+        backbone: Backbone,
+        stock: torch.nn.Module | None,
+        compiled: Backbone | None,
+        paths: list[Path],
     ) -> None:
         shape = SHAPES[group.shape]
         backbone.train(self.config.backbone_dropout)
         backbone.language.set_attn_implementation("sdpa")
         if group.work == "images":
             assert backbone.vision is not None
-            runners = seeing(
-                build_runners(["dept40"], backbone, stock, shape)["dept40"], backbone.vision, paths
-            )
+            runners = seeing(build_runners(["dept40"], backbone, shape)["dept40"], backbone.vision, paths)
         else:
-            runners = build_runners(group.methods, backbone, stock, shape)
+            runners = build_runners(group.methods, backbone, shape, stock=stock, compiled=compiled)
         if self.bfloat16:
             hold_frozen_in_bfloat16(backbone.language)
         if group.work.startswith("generate"):
             runners = generating(runners, int(group.work.removeprefix("generate")))
         else:
             choose_attention(backbone.language, self.device, bfloat16=self.bfloat16)
-        if self.config.compile:
-            for module in {module for runner in runners.values() for module in runner.modules}:
-                compile_layers(module)
         multiple = 8 if self.device.type == "cuda" else 1  # as in training
         batches = [
             {
@@ -322,7 +332,7 @@ class Bench:
         does not count.
         """
         given = runner.prepare(batch)
-        if self.device.type == "cuda" or self.config.compile:
+        if self.device.type == "cuda" or runner.compiled:
             self._run(group, runner, given)  # what a new length costs once: kernels chosen, memory asked for
         gc.collect()
         gc.disable()
