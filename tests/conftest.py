@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from runs import reset_accelerate
 from torch import Tensor
 
 from dept_vl.backbone import Backbone
@@ -50,6 +51,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")

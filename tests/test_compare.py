@@ -1,7 +1,6 @@
 """The comparison: one budget, as many tries for each method, runs that are kept, tables."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import D_MODEL
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run
+from runs import tiny_run
 
 import dept_vl.compare
 from dept_vl import family
@@ -28,16 +27,10 @@ from dept_vl.scenes.questions import CODES
 from dept_vl.tasks import load_task
 from scripts import compare as script
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 BUDGET = 6 * D_MODEL
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pickle
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,14 +52,9 @@ from dept_vl.tasks.example import Example
 from dept_vl.vision import VisionEncoder
 from scripts import bench_features, extract_features
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SHARDS = [f"features-{number:05d}.safetensors" for number in range(3)]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture

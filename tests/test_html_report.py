@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -42,6 +41,8 @@ from dept_vl.tasks.predictions import ExampleId
 from dept_vl.tasks.rows import Rows
 from dept_vl.tasks.vqav2 import SCHEMA as VQA_SCHEMA
 from scripts.report import BROWSERS, ReportConfig, draw, main
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ATTACK = '</style><script>alert(1)</script><img src=x onerror="alert(2)">\'"&\u202e\x00'
 TAGS = {
@@ -101,13 +102,6 @@ def read(folder: Path) -> Page:
     assert not re.search(r"url\(|@import", content)
     assert "default-src 'none'" in content
     return found
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

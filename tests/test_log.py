@@ -1,14 +1,13 @@
 """What a run writes down: its figures, counted from the batches themselves."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import random_features, random_text
-from runs import reset_accelerate
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Batch
@@ -18,12 +17,7 @@ from dept_vl.model import PromptedModel
 from dept_vl.state import Progress
 from dept_vl.train import encoder_tokens
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
