@@ -23,6 +23,7 @@ import torch
 
 from dept_vl.backbone import TrainedPart
 from dept_vl.bench.costs import StepCost, measure_steps
+from dept_vl.build import load_backbone
 from dept_vl.cli import read_config
 from dept_vl.compare_report import Row, report
 from dept_vl.config import RunConfig, differences, to_json
@@ -33,8 +34,9 @@ from dept_vl.intervals import interval
 from dept_vl.log import best_dev
 from dept_vl.metrics.caption import check_installed
 from dept_vl.optim import OptimOptions
-from dept_vl.run import CONFIG_FILE, SUMMARY, SUMMARY_FILE, load_backbone, run
+from dept_vl.run import SUMMARY, SUMMARY_FILE, run
 from dept_vl.splits import load_splits
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 
 TASKS = {

@@ -38,6 +38,8 @@ from dept_vl.files import (
     writing,
 )
 
+CONFIG_FILE = "config.json"
+"""The configuration of a run, in its folder."""
 CHECKPOINTS = "checkpoints"
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""

@@ -14,6 +14,7 @@ import dept_vl.compare
 from dept_vl import family
 from dept_vl.backbone import Backbone
 from dept_vl.bench.costs import StepCost
+from dept_vl.build import build_model, load_backbone
 from dept_vl.checkpoint import count_trainable
 from dept_vl.compare import COMPARED, TASKS, CompareConfig, task_config
 from dept_vl.compare_report import Row, bars, report
@@ -21,7 +22,7 @@ from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.intervals import interval
 from dept_vl.log import best_dev
 from dept_vl.optim import OptimOptions
-from dept_vl.run import RunResult, build_model, load_backbone, run
+from dept_vl.run import RunResult, run
 from dept_vl.scenes.official import write_concepts
 from dept_vl.scenes.questions import CODES
 from dept_vl.tasks import load_task
