@@ -56,7 +56,7 @@ Rates = dict[str, float]
 """Learning rates, by their options."""
 STEPS_FILE = "steps.json"
 FEW_SEEDS = 3
-"""Of methods that are no prompt alone."""
+"""Of methods that train something else than a prompt alone."""
 TRY = 3
 """Part of the steps for which rates are tried."""
 UNUSED = 8
@@ -72,7 +72,8 @@ class Compared:
         rates: The learning rates that are tried; empty if nothing is trained.
         like: Method whose rates it takes instead.
         reads_images: It trains the visual projection, and means nothing for text.
-        few_seeds: The first seeds are enough: it is there to compare prompts with.
+        few_seeds: The first seeds are enough: it is there to compare prompts with. Zero-shot, which is too,
+            has all of them: nothing is trained, and test examples differ by seed.
     """
 
     configure: Callable[[RunConfig], RunConfig]
