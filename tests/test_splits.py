@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from dept_vl.backbone import Backbone
 from dept_vl.batch import OnBadImage
 from dept_vl.config import DataOptions
-from dept_vl.features import FeatureTable, table_bytes, write_features
+from dept_vl.feature_files import write_features
+from dept_vl.features import FeatureTable, table_bytes
 from dept_vl.metrics.vqa import normalise_answer
 from dept_vl.splits import GIB, Splits, load_splits, read_features
 from dept_vl.tasks import load_task
