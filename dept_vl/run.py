@@ -37,7 +37,7 @@ from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
 from dept_vl.state import CONFIG_FILE as CONFIG_FILE
-from dept_vl.state import Progress
+from dept_vl.state import Progress, steps_of
 from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
@@ -204,7 +204,7 @@ def _run(
         sizes = {} if model.prompt is None else family.describe(model.prompt)
         found = {f"prompt.{name}": sizes[name] for name in ("prompt_length", "rank") if name in sizes}
         found |= {f"trainable_parameters.{name}": count for name, count in trainable.items()}
-        steps = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        steps = steps_of(checkpoint) if checkpoint else 0
         start_tracker(accelerator, config, output_dir, found, steps)
         if config.optim.prompt_lr < SUSPICIOUS_PROMPT_LR and "prompt" in trainable:
             accelerator.print(
@@ -367,7 +367,7 @@ def _write_results(
         if task.options.candidate_floor:
             candidates = json.dumps(task.decoding.candidates) + "\n"
             write_atomically(folder / CANDIDATES_FILE, candidates.encode())
-    table = summary_table(config, model, tasks, result)
+    table = summary_table(config, tasks, result)
     write_atomically(folder / "summary.md", (table + "\n").encode())
     training = result.training
     summary = {
@@ -414,7 +414,7 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
     return path
 
 
-def summary_table(config: RunConfig, model: PromptedModel, tasks: list[Splits], result: RunResult) -> str:
+def summary_table(config: RunConfig, tasks: list[Splits], result: RunResult) -> str:
     """Scores, parameters, time and length, as a Markdown table."""
     trainable, training = result.trainable, result.training
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}

@@ -12,7 +12,7 @@ from dept_vl.faults import explained
 from dept_vl.files import read_object, write_atomically
 from dept_vl.log import LOG_FILE
 from dept_vl.sharing import BEST
-from dept_vl.state import CONFIG_FILE, newest
+from dept_vl.state import CONFIG_FILE, newest, steps_of
 
 FEATURES_FILE = "features.json"
 
@@ -49,11 +49,7 @@ def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Pat
         accelerator.print(f"warning: {problem}; the one before is taken")
     # Every process looks before one writes again.
     accelerator.wait_for_everyone()
-    where = (
-        f"step {int(checkpoint.name.split('-')[1]):,}"
-        if checkpoint
-        else "the beginning: it has no checkpoint"
-    )
+    where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
     accelerator.print(f"going on with {output_dir} from {where}")
     return checkpoint
 

@@ -287,6 +287,11 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob("step-*"))
 
 
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and what is wrong with those that are newer.
 
