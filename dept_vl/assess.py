@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.batch import Collator, OnBadImage
+from dept_vl.build import load_backbone
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import DataOptions, Features, RunConfig
@@ -19,10 +20,11 @@ from dept_vl.features import FeatureTable
 from dept_vl.files import read_json
 from dept_vl.html_report import Answered, or_warn, write_evaluation_report
 from dept_vl.report import markdown_table, score_rows
-from dept_vl.run import CANDIDATES_FILE, CONFIG_FILE, load_backbone, pad_to, write_answers
+from dept_vl.run import CANDIDATES_FILE, pad_to, write_answers
 from dept_vl.sharing import BEST
 from dept_vl.splits import check_images, check_readable, mapped_features, with_split_names
 from dept_vl.spread import place_model
+from dept_vl.state import CONFIG_FILE
 from dept_vl.step import hold_frozen_in_bfloat16
 from dept_vl.submission import SUBMITTED, Submission, write_submission
 from dept_vl.tasks import load_task

@@ -6,6 +6,7 @@ from typing import Any
 
 from dept_vl.files import read_object
 from dept_vl.report import markdown_table, scale_of
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 
 CARD_FILE = "README.md"
@@ -48,7 +49,7 @@ def training_of(run: Path, task: str) -> dict[str, Any]:
         FileNotFoundError: If it is no run's.
         ValueError: If its configuration is damaged, or it was trained on another task.
     """
-    config = read_object(run / "config.json", dict)
+    config = read_object(run / CONFIG_FILE, dict)
     tasks = _tasks_of(config)
     if "+".join(tasks) != task:
         raise ValueError(f"the adapter was trained on {task}, and the run at {run} on {'+'.join(tasks)}")

@@ -13,6 +13,7 @@ import tyro
 from dept_vl.config import ExtractConfig, RunConfig, validate
 from dept_vl.files import read_json
 from dept_vl.presets import PRESETS, with_preset
+from dept_vl.state import CONFIG_FILE
 
 
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
@@ -33,7 +34,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     known, rest = parser.parse_known_args(argv)
     if known.config is None and known.resume not in (None, "auto"):
         # A run goes on with its own options unless others are given.
-        known.config = Path(known.resume) / "config.json"
+        known.config = Path(known.resume) / CONFIG_FILE
 
     def over(base: RunConfig) -> RunConfig:
         config = base if known.config is None else read_config(known.config, base)

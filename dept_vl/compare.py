@@ -23,6 +23,7 @@ import torch
 
 from dept_vl.backbone import TrainedPart
 from dept_vl.bench.costs import StepCost, measure_steps
+from dept_vl.build import load_backbone
 from dept_vl.cli import read_config
 from dept_vl.compare_report import Row, report
 from dept_vl.config import RunConfig, differences, to_json
@@ -33,8 +34,9 @@ from dept_vl.intervals import interval
 from dept_vl.log import best_dev
 from dept_vl.metrics.caption import check_installed
 from dept_vl.optim import OptimOptions
-from dept_vl.run import CONFIG_FILE, SUMMARY, SUMMARY_FILE, load_backbone, run
+from dept_vl.run import SUMMARY, SUMMARY_FILE, run
 from dept_vl.splits import load_splits
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 
 TASKS = {
@@ -54,7 +56,7 @@ Rates = dict[str, float]
 """Learning rates, by their options."""
 STEPS_FILE = "steps.json"
 FEW_SEEDS = 3
-"""Of methods that are no prompt alone."""
+"""Of methods that train something else than a prompt alone."""
 TRY = 3
 """Part of the steps for which rates are tried."""
 UNUSED = 8
@@ -70,7 +72,8 @@ class Compared:
         rates: The learning rates that are tried; empty if nothing is trained.
         like: Method whose rates it takes instead.
         reads_images: It trains the visual projection, and means nothing for text.
-        few_seeds: The first seeds are enough: it is there to compare prompts with.
+        few_seeds: The first seeds are enough: it is there to compare prompts with. Zero-shot, which is too,
+            has all of them: nothing is trained, and test examples differ by seed.
     """
 
     configure: Callable[[RunConfig], RunConfig]

@@ -13,7 +13,7 @@ from dept_vl.backbone import TrainedPart
 from dept_vl.batch import OnBadImage
 from dept_vl.dept import LARGEST_SIZE
 from dept_vl.family import Method
-from dept_vl.features import Precision
+from dept_vl.feature_files import Precision
 from dept_vl.inherit import InitParts
 from dept_vl.language import VisualPositionBias
 from dept_vl.optim import OptimOptions

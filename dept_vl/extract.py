@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl.backbone import Backbone
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.faults import explained
-from dept_vl.features import DTYPES, read_index, write_features
+from dept_vl.feature_files import DTYPES, read_index, write_features
 from dept_vl.splits import GIB, check_images, features_folder, with_split_names
 from dept_vl.tasks import data_folder, load_task
 from dept_vl.vision import VisionEncoder

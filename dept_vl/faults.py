@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dept_vl.state import checkpoints
+from dept_vl.state import CONFIG_FILE, checkpoints, steps_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -93,10 +93,10 @@ def _of_file(error: OSError, option: str) -> str:
 
 
 def _way_on(run: Path) -> str:
-    if not (run / "config.json").is_file():
+    if not (run / CONFIG_FILE).is_file():
         return f"Nothing has begun in {run}: start again when that is done"
     try:
-        steps = [int(place.name.split("-")[1]) for place in checkpoints(run)]
+        steps = [steps_of(place) for place in checkpoints(run)]
         where = f"step {steps[-1]:,}, its newest checkpoint" if steps else "the beginning"
     except OSError:  # no more files, not even for this
         where = "its newest checkpoint"

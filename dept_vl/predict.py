@@ -12,13 +12,14 @@ import torch
 from dept_vl.ask import Predictor
 from dept_vl.assess import AssessConfig, choose_decoding, data_options
 from dept_vl.backbone import BACKBONE_FILE, Backbone
+from dept_vl.build import load_backbone
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import RunConfig
 from dept_vl.files import one_line
-from dept_vl.run import CONFIG_FILE, load_backbone
 from dept_vl.sharing import BEST
 from dept_vl.sharing import CONFIG_FILE as ADAPTER_FILE
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks import TASKS, asked
 from dept_vl.tasks.example import Asked
 from dept_vl.train import LAST

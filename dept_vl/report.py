@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -61,20 +62,8 @@ def line_plot(lines: Mapping[str, Mapping[int, Interval]], path: Path, *, x: str
     Returns:
         Whether matplotlib is installed; without it nothing is drawn.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, points in lines.items():
-        means = [point.mean for point in points.values()]
-        widths = [point.half_width or 0.0 for point in points.values()]
-        axes.errorbar(list(points), means, widths, marker="o", capsize=3, label=name)
-    axes.set(xlabel=x, ylabel=y)
-    axes.legend()
-    figure.savefig(path)
-    return True
+    series = {name: list(points.items()) for name, points in lines.items()}
+    return _plot(series, path, x, y, markers="o", legend_beside=False)
 
 
 def scatter_plot(points: Mapping[str, tuple[float, Interval]], path: Path, *, x: str, y: str) -> bool:
@@ -89,17 +78,31 @@ def scatter_plot(points: Mapping[str, tuple[float, Interval]], path: Path, *, x:
     Returns:
         Whether matplotlib is installed; without it nothing is drawn.
     """
+    series = {name: [point] for name, point in points.items()}
+    return _plot(series, path, x, y, markers="osD^v<>pPX*hd", legend_beside=True)
+
+
+def _plot(
+    series: Mapping[str, Sequence[tuple[int | float, Interval]]],
+    path: Path,
+    x: str,
+    y: str,
+    *,
+    markers: str,
+    legend_beside: bool,
+) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5) if legend_beside else (6, 4), layout="constrained")
     axes = figure.subplots()
-    for number, (name, (place, score)) in enumerate(points.items()):
-        marker = "osD^v<>pPX*hd"[number % 13]
-        axes.errorbar([place], [score.mean], [score.half_width or 0.0], marker=marker, capsize=3, label=name)
+    for marker, (name, points) in zip(cycle(markers), series.items(), strict=False):
+        means = [score.mean for _, score in points]
+        widths = [score.half_width or 0.0 for _, score in points]
+        axes.errorbar([place for place, _ in points], means, widths, marker=marker, capsize=3, label=name)
     axes.set(xlabel=x, ylabel=y)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(**({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if legend_beside else {}))
     figure.savefig(path)
     return True
 

@@ -14,47 +14,37 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl import family
-from dept_vl.backbone import Backbone
 from dept_vl.batch import Collator
+from dept_vl.build import budget_line, build_model
 from dept_vl.checkpoint import Adapter, count_trainable
-from dept_vl.config import (
-    BackboneOptions,
-    DataOptions,
-    PromptOptions,
-    RunConfig,
-    differences,
-    to_json,
-    validate,
-)
-from dept_vl.dept import COMMON_TOKENS, DePT, sample_vocabulary
+from dept_vl.config import DataOptions, RunConfig, validate
 from dept_vl.evaluate import Evaluation, evaluate
 from dept_vl.faults import explained
 from dept_vl.features import FeatureTable
 from dept_vl.files import read_object, write_atomically, writing
 from dept_vl.html_report import Answered, or_warn, write_run_report
-from dept_vl.inherit import inherit
 from dept_vl.lengths import source_lengths
-from dept_vl.log import LOG_FILE
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid, score_rows
+from dept_vl.run_folder import keep_precision, open_folder
 from dept_vl.sharing import BEST
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
-from dept_vl.state import Progress, newest
+from dept_vl.state import CONFIG_FILE as CONFIG_FILE
+from dept_vl.state import Progress, steps_of
 from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task
 from dept_vl.tasks.nlp import TextTask
 from dept_vl.trackers import check_tracker, start_tracker
 from dept_vl.train import TrainingTask, train
 
-CONFIG_FILE, SUMMARY_FILE, CANDIDATES_FILE = "config.json", "summary.json", "candidates.json"
-FEATURES_FILE = "features.json"
+SUMMARY_FILE, CANDIDATES_FILE = "summary.json", "candidates.json"
 LENGTH_SAMPLE = 2000
 """Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
 SUMMARY = {
@@ -130,7 +120,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         project_dir=str(config.output_dir or "runs"),
     )
     task_options = _together(config)
-    output_dir, checkpoint = _open_folder(config, accelerator)
+    output_dir, checkpoint = open_folder(config, accelerator)
     if (output_dir / SUMMARY_FILE).is_file():
         accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
         result = _finished(output_dir)
@@ -187,7 +177,7 @@ def _run(
     )
     if images is not None:
         precision = images.dtype if isinstance(images, FeatureTable) else "float32"
-        _keep_precision(output_dir / FEATURES_FILE, precision, accelerator)
+        keep_precision(output_dir, precision, accelerator)
     # Behind the features, which the tower computes in full precision.
     prepare_step(
         model,
@@ -214,7 +204,7 @@ def _run(
         sizes = {} if model.prompt is None else family.describe(model.prompt)
         found = {f"prompt.{name}": sizes[name] for name in ("prompt_length", "rank") if name in sizes}
         found |= {f"trainable_parameters.{name}": count for name, count in trainable.items()}
-        steps = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+        steps = steps_of(checkpoint) if checkpoint else 0
         start_tracker(accelerator, config, output_dir, found, steps)
         if config.optim.prompt_lr < SUSPICIOUS_PROMPT_LR and "prompt" in trainable:
             accelerator.print(
@@ -285,24 +275,6 @@ def _only_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _keep_precision(path: Path, precision: str, accelerator: Accelerator) -> None:
-    """Note in what the visual features of a run are stored; features in another would give another result.
-
-    Raises:
-        ValueError: If the run began with features in another.
-    """
-    if accelerator.is_main_process and not path.is_file():
-        write_atomically(path, json.dumps({"dtype": precision}).encode())
-    accelerator.wait_for_everyone()
-    began = read_object(path, {"dtype": str})["dtype"]
-    if began != precision:
-        raise ValueError(
-            f"{path.parent} began with visual features in {began} and would go on with {precision}, to "
-            "another result; say --features cached with the --features_dir that it began with, or --features "
-            "live if it began without (float32)"
-        )
-
-
 def pad_to(accelerator: Accelerator) -> int:
     """Multiple to which batches are padded: tensor cores compute in tiles of 8, a CPU gains nothing."""
     return 8 if accelerator.device.type == "cuda" else 1
@@ -351,85 +323,6 @@ def _together(config: RunConfig) -> list[DataOptions]:
     return [replace(options, on_bad_image=on_bad_image) for options in (config.data, *config.also)]
 
 
-def load_backbone(options: BackboneOptions) -> Backbone:
-    """The frozen models, with a visual projection."""
-    return Backbone.from_pretrained(
-        options.backbone,
-        vision=options.vision,
-        language=options.language,
-        vision_layer=options.vision_layer,
-        class_token=options.class_token,
-        pooled_grid=options.pooled_grid,
-        visual_position_bias=options.visual_position_bias,
-    )
-
-
-def build_model(config: RunConfig) -> PromptedModel:
-    """The backbone, with a prompt where one has any size, and what is trained set free."""
-    options = config.backbone
-    backbone = load_backbone(options)
-    if options.train_backbone and options.train_only == "lora":
-        backbone.add_lora(options.lora_rank)
-    backbone.freeze(
-        language=not options.train_backbone,
-        visual_projection=not options.train_projection,
-        but=options.train_only,
-    )
-    prompt = build_prompt(config.prompt, backbone, config.train.seed)
-    model = PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
-    if config.prompt.init_from:
-        inherit(model, config.prompt.init_from, config.prompt.init_parts)
-    return model
-
-
-def budget_line(options: PromptOptions, prompt: DePT) -> str:
-    """The prompt's sizes, and what of its budget is left over or overshot."""
-    budget = options.reference_prompt_length * prompt.d_model
-    sizes = family.describe(prompt)
-    left = budget - sum(parameter.numel() for parameter in prompt.parameters())
-    spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
-    return (
-        f"prompt: {sizes['method']}, m={prompt.prompt_length}, r={sizes['rank']}; of the {budget:,} "
-        f"parameters of a {options.reference_prompt_length}-vector prompt {spent}"
-    )
-
-
-def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:
-    """The prompt with its initial vectors; None if both its parts are of size zero."""
-    prompt_length, rank = family.solve_sizes(
-        options.method,
-        backbone.d_model,
-        options.max_source_length,
-        options.reference_prompt_length,
-        options.prompt_length,
-        options.rank,
-    )
-    if prompt_length == 0 and rank == 0:
-        return None
-    prompt = family.build(
-        options.method,
-        backbone.d_model,
-        prompt_length=prompt_length,
-        rank=rank,
-        max_source_length=options.max_source_length,
-        alpha=options.alpha,
-        seed=seed,
-    )
-    if options.prompt_init != "random":
-        tokenizer = backbone.tokenizer
-        if options.prompt_init == "text":
-            ids = tokenizer(options.init_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        else:
-            ids = sample_vocabulary(
-                min(COMMON_TOKENS, len(tokenizer)),
-                prompt_length,
-                torch.Generator().manual_seed(seed),
-                exclude=tokenizer.all_special_ids,
-            )
-        prompt.init_prompt(backbone.embed(ids.long()[None])[0])
-    return prompt
-
-
 def check_source_lengths(
     task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
 ) -> None:
@@ -459,69 +352,6 @@ def check_source_lengths(
         )
 
 
-def _open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The run's folder, claimed or gone on with, and the checkpoint to go on from."""
-    if config.resume not in ("", "auto"):
-        output_dir = Path(config.resume)
-        if not _holds_run(output_dir):
-            raise FileNotFoundError(f"--resume {output_dir}: expected the folder of a run, found none there")
-        return output_dir, _go_on(config, output_dir, accelerator)
-    if config.resume == "auto" and config.output_dir is None:
-        raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
-    if config.resume == "auto" and _holds_run(Path(config.output_dir or "")):
-        return Path(config.output_dir or ""), _go_on(config, Path(config.output_dir or ""), accelerator)
-    return _claim_output_dir(config, accelerator), None
-
-
-def _holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
-
-
-def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """The newest whole checkpoint of a run that was started with the same options."""
-    started = read_object(output_dir / CONFIG_FILE, dict)
-    changed = differences(started, to_json(config))
-    if changed:
-        raise ValueError(
-            f"{output_dir} was started with other options ({'; '.join(changed)}); go on with its own, by "
-            f"--config {output_dir / CONFIG_FILE}, or begin a new run"
-        )
-    checkpoint, damaged = newest(output_dir)
-    for problem in damaged:
-        accelerator.print(f"warning: {problem}; the one before is taken")
-    # Every process looks before one writes again.
-    accelerator.wait_for_everyone()
-    where = (
-        f"step {int(checkpoint.name.split('-')[1]):,}"
-        if checkpoint
-        else "the beginning: it has no checkpoint"
-    )
-    accelerator.print(f"going on with {output_dir} from {where}")
-    return checkpoint
-
-
-def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Create the run's folder and write its configuration there."""
-    chosen = [str(config.output_dir or Path("runs") / time.strftime(f"{config.data.task}-%Y%m%d-%H%M%S"))]
-    output_dir = Path(broadcast_object_list(chosen)[0])
-    holds_run = _holds_run(output_dir)
-    # Every process looks before one writes, so that all of them refuse together.
-    accelerator.wait_for_everyone()
-    if holds_run:
-        raise FileExistsError(
-            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
-            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
-        )
-    if accelerator.is_main_process:
-        with explained(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode()
-            )
-    accelerator.wait_for_everyone()
-    return output_dir
-
-
 def _write_results(
     config: RunConfig,
     model: PromptedModel,
@@ -537,7 +367,7 @@ def _write_results(
         if task.options.candidate_floor:
             candidates = json.dumps(task.decoding.candidates) + "\n"
             write_atomically(folder / CANDIDATES_FILE, candidates.encode())
-    table = summary_table(config, model, tasks, result)
+    table = summary_table(config, tasks, result)
     write_atomically(folder / "summary.md", (table + "\n").encode())
     training = result.training
     summary = {
@@ -584,7 +414,7 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
     return path
 
 
-def summary_table(config: RunConfig, model: PromptedModel, tasks: list[Splits], result: RunResult) -> str:
+def summary_table(config: RunConfig, tasks: list[Splits], result: RunResult) -> str:
     """Scores, parameters, time and length, as a Markdown table."""
     trainable, training = result.trainable, result.training
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from dept_vl.batch import OnBadImage
 from dept_vl.config import DataOptions, Features
-from dept_vl.features import INDEX_FILE, FeatureTable, open_features, table_bytes
+from dept_vl.feature_files import INDEX_FILE, open_features
+from dept_vl.features import FeatureTable, table_bytes
 from dept_vl.images import missing_files
 from dept_vl.metrics.caption import check_installed
 from dept_vl.shots import Shots, draw_shots, read_shots

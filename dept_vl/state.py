@@ -38,6 +38,8 @@ from dept_vl.files import (
     writing,
 )
 
+CONFIG_FILE = "config.json"
+"""The configuration of a run, in its folder."""
 CHECKPOINTS = "checkpoints"
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""
@@ -283,6 +285,11 @@ class TrainingState:
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:

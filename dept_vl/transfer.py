@@ -20,14 +20,16 @@ import torch
 from accelerate import PartialState
 
 from dept_vl.batch import Collator, Draw
+from dept_vl.build import build_model
 from dept_vl.checkpoint import Adapter
 from dept_vl.cli import read_config
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.files import read_object, write_atomically
 from dept_vl.intervals import Interval, interval
 from dept_vl.report import line_plot, markdown_table
-from dept_vl.run import CONFIG_FILE, RunResult, build_model, run
+from dept_vl.run import RunResult, run
 from dept_vl.splits import load_splits
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks import TASKS
 
 Start = Literal["scratch", "prompt", "all"]

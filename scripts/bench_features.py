@@ -19,7 +19,8 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from dept_vl.features import DTYPES, FeatureTable, Precision, shard_name
+from dept_vl.feature_files import DTYPES, Precision, shard_name
+from dept_vl.features import FeatureTable
 
 
 @dataclass(frozen=True)

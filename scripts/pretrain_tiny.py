@@ -51,10 +51,8 @@ from dept_vl.scenes.questions import (
     PAIR_PHRASINGS,
     PHRASINGS,
     QA,
-    WORDS,
     ask,
     ask_pair,
-    ask_text,
     caption,
 )
 from dept_vl.scenes.render import (
@@ -67,6 +65,7 @@ from dept_vl.scenes.render import (
     render,
     sample_scene,
 )
+from dept_vl.scenes.texts import WORDS, ask_text
 from dept_vl.vision import VisionEncoder
 
 

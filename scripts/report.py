@@ -14,8 +14,9 @@ import tyro
 from dept_vl.cli import read_config
 from dept_vl.files import read_object
 from dept_vl.html_report import Answered, write_run_report
-from dept_vl.run import CONFIG_FILE, SUMMARY, SUMMARY_FILE
+from dept_vl.run import SUMMARY, SUMMARY_FILE
 from dept_vl.splits import with_split_names
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import limit
 

@@ -14,6 +14,7 @@ import jaxtyping
 import pytest
 import torch
 from PIL import Image
+from runs import reset_accelerate
 from torch import Tensor
 
 from dept_vl.backbone import Backbone
@@ -33,6 +34,7 @@ from dept_vl.bench.tiny import (  # noqa: F401  tests take them from here
 )
 from dept_vl.model import IGNORE_INDEX
 from dept_vl.scenes.official import write_tasks
+from dept_vl.vision import VisionEncoder
 
 LANGUAGES = ("t5", "bart")
 DECODERS = ("gpt2", "llama")
@@ -51,6 +53,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its state for the life of a process."""
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +147,25 @@ def t5(make_backbone: Callable[..., Backbone]) -> Backbone:
 def bart(make_backbone: Callable[..., Backbone]) -> Backbone:
     """BART with the CLIP tower."""
     return make_backbone("bart")
+
+
+@pytest.fixture
+def vision(vision_folders: dict[str, Path]) -> VisionEncoder:
+    """The CLIP tower."""
+    return VisionEncoder.from_pretrained(vision_folders["clip"])
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Images of two splits, which have files of one name."""
+    modes = ["RGB", "L", "RGB", "RGBA", "RGB"]
+    found = [
+        tmp_path / f"{'train' if number < 3 else 'val'}/{number % 3}.png" for number in range(len(modes))
+    ]
+    for seed, (path, mode) in enumerate(zip(found, modes, strict=True)):
+        path.parent.mkdir(exist_ok=True)
+        random_image((40 + seed, 36), seed, mode).save(path)
+    return found
 
 
 @pytest.fixture

@@ -118,7 +118,3 @@ def vqa_row(question_id: int, answers: Sequence[str], **others: Any) -> dict[str
         "question_type": "what is",
         **others,
     }
-
-
-def image_name(image_id: int) -> str:
-    return f"COCO_train2014_{image_id:012d}.jpg"

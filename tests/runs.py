@@ -19,8 +19,10 @@ from dept_vl.optim import OptimOptions
 from dept_vl.train import TrainOptions
 
 
-def tiny_run(data: DataOptions, *, vision: Path, language: Path, **train: Any) -> RunConfig:
-    """A run of a few steps, without dropout."""
+def tiny_run(
+    data: DataOptions, *, vision: Path, language: Path, dropout: bool = False, **train: Any
+) -> RunConfig:
+    """A run of a few steps."""
     steps: dict[str, Any] = {
         "max_steps": 2,
         "per_device_batch_size": 4,
@@ -31,7 +33,7 @@ def tiny_run(data: DataOptions, *, vision: Path, language: Path, **train: Any) -
     }
     return RunConfig(
         data=data,
-        backbone=BackboneOptions(vision=str(vision), language=str(language), backbone_dropout=False),
+        backbone=BackboneOptions(vision=str(vision), language=str(language), backbone_dropout=dropout),
         prompt=PromptOptions(prompt_length=3, rank=2, reference_prompt_length=6, max_source_length=16),
         train=TrainOptions(**(steps | train)),
         optim=OptimOptions(prompt_lr=0.05, warmup_steps=0),

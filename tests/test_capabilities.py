@@ -88,7 +88,6 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Broken:
 
     def said(operation: str, method: str = "adept", **parts: object) -> str:
         kind = type("Broken", (Composed,), parts)
-        kind.again = lambda self: kind(method, *self.parts)  # type: ignore[attr-defined]
         cell = attempted(lambda: OPERATIONS[operation](kind(method, "t5", None, "none")))
         assert (cell.seen == HELD) == (cell.said == "")
         return cell.said
@@ -113,7 +112,7 @@ def test_a_base_that_is_trained_too_is_noticed(broken: Broken) -> None:
         return model
 
     def groups(self: Composed) -> dict[str, list[torch.nn.Parameter]]:
-        return {name: group for name, group in self.model.parameter_groups().items() if name != "backbone"}
+        return {name: group for name, group in self.module.parameter_groups().items() if name != "backbone"}
 
     said = broken("train", trained=trained, groups=property(groups))
     assert said == "Wrong: 6 parameters have gradients, 5 are trained"
@@ -137,7 +136,7 @@ def test_options_that_are_not_passed_on_are_noticed(broken: Broken) -> None:
 
 def test_a_loss_on_the_way_to_the_disk_is_noticed(broken: Broken) -> None:
     def save(self: Composed, folder: Path) -> None:
-        adapter = subjects.Adapter.of(self.model, task="", metrics={})
+        adapter = subjects.Adapter.of(self.module, task="", metrics={})
         replace(adapter, tensors={name: t.half().float() for name, t in adapter.tensors.items()}).save(folder)
 
     assert broken("save, load", save=save) == "Wrong: logits differ after loading"

@@ -6,15 +6,15 @@ padding, no cache, all logits. It shares no code with the package. Comparisons a
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import CORPUS, D_MODEL, DECODERS, VOCABULARY, random_labels, random_text
+from runs import reset_accelerate
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -694,16 +694,7 @@ class Sizes:
         return {"accuracy": 100 * sum(right) / len(right)}
 
 
-@pytest.fixture
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-
-
-@pytest.mark.usefixtures("_fresh_accelerate")
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_run_learns_a_text_task(
     kind: str, decoder_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -728,6 +719,6 @@ def test_run_learns_a_text_task(
     )
     assert again.prompt is not None
     too_long = replace(config, prompt=replace(config.prompt, max_source_length=53), output_dir=tmp_path / "2")
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     with pytest.raises(ValueError, match=r"64 positions.*needs 65: 8 prompt \+ 53 text \+ 4 answer"):
         dept_vl.run.run(too_long)

@@ -15,7 +15,6 @@ from dept_vl.tasks.coco import KARPATHY_FILE
 from dept_vl.tasks.vqav2 import MINIVAL_FILE
 
 QUESTIONS = {"train": 48, "val": 24, "test": 24, "test-dev": 6}
-IMAGES = {"train": 12, "val": 6, "test": 6}
 
 # Of the generated scenes: examples, images, answers of each split.
 COUNTS: dict[str, dict[str, tuple[int, int | None, int | None]]] = {

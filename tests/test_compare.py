@@ -1,7 +1,6 @@
 """The comparison: one budget, as many tries for each method, runs that are kept, tables."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import pytest
 from conftest import D_MODEL
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run
+from runs import tiny_run
 
 import dept_vl.compare
 from dept_vl import family
 from dept_vl.backbone import Backbone
 from dept_vl.bench.costs import StepCost
+from dept_vl.build import build_model, load_backbone
 from dept_vl.checkpoint import count_trainable
 from dept_vl.compare import COMPARED, TASKS, CompareConfig, task_config
 from dept_vl.compare_report import Row, bars, report
@@ -22,22 +22,16 @@ from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.intervals import interval
 from dept_vl.log import best_dev
 from dept_vl.optim import OptimOptions
-from dept_vl.run import RunResult, build_model, load_backbone, run
+from dept_vl.run import RunResult, run
 from dept_vl.scenes.official import write_concepts
 from dept_vl.scenes.questions import CODES
 from dept_vl.tasks import load_task
 from scripts import compare as script
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 BUDGET = 6 * D_MODEL
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

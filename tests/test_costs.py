@@ -6,8 +6,8 @@ from helpers import write_vqa
 from runs import reset_accelerate, tiny_run, with_
 
 from dept_vl.bench.costs import measure_steps
+from dept_vl.build import build_model
 from dept_vl.config import DataOptions
-from dept_vl.run import build_model
 
 
 def test_steps_of_a_task_are_measured_in_turn(

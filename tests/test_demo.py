@@ -1,6 +1,5 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
-import importlib.util
 import json
 import shutil
 import urllib.request
@@ -21,8 +20,7 @@ from dept_vl.model import PromptedModel
 from dept_vl.predict import load
 
 TASKS = {"colours": "vqav2", "pairs": "nlvr2", "captions": "coco"}
-MISSING = [name for name in ("gradio", "selenium") if importlib.util.find_spec(name) is None]
-MISSING += [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
+MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 PATIENCE = 60
 """Seconds for what takes a fraction of one, on a machine with other work."""
@@ -96,17 +94,15 @@ def test_adapters_are_shown_by_the_ends_of_their_paths() -> None:
 
 @pytest.fixture
 def address(many: ManyAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    gradio = pytest.importorskip("gradio")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    import gradio
-
     yield launch(many, port=None, wait=False)
     gradio.close_all()
 
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    from selenium import webdriver
-
+    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for flag in (
@@ -207,7 +203,6 @@ def test_a_visitor_asks_and_picks_another_adapter(
     page.wait(lambda: page.answer() == many.answer(picture, adapters="captions"))
 
 
-@needs_browser
 def test_the_page_is_for_this_machine_and_reads_uploads_alone(
     many: ManyAdapters, picture: Path, address: str
 ) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import write_vqa
-from runs import in_two_processes, reset_accelerate, start_two_processes
+from runs import in_two_processes, reset_accelerate, start_two_processes, tiny_run
 from test_resume import result_of
 
 from dept_vl import state
 from dept_vl.batch import Collator
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.run import run
-from dept_vl.train import TrainOptions
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +30,19 @@ def whole(
 ) -> RunConfig:
     """A run of two processes; each notes what it prints and which files it opens to write."""
     folder = tmp_path_factory.mktemp("distributed")
-    config = RunConfig(
-        data=DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
-        backbone=BackboneOptions(vision=str(vision_folders["clip"]), language=str(language_folders["t5"])),
-        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=16),
-        train=TrainOptions(
-            max_steps=6,
-            per_device_batch_size=2,
-            gradient_accumulation_steps=2,
-            eval_every=3,
-            checkpoint_every=2,
-            log_every=3,
-            seed=3,
-        ),
-        output_dir=folder / "whole",
+    config = tiny_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        vision=vision_folders["clip"],
+        language=language_folders["t5"],
+        dropout=True,
+        max_steps=6,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_every=3,
+        checkpoint_every=2,
+        log_every=3,
     )
+    config = replace(config, output_dir=folder / "whole")
     in_two_processes(run_and_note, config, folder)
     return config
 

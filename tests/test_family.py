@@ -13,11 +13,9 @@ from torch import Tensor
 from dept_vl import family
 from dept_vl.backbone import Backbone, TrainedPart
 from dept_vl.checkpoint import Adapter
-from dept_vl.config import PromptOptions
 from dept_vl.dept import DePT, solve_rank
 from dept_vl.family import METHODS, Bottleneck, Method
 from dept_vl.model import PromptedModel
-from dept_vl.run import budget_line, build_prompt
 
 LONGEST, LENGTH, RANK = 12, 4, 3
 
@@ -135,35 +133,6 @@ def test_parameters_are_those_of_the_formula(method: Method) -> None:
     by_id = {id(p): name for name, p in prompt.named_parameters()}
     for group, parameters in prompt.parameter_groups().items():
         assert {by_id[id(p)] for p in parameters} == groups[group].keys()
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_solved_prompt_keeps_its_budget(make_backbone: Callable[..., Backbone], method: Method) -> None:
-    backbone = make_backbone("t5", None)
-    options = PromptOptions(
-        method=method, prompt_length=10, reference_prompt_length=30, max_source_length=LONGEST
-    )
-    prompt = build_prompt(options, backbone, seed=3)
-    assert prompt is not None
-    used = sum(p.numel() for p in prompt.parameters())
-    assert used <= 30 * D_MODEL
-    described = family.describe(prompt)
-    assert described["method"] == method
-    line = budget_line(options, prompt)
-    assert f"prompt: {method}, m={prompt.prompt_length}, r={described['rank']};" in line
-    assert f"{30 * D_MODEL - used:,} left over" in line
-
-
-def test_pt_is_a_long_prompt_of_rank_0(make_backbone: Callable[..., Backbone]) -> None:
-    backbone = make_backbone("t5", None)
-    named = PromptOptions(method="pt", prompt_length=2, reference_prompt_length=7)
-    spelt = PromptOptions(prompt_length=7, rank=0, reference_prompt_length=7)
-    ours, theirs = (build_prompt(options, backbone, seed=3) for options in (named, spelt))
-    assert ours is not None
-    assert theirs is not None
-    assert family.describe(ours) == family.describe(theirs)
-    assert ours.state_dict().keys() == theirs.state_dict().keys() == {"soft_prompt"}
-    assert torch.equal(ours.soft_prompt, theirs.soft_prompt)
 
 
 def test_what_no_method_can_be_is_refused() -> None:

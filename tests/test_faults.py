@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import write_vqa
-from runs import reset_accelerate, with_
+from runs import reset_accelerate, tiny_run, with_
 from test_resume import result_of
 from torch.utils.data import get_worker_info
 
@@ -27,19 +27,13 @@ import dept_vl.run
 from dept_vl import state
 from dept_vl.batch import Collator
 from dept_vl.checkpoint import Adapter
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.faults import explained
 from dept_vl.log import SPIKE_WINDOW, Log
 from dept_vl.run import run
 from dept_vl.state import Progress, TrainingState
-from dept_vl.train import TrainOptions
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +44,18 @@ def whole(
 ) -> RunConfig:
     """A run that nothing has happened to; images are read at every step."""
     folder = tmp_path_factory.mktemp("faults")
-    config = RunConfig(
-        data=DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1, feature_memory=0.0),
-        backbone=BackboneOptions(vision=str(vision_folders["clip"]), language=str(language_folders["t5"])),
-        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=16),
-        train=TrainOptions(
-            max_steps=6, per_device_batch_size=3, eval_every=3, checkpoint_every=2, log_every=3, seed=3
-        ),
-        output_dir=folder / "whole",
+    config = tiny_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1, feature_memory=0.0),
+        vision=vision_folders["clip"],
+        language=language_folders["t5"],
+        dropout=True,
+        max_steps=6,
+        per_device_batch_size=3,
+        eval_every=3,
+        checkpoint_every=2,
+        log_every=3,
     )
+    config = replace(config, output_dir=folder / "whole")
     reset_accelerate()
     run(config)
     return config
@@ -344,8 +341,8 @@ def test_a_number_that_is_none(config: RunConfig, whole: RunConfig, step: int, m
     assert "lower the learning rates" in found
     assert [place.name for place in state.checkpoints(Path(config.output_dir or ""))] == ["step-00000002"]
     # Other rates make another run; whoever wants one says so by another folder.
-    slower = with_(config, optim={"prompt_lr": 0.1})
-    assert "other options (optim.prompt_lr=0.3 -> 0.1)" in fails(slower, ValueError)
+    slower = with_(config, optim={"prompt_lr": 0.01})
+    assert "other options (optim.prompt_lr=0.05 -> 0.01)" in fails(slower, ValueError)
     assert_goes_on(config, whole)
 
 

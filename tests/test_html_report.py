@@ -3,10 +3,10 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
 from PIL import Image
-from runs import in_two_processes, reset_accelerate, tiny_run, with_
+from runs import in_two_processes, log, reset_accelerate, tiny_run, with_
 
 import dept_vl.run
 from dept_vl.assess import AssessConfig, assess
@@ -34,7 +34,7 @@ from dept_vl.html_report import (
     or_warn,
     thumbnail,
 )
-from dept_vl.page import chart, page, table, text
+from dept_vl.page import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, page, table, text
 from dept_vl.run import run
 from dept_vl.tasks import load_task
 from dept_vl.tasks.nlp import SCHEMA, TextTask
@@ -42,6 +42,8 @@ from dept_vl.tasks.predictions import ExampleId
 from dept_vl.tasks.rows import Rows
 from dept_vl.tasks.vqav2 import SCHEMA as VQA_SCHEMA
 from scripts.report import BROWSERS, ReportConfig, draw, main
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ATTACK = '</style><script>alert(1)</script><img src=x onerror="alert(2)">\'"&\u202e\x00'
 TAGS = {
@@ -101,13 +103,6 @@ def read(folder: Path) -> Page:
     assert not re.search(r"url\(|@import", content)
     assert "default-src 'none'" in content
     return found
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +340,21 @@ def points(picture: str) -> list[list[tuple[float, float]]]:
     return [[tuple(map(float, p.split())) for p in path.split("L")] for path in drawn]  # type: ignore[misc]
 
 
+def test_the_curve_of_a_run_is_of_its_losses(finished: Path) -> None:
+    """Each point lies where the numbers beside the axes put its step and its loss."""
+    losses = [(record["step"], record["loss"]) for record in log(finished) if "loss" in record]
+    assert len(losses) == 2
+    assert losses[0][1] != losses[1][1]
+    picture = (finished / REPORT_FILE).read_text().split('aria-label="Loss"')[1].split("</svg>")[0]
+    (curve,) = points(picture)
+    steps = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', picture)
+    heights = re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', picture)
+    for which, labels, shift in ((0, steps, 0.0), (1, heights, 3.5)):
+        places, values = np.array(labels, float).T
+        expected = np.interp([loss[which] for loss in losses], values, places - shift)
+        assert [place[which] for place in curve] == pytest.approx(expected.tolist(), abs=0.15)
+
+
 def test_a_chart_is_to_scale() -> None:
     (curve,) = points(chart("loss", {"loss": [(0, 4.0), (5, 2.0), (10, 0.0)]}))
     (x0, y0), (x1, y1), (x2, y2) = curve
@@ -363,8 +373,11 @@ def test_a_chart_is_to_scale() -> None:
 @pytest.mark.parametrize("logarithmic", [False, True])
 def test_a_chart_of_odd_values_stays_inside(values: list[float], logarithmic: bool) -> None:
     picture = chart("odd", {"a": list(enumerate(values))}, logarithmic=logarithmic)
+    places = [place for curve in points(picture) for place in curve]
+    assert len(places) == sum(math.isfinite(value) and (value > 0 or not logarithmic) for value in values)
+    assert all(LEFT <= x <= WIDTH - RIGHT and TOP <= y <= HEIGHT - BOTTOM for x, y in places)
     numbers = [float(n) for n in re.findall(r'[xy][12]?="(-?[\d.]+)"', picture)]
-    assert all(0 <= number <= 360 for number in numbers)
+    assert all(0 <= number <= WIDTH for number in numbers)
     assert "nan" not in picture.lower()
 
 

@@ -1,14 +1,14 @@
 """What a run writes down: its figures, counted from the batches themselves."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import random_features, random_text
-from runs import reset_accelerate
+from conftest import IMAGE_SIZE, random_features, random_text
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import Batch
@@ -18,12 +18,7 @@ from dept_vl.model import PromptedModel
 from dept_vl.state import Progress
 from dept_vl.train import encoder_tokens
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
@@ -37,15 +32,11 @@ def test_tokens_are_those_that_the_encoder_reads(
     features = random_features(backbone, images=images) if images else None
     batch = Batch(("a", "b", "c"), **random_text(backbone), visual_features=features)
     _, read = model.encode(**{name: value for name, value in batch.inputs().items() if value is not None})
-    assert encoder_tokens(model, batch) == int(read.sum())
-    if images:
-        assert backbone.vision is not None
-        side = backbone.vision.preprocess  # pixels have as many tokens as the features that they become
-        assert side is not None
-        pixels = Batch(
-            batch.ids, batch.input_ids, batch.attention_mask, pixel_values=torch.zeros(3, images, 3, 8, 8)
-        )
-        assert encoder_tokens(model, pixels) == int(read.sum())
+    expected = (7 + 4 + 5) + 3 * (prompt_length + 16 * images)
+    assert encoder_tokens(model, batch) == int(read.sum()) == expected
+    if images:  # pixels have as many tokens as the features that they become
+        pixels = torch.zeros(3, images, 3, IMAGE_SIZE, IMAGE_SIZE)
+        assert encoder_tokens(model, replace(batch, visual_features=None, pixel_values=pixels)) == expected
 
 
 def test_no_tokens_of_a_batch_without_examples(t5: Backbone) -> None:

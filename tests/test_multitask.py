@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,18 +27,13 @@ from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Task, limit
 from scripts.train_vqa import main
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 TASKS = ("vqav2", "gqa", "nlvr2", "coco")
 PREFIXES = {"vqa": "vqav2", "gqa": "gqa", "nlvr": "nlvr2", "caption": "coco"}
 PRIMARY = {"vqav2": "overall", "gqa": "accuracy", "nlvr2": "accuracy", "coco": "CIDEr"}
 STEPS = 12
 SEED = 5
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def quick_scorer(

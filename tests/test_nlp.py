@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from conftest import DECODERS, LANGUAGES
 
 import dept_vl.train
@@ -34,6 +33,8 @@ from dept_vl.tasks.nlp_table import HALVED, HELD_OUT, TEXT_TASKS, fifths, with_m
 from dept_vl.train import TrainOptions
 from scripts import prepare_data
 from scripts.train_nlp import DEFAULTS, main
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 Rows = list[dict[str, Any]]
 SPLITS = ("train", "validation", "test")
@@ -612,16 +613,6 @@ def test_unknown_tasks_get_the_closest_names() -> None:
 
 
 # Runs.
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
 
 
 def tiny(language: Path, data_dir: Path, output_dir: Path, task: str) -> RunConfig:

@@ -4,7 +4,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,9 @@ from dept_vl.tasks import asked, load_task
 from scripts.predict import PredictConfig
 from scripts.predict import main as predict
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 QUESTION = "what colour is the circle?"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def save(backbone: Backbone, folder: Path, task: str = "vqav2", m: int = 3, s: int = 16) -> Adapter:

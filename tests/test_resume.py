@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from helpers import write_vqa
+from runs import reset_accelerate, tiny_run
 from safetensors.torch import load_file
 
 from dept_vl import state
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, differences, to_json
+from dept_vl.config import DataOptions, RunConfig, differences, to_json
 from dept_vl.run import RunResult, run
-from dept_vl.train import TrainOptions
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 EVENTS = ("step", "fsync", "rename", "log")
 """Where a run is killed: in an optimizer step, as a file is flushed or renamed, as a line is logged."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dept_vl.run"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -43,29 +36,24 @@ def config(
     vision_folders: dict[str, Path],
 ) -> RunConfig:
     folder = tmp_path_factory.mktemp("resume")
-    return RunConfig(
-        data=DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
-        # Dropout on, so that a generator set back wrongly shows.
-        backbone=BackboneOptions(
-            vision=str(vision_folders["clip"]), language=str(language_folders["t5"]), backbone_dropout=True
-        ),
-        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=16),
-        train=TrainOptions(
-            max_steps=9,
-            per_device_batch_size=3,
-            gradient_accumulation_steps=2,
-            eval_every=4,
-            checkpoint_every=2,
-            log_every=3,
-            seed=3,
-        ),
-        output_dir=folder / "whole",
+    config = tiny_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        vision=vision_folders["clip"],
+        language=language_folders["t5"],
+        dropout=True,  # so that a generator set back wrongly shows
+        max_steps=9,
+        per_device_batch_size=3,
+        gradient_accumulation_steps=2,
+        eval_every=4,
+        checkpoint_every=2,
+        log_every=3,
     )
+    return replace(config, output_dir=folder / "whole")
 
 
 @pytest.fixture(scope="module")
 def whole(config: RunConfig) -> RunResult:
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     return run(config)
 
 
@@ -164,7 +152,7 @@ def stopped_at(config: RunConfig, folder: Path, steps: int) -> RunConfig:
         patch.setattr(torch.optim.AdamW, "step", counting)
         result = run(again)
     assert result.exit_status == 128 + signal.SIGTERM
-    AcceleratorState._reset_state(True)
+    reset_accelerate()
     return again
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,8 @@ from dept_vl.tasks.vqav2 import VQAv2
 from scripts import train_caption, train_gqa, train_nlvr2
 from scripts.train_vqa import main
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "train_vqa.py"
 FILES = {
@@ -58,14 +60,6 @@ FILES = {
 }
 STEPS = 6
 GROUPS = ("prompt", "low_rank", "visual_projection")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from dept_vl.scenes.questions import (
     Fact,
     ask,
     ask_pair,
-    ask_text,
     caption,
 )
 from dept_vl.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Object, Scene, render, sample_scene
+from dept_vl.scenes.texts import ask_text
 
 SCENES = 300
 EASY_VQA_ANSWERS = {

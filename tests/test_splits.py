@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import reset_accelerate
 
 from dept_vl.backbone import Backbone
 from dept_vl.batch import OnBadImage
 from dept_vl.config import DataOptions
-from dept_vl.features import FeatureTable, table_bytes, write_features
+from dept_vl.feature_files import write_features
+from dept_vl.features import FeatureTable, table_bytes
 from dept_vl.metrics.vqa import normalise_answer
 from dept_vl.splits import GIB, Splits, load_splits, read_features
 from dept_vl.tasks import load_task
 from dept_vl.tasks.example import Decoding, Task
 from dept_vl.vision import VisionEncoder
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SPLITS = {
     "vqav2": ("train", "val", "test"),
@@ -55,13 +57,6 @@ def remove(task: Task, *indices: int) -> list[Path]:
     for path in paths:
         path.unlink(missing_ok=True)
     return paths
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def read(vision: VisionEncoder, *splits: Splits, **of_first: Any) -> FeatureTable | VisionEncoder | None:

@@ -1,7 +1,6 @@
 """A backbone spread over two processes of a CPU trains and answers as one that is whole."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,24 +10,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from helpers import write_vqa
-from runs import files, in_two_processes, log, reset_accelerate, tensors, with_
+from runs import files, in_two_processes, log, tensors, tiny_run, with_
 from torch.distributed.tensor import DTensor
 
 from dept_vl import run as runs
 from dept_vl import spread
 from dept_vl.assess import AssessConfig, assess
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.model import PromptedModel
-from dept_vl.optim import OptimOptions
 from dept_vl.run import run
-from dept_vl.train import TrainOptions
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def run_spread(config: RunConfig, notes: Path, *, kind: DistributedType = DistributedType.FSDP) -> None:
@@ -62,24 +54,18 @@ def assess_spread(config: AssessConfig) -> None:
 
 
 def configuration(folder: Path, language: Path, vision: Path) -> RunConfig:
-    return RunConfig(
+    config = tiny_run(
         # 5 images and an odd number of questions: the processes have unequal shares.
-        data=DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
-        backbone=BackboneOptions(vision=str(vision), language=str(language), backbone_dropout=False),
-        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=16),
-        train=TrainOptions(
-            max_steps=4,
-            per_device_batch_size=2,
-            gradient_accumulation_steps=2,
-            eval_every=2,
-            eval_batch_size=3,
-            checkpoint_every=2,
-            log_every=1,
-            seed=3,
-        ),
-        optim=OptimOptions(prompt_lr=0.05, warmup_steps=0),
-        output_dir=folder / "whole",
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        vision=vision,
+        language=language,
+        max_steps=4,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_batch_size=3,
+        checkpoint_every=2,
     )
+    return replace(config, output_dir=folder / "whole")
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from dept_vl.config import DataOptions, RunConfig
 from dept_vl.run import run
 from dept_vl.trackers import TRACKER_FILE, check_tracker, hyper_parameters
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 STEPS = 4
 FIGURES = {
     *("loss", "lr/prompt", "lr/low_rank", "lr/visual_projection", "samples_per_second"),
@@ -28,13 +30,6 @@ FIGURES = {
 
 Found = dict[str, list[tuple[int, float]]]
 """Steps and values by name."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 @pytest.fixture

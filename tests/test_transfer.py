@@ -1,7 +1,7 @@
 """Few shots, prompts that start from trained ones, and the table of both."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,9 @@ from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.transfer import TransferConfig
 from scripts.transfer import main
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 SIZES = {"prompt_length": 3, "rank": 2, "max_source_length": 16}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
 
 
 def yes_no(yes: int, no: int, images: list[int] | None = None) -> VQAv2:

@@ -1,7 +1,6 @@
 """Transfer between several tasks: sources, cells and one table."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +14,7 @@ from dept_vl.intervals import interval
 from dept_vl.transfer_suite import TARGETS, SuiteConfig, gain, table, wins
 from scripts.transfer_suite import main
 
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from torch.optim import AdamW
 
 from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
 from dept_vl.bench.measure import in_turn, saved_bytes
+from dept_vl.build import build_model
 from dept_vl.config import RunConfig
 from dept_vl.model import PromptedModel
 from dept_vl.optim import build_optimizer
-from dept_vl.run import build_model
 from dept_vl.splits import load_splits, read_features
 
 TRAINED_BYTES = 12

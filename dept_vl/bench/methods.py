@@ -27,7 +27,8 @@ from transformers import (
 
 from dept_vl.backbone import Backbone
 from dept_vl.dept import DePT, solve_rank
-from dept_vl.features import load_pixels, open_features, write_features
+from dept_vl.feature_files import open_features, write_features
+from dept_vl.features import load_pixels
 from dept_vl.model import PromptedModel, sequence_loss
 from dept_vl.optim import OptimOptions, build_optimizer
 from dept_vl.vision import VisionEncoder

@@ -39,40 +39,44 @@ class NotThere(Exception):
 class Subject:
     """A model in evaluation mode, with something trained on it that is far from where training starts.
 
-    Made anew it is the same to the bit.
+    Each kind takes a method and the names of its base; made anew of them it is the same to the bit.
 
     Args:
         method: Of `family.METHODS` or `BASELINES`.
+        names: Of the base.
+        bare: The base, with nothing trained on it.
+        inputs: A batch of texts of different lengths, each with its image if there are images.
+        end: The token that ends an answer.
 
     Attributes:
-        method: As given.
-        inputs: A batch of texts of different lengths, each with its image if there are images.
-        labels: Their targets, all of one length.
-        bare_logits: What the base says of them with nothing trained on it.
-        end: The token that ends an answer.
-        module: What is called.
+        method, names, inputs, end: As given.
+        labels: Targets of the batch, all of one length.
+        bare_logits: What the base says of them.
+        module: What is called: at first the base, then the base with what was trained.
 
     Raises:
         NotThere: If there is no such method for the model.
     """
 
-    inputs: Inputs
-    labels: Tensor
-    bare_logits: Tensor
-    end: int
-    module: nn.Module
+    module: Any
 
-    def __init__(self, method: str) -> None:
-        self.method = method
+    def __init__(
+        self, method: str, names: tuple[Any, ...], bare: nn.Module, inputs: Inputs, end: int
+    ) -> None:
+        self.method, self.names, self.inputs, self.end = method, names, inputs, end
+        self.labels = targets(len(inputs["input_ids"]))
+        self.module = bare
+        self.bare_logits = self.logits(inputs)
 
     @property
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by learning rate."""
-        raise NotImplementedError
+        groups: dict[str, list[nn.Parameter]] = self.module.parameter_groups()
+        return groups
 
     def again(self) -> "Subject":
         """The same, made anew."""
-        raise NotImplementedError
+        return type(self)(self.method, *self.names)
 
     def logits(self, inputs: Inputs, labels: Tensor | None = None) -> Tensor:
         """Of each token of the targets, those before it given; without gradients."""
@@ -87,7 +91,7 @@ class Subject:
 
     def answer(self, inputs: Inputs, **options: Any) -> Tensor:
         """Generated tokens, without the decoder's start."""
-        tokens: Tensor = cast(Any, self.module).generate(**inputs, **options)
+        tokens: Tensor = self.module.generate(**inputs, **options)
         return tokens[:, 1:].contiguous()
 
     def unpadded(self, row: int) -> Inputs:
@@ -101,15 +105,21 @@ class Subject:
 
     def checkpoint(self) -> None:
         """Switch gradient checkpointing on."""
-        raise NotImplementedError
+        self.module.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save(self, folder: Path) -> None:
         """Write what was trained."""
         raise NotImplementedError
 
-    def loaded(self, folder: Path) -> "Subject":
+    def load(self, folder: Path) -> nn.Module:
         """What was written, on a fresh base."""
         raise NotImplementedError
+
+    def loaded(self, folder: Path) -> "Subject":
+        """The same with what was written."""
+        other = copy.copy(self)
+        other.module = self.load(folder).eval()
+        return other
 
     def without(self) -> Iterator[Tensor]:
         """Logits with the adapter switched off, then with the adapter taken off."""
@@ -186,19 +196,17 @@ def train_at_random(parameters: Iterator[nn.Parameter], size: float) -> None:
 class Composed(Subject):
     """A `PromptedModel`: an image encoder, or none, and a language model."""
 
+    module: PromptedModel
+
     def __init__(self, method: str, language: str, vision: str | None, bias: VisualPositionBias) -> None:
-        super().__init__(method)
-        self.parts = (language, vision, bias)
-        backbone = backbone_of(*self.parts)
-        self.inputs, self.labels = texts(backbone), targets(len(LENGTHS))
-        self.end = backbone.language.config.eos_token_id
-        self.module = PromptedModel(backbone).eval()
-        self.bare_logits = self.logits(self.inputs)
+        names, backbone = (language, vision, bias), backbone_of(language, vision, bias)
+        end = backbone.language.config.eos_token_id
+        super().__init__(method, names, PromptedModel(backbone).eval(), texts(backbone), end)
         self.module = self.trained().eval()
 
     def trained(self) -> PromptedModel:
         """The model with what the method trains."""
-        backbone = copy.deepcopy(backbone_of(*self.parts))
+        backbone = copy.deepcopy(backbone_of(*self.names))
         if self.method not in BASELINES:
             return PromptedModel(backbone, new_prompt(self.method))
         if self.method == "lora":
@@ -209,61 +217,45 @@ class Composed(Subject):
         train_at_random((p for p in backbone.language.parameters() if p.requires_grad), 0.3)
         return PromptedModel(backbone)
 
-    @property
-    def model(self) -> PromptedModel:
-        """What is called."""
-        return cast(PromptedModel, self.module)
-
-    @property
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """See `Subject`."""
-        return self.model.parameter_groups()
-
-    def again(self) -> "Composed":
-        """See `Subject`."""
-        return Composed(self.method, *self.parts)
-
     def answer(self, inputs: Inputs, **options: Any) -> Tensor:
         """See `Subject`."""
-        tokens = self.model.generate(**inputs, **options)
+        tokens = self.module.generate(**inputs, **options)
         return (
-            tokens[:, 1:].contiguous() if self.model.backbone.language.config.is_encoder_decoder else tokens
+            tokens[:, 1:].contiguous() if self.module.backbone.language.config.is_encoder_decoder else tokens
         )
 
     def checkpoint(self) -> None:
         """See `Subject`."""
-        recompute_activations(self.model.backbone.language)
+        recompute_activations(self.module.backbone.language)
 
     def save(self, folder: Path) -> None:
         """See `Subject`."""
-        Adapter.of(self.model, task="", metrics={}).save(folder)
+        Adapter.of(self.module, task="", metrics={}).save(folder)
 
-    def loaded(self, folder: Path) -> "Composed":
+    def load(self, folder: Path) -> PromptedModel:
         """See `Subject`."""
-        other = copy.copy(self)
-        other.module = Adapter.load(folder).build(copy.deepcopy(backbone_of(*self.parts))).eval()
-        return other
+        return Adapter.load(folder).build(copy.deepcopy(backbone_of(*self.names)))
 
     def without(self) -> Iterator[Tensor]:
         """See `Subject`."""
-        if self.model.prompt is None:
+        if self.module.prompt is None:
             raise NotThere
-        self.module = PromptedModel(self.model.backbone).eval()
+        self.module = PromptedModel(self.module.backbone).eval()
         yield self.logits(self.inputs)
 
     def folded(self) -> Tensor:
         """See `Subject`."""
-        if self.model.prompt is None:
+        if self.module.prompt is None:
             raise NotThere
-        self.module = self.model.folded()
+        self.module = self.module.folded()
         return self.logits(self.inputs)
 
     def mixed(self) -> tuple[Tensor, list[bool]]:
         """See `Subject`."""
-        if self.model.prompt is None:
+        if self.module.prompt is None:
             raise NotThere
-        on, backbone = [True, False, True], self.model.backbone
-        table = PromptTable([None, copy.deepcopy(self.model.prompt)], backbone)
+        on, backbone = [True, False, True], self.module.backbone
+        table = PromptTable([None, copy.deepcopy(self.module.prompt)], backbone)
         other = copy.copy(self)
         other.module = PromptedModel(backbone, RowPrompts(table, torch.tensor(on).long())).eval()
         return other.logits(self.inputs), on
@@ -280,50 +272,29 @@ class ReadyMade(Subject):
     """A ready-made vision-language model with a prompt attached."""
 
     def __init__(self, method: str, name: str) -> None:
-        super().__init__(method)
-        self.name = name
         bare = ready_made_of(name)
-        self.inputs = inputs_of(name)
-        self.labels = targets(len(self.inputs["input_ids"]))
-        self.end = getattr(bare, "language_model", bare).generation_config.eos_token_id
-        self.module = bare
-        self.bare_logits = self.logits(self.inputs)
+        end = getattr(bare, "language_model", bare).generation_config.eos_token_id
+        super().__init__(method, (name,), bare, inputs_of(name), end)
         self.module = attach(copy.deepcopy(bare), new_prompt(method)).eval()
-
-    @property
-    def attached(self) -> Attached:
-        """What is called."""
-        return cast(Attached, self.module)
-
-    @property
-    def groups(self) -> dict[str, list[nn.Parameter]]:
-        """See `Subject`."""
-        return self.attached.parameter_groups()
-
-    def again(self) -> "ReadyMade":
-        """See `Subject`."""
-        return ReadyMade(self.method, self.name)
 
     def checkpoint(self) -> None:
         """See `Subject`."""
-        self.attached.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.module.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def save(self, folder: Path) -> None:
         """See `Subject`."""
-        self.attached.save(folder)
+        self.module.save(folder)
 
-    def loaded(self, folder: Path) -> "ReadyMade":
+    def load(self, folder: Path) -> Attached:
         """See `Subject`."""
-        other = copy.copy(self)
-        other.module = Attached.load(folder, copy.deepcopy(ready_made_of(self.name))).eval()
-        return other
+        return Attached.load(folder, copy.deepcopy(ready_made_of(*self.names)))
 
     def without(self) -> Iterator[Tensor]:
         """See `Subject`."""
-        with self.attached.disabled():
+        with self.module.disabled():
             yield self.logits(self.inputs)
-        model = self.attached.model
-        self.attached.detach()
+        model = self.module.model
+        self.module.detach()
         self.module = model
         yield self.logits(self.inputs)
 
@@ -336,15 +307,11 @@ class InPeft(Subject):
 
         from dept_vl.peft_plugin import DeptConfig
 
-        super().__init__(method)
         if method not in ("pt", "dept"):
             raise NotThere
-        self.language = language
         backbone = backbone_of(language, None, "none")
-        self.inputs, self.labels = texts(backbone), targets(len(LENGTHS))
-        self.end = backbone.language.config.eos_token_id
-        self.module = self.base()
-        self.bare_logits = self.logits(self.inputs)
+        end = backbone.language.config.eos_token_id
+        super().__init__(method, (language,), self.base(language), texts(backbone), end)
         config = DeptConfig(
             task_type="SEQ_2_SEQ_LM",
             prompt_init="random",
@@ -352,21 +319,16 @@ class InPeft(Subject):
             rank=0 if method == "pt" else SIZES["rank"],
             max_source_length=SIZES["max_source_length"],
         )
-        base = self.base()
+        base = self.base(language)
         torch.manual_seed(0)
-        model = get_peft_model(base, config).eval()
-        train_at_random((p for p in model.parameters() if p.requires_grad), 1.0)
-        self.module = model
+        self.module = get_peft_model(base, config).eval()
+        train_at_random((p for p in self.module.parameters() if p.requires_grad), 1.0)
 
-    def base(self) -> PreTrainedModel:
+    @staticmethod
+    def base(language: str) -> PreTrainedModel:
         """The language model alone, as transformers has it."""
         torch.manual_seed(0)
-        return spread_out(language_model(self.language)).eval()
-
-    @property
-    def model(self) -> Any:
-        """What is called."""
-        return self.module
+        return spread_out(language_model(language)).eval()
 
     @property
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -374,36 +336,27 @@ class InPeft(Subject):
         (prompt,) = (module for module in self.module.modules() if isinstance(module, DePT))
         return {name: group for name, group in prompt.parameter_groups().items() if group}
 
-    def again(self) -> "InPeft":
-        """See `Subject`."""
-        return InPeft(self.method, self.language)
-
-    def checkpoint(self) -> None:
-        """See `Subject`."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-
     def save(self, folder: Path) -> None:
         """See `Subject`."""
-        self.model.save_pretrained(folder)
+        self.module.save_pretrained(folder)
 
-    def loaded(self, folder: Path) -> "InPeft":
+    def load(self, folder: Path) -> nn.Module:
         """See `Subject`."""
         from peft import PeftModel
 
-        other = copy.copy(self)
-        other.module = PeftModel.from_pretrained(self.base(), folder).eval()
-        return other
+        model: nn.Module = PeftModel.from_pretrained(self.base(*self.names), folder)
+        return model
 
     def without(self) -> Iterator[Tensor]:
         """See `Subject`."""
-        with self.model.disable_adapter():
+        with self.module.disable_adapter():
             yield self.logits(self.inputs)
-        self.module = self.model.unload()
+        self.module = self.module.unload()
         yield self.logits(self.inputs)
 
     def folded(self) -> Tensor:
         """See `Subject`."""
-        self.module = self.model.merge_and_unload()
+        self.module = self.module.merge_and_unload()
         return self.logits(self.inputs)
 
     def mixed(self) -> tuple[Tensor, list[bool]]:
@@ -411,7 +364,7 @@ class InPeft(Subject):
         on = [True, False, True]
         names = ["default" if with_prompt else "__base__" for with_prompt in on]
         with torch.no_grad():
-            logits: Tensor = self.model(**self.inputs, labels=self.labels, adapter_names=names).logits
+            logits: Tensor = self.module(**self.inputs, labels=self.labels, adapter_names=names).logits
         return logits, on
 
 

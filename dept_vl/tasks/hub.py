@@ -6,37 +6,28 @@ So each task has one reader, and official scorers work on what was fetched. What
     lmms-lab/GQA             every official split, images and questions apart, joined by imageId
     lmms-lab/NLVR2           dev, test1, test2 as two subsets, five sixths of each; no train
     yerevann/coco-karpathy   Karpathy's splits and captions; no images
-
-A copy is read from the Hub as a stream, or from a folder: its files as downloaded (parquet, under
-`data/`, under a folder for each configuration, or under one for each split) or `save_to_disk` of them.
 """
 
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tqdm import tqdm
-
-from dept_vl.images import confined, read_image
+from dept_vl.images import confined
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
-from dept_vl.tasks.easy_vqa import FULL_CHROMA, JPEG_QUALITY
+from dept_vl.tasks.parquet import Part, Source, open_source, placing
 from dept_vl.tasks.records import field as checked
 from dept_vl.tasks.sources import Published
+from dept_vl.tasks.staging import Output, joined, json_list, publish, refuse_existing
 
 logger = logging.getLogger(__name__)
 
-JPEG = b"\xff\xd8\xff"
-"""How every JPEG file begins."""
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-SHARD = re.compile(r"-\d+-of-(\d+)")
 NO_PUNCTUATION = re.compile(r"[^\s,'\"\[\]]+")
 
 ANSWER_COLUMNS = ("question_type", "answer_type", "answers")
@@ -52,9 +43,6 @@ VQA_HEADER = {
     },
     "data_type": "mscoco",
 }
-
-Part = tuple[str | None, str]
-"""A configuration of a copy (None for its only one) and a split in it."""
 
 
 def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
@@ -90,11 +78,11 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
             f"{copy.hub} has the splits {known}; got {split!r}. The official files of others are published "
             f"at {copy.official}"
         )
-    opened = _source(source, copy)
+    opened = open_source(source, copy.hub, copy.official)
     output_dir = output_dir.resolve()  # a link's own neighbours may lie on another disk
     note = f"SOURCE-{name}.md"
     files = (*copy.files(name), note)
-    _refuse_existing(output_dir, files)
+    refuse_existing(output_dir, files)
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # A sibling, so that the rename stays within one file system.
@@ -117,152 +105,8 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
         text = [f"# {task}, {name}", f"Written from the parquet copy {source}. Official: {copy.official}"]
         listed = "\n".join(f"- {kind}: {count:,}" for kind, count in counts.items())
         (staging / note).write_text("\n\n".join([*text, *lines, listed]) + "\n", encoding="utf-8")
-        _publish(staging, output_dir, files)
+        publish(staging, output_dir, files)
     return counts
-
-
-@dataclass(frozen=True)
-class Source:
-    """A copy to read from.
-
-    Attributes:
-        place: Its folder, or its name on the Hub.
-        hub: The usual name on the Hub.
-        official: Where the official files are published.
-    """
-
-    place: str | Path
-    hub: str
-    official: str
-
-    def rows(
-        self, part: Part, needed: Sequence[str], carried: Sequence[str] = (), images: Sequence[str] = ()
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows of a part as a stream (Arrow reads some row groups ahead), each named for messages.
-
-        Columns are checked at once, not when the first row is asked for.
-
-        Args:
-            part: Configuration and split.
-            needed: Columns that have to be there.
-            carried: Columns that are written too if they are there.
-            images: Those of `needed` that hold images; not decoded, as dicts with `bytes`.
-
-        Raises:
-            ValueError: If needed columns are missing.
-            FileNotFoundError: If the folder lacks the part.
-            OSError: If the copy cannot be read.
-        """
-        from datasets import Image  # seconds to import
-
-        where = f"{self.place}, {' '.join(name for name in part if name)}"
-        dataset = self._open(part, where)
-        found = dataset.column_names or []
-        missing = [name for name in needed if name not in found]
-        if missing:
-            raise ValueError(
-                f"{where}: expected the columns {', '.join(needed)}; {', '.join(missing)} missing, found "
-                f"{', '.join(found)}. The copy has changed, or is another one: take the official files from "
-                f"{self.official}, or another copy of {self.hub}"
-            )
-        absent = [name for name in carried if name not in found]
-        if absent:
-            logger.warning("%s: no columns %s, so the official file goes without", where, ", ".join(absent))
-        dataset = dataset.select_columns([*needed, *(name for name in carried if name in found)])
-        try:
-            for name in images:
-                dataset = dataset.cast_column(name, Image(decode=False))
-        except Exception as error:  # Arrow's, of many kinds
-            raise OSError(
-                f"{where}: expected images in {', '.join(images)}, found {dataset.features} ({error})"
-            ) from error
-        return self._read(dataset, where)
-
-    def _open(self, part: Part, where: str) -> Any:
-        if isinstance(self.place, Path):
-            return _open_folder(self.place, part, self.hub)
-        from datasets import load_dataset
-
-        config, split = part
-        try:
-            return load_dataset(self.place, config, split=split, streaming=True)
-        except Exception as error:  # the Hub's client raises almost anything
-            raise OSError(
-                f"cannot read {where} from the Hub, and it is no folder here: {error}. {_placing(self.place)}"
-            ) from error
-
-    def _read(self, dataset: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        rows = iter(tqdm(dataset, desc=where, unit=" rows", disable=None))
-        number = 0
-        while True:
-            try:
-                row = next(rows, None)
-            except Exception as error:  # as above, and Arrow on damaged files
-                raise OSError(
-                    f"cannot read on in {where} after {number:,} rows: {error}. {_placing(self.hub)}"
-                ) from error
-            if row is None:
-                break
-            number += 1
-            yield f"{where}, row {number}", row
-        if not number:
-            raise ValueError(f"{where}: expected rows, found none")
-
-
-@dataclass
-class Output:
-    """The split being written.
-
-    Attributes:
-        staging: Where it is written.
-        final: Where it will lie.
-    """
-
-    staging: Path
-    final: Path
-    images: set[str] = field(default_factory=set)
-    kept: int = 0
-    reencoded: int = 0
-
-    def image(self, name: str, value: Any, where: str) -> None:
-        """Write an image under its official name, once.
-
-        The bytes stay as they are but for a `.jpg` that is none: that becomes a JPEG.
-
-        Raises:
-            ValueError: If the name leads out of the folder, or the bytes are no image.
-        """
-        if name in self.images:
-            return
-        self.images.add(confined(name, where))
-        if (self.final / name).is_file():
-            self.kept += 1
-            return
-        data = value.get("bytes") if isinstance(value, dict) else None
-        if not data:
-            raise ValueError(f"{where}: expected the bytes of the image {name}, found {value!r:.60}")
-        path = self.staging / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        if data.startswith(JPEG):
-            return
-        try:
-            pixels = read_image(path)
-        except ValueError as error:
-            raise ValueError(f"{where}: the bytes of {name} are no image ({error})") from None
-        if path.suffix == ".jpg":
-            pixels.save(path, quality=JPEG_QUALITY, subsampling=FULL_CHROMA)
-            self.reencoded += 1
-
-    def counts(self) -> dict[str, int]:
-        """What became of the images; empty where there are none."""
-        if not self.images:
-            return {}
-        return {
-            "images": len(self.images),
-            "images_kept": self.kept,
-            "images_reencoded": self.reencoded,
-        }
 
 
 @dataclass(frozen=True)
@@ -312,10 +156,10 @@ def _vqav2(source: Source, output: Output, split: str, parts: Sequence[Part]) ->
     count = 0
     with ExitStack() as stack:
         ask = stack.enter_context(
-            _json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
+            json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
         )
         answers = [
-            stack.enter_context(_json_list(output.staging / name, header, "annotations"))
+            stack.enter_context(json_list(output.staging / name, header, "annotations"))
             for name in annotations_file
         ]
         for where, row in rows:
@@ -352,7 +196,7 @@ def _gqa(source: Source, output: Output, split: str, parts: Sequence[Part]) -> i
         output.image(f"{gqa.FOLDERS[0]}/{checked(row, 'id', str, where)}.jpg", row["image"], where)
     count = 0
     pictureless: list[str] = []
-    with _joined(output.staging / _gqa_files(split)[0], "{", "}") as add:
+    with joined(output.staging / _gqa_files(split)[0], "{", "}") as add:
         for where, row in questions:
             count += 1
             record = _gqa_record(row, where, answered)
@@ -363,7 +207,7 @@ def _gqa(source: Source, output: Output, split: str, parts: Sequence[Part]) -> i
         raise ValueError(
             f"{source.place}: {len(pictureless):,} of {count:,} questions in {parts[0][0]} ask about images "
             f"that are not in {parts[1][0]} (first: {pictureless[:3]}); the copy is not whole. "
-            f"{_placing(source.hub)}"
+            f"{placing(source.hub)}"
         )
     return count
 
@@ -444,7 +288,7 @@ def _coco(source: Source, output: Output, split: str, parts: Sequence[Part]) -> 
         for part in parts
     ]
     count = 0
-    with _json_list(output.staging / coco.KARPATHY_FILE, {"dataset": "coco"}, "images") as add:
+    with json_list(output.staging / coco.KARPATHY_FILE, {"dataset": "coco"}, "images") as add:
         for name, rows in opened:
             for where, row in rows:
                 add(_coco_record(row, name, where))
@@ -532,115 +376,6 @@ COPIES = {
     ),
 }
 """Task -> its copy."""
-
-
-def _source(source: str | Path, copy: Copy) -> Source:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return Source(folder, copy.hub, copy.official)
-    if isinstance(source, Path) or not HUB_NAME.fullmatch(source):
-        raise FileNotFoundError(
-            f"no such folder: {source}; expected a folder that holds a copy of {copy.hub}, or that name"
-        )
-    return Source(source, copy.hub, copy.official)
-
-
-def _placing(hub: str | Path) -> str:
-    return (
-        f"Download it where there is a network (hf download {hub} --repo-type dataset --local-dir FOLDER) "
-        "and give FOLDER as the source"
-    )
-
-
-def _open_folder(folder: Path, part: Part, hub: str) -> Any:
-    """A part of a copy in a folder.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If parquet files of it are missing.
-        OSError: If it cannot be read.
-    """
-    from datasets import load_dataset, load_from_disk
-
-    config, split = part
-    root = folder / config if config else folder
-    files = [
-        path
-        for path in sorted(root.rglob("*.parquet"))
-        if path.stem == split or path.stem.startswith(f"{split}-") or split in path.relative_to(root).parts
-    ]
-    expected = {int(match[1]) for path in files if (match := SHARD.search(path.stem))}
-    if expected and expected != {len(files)}:
-        raise ValueError(
-            f"{root}: expected {max(expected)} parquet files of the split {split}, found {len(files)}; "
-            f"the copy is not whole. {_placing(hub)}"
-        )
-    try:
-        if files:
-            return load_dataset(
-                "parquet", data_files={split: [str(path) for path in files]}, split=split, streaming=True
-            )
-        if (root / split / "state.json").is_file():
-            return load_from_disk(str(root / split))
-        # Saved alone: it has to say itself which split it is.
-        if (root / "state.json").is_file() and str((saved := load_from_disk(str(root))).split) == split:
-            return saved
-    except Exception as error:  # Arrow's errors and those of `datasets` have no common base
-        raise OSError(f"cannot read the split {split} in {root}: {error}. {_placing(hub)}") from error
-    others = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.parquet"))
-    raise FileNotFoundError(
-        f"no split {split} in {root}: expected {split}-*.parquet, a folder {split} of parquet files, or what "
-        f"save_to_disk writes; found {', '.join(others[:5]) or 'no parquet files'} in {folder}. "
-        f"{_placing(hub)}"
-    )
-
-
-def _refuse_existing(folder: Path, files: Sequence[str]) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"expected {folder} to be a folder, found a file")
-    there = [name for name in files if (folder / name).exists()]
-    if there:
-        raise FileExistsError(
-            f"{folder} holds {', '.join(there)} already, and nothing is overwritten; choose another folder, "
-            "or remove them to have the split written anew"
-        )
-
-
-def _publish(staging: Path, folder: Path, files: Sequence[str]) -> None:
-    """Move a finished split to its place, beside other splits if there are any."""
-    if not folder.exists():
-        staging.rename(folder)
-        return
-    _refuse_existing(folder, files)
-    # Annotation files last: they make the split one that tasks find.
-    images = (path for path in staging.rglob("*") if path.is_file() and path.parent != staging)
-    for path in chain(images, (staging / name for name in reversed(files))):
-        target = folder / path.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-
-
-@contextmanager
-def _joined(path: Path, opening: str, closing: str) -> Iterator[Callable[[str], None]]:
-    """A file written item by item, with commas between them."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(opening)
-        before = "\n"
-
-        def add(item: str) -> None:
-            nonlocal before
-            file.write(before + item)
-            before = ",\n"
-
-        yield add
-        file.write(closing + "\n")
-
-
-@contextmanager
-def _json_list(path: Path, header: dict[str, Any], key: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A JSON object whose last member is a list, written item by item."""
-    with _joined(path, f'{json.dumps(header)[:-1]}, "{key}": [', "]}") as add:
-        yield lambda item: add(json.dumps(item))
 
 
 def _structs(value: Any, where: str) -> list[dict[str, Any]]:
