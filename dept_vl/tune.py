@@ -4,10 +4,10 @@
     OUTPUT/trial-007/        a run; one that is promoted goes on from its checkpoint
     OUTPUT/tuning.json, .md  what was tried
 
-All trials train for an eighth of the steps; the better half goes on to a quarter, of these the better half
-to a half, and of these to the end. Twenty trials cost 6 whole runs so; the grid that the authors of DePT
-published (`GRID`) costs 8. Optuna proposes, from what the first eighths scored, and the first trial is
-the configuration as it is. The dev split decides; the best trial is scored on the test split, as any run.
+All trials train for a quarter of the steps; the best third goes on to a half, and of these the better half
+to the end. Twenty trials cost 8 whole runs so, as does the grid that the authors of DePT published
+(`GRID`). Optuna proposes, from what the first quarters scored, and the first trial is the configuration
+as it is. The dev split decides; the best trial is scored on the test split, as any run.
 """
 
 import json
@@ -34,8 +34,10 @@ STUDY_FILE = "study.db"
 STUDY = "dept_vl"
 GRID = tuple(product((0.3, 0.4), (1e-4, 5e-4, 1e-3, 5e-3)))
 """`prompt_lr` and `lora_lr` that won one of the authors' 17 released runs: the published grid."""
-EIGHTHS = (1, 2, 4, 8)
-"""Of the steps, until a trial is halved away or ends."""
+QUARTERS = (1, 2, 4)
+"""Of the steps, after which trials are compared; the last is the end."""
+KEPT = (3, 2)
+"""One trial in so many goes on, after the first comparison and after the second."""
 RANGES = {
     "prompt_lr": (0.02, 1.0),
     "lora_lr": (1e-4, 0.05),
@@ -93,9 +95,9 @@ def tune(config: RunConfig) -> RunResult:
         if stopped is not None:
             return stopped
     alive = trials
-    for done, step in pairwise(steps):
+    for (done, step), kept in zip(pairwise(steps), KEPT, strict=False):
         ranked = sorted(alive, key=lambda trial: trial.scores[done], reverse=True)
-        alive = ranked[: max(1, len(ranked) // 2)]
+        alive = ranked[: max(1, len(ranked) // kept)]
         for trial in alive:
             stopped = _train(config, folder, trial, step, study)
             if stopped is not None:
@@ -108,16 +110,16 @@ def tune(config: RunConfig) -> RunResult:
 
 def rungs(max_steps: int) -> list[int]:
     """Steps after which trials are compared; the last is the end."""
-    return sorted({max(1, max_steps * eighths // EIGHTHS[-1]) for eighths in EIGHTHS})
+    return sorted({max(1, max_steps * quarters // QUARTERS[-1]) for quarters in QUARTERS})
 
 
 def cost(trials: int, max_steps: int) -> int:
     """Steps of a whole search."""
-    alive, done, total = trials, 0, 0
-    for place, step in enumerate(rungs(max_steps)):
-        alive = alive if place == 0 else max(1, alive // 2)
+    steps = rungs(max_steps)
+    alive, total = trials, trials * steps[0]
+    for (done, step), kept in zip(pairwise(steps), KEPT, strict=False):
+        alive = max(1, alive // kept)
         total += alive * (step - done)
-        done = step
     return total
 
 
