@@ -36,7 +36,6 @@ from dept_vl.sharing import BEST
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
 from dept_vl.spread import place_model
-from dept_vl.state import CONFIG_FILE as CONFIG_FILE
 from dept_vl.state import Progress, steps_of
 from dept_vl.step import prepare_step
 from dept_vl.tasks.example import Task

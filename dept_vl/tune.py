@@ -25,7 +25,8 @@ from dept_vl.family import LONG
 from dept_vl.files import read_object, write_atomically
 from dept_vl.log import best_dev
 from dept_vl.report import markdown_table
-from dept_vl.run import CONFIG_FILE, RunResult, run
+from dept_vl.run import RunResult, run
+from dept_vl.state import CONFIG_FILE
 from dept_vl.tasks.nlp_table import TEXT_TASKS
 
 Space = dict[str, tuple[float, float] | list[int]]

@@ -1,7 +1,6 @@
 """The search: what it tries, what it costs, how it goes on."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,7 @@ optuna = pytest.importorskip("optuna")
 STEPS, TRIALS = 8, 6
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state for the life of a process."""
-    reset_accelerate()
-    yield
-    reset_accelerate()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")
