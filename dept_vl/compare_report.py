@@ -159,6 +159,12 @@ def bars(rows: Sequence[Row]) -> str:
             f"- Some other member of the family >= DePT: {', '.join(better) or 'none'}; the best is {best} "
             f"with {interval(means[best])}: {_said(bool(better))}."
         )
+        above = {name: [a - b for a, b in zip(means[name], ours, strict=True)] for name in others}
+        lines.append(
+            "- Above DePT, seed by seed: "
+            + ", ".join(f"{name} {interval(values)}" for name, values in above.items())
+            + "."
+        )
     return "\n".join(lines)
 
 
