@@ -83,7 +83,9 @@ def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row])
     for name in names:
         mine = [row for row in rows if row.method == name]
         means = means_over_tasks(mine) if len(mine) == len(tasks) else []
-        costs, seconds = [row.cost for row in mine if row.cost], step_seconds(mine)
+        # A mean over other tasks could not be compared with those of the other rows.
+        costed = mine if len(mine) == len(tasks) else []
+        costs, seconds = [row.cost for row in costed if row.cost], step_seconds(costed)
         lines.append(
             [
                 name,
@@ -161,7 +163,7 @@ def bars(rows: Sequence[Row]) -> str:
         )
         above = {name: [a - b for a, b in zip(means[name], ours, strict=True)] for name in others}
         lines.append(
-            "- Above DePT, seed by seed: "
+            "- Difference to DePT, seed by seed: "
             + ", ".join(f"{name} {interval(values)}" for name, values in above.items())
             + "."
         )

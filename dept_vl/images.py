@@ -24,6 +24,9 @@ FORMATS = tuple(
 """What is read, whatever a file is called. Pillow knows 30 more, and runs other programs for some of them
 (Ghostscript for EPS)."""
 
+JPEG_QUALITY = 95
+FULL_CHROMA = 0
+"""Of images that are written. Pillow's code for 4:4:4: halved chroma would bleed colours of small shapes."""
 
 ImageSource = str | Path | bytes | Image.Image
 """An image file, its content, or an image that Pillow has opened."""

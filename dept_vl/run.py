@@ -179,7 +179,7 @@ def _run(
         keep_precision(output_dir, precision, accelerator)
     # Behind the features, which the tower computes in full precision.
     prepare_step(
-        model,
+        model.backbone.language,
         accelerator.device,
         bfloat16=accelerator.mixed_precision == "bf16",
         gradient_checkpointing=config.train.gradient_checkpointing,

@@ -10,46 +10,47 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dept_vl.model import PromptedModel
 from dept_vl.spread import is_spread
 
+BACKEND = "inductor"
+"""Of `torch.compile`."""
 RECOMPILES = 32
-"""Graphs of one kind of layer at most, for any lengths: the first of encoder and decoder and the others, each
-with and without images, padding, and only one example or token."""
+"""Graphs of one kind of layer at most, for any lengths. T5 comes to 8, and to more with batches of one
+example, answers of one token, or some batches without images."""
 
 
 def prepare_step(
-    model: PromptedModel,
+    language: PreTrainedModel,
     device: torch.device,
     *,
     bfloat16: bool,
     gradient_checkpointing: bool = False,
     compiled: bool = False,
 ) -> None:
-    """Make a model ready to be trained fast; its weights are loaded and on the device.
+    """Make a language model ready to be trained fast; its weights are loaded and on the device.
 
     Args:
-        model: Changed in place.
+        language: Changed in place.
         device: Where it runs.
         bfloat16: It will run under bfloat16 autocast, always.
         gradient_checkpointing: See `recompute_activations`.
         compiled: See `compile_layers`.
 
     Raises:
-        ValueError: If a spread backbone is to be compiled.
+        ValueError: If a spread backbone is to be compiled, or see `compile_layers`.
     """
-    if compiled and is_spread(model):
+    if compiled and is_spread(language):
         raise ValueError(
             "a backbone that is spread over processes gathers its weights within a layer and was not "
             "tested compiled: leave --compile out, or launch without FSDP and ZeRO-3"
         )
-    choose_attention(model.backbone.language, device, bfloat16=bfloat16)
+    choose_attention(language, device, bfloat16=bfloat16)
     if bfloat16:
-        hold_frozen_in_bfloat16(model.backbone.language)
+        hold_frozen_in_bfloat16(language)
     if compiled:
-        compile_layers(model.backbone.language)
+        compile_layers(language)
     if gradient_checkpointing:
-        recompute_activations(model.backbone.language)
+        recompute_activations(language)
 
 
 def hold_frozen_in_bfloat16(language: nn.Module) -> None:
@@ -90,33 +91,63 @@ def recompute_activations(language: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def compile_layers(language: nn.Module, *, backend: str = "inductor") -> None:
+def compile_layers(language: nn.Module) -> None:
     """Compile the layers of a language model for training steps, for any lengths.
 
-    Layers of one kind share their graphs, so that a deep model compiles as fast as a shallow one (T5-base:
-    4 graphs of a layer each, where the whole step is one of 24 layers). Without gradients, as in evaluation,
-    layers run as before. A graph break or more than `RECOMPILES` graphs is an error, not a slow run. Layers
-    whose `forward` has been replaced already are left alone.
+    Layers of one kind share their graphs, so that a deep model compiles as fast as a shallow one: T5 has
+    four for batches with padding and four for those without, where the whole step of T5-base is one graph of
+    24 layers. Without gradients, as in evaluation, layers run as before. A graph break or more than
+    `RECOMPILES` graphs is an error, not a slow run. Compiled layers are left as they are.
+
+    Settings of torch's compiler are changed for the whole process, and what was compiled in it before is
+    forgotten and compiled again when it is next used.
 
     Args:
         language: Its layers' `forward` are replaced.
-        backend: Of `torch.compile`.
+
+    Raises:
+        ValueError: If there are no such layers, or something else has replaced their `forward`.
     """
-    torch._dynamo.config.recompile_limit = RECOMPILES
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    layers = [layer for layer in layers_of(language) if not _is_compiled(layer)]
+    if not layers and layers_of(language):
+        return
+    if not layers or any("forward" in vars(layer) for layer in layers):
+        found = "other code has replaced their forward" if layers else "transformers marks none in it"
+        raise ValueError(
+            f"--compile compiles the layers of {type(language).__name__}, and {found}: leave --compile out"
+        )
+    torch._dynamo.reset()
+    settings = torch._dynamo.config
+    settings.recompile_limit = RECOMPILES
+    settings.fail_on_recompile_limit_hit = True
+    # A model whose positions are hooked must not run another's graph, made without hooks.
+    settings.skip_nnmodule_hook_guards = False
+    # Layers are small enough to be whole; DDP's buckets would split graphs of the whole model.
+    settings.optimize_ddp = False
     # Or sizes that are equal by chance in a first call would be held for one.
     torch.fx.experimental._config.use_duck_shape = False
-    # Made for fixed lengths, it ends in an assertion for some others (pytorch issues 181563, 197077).
-    options: dict[str, Any] = {"triton.coalesce_tiling_analysis": False} if backend == "inductor" else {}
-    layers = [layer for layer in layers_of(language) if "forward" not in vars(layer)]
     compiled = {
         kind: torch.compile(
-            kind.forward, backend=backend, dynamic=True, fullgraph=True, options=options or None
+            kind.forward, backend=BACKEND, dynamic=True, fullgraph=True, options=_inductor_options()
         )
         for kind in {type(layer) for layer in layers}
     }
     for layer in layers:
         layer.forward = partial(_forward, layer, compiled[type(layer)])
+
+
+def _inductor_options() -> dict[str, Any] | None:
+    """Inductor's tiling analysis can fail for lengths that are symbols (pytorch issues 181563, 197077)."""
+    import torch._inductor.config as inductor
+
+    if BACKEND != "inductor" or not hasattr(inductor.triton, "coalesce_tiling_analysis"):
+        return None
+    return {"triton.coalesce_tiling_analysis": False}
+
+
+def _is_compiled(layer: nn.Module) -> bool:
+    forward = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def _forward(layer: nn.Module, compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:

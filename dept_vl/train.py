@@ -68,8 +68,8 @@ class TrainOptions:
     """Run every layer of the language model a second time in the backward pass instead of keeping what it
     computed: less memory, about a third more time."""
     compile: bool = False
-    """Compile the language model's layers with torch.compile for training, once for all lengths. Needs a C++
-    compiler, and on a GPU Triton."""
+    """Compile the language model's layers with torch.compile for training, once for all lengths; on a CPU it
+    saves memory and costs time. Needs a C++ compiler, and on a GPU Triton."""
     deterministic: bool = False
     """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
     a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed

@@ -5,7 +5,7 @@
     OUTPUT/tuning.json, .md  what was tried
 
 All trials train for a quarter of the steps; the best third goes on to a half, and of these the better half
-to the end. Twenty trials cost 8 whole runs so, as does the grid that the authors of DePT published
+to the end. Twenty trials so cost 8 whole runs, as much as the grid that the authors of DePT published
 (`GRID`). Optuna proposes, from what the first quarters scored, and the first trial is the configuration
 as it is. The dev split decides; the best trial is scored on the test split, as any run.
 """
@@ -36,8 +36,8 @@ STUDY = "dept_vl"
 GRID = tuple(product((0.3, 0.4), (1e-4, 5e-4, 1e-3, 5e-3)))
 """`prompt_lr` and `lora_lr` that won one of the authors' 17 released runs: the published grid."""
 QUARTERS = (1, 2, 4)
-"""Of the steps, after which trials are compared; the last is the end."""
-KEPT = (3, 2)
+"""Quarters of the steps, after which trials are compared; the last is the end."""
+GO_ON = (3, 2)
 """One trial in so many goes on, after the first comparison and after the second."""
 RANGES = {
     "prompt_lr": (0.02, 1.0),
@@ -96,7 +96,7 @@ def tune(config: RunConfig) -> RunResult:
         if stopped is not None:
             return stopped
     alive = trials
-    for (done, step), kept in zip(pairwise(steps), KEPT, strict=False):
+    for (done, step), kept in zip(pairwise(steps), GO_ON, strict=False):
         ranked = sorted(alive, key=lambda trial: trial.scores[done], reverse=True)
         alive = ranked[: max(1, len(ranked) // kept)]
         for trial in alive:
@@ -118,7 +118,7 @@ def cost(trials: int, max_steps: int) -> int:
     """Steps of a whole search."""
     steps = rungs(max_steps)
     alive, total = trials, trials * steps[0]
-    for (done, step), kept in zip(pairwise(steps), KEPT, strict=False):
+    for (done, step), kept in zip(pairwise(steps), GO_ON, strict=False):
         alive = max(1, alive // kept)
         total += alive * (step - done)
     return total

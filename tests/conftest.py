@@ -17,6 +17,7 @@ from PIL import Image
 from runs import reset_accelerate
 from torch import Tensor
 
+import dept_vl.step
 from dept_vl.backbone import Backbone
 from dept_vl.bench.tiny import (  # noqa: F401  tests take them from here
     CORPUS,
@@ -235,15 +236,21 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def graphs() -> Iterator[Callable[[], int]]:
-    """Graphs compiled since the test began; shapes go unchecked, for the checker cannot be compiled."""
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Graphs since the test began, run as they are; shapes go unchecked: the checker cannot be compiled."""
+    monkeypatch.setattr(dept_vl.step, "BACKEND", "eager")
     checking = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     shapes = torch.fx.experimental._config
     with (
-        torch._dynamo.config.patch(recompile_limit=32, fail_on_recompile_limit_hit=False),
+        torch._dynamo.config.patch(
+            recompile_limit=dept_vl.step.RECOMPILES,
+            fail_on_recompile_limit_hit=False,
+            skip_nnmodule_hook_guards=True,
+            optimize_ddp=True,
+        ),
         shapes.patch(use_duck_shape=shapes.use_duck_shape),
     ):
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -211,6 +211,7 @@ def test_tables_and_bars(tmp_path: Path) -> None:
         "Processor time of a step, DePT over PT: 0.42 (0.42 to 0.42 over tasks): met.",
         "Memory of a step, DePT over PT: 0.25 (0.25 to 0.25 over tasks): met.",
         f">= DePT: lopt; the best is lopt with {interval([60.0, 61.5])}: met.",
+        f"Difference to DePT, seed by seed: lopt {interval([1.0, 1.0])}.",
         "### captions: CIDEr",
         "| prompt_lr=0.3 |",
     ):

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import write_vqa
-from runs import in_two_processes, reset_accelerate, start_two_processes, tiny_run
+from runs import assert_same, in_two_processes, reset_accelerate, start_two_processes, tiny_run
 from test_resume import result_of
 
+import dept_vl.step
 from dept_vl import state
 from dept_vl.batch import Collator
 from dept_vl.config import DataOptions, RunConfig
@@ -65,6 +66,26 @@ def run_and_note(config: RunConfig, notes: Path) -> None:
         finally:
             sys.stdout = sys.__stdout__
     (notes / f"written-{rank}.json").write_text(json.dumps(written))
+
+
+def run_compiled(config: RunConfig) -> None:
+    dept_vl.step.BACKEND = "eager"
+    run(config)
+    if config.train.compile:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+
+
+def test_two_processes_with_compiled_layers_train_the_same(whole: RunConfig, tmp_path: Path) -> None:
+    short = replace(
+        whole,
+        output_dir=tmp_path / "plain",
+        train=replace(whole.train, max_steps=2, eval_every=2, checkpoint_every=0),
+        backbone=replace(whole.backbone, backbone_dropout=False),
+    )
+    compiled = replace(short, output_dir=tmp_path / "compiled", train=replace(short.train, compile=True))
+    for config in (short, compiled):
+        in_two_processes(run_compiled, config)
+    assert_same(tmp_path / "plain", tmp_path / "compiled", atol=1e-4)
 
 
 def run_and_die(config: RunConfig, step: int) -> None:

@@ -277,6 +277,20 @@ def test_bfloat16_trains(config: RunConfig) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in tensors(result.output_dir).values())
 
 
+def test_compiled_run_is_the_same(
+    config: RunConfig, tmp_path: Path, graphs: Callable[[], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"gradient_checkpointing": True, "max_steps": 4, "eval_every": 2}
+    plain = with_(config, mixed_precision="bf16", train=options)
+    main(plain)
+    assert graphs() == 0
+    reset_accelerate()
+    main(with_(plain, train={"compile": True}, output_dir=tmp_path / "compiled"))
+    # Evaluations came between the steps, and compiled nothing of their own.
+    assert 1 <= graphs() <= 8
+    assert_same(Path(config.output_dir or ""), tmp_path / "compiled", atol=1e-2)
+
+
 def test_full_fine_tuning_keeps_the_language_model_in_the_adapter(config: RunConfig) -> None:
     result = main(with_(config, backbone={"train_backbone": True}, train={"max_steps": 2}))
     before = pristine(config).language.state_dict()

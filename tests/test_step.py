@@ -1,7 +1,6 @@
 """A step made fast or small computes what it did before; gradients go no further than they must."""
 
 import copy
-import math
 import shutil
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 import dept_vl.step
 from dept_vl.backbone import Backbone
+from dept_vl.bench.subjects import backbone_of
 from dept_vl.dept import DePT
 from dept_vl.model import PromptedModel
 from dept_vl.step import compile_layers, hold_frozen_in_bfloat16, prepare_step
@@ -119,7 +119,7 @@ def test_trained_language_model_is_left_alone(backbone: Backbone) -> None:
 def test_attention_is_the_fastest(backbone: Backbone, device: str, bfloat16: bool, expected: str) -> None:
     model = trained_model(backbone)
     assert backbone.language.config._attn_implementation == "sdpa"
-    prepare_step(model, torch.device(device), bfloat16=bfloat16)
+    prepare_step(model.backbone.language, torch.device(device), bfloat16=bfloat16)
     for part in (backbone.language, backbone.language.get_encoder(), backbone.language.get_decoder()):
         assert part.config._attn_implementation == expected
 
@@ -158,7 +158,7 @@ def test_t5_takes_sdpa_with_its_position_bias(t5: Backbone, monkeypatch: pytest.
 def test_checkpointing_gives_the_same_gradients(backbone: Backbone, backbone_dropout: bool) -> None:
     model = trained_model(backbone, backbone_dropout=backbone_dropout)
     checkpointed = copy.deepcopy(model)
-    prepare_step(checkpointed, CPU, bfloat16=False, gradient_checkpointing=True)
+    prepare_step(checkpointed.backbone.language, CPU, bfloat16=False, gradient_checkpointing=True)
     found = []
     for one in (checkpointed, model):
         torch.manual_seed(3)
@@ -172,7 +172,7 @@ def test_checkpointing_keeps_less_and_generates_as_before(backbone: Backbone) ->
     model = trained_model(backbone).eval()
     given = random_text(backbone) | {"max_new_tokens": 5, "do_sample": False}
     before, kept = model.generate(**given), saved_numbers(model)
-    prepare_step(model, CPU, bfloat16=False, gradient_checkpointing=True)
+    prepare_step(model.backbone.language, CPU, bfloat16=False, gradient_checkpointing=True)
     assert saved_numbers(model) < kept / 2
     assert torch.equal(model.generate(**given), before)
 
@@ -206,8 +206,9 @@ def test_compiled_for_all_lengths_at_once(
     model = trained_model(make_backbone(name, None if name in DECODERS else "clip"))
     expected = [loss(model, text).item() for text in BATCHES]
     expected_gradients = gradients(model)
-    compile_layers(model.backbone.language, backend="eager")
-    prepare_step(model, CPU, bfloat16=False, gradient_checkpointing=checkpointing)
+    prepare_step(
+        model.backbone.language, CPU, bfloat16=False, gradient_checkpointing=checkpointing, compiled=True
+    )
     found = []
     for text in BATCHES[:2]:
         found.append(loss(model, text))
@@ -226,12 +227,16 @@ def test_compiled_for_all_lengths_at_once(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiled code needs a C++ compiler")
-def test_compiled_to_machine_code(t5: Backbone, graphs: Callable[[], int]) -> None:
+def test_compiled_to_machine_code(
+    t5: Backbone, graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(dept_vl.step, "BACKEND", "inductor")
     model = trained_model(t5)
     expected = [loss(model, text).item() for text in BATCHES]
     expected_gradients = gradients(model)
-    prepare_step(model, CPU, bfloat16=False, compiled=True)
+    prepare_step(t5.language, CPU, bfloat16=False, gradient_checkpointing=checkpointing, compiled=True)
     assert [loss(model, text).item() for text in BATCHES] == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-5)
@@ -246,11 +251,10 @@ def test_deep_model_compiles_as_few_graphs_as_a_shallow_one(
         model = trained_model(make_backbone("t5"))
         for stack in (model.backbone.language.get_encoder(), model.backbone.language.get_decoder()):
             stack.block.extend(copy.deepcopy(stack.block[-1]) for _ in range(more))
-        compile_layers(model.backbone.language, backend="eager")
+        compile_layers(model.backbone.language)
         before = graphs()
         loss(model, BATCHES[0])
         counts.append(graphs() - before)
-        torch._dynamo.reset()
     assert counts == [4, 4]
 
 
@@ -258,23 +262,72 @@ def test_answers_are_not_compiled(t5: Backbone, graphs: Callable[[], int]) -> No
     model = trained_model(t5).eval()
     text = random_text(t5)
     expected = model.generate(**text, max_new_tokens=4)
-    compile_layers(t5.language, backend="eager")
+    compile_layers(t5.language)
     assert torch.equal(model.generate(**text, max_new_tokens=4), expected)
     assert graphs() == 0
 
 
 def test_compiled_layers_are_copied_with_their_model(t5: Backbone, graphs: Callable[[], int]) -> None:
     model = trained_model(t5)
-    compile_layers(t5.language, backend="eager")
-    before = loss(model).item()
     other = copy.deepcopy(model)
     for parameter in other.backbone.language.parameters():
-        nn.init.zeros_(parameter)
-    assert loss(model).item() == before
-    assert loss(other).item() == pytest.approx(math.log(t5.language.config.vocab_size))
-    compile_layers(t5.language, backend="eager")  # again: nothing to do
-    assert loss(model).item() == before
-    assert graphs() <= 4
+        parameter.data.mul_(1.1)
+    expected = loss(model).item(), loss(other, images=False).item()
+    compile_layers(t5.language)
+    changed = copy.deepcopy(model)
+    for parameter in changed.backbone.language.parameters():
+        parameter.data.mul_(1.1)
+    assert loss(model).item() == pytest.approx(expected[0], rel=1e-5)
+    assert loss(changed, images=False).item() == pytest.approx(expected[1], rel=1e-5)
+    made = graphs()
+    assert made >= 4
+    compile_layers(t5.language)  # again: nothing to do
+    assert loss(model).item() == pytest.approx(expected[0], rel=1e-5)
+    assert graphs() == made
+
+
+def test_models_of_one_class_do_not_run_each_others_graphs(
+    make_backbone: Callable[..., Backbone], graphs: Callable[[], int]
+) -> None:
+    models = [trained_model(make_backbone("t5", visual_position_bias=bias)) for bias in ("relative", "none")]
+    expected = [loss(model).item() for model in models]
+    assert expected[0] != pytest.approx(expected[1], rel=1e-3)
+    for model in models:
+        compile_layers(model.backbone.language)
+    for model, one in [*zip(models, expected, strict=True)] * 2:
+        assert loss(model).item() == pytest.approx(one, rel=1e-5)
+    assert graphs() > 4
+
+
+def test_nothing_to_compile_is_an_error(t5: Backbone) -> None:
+    prepare_step(t5.language, CPU, bfloat16=False, gradient_checkpointing=True)
+    with pytest.raises(ValueError, match=r"other code has replaced their forward.*leave --compile out"):
+        compile_layers(t5.language)
+    with pytest.raises(ValueError, match="layers of Linear, and transformers marks none"):
+        compile_layers(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["mt5", "longt5-local"])
+def test_other_models_are_compiled(name: str, graphs: Callable[[], int]) -> None:
+    model = trained_model(backbone_of(name, "clip", "relative"))
+    expected = [loss(model, text).item() for text in BATCHES]
+    compile_layers(model.backbone.language)
+    assert [loss(model, text).item() for text in BATCHES] == pytest.approx(expected, rel=1e-5)
+    assert 4 <= graphs() <= dept_vl.step.RECOMPILES
+
+
+def test_lora_is_compiled(t5: Backbone, graphs: Callable[[], int]) -> None:
+    t5.add_lora(2)
+    for name, parameter in t5.language.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model = trained_model(t5)
+    expected = gradients(model)
+    assert any("lora_A" in name for name in expected)
+    compile_layers(t5.language)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    assert graphs() == 4
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -293,7 +346,7 @@ def test_too_many_graphs_are_an_error(
 ) -> None:
     monkeypatch.setattr(dept_vl.step, "RECOMPILES", 1)
     model = trained_model(t5)
-    compile_layers(t5.language, backend="eager")
+    compile_layers(t5.language)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit, match="recompile_limit"):
         loss(model)
 
@@ -301,7 +354,7 @@ def test_too_many_graphs_are_an_error(
 def test_spread_backbone_is_not_compiled(t5: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dept_vl.step, "is_spread", lambda model: True)
     with pytest.raises(ValueError, match="--compile"):
-        prepare_step(trained_model(t5), CPU, bfloat16=False, compiled=True)
+        prepare_step(t5.language, CPU, bfloat16=False, compiled=True)
     before = {name: p.dtype for name, p in t5.language.named_parameters()}
     hold_frozen_in_bfloat16(t5.language)
     assert {name: p.dtype for name, p in t5.language.named_parameters()} == before

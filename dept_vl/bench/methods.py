@@ -221,10 +221,11 @@ METHODS = {
     "peft100held": "PEFT's PT (l=100) on our backbone",
     "lora8": "PEFT's LoRA (r=8 on q, v)",
 }
-COMPILED = "+compiled"
-OURS = ("pt100", "dept0", "dept20", "dept40", "dept60", "dept80", "floor", "constant")
-METHODS |= {name + COMPILED: f"{METHODS[name]}, compiled" for name in OURS}
 """By the name on the command line: the name in a table."""
+COMPILED = "+compiled"
+"""Behind the name of a method: its layers are compiled."""
+COMPILABLE = ("pt100", "dept0", "dept20", "dept40", "dept60", "dept80", "floor", "constant")
+METHODS |= {name + COMPILED: f"{METHODS[name]}, compiled" for name in COMPILABLE}
 
 
 def needs_peft(method: str) -> bool:
@@ -255,14 +256,15 @@ def build_runners(
         compiled: A copy of the backbone whose layers are compiled; None if no such method is named.
 
     Raises:
-        ValueError: If there is no such method.
+        ValueError: If there is no such method, or no compiled backbone for it.
     """
     runners = {}
     for name in names:
         if name not in METHODS:
             raise ValueError(f"there is no method {name!r}; expected some of {', '.join(METHODS)}")
         used = compiled if name.endswith(COMPILED) else backbone
-        assert used is not None
+        if used is None:
+            raise ValueError(f"{name} needs a backbone whose layers are compiled, and none was given")
         runners[name] = _build_runner(name.removesuffix(COMPILED), used, stock, shape)
         runners[name].compiled = used is compiled
     return runners

@@ -33,7 +33,7 @@ from dept_vl.bench.methods import (
     write_images,
 )
 from dept_vl.files import read_json, write_atomically
-from dept_vl.step import choose_attention, compile_layers, hold_frozen_in_bfloat16
+from dept_vl.step import choose_attention, hold_frozen_in_bfloat16, prepare_step
 
 RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8
@@ -227,12 +227,9 @@ class Bench:
         )
 
     def _compiled(self, backbone: Backbone) -> Backbone:
-        """A copy whose layers are compiled, as `prepare_step` makes it."""
+        """A copy whose layers are compiled."""
         backbone = copy.deepcopy(backbone).train(self.config.backbone_dropout)
-        choose_attention(backbone.language, self.device, bfloat16=self.bfloat16)
-        if self.bfloat16:
-            hold_frozen_in_bfloat16(backbone.language)
-        compile_layers(backbone.language)
+        prepare_step(backbone.language, self.device, bfloat16=self.bfloat16, compiled=True)
         return backbone
 
     def _measure_group(

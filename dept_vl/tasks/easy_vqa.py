@@ -22,6 +22,8 @@ from typing import Any
 
 from PIL import Image
 
+from dept_vl.images import FULL_CHROMA, JPEG_QUALITY
+
 logger = logging.getLogger(__name__)
 
 MARKER = "easy_vqa_counts.json"
@@ -42,10 +44,6 @@ QUESTION_TYPES = (
 ANNOTATORS = 10
 QUESTIONS_PER_IMAGE = 1000
 """Room for question ids within an image, as in COCO-VQA."""
-
-JPEG_QUALITY = 95
-FULL_CHROMA = 0
-"""Pillow's code for 4:4:4; halved chroma would bleed the colours of shapes this small."""
 
 INFO = {
     "description": "easy-VQA 1.0 in the format of VQA v2.0.",

@@ -8,8 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dept_vl.images import confined, read_image
-from dept_vl.tasks.easy_vqa import FULL_CHROMA, JPEG_QUALITY
+from dept_vl.images import FULL_CHROMA, JPEG_QUALITY, confined, read_image
 
 JPEG = b"\xff\xd8\xff"
 """How every JPEG file begins."""
