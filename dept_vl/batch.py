@@ -1,16 +1,10 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
 import itertools
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from multiprocessing.queues import Queue
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -189,36 +183,6 @@ class _PixelReader:
     def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images 3 height width"]:
         pixels = torch.stack([self.pixels[path] for paths in examples for path in paths])
         return pixels.view(len(examples), -1, *pixels.shape[1:])
-
-
-def prepare_reader(worker: int) -> None:
-    """For a process that reads images: it obeys the training process alone, and keeps no batch from it.
-
-    Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its reader the step at hand could
-    not be ended. SIGTERM from the training process itself, which ends its readers so where it fails, is
-    obeyed. A batch that cannot be handed over (for want of open files, say) would be dropped, and waited
-    for forever: the reader ends, which is noticed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
-    else:  # macOS does not say who sent a signal
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The hook that the standard library has for it; torch's queues are of this class.
-    Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
-
-
-def _end_when_told_by(sender: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
-        pass
-    os._exit(0)  # as after any other end that it was told of
-
-
-def _end_reader(error: Exception, batch: object) -> None:
-    print(f"a batch could not be handed over: {error}", file=sys.stderr, flush=True)
-    os._exit(0)  # another status would be raised in the middle of a step, not where the batch is missed
 
 
 class TrainingDraws(Dataset[Draw]):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dept_vl.files import read_tensors
 from dept_vl.images import ImageSource, read_image
 from dept_vl.live import is_live
+from dept_vl.readers import leave_readers_to_their_queues
 from dept_vl.vision import VisionEncoder
 
 EXTRACT = "scripts/extract_features.py"
@@ -173,6 +174,7 @@ def encode_images(
 ) -> Iterator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]]]:
     """The batches, each with its features and, for every image, what is wrong with it or nothing."""
     device = next(vision.parameters()).device
+    leave_readers_to_their_queues()
     loader: DataLoader[Any] = DataLoader(
         _Pixels(vision, paths), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers
     )
