@@ -182,6 +182,8 @@ class Adapter:
                     f"no adapter at {folder}: {name} is missing there{hint if found else ''}"
                 )
         description = read_description(folder / CONFIG_FILE)
+        # JSON writes a whole number without its point.
+        description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}
         tensors = read_tensors(folder / TENSORS_FILE)
         check_parameters(tensors, folder / TENSORS_FILE)
         adapter = cls(**description, tensors=tensors)

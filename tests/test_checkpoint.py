@@ -333,3 +333,13 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
     tensors = load_file(tmp_path / TENSORS_FILE)
     assert tensors["prompt.soft_prompt"].shape == (4, D_MODEL)
     assert sum(tensor.numel() for tensor in tensors.values()) == count_trainable(model)["total"]
+
+
+def test_whole_numbers_among_the_figures_are_read(t5: Backbone, tmp_path: Path) -> None:
+    adapter_of(trained(t5)).save(tmp_path)
+    description = json.loads((tmp_path / "adapter.json").read_text())
+    description["metrics"] = {"overall": 71}
+    (tmp_path / "adapter.json").write_text(json.dumps(description))
+    loaded = Adapter.load(tmp_path)
+    assert loaded.metrics == {"overall": 71.0}
+    assert isinstance(loaded.metrics["overall"], float)
