@@ -22,6 +22,7 @@ token offset: `family` has them.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,20 +37,20 @@ COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 
 
-class PromptSource(nn.Module):
+class PromptSource(nn.Module, ABC):
     """What P is made of where its vectors are not trained themselves."""
 
+    @abstractmethod
     def forward(self) -> Float[Tensor, "prompt d_model"]:
         """P."""
-        raise NotImplementedError
 
+    @abstractmethod
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
         """Make P as near to these vectors as can be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """As `DePT.parameter_groups`."""
-        raise NotImplementedError
 
 
 class DePT(nn.Module):

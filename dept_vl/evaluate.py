@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dept_vl import readers
 from dept_vl.batch import Batch, Collator, EvaluationDraws
 from dept_vl.decoding import generation_options, spellings
 from dept_vl.live import is_live
 from dept_vl.model import PromptedModel
-from dept_vl.readers import leave_readers_to_their_queues, prepare_reader
 from dept_vl.spread import is_spread
 from dept_vl.targets import target_texts
 from dept_vl.tasks.example import Decoding, Task
@@ -92,14 +91,8 @@ def evaluate(
         options |= {"synced_gpus": True}
         if len(mine) * accelerator.num_processes < len(task) or not mine:
             mine.append(0)
-    leave_readers_to_their_queues()
-    loader: DataLoader[Any] = DataLoader(
-        EvaluationDraws(task),
-        sampler=mine,
-        batch_size=batch_size,
-        collate_fn=collator,
-        num_workers=num_workers,
-        worker_init_fn=prepare_reader,
+    loader = readers.load(
+        EvaluationDraws(task), num_workers, sampler=mine, batch_size=batch_size, collate_fn=collator
     )
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []

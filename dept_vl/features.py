@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from dept_vl import readers
 from dept_vl.files import read_tensors
 from dept_vl.images import ImageSource, read_image
 from dept_vl.live import is_live
-from dept_vl.readers import leave_readers_to_their_queues
 from dept_vl.vision import VisionEncoder
 
 EXTRACT = "scripts/extract_features.py"
@@ -174,9 +174,8 @@ def encode_images(
 ) -> Iterator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]]]:
     """The batches, each with its features and, for every image, what is wrong with it or nothing."""
     device = next(vision.parameters()).device
-    leave_readers_to_their_queues()
-    loader: DataLoader[Any] = DataLoader(
-        _Pixels(vision, paths), batch_sampler=[list(batch) for batch in batches], num_workers=num_workers
+    loader = readers.load(
+        _Pixels(vision, paths), num_workers, batch_sampler=[list(batch) for batch in batches]
     )
     total = sum(map(len, batches))
     with tqdm(total=total, desc="encoding images", disable=not (progress and is_live()), leave=False) as bar:

@@ -6,8 +6,26 @@ import signal
 import sys
 import threading
 from multiprocessing.queues import Queue
+from typing import Any
 
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
+
+
+def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Batches that so many readers prepare; 0 prepares them where they are used.
+
+    A reader that is killed is noticed where its batch is missed. Torch would raise in this process at once,
+    in the middle of anything: of a line that holds a lock, say, for which other threads (a tracker's) then
+    wait forever. Its queues look every five seconds.
+
+    Args:
+        dataset: What a reader reads.
+        num_workers: Readers.
+        **options: Of `DataLoader`.
+    """
+    signal_handling._SIGCHLD_handler_set = True
+    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
 
 
 def prepare_reader(worker: int) -> None:
@@ -27,15 +45,6 @@ def prepare_reader(worker: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # The hook that the standard library has for it; torch's queues are of this class.
     Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
-
-
-def leave_readers_to_their_queues() -> None:
-    """A reader that is killed is noticed where its batch is missed; to be called before readers are started.
-
-    Torch would raise in the training process at once, in the middle of anything: of a line that holds a
-    lock, say, for which other threads (a tracker's) then wait forever. Its queues look every five seconds.
-    """
-    signal_handling._SIGCHLD_handler_set = True
 
 
 def _end_when_told_by(sender: int) -> None:

@@ -130,7 +130,7 @@ def picture_grid(
     width, height = TILE + MARGIN, TILE + TEXT_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, rows * height + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font, answer_font = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(ANSWER_SIZE)
+    font = ImageFont.load_default(FONT_SIZE)
     for place, index in enumerate(tiles):
         example = task[index]
         answer = predictions[example.example_id]
@@ -148,8 +148,15 @@ def picture_grid(
         place_of_answer = (left, top + TILE + TEXT_HEIGHT - 28)
         # A caption is neither right nor wrong; it stands under a human one.
         fill = INK if not example.answer else RIGHT if right else WRONG
-        draw.text(place_of_answer, textwrap.shorten(verdict, WRAP), fill=fill, font=answer_font)
+        verdict = textwrap.shorten(verdict, WRAP)
+        draw.text(place_of_answer, verdict, fill=fill, font=_fitting(draw, verdict))
     sheet.save(path)
+
+
+def _fitting(draw: ImageDraw.ImageDraw, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The largest font in which a line is no wider than a tile."""
+    fonts = map(ImageFont.load_default, range(ANSWER_SIZE, 0, -1))
+    return next(font for font in fonts if draw.textlength(text, font) <= TILE)
 
 
 def _choose(task: Task, predictions: Mapping[ExampleId, str], count: int, mistakes: int) -> list[int]:

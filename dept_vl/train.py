@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
+from dept_vl import readers
 from dept_vl.batch import Batch, Collator, TrainingBatches, TrainingDraws
 from dept_vl.checkpoint import Adapter
 from dept_vl.evaluate import evaluate
@@ -21,7 +21,6 @@ from dept_vl.lengths import source_lengths
 from dept_vl.log import LOG_FILE, Log
 from dept_vl.model import PromptedModel
 from dept_vl.optim import OptimOptions, build_optimizer, build_schedule
-from dept_vl.readers import leave_readers_to_their_queues, prepare_reader
 from dept_vl.sharing import BEST
 from dept_vl.spread import average_gradients, is_spread
 from dept_vl.state import Progress, TrainingState
@@ -140,9 +139,9 @@ def train(
         with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
             whole = [source_lengths(task.train, collator.tokenizer) for task in tasks]
         lengths = [of_task.clip(max=collator.max_source_length) for of_task in whole]
-    leave_readers_to_their_queues()
-    loader: DataLoader[Any] = DataLoader(
+    loader = readers.load(
         TrainingDraws([task.train for task in tasks], options.seed),
+        options.num_workers,
         batch_sampler=TrainingBatches(
             [len(task.train) for task in tasks],
             [task.batch_size for task in tasks],
@@ -153,8 +152,6 @@ def train(
             start=progress.steps * options.gradient_accumulation_steps,
         ),
         collate_fn=collator,
-        num_workers=options.num_workers,
-        worker_init_fn=prepare_reader,
     )
     batches = iter(loader)
     if checkpoint is not None:

@@ -93,6 +93,16 @@ def test_picture_without_a_mistake_is_green_throughout(tmp_path: Path, task: VQA
     assert all(RIGHT in text and WRONG not in text for _, text in shown)
 
 
+def test_long_answers_stay_below_their_image(tmp_path: Path, task: VQAv2) -> None:
+    path = tmp_path / "answers.png"
+    long = dict.fromkeys(answers(task, 0), "W" * 8 + " wwwww wwwww")
+    picture_grid(task, long, path, columns=2, rows=1, mistakes=2)
+    with Image.open(path) as sheet:
+        between = sheet.crop((MARGIN + TILE + 1, 0, 2 * MARGIN + TILE, sheet.height))
+        assert len(between.getcolors()) == 1
+        assert all(WRONG in text for _, text in tiles(sheet, 2, 1))
+
+
 def test_picture_leaves_tiles_empty_where_images_are_few(tmp_path: Path, task: VQAv2) -> None:
     path = tmp_path / "answers.png"
     picture_grid(task.subset([0, 1, 2]), answers(task, 0), path, columns=3, rows=1)

@@ -1,6 +1,7 @@
 """Tiny models with something trained on them: three kinds behind one interface, to be probed."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -36,7 +37,7 @@ class NotThere(Exception):
     """There is no such thing to be asked of."""
 
 
-class Subject:
+class Subject(ABC):
     """A model in evaluation mode, with something trained on it that is far from where training starts.
 
     Each kind takes a method and the names of its base; made anew of them it is the same to the bit.
@@ -107,13 +108,13 @@ class Subject:
         """Switch gradient checkpointing on."""
         self.module.gradient_checkpointing_enable({"use_reentrant": False})
 
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what was trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, folder: Path) -> nn.Module:
         """What was written, on a fresh base."""
-        raise NotImplementedError
 
     def loaded(self, folder: Path) -> "Subject":
         """The same with what was written."""
