@@ -8,13 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 from PIL import Image
-from runs import reset_accelerate
+from runs import reset_accelerate, tiny_run
 from torch import Tensor
 
 import dept_vl.step
@@ -33,6 +34,7 @@ from dept_vl.bench.tiny import (  # noqa: F401  tests take them from here
     tokenizer,
     tower,
 )
+from dept_vl.config import RunConfig
 from dept_vl.model import IGNORE_INDEX
 from dept_vl.scenes.official import write_tasks
 from dept_vl.vision import VisionEncoder
@@ -233,6 +235,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "official"
     write_tasks(folder, train=12, val=6, test=6)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_run(language_folders: dict[str, Path], vision_folders: dict[str, Path]) -> Callable[..., RunConfig]:
+    """Makes a run of a few steps of CLIP and T5; see `runs.tiny_run`."""
+    return partial(tiny_run, vision=vision_folders["clip"], language=language_folders["t5"])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tyro
-from runs import files, in_two_processes, reset_accelerate, tiny_run, with_
+from runs import files, in_two_processes, reset_accelerate, with_
 
 from dept_vl.assess import AssessConfig, Assessment, assess, choose_decoding, data_options
 from dept_vl.cli import read_config
@@ -35,15 +35,14 @@ class Finished:
 @pytest.fixture(scope="module")
 def finished(
     scenes: Path,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Finished:
     """On VQAv2, among its usual answers, with two beams."""
     data = DataOptions(
         data_dir=scenes / "vqav2", dev_split="val", dev_limit=4, candidate_floor=1, num_beams=2
     )
-    config = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+    config = make_run(data)
     config = replace(config, output_dir=tmp_path_factory.mktemp("runs") / "run")
     reset_accelerate()
     result = run(config)

@@ -1,20 +1,19 @@
 """What a step costs, measured for several configurations in turn."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run, with_
+from runs import reset_accelerate, with_
 
 from dept_vl.bench.costs import measure_steps
 from dept_vl.build import build_model
-from dept_vl.config import DataOptions
+from dept_vl.config import DataOptions, RunConfig
 
 
-def test_steps_of_a_task_are_measured_in_turn(
-    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
-) -> None:
+def test_steps_of_a_task_are_measured_in_turn(tmp_path: Path, make_run: Callable[..., RunConfig]) -> None:
     data = DataOptions(data_dir=write_vqa(tmp_path / "vqa"), holdout_images=1)
-    short = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+    short = make_run(data)
     bare = {"prompt_length": 0, "rank": 0}
     reset_accelerate()
     costs = measure_steps(

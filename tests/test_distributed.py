@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import write_vqa
-from runs import assert_same, in_two_processes, reset_accelerate, start_two_processes, tiny_run
+from runs import assert_same, in_two_processes, reset_accelerate, start_two_processes
 from test_resume import result_of
 
 import dept_vl.step
@@ -26,15 +27,12 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture(scope="module")
 def whole(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
     """A run of two processes; each notes what it prints and which files it opens to write."""
     folder = tmp_path_factory.mktemp("distributed")
-    config = tiny_run(
+    config = make_run(
         DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
         dropout=True,
         max_steps=6,
         per_device_batch_size=2,

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from runs import (
     log,
     reset_accelerate,
     start_two_processes,
-    tiny_run,
     with_,
 )
 
@@ -39,9 +39,9 @@ SHARDS = [shard_name(number) for number in range(3)]
 
 
 @pytest.fixture
-def config(tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]) -> RunConfig:
+def config(tmp_path: Path, make_run: Callable[..., RunConfig]) -> RunConfig:
     data = DataOptions(data_dir=write_vqa(tmp_path / "vqa", images=5), dev_split="val", test_split="val")
-    made = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"], max_steps=4)
+    made = make_run(data, max_steps=4)
     return with_(made, output_dir=tmp_path / "run")
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run, with_
+from runs import reset_accelerate, with_
 from test_resume import result_of
 from torch.utils.data import get_worker_info
 
@@ -39,15 +39,12 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture(scope="module")
 def whole(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
     """A run that nothing has happened to; images are read at every step."""
     folder = tmp_path_factory.mktemp("faults")
-    config = tiny_run(
+    config = make_run(
         DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1, feature_memory=0.0),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
         dropout=True,
         max_steps=6,
         per_device_batch_size=3,

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
 from PIL import Image
-from runs import in_two_processes, log, reset_accelerate, tiny_run, with_
+from runs import in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.run
 from dept_vl.assess import AssessConfig, assess
@@ -108,14 +109,13 @@ def read(folder: Path) -> Page:
 @pytest.fixture(scope="module")
 def config(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
     folder = tmp_path_factory.mktemp("report")
     data = DataOptions(
         data_dir=write_vqa(folder / "vqa", subtypes=("train2014", "val2014", "test2015")), holdout_images=1
     )
-    config = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+    config = make_run(data)
     return replace(config, output_dir=folder / "run")
 
 

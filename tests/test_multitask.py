@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from runs import assert_same, files, in_two_processes, log, reset_accelerate, tensors, tiny_run, with_
+from runs import assert_same, files, in_two_processes, log, reset_accelerate, tensors, with_
 
 import dept_vl.tasks.coco
 import dept_vl.train
@@ -67,7 +67,7 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def config(scenes: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]) -> RunConfig:
+def config(scenes: Path, make_run: Callable[..., RunConfig]) -> RunConfig:
     splits = {
         "vqav2": DataOptions(dev_split="val", test_split="val", test_limit=5),
         "gqa": DataOptions(dev_split="val", test_split="testdev"),
@@ -77,9 +77,7 @@ def config(scenes: Path, language_folders: dict[str, Path], vision_folders: dict
     first, *others = (
         replace(options, task=task, data_dir=scenes / task, dev_limit=4) for task, options in splits.items()
     )
-    config = tiny_run(
-        first, vision=vision_folders["clip"], language=language_folders["t5"], max_steps=STEPS, eval_every=6
-    )
+    config = make_run(first, max_steps=STEPS, eval_every=6)
     return replace(config, also=tuple(others))
 
 

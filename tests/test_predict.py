@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import random_image
 from PIL import Image
-from runs import reset_accelerate, tiny_run
+from runs import reset_accelerate
 from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig
 
@@ -21,7 +21,7 @@ import dept_vl
 from dept_vl.ask import Predictor
 from dept_vl.backbone import Backbone
 from dept_vl.checkpoint import Adapter
-from dept_vl.config import DataOptions
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.dept import DePT
 from dept_vl.model import PromptedModel
 from dept_vl.predict import load
@@ -63,8 +63,7 @@ def picture() -> Image.Image:
 )
 def test_the_answers_are_those_of_the_evaluation(
     scenes: Path,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
     tmp_path: Path,
     name: str,
     split: str,
@@ -74,7 +73,7 @@ def test_the_answers_are_those_of_the_evaluation(
     data = DataOptions(
         name, scenes / name, dev_split=split, test_split=split, dev_limit=4, features="live", **changes
     )
-    config = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+    config = make_run(data)
     result = run(replace(config, output_dir=tmp_path / "run"))
     task = load_task(name, scenes / name, split)
     examples = [task[index] for index in range(len(task))]

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run
+from runs import reset_accelerate
 from safetensors.torch import load_file
 
 from dept_vl import state
@@ -32,14 +33,11 @@ CONTEXT.set_forkserver_preload(["dept_vl.run"])
 @pytest.fixture(scope="module")
 def config(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
     folder = tmp_path_factory.mktemp("resume")
-    config = tiny_run(
+    config = make_run(
         DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
         dropout=True,  # so that a generator set back wrongly shows
         max_steps=9,
         per_device_batch_size=3,

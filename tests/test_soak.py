@@ -2,25 +2,22 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run, with_
+from runs import reset_accelerate, with_
 
 from dept_vl import state
-from dept_vl.config import DataOptions
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.run import run
 from scripts import soak
 
 
-def test_a_damage_is_found_and_a_difference_too(
-    tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
-) -> None:
-    config = tiny_run(
+def test_a_damage_is_found_and_a_difference_too(tmp_path: Path, make_run: Callable[..., RunConfig]) -> None:
+    config = make_run(
         DataOptions(data_dir=write_vqa(tmp_path / "vqa"), holdout_images=1),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
         checkpoint_every=1,
     )
     found = []

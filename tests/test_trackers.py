@@ -6,14 +6,14 @@ import signal
 import sqlite3
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import write_vqa
-from runs import files, in_two_processes, log, reset_accelerate, tiny_run, with_
+from runs import files, in_two_processes, log, reset_accelerate, with_
 
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.run import run
@@ -33,9 +33,9 @@ Found = dict[str, list[tuple[int, float]]]
 
 
 @pytest.fixture
-def config(tmp_path: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]) -> RunConfig:
+def config(tmp_path: Path, make_run: Callable[..., RunConfig]) -> RunConfig:
     data = DataOptions(data_dir=write_vqa(tmp_path / "vqa", images=3), holdout_images=1)
-    config = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"], max_steps=STEPS)
+    config = make_run(data, max_steps=STEPS)
     return with_(config, output_dir=tmp_path / "run", train={"checkpoint_every": 1})
 
 

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from conftest import D_MODEL
 from helpers import task_of, write_vqa
-from runs import in_two_processes, reset_accelerate, tensors, tiny_run, with_
+from runs import in_two_processes, reset_accelerate, tensors, with_
 
 from dept_vl import family
 from dept_vl.backbone import Backbone
@@ -236,15 +236,12 @@ def test_a_source_of_other_sizes_is_refused(make_backbone: Callable[..., Backbon
 @pytest.fixture(scope="module")
 def base(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
     """A run of two steps on 36 questions."""
     data = write_vqa(tmp_path_factory.mktemp("data") / "vqa", images=12)
-    return tiny_run(
+    return make_run(
         DataOptions(data_dir=data, holdout_images=1, test_limit=8),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
     )
 
 

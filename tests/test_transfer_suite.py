@@ -1,15 +1,16 @@
 """Transfer between several tasks: sources, cells and one table."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers import write_vqa
-from runs import reset_accelerate, tiny_run
+from runs import reset_accelerate
 
 import dept_vl.transfer_suite
-from dept_vl.config import DataOptions, to_json
+from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.intervals import interval
 from dept_vl.transfer_suite import TARGETS, SuiteConfig, gain, table, wins
 from scripts.transfer_suite import main
@@ -20,15 +21,14 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture
 def _two_tasks(
     tmp_path: Path,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Two tiny tasks in place of the shipped ones, the first of which is a source too."""
     configs = {}
     for name in ("first", "second"):
         data = DataOptions(data_dir=write_vqa(tmp_path / name, images=12), holdout_images=1)
-        config = tiny_run(data, vision=vision_folders["clip"], language=language_folders["t5"])
+        config = make_run(data)
         (tmp_path / f"{name}.json").write_text(json.dumps(to_json(config)))
         configs[name] = str(tmp_path / f"{name}.json")
     monkeypatch.setattr(dept_vl.transfer_suite, "TARGETS", configs)

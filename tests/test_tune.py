@@ -1,13 +1,14 @@
 """The search: what it tries, what it costs, how it goes on."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import write_vqa
-from runs import assert_same, in_two_processes, log, reset_accelerate, tiny_run, with_
+from runs import assert_same, in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.tune
 from dept_vl.cli import parse
@@ -28,13 +29,10 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 @pytest.fixture(scope="module")
 def base(
     tmp_path_factory: pytest.TempPathFactory,
-    language_folders: dict[str, Path],
-    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
 ) -> RunConfig:
-    return tiny_run(
+    return make_run(
         DataOptions(data_dir=write_vqa(tmp_path_factory.mktemp("data") / "vqa"), holdout_images=1),
-        vision=vision_folders["clip"],
-        language=language_folders["t5"],
         max_steps=STEPS,
         eval_every=STEPS,
     )
