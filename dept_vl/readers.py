@@ -25,7 +25,23 @@ def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[
         **options: Of `DataLoader`.
     """
     signal_handling._SIGCHLD_handler_set = True
-    return DataLoader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
+    return _Loader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
+
+
+class _Loader(DataLoader[Any]):
+    """SIGTERM waits while readers are started: they inherit that, and get it once they are prepared.
+
+    Until then they would run the training process's own handler, which takes note of it and goes on.
+    """
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def prepare_reader(worker: int) -> None:
