@@ -57,8 +57,8 @@ def prepare_reader(worker: int) -> None:
     if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
-    else:  # macOS does not say who sent a signal
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif hasattr(signal, "pthread_sigmask"):  # macOS does not say who sent a signal: all are obeyed
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     # The hook that the standard library has for it; torch's queues are of this class.
     Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
 
