@@ -169,7 +169,11 @@ def _folder(config: RunConfig) -> Path:
 
 
 class _Study:
-    """Optuna's study, on the main process: proposals, and scores by trial and step."""
+    """Optuna's study, on the main process: proposals, and scores by trial and step.
+
+    Proposals are drawn in a study in memory, which is told again at every start what the stored one knows: a
+    search that goes on proposes what it would have, and not the first ones once more.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, space: Space) -> None:
         import optuna
@@ -179,7 +183,6 @@ class _Study:
             storage=f"sqlite:///{folder / STUDY_FILE}",
             study_name=STUDY,
             direction="maximize",
-            sampler=optuna.samplers.TPESampler(seed=config.train.seed),
             load_if_exists=True,
         )
         self.distributions = {
@@ -188,22 +191,25 @@ class _Study:
             else optuna.distributions.FloatDistribution(*values, log=True)
             for name, values in space.items()
         }
-        if not self.study.trials:
-            rates = {
-                name: getattr(config.optim, name) or low
-                for name, (low, *_) in space.items()
-                if name in RANGES
-            }
-            own = rates | {"prompt_length": config.prompt.prompt_length}
-            self.study.enqueue_trial({name: own[name] for name in space})
+        rates = {
+            name: getattr(config.optim, name) or low for name, (low, *_) in space.items() if name in RANGES
+        }
+        own = rates | {"prompt_length": config.prompt.prompt_length}
+        self.drawn = optuna.create_study(
+            direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.train.seed)
+        )
+        self.drawn.enqueue_trial({name: own[name] for name in space})
+        for trial in self.study.get_trials(deepcopy=False):
+            again = self.drawn.ask(self.distributions)
+            if trial.value is not None:
+                self.drawn.tell(again, trial.value)
 
     def propose(self, number: int) -> tuple[int, dict[str, Any], dict[int, float]]:
         """A trial that is there already, with its scores, or a new one."""
         import optuna
 
         known = self.study.get_trials(deepcopy=False)
-        waiting = optuna.trial.TrialState.WAITING
-        if number < len(known) and known[number].state != waiting:
+        if number < len(known):
             prefix = f"{number}/"
             scores = {
                 int(key.removeprefix(prefix)): value
@@ -211,14 +217,22 @@ class _Study:
                 if key.startswith(prefix)
             }
             return number, dict(known[number].params), scores
-        trial = self.study.ask(self.distributions)
+        trial = self.drawn.ask(self.distributions)
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=trial.params,
+                distributions=self.distributions,
+            )
+        )
         return trial.number, dict(trial.params), {}
 
     def record(self, number: int, step: int, score: float, *, first: bool) -> None:
         """Keep a score; the first one is what proposals are made from."""
+        if first:  # before the score, which says that the trial need not come back
+            for study in (self.study, self.drawn):
+                study.tell(number, score, skip_if_finished=True)
         self.study.set_user_attr(f"{number}/{step}", score)
-        if first:
-            self.study.tell(number, score, skip_if_finished=True)
 
 
 def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState) -> "_Study | None":

@@ -1,6 +1,7 @@
 """The search: what it tries, what it costs, how it goes on."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_twenty_trials_cost_no_more_than_the_published_grid() -> None:
 def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
     straight, paused = tmp_path / "straight", tmp_path / "paused"
     run(replace(base, output_dir=straight))
-    for step in (2, 5, 5, 0):
+    for step in (2, 5, 5, 2, 0):
         reset_accelerate()
         result = run(with_(base, output_dir=paused, resume="auto", train={"pause_at": step}))
         assert (not result.scores) == (step > 0)
@@ -161,6 +162,32 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     assert len(more) == 1
     with pytest.raises(FileExistsError, match="a finished study"):
         tune(config)
+
+
+def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    space = dept_vl.tune._space(config)
+    scores = [math.sin(5 * number) for number in range(14)]  # past the ten that are drawn at random
+
+    def proposed(folder: Path, *, stopped: bool) -> list[dict[str, Any]]:
+        folder.mkdir()
+        study = dept_vl.tune._Study(folder, config, space)
+        found = []
+        for number, score in enumerate(scores):
+            if stopped:
+                study = dept_vl.tune._Study(folder, config, space)
+                study.propose(number)  # and killed as it was training
+                study = dept_vl.tune._Study(folder, config, space)
+            at, values, known = study.propose(number)
+            assert (at, known) == (number, {})
+            study.record(number, 2, score, first=True)
+            found.append(values)
+        return found
+
+    in_peace = proposed(tmp_path / "peace", stopped=False)
+    assert len({values["prompt_lr"] for values in in_peace}) == len(scores)
+    assert proposed(tmp_path / "stopped", stopped=True) == in_peace
 
 
 def cost_in_runs() -> int:
