@@ -119,6 +119,7 @@ def write_features(
     Raises:
         ValueError: If the folder holds features of another encoder, an image cannot be read that may not be
             skipped, or a feature is too large for the dtype.
+        FileNotFoundError: If images that are in the folder already are not in the data folder any more.
         OSError: If a file cannot be written; what was written before is untouched.
     """
     made_by = {**fingerprint(vision), "dtype": dtype}
@@ -276,6 +277,7 @@ def _plan(
         _check_encoder(before["fingerprint"], made_by, folder)
         known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
         whole, shard_images = before["shard_bytes"], before["shard_images"]
+        _check_there(root, before, folder)
     images = list(dict.fromkeys([*known, *image_keys(paths, root)]))
     return {
         "format_version": FORMAT_VERSION,
@@ -287,6 +289,28 @@ def _plan(
         "image_bytes": [_size(root / image) for image in images],
         "unreadable": {},
     }
+
+
+def _check_there(root: Path, before: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to add to features whose images lie elsewhere: theirs would be made again, of nothing.
+
+    Raises:
+        FileNotFoundError: If images that were encoded are not below the data folder.
+    """
+    images, per_shard = before["images"], before["shard_images"]
+    shards = range(-(-len(images) // per_shard))
+    there = {number for number in shards if (folder / shard_name(number)).is_file()}
+    gone = [
+        image
+        for row, (image, size) in enumerate(zip(images, before["image_bytes"], strict=True))
+        if size and row // per_shard in there and not _size(root / image)
+    ]
+    if gone:
+        raise FileNotFoundError(
+            f"{len(gone):,} of the {len(images):,} images whose visual features are in {folder} are not in "
+            f"{root} (first: {gone[0]}); nothing was changed. Put them back, or give other images another "
+            "--features_dir"
+        )
 
 
 def _check_encoder(found: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:

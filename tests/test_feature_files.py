@@ -243,6 +243,22 @@ def test_further_images_are_added(vision: VisionEncoder, paths: list[Path], tmp_
     torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))
 
 
+def test_features_whose_images_are_gone_are_left_alone(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths[:3], folder)
+    before = files(folder)
+    paths[1].unlink()
+    for skip in (True, False):
+        with pytest.raises(
+            FileNotFoundError, match=r"1 of the 3 images whose visual features .*another --fea"
+        ):
+            write(vision, paths[3:], folder, skip_unreadable=skip)
+        assert files(folder) == before
+    assert len(opened(vision, paths[:3], folder).shards) == 2
+
+
 def test_an_image_that_changes_is_encoded_anew(
     vision: VisionEncoder, paths: list[Path], tmp_path: Path
 ) -> None:
