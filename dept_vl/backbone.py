@@ -156,8 +156,8 @@ class Backbone(nn.Module):
             visual_position_bias: See `VisualPositionBias`.
 
         Raises:
-            ValueError: If both or neither of `backbone` and `language` are given, or the folder's files are
-                damaged or do not belong together.
+            ValueError: If both or neither of `backbone` and `language` are given, or options besides a folder
+                that it does not have, or the folder's files are damaged or do not belong together.
             FileNotFoundError: If the folder holds no backbone.
         """
         if (backbone is None) == (language is None):
@@ -188,6 +188,20 @@ class Backbone(nn.Module):
                 f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
             )
         options = read_object(folder / BACKBONE_FILE, OPTIONS)
+        seen = options["vision"] or {}
+        asked = {
+            "vision": (vision, None),
+            "vision_layer": (vision_layer, -1, seen.get("layer")),
+            "class_token": (class_token, False, seen.get("class_token")),
+            "pooled_grid": (pooled_grid, 0, seen.get("pooled_grid")),
+            "visual_position_bias": (visual_position_bias, "none", options["visual_position_bias"]),
+        }
+        other = [f"{name}={value}" for name, (value, *taken) in asked.items() if value not in taken]
+        if other:
+            raise ValueError(
+                f"{folder} is a whole backbone with options of its own, in {BACKBONE_FILE}; got "
+                f"{', '.join(other)} besides: leave that out, or join two models by --vision and --language"
+            )
         self = cls(
             VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
             if options["vision"] is not None

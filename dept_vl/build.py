@@ -26,6 +26,10 @@ def load_backbone(options: BackboneOptions) -> Backbone:
 def build_model(config: RunConfig) -> PromptedModel:
     """The backbone, with a prompt where one has any size, and what is trained set free."""
     options = config.backbone
+    if options.train_only != "all" and not options.train_backbone:
+        raise ValueError(
+            f"--train_only {options.train_only} says what --train_backbone trains; give both, or neither"
+        )
     backbone = load_backbone(options)
     if options.train_backbone and options.train_only == "lora":
         backbone.add_lora(options.lora_rank)

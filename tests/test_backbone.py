@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -521,6 +522,23 @@ def test_options_of_the_tower_are_kept(
     again = Backbone.from_pretrained(tmp_path)
     assert again.vision.options() == {"layer": -2, "class_token": True, "pooled_grid": 3}
     assert again.vision.token_count == 10
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"pooled_grid": 2}, {"class_token": True}, {"visual_position_bias": "relative"}, {"vision": "x/y"}],
+)
+def test_a_whole_backbone_keeps_its_options(
+    backbone: Backbone, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    backbone.save_pretrained(tmp_path)
+    assert backbone.vision is not None
+    same = {
+        f"{'vision_' * (name == 'layer')}{name}": value for name, value in backbone.vision.options().items()
+    }
+    Backbone.from_pretrained(tmp_path, **same, visual_position_bias=backbone.visual_position_bias)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"options of its own, in .*; got {next(iter(asked))}="):
+        Backbone.from_pretrained(tmp_path, **asked)
 
 
 def test_padding_goes_on_the_right_whatever_the_tokenizer_says(t5: Backbone) -> None:
