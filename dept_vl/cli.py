@@ -32,12 +32,14 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     parser.add_argument("--preset", choices=list(PRESETS))
     parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
-    if known.config is None and known.resume not in (None, "auto"):
-        # A run goes on with its own options unless others are given.
+    own = known.config is None and known.resume not in (None, "auto")
+    if own:  # A run goes on with its own options unless others are given, and past its pause.
         known.config = Path(known.resume) / CONFIG_FILE
 
     def over(base: RunConfig) -> RunConfig:
         config = base if known.config is None else read_config(known.config, base)
+        if own:
+            config = replace(config, train=replace(config.train, pause_at=0))
         return config if known.resume is None else replace(config, resume=known.resume)
 
     def flags(base: RunConfig) -> RunConfig:

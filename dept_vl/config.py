@@ -282,12 +282,17 @@ def _said(low: int | float, high: int | float) -> str:
 
 
 def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Options on which a run's result depends and that were changed, as `name=old -> new`."""
-    old, new = flat(started), flat(now)
-    names = sorted(old.keys() | new.keys())
+    """Options on which a run's result depends and that were changed, as `name=old -> new`.
+
+    Args:
+        started: As `to_json` gives them; options that came later had their defaults.
+        now: The same.
+    """
+    usual = flat(to_json(RunConfig()))
+    old, new = usual | flat(started), usual | flat(now)
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
-        for name in names
+        for name in sorted(old.keys() | new.keys())
         if name not in FREE_TO_CHANGE and old.get(name) != new.get(name)
     ]
 

@@ -31,7 +31,7 @@ from dept_vl.lengths import source_lengths
 from dept_vl.model import PromptedModel
 from dept_vl.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.report import markdown_table, picture_grid, score_rows
-from dept_vl.run_folder import keep_precision, open_folder
+from dept_vl.run_folder import keep_precision, open_folder, release
 from dept_vl.sharing import BEST
 from dept_vl.shots import SHOTS_FILE
 from dept_vl.splits import Splits, load_splits, read_features
@@ -125,7 +125,11 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         result = _finished(output_dir)
     else:
         with explained(output_dir):
-            result = _run(config, task_options, accelerator, output_dir, checkpoint, started)
+            try:
+                result = _run(config, task_options, accelerator, output_dir, checkpoint, started)
+            except (ValueError, FileNotFoundError):
+                release(output_dir, accelerator)
+                raise
     accelerator.wait_for_everyone()
     if more_to_come:
         for tracker in accelerator.trackers:
@@ -226,7 +230,7 @@ def _run(
             + (f"; the best adapter so far is in {output_dir / BEST}" if training.best_step else "")
         )
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
-    if training is not None and training.steps == config.train.pause_at < config.train.max_steps:
+    if training is not None and 0 < config.train.pause_at <= training.steps < config.train.max_steps:
         accelerator.print(f"paused at step {training.steps} of {config.train.max_steps}: {output_dir}")
         return RunResult(output_dir, {}, trainable, training, time.perf_counter() - started, 0.0, 0.0)
     evaluations = [

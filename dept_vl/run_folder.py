@@ -2,6 +2,8 @@
 
 import json
 import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -56,7 +58,9 @@ def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Pat
 
 def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     """Create the run's folder and write its configuration there."""
-    chosen = [str(config.output_dir or Path("runs") / time.strftime(f"{config.data.task}-%Y%m%d-%H%M%S"))]
+    chosen = [str(config.output_dir or "")]
+    if config.output_dir is None and accelerator.is_main_process:
+        chosen = [str(_new_folder(config.data.task))]
     output_dir = Path(broadcast_object_list(chosen)[0])
     holds_run = _holds_run(output_dir)
     # Every process looks before one writes, so that all of them refuse together.
@@ -74,6 +78,29 @@ def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
             )
     accelerator.wait_for_everyone()
     return output_dir
+
+
+def _new_folder(task: str) -> Path:
+    """A folder under runs/ that nobody else has, even if another run starts in the same second."""
+    name = time.strftime(f"{task}-%Y%m%d-%H%M%S")
+    for number in count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with explained(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
+def release(output_dir: Path, accelerator: Accelerator) -> None:
+    """Take back the claim of a run that was refused before its first step: its command can be put right.
+
+    Args:
+        output_dir: Where it began.
+        accelerator: Of the run.
+    """
+    if accelerator.is_main_process and not (output_dir / LOG_FILE).exists():
+        for name in (CONFIG_FILE, FEATURES_FILE):
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:

@@ -109,7 +109,7 @@ def train(
 
     Of several tasks every batch is of one, the same on all processes, and the mean of their primary
     figures decides. The model ends with the best adapter loaded. Ctrl-C and SIGTERM end the run after
-    the step at hand, with a checkpoint from which it can go on as if nothing had happened.
+    the step or evaluation at hand, with a checkpoint from which it can go on as if nothing had happened.
 
     Args:
         model: The unwrapped model.
@@ -192,7 +192,8 @@ def train(
             evaluating = last or step % options.eval_every == 0
             saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
             saving = saving or (last and end < options.max_steps)
-            progress.stopped_by = interrupt.requested(accelerator, step, options.log_every)
+            agreed = evaluating or step % options.log_every == 0
+            progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
             logging = evaluating or saving or step % options.log_every == 0
             if logging or progress.stopped_by:
                 mean_loss = log.look(torch.stack(losses).mean())
@@ -201,6 +202,7 @@ def train(
                 log.loss(mean_loss, rates)
             if evaluating:
                 _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
+                progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
             if saving or progress.stopped_by:
                 state.save(replace(progress, stopped_by=0))
             if progress.stopped_by:
@@ -303,7 +305,8 @@ def _check_readable(batch: Batch, step: int) -> None:
     if not batch.ids:
         raise ValueError(
             f"no image of the batch at step {step} could be read (ids {list(batch.skipped[:5])}, ...); "
-            "look at the image folder with scripts/prepare_data.py check"
+            "look at the image folder with scripts/prepare_data.py check; a new run with a larger "
+            "--per_device_batch_size gets past a few damaged images"
         )
 
 
@@ -334,11 +337,11 @@ class _Interrupt:
         if not self.signal:
             self.signal, self.asked_at = number, time.monotonic()
 
-    def requested(self, accelerator: Accelerator, step: int, every: int) -> int:
-        """The signal that any process has got; several processes agree every so many steps."""
+    def requested(self, accelerator: Accelerator, *, agreed: bool) -> int:
+        """The signal that any process has got; several look only where all do, since it takes time."""
         if accelerator.num_processes == 1:
             return self.signal
-        if step % every:
+        if not agreed:
             return 0
         flags = accelerator.gather(torch.tensor([self.signal], device=accelerator.device))
         return int(flags.max().item())

@@ -18,8 +18,11 @@ from helpers import write_vqa
 from runs import reset_accelerate
 from safetensors.torch import load_file
 
+import dept_vl.train
 from dept_vl import state
+from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, differences, to_json
+from dept_vl.evaluate import evaluate
 from dept_vl.run import RunResult, run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -166,6 +169,31 @@ def test_sigterm_saves_and_says_so(
     assert result_of(tmp_path / "run") == result_of(whole.output_dir)
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_stop_during_an_evaluation_is_heeded_after_it(
+    config: RunConfig, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The first and the last of the run."""
+    left = [number]
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(dept_vl.train, "evaluate", stopping)
+    again = replace(config, output_dir=tmp_path / "run", resume="auto")
+    result = run(again)
+    assert result.exit_status == 128 + signal.SIGTERM
+    assert result.training is not None
+    assert result.training.steps == {1: config.train.eval_every, 3: config.train.max_steps}[number]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    reset_accelerate()
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
     config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -215,6 +243,22 @@ def test_other_options_are_refused_by_name(config: RunConfig, tmp_path: Path) ->
 def test_options_that_change_nothing_may_change(config: RunConfig) -> None:
     changed = replace(config, resume="auto", train=replace(config.train, num_workers=2, log_every=1))
     assert differences(to_json(config), to_json(changed)) == []
+
+
+def test_options_that_came_later_had_their_defaults(config: RunConfig) -> None:
+    before = to_json(config)
+    del before["train"]["compile"]
+    assert differences(before, to_json(config)) == []
+    changed = replace(config, train=replace(config.train, compile=True))
+    assert differences(before, to_json(changed)) == ["train.compile=False -> True"]
+
+
+def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:
+    paused = replace(config, output_dir=tmp_path / "run", train=replace(config.train, pause_at=2))
+    run(paused)
+    again = parse(RunConfig(), "", ["--resume", str(tmp_path / "run")])
+    assert again.train == replace(config.train, pause_at=0)
+    assert parse(RunConfig(), "", ["--resume", str(tmp_path / "run"), "--pause_at", "3"]).train.pause_at == 3
 
 
 def test_no_run_to_go_on_with(config: RunConfig, tmp_path: Path) -> None:

@@ -538,6 +538,41 @@ def test_a_run_names_a_new_folder_where_none_is_given(
     assert (tmp_path / result.output_dir / "summary.json").is_file()
 
 
+def test_runs_of_one_second_have_a_folder_each(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda form: form.partition("%")[0] + "now")
+    folders = []
+    for seed in (1, 2, 3):
+        result = main(with_(config, output_dir=None, train={"max_steps": 1, "seed": seed}))
+        folders.append(result.output_dir)
+        assert json.loads((result.output_dir / "config.json").read_text())["train"]["seed"] == seed
+        reset_accelerate()
+    assert folders == [Path("runs", name) for name in ("vqav2-now", "vqav2-now-2", "vqav2-now-3")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"data": {"train_split": "elsewhere"}}, ValueError),
+        ({"data": {"data_dir": Path("nowhere")}}, FileNotFoundError),
+        ({"data": {"features": "cached"}}, FileNotFoundError),
+        ({"backbone": {"train_only": "lora"}}, ValueError),
+    ],
+)
+def test_a_run_that_is_refused_may_be_put_right(
+    config: RunConfig, wrong: dict[str, Any], error: type[Exception]
+) -> None:
+    assert config.output_dir is not None
+    short = with_(config, train={"max_steps": 1})
+    with pytest.raises(error):
+        main(with_(short, **wrong))
+    assert not (config.output_dir / "config.json").exists()
+    reset_accelerate()
+    assert (main(short).output_dir / "summary.json").is_file()
+
+
 @pytest.fixture
 def damaged(config: RunConfig, tmp_path: Path) -> RunConfig:
     """On a copy of the data, to be damaged; each image is trained on several times."""
