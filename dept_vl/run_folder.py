@@ -100,7 +100,8 @@ def release(output_dir: Path, accelerator: Accelerator) -> None:
     """
     if accelerator.is_main_process and not (output_dir / LOG_FILE).exists():
         for name in (CONFIG_FILE, FEATURES_FILE):
-            (output_dir / name).unlink(missing_ok=True)
+            with suppress(OSError):  # what refused the run is what is to be said
+                (output_dir / name).unlink()
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:
