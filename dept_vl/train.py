@@ -194,7 +194,7 @@ def train(
             saving = saving or (last and end < options.max_steps)
             agreed = evaluating or step % options.log_every == 0
             progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
-            logging = evaluating or saving or step % options.log_every == 0
+            logging = agreed or saving
             if logging or progress.stopped_by:
                 mean_loss = log.look(torch.stack(losses).mean())
             progress.train_seconds += time.perf_counter() - started  # now that the device has ended the step

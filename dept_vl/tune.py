@@ -201,6 +201,12 @@ class _Study:
         self.drawn.enqueue_trial({name: own[name] for name in space})
         for trial in self.study.get_trials(deepcopy=False):
             again = self.drawn.ask(self.distributions)
+            if again.params != trial.params:
+                raise ValueError(
+                    f"trial {trial.number} of the study in {folder} has {trial.params}, and would be drawn "
+                    f"as {again.params} by this Optuna ({optuna.__version__}); go on with the version that "
+                    "the study was begun with, or begin a new one in another --output_dir"
+                )
             if trial.value is not None:
                 self.drawn.tell(again, trial.value)
 

@@ -258,6 +258,8 @@ def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:
     run(paused)
     again = parse(RunConfig(), "", ["--resume", str(tmp_path / "run")])
     assert again.train == replace(config.train, pause_at=0)
+    reset_accelerate()
+    assert run(again).scores
     assert parse(RunConfig(), "", ["--resume", str(tmp_path / "run"), "--pause_at", "3"]).train.pause_at == 3
 
 

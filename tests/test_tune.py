@@ -188,6 +188,8 @@ def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(
     in_peace = proposed(tmp_path / "peace", stopped=False)
     assert len({values["prompt_lr"] for values in in_peace}) == len(scores)
     assert proposed(tmp_path / "stopped", stopped=True) == in_peace
+    with pytest.raises(ValueError, match=r"trial 1 of the study in .* would be drawn as .* by this Optuna"):
+        dept_vl.tune._Study(tmp_path / "peace", with_(config, train={"seed": config.train.seed + 1}), space)
 
 
 def cost_in_runs() -> int:
