@@ -37,6 +37,7 @@ compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## th
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
 test: lint  ## install, check style and types, run the tests

@@ -4,23 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dept_vl.backbone import Backbone
-    from dept_vl.checkpoint import Adapter
-    from dept_vl.dept import DePT
-    from dept_vl.many import load_many
-    from dept_vl.model import PromptedModel
-    from dept_vl.predict import load
+    from dept_vl.adapters.adapter import Adapter
+    from dept_vl.inference.loading import load
+    from dept_vl.inference.mixed import load_many
+    from dept_vl.models.backbone import Backbone
+    from dept_vl.models.prompted import PromptedModel
+    from dept_vl.prompts.dept import DePT
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "Backbone", "DePT", "PromptedModel", "load", "load_many"]
 
 _ROOMS = {
-    "Adapter": "checkpoint",
-    "Backbone": "backbone",
-    "DePT": "dept",
-    "PromptedModel": "model",
-    "load": "predict",
-    "load_many": "many",
+    "Adapter": "adapters.adapter",
+    "Backbone": "models.backbone",
+    "DePT": "prompts.dept",
+    "PromptedModel": "models.prompted",
+    "load": "inference.loading",
+    "load_many": "inference.mixed",
 }
 
 

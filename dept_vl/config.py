@@ -3,24 +3,23 @@
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from dept_vl.backbone import TrainedPart
-from dept_vl.batch import OnBadImage
-from dept_vl.dept import LARGEST_SIZE
-from dept_vl.family import Method
-from dept_vl.feature_files import Precision
-from dept_vl.inherit import InitParts
-from dept_vl.language import VisualPositionBias
-from dept_vl.optim import OptimOptions
-from dept_vl.train import TrainOptions
-from dept_vl.vision import LARGEST_GRID
+from dept_vl._utils.io import read_json
+from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
+from dept_vl.prompts.budget import LARGEST_SIZE, Method
 
 Features = Literal["auto", "cached", "live"]
+OnBadImage = Literal["raise", "skip"]
+"""What is done with an example whose image cannot be read."""
+Precision = Literal["float16", "bfloat16", "float32"]
+InitParts = Literal["prompt", "all"]
+"""P alone, or all that the prompt has."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +105,11 @@ class BackboneOptions:
     lora_rank: int = 8
     """Rank of each pair of LoRA."""
 
+    def loading(self) -> dict[str, Any]:
+        """Return the arguments of `Backbone.from_pretrained`."""
+        names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid")
+        return {name: getattr(self, name) for name in (*names, "visual_position_bias")}
+
 
 @dataclass(frozen=True)
 class PromptOptions:
@@ -134,6 +138,83 @@ class PromptOptions:
     """Start from trained prompts instead: folders of runs or adapters; of several, from their mean."""
     init_parts: InitParts = "prompt"
     """Of these take the prompt alone (P), or all of it: the offset too."""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How long, how fast, and how often to look."""
+
+    max_steps: int = 10_000
+    """Optimizer steps."""
+    per_device_batch_size: int = 32
+    """Examples per process and forward pass; among several tasks each may have its own."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer step."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm over all trained parameters."""
+    eval_every: int = 1000
+    """Optimizer steps between evaluations on the dev split; the last step is always evaluated."""
+    eval_batch_size: int = 128
+    """Examples decoded at a time, per process."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
+    three times what is trained, the last two are kept); 0 writes one only when the run is stopped."""
+    pause_at: int = 0
+    """Stop at this step, with an evaluation and a checkpoint, to go on by --resume; 0 goes through."""
+    patience: int = 0
+    """Stop after this many evaluations without a better score; 0 never stops early."""
+    log_every: int = 20
+    """Optimizer steps between lines of the log."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads them in the training process."""
+    group_by_length: bool = False
+    """Make batches of texts of about the same length, so that little is padded; every example still comes
+    once an epoch."""
+    seed: int = 42
+    """Of initialisation, order and sampled answers."""
+    gradient_checkpointing: bool = False
+    """Run every layer of the language model a second time in the backward pass instead of keeping what it
+    computed: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the language model's layers with torch.compile for training, once for all lengths; on a CPU it
+    saves memory and costs time. Needs a C++ compiler, and on a GPU Triton."""
+    deterministic: bool = False
+    """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
+    a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed
+    differ in the last digits. Slower there, and an operation without such a form is refused by name."""
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW with a learning rate for each part; linear warm-up, then linear decay to zero."""
+
+    prompt_lr: float = 0.3
+    """Peak learning rate of the soft prompt (alpha1 of the paper; its winners: 0.3 and 0.4)."""
+    lora_lr: float = 1e-3
+    """Peak learning rate of the low-rank pair (alpha2; the paper's winners: 1e-4 to 5e-3)."""
+    projection_lr: float = 1e-3
+    """Peak learning rate of the visual projection."""
+    backbone_lr: float = 1e-4
+    """Peak learning rate of the language model, where it is trained (--train_backbone)."""
+    prompt_weight_decay: float = 1e-5
+    """AdamW's decay of the soft prompt."""
+    lora_weight_decay: float = 1e-5
+    """AdamW's decay of the low-rank pair."""
+    projection_weight_decay: float = 0.01
+    """AdamW's decay of the visual projection."""
+    backbone_weight_decay: float = 0.01
+    """AdamW's decay of the language model."""
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+
+    def of_group(self, group: str) -> tuple[float, float]:
+        """Learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
+        return {
+            "prompt": (self.prompt_lr, self.prompt_weight_decay),
+            "low_rank": (self.lora_lr, self.lora_weight_decay),
+            "visual_projection": (self.projection_lr, self.projection_weight_decay),
+            "backbone": (self.backbone_lr, self.backbone_weight_decay),
+        }[group]
 
 
 @dataclass(frozen=True)
@@ -179,6 +260,43 @@ class ExtractConfig:
     """Images encoded at a time, per process."""
     num_workers: int = 0
     """Processes that read and preprocess images; 0 reads them in the encoding process."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored on what."""
+
+    run: Path
+    """Folder of a run: its config.json says the backbone, its best/ holds the adapter."""
+    adapter: Path | None = None
+    """Folder of another adapter of the same backbone."""
+    task: str = ""
+    """Task to score on; left out, the run's first."""
+    data_dir: Path | None = None
+    """Folder with the task's official files; left out, the run's."""
+    split: str = ""
+    """Split to score on; left out, the run's test split."""
+    limit: int = 0
+    """At most so many examples, drawn with the run's seed; 0 takes all."""
+    num_beams: int = 0
+    """Beams of the search; 0 takes the run's or the task's own."""
+    candidates: Path | None = None
+    """JSON list of answers to choose among; left out, on VQAv2 the run's candidates.json if it has one."""
+    batch_size: int = 128
+    """Examples decoded at a time, per process."""
+    num_workers: int = 0
+    """Processes that read images; 0 reads them in the evaluating process."""
+    features: Features = "auto"
+    """cached: visual features from the files that scripts/extract_features.py made; live: every image is read
+    and encoded; auto: from those files if they are there for the run's encoder and all images, else live."""
+    features_dir: Path | None = None
+    """Folder of those files; left out, the run's for the run's data, else features in data_dir."""
+    on_bad_image: OnBadImage = "raise"
+    """raise, or skip: give an empty answer, count it and go on."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 computes the backbone in bfloat16."""
+    output_dir: Path | None = None
+    """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
 
 
 FREE_TO_CHANGE = (
@@ -309,3 +427,81 @@ def to_json(config: RunConfig) -> dict[str, Any]:
     """The configuration in JSON's own types."""
     encoded: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     return encoded
+
+
+def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
+
+    Args:
+        path: The file.
+        base: Gives what the file leaves out; None as everywhere.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no such file, has a key that no option has, or a value of another type or out of
+            range.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
+    content = read_json(path)
+    if isinstance(content, dict):
+        content.pop("output_dir", None)
+        content.pop("resume", None)
+    config: RunConfig = _build(base or RunConfig(), content, str(path))
+    try:
+        validate(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return config
+
+
+def _build(base: Any, content: Any, where: str) -> Any:
+    """A dataclass from what JSON holds of it; options left out are the base's."""
+    kind = type(base)
+    if not isinstance(content, dict):
+        raise ValueError(f"{where}: expected an object with the options of {kind.__name__}")
+    hints = get_type_hints(kind)
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(content.keys() - names)
+    if unknown:
+        raise ValueError(f"{where}: unknown options {unknown[:5]!s:.300}; there are {sorted(names)}")
+    values = {}
+    for name, value in content.items():
+        hint = hints[name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            value = _build(getattr(base, name), value, f"{where}: {name}")
+        elif is_dataclass(_element(hint)):
+            if not isinstance(value, list):
+                raise ValueError(f"{where}: {name} is {value!r:.60}; expected a list of objects")
+            value = tuple(
+                _build(_element(hint)(), part, f"{where}: {name}[{place}]")
+                for place, part in enumerate(value)
+            )
+        elif _element(hint) is Path and isinstance(value, list) and all(_fits(v, Path) for v in value):
+            value = tuple(map(Path, value))
+        elif not _fits(value, hint):
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{where}: {name} is {value!r:.60}; expected {expected}")
+        elif value is not None and (hint is Path or Path in get_args(hint)):
+            value = Path(value)
+        elif hint is float:
+            value = float(value)
+        values[name] = value
+    return replace(base, **values)
+
+
+def _element(hint: Any) -> Any:
+    """The type of the elements of a tuple of any length; None for other types."""
+    return get_args(hint)[0] if get_origin(hint) is tuple else None
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON can stand for this type; a whole number can for a fraction."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    # `Literal[...] | None` is the older kind of union.
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint is float and type(value) is int:
+        return abs(value) <= sys.float_info.max  # JSON's integers may have more digits
+    return type(value) in {Path: (str,), float: (float,)}.get(hint, (hint,))

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import tyro
 
-from dept_vl.bench.figures import Measured, bar_rows, draw, tables
-from dept_vl.bench.methods import has_peft
-from dept_vl.bench.steps import Bench, BenchConfig, plan
-from dept_vl.report import markdown_table
+from dept_vl._utils.tables import markdown_table
+from dept_vl.studies.bench.figures import Measured, bar_rows, draw, tables
+from dept_vl.studies.bench.methods import has_peft
+from dept_vl.studies.bench.steps import Bench, BenchConfig, plan
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 

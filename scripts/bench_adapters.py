@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 import tyro
 
-from dept_vl.ask import Predictor
-from dept_vl.backbone import Backbone
-from dept_vl.bench.measure import Ratio, in_turn
-from dept_vl.bench.methods import SHAPES, SIZES, Inputs, build_backbone, build_prompt, draw_batch
-from dept_vl.checkpoint import Adapter
-from dept_vl.many import ManyAdapters
-from dept_vl.model import PromptedModel
-from dept_vl.report import markdown_table
+from dept_vl._utils.tables import markdown_table
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.inference.mixed import ManyAdapters
+from dept_vl.inference.predictor import Predictor
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.studies.bench.measure import Ratio, in_turn
+from dept_vl.studies.bench.methods import SHAPES, SIZES, Inputs, build_backbone, build_prompt, draw_batch
 from dept_vl.tasks import asked
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"

@@ -19,8 +19,9 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from dept_vl.feature_files import DTYPES, Precision, shard_name
-from dept_vl.features import FeatureTable
+from dept_vl.config import Precision
+from dept_vl.data.feature_store import DTYPES, shard_name
+from dept_vl.data.features import FeatureTable
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from typing import TextIO
 import tyro
 from transformers import AutoTokenizer
 
-from dept_vl.batch import TrainingBatches
-from dept_vl.lengths import source_lengths
-from dept_vl.report import markdown_table
-from dept_vl.splits import check_images
-from dept_vl.tasks.nlp import TextTask, read_rows
+from dept_vl._utils.tables import markdown_table
+from dept_vl.data.lengths import source_lengths
+from dept_vl.data.sampling import TrainingBatches
+from dept_vl.data.splits import check_images
+from dept_vl.tasks.text.task import TextTask, read_rows
 from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
 
 SUBTYPE = "train2014"

@@ -13,7 +13,8 @@ import torch
 import tyro
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dept_vl.bench.capabilities import failures, probe_all, split_at_marks, table
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the probes are test code
+from zoo.capabilities import failures, probe_all, split_at_marks, table
 
 
 def main(check: Path | None = None, write: Path | None = None) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import tyro
 
-from dept_vl.submission import check_submission
 from dept_vl.tasks import gqa as gqa_task
 from dept_vl.tasks import vqav2 as vqav2_task
 from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.io.submission import check_submission
 from dept_vl.tasks.vqav2 import VQAv2
 
 

@@ -8,7 +8,7 @@ Finished runs are kept under `--output_dir`, so a stopped comparison goes on whe
 
 import tyro
 
-from dept_vl.compare import CompareConfig, Row, compare
+from dept_vl.studies.compare import CompareConfig, Row, compare
 
 
 def main(config: CompareConfig) -> list[Row]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import tyro
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dept_vl.demo import launch, names_of
-from dept_vl.many import load_many
+from dept_vl.inference.demo import launch, names_of
+from dept_vl.inference.mixed import load_many
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ accelerate launch scripts/evaluate.py --run runs/vqav2-... --split test-dev
 
 import tyro
 
-from dept_vl.assess import AssessConfig, Assessment, assess
+from dept_vl.config import EvaluateConfig
+from dept_vl.training.score_run import Assessment, assess
 
 
-def main(config: AssessConfig) -> Assessment:
+def main(config: EvaluateConfig) -> Assessment:
     """Answer, score and write."""
     return assess(config)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(AssessConfig, description=__doc__, use_underscores=True))
+    main(tyro.cli(EvaluateConfig, description=__doc__, use_underscores=True))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dept_vl.cli import parse_extraction
 from dept_vl.config import ExtractConfig
-from dept_vl.extract import extract
+from dept_vl.training.extract import extract
 
 
 def main(config: ExtractConfig) -> list[Path]:

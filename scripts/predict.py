@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dept_vl.predict import load
+from dept_vl.inference.loading import load
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import tyro
 
-from dept_vl.scenes.official import write_concepts, write_tasks
-from dept_vl.tasks import easy_vqa as easy_vqa_task
-from dept_vl.tasks import hub
-from dept_vl.tasks import karpathy as karpathy_task
-from dept_vl.tasks import snippets as snippets_task
-from dept_vl.tasks.check import check as check_task
+from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
+from dept_vl.tasks.prepare import hub
+from dept_vl.tasks.prepare import karpathy as karpathy_task
+from dept_vl.tasks.prepare import snippets as snippets_task
+from dept_vl.tasks.prepare.check import check as check_task
+from dept_vl.tasks.scenes.official import write_concepts, write_tasks
 
 SHOWN = 20
 """Missing or broken files that are named on the screen, of each kind; --report names them all."""

@@ -41,9 +41,10 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from dept_vl.backbone import Backbone
-from dept_vl.model import IGNORE_INDEX, PromptedModel
-from dept_vl.scenes.questions import (
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.scenes.questions import (
     AFFIRMATIVE,
     CAPTION_PHRASINGS,
     FAMILIES,
@@ -55,7 +56,7 @@ from dept_vl.scenes.questions import (
     ask_pair,
     caption,
 )
-from dept_vl.scenes.render import (
+from dept_vl.tasks.scenes.render import (
     COLOURS,
     GRID,
     IMAGE_SIZE,
@@ -65,8 +66,7 @@ from dept_vl.scenes.render import (
     render,
     sample_scene,
 )
-from dept_vl.scenes.texts import WORDS, ask_text
-from dept_vl.vision import VisionEncoder
+from dept_vl.tasks.scenes.texts import WORDS, ask_text
 
 
 @dataclass(frozen=True)

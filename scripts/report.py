@@ -11,14 +11,14 @@ from pathlib import Path
 
 import tyro
 
-from dept_vl.cli import read_config
-from dept_vl.files import read_object
-from dept_vl.html_report import Answered, write_run_report
-from dept_vl.run import SUMMARY, SUMMARY_FILE
-from dept_vl.splits import with_split_names
-from dept_vl.state import CONFIG_FILE
+from dept_vl._utils.io import read_object
+from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
+from dept_vl.config import read_config
+from dept_vl.data.splits import with_split_names
 from dept_vl.tasks import load_task
-from dept_vl.tasks.example import limit
+from dept_vl.tasks.base import limit
+from dept_vl.training.report.html import Answered, write_run_report
+from dept_vl.training.run import SUMMARY
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -19,18 +19,18 @@ from typing import Annotated, Any
 
 import tyro
 
-from dept_vl.metrics.caption import score_captions
-from dept_vl.metrics.nlvr2 import score_nlvr2
-from dept_vl.metrics.vqa import Normalisation
-from dept_vl.report import markdown_table
+from dept_vl._utils.tables import markdown_table
 from dept_vl.tasks import coco as coco_task
 from dept_vl.tasks import gqa as gqa_task
 from dept_vl.tasks import nlvr2 as nlvr2_task
 from dept_vl.tasks import vqav2 as vqav2_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.io.predictions import check_ids
+from dept_vl.tasks.metrics.caption import score_captions
+from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
+from dept_vl.tasks.metrics.vqa import Normalisation
 from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.predictions import check_ids
 from dept_vl.tasks.vqav2 import VQAv2
 
 Figures = dict[str, Any]

@@ -16,14 +16,12 @@ from typing import Any
 
 import tyro
 
-from dept_vl.checkpoint import Adapter
-from dept_vl.cli import read_config
-from dept_vl.config import RunConfig, to_json
-from dept_vl.report import markdown_table
-from dept_vl.scenes.official import write_tasks
-from dept_vl.sharing import BEST
-from dept_vl.state import checkpoints, newest
-from dept_vl.train import LAST
+from dept_vl._utils.run_files import BEST, LAST
+from dept_vl._utils.tables import markdown_table
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import RunConfig, read_config, to_json
+from dept_vl.tasks.scenes.official import write_tasks
+from dept_vl.training.checkpoint import checkpoints, newest
 
 ROOT = Path(__file__).parents[1]
 FEWEST = 4

@@ -7,7 +7,7 @@ accelerate launch scripts/transfer.py --source vqav2 --source_config data/config
 
 import tyro
 
-from dept_vl.transfer import TransferConfig, transfer
+from dept_vl.studies.transfer import TransferConfig, transfer
 
 
 def main(config: TransferConfig) -> int:

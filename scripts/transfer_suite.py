@@ -7,7 +7,7 @@ Finished runs are kept under `--output_dir`, so the same command goes on where i
 
 import tyro
 
-from dept_vl.transfer_suite import SuiteConfig, transfer_suite
+from dept_vl.studies.transfer_suite import SuiteConfig, transfer_suite
 
 
 def main(config: SuiteConfig) -> int:

@@ -16,16 +16,14 @@ from typing import Any
 import torch
 import tyro
 
-from dept_vl.cli import read_config
-from dept_vl.config import RunConfig
-from dept_vl.extract import with_features
-from dept_vl.files import write_atomically
-from dept_vl.intervals import interval
-from dept_vl.log import best_dev
-from dept_vl.optim import OptimOptions
-from dept_vl.report import markdown_table
-from dept_vl.run import RunResult
-from dept_vl.tune import GRID, cost, grid, tune
+from dept_vl._utils.io import write_atomically
+from dept_vl._utils.stats import interval
+from dept_vl._utils.tables import markdown_table
+from dept_vl.config import OptimOptions, RunConfig, read_config
+from dept_vl.studies.search import GRID, cost, grid, tune
+from dept_vl.training.extract import with_features
+from dept_vl.training.log import best_dev
+from dept_vl.training.run import RunResult
 
 
 @dataclass(frozen=True)

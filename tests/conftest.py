@@ -17,10 +17,7 @@ import torch
 from PIL import Image
 from runs import reset_accelerate, tiny_run
 from torch import Tensor
-
-import dept_vl.step
-from dept_vl.backbone import Backbone
-from dept_vl.bench.tiny import (  # noqa: F401  tests take them from here
+from zoo.models import (  # noqa: F401  tests take them from here
     CORPUS,
     D_MODEL,
     D_VISION,
@@ -34,10 +31,13 @@ from dept_vl.bench.tiny import (  # noqa: F401  tests take them from here
     tokenizer,
     tower,
 )
+
+import dept_vl.models.precision
 from dept_vl.config import RunConfig
-from dept_vl.model import IGNORE_INDEX
-from dept_vl.scenes.official import write_tasks
-from dept_vl.vision import VisionEncoder
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import IGNORE_INDEX
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.scenes.official import write_tasks
 
 LANGUAGES = ("t5", "bart")
 DECODERS = ("gpt2", "llama")
@@ -246,7 +246,7 @@ def make_run(language_folders: dict[str, Path], vision_folders: dict[str, Path])
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Graphs since the test began, run as they are; shapes go unchecked: the checker cannot be compiled."""
-    monkeypatch.setattr(dept_vl.step, "BACKEND", "eager")
+    monkeypatch.setattr(dept_vl.models.precision, "BACKEND", "eager")
     checking = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     torch._dynamo.reset()
@@ -254,7 +254,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     shapes = torch.fx.experimental._config
     with (
         torch._dynamo.config.patch(
-            recompile_limit=dept_vl.step.RECOMPILES,
+            recompile_limit=dept_vl.models.precision.RECOMPILES,
             fail_on_recompile_limit_hit=False,
             skip_nnmodule_hook_guards=True,
             optimize_ddp=True,

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from dept_vl.tasks.rows import Rows
+from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.vqav2 import IMAGE_SUBTYPES, SCHEMA, VQAv2
 
 SUBTYPES = ("train2014", "val2014", "test2015", "test-dev2015")

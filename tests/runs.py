@@ -13,10 +13,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 
-from dept_vl.checkpoint import Adapter
-from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig
-from dept_vl.optim import OptimOptions
-from dept_vl.train import TrainOptions
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
 
 
 def tiny_run(
@@ -67,7 +65,7 @@ def start_two_processes(function: Callable[..., object], *arguments: object) -> 
         port = free.getsockname()[1]
     # Both are forked from a third that has imported everything and computed nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dept_vl.assess"])
+    context.set_forkserver_preload(["dept_vl.training.score_run"])
     processes = [
         context.Process(target=_one_of_two, args=(rank, port, function, arguments)) for rank in range(2)
     ]

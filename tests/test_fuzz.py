@@ -30,22 +30,23 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from dept_vl import official, state
-from dept_vl.assess import read_candidates
-from dept_vl.backbone import BACKBONE_FILE, OPTIONS
-from dept_vl.checkpoint import CONFIG_FILE, TENSORS_FILE, Adapter
-from dept_vl.cli import read_config
-from dept_vl.config import RunConfig, to_json
-from dept_vl.files import read_object, read_tensors
-from dept_vl.images import read_image
-from dept_vl.language import load_language
-from dept_vl.run import SUMMARY
-from dept_vl.state import Progress, TrainingState
+from dept_vl._utils.images import read_image
+from dept_vl._utils.io import read_object
+from dept_vl._utils.tensors import read_tensors
+from dept_vl.adapters import authors as official
+from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
+from dept_vl.config import RunConfig, read_config, to_json
+from dept_vl.data.splits import read_candidates
+from dept_vl.models.backbone import BACKBONE_FILE, OPTIONS
+from dept_vl.models.language import load_language
+from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
 from dept_vl.tasks.vqav2 import MINIVAL_FILE, VQAv2
-from dept_vl.vision import VisionEncoder
+from dept_vl.training import checkpoint as state
+from dept_vl.training.checkpoint import Progress, TrainingState
+from dept_vl.training.run import SUMMARY
 
 FEW, MANY = 14, 90
 """Cases of each kind of file: of the default suite, and of the slow one (over 2,000 in all)."""
@@ -387,7 +388,7 @@ NAMES = (
     *("vqa questions", "vqa annotations", "minival", "gqa questions", "gqa choices", "nlvr2", "coco"),
     *("vqa predictions", "gqa predictions", "nlvr2 predictions", "candidates", "config", "summary"),
     *("jpeg", "progressive jpeg", "png", "gif", "webp", "tiff", "deflated tiff", "bmp"),
-    *("backbone", "projection", f"adapter, {CONFIG_FILE}", f"adapter, {TENSORS_FILE}"),
+    *("backbone", "projection", f"adapter, {ADAPTER_FILE}", f"adapter, {TENSORS_FILE}"),
     *(f"official, {official.CONFIG_FILE}", f"official, {official.TENSORS_FILE}"),
     *("checkpoint, state.json", "checkpoint, tensors.safetensors", "checkpoint, rng-0.safetensors"),
     "checkpoint, manifest.json",
@@ -485,7 +486,7 @@ JSON_VALUES = st.recursive(
 def test_any_value_in_any_field_of_an_adapter(tmp_path: Path, data: st.DataObject) -> None:
     """What loads is the description as it was, but for metrics and names that mean nothing to the tensors."""
     adapter = small_adapter()
-    path = tmp_path / CONFIG_FILE
+    path = tmp_path / ADAPTER_FILE
     if not path.is_file():
         adapter.save(tmp_path)
         (tmp_path / "good.json").write_bytes(path.read_bytes())

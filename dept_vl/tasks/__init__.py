@@ -5,14 +5,15 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-from dept_vl.tasks import coco, gqa, nlp, nlvr2, vqav2
+from dept_vl.tasks import coco, gqa, nlvr2, vqav2
+from dept_vl.tasks.base import Asked, Task
 from dept_vl.tasks.coco import COCOCaptions
-from dept_vl.tasks.example import Asked, Task
 from dept_vl.tasks.gqa import GQA
-from dept_vl.tasks.nlp import TextTask
-from dept_vl.tasks.nlp_table import TEXT_TASKS
+from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.rows import Rows
+from dept_vl.tasks.text import task
+from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.tasks.text.task import TextTask
 from dept_vl.tasks.vqav2 import VQAv2
 
 TASKS: dict[str, Callable[[Path, str], Task]] = {
@@ -51,7 +52,7 @@ def asked(name: str) -> Asked:
         ValueError: If there is no such task.
     """
     if name in TEXT_TASKS:
-        return TextTask(name, Rows.of([], nlp.SCHEMA))
+        return TextTask(name, Rows.of([], task.SCHEMA))
     tasks: dict[str, Asked] = {
         "vqav2": VQAv2(Rows.of([], vqav2.SCHEMA), {}),
         "gqa": GQA(Rows.of([], gqa.SCHEMA), Path()),

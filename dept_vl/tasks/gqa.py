@@ -19,13 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from dept_vl.images import confined
-from dept_vl.metrics.gqa import GqaQuestion, GqaScore, score_gqa
-from dept_vl.tasks.example import Decoding, Example
-from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
-from dept_vl.tasks.records import field, read_mapping
-from dept_vl.tasks.rows import Rows, convert
-from dept_vl.tasks.sources import Published, find, find_folder
+from dept_vl._utils.images import confined
+from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.published import Published, find, find_folder
+from dept_vl.tasks.io.records import field, read_mapping
+from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa
 
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 FOLDERS = ("images", "allImages/images")

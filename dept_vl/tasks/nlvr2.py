@@ -14,13 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from dept_vl.images import confined
-from dept_vl.metrics.nlvr2 import score_nlvr2
-from dept_vl.tasks.example import Decoding, Example
-from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
-from dept_vl.tasks.records import field, read_lines
-from dept_vl.tasks.rows import Rows, convert
-from dept_vl.tasks.sources import Published, find, find_folder
+from dept_vl._utils.images import confined
+from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.published import Published, find, find_folder
+from dept_vl.tasks.io.records import field, read_lines
+from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 
 SOURCE = "https://github.com/lil-lab/nlvr/tree/master/nlvr2"
 SPLITS = {"train": "train", "dev": "dev", "test": "test1", "test1": "test1", "test2": "test2"}

@@ -19,7 +19,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from dept_vl.metrics.vqa import (
+from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.published import Published, find, find_folder
+from dept_vl.tasks.io.records import field, read_array, read_list
+from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.metrics.vqa import (
     Normalisation,
     VqaScore,
     normalise_answer,
@@ -27,12 +33,6 @@ from dept_vl.metrics.vqa import (
     soft_scores,
     vqa_accuracy,
 )
-from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.example import Decoding, Example
-from dept_vl.tasks.predictions import ExampleId, PredictionFormat, check_ids
-from dept_vl.tasks.records import field, read_array, read_list
-from dept_vl.tasks.rows import Rows, convert
-from dept_vl.tasks.sources import Published, find, find_folder
 
 SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"

@@ -1,0 +1,6 @@
+"""What every package uses and none is about: files, tensors, images, statistics, tables.
+
+Internal; nothing here knows of models, tasks or runs.
+"""
+
+__all__ = ["images", "io", "run_files", "stats", "tables", "tensors", "terminal"]

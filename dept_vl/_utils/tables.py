@@ -1,0 +1,35 @@
+"""Tables of scores in Markdown."""
+
+from collections.abc import Mapping, Sequence
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned Markdown table, readable as plain text too."""
+    cells = [list(map(str, row)) for row in (header, *rows)]
+    # Narrower than 3, the rule would be no Markdown.
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def score_rows(scores: Mapping[str, float], splits: str) -> list[tuple[str, str]]:
+    """A row for each figure that a summary shows, with its scale."""
+    return [
+        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
+        for name, value in scores.items()
+        if "question_type/" not in name
+    ]
+
+
+def scale_of(name: str) -> str:
+    """In what a figure is counted."""
+    figure = name.rsplit("/", 1)[-1]
+    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")

@@ -1,0 +1,80 @@
+"""Tensors in files and modules: read, checked, and put in place."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dept_vl._utils.io import one_line
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What trained parameters may be stored in."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of ours; what its header claims is compared with its size first.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    # Besides its own errors: names of data types and sizes that torch does not know.
+    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
+    return tensors
+
+
+def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that no training can have left.
+
+    Raises:
+        ValueError: If one is not of floating point, or not finite; the message names it.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{path} is damaged: expected {name!r:.80} in one of {', '.join(map(str, FLOATS))}, "
+                f"found {tensor.dtype}"
+            )
+        wrong = int((~torch.isfinite(tensor)).sum())
+        if wrong:
+            raise ValueError(
+                f"{path} is damaged, or its training had failed: expected finite values in {name!r:.80}, "
+                f"found {wrong:,} of {tensor.numel():,} that are not"
+            )
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
+    """Put tensors into all parameters of a module.
+
+    Args:
+        module: Where they go.
+        state: By the names of the module's parameters.
+        what: Whose tensors they are, for the message.
+        prefix: Of their names in the file, for the message.
+
+    Raises:
+        ValueError: If some are missing, unknown, or of another shape.
+    """
+    own = dict(module.named_parameters())
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = [
+        f"{prefix}{name}: expected {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    if missing or extra or reshaped:
+        raise ValueError(
+            f"{what} tensors are not those of the model: missing {missing}, extra {extra}, "
+            f"other shapes {reshaped}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

@@ -1,0 +1,460 @@
+"""The adapter: what training changed, as a small file that fits one backbone.
+
+A folder with `adapter.safetensors` (the prompt's tensors, as `family.tensors` has them, and the visual
+projection, trained or not, because a projection is no part of the models on the Hub) and `adapter.json`,
+which says what they are, for which backbone, and how well they do.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dept_vl._utils.io import write_atomically
+from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl.adapters import authors as official
+from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
+from dept_vl.adapters.hub import ADAPTER_FILE, TENSORS_FILE, adapter_folder, push
+from dept_vl.adapters.schema import (
+    BEFORE_METHODS,
+    BEFORE_VISION,
+    FORMAT_VERSION,
+    read_description,
+    tensor_shapes,
+)
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts import methods as family
+from dept_vl.prompts.dept import DePT
+
+PREFIXES = ("prompt.", "visual_projection.", "language.")
+"""Of the names of tensors, one for each module that an adapter may hold."""
+GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
+"""Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained tensors and their description.
+
+    Attributes:
+        prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
+            `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
+            `family.describe` gives them; None if only the backbone's own parts were trained.
+        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, and what is read of the
+            image encoder (`vision`, as `VisionEncoder.options`). The authors' files tell the name alone: of
+            theirs the rest is None, and `official_config` is kept.
+        task: The task it was trained on.
+        metrics: Figures, on the task's own scale.
+        trainable_parameters: How many were trained, by group, `total` and `without_projection`.
+        tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
+            `language.*`.
+        format_version: Of the two files.
+    """
+
+    prompt: dict[str, Any] | None
+    backbone: dict[str, Any]
+    task: str
+    metrics: dict[str, float]
+    trainable_parameters: dict[str, int]
+    tensors: dict[str, Tensor] = field(repr=False)
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(cls, model: PromptedModel, *, task: str, metrics: Mapping[str, float]) -> "Adapter":
+        """Copy what is trained out of a model."""
+        prompt, backbone = model.prompt, model.backbone
+        return cls(
+            prompt=None if prompt is None else family.describe(prompt),
+            backbone=_identity(backbone),
+            task=task,
+            metrics=dict(metrics),
+            trainable_parameters=count_trainable(model),
+            tensors={
+                name: tensor.detach().to("cpu", copy=True).contiguous()
+                for name, tensor in _adapter_tensors(model).items()
+            },
+        )
+
+    @classmethod
+    def of_prompt(
+        cls, prompt: DePT, backbone: dict[str, Any], *, task: str, metrics: Mapping[str, float]
+    ) -> "Adapter":
+        """Copy a prompt that is trained on a model of someone else's (see `attach`).
+
+        Args:
+            prompt: Of which all is kept.
+            backbone: What the attribute of that name says of the model.
+            task: The task it was trained on.
+            metrics: Figures, on the task's own scale.
+        """
+        return cls(
+            prompt=family.describe(prompt),
+            backbone=backbone,
+            task=task,
+            metrics=dict(metrics),
+            trainable_parameters=_count(prompt.parameter_groups()),
+            tensors={
+                "prompt." + name: parameter.detach().to("cpu", copy=True).contiguous()
+                for name, parameter in prompt.named_parameters()
+            },
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write both files, each beside its final name first, so that no half-written one is left."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self._contents().items():
+            write_atomically(folder / name, content)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        token: str | bool | None = None,
+        datasets: Sequence[str] = (),
+        run: str | Path | None = None,
+    ) -> str:
+        """Upload both files and a model card in one commit.
+
+        Args:
+            repo_id: Name of the repository (`user/adapter`), made if it is missing.
+            private: Of a repository that is made; None is the owner's default.
+            revision: Branch, made if it is missing; None is the main one.
+            commit_message: Of the commit.
+            token: With the right to write; None takes the one of `hf auth login`.
+            datasets: For the card: names on the Hub of what the adapter was trained on.
+            run: Folder of the run that made it, whose options go along, without this machine's paths: for
+                the card, and to repeat it.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            FileNotFoundError: If there is no such run.
+            ValueError: If the run was of another task.
+            PermissionError: If the token may not write there.
+            ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
+        """
+        files = self._contents()
+        training = None
+        if run is not None:
+            training = training_of(Path(run), self.task)
+            files[TRAINING_FILE] = (json.dumps(training, indent=2) + "\n").encode()
+        trained_on = self.backbone["fingerprint"] or {}
+        images = "vision" in trained_on or "class" in trained_on  # the latter: see `attach`
+        card = model_card(repo_id, self._description(), images=images, datasets=datasets, training=training)
+        files[CARD_FILE] = card.encode()
+        return push(repo_id, files, private=private, revision=revision, message=commit_message, token=token)
+
+    def _description(self) -> dict[str, Any]:
+        """What `adapter.json` says."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+
+    def _contents(self) -> dict[str, bytes]:
+        """Both files, by name."""
+        return {
+            TENSORS_FILE: save(self.tensors, metadata={"format": "pt"}),
+            ADAPTER_FILE: (json.dumps(self._description(), indent=2) + "\n").encode(),
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Adapter":
+        """Read both files, and see to it that they are what they say.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            ValueError: If one is damaged, of another format version, holds numbers that are not finite, or
+                they do not belong together.
+        """
+        folder = Path(folder)
+        for name in (ADAPTER_FILE, TENSORS_FILE):
+            if not (folder / name).is_file():
+                hint = "; files of PEFT's are read by dept_vl.adapters.peft.files.from_peft"
+                found = (folder / "adapter_config.json").is_file()
+                raise FileNotFoundError(
+                    f"no adapter at {folder}: {name} is missing there{hint if found else ''}"
+                )
+        description = read_description(folder / ADAPTER_FILE)
+        # JSON writes a whole number without its point.
+        description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}
+        tensors = read_tensors(folder / TENSORS_FILE)
+        check_parameters(tensors, folder / TENSORS_FILE)
+        adapter = cls(**description, tensors=tensors)
+        problem = adapter._mismatch()
+        if problem:
+            raise ValueError(f"the adapter at {folder} is damaged: {problem}")
+        return adapter
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+    ) -> "Adapter":
+        """Read an adapter from its folder, from the run that made it, or from the Hub.
+
+        Args:
+            name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`), whose files
+                are kept in the Hub's cache and read from there where there is no network.
+            revision: Branch, tag or commit of the repository.
+            token: For private and gated repositories; None takes the one of `hf auth login`.
+
+        Raises:
+            FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or
+                neither network nor a copy in the cache.
+            PermissionError: If the repository is gated, or the token is not accepted.
+            ValueError: As `load`; or if a folder is asked for a revision.
+        """
+        return cls.load(adapter_folder(name_or_folder, revision=revision, token=token))
+
+    @classmethod
+    def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
+        """Read an adapter in the files of the authors of DePT (see `official`).
+
+        The files do not say which weights the adapter belongs to: `build` compares the backbone's
+        name and width alone and warns of it.
+
+        Args:
+            folder: Holds `adapter_model.bin` and `adapter_config.json`.
+            task: The task it was trained on, of which the files say nothing.
+            prompt_only: Take the soft prompt P alone, as plain prompt tuning. Files without A and B
+                are refused otherwise.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
+        """
+        tensors, config = official.read(folder, prompt_only=prompt_only)
+        with torch.device("meta"):  # for its sizes alone
+            prompt = DePT(
+                config["token_dim"],
+                prompt_length=config["num_virtual_tokens"],
+                rank=0 if prompt_only else config["r"],
+                max_source_length=config["max_length"],
+                alpha=float(config["lora_alpha"]),
+            )
+        return cls(
+            prompt=family.describe(prompt),
+            backbone={
+                "name": config["base_model_name_or_path"],
+                "fingerprint": None,
+                "visual_position_bias": None,
+                **BEFORE_VISION,
+                "official_config": config,
+            },
+            task=task,
+            metrics={},
+            trainable_parameters=_count(prompt.parameter_groups()),
+            tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
+        )
+
+    def to_official(self, folder: str | Path) -> None:
+        """Write the adapter in the files of the authors of DePT, whose code runs T5 on text.
+
+        Raises:
+            ValueError: If it is more or less than P, A and B, which is all that they hold.
+        """
+        expected = {"prompt." + name for name in official.NAMES}
+        if self.prompt is None or self.tensors.keys() != expected:
+            raise ValueError(
+                f"the authors' files hold {sorted(expected)} and nothing else; this adapter has "
+                f"{sorted(self.tensors)}: keep it in its own format"
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = official.contents(
+            {name.removeprefix("prompt."): tensor for name, tensor in self.tensors.items()},
+            self.prompt,
+            self.backbone["name"],
+            self.backbone.get("official_config", {}),
+        )
+        for name, content in files.items():
+            write_atomically(folder / name, content)
+
+    def build(self, backbone: Backbone) -> PromptedModel:
+        """A model with this adapter on its backbone.
+
+        Raises:
+            ValueError: If this is another backbone, or the tensors are not those described.
+        """
+        self.check_backbone(backbone)
+        ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
+        if ranks:
+            backbone.add_lora(ranks[0])
+        if self.prompt is not None and self.prompt["d_model"] != backbone.d_model:
+            # Before anything of that width is made.
+            raise ValueError(
+                f"the adapter's prompt is {self.prompt['d_model']} wide and {backbone.name} is "
+                f"{backbone.d_model} wide; load the backbone it was trained on"
+            )
+        model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
+        self.apply(model)
+        # What was trained may be trained on, and is saved again.
+        trained = sum(name.startswith("language.") for name in self.tensors)
+        whole = trained == sum(1 for _ in backbone.language.parameters())
+        backbone.freeze(
+            language=not trained,
+            visual_projection="visual_projection" not in self.trainable_parameters,
+            but="lora" if ranks else "all" if whole else "biases",
+        )
+        return model
+
+    def build_prompt(self) -> DePT:
+        """The prompt alone, with its tensors.
+
+        Raises:
+            ValueError: If the tensors are not those described.
+        """
+        prompt = self.new_prompt()
+        state = {k.removeprefix("prompt."): v for k, v in self.tensors.items() if k.startswith("prompt.")}
+        load_exactly(prompt, state, "the adapter's", "prompt.")
+        return prompt
+
+    def new_prompt(self) -> DePT:
+        """A prompt of the method and sizes described, not yet with the tensors.
+
+        Raises:
+            ValueError: If there is no prompt in the adapter.
+        """
+        if self.prompt is None:
+            raise ValueError(f"this adapter of {self.backbone['name']} holds no prompt")
+        sizes: dict[str, Any] = {**BEFORE_METHODS, **self.prompt}
+        del sizes["scale"]  # follows from the others
+        return family.build(**sizes)
+
+    def apply(self, model: PromptedModel) -> None:
+        """Put the tensors into a model built alike."""
+        parts = _parts(model)
+        unknown = [name for name in self.tensors if not name.startswith(tuple(parts))]
+        if unknown:
+            raise ValueError(f"the adapter holds tensors of no known part: {unknown[:3]}")
+        for prefix, module in parts.items():
+            state = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+            if module is None or (not state and module is model.backbone.language):
+                continue
+            if module is model.backbone.language:  # of which a part may be trained
+                state = dict(module.named_parameters()) | state
+            load_exactly(module, state, "the adapter's", prefix)
+
+    def _mismatch(self) -> str:
+        """Where the tensors are not those described; empty if nowhere.
+
+        After this a model built from the description is no larger than the file.
+        """
+        unknown = [name for name in self.tensors if not name.startswith(PREFIXES)]
+        if unknown:
+            return f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}"
+        expected = (
+            {}
+            if self.prompt is None
+            else {k: v for g in tensor_shapes(self.prompt).values() for k, v in g.items()}
+        )
+        found = {k: tuple(v.shape) for k, v in self.tensors.items() if k.startswith("prompt.")}
+        if found != expected:
+            return f"by its sizes the prompt has the tensors {expected}; found {found!s:.200}"
+        low_rank = {} if self.prompt is None else tensor_shapes(self.prompt)["low_rank"]
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            group = "low_rank" if name in low_rank else GROUPS[name.split(".")[0]]
+            groups.setdefault(group, []).append(tensor)
+        if "visual_projection" not in self.trainable_parameters:
+            groups.pop("visual_projection", None)  # kept, though frozen
+        counts = _count(groups)
+        if counts != self.trainable_parameters:
+            return (
+                f"the tensors have {counts} parameters, and trainable_parameters says "
+                f"{self.trainable_parameters!s:.200}"
+            )
+        return ""
+
+    def check_backbone(self, backbone: Backbone) -> None:
+        """Refuse any backbone but the one that the adapter was trained on.
+
+        Raises:
+            ValueError: With both names and fingerprints.
+        """
+        if self.backbone["fingerprint"] is None:
+            self._check_name(backbone)
+            return
+        here, there = _identity(backbone), {**BEFORE_VISION, **self.backbone}
+        compared = ["fingerprint", "visual_position_bias"]
+        if there["vision"] is not None:
+            compared.append("vision")
+        if any(there[key] != here[key] for key in compared):
+            raise ValueError(
+                f"this adapter was trained on {_said(there, compared)} and does not fit "
+                f"{_said(here, compared)}; load the backbone it was trained on"
+            )
+
+    def _check_name(self, backbone: Backbone) -> None:
+        """All that can be compared where the weights are not on record; `PromptedModel` adds the width."""
+        name = self.backbone["name"]
+        if backbone.vision is not None:
+            raise ValueError(
+                f"this adapter was trained on {name} for text alone and does not fit {backbone.name}, "
+                "which has a vision tower; load the language model without one"
+            )
+        # "t5-base" is "google-t5/t5-base" on the Hub now, and any folder of that name on a disk.
+        if Path(name).name != Path(backbone.name).name:
+            raise ValueError(
+                f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
+                "backbone.name if this is the same model under another name"
+            )
+        warnings.warn(
+            f"the authors' files do not say on which weights of {name} this adapter was trained; of "
+            f"{backbone.name} only the name and the width were compared",
+            stacklevel=4,
+        )
+
+
+def count_trainable(model: PromptedModel) -> dict[str, int]:
+    """Trained parameters by group, in all, and without the visual projection."""
+    return _count(model.parameter_groups())
+
+
+def _count(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
+    groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
+    total = sum(groups.values())
+    return {
+        **groups,
+        "total": total,
+        "without_projection": total - groups.get("visual_projection", 0),
+    }
+
+
+def _parts(model: PromptedModel) -> dict[str, nn.Module | None]:
+    """The modules that an adapter may hold, by the prefix of their tensors in the file."""
+    modules = (model.prompt, model.backbone.visual_projection, model.backbone.language)
+    return dict(zip(PREFIXES, modules, strict=True))
+
+
+def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
+    return {
+        prefix + name: parameter
+        for prefix, module in _parts(model).items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad or module is model.backbone.visual_projection
+    }
+
+
+def _said(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A backbone in words: its name, and what else is compared."""
+    return f"{identity['name']} ({', '.join(f'{key} {identity[key]}' for key in keys)})"
+
+
+def _identity(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "name": backbone.name,
+        "fingerprint": backbone.fingerprint,
+        "visual_position_bias": backbone.visual_position_bias,
+        "vision": None if backbone.vision is None else backbone.vision.options(),
+    }

@@ -1,0 +1,172 @@
+"""The two files in which the authors of DePT release an adapter, read and written.
+
+`adapter_model.bin` is a pickle with the tensors P, A and B, `adapter_config.json` a configuration of
+their fork of PEFT. Source: the adapters and the code that came with Shi & Lipani (ICLR 2024).
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dept_vl._utils.io import difference, read_json
+from dept_vl._utils.tensors import check_parameters
+from dept_vl.prompts.budget import LARGEST_SIZE
+
+TENSORS_FILE = "adapter_model.bin"
+CONFIG_FILE = "adapter_config.json"
+PEFT_TYPE = "PROMPT_TUNING_LORA"
+
+NAMES = {
+    "soft_prompt": "prompt_embeddings",
+    "lora_a": "prompt_encoder.lora_embedding_A",
+    "lora_b": "prompt_encoder.lora_embedding_B",
+}
+"""Their name of each of our tensors."""
+
+DEFAULTS: dict[str, Any] = {
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "load_lora_embedding_B": True,
+    "load_lora_embeddings": True,
+    "num_attention_heads": None,
+    "num_layers": None,
+    "num_transformer_submodules": 1,
+    "peft_type": PEFT_TYPE,
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "revision": None,
+    "save_lora_embeddings": True,
+    "task_type": "SEQ_2_SEQ_LM",
+}
+"""What their configuration says besides sizes and names; their code reads no heads and no layers."""
+
+
+def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, by our names, and the configuration.
+
+    Args:
+        folder: Holds the two files.
+        prompt_only: Take P and leave A and B, whether they are there or not.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no adapter of the authors' at {folder}: {name} is missing there")
+    config = _read_config(folder / CONFIG_FILE, rank_counts=not prompt_only)
+    found = _read_tensors(folder / TENSORS_FILE)
+    names = {"soft_prompt": NAMES["soft_prompt"]} if prompt_only else NAMES
+    if found.keys() == {NAMES["soft_prompt"]} and not prompt_only:
+        raise ValueError(
+            f"{folder / TENSORS_FILE} holds the soft prompt P alone: A and B, with which P was trained, "
+            "were not saved (as in three of the authors' five releases), so the trained model cannot be "
+            "restored; prompt_only=True reads P as plain prompt tuning, which is another model"
+        )
+    if found.keys() - set(NAMES.values()) or not found.keys() >= set(names.values()):
+        raise ValueError(
+            f"{folder / TENSORS_FILE} holds other tensors than an adapter: expected "
+            f"{sorted(NAMES.values())}, found {sorted(found)!s:.300}"
+        )
+    tensors = {ours: found[theirs] for ours, theirs in names.items()}
+    width, rank, longest = config["token_dim"], config["r"], config["max_length"]
+    shapes = {
+        "soft_prompt": (config["num_virtual_tokens"], width),
+        "lora_a": (longest, rank),
+        "lora_b": (rank, width),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"the two files at {folder} do not belong together: by {CONFIG_FILE}, {NAMES[name]} has "
+                f"the shape {shapes[name]}; found {tuple(tensor.shape)}"
+            )
+    return tensors, config
+
+
+def contents(
+    tensors: Mapping[str, Tensor], sizes: Mapping[str, Any], backbone: str, config: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The two files, by name.
+
+    Args:
+        tensors: P, A and B by our names.
+        sizes: Of the prompt, as an adapter describes them.
+        backbone: Name of the language model.
+        config: The configuration that the adapter was read with, if it was; empty if not.
+    """
+    width, alpha = sizes["d_model"], sizes["alpha"]
+    theirs = dict(config) or DEFAULTS | {"hidden_size": width, "tokenizer_name_or_path": backbone}
+    described = theirs | {
+        "base_model_name_or_path": backbone,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "max_length": sizes["max_source_length"],
+        "num_virtual_tokens": sizes["prompt_length"],
+        "r": sizes["rank"],
+        "token_dim": width,
+    }
+    pickled = io.BytesIO()
+    torch.save({name: tensors[ours] for ours, name in NAMES.items()}, pickled)
+    return {
+        TENSORS_FILE: pickled.getvalue(),
+        CONFIG_FILE: json.dumps(described, indent=2, sort_keys=True).encode(),
+    }
+
+
+def _read_config(path: Path, *, rank_counts: bool) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(
+            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found!r:.60}"
+        )
+    sizes = ["num_virtual_tokens", "token_dim", "max_length"] + ["r"] * rank_counts
+    wrong = {key: config.get(key) for key in sizes if not _is_size(config.get(key))}
+    if not isinstance(config.get("base_model_name_or_path"), str):
+        wrong["base_model_name_or_path"] = config.get("base_model_name_or_path")
+    if difference(config.get("lora_alpha"), float):
+        wrong["lora_alpha"] = config.get("lora_alpha")
+    if wrong:
+        raise ValueError(
+            f"{path} does not describe the adapter: expected sizes of 1 to {LARGEST_SIZE:,}, a finite number "
+            f"for lora_alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
+        )
+    fields: dict[str, Any] = config
+    return fields
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIZE
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # A pickle can run code; this reads tensors and plain containers, and refuses all else.
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what a damaged pickle raises is anybody's guess
+        found = None
+    if not isinstance(found, dict) or not all(
+        isinstance(name, str) and type(value) is Tensor and value.layout is torch.strided
+        for name, value in found.items()
+    ):
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors; nothing else is read, because reading a "
+            "pickle can run code"
+        )
+    # A pickle may spread few bytes over a large tensor, by strides of 0, or squeeze them.
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    if claimed > path.stat().st_size:
+        raise ValueError(
+            f"{path} is damaged: expected tensors no larger than the file ({path.stat().st_size:,} bytes), "
+            f"found {claimed:,} bytes"
+        )
+    check_parameters(found, path)
+    return found

@@ -1,0 +1,167 @@
+"""Adapters on the Hugging Face Hub: fetched into its cache, and uploaded.
+
+A repository holds the two files of an adapter at its top, and a model card.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dept_vl._utils.io import one_line
+from dept_vl._utils.run_files import BEST
+
+TENSORS_FILE = "adapter.safetensors"
+ADAPTER_FILE = "adapter.json"
+PEFT_CONFIG_FILE = "adapter_config.json"
+"""PEFT's; fetched to say that the adapter is one of PEFT's, where ours is missing."""
+
+
+def adapter_folder(
+    name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The folder with an adapter's files: the one named, its `best/` if it is a run's, or the Hub's cache.
+
+    Args:
+        name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`); a folder that
+            is there goes first.
+        revision: Branch, tag or commit of the repository; None is its main branch.
+        token: For private and gated repositories; None takes the one of `hf auth login`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or the Hub
+            cannot be reached and the cache holds no copy.
+        PermissionError: If the repository is gated, or the token is not accepted.
+        ValueError: If a folder is asked for a revision.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"revision={revision!r} was asked of {folder}, which is a folder and has none; leave the "
+                "revision out, or name a repository of the Hub"
+            )
+        return folder / BEST if (folder / BEST / ADAPTER_FILE).is_file() else folder
+    if isinstance(name_or_folder, Path) or not _is_repository_name(name_or_folder):
+        raise FileNotFoundError(
+            f"no adapter at {name_or_folder}: there is no such folder, and a repository of the Hub is named "
+            "like user/adapter"
+        )
+    return _download(name_or_folder, revision, token)
+
+
+def push(
+    repository: str,
+    files: Mapping[str, bytes],
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str,
+    token: str | bool | None = None,
+) -> str:
+    """Upload files in one commit; the repository, and the branch, are made if they are missing.
+
+    Args:
+        repository: Its name (`user/adapter`).
+        files: Contents by name.
+        private: Of a repository that is made; None is the owner's default.
+        revision: Branch; None is the main one.
+        message: Of the commit.
+        token: With the right to write; None takes the one of `hf auth login`.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        PermissionError: If the token may not write there.
+        ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repository,
+            [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in files.items()],
+            commit_message=message,
+            revision=revision,
+        )
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            f"nothing was uploaded to {repository}: HF_HUB_OFFLINE is set; unset it"
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"{repository} cannot be written with this token ({one_line(error)}); log in with one that may "
+            "(hf auth login), or give it, and look at the name before the stroke"
+        ) from error
+    return str(commit.commit_url)
+
+
+def _is_repository_name(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
+    """The adapter's files of one commit, without whatever else the repository holds."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    which = name if revision is None else f"{name} (revision {revision})"
+    wanted = [ADAPTER_FILE, TENSORS_FILE, PEFT_CONFIG_FILE]
+    try:
+        folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated: ask for access on its page of the Hub, then log in (hf auth login) or give "
+            f"a token; the Hub says: {one_line(error)}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no adapter at {name}: there is no such folder here, and no such repository on the Hub that "
+            "may be read with this token; look at the spelling, and if it is private, log in (hf auth login) "
+            "or give a token"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name} has no revision {revision}; give a branch, a tag or a whole commit hash of it"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{which} is no folder here, is not in the Hub's cache, and the Hub cannot be reached "
+            f"({one_line(error.__cause__ or error)}); try again when it can (HF_HUB_OFFLINE unset), or give "
+            "the folder of an adapter"
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"the Hub does not let {which} be read with this token ({one_line(error)}); log in again "
+            "(hf auth login) or give another token"
+        ) from error
+    missing = [file for file in (ADAPTER_FILE, TENSORS_FILE) if not (folder / file).is_file()]
+    if missing:
+        of_peft = (folder / PEFT_CONFIG_FILE).is_file()
+        hint = "its files are PEFT's, which dept_vl.adapters.peft.files.from_peft reads from a folder"
+        raise FileNotFoundError(
+            f"no adapter of dept_vl in {which} on the Hub: {' and '.join(missing)} missing there"
+            + (f"; {hint}" if of_peft else "")
+        )
+    return folder

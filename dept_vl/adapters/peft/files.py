@@ -1,0 +1,210 @@
+"""Adapters in PEFT's two files, written and read without PEFT; `peft_plugin` runs them in PEFT.
+
+`adapter_model.safetensors` holds the same tensors as our own adapter. PEFT names a tensor after the module
+that it belongs to, so `prompt.soft_prompt` is `base_model.model.<encoder>.dept_prompt.soft_prompt`
+there. `adapter_config.json` is a `peft_plugin.DeptConfig`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dept_vl._utils.io import difference, read_json, write_atomically
+from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.prompts.dept import DePT
+
+TENSORS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PEFT_TYPE = "DEPT"
+CONTAINER = "dept_prompt"
+"""Name of the prompts in the wrapped encoder."""
+
+
+def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
+    """Write an adapter in PEFT's two files.
+
+    Args:
+        adapter: P, A and B, for text.
+        backbone: Of the adapter; its language model is what PEFT calls the base model.
+        folder: Where the files go.
+
+    Raises:
+        ValueError: If this is another backbone, or the adapter holds more or less than PEFT can run.
+    """
+    _check_positions(backbone)
+    prompt = adapter.build(backbone).prompt
+    names = [name for name, _ in prompt.named_parameters()] if prompt is not None else []
+    tensors = {name.removeprefix("prompt."): tensor for name, tensor in adapter.tensors.items()}
+    if (
+        prompt is None
+        or tensors.keys() != set(names)
+        or not set(names) <= {"soft_prompt", "lora_a", "lora_b"}
+    ):
+        raise ValueError(
+            f"PEFT's files hold the tensors of a text prompt (P, A, B) and nothing else; this adapter has "
+            f"{sorted(adapter.tensors)}: keep it in its own format"
+        )
+    config = {
+        "peft_type": PEFT_TYPE,
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": backbone.language.name_or_path,
+        "inference_mode": True,
+        "prompt_length": prompt.prompt_length,
+        "rank": prompt.rank,
+        "max_source_length": prompt.max_source_length,
+        "alpha": prompt.alpha,
+        "embedding_fingerprint": embedding_fingerprint(backbone.language.get_encoder()),
+    }
+    prefix = f"base_model.model.{encoder_name(backbone.language)}.{CONTAINER}."
+    named = {prefix + name: tensor for name, tensor in tensors.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / TENSORS_FILE, save(named, metadata={"format": "pt"}))
+    write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def from_peft(
+    folder: str | Path, backbone: Backbone, *, task: str, metrics: Mapping[str, float] | None = None
+) -> Adapter:
+    """Read an adapter that PEFT saved.
+
+    Args:
+        folder: Holds the two files.
+        backbone: That it was trained on: the files tell the language model's name and no more.
+        task: The task it was trained on, of which the files say nothing.
+        metrics: Its figures, if there are any.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If one is damaged, they do not belong together, or they hold more than a prompt; or if
+            the backbone has another name or other word embeddings, or cannot run the prompt as PEFT does.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
+    config = _read_config(folder / CONFIG_FILE)
+    _check_name(config["base_model_name_or_path"], backbone)
+    problem = another_base(config.get("embedding_fingerprint"), backbone.language.get_encoder())
+    if problem:
+        raise ValueError(f"the adapter at {folder} {problem}")
+    _check_positions(backbone)
+    tensors = read_tensors(folder / TENSORS_FILE)
+    check_parameters(tensors, folder / TENSORS_FILE)
+    sizes = {name: config[name] for name in ("prompt_length", "rank", "max_source_length")}
+    state = own_names(tensors)
+    with torch.device("meta"):  # compared before anything of the claimed size is made
+        shapes = {
+            name: tuple(p.shape)
+            for name, p in DePT(backbone.d_model, **sizes, alpha=config["alpha"]).named_parameters()
+        }
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != shapes:
+        raise ValueError(
+            f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
+            f"tensors {shapes}, found {found!s:.300}"
+        )
+    prompt = DePT(backbone.d_model, **sizes, alpha=config["alpha"])
+    load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
+    return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
+
+
+def embedding_fingerprint(encoder: PreTrainedModel) -> str | None:
+    """Names the word embeddings that a prompt was trained in front of.
+
+    None where they are not at hand (on no device) or rounded otherwise (float16, integers).
+    """
+    words = encoder.get_input_embeddings()
+    weight = getattr(words, "original_module", words).weight  # PEFT's copy for training has one
+    if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    return fingerprint([("embeddings", weight)])
+
+
+def another_base(trained_on: Any, encoder: PreTrainedModel) -> str:
+    """What is wrong with a base whose word embeddings are others than on record; empty if nothing is."""
+    here = embedding_fingerprint(encoder)
+    if None in (trained_on, here) or trained_on == here:
+        return ""
+    return (
+        f"was trained on another base: its word embeddings have the fingerprint {trained_on!s:.60}, those of "
+        f"{encoder.name_or_path or type(encoder).__name__} {here}; load the base it was trained on"
+    )
+
+
+def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by our own names: what stands behind the container's."""
+    return {name.rpartition(f"{CONTAINER}.")[2]: tensor for name, tensor in tensors.items()}
+
+
+def encoder_name(model: PreTrainedModel) -> str:
+    """The name of an encoder-decoder's encoder in the model: `encoder` in T5, `model.encoder` in BART."""
+    encoder = model.get_encoder()
+    name: str = next(name for name, module in model.named_modules() if module is encoder)
+    return name
+
+
+def _check_positions(backbone: Backbone) -> None:
+    """In PEFT the stock encoder reads `[P ; text]`, and counts the positions of the prompt too."""
+    if not backbone.language.config.is_encoder_decoder:
+        raise ValueError(
+            f"{backbone.name} is decoder-only; in PEFT, DePT runs on encoder-decoders alone: use "
+            "dept_vl.PromptedModel"
+        )
+    names = {name for name, _ in backbone.language.get_encoder().named_modules()}
+    if backbone.visual_position_bias == "none" and "embed_positions" in names:
+        raise ValueError(
+            f"in PEFT the encoder of {backbone.name} counts the positions of the prompt, and with "
+            "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load "
+            "the backbone with visual_position_bias='relative'"
+        )
+
+
+def _check_name(name: str | None, backbone: Backbone) -> None:
+    here = {Path(backbone.name).name, Path(backbone.language.name_or_path).name}
+    if name and Path(name).name not in here:
+        raise ValueError(
+            f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
+            "backbone.name if this is the same model under another name"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+        found = config.get("peft_type") if isinstance(config, dict) else config
+        raise ValueError(
+            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found!r:.60}"
+        )
+    least = {"prompt_length": 0, "rank": 0, "max_source_length": 1}
+    wrong = {
+        name: config.get(name)
+        for name, smallest in least.items()
+        if type(config.get(name)) is not int or not smallest <= config[name] <= LARGEST_SIZE
+    }
+    if difference(config.get("alpha"), float):
+        wrong["alpha"] = config.get("alpha")
+    if not isinstance(config.setdefault("base_model_name_or_path", None), str | None):
+        wrong["base_model_name_or_path"] = config["base_model_name_or_path"]
+    if wrong:
+        raise ValueError(
+            f"{path} does not describe the adapter: expected sizes up to {LARGEST_SIZE:,}, a finite number "
+            f"for alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
+        )
+    if config.get("modules_to_save"):
+        raise ValueError(
+            f"the adapter at {path.parent} trained {config['modules_to_save']!s:.100} beside the prompt "
+            "(modules_to_save), which an adapter of ours cannot hold: run it in PEFT"
+        )
+    fields: dict[str, Any] = config | {"alpha": float(config["alpha"])}
+    return fields

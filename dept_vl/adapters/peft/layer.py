@@ -1,0 +1,267 @@
+"""What `peft_plugin` puts around an encoder and on its decoder: prompts in front, masks that see them."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dept_vl.adapters.peft.files import CONTAINER
+from dept_vl.models.language import LanguageModel
+from dept_vl.prompts.dept import DePT
+
+BASE = "__base__"
+"""In `adapter_names`, a row that no prompt is put in front of."""
+
+
+class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A text encoder with prompts in front, one by adapter.
+
+    Whatever is not asked of the prompts is asked of the encoder: this class has its attributes too.
+
+    Args:
+        base_layer: The encoder.
+        decoder: Its decoder, which is told of the prompt's positions; not made a part of this module.
+    """
+
+    adapter_layer_names = (CONTAINER,)
+
+    def __init__(self, base_layer: nn.Module, decoder: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.dept_prompt = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._decoder_hook = decoder.register_forward_pre_hook(_lengthen_mask, with_kwargs=True)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, as in unpickling
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "dept." + super().__repr__()
+
+    def update_layer(self, adapter_name: str, prompt: DePT, *, inference_mode: bool) -> None:
+        """Add an adapter, on the encoder's device and in its data type."""
+        self.dept_prompt[adapter_name] = prompt
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the prompt.
+
+        Raises:
+            ValueError: If there is more than one.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ValueError(
+                f"one prompt is active at a time; got {list(adapter_names)}: for rows with different prompts "
+                "pass adapter_names to forward or generate"
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
+        """Refused."""
+        refuse_merging()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The encoder as it was; its decoder is told of no prompt any more."""
+        if merge:
+            refuse_merging()
+        self._decoder_hook.remove()
+        encoder: nn.Module = self.base_layer
+        return encoder
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch text"] | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        inputs_embeds: Float[Tensor, "batch text d_model"] | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The encoder's output over `[P ; text]`, longer than its input by the prompt (the longest in use).
+
+        Args:
+            input_ids: Text tokens, padded on either side, or
+            attention_mask: Non-zero on text; None if all is text.
+            inputs_embeds: embeddings of text.
+            adapter_names: For each row the prompt to put in front, `__base__` for none.
+            **kwargs: Of the encoder.
+
+        Raises:
+            ValueError: If text and prompt are longer than the encoder or the prompt admits.
+        """
+        active = [name for name in self.active_adapters if name in self.dept_prompt]
+        if self.disable_adapters or not (active or adapter_names):
+            return self.base_layer(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        language = LanguageModel(self.base_layer, self.base_layer, type(self.base_layer).__name__)
+        if input_ids is not None and inputs_embeds is None:
+            embeddings = language.embed(input_ids)
+        elif input_ids is None and inputs_embeds is not None:
+            embeddings = inputs_embeds
+        else:
+            raise ValueError("give the encoder exactly one of input_ids and inputs_embeds")
+        batch, text = embeddings.shape[:2]
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, text, dtype=torch.long, device=embeddings.device)
+        if attention_mask.shape != (batch, text):
+            raise ValueError(
+                f"the attention_mask has the shape {tuple(attention_mask.shape)}; expected {(batch, text)}, "
+                "as the text"
+            )
+        if adapter_names is None:
+            adapter_names = active * batch
+        elif len(adapter_names) != batch:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {batch} respectively."
+            )
+        longest = max(self.prompt_lengths(adapter_names))
+        language.check_positions("encoder", prompt=longest, text=text)
+        embeddings, mask, columns = self._prompted(embeddings, attention_mask.bool(), adapter_names, longest)
+        return_dict = kwargs.pop("return_dict", None)
+        output = self.base_layer(
+            attention_mask=mask.to(attention_mask.dtype), inputs_embeds=embeddings, return_dict=True, **kwargs
+        )
+        output = _rearranged(output, columns)
+        return output.to_tuple() if return_dict is False else output
+
+    def prompt_lengths(self, adapter_names: Sequence[str]) -> list[int]:
+        """Of the prompt of each row."""
+        return [0 if name == BASE else self._prompt(name).prompt_length for name in adapter_names]
+
+    def _prompt(self, name: str) -> DePT:
+        return cast(DePT, self.dept_prompt[name])
+
+    def _prompted(
+        self,
+        embeddings: Float[Tensor, "batch text d_model"],
+        mask: Bool[Tensor, "batch text"],
+        adapter_names: Sequence[str],
+        longest: int,
+    ) -> tuple[
+        Float[Tensor, "batch prompt_text d_model"],
+        Bool[Tensor, "batch prompt_text"],
+        Int[Tensor, "batch prompt_text"],
+    ]:
+        """`[P ; text ; padding]`, its mask, and the column that each column of `[P ; text]` has gone to."""
+        batch, text = mask.shape
+        parts, order = [], []
+        for name in dict.fromkeys(adapter_names):
+            rows = [row for row, other in enumerate(adapter_names) if other == name]
+            here = slice(None) if len(rows) == batch else rows
+            with_prompt, with_mask, places = self._prompted_alike(embeddings[here], mask[here], name)
+            missing = longest + text - with_mask.shape[1]
+            with_prompt = nn.functional.pad(with_prompt, (0, 0, 0, missing))
+            parts.append((with_prompt, nn.functional.pad(with_mask, (0, missing)), places))
+            order += rows
+        embeddings, mask, places = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        prompt = torch.arange(longest, device=mask.device).expand(batch, -1)
+        columns = torch.cat([prompt, places], dim=1)
+        if len(parts) == 1:
+            return embeddings, mask, columns
+        back = torch.tensor(order, device=mask.device).argsort()
+        return embeddings[back], mask[back], columns[back]
+
+    def _prompted_alike(
+        self, embeddings: Float[Tensor, "rows text d_model"], mask: Bool[Tensor, "rows text"], name: str
+    ) -> tuple[
+        Float[Tensor, "rows prompt_text d_model"],
+        Bool[Tensor, "rows prompt_text"],
+        Int[Tensor, "rows text"],
+    ]:
+        """As `_prompted`, of rows with the same prompt, and for the columns of the text alone."""
+        if name == BASE:
+            return embeddings, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        prompt = self._prompt(name)
+        # Padding goes last, so that a column is a position, as in `PromptedModel.encode`.
+        order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
+        packed = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        with_prompt, with_mask = prompt(packed, mask.gather(1, order))
+        return with_prompt, with_mask, order.argsort(dim=1) + prompt.prompt_length
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: PreTrainedModel
+    ) -> tuple[torch.device, torch.dtype]:
+        weight = base_layer.get_input_embeddings().weight
+        return weight.device, weight.dtype
+
+
+def _rearranged(output: ModelOutput, columns: Int[Tensor, "batch column"]) -> ModelOutput:
+    """Everything with a place for each column, in the order of `columns`."""
+
+    def take(states: Tensor, *dims: int) -> Tensor:
+        for dim in dims:
+            shape = [1] * states.dim()
+            shape[0], shape[dim] = columns.shape
+            wanted = [*states.shape]
+            wanted[dim] = columns.shape[1]
+            states = states.gather(dim, columns.view(shape).expand(wanted))
+        return states
+
+    output["last_hidden_state"] = take(output.last_hidden_state, 1)
+    if output.get("hidden_states") is not None:
+        output["hidden_states"] = tuple(take(states, 1) for states in output.hidden_states)
+    if output.get("attentions") is not None:
+        output["attentions"] = tuple(take(weights, 2, 3) for weights in output.attentions)
+    return output
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _lengthen_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    """Let the decoder see what the encoder gave in front of the text.
+
+    A mask that is as long as the encoder's output, as without a prompt, is left alone.
+    """
+    states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
+    if states is None or mask is None or mask.dim() != 2 or states.shape[1] <= mask.shape[1]:
+        return None
+    seen = mask.new_ones(mask.shape[0], states.shape[1] - mask.shape[1])
+    return args, kwargs | {"encoder_attention_mask": torch.cat([seen, mask], dim=1)}
+
+
+def hide_unused(
+    decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_lengths: list[int]
+) -> Call:
+    """Hide the columns in front of a text whose prompt is shorter than another's; runs after the above."""
+    states, mask = kwargs["encoder_hidden_states"], kwargs.get("encoder_attention_mask")
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    lengths = torch.tensor(prompt_lengths, device=mask.device)
+    # Beams and returned sequences of a row stand behind one another.
+    lengths = lengths.repeat_interleave(mask.shape[0] // len(prompt_lengths))
+    column = torch.arange(mask.shape[1], device=mask.device)
+    unused = (column >= lengths[:, None]) & (column < max(prompt_lengths))
+    return args, kwargs | {"encoder_attention_mask": mask.masked_fill(unused, 0)}
+
+
+def tell_adapter_names(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> Call:
+    """Pass the name of each row's adapter to a module that asks for it."""
+    rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    copies = max(rows // len(adapter_names), 1)  # as in `hide_unused`
+    return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(copies)]}
+
+
+def refuse_merging() -> NoReturn:
+    """Say why there is no merging."""
+    raise ValueError(
+        "DePT cannot be merged into the weights: the prompt is vectors in front of the text, and A @ B "
+        "shifts the text by position; keep the adapter, or call unload() for the base model"
+    )

@@ -1,0 +1,363 @@
+"""DePT as a method of PEFT: `import dept_vl.adapters.peft.plugin`, then use `DeptConfig` like a `LoraConfig`.
+
+The tuner wraps the text encoder of an encoder-decoder: stacks size their masks before they embed, so
+wrapping the embedding alone could not put a prompt in front. A hook on the decoder lengthens the mask
+of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
+
+|                         | here                                                       |
+|-------------------------|------------------------------------------------------------|
+| wrapped                 | the encoder, by `DeptLayer`; the decoder gets one hook     |
+| tensors                 | `<encoder>.dept_prompt.<adapter>.{soft_prompt,lora_a,lora_b}` |
+| encoder reads           | `[P ; text ; padding]`, every position counted             |
+| decoder sees            | `[P ; text]`, the text in the columns that it came in      |
+| merging                 | refused: a prompt is no weight                             |
+
+`unload` takes the wrapper and the hook away again. Written against PEFT 0.21.
+"""
+
+import enum
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, another_base, embedding_fingerprint
+from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
+from dept_vl.models.language import LanguageModel
+from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary, solve_rank
+
+INITS = ("vocabulary", "text", "random")
+
+
+class DeptType(str, enum.Enum):  # noqa: UP042  PEFT takes the name from str()
+    """The method's name; an enumeration of PEFT's own cannot be extended."""
+
+    DEPT = PEFT_TYPE
+
+
+@dataclass
+class DeptConfig(PeftConfig):  # type: ignore[misc]
+    """What `get_peft_model` makes a DePT of.
+
+    Attributes:
+        prompt_length: Vectors in the soft prompt (m); 0 for the offset alone.
+        rank: Of the offset (r); 0 is plain prompt tuning, None takes what `reference_prompt_length` leaves.
+        max_source_length: Longest text in tokens (s); padding counts.
+        alpha: The offset is scaled by `alpha / sqrt(rank)`.
+        reference_prompt_length: Where rank is None: the plain prompt whose parameters may be spent.
+        prompt_init: Start from random words of the `vocabulary`, from a `text`, or `random`.
+        prompt_init_text: The text, repeated or cut to the prompt's length.
+        tokenizer_name_or_path: Its tokenizer.
+        init_weights: False starts B away from zero, so that the offset is there before any training; for
+            tests, as with PEFT's other methods.
+        modules_to_save: Modules of the base model that are trained and saved as well.
+        target_modules: Not for DePT, which wraps the encoder.
+        embedding_fingerprint: Of the base's word embeddings; taken from the base, and compared on loading.
+
+    Raises:
+        ValueError: If a value is out of range, or does not go with the others.
+    """
+
+    prompt_length: int = field(default=60, metadata={"help": "Vectors in the soft prompt (m)."})
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of the offset (r); None spends what the budget leaves."}
+    )
+    max_source_length: int = field(default=256, metadata={"help": "Longest text in tokens (s)."})
+    alpha: float = field(default=8.0, metadata={"help": "The offset is scaled by alpha / sqrt(rank)."})
+    reference_prompt_length: int = field(
+        default=100, metadata={"help": "Where rank is None: the plain prompt whose parameters may be spent."}
+    )
+    prompt_init: str = field(default="vocabulary", metadata={"help": "vocabulary, text or random."})
+    prompt_init_text: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
+    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
+    init_weights: bool = field(default=True, metadata={"help": "False starts B away from zero; for tests."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules of the base model that are trained and saved as well."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Not for DePT, which wraps the encoder."}
+    )
+    embedding_fingerprint: str | None = field(
+        default=None, metadata={"help": "Of the base's word embeddings; taken from the base."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DeptType.DEPT
+        least = {"prompt_length": 0, "rank": 0, "max_source_length": 1, "reference_prompt_length": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if name == "rank" and value is None:
+                continue
+            if type(value) is not int or not smallest <= value <= LARGEST_SIZE:
+                raise ValueError(
+                    f"DeptConfig.{name} is a whole number of {smallest} to {LARGEST_SIZE:,}; got "
+                    f"{value!r:.60}"
+                )
+        if self.prompt_length == self.rank == 0:
+            raise ValueError("DeptConfig has prompt_length=0 and rank=0: nothing to train; raise one of them")
+        if self.rank is None and self.prompt_length > self.reference_prompt_length:
+            raise ValueError(
+                f"a prompt of prompt_length={self.prompt_length} alone is over the budget of "
+                f"reference_prompt_length={self.reference_prompt_length}; shorten it, or say rank yourself"
+            )
+        if isinstance(self.alpha, bool | str) or not math.isfinite(self.alpha):
+            raise ValueError(f"DeptConfig.alpha is a finite number; got {self.alpha!r:.60}")
+        self.alpha = float(self.alpha)
+        if self.prompt_init not in INITS:
+            raise ValueError(f"DeptConfig.prompt_init is one of {INITS}; got {self.prompt_init!r:.60}")
+        told = self.prompt_init_text is not None and self.tokenizer_name_or_path is not None
+        if self.prompt_init == "text" and not told:
+            raise ValueError(
+                "prompt_init='text' needs prompt_init_text and tokenizer_name_or_path; got "
+                f"{self.prompt_init_text!r:.60} and {self.tokenizer_name_or_path!r:.60}"
+            )
+        if self.target_modules is not None:
+            raise ValueError(
+                "DePT wraps the encoder, which it finds by itself; leave target_modules out (got "
+                f"{self.target_modules!r:.100})"
+            )
+
+
+class DeptModel(BaseTuner):  # type: ignore[misc]
+    """PEFT's tuner: puts prompts on the encoder of a model, and takes them off again."""
+
+    prefix = "dept_"
+    tuner_layer_cls = DeptLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name and form
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused; `unload` gives the base model back."""
+        refuse_merging()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        refuse_merging()
+
+    def unmerge_adapter(self) -> None:
+        """Nothing to do: nothing is ever merged."""
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused."""
+        raise ValueError(
+            "prompts cannot be added up: the m vectors of a prompt have no counterparts in another, and A @ "
+            "B of two adapters has twice the rank; train one prompt on both tasks, or mix rows by "
+            "adapter_names"
+        )
+
+    def _check_new_adapter_config(self, config: DeptConfig) -> None:
+        super()._check_new_adapter_config(config)
+        encoder = text_encoder(self.model)
+        LanguageModel(encoder, encoder, type(self.model).__name__).check_positions(
+            "encoder", prompt=config.prompt_length, text=1
+        )
+        problem = another_base(config.embedding_fingerprint, encoder)
+        if problem and config.inference_mode:
+            raise ValueError(f"this adapter {problem}")
+        if problem:  # trained on, or a configuration that is used a second time
+            warnings.warn(f"the adapter of this configuration {problem}", stacklevel=2)
+
+    def _prepare_adapter_config(self, peft_config: DeptConfig, model_config: dict[str, Any]) -> DeptConfig:
+        if peft_config.rank is None:
+            width = text_encoder(self.model).get_input_embeddings().embedding_dim
+            budget = peft_config.reference_prompt_length * width
+            sizes = (peft_config.max_source_length, budget, peft_config.prompt_length)
+            rank = solve_rank(width, *sizes)
+            if rank == peft_config.prompt_length == 0:
+                raise ValueError(
+                    f"reference_prompt_length={peft_config.reference_prompt_length} buys no rank at "
+                    f"max_source_length={peft_config.max_source_length}; raise it"
+                )
+            peft_config.rank = rank
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: DeptConfig, key: str) -> bool:
+        return self.model.get_submodule(key) is self.model.get_encoder()
+
+    def _create_and_replace(
+        self,
+        peft_config: DeptConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        encoder = text_encoder(self.model)
+        prompt = _new_prompt(peft_config, encoder)
+        peft_config.embedding_fingerprint = (
+            embedding_fingerprint(encoder) or peft_config.embedding_fingerprint
+        )
+        layer = target
+        if not isinstance(layer, DeptLayer):
+            layer = DeptLayer(target, self.model.get_decoder())
+            layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, prompt, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: object
+    ) -> None:
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DeptConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Also takes the tensors of our own adapter, `prompt.soft_prompt` and so on."""
+        layer = next(name for name, module in model.named_modules() if isinstance(module, DeptLayer))
+        own = {
+            f"{layer}.{CONTAINER}.{name.removeprefix('prompt.')}"
+            if name.startswith("prompt.")
+            else name: tensor
+            for name, tensor in state_dict.items()
+        }
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, own
+        )
+        return remapped
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For one call of forward or generate: tell each row's adapter to whatever depends on it."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layer = self.model.get_encoder()
+        unknown = sorted(set(names) - layer.dept_prompt.keys() - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        tell = partial(tell_adapter_names, adapter_names=list(names))
+        hide = partial(hide_unused, prompt_lengths=layer.prompt_lengths(names))
+        told = [m for m in self.modules() if isinstance(m, DeptLayer | AuxiliaryTrainingWrapper)]
+        handles = [module.register_forward_pre_hook(tell, with_kwargs=True) for module in told]
+        handles.append(self.model.get_decoder().register_forward_pre_hook(hide, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def create_dept_optimizer(
+    model: PeftModel,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    prompt_lr: float,
+    lora_lr: float,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer with DePT's two learning rates, for `Trainer(optimizers=(optimizer, None))`.
+
+    Args:
+        model: With a trainable prompt.
+        optimizer_cls: Such as `torch.optim.AdamW`.
+        prompt_lr: Of the soft prompt (alpha1; 0.3 is a good start).
+        lora_lr: Of the low-rank pair (alpha2; 1e-4 to 5e-3), and of `modules_to_save` unless `lr` is given.
+        **kwargs: Of the optimizer.
+
+    Raises:
+        ValueError: If the model has no trainable prompt.
+    """
+    prompts = [module for module in model.modules() if isinstance(module, DePT)]
+    named = [group for prompt in prompts for group in prompt.parameter_groups().items()]
+    groups = {
+        name: [p for other, group in named if other == name for p in group if p.requires_grad]
+        for name in ("prompt", "low_rank")
+    }
+    if not any(groups.values()):
+        raise ValueError(
+            "the model has no trainable prompt; make it with get_peft_model, or load it with "
+            "is_trainable=True"
+        )
+    of_dept = {id(p) for group in groups.values() for p in group}
+    groups["others"] = [p for p in model.parameters() if p.requires_grad and id(p) not in of_dept]
+    rates = {"prompt": prompt_lr, "low_rank": lora_lr, "others": kwargs.pop("lr", lora_lr)}
+    return optimizer_cls(
+        [{"params": group, "lr": rates[name], "name": name} for name, group in groups.items() if group],
+        **kwargs,
+    )
+
+
+def text_encoder(model: nn.Module) -> PreTrainedModel:
+    """The text encoder of an encoder-decoder, without its wrapper.
+
+    Raises:
+        ValueError: If the model is of another kind.
+    """
+    config = getattr(model, "config", None)
+    if (
+        isinstance(model, PreTrainedModel)
+        and getattr(config, "is_encoder_decoder", False)
+        and getattr(config, "vision_config", None) is None
+        and model.main_input_name == "input_ids"
+        and model.get_encoder() is not model
+        and isinstance(model.get_encoder().get_input_embeddings(), nn.Embedding)
+    ):
+        encoder = model.get_encoder()
+        unwrapped: PreTrainedModel = encoder.base_layer if isinstance(encoder, DeptLayer) else encoder
+        return unwrapped
+    raise ValueError(
+        f"in PEFT, DePT prompts the text encoder of an encoder-decoder, and {type(model).__name__} is none. "
+        "Supported are T5, FLAN-T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, Pegasus, Marian and models like "
+        "them; decoder-only models and images are prompted by dept_vl.PromptedModel"
+    )
+
+
+def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
+    """A DePT as configured, its prompt started from words if so."""
+    language = LanguageModel(encoder, encoder, type(encoder).__name__)
+    words = language.word_embeddings
+    assert config.rank is not None  # solved in `_prepare_adapter_config`
+    prompt = DePT(
+        words.embedding_dim,
+        prompt_length=config.prompt_length,
+        rank=config.rank,
+        max_source_length=config.max_source_length,
+        alpha=config.alpha,
+    )
+    if not config.init_weights and prompt.lora_b is not None:
+        nn.init.normal_(prompt.lora_b)
+    # An adapter that is about to be loaded needs no tokenizer.
+    if config.prompt_init == "random" or (config.prompt_init == "text" and config.inference_mode):
+        return prompt
+    if config.prompt_init == "text":
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False)
+        ids = tokenizer(config.prompt_init_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    else:
+        special = (getattr(encoder.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+        ids = sample_vocabulary(
+            min(COMMON_TOKENS, words.num_embeddings),
+            config.prompt_length,
+            torch.default_generator,
+            exclude=[token for token in special if isinstance(token, int)],
+        )
+    with torch.no_grad():
+        prompt.init_prompt(language.embed(ids.long()[None].to(words.weight.device))[0])
+    return prompt
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[DeptType.DEPT] = DeptConfig
+PEFT_TYPE_TO_TUNER_MAPPING[DeptType.DEPT] = DeptModel
+PEFT_TYPE_TO_PREFIX_MAPPING[DeptType.DEPT] = DeptModel.prefix

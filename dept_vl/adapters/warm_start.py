@@ -1,0 +1,102 @@
+"""A prompt that starts from trained ones: transfer between tasks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dept_vl._utils.tensors import load_exactly
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import InitParts
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts import methods as family
+from dept_vl.prompts.dept import DePT
+
+
+def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> None:
+    """Start the prompt of a model from the mean of trained ones.
+
+    A visual projection that the only source trained comes along: its prompt knows images through it.
+
+    Args:
+        model: Untrained.
+        paths: Runs or adapters on the same language model.
+        parts: What is taken. The mean of offsets is the nearest of their rank to the mean of A B.
+
+    Raises:
+        FileNotFoundError: If a source is missing.
+        ValueError: If a source is of another backbone, or of other sizes than the model's prompt.
+    """
+    adapters = [Adapter.from_pretrained(path) for path in paths]
+    for path, adapter in zip(paths, adapters, strict=True):
+        _check(model, adapter, path, parts)
+    prompt = model.prompt
+    assert prompt is not None
+    sources = [adapter.build_prompt() for adapter in adapters]
+    if parts == "all" and len(sources) == 1:
+        load_exactly(prompt, dict(sources[0].named_parameters()), "the source's", "prompt.")
+    else:
+        prompt.init_prompt(torch.stack([_vectors(source) for source in sources]).mean(0))
+        if parts == "all":
+            _take_mean_offset(prompt, sources)
+    projection = model.backbone.visual_projection
+    only = adapters[0]
+    if len(adapters) == 1 and projection is not None and "visual_projection" in only.trainable_parameters:
+        prefix = "visual_projection."
+        state = {k.removeprefix(prefix): v for k, v in only.tensors.items() if k.startswith(prefix)}
+        load_exactly(projection, state, "the source's", prefix)
+
+
+def _vectors(prompt: DePT) -> Tensor:
+    vectors = prompt.vectors()
+    assert vectors is not None
+    return vectors.detach()
+
+
+@torch.no_grad()
+def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
+    """A and B, as large as each other, of the nearest matrix of their rank (Eckart & Young)."""
+    if prompt.lora_a is None or prompt.lora_b is None:
+        return
+    products = [s.lora_a @ s.lora_b for s in sources if s.lora_a is not None and s.lora_b is not None]
+    left, values, right = torch.linalg.svd(torch.stack(products).mean(0), full_matrices=False)
+    rank, roots = len(values[: prompt.rank]), values.sqrt()
+    prompt.lora_a.zero_()
+    prompt.lora_b.zero_()
+    prompt.lora_a[:, :rank] = left[:, :rank] * roots[:rank]
+    prompt.lora_b[:rank] = roots[:rank, None] * right[:rank]
+
+
+def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts) -> None:
+    """Refuse a source that the model's prompt cannot start from."""
+    backbone, theirs = model.backbone, adapter.backbone
+    # P was learnt in front of this language model's words; what it sees with is no part of that.
+    language = (theirs["fingerprint"] or {}).get("language")
+    if language != backbone.fingerprint["language"]:
+        raise ValueError(
+            f"the source at {path} was trained on {theirs['name']} (fingerprint {theirs['fingerprint']}), "
+            f"and this is {backbone.name} (fingerprint {backbone.fingerprint}); a prompt goes from task to "
+            "task, not from language model to language model"
+        )
+    trained_projection = "visual_projection" in adapter.trainable_parameters
+    if backbone.visual_projection is not None and trained_projection:
+        adapter.check_backbone(backbone)
+    if adapter.prompt is None or model.prompt is None:
+        whose = f"the source at {path}" if adapter.prompt is None else "the model"
+        raise ValueError(f"{whose} has no prompt, and init_from starts a prompt from a trained one")
+    own = family.describe(model.prompt)
+    names = ["prompt_length", "d_model"]
+    if parts == "all":
+        names += ["method", "rank", "max_source_length", "alpha", "seed"]
+    differing = [
+        f"{name}={adapter.prompt[name]} there, {own[name]} here"
+        for name in names
+        if adapter.prompt[name] != own[name]
+    ]
+    if differing or own["prompt_length"] == 0:
+        why = ", ".join(differing) or "it has no P"
+        raise ValueError(
+            f"the prompt at {path} is another than the one to start: {why}; give the run the same sizes"
+            + (", or take P alone (--init_parts prompt)" if parts == "all" else "")
+        )

@@ -1,0 +1,6 @@
+"""From examples to batches: splits, shots, collating, sampling, workers, visual features.
+
+`collate` makes a batch, `sampling` says which example comes when.
+"""
+
+__all__ = ["collate", "feature_store", "features", "lengths", "sampling", "shots", "splits", "workers"]

@@ -1,0 +1,197 @@
+"""Visual features of a set of images, each encoded once: a table of them in memory, or mapped into it.
+
+The tower is frozen, so an image's features never change.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dept_vl._utils.images import ImageSource, read_image
+from dept_vl._utils.tensors import read_tensors
+from dept_vl._utils.terminal import is_live
+from dept_vl.data import workers as readers
+from dept_vl.models.vision import VisionEncoder
+
+EXTRACT = "scripts/extract_features.py"
+
+
+def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 height width"]:
+    """Read and preprocess one image.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no readable image.
+    """
+    return vision.preprocess([read_image(source)])[0]
+
+
+class _Pixels(Dataset[tuple[Tensor, str]]):
+    """Pixels with an empty message, or zeros with what is wrong with the file."""
+
+    def __init__(self, vision: VisionEncoder, paths: Sequence[Path]) -> None:
+        self.vision, self.paths = vision, paths
+        self.blank = torch.zeros(vision.pixel_shape)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        try:
+            return load_pixels(self.vision, self.paths[index]), ""
+        except (ValueError, FileNotFoundError) as error:
+            return self.blank, str(error)
+
+
+class FeatureTable:
+    """Features of a set of images, in memory or mapped into it, looked up by file.
+
+    Args:
+        shards: (images, tokens, d_vision) each, all of one dtype.
+        places: Shard and row in it of each file.
+        errors: What is wrong with the files that could not be read.
+        files: What the shards are mapped from; empty if they are in memory.
+
+    Raises:
+        ValueError: If the shards are of several dtypes.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Float[Tensor, "_ tokens d_vision"]],
+        places: Mapping[Path, tuple[int, int]],
+        errors: Mapping[Path, str],
+        files: Sequence[Path] = (),
+    ) -> None:
+        self.shards, self.places, self.errors, self.files = list(shards), dict(places), errors, tuple(files)
+        dtypes = {str(shard.dtype).removeprefix("torch.") for shard in self.shards}
+        if len(dtypes) != 1:
+            raise ValueError(f"expected visual features of one dtype, found {', '.join(sorted(dtypes))}")
+        self.dtype = dtypes.pop()
+        # Bytes: NumPy copies rows several times faster than torch does, and knows no bfloat16.
+        self._rows = [shard.view(torch.uint8).numpy() for shard in self.shards]
+
+    @classmethod
+    def encode(
+        cls,
+        vision: VisionEncoder,
+        paths: Sequence[Path],
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = True,
+    ) -> "FeatureTable":
+        """Encode images into memory, in float32.
+
+        Args:
+            vision: The frozen encoder.
+            paths: The images; each is encoded once however often it is named.
+            batch_size: Images encoded at a time.
+            num_workers: Processes that read and preprocess images; 0 uses this one.
+            progress: Show a bar.
+        """
+        distinct = list(dict.fromkeys(paths))
+        batches = batches_of(0, len(distinct), batch_size)
+        features = torch.empty(len(distinct), vision.token_count, vision.d_vision)
+        errors: dict[Path, str] = {}
+        for rows, encoded, messages in encode_images(vision, distinct, batches, num_workers, progress):
+            features[rows.start : rows.stop] = encoded
+            errors |= {distinct[row]: error for row, error in zip(rows, messages, strict=True) if error}
+        return cls([features], {path: (0, row) for row, path in enumerate(distinct)}, errors)
+
+    @classmethod
+    def map(
+        cls, files: Sequence[Path], places: Mapping[Path, tuple[int, int]], errors: Mapping[Path, str]
+    ) -> "FeatureTable":
+        """Map shards into memory.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            ValueError: If one is truncated.
+        """
+        return cls([read_shard(file) for file in files], places, errors, files)
+
+    @classmethod
+    def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
+        """Several mapped tables as one.
+
+        Raises:
+            ValueError: If they are of several dtypes.
+        """
+        places: dict[Path, tuple[int, int]] = {}
+        errors: dict[Path, str] = {}
+        files: list[Path] = []
+        for table in tables:
+            places |= {path: (len(files) + shard, row) for path, (shard, row) in table.places.items()}
+            errors |= table.errors
+            files += table.files
+        return cls.map(files, places, errors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name where there is one, so that a spawned worker maps the files and copies nothing.
+        if self.files:
+            return FeatureTable.map, (self.files, self.places, self.errors)
+        return FeatureTable, (self.shards, self.places, self.errors)
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Refuse images that could not be read.
+
+        Raises:
+            ValueError: With what is wrong with the first of them.
+        """
+        for path in paths:
+            if path in self.errors:
+                raise ValueError(self.errors[path])
+
+    def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images tokens d_vision"]:
+        """Features of the images of some examples, each of which has as many."""
+        places = [self.places[path] for paths in examples for path in paths]
+        found = self.shards[0].new_empty(len(places), *self.shards[0].shape[1:])
+        rows = found.view(torch.uint8).numpy()
+        for place, (shard, row) in enumerate(places):
+            rows[place] = self._rows[shard][row]
+        return found.view(len(examples), -1, *found.shape[1:])
+
+
+def table_bytes(vision: VisionEncoder, image_count: int) -> int:
+    """Memory that `FeatureTable.encode` takes for so many images."""
+    return image_count * vision.token_count * vision.d_vision * 4
+
+
+def batches_of(start: int, stop: int, size: int) -> list[range]:
+    """The numbers from start to stop, so many at a time."""
+    return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def encode_images(
+    vision: VisionEncoder, paths: Sequence[Path], batches: Sequence[range], num_workers: int, progress: bool
+) -> Iterator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]]]:
+    """The batches, each with its features and, for every image, what is wrong with it or nothing."""
+    device = next(vision.parameters()).device
+    loader = readers.load(
+        _Pixels(vision, paths), num_workers, batch_sampler=[list(batch) for batch in batches]
+    )
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="encoding images", disable=not (progress and is_live()), leave=False) as bar:
+        for rows, (pixels, messages) in zip(batches, loader, strict=True):
+            yield rows, vision(pixels.to(device)).cpu(), messages
+            bar.update(len(rows))
+
+
+def read_shard(path: Path) -> Float[Tensor, "images tokens d_vision"]:
+    """Map a shard into memory.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged.
+    """
+    tensors = read_tensors(path)
+    if tensors.keys() != {"features"} or tensors["features"].dim() != 3:
+        raise ValueError(f"{path} is damaged: it holds no features; {EXTRACT} makes it again")
+    return tensors["features"]

@@ -1,0 +1,82 @@
+"""How long the texts of a task are, in tokens: counted once for each tokenizer, and kept."""
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
+from dept_vl.tasks.text.task import TextTask
+
+Lengths = np.ndarray[Any, np.dtype[np.int32]]
+
+
+def source_lengths(task: Task, tokenizer: Any) -> Lengths:
+    """Tokens of every source text, special tokens included and nothing cut.
+
+    Kept in the cache folder under a name made from the texts and the tokenizer.
+
+    Raises:
+        OSError: If the cache folder cannot be written.
+    """
+    texts = source_texts(task)
+    path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.npy"
+    if path.is_file():
+        try:
+            kept: Lengths = np.load(path)
+        except (ValueError, EOFError):
+            path.unlink(missing_ok=True)  # damaged: made anew
+        else:
+            return kept
+    counted = [
+        len(ids)
+        for start in range(0, len(texts), CHUNK_ROWS)
+        # Not verbose: it would warn of texts that are longer than the model is used to.
+        for ids in tokenizer(
+            texts.slice(start, CHUNK_ROWS).to_pylist(), return_attention_mask=False, verbose=False
+        ).input_ids
+    ]
+    lengths = np.array(counted, dtype=np.int32)
+    # The process's own name: several may count at a time, and the last one's file is as good.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(partial, lengths)
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write the lengths of {task.name} to {path.parent} ({error}); make room there, or set "
+            "DEPT_VL_CACHE to another folder"
+        ) from error
+    return lengths
+
+
+def source_texts(task: Task) -> pa.ChunkedArray:
+    """What the encoder reads, of all examples; of text tasks without making the examples."""
+    if isinstance(task, TextTask):
+        return task.source_texts()
+    texts = pa.array([task[index].source_text for index in range(len(task))], pa.string())
+    return pa.chunked_array([texts])
+
+
+def _key(texts: pa.ChunkedArray, tokenizer: Any) -> str:
+    digest = hashlib.sha256(tokenizer_description(tokenizer).encode())
+    for start in range(0, len(texts), CHUNK_ROWS):
+        digest.update("\0".join([*texts.slice(start, CHUNK_ROWS).to_pylist(), ""]).encode())
+    return digest.hexdigest()[:24]
+
+
+def tokenizer_description(tokenizer: Any) -> str:
+    """All that a tokenizer's work depends on, but for cutting and padding, which are set at every call."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    description = json.loads(backend.to_str())
+    return json.dumps({**description, "truncation": None, "padding": None}, sort_keys=True)

@@ -1,0 +1,340 @@
+"""The training, dev and test splits of a task, with their images at hand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dept_vl._utils.images import missing_files
+from dept_vl._utils.io import read_json
+from dept_vl._utils.run_files import CANDIDATES_FILE
+from dept_vl.config import DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
+from dept_vl.data.feature_store import INDEX_FILE, open_features
+from dept_vl.data.features import FeatureTable, table_bytes
+from dept_vl.data.shots import Shots, draw_shots, read_shots
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks import data_folder, load_task
+from dept_vl.tasks.base import Asked, Decoding, Task, hold_out_images, limit
+from dept_vl.tasks.coco import COCOCaptions
+from dept_vl.tasks.metrics.caption import check_installed
+from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.tasks.vqav2 import VQAv2, usual_answers
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task as a run needs it.
+
+    Attributes:
+        train: To learn.
+        dev: To choose the best adapter on.
+        test: To score it on at the end.
+        decoding: How answers are decoded.
+        options: What the splits were made from.
+        shots: Which examples of the training split these are, if they are few.
+    """
+
+    train: Task
+    dev: Task
+    test: Task
+    decoding: Decoding
+    options: DataOptions
+    shots: Shots | None = None
+
+
+def load_splits(options: DataOptions, seed: int) -> Splits:
+    """Read the splits of a task and look for their images.
+
+    Raises:
+        FileNotFoundError: If images are missing that are not to be skipped.
+        ValueError: If there are no answers to train or to choose on.
+    """
+    options = with_split_names(options)
+    train = _load(options, options.train_split)
+    _check_answered(train, "train_split", options.train_split)
+    decoding = choose_decoding(train, options, training_candidates(options, train))
+    if isinstance(train, COCOCaptions):
+        check_installed()  # now, rather than when the first captions are to be scored
+    shots = choose_shots(options, train)
+    if shots is None:
+        # Before any are held out: a gap in the training images is none in the dev split.
+        train = without_missing_images(train, options.on_bad_image or "skip")
+    if shots is not None:
+        # Few are not to become fewer.
+        train, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
+    elif options.dev_split:
+        dev = _load(options, options.dev_split)
+        _check_answered(dev, "dev_split", options.dev_split)
+    else:
+        train, dev = hold_out_images(train, options.holdout_images, seed)
+    test = _load(options, options.test_split)
+    evaluated = options.on_bad_image or "raise"
+    return Splits(
+        train=train,
+        dev=check_images(limit(dev, options.dev_limit, seed), evaluated),
+        test=check_images(limit(test, options.test_limit, seed), evaluated),
+        decoding=decoding,
+        options=options,
+        shots=shots,
+    )
+
+
+def _load(options: DataOptions, split: str) -> Task:
+    task = load_task(options.task, options.data_dir, split)
+    return replace(task, meteor=options.meteor) if isinstance(task, COCOCaptions) else task
+
+
+def choose_shots(options: DataOptions, train: Task) -> Shots | None:
+    """The few examples that a run is to learn from, drawn or read; None if it is to learn from all.
+
+    Raises:
+        FileNotFoundError: If their file is missing.
+        ValueError: If both are asked for, there are too few examples, or the file does not fit the split.
+    """
+    if options.shots and options.shots_file:
+        raise ValueError(
+            f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
+        )
+    if options.shots_file:
+        return read_shots(options.shots_file, len(train))
+    return draw_shots(train, options.shots, options.shots_seed) if options.shots else None
+
+
+def with_split_names(options: DataOptions) -> DataOptions:
+    """The options with the splits that are left out named."""
+    dev, test = ("validation", "test") if options.task in TEXT_TASKS else ("", "val")
+    return replace(options, dev_split=options.dev_split or dev, test_split=options.test_split or test)
+
+
+def _check_answered(task: Task, option: str, split: str) -> None:
+    if not task[0].targets:
+        raise ValueError(f"{option}={split} of {task.name} has no published answers; choose another")
+
+
+def choose_decoding(
+    task: Task | Asked, options: DataOptions, candidates: Sequence[str] | None = None
+) -> Decoding:
+    """Return the task's own decoding, as the options change it.
+
+    Args:
+        task: Whose answers are decoded.
+        options: Of the task.
+        candidates: The only answers there are; None takes the task's own.
+    """
+    default = task.decoding
+    return Decoding(
+        default.max_new_tokens,
+        options.num_beams or default.num_beams,
+        default.candidates if candidates is None else tuple(candidates),
+    )
+
+
+def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | None:
+    """Return the usual answers of a training split, if `candidate_floor` asks for them.
+
+    Raises:
+        ValueError: If the task has no such list.
+    """
+    if not options.candidate_floor:
+        return None
+    if not isinstance(train, VQAv2):
+        raise ValueError(
+            f"candidate_floor={options.candidate_floor} chooses among the usual answers of VQAv2; "
+            f"{options.task} has no such list: leave it 0"
+        )
+    return usual_answers(train, options.candidate_floor)
+
+
+def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
+    """Return the answers that an evaluation chooses among: of its own file, else of the run's.
+
+    Raises:
+        FileNotFoundError: If its own file is missing.
+        ValueError: If a file is no list of answers.
+    """
+    path = config.candidates
+    if path is None and task == "vqav2" and (config.run / CANDIDATES_FILE).is_file():
+        path = config.run / CANDIDATES_FILE
+    return None if path is None else read_candidates(path)
+
+
+def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
+    """The task, all of whose images are there; if they may be skipped, it is left as it is.
+
+    Raises:
+        FileNotFoundError: If images are missing.
+    """
+    files = task.image_files()
+    missing = missing_files(files)
+    if missing and on_bad_image == "raise":
+        names = ", ".join(path.name for path in missing[:3])
+        raise FileNotFoundError(
+            f"{len(missing):,} of {len(files):,} images of {task.name} are missing from "
+            f"{missing[0].parent} (first: {names}); scripts/prepare_data.py check says what belongs there, "
+            "--on_bad_image skip goes on without them"
+        )
+    return task
+
+
+def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
+    """The task without the examples whose images are not there.
+
+    Raises:
+        FileNotFoundError: If images are missing and not to be skipped, or all are.
+    """
+    check_images(task, on_bad_image)
+    missing = set(missing_files(task.image_files()))
+    if not missing:
+        return task
+    kept = [index for index in range(len(task)) if missing.isdisjoint(task.images(index))]
+    if not kept:
+        raise FileNotFoundError(
+            f"none of the images of {task.name} are there (first: {next(iter(missing))}); "
+            "scripts/prepare_data.py check says what belongs there"
+        )
+    print(
+        f"warning: {len(missing):,} images of {task.name} are missing; "
+        f"{len(task) - len(kept):,} of {len(task):,} training examples are left out"
+    )
+    return task.subset(kept)
+
+
+def read_features(
+    vision: VisionEncoder | None,
+    splits: list[Splits],
+    *,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> FeatureTable | VisionEncoder | None:
+    """Features of all images, from files or in memory, else the encoder that makes them as they come.
+
+    Which of these is what the first task's options say.
+
+    Raises:
+        FileNotFoundError: If features are to come from files that are missing, or lack some of the images.
+        ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
+            encoded that is not to be skipped.
+    """
+    wanted = [(part.options, _image_files(part)) for part in splits]
+    if vision is None or not any(paths for _, paths in wanted):
+        return vision
+    first = splits[0].options
+    table = mapped_features(vision, wanted, first.features, accelerator)
+    if table is None:
+        paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
+        if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
+            accelerator.print("visual features: encoded at every step")
+            return vision
+        main = accelerator.is_main_process
+        table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
+        accelerator.print("visual features: encoded once, in memory")
+    # Now, rather than when they come up.
+    for split in splits if table.errors else ():
+        for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
+            if (split.options.on_bad_image or default) == "raise":
+                check_readable(table, task)
+    return table
+
+
+def _image_files(splits: Splits) -> list[Path]:
+    parts = (splits.train, splits.dev, splits.test)
+    return list(dict.fromkeys(path for task in parts for path in task.image_files()))
+
+
+def mapped_features(
+    vision: VisionEncoder,
+    wanted: list[tuple[DataOptions, list[Path]]],
+    choice: Features,
+    accelerator: Accelerator,
+) -> FeatureTable | None:
+    """Features that `scripts/extract_features.py` made, mapped into memory; None if they are not to be used.
+
+    Args:
+        vision: The encoder that the run has.
+        wanted: The images of each task.
+        choice: Whether they may, must or must not be used. If they may, what is wrong with them is said.
+        accelerator: Of the run.
+
+    Raises:
+        FileNotFoundError: If they must be used and are missing, or lack some of the images.
+        ValueError: If they must be used and are of another encoder, unfinished or damaged.
+    """
+    folders = [features_folder(options) for options, paths in wanted if paths]
+    there = all((folder / INDEX_FILE).is_file() for folder in folders)
+    if not folders or choice == "live" or (choice == "auto" and not there):
+        return None
+    try:
+        table = FeatureTable.joined(
+            [
+                open_features(
+                    vision, data_folder(options.task, options.data_dir), paths, features_folder(options)
+                )
+                for options, paths in wanted
+                if paths
+            ]
+        )
+    except (FileNotFoundError, ValueError) as error:
+        if choice == "cached":
+            raise
+        accelerator.print(f"warning: {error}. The images are encoded anew")
+        return None
+    accelerator.print(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
+    return table
+
+
+def features_folder(options: DataOptions) -> Path:
+    """Where the visual features of a task are."""
+    return options.features_dir or data_folder(options.task, options.data_dir) / "features"
+
+
+def check_readable(table: FeatureTable, task: Task) -> None:
+    """Refuse a split with an image that could not be encoded.
+
+    Raises:
+        ValueError: With what is wrong with the first of them.
+    """
+    for path in task.image_files():
+        if path in table.errors:
+            raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")
+
+
+def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
+    """The run's options of the task, as the configuration changes them.
+
+    Raises:
+        ValueError: If the task is one of images, new to the run, and its folder or split is not said.
+    """
+    known = {options.task: options for options in (trained.data, *trained.also)}
+    name = config.task or trained.data.task
+    if name not in known and name not in TEXT_TASKS and not (config.data_dir and config.split):
+        raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
+    options = with_split_names(known.get(name, DataOptions(task=name)))
+    return replace(
+        options,
+        data_dir=config.data_dir or options.data_dir,
+        # The run's features are of the images of its own folder.
+        features_dir=config.features_dir or (None if config.data_dir else options.features_dir),
+        test_split=config.split or options.test_split,
+        num_beams=config.num_beams or options.num_beams,
+    )
+
+
+def read_candidates(path: Path) -> tuple[str, ...]:
+    """A list of answers to choose among.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no list of answers.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; expected a JSON list of answers") from None
+    if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
+        raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
+    return tuple(content)

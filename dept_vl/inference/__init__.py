@@ -1,0 +1,6 @@
+"""From questions to answers: decoding, evaluation, a predictor, rows with different adapters.
+
+The same question gets the same answer in evaluation, prediction and the demo.
+"""
+
+__all__ = ["decoding", "demo", "evaluate", "loading", "mixed", "predictor"]

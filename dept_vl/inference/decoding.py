@@ -1,0 +1,75 @@
+"""How answers are decoded: freely, or among a list of candidates held in a trie of tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dept_vl.models.tokens import continues_text, target_ids, target_texts
+from dept_vl.tasks.base import Decoding
+
+
+def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
+    """What `PromptedModel.generate` is told.
+
+    Among candidates, greedy search walks down their trie, which for two words compares the logits of
+    the first token in which they differ (NLVR2). With beams the candidate of the highest total
+    log-probability wins among those that the beams reach: with as many beams as candidates, of all.
+    """
+    options: dict[str, Any] = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
+    if decoding.candidates:
+        trie = Trie(tokenizer, decoding.candidates)
+        # A checkpoint's own habits (BART's: three tokens never twice) rule no candidate out.
+        options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth, "no_repeat_ngram_size": 0}
+        if decoding.num_beams > 1:
+            # The plain sum, or long candidates would be favoured; and on while a better one may come.
+            options |= {"length_penalty": 0.0, "early_stopping": False}
+    return options
+
+
+class Trie:
+    """The tokens that may follow those decoded so far; `generate`'s `prefix_allowed_tokens_fn`.
+
+    Args:
+        tokenizer: Of the language model.
+        candidates: The answers, tokenised as training targets are.
+
+    Attributes:
+        depth: Tokens of the longest candidate.
+
+    Raises:
+        ValueError: If there is no candidate.
+    """
+
+    def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:
+        if not candidates:
+            raise ValueError("expected at least one candidate answer, found none")
+        sequences = [tuple(ids) for ids in target_ids(tokenizer, candidates)]
+        following: dict[tuple[int, ...], dict[int, None]] = {}
+        for ids in sequences:
+            for length in range(len(ids)):
+                following.setdefault(ids[:length], {})[ids[length]] = None
+        self.following = {prefix: list(tokens) for prefix, tokens in following.items()}
+        self.depth = max(map(len, sequences))
+        self.padding = [tokenizer.pad_token_id]
+        # An encoder-decoder's first token is the decoder's start, no part of the answer.
+        self.start = 0 if continues_text(tokenizer) else 1
+
+    def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
+        """Token ids that may come next; padding behind a finished candidate."""
+        return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
+
+
+def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
+    """Decoded text -> the candidate that it stands for.
+
+    A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
+    candidate back as it was.
+    """
+    sequences = target_ids(tokenizer, candidates) if candidates else []
+    return {
+        target_texts(tokenizer, torch.tensor([ids]))[0]: candidate
+        for ids, candidate in zip(sequences, candidates, strict=True)
+    }

@@ -1,0 +1,126 @@
+"""Answer every example of a split and score the answers; the same on any number of processes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm import tqdm
+
+from dept_vl._utils.terminal import is_live
+from dept_vl.data import workers as readers
+from dept_vl.data.collate import Batch, Collator
+from dept_vl.data.sampling import EvaluationDraws
+from dept_vl.inference.decoding import generation_options, spellings
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.sharding import is_spread
+from dept_vl.models.tokens import target_texts
+from dept_vl.tasks.base import Decoding, Task
+from dept_vl.tasks.io.predictions import ExampleId
+
+NO_ANSWER = ""
+"""Prediction for an example whose image could not be read; it counts as wrong."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers as they go into a submission, their figures, and what the encoder read.
+
+    Attributes:
+        predictions: Answer by example id.
+        scores: Figures of the task; empty where no answers are published.
+        text_tokens: Mean length of a text, in tokens.
+        skipped: Ids of the examples whose image could not be read.
+    """
+
+    predictions: dict[ExampleId, str]
+    scores: dict[str, float]
+    text_tokens: float
+    skipped: tuple[ExampleId, ...] = ()
+
+
+def decode(
+    model: PromptedModel, batch: Batch, options: Mapping[str, Any], spelled: Mapping[str, str]
+) -> list[str]:
+    """The answer to each example of a batch.
+
+    Args:
+        model: In evaluation mode.
+        batch: On its device.
+        options: Of `decoding.generation_options`.
+        spelled: Of `decoding.spellings`.
+    """
+    inputs: dict[str, Any] = batch.inputs()
+    tokens = model.generate(**inputs, **options)
+    return [spelled.get(text, text) for text in target_texts(model.backbone.tokenizer, tokens)]
+
+
+@torch.no_grad()
+def evaluate(
+    model: PromptedModel,
+    task: Task,
+    collator: Collator,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    decoding: Decoding | None = None,
+    num_workers: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Decode a split, each process its share without padding it, and score the whole.
+
+    Args:
+        model: The unwrapped model (its `generate` needs no gradient synchronisation).
+        task: The split.
+        collator: Without targets.
+        accelerator: Of the run.
+        batch_size: Examples decoded at a time by one process.
+        decoding: How answers are decoded; None as the task says.
+        num_workers: Processes that load images.
+        progress: Show a bar on the main process.
+    """
+    was_training = model.training
+    model.eval()
+    tokenizer, decoding = model.backbone.tokenizer, decoding or task.decoding
+    options, spelled = generation_options(decoding, tokenizer), spellings(tokenizer, decoding.candidates)
+    mine = list(range(accelerator.process_index, len(task), accelerator.num_processes))
+    spread = is_spread(model)
+    if spread:
+        # All processes decode together, as many batches and as many tokens each.
+        options |= {"synced_gpus": True}
+        if len(mine) * accelerator.num_processes < len(task) or not mine:
+            mine.append(0)
+    loader = readers.load(
+        EvaluationDraws(task), num_workers, sampler=mine, batch_size=batch_size, collate_fn=collator
+    )
+    answers: list[tuple[ExampleId, str]] = []
+    lengths: list[tuple[ExampleId, int]] = []
+    skipped: list[ExampleId] = []
+    for batch in tqdm(loader, desc="evaluating", disable=not (progress and is_live()), leave=False):
+        skipped.extend(batch.skipped)
+        if not batch.ids:
+            if spread:
+                raise ValueError(
+                    f"no image of a batch could be read (ids {list(batch.skipped[:5])}, ...), and the other "
+                    "processes cannot go on without this one; put the images right, or evaluate with the "
+                    "backbone whole"
+                )
+            continue
+        moved = batch.to(accelerator.device)
+        with accelerator.autocast():
+            texts = decode(model, moved, options, spelled)
+        answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
+        lengths.extend(zip(batch.ids, batch.attention_mask.sum(1).tolist(), strict=True))
+    model.train(was_training)
+    answers.extend((example_id, NO_ANSWER) for example_id in skipped)
+    predictions: dict[ExampleId, str] = dict(gather_object(answers))
+    # Once: some scorers start programs of their own.
+    scores = [task.score(predictions) if accelerator.is_main_process else {}]
+    return Evaluation(
+        predictions,
+        broadcast_object_list(scores)[0],
+        sum(dict(gather_object(lengths)).values()) / max(1, len(task)),
+        tuple(dict.fromkeys(gather_object(skipped))),
+    )

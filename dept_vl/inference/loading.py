@@ -1,0 +1,185 @@
+"""An adapter, its backbone and its task found and put together, ready to answer.
+
+model = dept_vl.load("runs/vqa")
+model.answer("street.jpg", "what colour is the car?")
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+
+from dept_vl._utils.io import one_line
+from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.hub import ADAPTER_FILE
+from dept_vl.config import EvaluateConfig, RunConfig, read_config
+from dept_vl.data.splits import choose_decoding, data_options, run_candidates
+from dept_vl.inference.predictor import Predictor
+from dept_vl.models.backbone import BACKBONE_FILE, Backbone
+from dept_vl.tasks import TASKS, asked
+from dept_vl.tasks.base import Asked
+
+LONGEST_TEXT = 512
+"""Tokens of a text where neither a prompt nor a run says how long it may be."""
+
+
+def load(
+    source: str | Path,
+    *,
+    backbone: Backbone | str | Path | None = None,
+    revision: str | None = None,
+    task: str | None = None,
+    device: str | torch.device | None = None,
+) -> Predictor:
+    """An adapter on its backbone, ready to answer.
+
+    Args:
+        source: The folder of a run or of an adapter, or an adapter's name on the Hub (`user/adapter`).
+        backbone: See `find_backbone`. One that is loaded is shared by any number of adapters: it is frozen
+            and put in evaluation mode, its weights stay as they are.
+        revision: Of a name on the Hub.
+        task: How questions are asked; None takes the adapter's. It has to be said where that was several,
+            or is none of this package's.
+        device: See `find_backbone`.
+
+    Raises:
+        FileNotFoundError: If there is no adapter, or no backbone.
+        ValueError: If the backbone is another one than the adapter's or of no kind that is supported, the
+            prompt is longer than it has positions, or the task is unknown.
+    """
+    adapter = Adapter.from_pretrained(source, revision=revision)
+    run = run_of(Path(source))
+    chosen = _choose_task(adapter, task)
+    shared = find_backbone(adapter, run, backbone, device)
+    if chosen.image_count and shared.vision is None:
+        raise ValueError(
+            f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
+        )
+    own = _own(shared, adapter)
+    where = own.kind.word_embeddings.weight.device
+    model = adapter.build(own).to(where).eval().folded()
+    decoding, longest = chosen.decoding, LONGEST_TEXT
+    if run is not None:
+        trained = read_config(run / CONFIG_FILE)
+        longest = trained.prompt.max_source_length
+        if chosen.name in _tasks_of(trained):
+            config = EvaluateConfig(run, task=chosen.name)
+            decoding = choose_decoding(
+                chosen, data_options(config, trained), run_candidates(config, chosen.name)
+            )
+    if model.prompt is not None:
+        longest = model.prompt.max_source_length
+    # Now, rather than at the first question.
+    own.check_length(
+        0 if model.prompt is None else model.prompt.prompt_length,
+        1,
+        0 if own.vision is None else own.vision.token_count * chosen.image_count,
+        decoding.max_new_tokens,
+    )
+    return Predictor(model, adapter, chosen, decoding, longest)
+
+
+def find_backbone(
+    adapter: Adapter,
+    run: Path | None,
+    backbone: Backbone | str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> Backbone:
+    """The backbone that an adapter was trained on, loaded.
+
+    Args:
+        adapter: Not yet on it.
+        run: Folder of the run that it is of, which knows the backbone; None if there is none.
+        backbone: A loaded one is returned, where it is. Or a folder of `Backbone.save_pretrained`, or
+            names or folders of two models, `VISION+LANGUAGE`, or of the `LANGUAGE` model alone. None takes
+            that of the run, else the one that the adapter names.
+        device: Such as `cuda`; None takes the accelerator if there is one.
+
+    Raises:
+        FileNotFoundError: If it cannot be found; the message says what may be given.
+        ValueError: If it is of no kind that is supported, or the adapter is of another kind.
+    """
+    if isinstance(backbone, Backbone):
+        return backbone
+    known = adapter.backbone
+    fingerprint = known["fingerprint"] or {}
+    if "class" in fingerprint:
+        raise ValueError(
+            f"this adapter was put on a ready-made {fingerprint['class']} ({known['name']}); load it with "
+            "dept_vl.adapters.attach.Attached.load"
+        )
+    name = known["name"] if backbone is None else str(backbone)
+    try:
+        if backbone is None and run is not None:
+            loaded = Backbone.from_pretrained(**read_config(run / CONFIG_FILE).backbone.loading())
+        elif (Path(name) / BACKBONE_FILE).is_file():
+            loaded = Backbone.from_pretrained(name)
+        else:
+            vision, language = _two(name) if "vision" in fingerprint else (None, name)
+            options = {
+                f"{'vision_' * (key == 'layer')}{key}": v for key, v in (known["vision"] or {}).items()
+            }
+            loaded = Backbone.from_pretrained(
+                vision=vision,
+                language=language,
+                visual_position_bias=known["visual_position_bias"] or "none",
+                **options,
+            )
+    # transformers says so of models that are neither on the disk nor on the Hub.
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the backbone of this adapter ({known['name']}) cannot be loaded: {one_line(error)}. "
+            "Say where it is: backbone=... (scripts: --backbone ...), the folder of a saved backbone, as "
+            "data/tiny-clip-t5 is one, or VISION+LANGUAGE, two names of the Hub or folders"
+        ) from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return loaded.to(device or accelerator or "cpu").eval()
+
+
+def _two(name: str) -> tuple[str, str]:
+    parts = name.split("+")
+    if len(parts) != 2:
+        raise FileNotFoundError(f"there is no backbone folder {name}, and it names no two models")
+    return parts[0], parts[1]
+
+
+def _own(backbone: Backbone, adapter: Adapter) -> Backbone:
+    """The same backbone for one adapter: what the adapter changes of it is a copy."""
+    if any(name.startswith("language.") for name in adapter.tensors):
+        return copy.deepcopy(backbone)
+    return backbone.with_projection(copy.deepcopy(backbone.visual_projection))
+
+
+def run_of(source: Path) -> Path | None:
+    """The folder of the run whose adapter is at this place."""
+    if (source / BEST / ADAPTER_FILE).is_file():
+        run = source
+    elif source.name in (BEST, LAST) and source.is_dir():
+        run = source.resolve().parent
+    else:
+        return None
+    return run if (run / CONFIG_FILE).is_file() else None
+
+
+def _tasks_of(config: RunConfig) -> list[str]:
+    return [options.task for options in (config.data, *config.also)]
+
+
+def _choose_task(adapter: Adapter, task: str | None) -> Asked:
+    """How questions are asked.
+
+    Raises:
+        ValueError: If there is no such task, or the adapter does not say which.
+    """
+    name = adapter.task if task is None else task
+    if name not in TASKS:
+        learnt = [part for part in name.split("+") if part in TASKS]
+        several = f"several tasks: say task={' or '.join(map(repr, learnt))}" if len(learnt) > 1 else ""
+        raise ValueError(
+            f"the adapter was trained on {several}"
+            if several
+            else f"{name!r} is no task of this package; say which of them asks alike, task=... "
+            f"(scripts: --task ...): {', '.join(TASKS)}"
+        )
+    return asked(name)

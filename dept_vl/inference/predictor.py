@@ -1,0 +1,273 @@
+"""Questions of one's own, put to a model as its task puts them.
+
+Text, decoding and the form of an answer are the task's, a batch is the collator's and an answer the model's
+own `generate`, all as in evaluation: the same question gets the same answer.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from dept_vl._utils.images import ImageSource
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.data.collate import Batch, Collator, Draw
+from dept_vl.data.features import FeatureTable, load_pixels
+from dept_vl.inference.decoding import generation_options, spellings
+from dept_vl.inference.evaluate import decode
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.base import Asked, Decoding, Example
+
+ENCODED_AT_ONCE = 32
+"""Images that go through the vision tower together."""
+
+Images = Any
+"""One image (`ImageSource`) or several; where a question is about two (NLVR2), one pair or several."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """An adapter on its backbone.
+
+    Attributes:
+        model: In evaluation mode.
+        adapter: Of the model; None for the backbone alone.
+        task: How questions are asked.
+        decoding: How answers are decoded.
+        max_source_length: Tokens that a text is cut to.
+    """
+
+    model: PromptedModel
+    adapter: Adapter | None
+    task: Asked
+    decoding: Decoding
+    max_source_length: int
+
+    def answer(
+        self, image: Images = None, question: str | Sequence[str] = "", *, batch_size: int = 32
+    ) -> str | list[str]:
+        """The answer to a question, or the answers to several.
+
+        One image goes with every one of several questions and is encoded once, one question with every one
+        of several images; of as many of both each goes with its own.
+
+        Args:
+            image: A file, its content or a Pillow image, or several; None for a task without images. A
+                task about two images (NLVR2) takes a pair of them, or several pairs.
+            question: One or several; none for a caption. Of a task without images it may come first.
+            batch_size: Questions answered at a time.
+
+        Returns:
+            One answer if there was one of both, else a list.
+
+        Raises:
+            FileNotFoundError: If there is no such image.
+            ValueError: If an image cannot be read, there are too many or too few of something, a question
+                is empty, or it needs more positions than the model has.
+        """
+        if self.task.image_count == 0 and not question and image is not None:
+            image, question = None, image
+        pairs = self.task.image_count > 1
+        (images, questions), single = line_up(
+            images=as_images(image, pairs=pairs),
+            questions=([question], True) if isinstance(question, str) else (list(question), False),
+        )
+        asks = [Ask(self, *one) for one in zip(questions, images, strict=True)]
+        answers = answer_all(asks, lambda _: self.model, batch_size)
+        return answers[0] if single else answers
+
+    @cached_property
+    def generation(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `evaluate.decode` is told; of many candidates it takes a while to make."""
+        tokenizer = self.model.backbone.tokenizer
+        return generation_options(self.decoding, tokenizer), spellings(tokenizer, self.decoding.candidates)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question.
+
+    Attributes:
+        reader: Who is asked.
+        question: The text of it.
+        images: What it is about.
+    """
+
+    reader: Predictor
+    question: str
+    images: tuple[ImageSource, ...]
+
+    def source(self) -> str:
+        """What the encoder reads.
+
+        Raises:
+            ValueError: If the images are too many or too few, or the question is empty.
+        """
+        task = self.reader.task
+        if len(self.images) != task.image_count:
+            needed = "no image" if task.image_count == 0 else f"{task.image_count} for each question"
+            raise ValueError(f"images of {task.name}: expected {needed}, found {len(self.images)}")
+        if task.asks and not self.question.strip():
+            raise ValueError(f"{task.name} answers questions, and this one is empty; ask something")
+        text = task.source(self.question)
+        length = len(self.reader.model.backbone.tokenizer(text).input_ids)
+        if length > self.reader.max_source_length:
+            warnings.warn(
+                f"{text!r:.60} has {length} tokens and is cut to {self.reader.max_source_length}, as in "
+                "training (max_source_length)",
+                stacklevel=5,
+            )
+        return text
+
+
+def as_images(image: Images, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]], bool]:
+    """The images of each question, and whether they are one question's.
+
+    Args:
+        image: See `Predictor.answer`; in a sequence for several questions None stands for no image.
+        pairs: A sequence of two images is of one question.
+    """
+
+    def is_one(given: Any) -> bool:
+        return given is None or isinstance(given, ImageSource)
+
+    if is_one(image):
+        return [() if image is None else (image,)], True
+    if pairs and len(image) > 0 and all(is_one(one) for one in image):
+        return [tuple(image)], True
+    return [(() if one is None else (one,)) if is_one(one) else tuple(one) for one in image], False
+
+
+def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
+    """Lists of one length, a single item repeated; and whether all were single.
+
+    Args:
+        **parts: Items, and whether they stand for themselves or are a list of one.
+
+    Raises:
+        ValueError: If there is none of something, or the lengths differ; with all of them.
+    """
+    count = max(len(items) for items, _ in parts.values())
+    if any(len(items) not in (1, count) or not items for items, _ in parts.values()):
+        found = " and ".join(f"{len(items)} {name}" for name, (items, _) in parts.items())
+        raise ValueError(f"expected as many of each, or one for all; found {found}")
+    single = all(alone for _, alone in parts.values())
+    return [items if len(items) == count else items * count for items, _ in parts.values()], single
+
+
+@torch.no_grad()
+def answer_all(
+    asks: Sequence[Ask], model_of: Callable[[Sequence[Ask]], PromptedModel], batch_size: int
+) -> list[str]:
+    """The answer to each question.
+
+    Questions that are decoded alike, about as many images each, go through the model together, whoever is
+    asked.
+
+    Args:
+        asks: On one backbone.
+        model_of: The model for the rows of a batch.
+        batch_size: Questions of a batch.
+    """
+    backbone = asks[0].reader.model.backbone
+    sources = [ask.source() for ask in asks]
+    table, names = encode_images(backbone, [ask.images for ask in asks])
+    groups: dict[tuple[int, Decoding], list[int]] = {}
+    for place, ask in enumerate(asks):
+        groups.setdefault((len(ask.images), ask.reader.decoding), []).append(place)
+    answers = [""] * len(asks)
+    device = backbone.kind.word_embeddings.weight.device
+    for alike in groups.values():
+        options, spelled = asks[alike[0]].reader.generation
+        for start in range(0, len(alike), batch_size):
+            places = alike[start : start + batch_size]
+            rows = [_collate(asks[n].reader, Example(n, sources[n], names[n], ()), table) for n in places]
+            batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
+            texts = decode(model_of([asks[n] for n in places]), batch, options, spelled)
+            for n, text in zip(places, texts, strict=True):
+                answers[n] = asks[n].reader.task.written(text)
+    return answers
+
+
+def encode_images(
+    backbone: Backbone, groups: Sequence[tuple[ImageSource, ...]]
+) -> tuple[FeatureTable | None, list[tuple[Path, ...]]]:
+    """Visual features of images, and their names in the table, by group.
+
+    An image that comes again, or is the same file, is read and encoded once.
+
+    Args:
+        backbone: With a vision tower, if there are images.
+        groups: Images of each question.
+
+    Raises:
+        FileNotFoundError: If there is no such image.
+        ValueError: If one cannot be read; of several the message has its number.
+    """
+    vision = backbone.vision
+    numbers: dict[Any, int] = {}
+    distinct: list[ImageSource] = []
+    names = []
+    for group in groups:
+        own = []
+        for image in group:
+            key = id(image) if isinstance(image, Image.Image) else image
+            if key not in numbers:
+                numbers[key] = len(distinct)
+                distinct.append(image)
+            own.append(Path(f"image-{numbers[key]}"))
+        names.append(tuple(own))
+    if vision is None or not distinct:
+        return None, names
+    device = next(vision.parameters()).device
+    parts = []
+    for start in range(0, len(distinct), ENCODED_AT_ONCE):
+        some = enumerate(distinct[start : start + ENCODED_AT_ONCE], start + 1)
+        pixels = [_read(vision, image, number, len(distinct)) for number, image in some]
+        parts.append(vision(torch.stack(pixels).to(device)).float().cpu())
+    places = {Path(f"image-{number}"): (0, number) for number in range(len(distinct))}
+    return FeatureTable([torch.cat(parts)], places, {}), names
+
+
+def _read(vision: VisionEncoder, image: ImageSource, number: int, count: int) -> torch.Tensor:
+    """Pixels of an image; an error says which of several it is."""
+    try:
+        return load_pixels(vision, image)
+    except (ValueError, FileNotFoundError) as error:
+        place = f"image {number} of {count}: " if count > 1 else ""
+        raise type(error)(f"{place}{error}") from None
+
+
+def _collate(reader: Predictor, example: Example, table: FeatureTable | None) -> Batch:
+    """A batch of one, its text cut as its adapter wants it."""
+    collate = Collator(
+        reader.model.backbone.tokenizer,
+        max_source_length=reader.max_source_length,
+        max_target_length=reader.decoding.max_new_tokens,
+        images=table,
+    )
+    return collate([Draw(example)])
+
+
+def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:
+    """Batches of one as one batch."""
+    features = [row.visual_features for row in rows if row.visual_features is not None]
+
+    def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    return Batch(
+        tuple(row.ids[0] for row in rows),
+        padded([row.input_ids[0] for row in rows], pad_token_id),
+        padded([row.attention_mask[0] for row in rows], 0),
+        visual_features=torch.cat(features) if features else None,
+    )

@@ -1,0 +1,388 @@
+"""A vision tower and an encoder-decoder language model, joined by a visual projection; or text alone.
+
+The language model's encoder reads `[text ; visual]`, with a prompt in front of the text when there
+is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). Their box embedding is
+a constant under grid features and is therefore left to the image-order embedding. For text alone the
+language model may also be decoder-only (see `language`).
+"""
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from dept_vl._utils.io import read_object
+from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl.models.choices import TrainedPart, VisualPositionBias
+from dept_vl.models.language import choose_kind, load_language, reads_in_blocks
+from dept_vl.models.vision import VisionEncoder
+
+BACKBONE_FILE = "backbone.json"
+PROJECTION_FILE = "visual_projection.safetensors"
+MAX_IMAGES = 2
+LORA = "lora_"
+"""In the names that peft gives to the tensors of LoRA."""
+
+
+OPTIONS = {
+    "name": str,
+    "visual_position_bias": get_args(VisualPositionBias),
+    "vision": (None, {"layer": int, "class_token": bool, "pooled_grid": int}),
+}
+"""Fields of `backbone.json`, as `files.difference` has them."""
+
+
+class VisualProjection(nn.Module):
+    """LayerNorm(Linear(visual features)) + image-order embedding; trained in every published row.
+
+    Args:
+        d_vision: Width of the visual features.
+        d_model: Width of the language model.
+        norm: The language model's own kind of norm: RMSNorm for T5, LayerNorm for BART.
+    """
+
+    def __init__(self, d_vision: int, d_model: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.linear = nn.Linear(d_vision, d_model)
+        self.norm = norm
+        self.image_order = nn.Embedding(MAX_IMAGES, d_model)
+        nn.init.normal_(self.linear.weight, std=d_vision**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.zeros_(self.image_order.weight)
+
+    def forward(
+        self, features: Float[Tensor, "batch images tokens d_vision"]
+    ) -> Float[Tensor, "batch images*tokens d_model"]:
+        """Visual tokens of all images of an example, one after the other."""
+        order = self.image_order.weight[: features.shape[1], None]
+        # Features from files may be of half precision. The norm is in full under autocast too, as T5's own.
+        linear: Tensor = self.linear(features.to(self.linear.weight.dtype))
+        tokens: Tensor = self.norm(linear.float()) + order
+        return tokens.flatten(1, 2)
+
+
+class Backbone(nn.Module):
+    """The models that a prompt is trained on.
+
+    Everything but the visual projection is frozen unless `freeze` is told otherwise.
+
+    Args:
+        vision: Image encoder, or None for text alone.
+        language: A T5- or BART-like encoder-decoder; for text alone also a GPT-2- or Llama-like decoder.
+        tokenizer: Its tokenizer; padding is put on the right.
+        name: What an adapter calls this backbone.
+        visual_position_bias: See `VisualPositionBias`.
+
+    Attributes:
+        kind: How the language model reads and answers, by its kind.
+        fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
+
+    Raises:
+        ValueError: If the language model is of no kind that is supported, or cannot read images, or not
+            with this `visual_position_bias`.
+    """
+
+    def __init__(
+        self,
+        vision: VisionEncoder | None,
+        language: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        name: str,
+        visual_position_bias: VisualPositionBias = "none",
+    ) -> None:
+        super().__init__()
+        if visual_position_bias not in get_args(VisualPositionBias):
+            raise ValueError(
+                f"visual_position_bias is one of {get_args(VisualPositionBias)}; got {visual_position_bias!r}"
+            )
+        self.name = name
+        self.vision = vision
+        self.language = language
+        self.tokenizer = tokenizer
+        self.tokenizer.padding_side = "right"
+        self.visual_position_bias = visual_position_bias
+        if vision is not None and not language.config.is_encoder_decoder:
+            raise ValueError(
+                f"visual tokens are read by an encoder, and {name} has none ({type(language).__name__}): "
+                "leave the vision tower out, or take an encoder-decoder such as google-t5/t5-base"
+            )
+        if vision is not None and visual_position_bias == "none" and reads_in_blocks(language):
+            raise ValueError(
+                f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
+                "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
+            )
+        self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
+        self.d_model: int = self.kind.word_embeddings.embedding_dim
+        self.visual_projection: nn.Module | None = None
+        if vision is not None:
+            self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
+        # Taken before any training, so that it names the frozen weights even after fine-tuning.
+        parts = {"language": language} | ({"vision": vision.model} if vision else {})
+        self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: str | Path | None = None,
+        *,
+        vision: str | Path | None = None,
+        language: str | Path | None = None,
+        vision_layer: int = -1,
+        class_token: bool = False,
+        pooled_grid: int = 0,
+        visual_position_bias: VisualPositionBias = "none",
+    ) -> "Backbone":
+        """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
+
+        Args:
+            backbone: Such a folder; it carries a trained visual projection and its own options.
+            vision: Hub name or folder of the image encoder (with `language`); None for text alone.
+            language: Hub name or folder of the encoder-decoder or, for text alone, of the decoder-only model.
+            vision_layer: See `VisionEncoder`.
+            class_token: See `VisionEncoder`.
+            pooled_grid: See `VisionEncoder`.
+            visual_position_bias: See `VisualPositionBias`.
+
+        Raises:
+            ValueError: If both or neither of `backbone` and `language` are given, or options besides a folder
+                that it does not have, or the folder's files are damaged or do not belong together.
+            FileNotFoundError: If the folder holds no backbone.
+        """
+        if (backbone is None) == (language is None):
+            raise ValueError(
+                "give either a backbone folder (--backbone data/tiny-clip-t5) or a language model, with "
+                "or without a vision tower (--vision openai/clip-vit-base-patch32 "
+                "--language google-t5/t5-base); "
+                f"got backbone={backbone}, vision={vision}, language={language}"
+            )
+        if backbone is None:
+            assert language is not None
+            tower = None
+            if vision is not None:
+                tower = VisionEncoder.from_pretrained(
+                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid
+                )
+            return cls(
+                tower,
+                load_language(language),
+                AutoTokenizer.from_pretrained(language, trust_remote_code=False),
+                name="+".join(str(part) for part in (vision, language) if part is not None),
+                visual_position_bias=visual_position_bias,
+            )
+        folder = Path(backbone)
+        if not (folder / BACKBONE_FILE).is_file():
+            raise FileNotFoundError(
+                f"no backbone at {folder}: expected {BACKBONE_FILE}, language/ and, for images, vision/ and "
+                f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
+            )
+        options = read_object(folder / BACKBONE_FILE, OPTIONS)
+        seen = options["vision"] or {}
+        asked = {
+            "vision": (vision, None),
+            "vision_layer": (vision_layer, -1, seen.get("layer")),
+            "class_token": (class_token, False, seen.get("class_token")),
+            "pooled_grid": (pooled_grid, 0, seen.get("pooled_grid")),
+            "visual_position_bias": (visual_position_bias, "none", options["visual_position_bias"]),
+        }
+        other = [f"{name}={value}" for name, (value, *taken) in asked.items() if value not in taken]
+        if other:
+            raise ValueError(
+                f"{folder} is a whole backbone with options of its own, in {BACKBONE_FILE}; got "
+                f"{', '.join(other)} besides: leave that out, or join two models by --vision and --language"
+            )
+        self = cls(
+            VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
+            if options["vision"] is not None
+            else None,
+            load_language(folder / "language"),
+            AutoTokenizer.from_pretrained(folder / "language", trust_remote_code=False),
+            name=options["name"],
+            visual_position_bias=options["visual_position_bias"],
+        )
+        if self.visual_projection is not None:
+            tensors = read_tensors(folder / PROJECTION_FILE)
+            check_parameters(tensors, folder / PROJECTION_FILE)
+            load_exactly(self.visual_projection, tensors, f"{folder / PROJECTION_FILE}: its")
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vision/, language/ (with tokenizer), the visual projection and the options."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.language.save_pretrained(folder / "language")
+        self.tokenizer.save_pretrained(folder / "language")
+        options: dict[str, Any] = {
+            "name": self.name,
+            "visual_position_bias": self.visual_position_bias,
+            "vision": None,
+        }
+        if self.vision is not None and self.visual_projection is not None:
+            self.vision.save_pretrained(folder / "vision")
+            save_file(self.visual_projection.state_dict(), folder / PROJECTION_FILE)
+            options["vision"] = self.vision.options()
+        (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
+
+    def with_projection(self, projection: nn.Module | None) -> "Backbone":
+        """The same models, not copied, behind another visual projection.
+
+        Args:
+            projection: Of the interface of `VisualProjection`.
+        """
+        other = copy.copy(self)
+        # `nn.Module` would share the table of its parts too.
+        other._modules = {**self._modules, "visual_projection": projection}
+        return other
+
+    def freeze(
+        self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"
+    ) -> None:
+        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`.
+
+        Args:
+            language: Freeze the whole language model.
+            visual_projection: Freeze the visual projection.
+            but: What of the language model is trained if it is not frozen.
+        """
+        self.language.requires_grad_(False)
+        for parameter in [] if language else self._trained_parts(but):
+            parameter.requires_grad_(True)
+        if self.vision is not None and self.visual_projection is not None:
+            self.vision.requires_grad_(False)
+            self.visual_projection.requires_grad_(not visual_projection)
+
+    def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
+        named = list(self.language.named_parameters())
+        if part == "all":
+            return [parameter for _, parameter in named]
+        if part == "lora":
+            return [parameter for name, parameter in named if LORA in name]
+        biases = [parameter for name, parameter in named if name.endswith(".bias")]
+        # T5 has none; the scales of its norms are as many and act as near.
+        return biases or [parameter for _, parameter in named if parameter.dim() == 1]
+
+    def add_lora(self, rank: int) -> None:
+        """Put a low-rank pair beside each query and value of the attention, as peft does by default.
+
+        Raises:
+            ImportError: If peft is not installed.
+            ValueError: If peft does not know which they are in this language model.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
+        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
+        # As peft has it for T5, and not for all of its relatives.
+        of_t5 = ["q", "v"] if {"q", "v"} <= names else None
+        try:
+            # The pair is scaled by alpha / rank.
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=of_t5)
+            inject_adapter_in_model(config, self.language)
+        except ValueError as error:
+            raise ValueError(
+                f"peft puts no LoRA on {self.name} ({type(self.language).__name__}): {error}; train biases "
+                "or everything instead (--train_only biases, all)"
+            ) from error
+        self.freeze(language=False, but="lora")
+
+    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
+        """Word embeddings as the language model uses them (BART's scale included)."""
+        return self.kind.embed(input_ids)
+
+    def project(
+        self,
+        *,
+        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
+        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+    ) -> Float[Tensor, "batch visual d_model"] | None:
+        """Visual tokens of the language model's width, from pixels or from features; None from neither.
+
+        Raises:
+            ValueError: If there are images and the backbone has no vision tower, or too many images.
+        """
+        if pixel_values is None and visual_features is None:
+            return None
+        if self.vision is None or self.visual_projection is None:
+            raise ValueError(f"{self.name} has no vision tower and was given images; load it with --vision")
+        if visual_features is None:
+            assert pixel_values is not None
+            features = self.vision(pixel_values.flatten(0, 1))
+            visual_features = features.unflatten(0, pixel_values.shape[:2])
+        if visual_features.shape[1] > MAX_IMAGES:
+            raise ValueError(
+                f"an example has {visual_features.shape[1]} images; the image-order embedding has "
+                f"{MAX_IMAGES} rows"
+            )
+        projected: Tensor = self.visual_projection(visual_features)
+        return projected
+
+    def encode(
+        self,
+        embeddings: Float[Tensor, "batch prompt_text d_model"],
+        mask: Bool[Tensor, "batch prompt_text"],
+        visual: Float[Tensor, "batch visual d_model"] | None = None,
+        *,
+        prompt_length: int = 0,
+    ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
+        """Run the encoder over `[prompt ; text ; visual]`.
+
+        Args:
+            embeddings: Prompt and text, padding on the right.
+            mask: False on padding.
+            visual: Projected visual tokens, if there are images.
+            prompt_length: How many of the first columns are prompt.
+
+        Returns:
+            The encoder's output and the mask for the decoder's cross-attention; of a decoder-only model
+            the embeddings and their mask, padding first.
+
+        Raises:
+            ValueError: If the language model has no position for so long an input.
+        """
+        visual_length = 0 if visual is None else visual.shape[1]
+        self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
+        return self.kind.encode(embeddings, mask, visual, prompt_length)
+
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """Refuse an input for which the language model has too few positions.
+
+        An encoder-decoder's answer has positions of its own and is not counted.
+
+        Raises:
+            ValueError: With the limit and what each part takes of it.
+        """
+        self.kind.check_length(prompt, text, visual, answer)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
+    """16 hexadecimal digits that name these weights, alike in full precision and in bfloat16.
+
+    Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
+    quick at any size, and another checkpoint differs.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().flatten()
+        values = values[:: max(1, math.ceil(len(values) / samples))]
+        digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _norm(language: PreTrainedModel) -> nn.Module:
+    """A new norm of the language model's own kind."""
+    width: int = language.get_input_embeddings().embedding_dim
+    eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
+    return nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)

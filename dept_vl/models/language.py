@@ -1,0 +1,346 @@
+"""The two kinds of language model, behind one interface: embed, encode, logits, generate.
+
+|                | `EncoderDecoder` (T5, BART)           | `DecoderOnly` (GPT-2, Llama)               |
+|----------------|---------------------------------------|--------------------------------------------|
+| reads          | `[prompt ; text ; visual]`, both ways | `[prompt ; text ; answer]`, left to right  |
+| `encode` gives | the encoder's output                  | the embeddings, still to be read           |
+| padding        | last                                  | first, so that the answer follows the text |
+| `generate`     | a start token, then the answer        | the answer alone                           |
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from dept_vl._utils.io import one_line
+from dept_vl.models.choices import VisualPositionBias
+from dept_vl.models.padding import pack
+from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
+
+SUPPORTED = (
+    "encoder-decoders with T5's or BART's positions (T5, FLAN-T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, "
+    "Marian) and, for text alone, decoder-only models (GPT-2, Llama, Mistral, Qwen2 and their like)"
+)
+"""Language models, for messages."""
+
+
+def load_language(name_or_path: str | Path) -> PreTrainedModel:
+    """An encoder-decoder or a decoder-only model of the Hub or the disk, in full precision.
+
+    Raises:
+        ValueError: If its configuration is of neither kind, or it brings code of its own.
+    """
+    # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except ValueError as error:  # a type of which transformers knows nothing
+        problem = one_line(error).partition(". ")[0]
+        raise ValueError(
+            f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
+        ) from None
+    kinds = (
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    if type(config) not in kinds:
+        raise ValueError(
+            f"{name_or_path} is of type {config.model_type!r}, which transformers has neither as an "
+            "encoder-decoder nor as a decoder-only language model; load one such as google-t5/t5-base or "
+            f"openai-community/gpt2: supported are {SUPPORTED}"
+        )
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
+    return model
+
+
+class LanguageModel:
+    """What both kinds have in common.
+
+    Args:
+        model: Of transformers.
+        reader: Its part that reads the text.
+        name: Of the backbone, for messages.
+
+    Attributes:
+        counts_text: Positions are columns counted from the text's first, whatever is before it.
+    """
+
+    def __init__(self, model: PreTrainedModel, reader: PreTrainedModel, name: str) -> None:
+        self.model = model
+        self.reader = reader
+        self.name = name
+        self.word_embeddings = reader.get_input_embeddings()
+        self.counts_text = False
+
+    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
+        """Word embeddings as the reader uses them (BART's scale included)."""
+        embeddings: Tensor = self.word_embeddings(input_ids)
+        # BART's embedding scales by itself; Pegasus' and Marian's encoders do it, for input_ids alone.
+        scales_itself = hasattr(self.word_embeddings, "embed_scale")
+        scale: float = 1.0 if scales_itself else getattr(self.reader, "embed_scale", 1.0)
+        return embeddings * scale if scale != 1.0 else embeddings
+
+    def check_positions(self, holder: str, **parts: int) -> None:
+        """Refuse an input for which the model has too few positions.
+
+        Raises:
+            ValueError: With the limit and what each part takes of it.
+        """
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        needed = sum(parts.values())
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"the {holder} of {self.name} has {limit} positions and the input needs {needed}: "
+                f"{' + '.join(f'{length} {part}' for part, length in parts.items())}; "
+                "shorten the prompt (prompt_length) or the text (max_source_length)"
+            )
+
+
+class EncoderDecoder(LanguageModel):
+    """A T5- or BART-like model: its encoder reads, its decoder answers.
+
+    Args:
+        model: Of transformers.
+        name: Of the backbone, for messages.
+        visual_position_bias: See `VisualPositionBias`.
+
+    Raises:
+        ValueError: If the encoder has neither T5's nor BART's positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, visual_position_bias: VisualPositionBias) -> None:
+        super().__init__(model, model.get_encoder(), name)
+        self.visual_position_bias = visual_position_bias
+        self._segments = (0, 0)
+        if visual_position_bias == "none":
+            self._keep_positions_to_text()
+
+    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
+        """See `Backbone.check_length`. The decoder has positions of its own for the answer."""
+        self.check_positions("encoder", prompt=prompt, text=text, visual=visual)
+
+    def encode(
+        self,
+        embeddings: Float[Tensor, "batch prompt_text d_model"],
+        mask: Bool[Tensor, "batch prompt_text"],
+        visual: Float[Tensor, "batch visual d_model"] | None,
+        prompt_length: int,
+    ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
+        """The encoder's output and the mask for the decoder's cross-attention; see `Backbone.encode`."""
+        visual_length = 0 if visual is None else visual.shape[1]
+        if visual is not None:
+            embeddings = torch.cat([embeddings, visual.to(embeddings.dtype)], dim=1)
+            mask = torch.cat([mask, mask.new_ones(visual.shape[:2])], dim=1)
+            if self.visual_position_bias == "relative":
+                # Padding between text and image would shift the image's positions: it goes last.
+                embeddings, mask = pack(embeddings, mask)
+        inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
+        if self.visual_position_bias == "relative":
+            return self.reader(**inputs), mask
+        segments = (prompt_length, visual_length)
+        output = self.reader(**inputs, segments=segments)
+        if output.last_hidden_state.requires_grad and not torch.compiler.is_compiling():
+            # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
+            # In a compiled graph the segments are part of it.
+            output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
+        return output, mask
+
+    def logits(
+        self,
+        encoded: ModelOutput,
+        mask: Bool[Tensor, "batch source"],
+        labels: Int[Tensor, "batch target"],
+    ) -> Float[Tensor, "batch target vocabulary"]:
+        """Scores of each token of the answer, those before it given."""
+        logits: Tensor = self.model(
+            encoder_outputs=encoded,
+            attention_mask=mask,
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels),
+            use_cache=False,
+        ).logits
+        return logits
+
+    def generate(
+        self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], **options: Any
+    ) -> Int[Tensor, "sequences target"]:
+        """Decode; the first token is the decoder's start."""
+        tokens: Tensor = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
+        return tokens
+
+    def _keep_positions_to_text(self) -> None:
+        """Hook the encoder's own position modules; the hooks read the segments of the running call."""
+        hooked = False
+        for name, module in self.reader.named_modules():
+            if name.endswith(".relative_attention_bias"):  # in the first block; UMT5: in every block
+                module.register_forward_hook(self._without_visual_bias)
+                hooked = True
+            elif name == "embed_positions":
+                module.register_forward_hook(self._positions_of_text)
+                hooked = self.counts_text = True
+        if not hooked:
+            raise ValueError(
+                f"{type(self.model).__name__} has neither T5's relative_attention_bias nor BART's "
+                "embed_positions in its encoder; visual_position_bias='none' supports these two, "
+                f"'relative' any encoder-decoder. Supported are {SUPPORTED}"
+            )
+        self.reader.register_forward_pre_hook(self._take_segments, with_kwargs=True)
+
+    def _take_segments(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Segments hold for the call they came with: one that brings none is the stock encoder's."""
+        self._segments = named.pop("segments", (0, 0))
+        return inputs, named
+
+    def _without_visual_bias(
+        self, module: nn.Module, inputs: object, bias: Float[Tensor, "query key heads"]
+    ) -> Float[Tensor, "query key heads"]:
+        _, visual = self._segments
+        if visual == 0:
+            return bias
+        text = bias.shape[0] - visual
+        return nn.functional.pad(bias[:text, :text], (0, 0, 0, visual, 0, visual))
+
+    def _positions_of_text(
+        self, module: nn.Module, inputs: object, positions: Float[Tensor, "batch source d_model"]
+    ) -> Float[Tensor, "batch source d_model"]:
+        prompt, visual = self._segments
+        text = positions.shape[1] - prompt - visual
+        return nn.functional.pad(positions[:, :text], (0, 0, prompt, visual))
+
+
+class DecoderOnly(LanguageModel):
+    """A GPT-2- or Llama-like model: prompt, text and answer are one sequence.
+
+    Args:
+        model: Of transformers.
+        tokenizer: Where it has no padding token, as GPT-2's, the end of text is taken for one; masks tell
+            them apart.
+        name: Of the backbone, for messages.
+
+    Raises:
+        ValueError: If the model reads both ways (BERT), or takes no positions (Bloom, Mamba);
+            or if the tokenizer has no end of text.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
+        super().__init__(model, model.get_decoder(), name)
+        if any(getattr(module, "is_causal", None) is False for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} reads both ways and cannot write an answer; take a model that reads "
+                f"from left to right, or an encoder-decoder: supported are {SUPPORTED}"
+            )
+        missing = {"position_ids", "logits_to_keep"} - set(inspect.signature(model.forward).parameters)
+        if missing:
+            raise ValueError(
+                f"{type(model).__name__}.forward takes no {' and no '.join(sorted(missing))}, without which "
+                f"padding moves the text; supported are {SUPPORTED}"
+            )
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"the tokenizer of {name} has no end of text, without which no answer ends; name one "
+                "(eos_token) in its tokenizer_config.json"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.special_tokens = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+
+    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
+        """See `Backbone.check_length`. There are no visual tokens."""
+        self.check_positions("context", prompt=prompt, text=text, answer=answer)
+
+    def encode(
+        self,
+        embeddings: Float[Tensor, "batch prompt_text d_model"],
+        mask: Bool[Tensor, "batch prompt_text"],
+        visual: Float[Tensor, "batch visual d_model"] | None,
+        prompt_length: int,
+    ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
+        """The embeddings, read together with the answer only, padding first; and their mask."""
+        assert visual is None  # the backbone has no vision tower
+        embeddings, mask = pack(embeddings, mask, padding_first=True)
+        return BaseModelOutput(last_hidden_state=embeddings), mask
+
+    def logits(
+        self,
+        encoded: ModelOutput,
+        mask: Bool[Tensor, "batch source"],
+        labels: Int[Tensor, "batch target"],
+    ) -> Float[Tensor, "batch target vocabulary"]:
+        """Scores of each token of the answer, those before it given; of no token of the text.
+
+        Raises:
+            ValueError: If source and answer are longer than the context.
+        """
+        source, answered = encoded.last_hidden_state, labels != IGNORE_INDEX
+        self.check_positions("context", source=source.shape[1], answer=labels.shape[1])
+        answer = self.embed(labels.where(answered, 0))  # any token: the mask hides it
+        mask = torch.cat([mask, answered], dim=1)
+        logits: Tensor = self.model(
+            inputs_embeds=torch.cat([source, answer], dim=1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+            logits_to_keep=labels.shape[1] + 1,
+        ).logits
+        return logits[:, :-1]  # each token is foretold at the one before it
+
+    def generate(
+        self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], **options: Any
+    ) -> Int[Tensor, "sequences target"]:
+        """Decode; new tokens only.
+
+        Raises:
+            ValueError: If source and answer (`max_new_tokens`) are longer than the context.
+        """
+        source = encoded.last_hidden_state
+        self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens", 0))
+        # Positions are counted from the mask, and kept, by `generate` itself.
+        tokens: Tensor = self.model.generate(
+            inputs_embeds=source, attention_mask=mask.long(), **self.special_tokens | options
+        )
+        return tokens
+
+
+def choose_kind(
+    model: PreTrainedModel, tokenizer: Any, name: str, visual_position_bias: VisualPositionBias
+) -> EncoderDecoder | DecoderOnly:
+    """The class for a language model.
+
+    Raises:
+        ValueError: If its tokenizer is made for the other kind, or as the class says.
+    """
+    kind: EncoderDecoder | DecoderOnly
+    if model.config.is_encoder_decoder:
+        kind = EncoderDecoder(model, name, visual_position_bias)
+    else:
+        kind = DecoderOnly(model, tokenizer, name)
+    if continues_text(tokenizer) == model.config.is_encoder_decoder:
+        expected = "ends every text" if model.config.is_encoder_decoder else "does not end a text"
+        found = tokenizer.convert_ids_to_tokens(tokenizer(WORD).input_ids)
+        raise ValueError(
+            f"{type(model).__name__} needs a tokenizer that {expected} with a special token; that of {name} "
+            f"makes {found} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
+        )
+    return kind
+
+
+def reads_in_blocks(model: PreTrainedModel) -> bool:
+    """Whether the encoder's self-attention goes by blocks of the source: LongT5's, both kinds."""
+    return hasattr(model.config, "encoder_attention_type")

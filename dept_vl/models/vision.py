@@ -1,0 +1,174 @@
+"""Frozen image encoders: CLIP, SigLIP, DINOv2 and other transformers vision models, and any timm model.
+
+Every encoder is loaded by the standard `from_pretrained` from a Hub name or a local folder (timm
+models through transformers' own timm wrapper), with its own image processor beside it, and gives
+`(batch, tokens, d_vision)`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+
+from dept_vl._utils.images import to_rgb
+from dept_vl._utils.io import one_line
+from dept_vl.models.choices import LARGEST_GRID
+
+CONVOLUTIONAL = 4
+"""Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
+
+SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
+"""Image encoders, for messages."""
+
+
+class VisionEncoder(nn.Module):
+    """Images in, visual tokens out; never trained.
+
+    Args:
+        model: A transformers vision model (a timm model in its wrapper counts).
+        processor: Its image processor.
+        layer: Which hidden state is read: -1 the last, -2 the penultimate.
+        class_token: Keep the class token (and registers) in front of the patch tokens.
+        pooled_grid: Adaptively max-pool the patch grid to `pooled_grid` x `pooled_grid` tokens
+            (published for CLIP RN101: 7x7 to 6x6); 0 keeps every patch.
+
+    Raises:
+        ValueError: If there is no such layer or grid.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        *,
+        layer: int = -1,
+        class_token: bool = False,
+        pooled_grid: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.processor = processor
+        self.layer = layer
+        self.class_token = class_token
+        if not 0 <= pooled_grid <= LARGEST_GRID:
+            raise ValueError(f"expected pooled_grid to be 0 to {LARGEST_GRID}, got {pooled_grid}")
+        self.pooled_grid = pooled_grid
+        pixels = self.preprocess([Image.new("RGB", (8, 8))])
+        self.pixel_shape = tuple(pixels.shape[1:])
+        with torch.no_grad():
+            features = self.forward(pixels)
+        self.token_count: int = features.shape[1]
+        self.d_vision: int = features.shape[2]
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "VisionEncoder":
+        """Load from a Hub name or a local folder.
+
+        Args:
+            name_or_path: Such as `openai/clip-vit-base-patch32`, `timm/resnet50.a1_in1k` or a folder.
+            **options: `layer`, `class_token`, `pooled_grid` of the constructor.
+
+        Raises:
+            OSError: If there is no such model, as transformers says it.
+            ValueError: If it brings code of its own, or has no such layer.
+        """
+        # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except ValueError as error:  # a type of which transformers knows nothing
+            problem = one_line(error).partition(". ")[0]
+            raise ValueError(
+                f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
+            ) from None
+        # A two-tower checkpoint (CLIP, SigLIP) names its image half; the rest is never loaded.
+        config = getattr(config, "vision_config", config)
+        model = AutoModel.from_pretrained(
+            name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
+        )
+        if model.main_input_name != "pixel_values":
+            raise ValueError(
+                f"{name_or_path} is no image encoder: {type(model).__name__} reads {model.main_input_name}. "
+                f"Supported are {SUPPORTED}"
+            )
+        # timm's processor exists for one backend; asking for another makes transformers warn.
+        backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}
+        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)
+        return cls(model, processor, **options)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and processor in the standard layout."""
+        cast(PreTrainedModel, self.model).save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def options(self) -> dict[str, int | bool]:
+        """The constructor's options, as `from_pretrained` takes them."""
+        return {
+            "layer": self.layer,
+            "class_token": self.class_token,
+            "pooled_grid": self.pooled_grid,
+        }
+
+    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+        """Resize, crop and normalise as the encoder was trained, in RGB whatever the images are in."""
+        rgb = [to_rgb(image) for image in images]
+        pixels: Tensor = self.processor(images=rgb, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stay in evaluation mode: a frozen tower has no dropout and no running statistics."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch tokens d_vision"]:
+        """Visual tokens of preprocessed images.
+
+        Raises:
+            ValueError: If there is no such layer, or a class token is asked for at one that timm gives
+                without.
+        """
+        timm_model = getattr(self.model, "timm_model", None)
+        if self.layer == -1:
+            hidden = self.model(pixel_values=pixel_values).last_hidden_state
+            if getattr(timm_model, "output_fmt", "NCHW") == "NHWC":
+                hidden = hidden.permute(0, 3, 1, 2)
+        else:
+            outputs = self.model(pixel_values=pixel_values, output_hidden_states=True)
+            count = len(outputs.hidden_states)
+            if not -count <= self.layer < count:
+                raise ValueError(
+                    f"the image encoder has {count} hidden states and vision_layer is {self.layer}; choose "
+                    f"one of {-count} to {count - 1}"
+                )
+            hidden = outputs.hidden_states[self.layer]
+            if self.class_token and getattr(timm_model, "num_prefix_tokens", 0) > 0:
+                raise ValueError(
+                    "timm gives inner layers without class token, so class_token=True has nothing to keep at "
+                    f"layer={self.layer}; use layer=-1, class_token=False or a tower of transformers"
+                )
+        if hidden.dim() == CONVOLUTIONAL:
+            prefix, grid = hidden.new_empty(len(hidden), 0, hidden.shape[1]), hidden
+        else:
+            height, width = pixel_values.shape[-2:]
+            split = self._prefix_tokens(hidden.shape[1], height, width)
+            prefix, patches = hidden[:, :split], hidden[:, split:]
+            rows = round(math.sqrt(patches.shape[1] * height / width))
+            grid = patches.transpose(1, 2).unflatten(2, (rows, -1))
+        if self.pooled_grid:
+            grid = nn.functional.adaptive_max_pool2d(grid, self.pooled_grid)
+        patches = grid.flatten(2).transpose(1, 2)
+        return torch.cat([prefix, patches], dim=1) if self.class_token else patches
+
+    def _prefix_tokens(self, token_count: int, height: int, width: int) -> int:
+        """Class token and registers in front of the patches."""
+        timm_model = getattr(self.model, "timm_model", None)
+        if timm_model is not None:
+            return int(getattr(timm_model, "num_prefix_tokens", 0))
+        patch: int = cast(Any, self.model).config.patch_size
+        return token_count - (height // patch) * (width // patch)

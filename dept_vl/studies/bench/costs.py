@@ -1,0 +1,98 @@
+"""Processor time and memory of a training step, for several configurations of one task in turn."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import AdamW
+
+from dept_vl.config import RunConfig
+from dept_vl.data.collate import Batch, Collator
+from dept_vl.data.sampling import TrainingBatches, TrainingDraws
+from dept_vl.data.splits import load_splits, read_features
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.studies.bench.measure import in_turn, saved_bytes
+from dept_vl.training.build import build_model
+from dept_vl.training.optim import build_optimizer
+
+TRAINED_BYTES = 12
+"""Of each trained number in full precision: its gradient and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step takes.
+
+    Attributes:
+        seconds: Of the processor, all threads together, one for each round.
+        bytes: What the forward pass keeps for the backward pass, gradients, and AdamW's moments; not the
+            weights, which are the same with every method.
+    """
+
+    seconds: list[float]
+    bytes: int
+
+
+def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, StepCost]:
+    """Measure steps on the same batches of a task's training split.
+
+    Every configuration takes one step in each round and another one first each time, so that a busy machine
+    disturbs all alike. Time is the processor's, not the clock's: other programs do not count. On a CPU only.
+
+    Args:
+        configs: By name; of one task, with one seed. Configurations that train nothing are left out.
+        rounds: Steps that are measured of each; one more is not.
+    """
+    accelerator = Accelerator(cpu=True)
+    first = next(iter(configs.values()))
+    splits = load_splits(first.data, first.train.seed)
+    models = {name: build_model(config).train() for name, config in configs.items()}
+    backbone = next(iter(models.values())).backbone
+    collate = Collator(
+        backbone.tokenizer,
+        max_source_length=first.prompt.max_source_length,
+        max_target_length=splits.decoding.max_new_tokens,
+        images=read_features(backbone.vision, [splits], num_workers=0, accelerator=accelerator),
+    )
+    draws = TrainingDraws([splits.train], first.train.seed)
+    order = TrainingBatches(
+        [len(splits.train)], [first.train.per_device_batch_size], seed=first.train.seed
+    )  # fmt: skip
+    batches = [collate([draws[place] for place in places]) for places in islice(order, rounds + 1)]
+    optimizers = {
+        name: build_optimizer(groups, configs[name].optim)
+        for name, model in models.items()
+        if (groups := model.parameter_groups())
+    }
+    costs = {
+        name: StepCost([], _memory(models[name], optimizer, batches[0]))
+        for name, optimizer in optimizers.items()
+    }
+    for name, optimizer in optimizers.items():  # a first step makes AdamW's moments
+        _step(models[name], optimizer, batches[0], configs[name])
+    for batch, names in zip(batches[1:], in_turn(list(costs), rounds), strict=True):
+        for name in names:
+            costs[name].seconds.append(_step(models[name], optimizers[name], batch, configs[name]))
+    return costs
+
+
+def _memory(model: PromptedModel, optimizer: AdamW, batch: Batch) -> int:
+    known = [*model.parameters(), *model.buffers()]
+    kept = saved_bytes(lambda: model(**batch.training_inputs()).loss, known)
+    return kept + TRAINED_BYTES * sum(parameter.numel() for parameter in _trained(optimizer))
+
+
+def _trained(optimizer: AdamW) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _step(model: PromptedModel, optimizer: AdamW, batch: Batch, config: RunConfig) -> float:
+    started = time.process_time()
+    model(**batch.training_inputs()).loss.backward()
+    nn.utils.clip_grad_norm_(_trained(optimizer), config.train.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return time.process_time() - started

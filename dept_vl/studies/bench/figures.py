@@ -1,0 +1,205 @@
+"""What the measurements of steps say: ratios, bars, tables and a plot."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dept_vl._utils.tables import markdown_table
+from dept_vl.studies.bench.measure import Ratio
+from dept_vl.studies.bench.methods import METHODS
+
+WORKS = {
+    "train": "a training step",
+    "generate4": "4 tokens generated",
+    "generate20": "20 tokens generated",
+    "images": "a training step on image files",
+}
+
+Measured = dict[str, Any]
+
+
+def ratio(record: Measured, ours: str, theirs: str, figure: str) -> Ratio | None:
+    """Ours over theirs; None if one was not measured."""
+    measured = record["measured"]
+    if ours not in measured or theirs not in measured:
+        return None
+    values = [measured[name][figure] for name in (ours, theirs)]
+    if not all(values):
+        return None
+    if figure == "memory":  # the same in every round
+        values = [[float(value)] for value in values]
+    return Ratio.of(*values)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A ratio that is to be reached, within one group.
+
+    Attributes:
+        what: In words.
+        group: Where it is measured.
+        ours, theirs: Numerator and denominator.
+        figure: `seconds` or `memory`.
+        limit: At most, or at least.
+    """
+
+    what: str
+    group: str
+    ours: str
+    theirs: str
+    figure: str
+    limit: float
+    at_least: bool = False
+
+    def met(self, found: Ratio) -> bool:
+        """Whether the median reaches it."""
+        return found.median >= self.limit if self.at_least else found.median <= self.limit
+
+
+VL, GLUE = "base/vl/train", "base/glue/train"
+SHORT, LONG, FILES = "base/vl/generate4", "base/vl/generate20", "base/vl/images"
+OURS, PLAIN, BARE = "DePT m=40", "PT l=100", "the backbone alone at its length"
+TIME, MEMORY = "seconds", "memory"
+BARS = (
+    Bar(f"{OURS} over {PLAIN}, step time", VL, "dept40", "pt100", TIME, 0.70),
+    Bar(f"{OURS} over {PLAIN}, activations", VL, "dept40", "pt100", MEMORY, 0.72),
+    Bar(f"{OURS} over {BARE}, step time", VL, "dept40", "constant", TIME, 1.02),
+    Bar(f"{OURS} over {BARE}, activations", VL, "dept40", "constant", MEMORY, 1.02),
+    Bar(f"{OURS} over the same padded to 256, step time", GLUE, "dept40", "padded", TIME, 0.40),
+    Bar(f"our {PLAIN} over PEFT's, text, step time", GLUE, "pt100", "peft100", TIME, 1.0),
+    Bar(f"our {PLAIN} over PEFT's, image and text, step time", VL, "pt100", "peft100", TIME, 1.0),
+    Bar(f"{PLAIN} over {OURS}, 4 tokens generated", SHORT, "pt100", "dept40", TIME, 1.25, at_least=True),
+    Bar(f"{PLAIN} over {OURS}, 20 tokens generated", LONG, "pt100", "dept40", TIME, 1.25, at_least=True),
+    Bar("features looked up over images read, step time", FILES, "cached", "live", TIME, 0.75),
+)
+GROWTH = ("small", "base", "large")
+"""The saving is to grow with the model."""
+
+
+def bar_rows(results: Measured) -> list[tuple[str, str, str, str]]:
+    """What each bar asks, what was measured, and whether it is met; for the tiny model too."""
+    groups = results["groups"]
+    tiny = bool(results["config"]["tiny"])
+    rows = []
+    for bar in BARS:
+        record = groups.get(bar.group.replace("base", "tiny") if tiny else bar.group)
+        found = ratio(record, bar.ours, bar.theirs, bar.figure) if record else None
+        asked = f"{'>=' if bar.at_least else '<='} {bar.limit:.2f}"
+        rows.append(
+            (bar.what, asked, str(found or "not measured"), _met(None if found is None else bar.met(found)))
+        )
+    for figure, word in (("seconds", "step time"), ("memory", "activations")):
+        of_models = [
+            ratio(groups[key], "dept40", "pt100", figure)
+            for key in (f"{model}/vl/train" for model in GROWTH)
+            if key in groups
+        ]
+        whole = [one.median for one in of_models if one is not None]
+        grows = whole == sorted(whole, reverse=True) if len(whole) == len(GROWTH) else None
+        shown = ", ".join(f"{value:.3f}" for value in whole) if grows is not None else "not measured"
+        rows.append(
+            (f"DePT m=40 over PT l=100 at {', '.join(GROWTH)}, {word}", "falling", shown, _met(grows))
+        )
+    return rows
+
+
+def _met(met: bool | None) -> str:
+    return {True: "met", False: "NOT met", None: ""}[met]
+
+
+HEADER = ("method", "trained", "tokens", "encoder GFLOPs", "ms", "time ratio", "MiB", "memory ratio")
+
+
+def tables(results: Measured) -> str:
+    """Everything measured, as Markdown."""
+    parts = []
+    for record in results["groups"].values():
+        measured = record["measured"]
+        base = (
+            "live" if record["work"] == "images" else "pt100" if "pt100" in measured else next(iter(measured))
+        )
+        rounds = len(measured[base]["seconds"])
+        title = (
+            f"T5-{record['model']}, {record['shape']}: {WORKS[record['work']]}, "
+            f"batch {record['batch_size']}, {rounds} round{'s' if rounds > 1 else ''}"
+        )
+        rows = [_row(record, name, base) for name in measured]
+        parts += [f"**{title}**", markdown_table(HEADER, rows)]
+    machine = results["machine"]
+    parts.append(
+        f"{results['dtype']}, {machine['device']}, {machine['threads']} threads of {machine['processors']} "
+        f"processors, torch {machine['torch']}, transformers {machine['transformers']}. Ratios are to plain "
+        "prompt tuning's (image files: to reading them), the median over the rounds and the range. On a "
+        "CPU times are those that the process's threads computed, whatever else the machine did. MiB "
+        "are those that a step adds at its peak; on a CPU, those that its forward pass keeps for the "
+        "backward pass."
+    )
+    return "\n\n".join(parts + share_lines(results))
+
+
+def _row(record: Measured, name: str, base: str) -> list[str]:
+    one = record["measured"][name]
+    memory = one["memory"]
+    time_ratio, memory_ratio = (ratio(record, name, base, figure) for figure in ("seconds", "memory"))
+    return [
+        METHODS.get(name, name),
+        f"{one['trained']:,}" if one["trained"] else "",
+        str(one["tokens"]),
+        f"{one['encoder_flops'] / 1e9:.3g}",
+        f"{1000 * median(one['seconds']):,.0f}",
+        str(time_ratio),
+        "" if memory is None else f"{memory / 2**20:,.1f}",
+        "" if memory_ratio is None else f"{memory_ratio.median:.3f}",
+    ]
+
+
+def share_lines(results: Measured) -> list[str]:
+    """What share of the bare backbone's throughput DePT reaches, a line for each training group."""
+    lines = []
+    for record in results["groups"].values():
+        same, floor = (ratio(record, name, "dept40", "seconds") for name in ("constant", "floor"))
+        if record["work"] == "train" and same and floor:
+            lines.append(
+                f"T5-{record['model']}, {record['shape']}: DePT (m=40) trains at {same.median:.1%} of the "
+                f"throughput of the backbone alone at the same length, and at {floor.median:.1%} of its "
+                "throughput without the 40 positions."
+            )
+    return lines
+
+
+def draw(results: Measured, path: Path) -> None:
+    """Time and memory of training steps, of the group with most methods, next to plain prompt tuning's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = [r for r in results["groups"].values() if "pt100" in r["measured"] and r["work"] == "train"]
+    if not groups:
+        return
+    record = max(groups, key=lambda group: len(group["measured"]))
+    names = [name for name in METHODS if name in record["measured"]][::-1]
+    figure, panes = pyplot.subplots(1, 2, figsize=(10, 1.5 + 0.35 * len(names)), sharey=True)
+    for pane, name_of_figure, title in zip(
+        panes, ("seconds", "memory"), ("step time", "activations"), strict=True
+    ):
+        ratios = [ratio(record, name, "pt100", name_of_figure) for name in names]
+        shown = [(place, one) for place, one in enumerate(ratios) if one is not None]
+        pane.barh(
+            [place for place, _ in shown],
+            [one.median for _, one in shown],
+            xerr=[[one.median - one.low for _, one in shown], [one.high - one.median for _, one in shown]],
+            color=[
+                "tab:blue" if names[place].startswith(("dept", "pt")) else "tab:gray" for place, _ in shown
+            ],
+        )
+        pane.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+        pane.set_xlabel(f"{title}, PT (l=100) = 1")
+    panes[0].set_yticks(range(len(names)), [METHODS[name] for name in names])
+    figure.suptitle(
+        f"T5-{record['model']}, {record['shape']}, batch {record['batch_size']}, {results['dtype']}"
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,384 @@
+"""Training steps, generation and memory, measured in rounds that take every method in turn."""
+
+import copy
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from dept_vl._utils.io import read_json, write_atomically
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
+from dept_vl.studies.bench.measure import encoder_flops, in_turn, saved_bytes
+from dept_vl.studies.bench.methods import (
+    COMPILED,
+    METHODS,
+    SHAPES,
+    SIZES,
+    Runner,
+    build_backbone,
+    build_runners,
+    draw_batch,
+    generating,
+    has_peft,
+    needs_peft,
+    seeing,
+    write_images,
+)
+
+RESULTS_FILE = "bench.json"
+MORE_ANSWERS = 8
+"""Examples answered together, for each of a training step: evaluation keeps nothing for a backward pass."""
+IMAGES = 16
+"""Different image files, of which every batch takes some."""
+PAIR = ("pt100", "dept40")
+DEPTHS = ("dept0", "dept20", "dept40", "dept60", "dept80")
+PLAN: dict[tuple[str, str, str], tuple[str, ...]] = {
+    ("base", "vl", "train"): (
+        *("pt100", *DEPTHS, "floor", "constant"),
+        *("peft100", "peft100held", "peft40", "lora8"),
+    ),
+    ("base", "vl", "generate4"): (*PAIR, "floor"),
+    ("base", "vl", "generate20"): (*PAIR, "floor"),
+    ("base", "vl", "images"): ("cached", "live"),
+    ("base", "glue", "train"): (*PAIR, "padded", "peft100", "peft100held", "lora8"),
+    ("base", "mrqa", "train"): (*PAIR, "padded"),
+    ("small", "vl", "train"): PAIR,
+    ("large", "vl", "train"): PAIR,
+}
+"""What is measured unless the flags say otherwise, in this order: (model, shape, work) and methods."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is measured, and how often."""
+
+    output_dir: Path
+    """Folder for bench.json, bench.md and bench.png."""
+    models: str = "small,base,large"
+    """Of small, base and large, widths and depths of T5; tiny is for tests."""
+    shapes: str = "vl,glue,mrqa"
+    """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
+    methods: str = ""
+    """Methods of a training step, such as pt100,dept40,dept40+compiled; left out, those that the bars and
+    tables need."""
+    rounds: int = 9
+    """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
+    batch_size: int = 8
+    """Examples of a step; half of them at large, a quarter of mrqa's, eight times as many to be answered."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation: auto is bfloat16 where the machine computes in it."""
+    device: str = ""
+    """Such as cpu or cuda; left out, a GPU if there is one."""
+    backbone_dropout: bool = False
+    """Dropout in the frozen backbone."""
+    bars: bool = False
+    """Say of each bar which ratio was measured and whether it is met."""
+    tiny: bool = False
+    """The smallest: a tiny model, one round of every method; the figures mean nothing."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Methods that are measured in the same rounds."""
+
+    model: str
+    shape: str
+    work: str
+    methods: tuple[str, ...]
+    batch_size: int
+    rounds: int
+
+    @property
+    def key(self) -> str:
+        """Name in the results."""
+        return f"{self.model}/{self.shape}/{self.work}"
+
+
+def plan(config: BenchConfig) -> list[Group]:
+    """The groups, model after model, so that each is built once.
+
+    Raises:
+        ValueError: If a name is unknown, or nothing is left to measure.
+    """
+    models = _names(config.models, SIZES, "models")
+    shapes = _names(config.shapes, SHAPES, "shapes")
+    methods = _names(config.methods, METHODS, "methods")
+    entries = PLAN
+    if config.tiny:
+        models = ["tiny"]
+        entries = {("tiny", *key[1:]): names for key, names in PLAN.items() if key[0] == "base"}
+    elif "tiny" in models:
+        entries = PLAN | {("tiny", *key[1:]): names for key, names in PLAN.items() if key[0] == "base"}
+    if methods:
+        entries = {(model, shape, "train"): tuple(methods) for model in models for shape in shapes}
+    groups = []
+    for (model, shape, work), names in entries.items():
+        if model in models and shape in shapes:
+            answers = work.startswith("generate")
+            long = model == "large" or shape == "mrqa" or answers
+            rounds = max(1, config.rounds // 3) if long else config.rounds
+            share = 4 if shape == "mrqa" else 2 if model == "large" else 1
+            size = max(1, config.batch_size // share) * (MORE_ANSWERS if answers else 1)
+            if installed := _installed(names):
+                groups.append(Group(model, shape, work, installed, size, rounds))
+    if not groups:
+        raise ValueError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
+    return sorted(groups, key=lambda group: models.index(group.model))
+
+
+def _names(given: str, known: dict[str, Any], option: str) -> list[str]:
+    names = [name for name in given.split(",") if name]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--{option}: expected some of {','.join(known)}; found {','.join(unknown)}")
+    return names
+
+
+def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in methods if has_peft() or not needs_peft(name))
+
+
+class Bench:
+    """Measures groups and keeps the figures on disk.
+
+    Groups that an earlier call with the same options has measured whole on this machine are not repeated.
+
+    Args:
+        config: What is measured.
+        tokenizer: Folder of any tokenizer of T5's kind.
+
+    Attributes:
+        results: As in bench.json.
+    """
+
+    def __init__(self, config: BenchConfig, tokenizer: Path) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(name)
+        self.bfloat16 = config.dtype == "bf16" or (config.dtype == "auto" and computes_bfloat16(self.device))
+        self.results: dict[str, Any] = {
+            "machine": describe_machine(self.device),
+            "dtype": "bf16" if self.bfloat16 else "fp32",
+            "config": {name: value for name, value in asdict(config).items() if name != "output_dir"},
+            "groups": {},
+        }
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        if (path := config.output_dir / RESULTS_FILE).is_file():
+            self._take_up(read_json(path), path)
+
+    def _take_up(self, before: dict[str, Any], path: Path) -> None:
+        """Go on with what is there.
+
+        Raises:
+            ValueError: If it was measured with other options, or on another machine.
+        """
+        old, new = map(_conditions, (before, self.results))
+        changed = [
+            f"{name}={old.get(name)!r} -> {new.get(name)!r}" for name in new if old.get(name) != new[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"{path} holds what was measured otherwise ({'; '.join(changed)}); choose another "
+                "--output_dir"
+            )
+        self.results["groups"] = before["groups"]
+
+    def measure(self, groups: Sequence[Group]) -> None:
+        """All groups; a model is built when its first group comes and given up behind its last."""
+        for model in dict.fromkeys(group.model for group in groups):
+            mine = [group for group in groups if group.model == model and not self._has(group)]
+            if not mine:
+                continue
+            images = any(SHAPES[group.shape].image for group in mine)
+            torch.manual_seed(0)
+            backbone = build_backbone(SIZES[model], self.tokenizer, vision=images).to(self.device)
+            stock = None
+            if any(needs_peft(name) for group in mine for name in group.methods):
+                stock = copy.deepcopy(backbone.language).train(self.config.backbone_dropout)
+            compiled = None
+            if any(name.endswith(COMPILED) for group in mine for name in group.methods):
+                compiled = self._compiled(backbone)
+            gc.freeze()  # so that collecting before every step takes no time
+            with tempfile.TemporaryDirectory() as folder:
+                paths = write_images(Path(folder), IMAGES) if images else []
+                for group in mine:
+                    self._measure_group(group, backbone, stock, compiled, paths)
+            del backbone, stock, compiled
+            gc.unfreeze()
+            gc.collect()
+
+    def _has(self, group: Group) -> bool:
+        record = self.results["groups"].get(group.key, {})
+        measured = [len(one["seconds"]) for one in record.get("measured", {}).values()]
+        return (
+            measured == [group.rounds] * len(group.methods)
+            and list(group.methods) == record["methods"]
+            and group.batch_size == record["batch_size"]
+        )
+
+    def _compiled(self, backbone: Backbone) -> Backbone:
+        """A copy whose layers are compiled."""
+        backbone = copy.deepcopy(backbone).train(self.config.backbone_dropout)
+        prepare_step(backbone.language, self.device, bfloat16=self.bfloat16, compiled=True)
+        return backbone
+
+    def _measure_group(
+        self,
+        group: Group,
+        backbone: Backbone,
+        stock: torch.nn.Module | None,
+        compiled: Backbone | None,
+        paths: list[Path],
+    ) -> None:
+        shape = SHAPES[group.shape]
+        backbone.train(self.config.backbone_dropout)
+        backbone.language.set_attn_implementation("sdpa")
+        if group.work == "images":
+            assert backbone.vision is not None
+            runners = seeing(build_runners(["dept40"], backbone, shape)["dept40"], backbone.vision, paths)
+        else:
+            runners = build_runners(group.methods, backbone, shape, stock=stock, compiled=compiled)
+        if self.bfloat16:
+            hold_frozen_in_bfloat16(backbone.language)
+        if group.work.startswith("generate"):
+            runners = generating(runners, int(group.work.removeprefix("generate")))
+        else:
+            choose_attention(backbone.language, self.device, bfloat16=self.bfloat16)
+        multiple = 8 if self.device.type == "cuda" else 1  # as in training
+        batches = [
+            {
+                name: tensor.to(self.device)
+                for name, tensor in draw_batch(
+                    backbone, shape, group.batch_size, number, multiple=multiple
+                ).items()
+            }
+            for number in range(group.rounds + 1)
+        ]
+        record = {**asdict(group), "methods": list(group.methods), "measured": {}}
+        self.results["groups"][group.key] = record
+        for name, runner in runners.items():  # the warm-up too
+            given = runner.prepare(batches[0])
+            record["measured"][name] = {
+                **self._sizes(group, runner, batches[0], given),
+                "memory": self._memory(group, runner, given),
+                "seconds": [],
+                "wall_seconds": [],
+            }
+        for number, order in enumerate(in_turn(list(runners), group.rounds), 1):
+            for name in order:
+                seconds, wall = self._time(group, runners[name], batches[number])
+                record["measured"][name]["seconds"].append(seconds)
+                record["measured"][name]["wall_seconds"].append(wall)
+            self.save()
+        print(f"{group.key}: {len(runners)} methods, {group.rounds} rounds", flush=True)
+
+    def _sizes(
+        self, group: Group, runner: Runner, batch: dict[str, Any], given: dict[str, Any]
+    ) -> dict[str, int]:
+        """Trained parameters, encoder positions of the first batch, operations of its encoder pass."""
+        size = SIZES[group.model]
+        text = given.get("input_ids", batch["input_ids"]).shape[1]
+        visual = batch["visual_features"].shape[1:3].numel() if "visual_features" in batch else 0
+        tokens = runner.prompt_length + text + visual
+        return {
+            "trained": sum(parameter.numel() for parameter in runner.trained),
+            "tokens": tokens,
+            "encoder_flops": encoder_flops(
+                batch=group.batch_size,
+                tokens=tokens,
+                d_model=size.d_model,
+                d_inner=size.d_inner,
+                d_ff=size.d_ff,
+                layers=size.layers,
+            ),
+        }
+
+    def _step(self, group: Group, runner: Runner) -> Callable[[dict[str, Any]], object]:
+        return runner.forward if group.work.startswith("generate") else runner.train_step
+
+    def _memory(self, group: Group, runner: Runner, given: dict[str, Any]) -> int | None:
+        """Bytes of a step beyond what is there before it: the allocator's peak, on a CPU what is saved."""
+        if self.device.type == "cuda":
+            self._run(group, runner, given)  # kernels and their workspaces come with the first call
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            self._run(group, runner, given)
+            return torch.cuda.max_memory_allocated(self.device) - before
+        self._run(group, runner, given)
+        if group.work.startswith("generate"):
+            return None
+        known = [tensor for module in runner.modules for tensor in (*module.parameters(), *module.buffers())]
+        with self._autocast():
+            return saved_bytes(lambda: runner.forward(given), known)
+
+    def _time(self, group: Group, runner: Runner, batch: dict[str, Any]) -> tuple[float, float]:
+        """Seconds of a step, and the same by the clock.
+
+        On a CPU they are those that the process's threads computed: what other programs take meanwhile
+        does not count.
+        """
+        given = runner.prepare(batch)
+        if self.device.type == "cuda" or runner.compiled:
+            self._run(group, runner, given)  # what a new length costs once: kernels chosen, memory asked for
+        gc.collect()
+        gc.disable()
+        self._synchronize()
+        cpu, clock = time.process_time(), time.perf_counter()
+        self._run(group, runner, given)
+        self._synchronize()
+        cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+        gc.enable()
+        return cpu if self.device.type == "cpu" else clock, clock
+
+    def _run(self, group: Group, runner: Runner, given: dict[str, Any]) -> None:
+        with self._autocast():
+            self._step(group, runner)(given)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def save(self) -> None:
+        """Write bench.json."""
+        content = json.dumps(self.results, indent=1) + "\n"
+        write_atomically(self.config.output_dir / RESULTS_FILE, content.encode())
+
+
+def _conditions(results: dict[str, Any]) -> dict[str, Any]:
+    """What one file's figures have in common; which groups it holds is free."""
+    free = ("bars", "models", "shapes")
+    options = {name: value for name, value in results["config"].items() if name not in free}
+    return {**results["machine"], "dtype": results["dtype"], **options}
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself, so that it is faster than full precision."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

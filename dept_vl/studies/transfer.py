@@ -1,0 +1,287 @@
+"""Few-shot transfer: how much a prompt that was trained on one task helps with a few examples of another.
+
+    OUTPUT/source-TASK/           a source that was trained here
+    OUTPUT/k4/seed1/scratch/      one run for each k, seed and start
+    OUTPUT/k4/seed1/prompt/
+    OUTPUT/k4/seed1/pick.json     which of several sources was taken, and each one's loss
+    OUTPUT/transfer.json, .md, .png
+
+Protocol: shots, sources and starts as ATTEMPT (Asai et al. 2022) and DePT have them, with the dev set as
+large as the training set, so that nothing but the shots is used to choose.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+
+from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.run_files import CONFIG_FILE
+from dept_vl._utils.stats import Interval, interval
+from dept_vl._utils.tables import markdown_table
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import DataOptions, RunConfig, read_config
+from dept_vl.data.collate import Collator, Draw
+from dept_vl.data.splits import load_splits
+from dept_vl.tasks import TASKS
+from dept_vl.training.build import build_model
+from dept_vl.training.report.plots import line_plot
+from dept_vl.training.run import RunResult, run
+
+Start = Literal["scratch", "prompt", "all"]
+PICK_FILE = "pick.json"
+SPLITS = {
+    "gqa": DataOptions(task="gqa", dev_split="val", test_split="testdev"),
+    "nlvr2": DataOptions(task="nlvr2", dev_split="dev", test_split="test1"),
+    "coco": DataOptions(task="coco", dev_split="val", test_split="test"),
+}
+"""Of the tasks that have a dev split of their own."""
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """From where, to where, with how much."""
+
+    source: tuple[str, ...]
+    """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
+    target: str
+    """Task to learn from a few examples."""
+    k: tuple[int, ...] = (4, 16, 32)
+    """Shots: examples of each class, or in all where answers are open."""
+    seeds: int = 5
+    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    starts: tuple[Start, ...] = ("scratch", "prompt", "all")
+    """From nothing, from the source's P, from its P and offset."""
+    several: Literal["pick", "average"] = "pick"
+    """Of several sources take the one with the least loss on the target's dev shots, or their mean."""
+    config: Path | None = None
+    """Configuration of the target's runs; left out, that of the first source's run."""
+    data_dir: Path | None = None
+    """Folder with the target's files; left out, the configuration's or data/TARGET."""
+    source_config: tuple[Path, ...] = ()
+    """Configurations of the sources that are names of tasks, in their order; left out, the target's with the
+    task's own data."""
+    max_steps: int = 0
+    """Steps of each run on the target; 0 takes the configuration's."""
+    test_limit: int = 0
+    """At most so many test examples; 0 takes the configuration's."""
+    output_dir: Path = Path("runs/transfer")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+
+
+def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
+    """Run what is missing and write the table.
+
+    Args:
+        config: From where, to where, with how much.
+        more_to_come: Another transfer follows in this program, so its processes stay together.
+
+    Returns:
+        The exit status: of the run that a signal stopped, else 0.
+
+    Raises:
+        FileNotFoundError: If a source, a configuration or data are missing.
+        ValueError: If there are too few examples of a class, or a source does not fit.
+    """
+    check(config)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    base = target_config(config)
+    sources = []
+    for place, name in enumerate(config.source):
+        if name in TASKS and not Path(name).is_dir():
+            trained = run(source_config(config, name, base), more_to_come=True)
+            if trained.exit_status:
+                return trained.exit_status
+            sources.append(trained.output_dir)
+        else:
+            Adapter.from_pretrained(Path(name))  # now, rather than after the runs from scratch
+            sources.append(Path(config.source[place]))
+    check_fit(config, base, sources)
+    scores: dict[tuple[Start, int], list[float]] = {}
+    for k, seed, start in product(config.k, range(1, config.seeds + 1), config.starts):
+        cell = cell_config(config, base, sources, k, seed, start)
+        result = run(cell, more_to_come=True)
+        if result.exit_status:
+            return result.exit_status
+        scores.setdefault((start, k), []).append(primary(result))
+    if processes.is_main_process:
+        write_table(config, scores)
+    processes.wait_for_everyone()
+    if not more_to_come:
+        processes.destroy_process_group()
+    return 0
+
+
+def check(config: TransferConfig) -> None:
+    """Refuse what can be seen to be wrong before anything is run.
+
+    Raises:
+        ValueError: With what was expected and found.
+    """
+    if config.target not in TASKS:
+        raise ValueError(f"unknown target {config.target!r}; there are: {', '.join(TASKS)}")
+    if config.seeds < 1 or not config.k or min(config.k) < 1 or not config.source or not config.starts:
+        raise ValueError(
+            "expected one source, one k, one seed and one start or more, and k of 1 or more; found "
+            f"source={config.source}, k={config.k}, seeds={config.seeds}, starts={config.starts}"
+        )
+
+
+def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> None:
+    """See now, rather than hours later, that there are examples enough and that every source fits.
+
+    Raises:
+        ValueError: If there are too few examples of a class, or a source is of another backbone or size.
+    """
+    load_splits(replace(base.data, shots=max(config.k), shots_seed=1), base.train.seed)
+    for source, start in product(sources, config.starts):
+        if start != "scratch":
+            prompt = replace(base.prompt, init_from=(source,), init_parts=start)
+            build_model(replace(base, prompt=prompt))
+
+
+def target_config(config: TransferConfig) -> RunConfig:
+    """What all runs on the target have in common.
+
+    Raises:
+        FileNotFoundError: If there is neither a configuration nor a run to take one from.
+    """
+    path = config.config or Path(config.source[0]) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no configuration at {path}, and {config.source[0]!r} is no run to take one from: give "
+            "--config, such as data/configs/scenes-vqav2.json"
+        )
+    base = read_config(path)
+    data = data_of(config.target, base)
+    return replace(
+        base,
+        also=(),
+        data=replace(
+            data,
+            data_dir=config.data_dir or data.data_dir,
+            test_limit=config.test_limit or data.test_limit,
+        ),
+        train=replace(base.train, max_steps=config.max_steps or base.train.max_steps),
+    )
+
+
+def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConfig:
+    """The run that a source of this name is trained by.
+
+    Raises:
+        ValueError: If there are configurations for some of the names of tasks and not for this.
+    """
+    names = [name for name in config.source if name in TASKS and not Path(name).is_dir()]
+    given = config.source_config
+    if given and len(given) != len(names):
+        raise ValueError(f"expected a source_config for each of {names}, found {len(given)}")
+    own = read_config(given[names.index(task)]) if given else replace(base, data=data_of(task, base))
+    return replace(own, output_dir=config.output_dir / f"source-{task}", resume="auto")
+
+
+def data_of(task: str, base: RunConfig) -> DataOptions:
+    """The data options of a task: the configuration's own, or the task's usual ones."""
+    if base.data.task == task:
+        return base.data
+    return SPLITS.get(task, DataOptions(task=task))
+
+
+def cell_config(
+    config: TransferConfig, base: RunConfig, sources: list[Path], k: int, seed: int, start: Start
+) -> RunConfig:
+    """One run: k shots drawn with a seed, and where its prompt starts."""
+    folder = config.output_dir / f"k{k}" / f"seed{seed}"
+    cell = replace(
+        base,
+        data=replace(base.data, shots=k, shots_seed=seed),
+        train=replace(base.train, seed=seed),
+        output_dir=folder / start,
+        resume="auto",
+    )
+    if start == "scratch":
+        return cell
+    if len(sources) > 1 and config.several == "pick":
+        sources = [pick(cell, sources, folder / PICK_FILE)]
+    return replace(cell, prompt=replace(cell.prompt, init_from=tuple(sources), init_parts=start))
+
+
+def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
+    """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
+    processes = PartialState()
+    if path.is_file():
+        losses = read_object(path, {"losses": {str: float}})["losses"]
+    else:
+        losses = {}
+        for source in sources:
+            prompt = replace(cell.prompt, init_from=(source,), init_parts="prompt")
+            losses[str(source)] = dev_loss(replace(cell, prompt=prompt), processes)
+    processes.wait_for_everyone()  # all have looked for the file
+    if processes.is_main_process and not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps({"losses": losses}, indent=1) + "\n").encode())
+    return min(sources, key=lambda source: losses[str(source)])
+
+
+@torch.no_grad()
+def dev_loss(config: RunConfig, processes: PartialState) -> float:
+    """Mean loss of an untrained run on its dev examples, each with its best answer."""
+    with processes.local_main_process_first():
+        splits = load_splits(config.data, config.train.seed)
+    model = build_model(config).to(processes.device).eval()
+    collate = Collator(
+        model.backbone.tokenizer,
+        max_source_length=config.prompt.max_source_length,
+        max_target_length=splits.decoding.max_new_tokens,
+        images=model.backbone.vision,
+    )
+    examples = [splits.dev[index] for index in range(len(splits.dev))]
+    draws = [Draw(one, max(one.targets, key=lambda pair: pair[1])[0]) for one in examples]
+    total, size = 0.0, config.train.eval_batch_size
+    for start in range(0, len(draws), size):
+        part = draws[start : start + size]
+        batch = collate(part).to(processes.device)
+        total += model(**batch.training_inputs()).loss.item() * len(part)
+    return total / len(draws)
+
+
+def primary(result: RunResult) -> float:
+    """The figure by which adapters of the task are compared: its first."""
+    return next(iter(result.scores.values()))
+
+
+NAMES: dict[Start, str] = {"scratch": "from scratch", "prompt": "from P", "all": "from P and offset"}
+
+
+def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[float]]) -> None:
+    """The table as JSON and Markdown, and as a plot where matplotlib is installed."""
+    folder = config.output_dir
+    found: dict[tuple[Start, int], Interval] = {key: interval(values) for key, values in scores.items()}
+    rows = [
+        [
+            f"{k}",
+            NAMES[start],
+            f"{one.mean:.2f}",
+            "" if one.deviation is None else f"{one.deviation:.2f}",
+            "" if one.half_width is None else f"± {one.half_width:.2f}",
+            one.count,
+        ]
+        for (start, k), one in found.items()
+    ]
+    table = markdown_table(["k", "start", config.target, "deviation", "95% interval", "seeds"], rows)
+    records = [
+        {"k": k, "start": start, **asdict(one), "scores": scores[start, k]}
+        for (start, k), one in found.items()
+    ]
+    content = {"source": config.source, "target": config.target, "cells": records}
+    write_atomically(folder / "transfer.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(folder / "transfer.md", (table + "\n").encode())
+    lines = {
+        NAMES[start]: {k: found[start, k] for k in config.k if (start, k) in found} for start in config.starts
+    }
+    drawn = line_plot(lines, folder / "transfer.png", x="shots (k)", y=config.target)
+    print(f"\n{table}\n\ntable{' and plot' if drawn else ''}: {folder}")

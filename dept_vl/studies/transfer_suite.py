@@ -1,0 +1,205 @@
+"""Transfer between the shipped tasks: what a prompt that knows one brings to a few examples of another.
+
+    OUTPUT/source-TASK/       DePT, trained on all examples of a task
+    OUTPUT/TARGET/            one transfer, as `transfer.py` has it, from the sources of other tasks
+    OUTPUT/features/TASK/     visual features, encoded once
+    OUTPUT/transfer.json, .md, and .png where matplotlib is installed
+
+Prompts alone are trained, never the visual projection, and all starts of a target have the same examples,
+steps and rates. Of the sources that are not the target itself the one is taken that has the least loss on
+the target's dev shots.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.stats import Interval, interval
+from dept_vl._utils.tables import markdown_table
+from dept_vl.config import RunConfig, read_config, to_json
+from dept_vl.studies.transfer import NAMES, Start, TransferConfig, transfer
+from dept_vl.training.extract import with_features
+from dept_vl.training.report.plots import line_plot
+from dept_vl.training.run import run
+
+SOURCES = {
+    "scenes-vqav2": "data/configs/scenes-vqav2.json",
+    "scenes-gqa": "data/configs/scenes-gqa.json",
+    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
+}
+TARGETS = SOURCES | {
+    "relabelled": "data/configs/concept-relabelled.json",
+    "many-or-few": "data/configs/concept-many-or-few.json",
+}
+CELL = {
+    "k": int,
+    "start": str,
+    "mean": float,
+    "deviation": (None, float),
+    "half_width": (None, float),
+    "count": int,
+    "scores": [float],
+}
+INHERITED: tuple[Start, ...] = ("prompt", "all")
+TRANSFER = {"source": [str], "target": str, "cells": [CELL]}
+"""Fields of a target's `transfer.json`, as `files.difference` has them."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """How much of it, and where it is kept."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Names of tasks."""
+    k: tuple[int, ...] = (4, 16)
+    """Shots: examples of each class, or in all where answers are open."""
+    seeds: int = 5
+    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    source_steps: int = 300
+    """Steps of the sources."""
+    max_steps: int = 40
+    """Steps of every run on a target."""
+    batch_size: int = 8
+    """Examples of a step."""
+    test_limit: int = 300
+    """At most so many test examples; 0 takes all."""
+    output_dir: Path = Path("runs/transfers")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    smallest: bool = False
+    """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
+
+
+def transfer_suite(config: SuiteConfig) -> int:
+    """Run what is missing, and write the table.
+
+    Returns:
+        The exit status: of the run that a signal stopped, else 0.
+
+    Raises:
+        FileNotFoundError: If data are missing.
+        ValueError: If a target is unknown.
+    """
+    unknown = set(config.targets) - set(TARGETS)
+    if unknown:
+        raise ValueError(f"unknown targets {sorted(unknown)}; there are: {', '.join(TARGETS)}")
+    torch.set_num_threads(1)  # as `compare` does
+    if config.smallest:
+        config = replace(config, k=(1,), seeds=1, source_steps=2, max_steps=2, test_limit=8)
+    for name in SOURCES:
+        trained = run(_config(config, name, config.source_steps), more_to_come=True)
+        if trained.exit_status:
+            return trained.exit_status
+    for name in config.targets:
+        status = transfer(_to(config, name), more_to_come=True)
+        if status:
+            return status
+    cells = {
+        name: read_object(config.output_dir / name / "transfer.json", TRANSFER)["cells"]
+        for name in config.targets
+    }
+    text = table(cells) + "\n\n" + wins(cells, config.k)
+    content = json.dumps(cells, indent=1)
+    write_atomically(config.output_dir / "transfer.json", (content + "\n").encode())
+    write_atomically(config.output_dir / "transfer.md", (text + "\n").encode())
+    draw(cells, config.k, config.output_dir / "transfer.png")
+    print(f"\n{text}\n\nwritten to {config.output_dir / 'transfer.md'}")
+    return 0
+
+
+def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
+    """A run of a task: the prompt alone, with features from files."""
+    base = read_config(Path(TARGETS[name]))
+    base = replace(
+        base,
+        data=replace(base.data, test_limit=config.test_limit),
+        backbone=replace(base.backbone, train_projection=False),
+        train=replace(
+            base.train,
+            max_steps=steps,
+            eval_every=max(1, steps // 2),
+            checkpoint_every=0,
+            per_device_batch_size=config.batch_size,
+            eval_batch_size=64,
+        ),
+        optim=replace(base.optim, warmup_steps=steps // 10),
+        output_dir=config.output_dir / f"source-{name}",
+        resume="auto",
+    )
+    if config.smallest:
+        return replace(base, data=replace(base.data, dev_limit=8, features="live"))
+    return with_features(base, config.output_dir / "features" / name)
+
+
+def _to(config: SuiteConfig, name: str) -> TransferConfig:
+    """The transfer to a target, whose runs' configuration is written beside them."""
+    folder = config.output_dir / name
+    base = replace(_config(config, name, config.max_steps), output_dir=None, resume="")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "target.json", (json.dumps(to_json(base), indent=2) + "\n").encode())
+    return TransferConfig(
+        source=tuple(str(config.output_dir / f"source-{other}") for other in SOURCES if other != name),
+        target=base.data.task,
+        k=config.k,
+        seeds=config.seeds,
+        config=folder / "target.json",
+        output_dir=folder,
+    )
+
+
+Cells = Sequence[dict[str, Any]]
+"""Of `transfer.json`: k, start and the scores of the seeds."""
+
+
+def _scores(cells: Cells, k: int, start: Start) -> list[float]:
+    return next(cell["scores"] for cell in cells if (cell["k"], cell["start"]) == (k, start))
+
+
+def gain(cells: Cells, k: int, start: Start) -> Interval:
+    """How much better a start is than none, seed by seed."""
+    pairs = zip(_scores(cells, k, start), _scores(cells, k, "scratch"), strict=True)
+    return interval([ours - scratch for ours, scratch in pairs])
+
+
+def table(found: Mapping[str, Cells]) -> str:
+    """Every target, k and start."""
+    rows = []
+    for name, cells in found.items():
+        for k in dict.fromkeys(cell["k"] for cell in cells):
+            scores = [interval(_scores(cells, k, start)) for start in NAMES]
+            gains = [gain(cells, k, start) for start in INHERITED]
+            rows.append([name, k, *map(str, scores), *map(str, gains)])
+    header = ["target", "k", *NAMES.values(), "P - scratch", "P and offset - scratch"]
+    return markdown_table(header, rows)
+
+
+def wins(found: Mapping[str, Cells], shots: Sequence[int]) -> str:
+    """On how many targets a trained start is better than none, for each k."""
+    lines = []
+    for k, start in product(shots, INHERITED):
+        gains = {name: gain(cells, k, start) for name, cells in found.items()}
+        better = [name for name, one in gains.items() if one.mean > 0]
+        widths = {name: gains[name].half_width for name in better}
+        sure = [name for name, width in widths.items() if width is not None and gains[name].mean > width]
+        lines.append(
+            f"- k={k}, {NAMES[start]}: better than from scratch on {len(better)} of {len(found)} targets "
+            f"({', '.join(better) or 'none'}), on {len(sure)} by more than the 95% interval."
+        )
+    return "\n".join(lines)
+
+
+def draw(found: Mapping[str, Cells], shots: Sequence[int], path: Path) -> bool:
+    """The mean over the targets of every start, by k; the interval is of the seeds."""
+    lines: dict[str, dict[int, Interval]] = {}
+    for start, name in NAMES.items():
+        lines[name] = {}
+        for k in shots:
+            by_target = [_scores(cells, k, start) for cells in found.values()]
+            lines[name][k] = interval([fmean(of_seed) for of_seed in zip(*by_target, strict=True)])
+    return line_plot(lines, path, x="shots (k)", y=f"mean over {len(found)} targets")

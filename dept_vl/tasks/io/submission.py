@@ -1,0 +1,70 @@
+"""Files for the evaluation servers, checked before anything is uploaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+
+SUBMITTED = {"vqav2": "test", "gqa": "submission_all"}
+"""Task with a server -> the split all of whose examples it wants, whatever phase is scored: EvalAI's VQA
+challenge takes all 447,793 questions of test2015 for test-dev too."""
+
+UNANSWERED = ""
+"""Stands for an answer to a question that the phase does not score."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A file that the server's own check will pass.
+
+    Attributes:
+        path: The file.
+        answered: Questions that were answered.
+        filled: Questions of other phases, filled with an empty answer.
+    """
+
+    path: Path
+    answered: int
+    filled: int
+
+
+def write_submission(predictions: Mapping[ExampleId, str], whole: Task, path: Path) -> Submission:
+    """Write predictions as a submission over a whole split; what was not asked is left empty.
+
+    Args:
+        predictions: Answers to the split, or to the part of it that a phase scores (test-dev).
+        whole: The split that the server wants.
+        path: The file.
+
+    Raises:
+        ValueError: If predictions belong to no example of the split.
+    """
+    ids = whole.example_ids()
+    known = set(ids)
+    check_ids(predictions.keys() & known, predictions, f"the submission of {whole.name}")
+    whole.prediction_format.write({key: predictions.get(key, UNANSWERED) for key in ids}, path)
+    check_submission(path, ids, whole.prediction_format)
+    return Submission(path, len(predictions), len(ids) - len(predictions))
+
+
+def check_submission(path: Path, ids: Sequence[ExampleId], form: PredictionFormat) -> int:
+    """Read a file as the server would.
+
+    Args:
+        path: The file.
+        ids: Of all examples that the server wants.
+        form: Of the server.
+
+    Returns:
+        How many predictions there are.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is in another form, or ids are missing, unknown or there twice: the first are
+            named.
+    """
+    predictions = form.read(path)
+    check_ids(ids, predictions, str(path))
+    return len(predictions)

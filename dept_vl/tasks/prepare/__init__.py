@@ -1,0 +1,6 @@
+"""Data sets made ready: downloads, conversions, samples, and checks of what is there.
+
+Used by `dept-vl data`; nothing here is needed to train.
+"""
+
+__all__ = ["check", "easy_vqa", "hub", "karpathy", "parquet", "snippets", "staging"]

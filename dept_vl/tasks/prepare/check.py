@@ -1,0 +1,131 @@
+"""What of a data set is there, what is missing, and whether it is what its authors published."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pyarrow.compute as pc
+
+from dept_vl._utils.images import missing_files, read_image
+from dept_vl.tasks import coco, gqa, nlvr2, vqav2
+from dept_vl.tasks.coco import COCOCaptions
+from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.io.published import Published
+from dept_vl.tasks.nlvr2 import NLVR2
+from dept_vl.tasks.vqav2 import VQAv2
+
+OfficialTask = VQAv2 | GQA | NLVR2 | COCOCaptions
+TASKS: dict[str, tuple[type[OfficialTask], dict[str, Published]]] = {
+    "vqav2": (VQAv2, vqav2.PUBLISHED),
+    "gqa": (GQA, gqa.PUBLISHED),
+    "nlvr2": (NLVR2, nlvr2.PUBLISHED),
+    "coco": (COCOCaptions, coco.PUBLISHED),
+}
+ELSEWHERE = {
+    coco.KARPATHY_FILE: coco.KARPATHY_SOURCE,
+    vqav2.MINIVAL_FILE: vqav2.MINIVAL_SOURCE,
+    "train2014": coco.IMAGE_SOURCE,
+    "val2014": coco.IMAGE_SOURCE,
+}
+"""Files and folders that are published elsewhere than the rest of a data set."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the report.
+
+    Attributes:
+        status: `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images,
+            `skipped` for what could not be looked at.
+        what: What was looked at, and what was found.
+    """
+
+    status: str
+    what: str
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.status in ("found", "ok")
+
+
+def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterator[Finding]:
+    """Look at every split of a task.
+
+    Args:
+        task: Name of one of the four vision-language tasks.
+        root: Folder with its official files.
+        sample: Images opened in each split; 0 opens all.
+        seed: Of the sample.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there is no such task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}; make it and put the files of {task} there")
+    kind, splits = TASKS[task]
+    seen: set[tuple[str, ...]] = set()
+    for split, published in splits.items():
+        whole = True
+        for names in (*published.files, *published.folders):
+            path = next((root / name for name in names if (root / name).exists()), None)
+            whole &= path is not None
+            if names not in seen:
+                seen.add(names)
+                yield _file(path, names, published.source)
+        if whole:
+            yield from _split(kind, root, split, published, sample, seed)
+        else:
+            yield Finding("skipped", f"{task} {split}: files are missing")
+
+
+def _file(path: Path | None, names: tuple[str, ...], source: str) -> Finding:
+    if path is not None:
+        return Finding("found", str(path))
+    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+    return Finding("missing", f"{names[0]}{others}, published at {ELSEWHERE.get(names[0], source)}")
+
+
+def _split(
+    kind: type[OfficialTask], root: Path, split: str, published: Published, sample: int, seed: int
+) -> Iterator[Finding]:
+    try:
+        task = kind.load(root, split)
+    except (ValueError, OSError) as error:
+        yield Finding("broken", str(error))
+        return
+    name = f"{task.name} {split}"
+    yield _count(f"{name}: examples", len(task), published.examples)
+    files = task.image_files()
+    if published.images is not None:
+        yield _count(f"{name}: images", len(files), published.images)
+    if published.answers is not None:
+        answers = pc.sum(pc.list_value_length(task.rows.column("answers"))).as_py()
+        yield _count(f"{name}: answers", answers, published.answers)
+    missing = missing_files(files)
+    if missing:
+        yield Finding("missing", f"{name}: {len(missing):,} of {len(files):,} image files")
+        yield from (Finding("missing", str(path)) for path in missing)
+    gone = set(missing)
+    there = [path for path in files if path not in gone]
+    opened = there if not 0 < sample < len(there) else Random(seed).sample(there, sample)
+    broken = []
+    for path in opened:
+        try:
+            read_image(path)
+        except (ValueError, FileNotFoundError) as error:
+            broken.append(str(error))
+    yield from (Finding("broken", error) for error in broken)
+    if opened:
+        good = f"{len(opened) - len(broken):,} of {len(opened):,} images opened of {len(there):,}"
+        yield Finding("broken" if broken else "ok", f"{name}: {good}")
+
+
+def _count(what: str, found: int, published: int) -> Finding:
+    if found == published:
+        return Finding("ok", f"{what}: {found:,}, as published")
+    return Finding("differs", f"{what}: found {found:,}, published are {published:,}")

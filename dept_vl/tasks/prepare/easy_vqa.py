@@ -1,0 +1,244 @@
+"""Convert easy-VQA, a small synthetic data set, to the files of VQAv2 and the image names of COCO.
+
+easy-VQA (Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA) is 64 x 64 pictures of one
+coloured shape and templated questions about it, shipped whole in the Python package `easy-vqa`:
+4,000 + 1,000 images, 38,575 + 9,673 questions, 13 answers. Written as VQAv2, it is read by any
+loader of VQAv2 and scored by the official scorer, with no code of its own.
+
+    question  {"image_id": 0, "question": "what shape does the image contain?", "question_id": 0}
+    answer    "circle", given by all ten annotators
+    image     train2014/COCO_train2014_000000000000.jpg
+"""
+
+import importlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
+
+from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
+
+logger = logging.getLogger(__name__)
+
+MARKER = "easy_vqa_counts.json"
+"""File of a finished conversion: what the other files hold, as `convert` returns it."""
+
+QUESTION_TYPES = (
+    "what is the color of the",
+    "what color is the",
+    "is there a",
+    "what is the",
+    "is there",
+    "does the",
+    "what",
+    "is",
+)
+"""Of the official VQA question types (`mscoco_question_types.txt`), those that occur here."""
+
+ANNOTATORS = 10
+QUESTIONS_PER_IMAGE = 1000
+"""Room for question ids within an image, as in COCO-VQA."""
+
+INFO = {
+    "description": "easy-VQA 1.0 in the format of VQA v2.0.",
+    "url": "https://github.com/vzhou842/easy-VQA",
+    "version": "1.0",
+    "year": 2019,
+    "contributor": "Victor Zhou",
+}
+LICENSE = {"url": "https://opensource.org/licenses/MIT", "name": "MIT License"}
+
+SOURCE = """\
+# easy-VQA in the format of VQAv2
+
+Converted from the Python package `easy-vqa` 1.0 by Victor Zhou
+(https://github.com/vzhou842/easy-VQA, https://victorzhou.com/blog/easy-vqa/).
+
+Changes: its train split is `train2014` and its test split `val2014`; test image ids follow the
+train image ids; PNG images became JPEG; the one answer of a question stands ten times, once for
+each annotator; question types are the leading words of a question. Nothing here comes from COCO or
+VQAv2 but the format and the file names.
+
+## Licence
+
+MIT License
+
+Copyright (c) 2019 Victor Zhou
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+"""
+
+Questions = tuple[list[str], list[str], list[int]]
+"""Texts, answers and image ids, one entry a question: what the package's getters return."""
+
+
+def convert(output_dir: Path) -> dict[str, int]:
+    """Write easy-VQA as VQAv2: train becomes train2014, test becomes val2014.
+
+    The folder appears whole or not at all. If a finished conversion is there already, it is left
+    as it is and the package is not needed.
+
+    Image ids of train are kept (0 to 3,999); those of test, which start at 0 again, are raised by
+    the number of train images (4,000 to 4,999), so that an id is unique over both splits. Question
+    ids are `image_id * 1000 + n`, n counting the questions of the image, as in COCO-VQA.
+
+    Args:
+        output_dir: Folder to write; must not exist, or hold a finished conversion.
+
+    Returns:
+        Number of images, questions and annotations of each split, by `train2014_images` and so on,
+        counted on disk.
+
+    Raises:
+        FileExistsError: If `output_dir` is there and is no finished conversion.
+        ImportError: If the package `easy-vqa` is not installed.
+    """
+    if output_dir.exists():
+        counts = _finished_counts(output_dir)
+        if counts is None:
+            raise FileExistsError(
+                f"expected {output_dir} not to exist, or to hold a finished conversion of easy-VQA "
+                f"(with counts that match its {MARKER}), found something else there; choose "
+                "another output folder, or remove this one if nothing in it is needed"
+            )
+        logger.info("%s holds easy-VQA already; left as it is", output_dir)
+        return counts
+
+    easy_vqa = _import_package()
+    train_images = easy_vqa.get_train_image_paths()
+    # Ids run from 0 without a gap, so this is the number of train images.
+    offset = max(train_images) + 1
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename stays within one file system.
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        # One level down: the temporary folder itself is readable to its owner only.
+        staging = Path(temporary) / output_dir.name
+        staging.mkdir()
+        _write_split(staging, "train2014", easy_vqa.get_train_questions(), train_images, offset=0)
+        _write_split(
+            staging,
+            "val2014",
+            easy_vqa.get_test_questions(),
+            easy_vqa.get_test_image_paths(),
+            offset=offset,
+        )
+        (staging / "SOURCE.md").write_text(SOURCE, encoding="utf-8")
+        counts = _count(staging)
+        _write_json(staging / MARKER, counts)
+        staging.rename(output_dir)
+    return counts
+
+
+def question_type(question: str) -> str:
+    """The longest of `QUESTION_TYPES` that the question starts with, else `none of the above`."""
+    words = question.lower()
+    fitting = (kind for kind in QUESTION_TYPES if words.startswith(f"{kind} "))
+    return max(fitting, key=len, default="none of the above")
+
+
+def _import_package() -> ModuleType:
+    try:
+        # By name: the package has no types, and is needed here only.
+        return importlib.import_module("easy_vqa")
+    except ImportError as error:
+        raise ImportError(
+            "expected the package easy-vqa, which carries the data of easy-VQA, found no module "
+            "easy_vqa to import; install it with `pip install easy-vqa`"
+        ) from error
+
+
+def _finished_counts(output_dir: Path) -> dict[str, int] | None:
+    """Counts of a finished conversion; None where the files do not bear out the marker."""
+    try:
+        expected = json.loads((output_dir / MARKER).read_text(encoding="utf-8"))
+        counts = _count(output_dir)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return counts if counts == expected else None
+
+
+def _questions_file(split: str) -> str:
+    return f"v2_OpenEnded_mscoco_{split}_questions.json"
+
+
+def _annotations_file(split: str) -> str:
+    return f"v2_mscoco_{split}_annotations.json"
+
+
+def _count(folder: Path) -> dict[str, int]:
+    """What the files in the folder hold."""
+    counts = {}
+    for split in ("train2014", "val2014"):
+        questions = json.loads((folder / _questions_file(split)).read_text(encoding="utf-8"))
+        annotations = json.loads((folder / _annotations_file(split)).read_text(encoding="utf-8"))
+        counts[f"{split}_images"] = sum(1 for _ in (folder / split).glob(f"COCO_{split}_*.jpg"))
+        counts[f"{split}_questions"] = len(questions["questions"])
+        counts[f"{split}_annotations"] = len(annotations["annotations"])
+    return counts
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _write_split(
+    folder: Path, split: str, rows: Questions, image_paths: Mapping[int, str], *, offset: int
+) -> None:
+    """Questions, annotations and images of one split, image ids raised by `offset`."""
+    questions: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    asked: Counter[int] = Counter()
+    for question, answer, source_id in zip(*rows, strict=True):
+        image_id = source_id + offset
+        ids = {
+            "image_id": image_id,
+            "question_id": image_id * QUESTIONS_PER_IMAGE + asked[image_id],
+        }
+        asked[image_id] += 1
+        questions.append({"question": question, **ids})
+        annotations.append(
+            {
+                "question_type": question_type(question),
+                "multiple_choice_answer": answer,
+                "answers": [
+                    {"answer": answer, "answer_confidence": "yes", "answer_id": annotator}
+                    for annotator in range(1, ANNOTATORS + 1)
+                ],
+                "answer_type": "yes/no" if answer in ("yes", "no") else "other",
+                **ids,
+            }
+        )
+    header = {"info": INFO, "license": LICENSE, "data_type": "mscoco", "data_subtype": split}
+    _write_json(
+        folder / _questions_file(split),
+        header | {"task_type": "Open-Ended", "questions": questions},
+    )
+    _write_json(folder / _annotations_file(split), header | {"annotations": annotations})
+
+    (folder / split).mkdir()
+    for source_id, path in image_paths.items():
+        name = f"COCO_{split}_{source_id + offset:012d}.jpg"
+        with Image.open(path) as image:
+            image.convert("RGB").save(folder / split / name, quality=JPEG_QUALITY, subsampling=FULL_CHROMA)

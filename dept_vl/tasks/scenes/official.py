@@ -1,0 +1,261 @@
+"""Small data sets of generated scenes in the official form of the four tasks.
+
+A stand-in for VQAv2, GQA, NLVR2 and COCO captions where these are not at hand: every file has the name
+of the real one and the fields that are read, so loaders, scorers and scripts run on it unchanged.
+Questions and captions are of the kinds kept out of the small backbone's pretraining, so that there is
+something to learn. Figures on it say nothing about the real data sets.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dept_vl.tasks.metrics.vqa import normalise_answer
+from dept_vl.tasks.scenes.questions import (
+    NUMBERS,
+    QA,
+    ask_code,
+    ask_kept_out,
+    ask_many_or_few,
+    listings,
+    pair_statement,
+)
+from dept_vl.tasks.scenes.render import COLOURS, SHAPES, Scene, render, sample_scene
+
+QUESTIONS_PER_IMAGE = 4
+ANNOTATORS = 10
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A scene with the number of its image, unique over all splits."""
+
+    number: int
+    scene: Scene
+
+
+def write_tasks(
+    output_dir: Path, *, train: int = 800, val: int = 150, test: int = 150, seed: int = 0
+) -> None:
+    """Write the folders vqav2, gqa, nlvr2 and coco; whole or not at all.
+
+    Args:
+        output_dir: Folder to make.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+        test: Images of the test splits.
+        seed: Of scenes and questions.
+
+    Raises:
+        FileExistsError: If the folder is there.
+        ValueError: If a split would be empty.
+    """
+    _check(output_dir, dict(zip(SPLITS, (train, val, test), strict=True)))
+    rng = Random(seed)
+    numbers = iter(range(1, 1 + train + val + test))
+    splits = {
+        split: [Drawn(next(numbers), sample_scene(rng)) for _ in range(count)]
+        for split, count in zip(SPLITS, (train, val, test), strict=True)
+    }
+    with _staged(output_dir) as staging:
+        for task, write in (("vqav2", _vqav2), ("gqa", _gqa), ("nlvr2", _nlvr2), ("coco", _coco)):
+            (staging / task).mkdir(parents=True)
+            write(staging / task, splits, rng)
+
+
+def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed: int = 0) -> None:
+    """Write the folders relabelled and many-or-few, VQAv2's form; whole or not at all.
+
+    Two concepts that pretraining never had: an arbitrary code for each shape, and a judgement. One
+    question an image.
+
+    Args:
+        output_dir: Folder to make.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+        seed: Of scenes and questions.
+
+    Raises:
+        FileExistsError: If the folder is there.
+        ValueError: If a split would be empty.
+    """
+    _check(output_dir, {"train": train, "val": val})
+    rng = Random(seed)
+    with _staged(output_dir) as staging:
+        for name, ask, most in (("relabelled", ask_code, 1), ("many-or-few", ask_many_or_few, 4)):
+            numbers = iter(range(1, 1 + train + val))
+            splits = {
+                split: [Drawn(next(numbers), sample_scene(rng, max_objects=most)) for _ in range(count)]
+                for split, count in (("train", train), ("val", val))
+            }
+            (staging / name).mkdir(parents=True)
+            _vqav2(staging / name, splits, rng, ask, per_image=1)
+
+
+def _check(output_dir: Path, counts: dict[str, int]) -> None:
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"expected at least one image in each split, found {split}={count}")
+    if output_dir.exists():
+        raise FileExistsError(f"{output_dir} is there already; choose another folder, or remove it")
+
+
+@contextmanager
+def _staged(output_dir: Path) -> Iterator[Path]:
+    """A folder that takes its place when all is written."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        staging = Path(temporary) / output_dir.name
+        yield staging
+        staging.rename(output_dir)
+
+
+def _vqav2(
+    folder: Path,
+    splits: dict[str, list[Drawn]],
+    rng: Random,
+    ask: Callable[[Scene, Random], QA] = ask_kept_out,
+    per_image: int = QUESTIONS_PER_IMAGE,
+) -> None:
+    names = {"train": "train2014", "val": "val2014", "test": "test2015"}
+    for split, scenes in splits.items():
+        subtype = names[split]
+        questions, annotations = [], []
+        for drawn in scenes:
+            for place in range(per_image):
+                text, answer = ask(drawn.scene, rng)
+                ids = {"image_id": drawn.number, "question_id": 10 * drawn.number + place}
+                questions.append({**ids, "question": text})
+                # People write digits there, and ten of the same are compared raw.
+                annotations.append({**ids, **_annotation(text, normalise_answer(answer))})
+            _save(drawn, folder / subtype / f"COCO_{subtype}_{drawn.number:012d}.jpg")
+        parts = {subtype: questions}
+        if split == "test":
+            parts["test-dev2015"] = questions[::4]
+        else:
+            _dump(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations})
+        for name, rows in parts.items():
+            _dump(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {"questions": rows})
+
+
+def _annotation(question: str, answer: str) -> dict[str, Any]:
+    answer_type = "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
+    return {
+        "question_type": " ".join(question.rstrip("?").split()[:2]),
+        "answer_type": answer_type,
+        "multiple_choice_answer": answer,
+        "answers": [
+            {"answer": answer, "answer_confidence": "yes", "answer_id": annotator}
+            for annotator in range(1, ANNOTATORS + 1)
+        ],
+    }
+
+
+def _gqa(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
+    names = {"train": "train_balanced", "val": "val_balanced", "test": "testdev_balanced"}
+    for split, name in names.items():
+        questions, choices = {}, {}
+        for drawn in splits[split]:
+            for place in range(QUESTIONS_PER_IMAGE):
+                text, answer = ask_kept_out(drawn.scene, rng)
+                question_id = f"{10 * drawn.number + place:08d}"
+                questions[question_id] = _gqa_record(text, answer, f"{drawn.number}")
+                others = next(group for group in _ANSWERS if answer in group)
+                choices[question_id] = {"valid": list(others), "plausible": list(others)}
+            _save(drawn, folder / "images" / f"{drawn.number}.jpg")
+        _dump(folder / f"{name}_questions.json", questions)
+        _dump(folder / "eval" / f"{name.split('_')[0]}_choices.json", choices)
+        if split == "test":
+            bare = {
+                key: {k: q[k] for k in ("question", "imageId", "isBalanced")} for key, q in questions.items()
+            }
+            _dump(folder / "submission_all_questions.json", bare)
+
+
+_ANSWERS = (
+    ("yes", "no"),
+    tuple(COLOURS),
+    SHAPES,
+    NUMBERS,
+    ("many", "few"),
+    ("positive", "negative"),
+)
+
+
+def _gqa_record(question: str, answer: str, image_id: str) -> dict[str, Any]:
+    structural = "verify" if answer in ("yes", "no") else "choose" if answer in ("many", "few") else "query"
+    return {
+        "imageId": image_id,
+        "question": question,
+        "answer": answer,
+        "fullAnswer": f"{answer}.",
+        "isBalanced": True,
+        "groups": {"global": question.split()[0], "local": question.split()[-1]},
+        "entailed": [],
+        "equivalent": [],
+        "types": {"structural": structural, "semantic": "attr", "detailed": structural},
+        "annotations": {"question": {}, "answer": {}, "fullAnswer": {}},
+        "semantic": [{"operation": "select", "argument": question, "dependencies": []}],
+        "semanticStr": question,
+    }
+
+
+def _nlvr2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
+    for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
+        rows = []
+        for place, (left, right) in enumerate(_pairs(splits[split], rng)):
+            # Two sentences a pair; training images lie in numbered folders.
+            directory = f"{place % 3}/" if split == "train" else ""
+            for side, drawn in enumerate((left, right)):
+                _save(drawn, folder / name / f"{directory}{name}-{place}-0-img{side}.png")
+            for sentence in range(2):
+                text, truth = pair_statement(left.scene, right.scene, rng)
+                row = {"sentence": text, "label": str(truth), "identifier": f"{name}-{place}-0-{sentence}"}
+                rows.append(row | ({"directory": place % 3} if split == "train" else {}))
+        (folder / f"{name}.json").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+
+
+def _pairs(scenes: list[Drawn], rng: Random) -> Iterator[tuple[Drawn, Drawn]]:
+    return ((drawn, rng.choice(scenes)) for drawn in scenes)
+
+
+def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
+    images = []
+    for split, scenes in splits.items():
+        subtype = "train2014" if split == "train" else "val2014"
+        for place, drawn in enumerate(scenes):
+            name = f"COCO_{subtype}_{drawn.number:012d}.jpg"
+            _save(drawn, folder / subtype / name)
+            images.append(
+                {
+                    "filepath": subtype,
+                    "filename": name,
+                    "cocoid": drawn.number,
+                    # Karpathy's training images are of train and restval.
+                    "split": "restval" if split == "train" and place % 4 == 0 else split,
+                    "sentences": [
+                        {"raw": caption, "imgid": drawn.number} for caption in listings(drawn.scene)
+                    ],
+                }
+            )
+    _dump(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+
+
+def _save(drawn: Drawn, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Full chroma: halved, it would bleed the colours of shapes this small.
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    render(drawn.scene).save(path, **options)
+
+
+def _dump(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")

@@ -1,0 +1,187 @@
+"""Rows of published text data: from the Hub, from `save_to_disk`, or from a folder of files.
+
+A folder is looked through for a split's files, `validation.jsonl` for example, or the shards
+`validation-00000-of-00001.parquet`, in itself, in a folder of the configuration's name and in `data`:
+so that a copy of a Hub repository is read as it is.
+"""
+
+import csv
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from dept_vl.tasks.io.records import read_array, read_lines
+
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+BATCH_ROWS = 1000
+"""Rows decoded at a time."""
+
+
+@dataclass(frozen=True)
+class DatasetName:
+    """What a data set is called.
+
+    Attributes:
+        task: What it is called here.
+        dataset: Its name on the Hub; empty where it is on none.
+        config: Its configuration there.
+    """
+
+    task: str
+    dataset: str
+    config: str | None
+
+    def placing(self, split: str) -> str:
+        """How a copy is placed."""
+        if not self.dataset:
+            return f"make one with: python scripts/prepare_data.py {self.task} --output_dir data/{self.task}"
+        name = f"{self.dataset!r}" + (f", {self.config!r}" if self.config else "")
+        return (
+            f"on a machine with a network, load_dataset({name}).save_to_disk({self.task!r}) makes one, or "
+            f"put {split}.parquet, .jsonl, .json, .csv or .tsv with the Hub's columns into a folder; then "
+            "say --data_dir FOLDER"
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split's rows.
+
+    Attributes:
+        place: Where they are, for messages.
+        files: That hold them.
+        rows: One after the other, with these columns and perhaps more.
+    """
+
+    place: str
+    files: tuple[Path, ...]
+    rows: Iterator[Mapping[str, Any]]
+
+
+def open_source(
+    published: DatasetName, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
+) -> Source:
+    """Find a split in a folder, or (None) on the Hub or among what was fetched from it before.
+
+    Args:
+        published: The data set.
+        folder: That holds a copy.
+        split: As published.
+        needed: Columns without which there is no example.
+        wanted: Columns that a copy may lack.
+
+    Raises:
+        FileNotFoundError: If there is no such split; the message says how to place one.
+        ValueError: If columns are missing. Files without a header (JSON) are checked row by row.
+    """
+    if folder is None:
+        return _hub(published, split, needed, wanted)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} with {published.task}; {published.placing(split)}")
+    if (folder / "dataset_dict.json").is_file() and (folder / split / "state.json").is_file():
+        return _saved(folder / split, needed, wanted)
+    if (folder / "state.json").is_file() and folder.name == split:
+        return _saved(folder, needed, wanted)
+    files = find_files(folder, published.config, split)
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no split {split!r} of {published.task}: expected {split}.parquet, .jsonl, "
+            f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {published.placing(split)}"
+        )
+    others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return Source(f"{files[0]}{others}", files, _read_files(files, needed, wanted))
+
+
+def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
+    """A split's files: of the first place and kind that has any."""
+    name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
+    for root in (folder, folder / (config or "."), folder / "data"):
+        for suffix in SUFFIXES:
+            files = sorted(path for path in root.glob(f"{split}*{suffix}") if name.fullmatch(path.stem))
+            if files:
+                return tuple(files)
+    return ()
+
+
+def check_columns(place: str, needed: Sequence[str], found: Sequence[str]) -> None:
+    """Refuse rows without a column that is needed.
+
+    Raises:
+        ValueError: The message names what is missing and what is there.
+    """
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise ValueError(
+            f"{place}: expected the columns {', '.join(needed)}; {', '.join(missing)} missing, found "
+            f"{', '.join(map(str, found))}"
+        )
+
+
+def _hub(published: DatasetName, split: str, needed: Sequence[str], wanted: Sequence[str]) -> Source:
+    name = " ".join(part for part in (published.dataset, published.config) if part)
+    if not published.dataset:
+        raise FileNotFoundError(f"no copy of {published.task}; {published.placing(split)}")
+    from datasets import load_dataset  # takes a second, and most runs read the columns made before
+
+    try:
+        dataset = load_dataset(published.dataset, published.config, split=split)
+    except Exception as error:  # of a dozen kinds, for want of a network
+        reason = str(error).split("\n")[0]
+        raise FileNotFoundError(
+            f"cannot read {name}, split {split!r}, from the Hub ({reason:.200}), and no copy of it is here; "
+            f"{published.placing(split)}"
+        ) from None
+    return _of_dataset(f"{name} {split}", dataset, needed, wanted)
+
+
+def _saved(folder: Path, needed: Sequence[str], wanted: Sequence[str]) -> Source:
+    from datasets import load_from_disk
+
+    return _of_dataset(str(folder), load_from_disk(str(folder)), needed, wanted)
+
+
+def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequence[str]) -> Source:
+    check_columns(place, needed, dataset.column_names)
+    columns = [name for name in (*needed, *wanted) if name in dataset.column_names]
+    files = tuple(Path(file["filename"]) for file in dataset.cache_files)
+    batches = dataset.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
+    return Source(place, files, (row for batch in batches for row in batch.to_pylist()))
+
+
+def _read_files(
+    files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
+) -> Iterator[Mapping[str, Any]]:
+    for path in files:
+        if path.suffix == ".parquet":
+            yield from _read_parquet(path, needed, wanted)
+        elif path.suffix in (".csv", ".tsv"):
+            yield from _read_csv(path, needed)
+        elif _is_list(path):
+            yield from read_array(path, "its publisher")
+        else:
+            yield from read_lines(path, "its publisher")
+
+
+def _read_parquet(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    with pq.ParquetFile(path) as file:
+        found = file.schema_arrow.names
+        check_columns(str(path), needed, found)
+        columns = [name for name in (*needed, *wanted) if name in found]
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _read_csv(path: Path, needed: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        check_columns(str(path), needed, reader.fieldnames or [])
+        yield from reader
+
+
+def _is_list(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

@@ -1,0 +1,280 @@
+"""A text task: an encoder-decoder reads one text and writes the answer; the model is the one of images.
+
+What each task is stands in `nlp_table`, where its rows come from in `nlp_source`. Whatever the source,
+its rows are converted once to the columns of `SCHEMA`:
+
+    {"id": 0, "source_text": "rte sentence1: No weapons ... sentence2: Weapons of ...",
+     "answers": ["not_entailment"], "group": ""}
+
+`id` is the row's number in the published split, from 0; GLUE's own `idx` is the same.
+"""
+
+import hashlib
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.rows import Indices, Rows, convert
+from dept_vl.tasks.metrics.text import squad
+from dept_vl.tasks.text.source import DatasetName, Source, check_columns, open_source
+from dept_vl.tasks.text.table import TEXT_TASKS, Part, Row, TextSpec
+from dept_vl.tasks.text.table import number as read_number
+
+SCHEMA = pa.schema(
+    {
+        "id": pa.int64(),
+        "source_text": pa.string(),
+        "answers": pa.list_(pa.string()),
+        "group": pa.string(),
+    }
+)
+UNLABELLED = (None, "", -1, "-1")
+"""What stands for a label that is not published."""
+FAR = 5
+"""Between the least and the largest number that is an answer (stsb)."""
+DRAWING_SEED = 42
+"""Of the examples that are held out: this literature's."""
+SHORT = {"dev": "validation", "val": "validation"}
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """One split of a text task.
+
+    Attributes:
+        name: As in `TEXT_TASKS`.
+        rows: As in `SCHEMA`.
+    """
+
+    name: str
+    rows: Rows
+    prediction_format: PredictionFormat = PredictionFormat("id", "prediction", "int")
+    image_count: int = 0
+    asks: bool = True
+
+    @classmethod
+    def load(cls, name: str, folder: Path | None, split: str) -> "TextTask":
+        """Read a split.
+
+        Args:
+            name: As in `TEXT_TASKS`.
+            folder: With a copy of the data set, as `nlp_source` says; None for the Hub.
+            split: Train, validation or test: this literature's, see `nlp_table`.
+
+        Raises:
+            FileNotFoundError: If there is no copy and no network.
+            ValueError: If the split is unknown, a column is missing, or a row is damaged.
+        """
+        spec = TEXT_TASKS[name]
+        split = SHORT.get(split, split)
+        if split not in spec.splits:
+            raise ValueError(f"{name} has the splits {', '.join(spec.splits)}; got {split!r}")
+        part = spec.splits[split]
+        whole = read_rows(name, folder, part.split)
+        rows = whole if part.side == "all" else whole.subset(choose(len(whole), part))
+        if not len(rows):
+            raise ValueError(
+                f"{name} has no {split} examples: the published split {part.split!r} has {len(whole)} here"
+            )
+        return cls(name, rows)
+
+    @property
+    def spec(self) -> TextSpec:
+        """What there is to know of the task."""
+        return TEXT_TASKS[self.name]
+
+    @property
+    def primary(self) -> str:
+        """The figure that papers report."""
+        return self.spec.primary
+
+    @property
+    def marked_by(self) -> str:
+        """A class is right or wrong, a number is near or far, and free answers share words."""
+        if self.spec.words:
+            return "right or wrong"
+        return "word F1" if self.spec.answer is None else f"1 - distance / {FAR}"
+
+    @property
+    def decoding(self) -> Decoding:
+        """Greedy; among the words of the classes where there are any."""
+        return Decoding(self.spec.max_new_tokens, candidates=tuple(self.spec.words.values()))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        answer = row["answers"][0] if row["answers"] else ""
+        return Example(
+            example_id=row["id"],
+            source_text=row["source_text"],
+            images=(),
+            targets=((answer, 1.0),) if row["answers"] else (),
+            question=row["source_text"],
+            answer=answer,
+            answers=tuple(row["answers"]),
+            kinds=(("class", answer),) if answer and self.spec.words else (),
+        )
+
+    def source(self, question: str) -> str:
+        """The text as the task's template has it, which puts the names of the columns around their values.
+
+        Of a task with one column the value alone is enough.
+
+        Raises:
+            ValueError: If the text is not of the template's form.
+        """
+        text, names = " ".join(question.split()), _fields(self.spec.text)
+        form = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.spec.text))
+        if not re.fullmatch(form, text) and len(names) == 1:
+            text = self.spec.text.format_map({names[0]: text})
+        if not re.fullmatch(form, text):
+            raise ValueError(
+                f"{self.name} reads {self.spec.text!r}; write the text like that, not {text!r:.80}"
+            )
+        return text
+
+    def source_texts(self) -> pa.ChunkedArray:
+        """What the encoder reads, of all examples."""
+        return self.rows.column("source_text")
+
+    def example_ids(self) -> list[ExampleId]:
+        """The ids of all examples."""
+        ids: list[ExampleId] = self.rows.column("id").to_pylist()
+        return ids
+
+    def images(self, index: int) -> tuple[Path, ...]:
+        """None."""
+        return ()
+
+    def image_files(self) -> list[Path]:
+        """None."""
+        return []
+
+    def subset(self, indices: Sequence[int]) -> "TextTask":
+        """These examples alone."""
+        return replace(self, rows=self.rows.subset(indices))
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """As `marked_by` says; what should be a number and is none gets 0."""
+        if self.spec.words:
+            return float(prediction == example.answer)
+        if self.spec.answer is None:
+            return squad([prediction], [example.answers])["f1"] / 100
+        found = read_number(prediction)
+        return 0.0 if found < 0 else max(0.0, 1 - abs(found - float(example.answer)) / FAR)
+
+    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """The task's figures in percent, the primary one first; empty where labels are not published."""
+        ids = self.example_ids()
+        check_ids(ids, predictions, self.name)
+        answers = self.rows.column("answers").to_pylist()
+        if not all(answers):
+            return {}
+        groups = self.rows.column("group").to_pylist()
+        return self.spec.score([predictions[key] for key in ids], answers, groups)
+
+    def written(self, answer: str) -> str:
+        """A decoded answer without the spaces around it."""
+        return answer.strip()
+
+
+def choose(count: int, part: Part) -> Indices:
+    """The rows of a part among so many, in their order."""
+    import torch  # not for those who only score
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(DRAWING_SEED))
+    drawn = min(part.size, count // 10) if part.size else count // 2
+    side = order[:drawn] if part.side == "drawn" else order[drawn:]
+    chosen: Indices = side.sort().values.numpy()
+    return chosen
+
+
+def read_rows(name: str, folder: Path | None, split: str) -> Rows:
+    """A published split as in `SCHEMA`, converted once.
+
+    Raises:
+        FileNotFoundError: If there is no copy and no network.
+        ValueError: If a column is missing or a row is damaged; the message names both.
+    """
+    spec = TEXT_TASKS[name]
+    published = DatasetName(name, spec.dataset, spec.config)
+    wanted = (spec.only[0],) if spec.only else ()
+    source = open_source(published, folder, split, columns(spec), wanted)
+    if not source.files:  # a data set that was told to live in memory
+        return Rows.of(list(_records(spec, source)), SCHEMA)
+    # Tasks share files (MRQA), and a text is what the table makes of a row.
+    made_by = repr((spec.text, spec.label, sorted(spec.words.items()), spec.group, spec.only))
+    title = f"{name}-{split}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+    return convert(title, source.files, SCHEMA, _records(spec, source), unique="id")
+
+
+def columns(spec: TextSpec) -> tuple[str, ...]:
+    """The columns that a task's rows must have."""
+    named = dict.fromkeys((*_fields(spec.text), *_fields(spec.group), *spec.columns, spec.label))
+    return tuple(named)
+
+
+def _fields(template: str) -> list[str]:
+    """The columns of a template, `idx` for `{idx[question]}`."""
+    return [name.split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name]
+
+
+def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
+    needed, texts = columns(spec), _fields(spec.text)
+    for number, row in enumerate(source.rows):
+        if spec.only and row.get(spec.only[0], spec.only[1]) != spec.only[1]:
+            continue
+        where = f"{source.place}, row {number}"
+        check_columns(where, needed, list(row))
+        if not all(row[name] is None or isinstance(row[name], str) for name in texts):
+            raise ValueError(f"{where}: expected text in {', '.join(texts)}, found {_short(row, texts)}")
+        row = {**row, **{name: row[name] or "" for name in texts}}
+        if not any(row[name].strip() for name in texts):
+            raise ValueError(f"{where}: expected text in {', '.join(texts)}, found nothing")
+        try:
+            row = spec.prepare(row)
+            yield {
+                "id": number,
+                # One space between words, as T5's tokenizer has it anyway.
+                "source_text": " ".join(spec.text.format_map(row).split()),
+                "answers": read_answers(spec, row[spec.label]),
+                "group": spec.group.format_map(row),
+            }
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def read_answers(spec: TextSpec, label: Any) -> list[str]:
+    """The right answers: a class's word, a number's text, or all that are listed; none if unlabelled.
+
+    Raises:
+        ValueError: If the label is of no class of the task.
+    """
+    if isinstance(label, list) and not spec.words and spec.answer is None:
+        if not all(isinstance(answer, str) for answer in label):
+            raise ValueError(f"expected {spec.label} to be a list of texts, found {label!r:.80}")
+        return label
+    if isinstance(label, (str, int, float)) or label is None:
+        if label in UNLABELLED:
+            return []
+        if spec.answer is not None:
+            return [spec.answer(label)]
+        if str(label) in spec.words:
+            return [spec.words[str(label)]]
+        if str(label) in spec.words.values():
+            return [str(label)]
+    expected = ", ".join(f"{key} ({word})" for key, word in spec.words.items()) or "a list of answers"
+    raise ValueError(f"expected {spec.label} to be {expected}, found {label!r:.80}")
+
+
+def _short(row: Row, names: Sequence[str]) -> str:
+    return ", ".join(f"{row[name]!r:.40}" for name in names)

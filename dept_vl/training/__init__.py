@@ -1,0 +1,20 @@
+"""One run: its folder, model, loop, checkpoints, log and scores.
+
+`run` has the stages; `loop` is the one training loop; `score_run` scores a finished run again.
+"""
+
+__all__ = [
+    "build",
+    "checkpoint",
+    "errors",
+    "extract",
+    "folder",
+    "log",
+    "loop",
+    "optim",
+    "progress",
+    "report",
+    "run",
+    "score_run",
+    "trackers",
+]

@@ -1,0 +1,393 @@
+"""The state of a training run, so that a run that was killed goes on as if it had not been.
+
+    checkpoints/step-00001200/
+        tensors.safetensors   trained parameters and the optimizer's state, by name
+        state.json            schedule, rates, counters, scores; what the tensors belong to
+        rng-0.safetensors     random generators of process 0, and so on for every process
+        manifest.json         size and SHA-256 of each file, written last
+
+A checkpoint is written beside its place, flushed to the disk and renamed; older ones are removed only
+when it is whole. A damaged one is reported and the one before is taken. This is another thing than the
+adapter (`checkpoint.py`), which is small and made to be passed on.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dept_vl._utils.io import difference, one_line, read_json, read_object, writing
+from dept_vl._utils.run_files import CHECKPOINTS
+from dept_vl._utils.tensors import check_parameters, read_tensors
+
+KEPT = 2
+"""Checkpoints that stay: should the newest be damaged, the one before is there."""
+MANIFEST = "manifest.json"
+STATE_VERSION = 1
+
+DESCRIPTION = {
+    "version": STATE_VERSION,
+    "processes": int,
+    "progress": {
+        "steps": int,
+        "best_step": int,
+        "best_scores": {str: float},
+        "scores": {str: float},
+        "history": [[float]],
+        "evaluations_without_progress": int,
+        "examples": int,
+        "skipped": int,
+        "train_seconds": float,
+        "eval_seconds": float,
+        "stopped_by": int,
+    },
+    "optimizer": {str: [str]},
+    "rates": list,
+    "schedule": dict,
+}
+"""Fields of `state.json`, as `files.difference` has them."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW knows of a parameter."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, and what it has found.
+
+    Attributes:
+        steps: Optimizer steps done.
+        best_step: When the best evaluation on the dev splits was made; 0 before the first.
+        best_scores: Its figures.
+        scores: Figures of the last evaluation.
+        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
+        evaluations_without_progress: Since the best.
+        examples: Learnt so far, over all processes.
+        skipped: Left out because their image could not be read, each time they came up.
+        train_seconds: Spent in training steps, evaluation left out.
+        eval_seconds: Spent in evaluations.
+        stopped_by: Number of the signal that ended the run early; 0 if none did.
+    """
+
+    steps: int = 0
+    best_step: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    evaluations_without_progress: int = 0
+    examples: int = 0
+    skipped: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    stopped_by: int = 0
+
+    @property
+    def best_score(self) -> float:
+        """The figure that decides, of the best evaluation; minus infinity before the first."""
+        return max((score for _, score in self.history), default=-math.inf)
+
+
+class TrainingState:
+    """Reads and writes the checkpoints of a run.
+
+    Args:
+        folder: Of the run.
+        model: The unwrapped model.
+        optimizer: Its optimizer, as `torch.optim` has it.
+        schedule: Of the learning rates.
+        accelerator: Of the run.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        accelerator: Accelerator,
+    ) -> None:
+        self.folder = folder / CHECKPOINTS
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer, self.schedule, self.accelerator = optimizer, schedule, accelerator
+        self.fused = bool(optimizer.param_groups[0].get("fused"))
+
+    def save(self, progress: Progress) -> Path:
+        """Write a checkpoint; on every process, since each has its own random generators.
+
+        Raises:
+            OSError: If it cannot be written; the checkpoints before are untouched.
+            ValueError: If a trained parameter is not finite: going on from it would lead nowhere.
+        """
+        # On the main process: the others have the same.
+        tensors = self._tensors() if self.accelerator.is_main_process else {}
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"after step {progress.steps} {broken[0]} is not finite; lower the learning rates or train "
+                f"in full precision, in a new run. The checkpoints in {self.folder} are of steps before"
+            )
+        place = self.folder / f"step-{progress.steps:08d}"
+        partial = self.folder / f".{place.name}.partial"
+        try:
+            self._save(place, partial, tensors, progress)
+        except OSError:
+            # A full disk has no room for a part either.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return place
+
+    def _save(self, place: Path, partial: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        rank = self.accelerator.process_index
+        _write(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
+        if main:
+            _write(partial / "tensors.safetensors", save(tensors))
+            _write(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
+        self.accelerator.wait_for_everyone()
+        if main:
+            _write(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
+            _sync(partial)
+            shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
+            partial.rename(place)
+            _sync(self.folder)
+            for old in checkpoints(self.folder.parent)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, place: Path) -> Progress:
+        """Put model, optimizer and schedule back to a checkpoint.
+
+        Raises:
+            ValueError: If the checkpoint is of another model or of another number of processes, or is
+                damaged.
+        """
+        content = read_object(place / "state.json", DESCRIPTION)
+        processes = self.accelerator.num_processes
+        if content["processes"] != processes:
+            raise ValueError(
+                f"{place} is of {content['processes']} process(es), and this run has {processes}; go on with "
+                f"--num_processes {content['processes']}, or start a new run"
+            )
+        # `rates` and `schedule` go into the optimizer's and the schedule's own attributes.
+        problem = (
+            _unlike(content["rates"], self._rates(), "rates")
+            or _unlike(content["schedule"], self.schedule.state_dict(), "schedule")
+            or _impossible(content["progress"])
+        )
+        if problem:
+            raise ValueError(f"{place / 'state.json'} is damaged: {problem}")
+        tensors = read_tensors(place / "tensors.safetensors")
+        self._check_tensors(tensors, content["optimizer"], place)
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[f"model.{name}"])
+                self.optimizer.state[parameter] = {
+                    # The count of steps is on the CPU unless the optimizer is fused.
+                    key: value.to(parameter.device) if key != "step" or self.fused else value
+                    for key in content["optimizer"][name]
+                    for value in [tensors[f"optimizer.{name}.{key}"]]
+                }
+        for group, rates in zip(self.optimizer.param_groups, content["rates"], strict=True):
+            group.update(rates)
+        self.schedule.load_state_dict(content["schedule"])
+        saved = content["progress"]
+        saved["history"] = [(step, float(score)) for step, score in saved["history"]]
+        seconds = {name: float(saved[name]) for name in ("train_seconds", "eval_seconds")}
+        return Progress(**saved | seconds)
+
+    def load_random_state(self, place: Path) -> None:
+        """Put this process's random generators back; last, since making a loader draws from them.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = place / f"rng-{self.accelerator.process_index}.safetensors"
+        tensors = read_tensors(path)
+        try:
+            _restore_random_state(tensors, self.accelerator.device)
+        # Every generator has its own way of refusing a state.
+        except (LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is damaged: it holds no states of generators: {one_line(error)}"
+            ) from None
+
+    def _check_tensors(
+        self, tensors: Mapping[str, Tensor], moments: Mapping[str, list[str]], place: Path
+    ) -> None:
+        expected = {f"model.{name}" for name in self.trained}
+        found = {name for name in tensors if name.startswith("model.")}
+        if expected != found:
+            raise ValueError(
+                f"{place} is of another model: missing {sorted(expected - found)[:3]}, "
+                f"unknown {sorted(found - expected)[:3]}"
+            )
+        path = place / "tensors.safetensors"
+        shapes = {f"model.{name}": tuple(p.shape) for name, p in self.trained.items()}
+        for name, keys in moments.items():
+            for key in keys:
+                whole = self.trained[name].shape if name in self.trained else torch.Size()
+                shapes[f"optimizer.{name}.{key}"] = () if key == "step" else tuple(whole)
+        known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(
+            key for keys in moments.values() for key in keys
+        )
+        if not known or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
+            raise ValueError(
+                f"{path} is damaged, or of another model: expected the tensors that state.json names, of "
+                "this model's shapes, found others"
+            )
+        check_parameters(tensors, path)
+
+    def _rates(self) -> list[dict[str, float]]:
+        return [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.trained.items():
+            tensors[f"model.{name}"] = parameter
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+    def _description(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "processes": self.accelerator.num_processes,
+            "progress": asdict(progress),
+            "optimizer": {name: sorted(self.optimizer.state[p]) for name, p in self.trained.items()},
+            "rates": self._rates(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, whole or not."""
+    return sorted((run / CHECKPOINTS).glob("step-*"))
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The optimizer steps after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and what is wrong with those that are newer.
+
+    Returns:
+        The checkpoint, None if there is none; a line for each damaged one.
+    """
+    damaged: list[str] = []
+    for place in reversed(checkpoints(run)):
+        problem = check(place)
+        if not problem:
+            return place, damaged
+        damaged.append(problem)
+    return None, damaged
+
+
+def check(place: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is."""
+    try:
+        manifest = read_json(place / MANIFEST)
+        if manifest != _manifest(place):
+            return f"{place} is damaged: its files are not those of its {MANIFEST}"
+        version = read_json(place / "state.json")["version"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{place} is damaged: {one_line(error)}"
+    if version != STATE_VERSION:
+        return f"{place} has format version {version!r:.60}; this dept_vl reads {STATE_VERSION}"
+    return ""
+
+
+def _manifest(folder: Path) -> dict[str, list[Any]]:
+    return {
+        path.name: [path.stat().st_size, _digest(path)]
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unlike(found: Any, own: Any, name: str) -> str:
+    """Where a state differs in kind from one's own; empty if nowhere."""
+    if isinstance(own, dict) and isinstance(found, dict) and found.keys() == own.keys():
+        places = [(found[key], own[key], f"{name}.{key}") for key in own]
+    elif isinstance(own, list) and isinstance(found, list) and len(found) == len(own):
+        places = [(found[place], own[place], f"{name}[{place}]") for place in range(len(own))]
+    elif isinstance(own, dict | list):
+        return f"expected {name} to be like {own!r:.200}, found {found!r:.200}"
+    else:
+        return difference(found, type(own), name)
+    return next(filter(None, (_unlike(*place) for place in places)), "")
+
+
+def _impossible(progress: Mapping[str, Any]) -> str:
+    """What no run can have counted; empty if nothing."""
+    negative = {name: value for name, value in progress.items() if type(value) in (int, float) and value < 0}
+    if negative:
+        return f"expected counts of 0 or more in progress, found {negative!s:.200}"
+    if any(len(pair) != 2 or type(pair[0]) is not int for pair in progress["history"]):
+        return "expected pairs of a step and a score in progress.history"
+    return ""
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Generators of Python, NumPy and torch as tensors: nothing that would have to be unpickled."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*map(int, keys), position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss[0] if gauss else None))
+    *keys, position, has_gauss = state["numpy"].tolist()
+    cached = float(state["numpy_gauss"][0])
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with writing(path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Flush a folder's own entries, without which a renamed file may be gone after a power cut."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

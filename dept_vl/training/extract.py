@@ -1,0 +1,113 @@
+"""Visual features of a data set, encoded once and kept: what `scripts/extract_features.py` does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers.utils.logging import disable_progress_bar
+
+from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
+from dept_vl.data.feature_store import DTYPES, read_index, write_features
+from dept_vl.data.splits import GIB, check_images, features_folder, with_split_names
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks import data_folder, load_task
+from dept_vl.training.errors import explained
+
+
+def extract(config: ExtractConfig) -> list[Path]:
+    """Encode every image of the splits once, every process its share; what is there already stays.
+
+    Returns:
+        The folder of each task's features.
+
+    Raises:
+        FileNotFoundError: If data or images are missing.
+        ValueError: If a task has no images, an image cannot be read that may not be skipped, or the folder
+            holds features of another encoder.
+        OSError, RuntimeError: If the machine fails, as `explained` says it.
+    """
+    disable_progress_bar()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    vision = load_vision(config.backbone).to(accelerator.device)
+    folders = []
+    for options in (config.data, *config.also):
+        options = replace(options, on_bad_image=config.data.on_bad_image)
+        folder = features_folder(options)
+        with accelerator.local_main_process_first():  # the first to read converts the files for all
+            paths = image_files(options, config.splits)
+        size = len(paths) * vision.token_count * vision.d_vision * DTYPES[config.dtype].itemsize / GIB
+        accelerator.print(
+            f"{len(paths):,} images of {options.task}: {size:.3g} GiB in {config.dtype} to {folder}"
+        )
+        with explained(
+            folder, "--features_dir", "No shard that was written is lost: the same command goes on"
+        ):
+            encoded = write_features(
+                vision,
+                data_folder(options.task, options.data_dir),
+                paths,
+                folder,
+                accelerator,
+                dtype=config.dtype,
+                shard_images=config.shard_images,
+                batch_size=config.batch_size,
+                num_workers=config.num_workers,
+                skip_unreadable=config.data.on_bad_image == "skip",
+            )
+        index = read_index(folder)
+        accelerator.print(f"{encoded:,} images encoded, {len(index['images']) - encoded:,} were there")
+        if unreadable := index["unreadable"]:
+            first = next(iter(unreadable.values()))
+            accelerator.print(f"warning: {len(unreadable):,} images cannot be read, the first: {first}")
+        folders.append(folder)
+    accelerator.end_training()
+    return folders
+
+
+def with_features(config: RunConfig, folder: Path) -> RunConfig:
+    """A run of one task with images that reads its visual features from a folder, made first if need be."""
+    data = replace(config.data, features_dir=folder)
+    extract(ExtractConfig(data=data, backbone=config.backbone, dtype="float32"))
+    return replace(config, data=replace(data, features="cached"))
+
+
+def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
+    """The different images of these splits, or of those that a run reads.
+
+    Raises:
+        FileNotFoundError: If images are missing that are not to be skipped.
+        ValueError: If there are none.
+    """
+    named = with_split_names(options)
+    names = splits or (named.train_split, named.dev_split, named.test_split)
+    paths: dict[Path, None] = {}
+    for name in dict.fromkeys(filter(None, names)):
+        task = load_task(options.task, options.data_dir, name)
+        paths |= dict.fromkeys(check_images(task, options.on_bad_image or "raise").image_files())
+    if not paths:
+        raise ValueError(f"{options.task} has no images to encode")
+    return list(paths)
+
+
+def load_vision(options: BackboneOptions) -> VisionEncoder:
+    """The image encoder alone.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if options.backbone is not None:
+        vision = Backbone.from_pretrained(options.backbone).vision
+    elif options.vision is not None:
+        vision = VisionEncoder.from_pretrained(
+            options.vision,
+            layer=options.vision_layer,
+            class_token=options.class_token,
+            pooled_grid=options.pooled_grid,
+        )
+    else:
+        vision = None
+    if vision is None:
+        raise ValueError("expected an image encoder; give --vision, or a --backbone that has one")
+    return vision

@@ -1,0 +1,120 @@
+"""The folder of a run: claimed by a new one, or gone on with under the same options."""
+
+import json
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.run_files import BEST, CONFIG_FILE, FEATURES_FILE, LOG_FILE
+from dept_vl.config import RunConfig, differences, to_json
+from dept_vl.training.checkpoint import newest, steps_of
+from dept_vl.training.errors import explained
+
+
+def open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """The run's folder, claimed or gone on with, and the checkpoint to go on from."""
+    if config.resume not in ("", "auto"):
+        output_dir = Path(config.resume)
+        if not _holds_run(output_dir):
+            raise FileNotFoundError(f"--resume {output_dir}: expected the folder of a run, found none there")
+        return output_dir, _go_on(config, output_dir, accelerator)
+    if config.resume == "auto" and config.output_dir is None:
+        raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
+    if config.resume == "auto" and _holds_run(Path(config.output_dir or "")):
+        return Path(config.output_dir or ""), _go_on(config, Path(config.output_dir or ""), accelerator)
+    return _claim_output_dir(config, accelerator), None
+
+
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
+
+
+def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
+    """The newest whole checkpoint of a run that was started with the same options."""
+    started = read_object(output_dir / CONFIG_FILE, dict)
+    changed = differences(started, to_json(config))
+    if changed:
+        raise ValueError(
+            f"{output_dir} was started with other options ({'; '.join(changed)}); go on with its own, by "
+            f"--config {output_dir / CONFIG_FILE}, or begin a new run"
+        )
+    checkpoint, damaged = newest(output_dir)
+    for problem in damaged:
+        accelerator.print(f"warning: {problem}; the one before is taken")
+    # Every process looks before one writes again.
+    accelerator.wait_for_everyone()
+    where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
+    accelerator.print(f"going on with {output_dir} from {where}")
+    return checkpoint
+
+
+def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
+    """Create the run's folder and write its configuration there."""
+    chosen = [str(config.output_dir or "")]
+    if config.output_dir is None and accelerator.is_main_process:
+        chosen = [str(_new_folder(config.data.task))]
+    output_dir = Path(broadcast_object_list(chosen)[0])
+    holds_run = _holds_run(output_dir)
+    # Every process looks before one writes, so that all of them refuse together.
+    accelerator.wait_for_everyone()
+    if holds_run:
+        raise FileExistsError(
+            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
+            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
+        )
+    if accelerator.is_main_process:
+        with explained(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode()
+            )
+    accelerator.wait_for_everyone()
+    return output_dir
+
+
+def _new_folder(task: str) -> Path:
+    """A folder under runs/ that nobody else has, even if another run starts in the same second."""
+    name = time.strftime(f"{task}-%Y%m%d-%H%M%S")
+    for number in count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with explained(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
+
+
+def release(output_dir: Path, accelerator: Accelerator) -> None:
+    """Take back the claim of a run that was refused before its first step: its command can be put right.
+
+    Args:
+        output_dir: Where it began.
+        accelerator: Of the run.
+    """
+    if accelerator.is_main_process and not (output_dir / LOG_FILE).exists():
+        for name in (CONFIG_FILE, FEATURES_FILE):
+            with suppress(OSError):  # what refused the run is what is to be said
+                (output_dir / name).unlink()
+
+
+def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:
+    """Note in what the visual features of a run are stored; features in another would give another result.
+
+    Raises:
+        ValueError: If the run began with features in another.
+    """
+    path = output_dir / FEATURES_FILE
+    if accelerator.is_main_process and not path.is_file():
+        write_atomically(path, json.dumps({"dtype": precision}).encode())
+    accelerator.wait_for_everyone()
+    began = read_object(path, {"dtype": str})["dtype"]
+    if began != precision:
+        raise ValueError(
+            f"{output_dir} began with visual features in {began} and would go on with {precision}, to "
+            "another result; say --features cached with the --features_dir that it began with, or --features "
+            "live if it began without (float32)"
+        )

@@ -1,0 +1,200 @@
+"""What a run writes down as it trains: lines of JSON, the same to its trackers, and what a person sees."""
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dept_vl._utils.io import one_line, write_atomically, writing
+from dept_vl._utils.run_files import LOG_FILE
+from dept_vl.data.collate import Batch
+from dept_vl.tasks.io.predictions import ExampleId
+from dept_vl.training.checkpoint import Progress
+from dept_vl.training.progress import Figures, ProgressLine
+
+GIB = 2**30
+SPIKE, SPIKE_WINDOW = 5.0, 20
+"""A loss is remarked on above so many times the median of so many logged before it."""
+
+
+class Log:
+    """A line of JSON for every record, the same to the run's trackers, and what a person sees.
+
+    Losses are looked at only when they are logged, since each look waits for the device; a loss that
+    is not finite is found then, with the step and the batch that it came from.
+
+    Args:
+        accelerator: Of the run; only its main process writes.
+        path: The file.
+        progress: Of the run. What the file has of later steps is cut off, since it will come again.
+        max_steps: Optimizer steps of the run.
+        eval_every: Optimizer steps between evaluations.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, path: Path, progress: Progress, max_steps: int, eval_every: int
+    ) -> None:
+        self.accelerator, self.path, self.progress = accelerator, path, progress
+        self.max_steps, self.evaluations = max_steps, math.ceil(max_steps / eval_every)
+        self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
+        self.examples = self.tokens = self.skipped = 0
+        # Of all processes, since the last figures.
+        self.learnt = self.read = 0.0
+        self.told_at = progress.train_seconds
+        self.usual: deque[float] = deque(maxlen=SPIKE_WINDOW)
+        if accelerator.is_main_process:
+            _cut_log(path, progress.steps)
+        self.line = ProgressLine(max_steps, progress.steps, show=accelerator.is_main_process)
+
+    def note(self, batch: Batch, tokens: int, loss: Tensor) -> None:
+        """Remember a batch until the next look.
+
+        Args:
+            batch: What was learnt.
+            tokens: That the encoder read of it.
+            loss: Of it; not looked at.
+        """
+        self.pending.append((self.progress.steps + 1, batch.ids, loss.detach()))
+        self.examples += len(batch.ids)
+        self.tokens += tokens
+        self.skipped += len(batch.skipped)
+
+    def look(self, loss: Tensor) -> float:
+        """Check all losses since the last look and count what was learnt.
+
+        Args:
+            loss: Of the last step, on this process.
+
+        Returns:
+            The same over all processes.
+
+        Raises:
+            ValueError: If one is not finite.
+        """
+        progress, accelerator = self.progress, self.accelerator
+        self._check_finite()
+        counted = [self.examples, self.tokens, self.skipped]
+        own = torch.cat([loss.double()[None], torch.tensor(counted, dtype=torch.double, device=loss.device)])
+        mean_loss, examples, tokens, skipped = accelerator.reduce(own, "sum").tolist()
+        mean_loss /= accelerator.num_processes
+        progress.examples += round(examples)
+        progress.skipped += round(skipped)
+        self.learnt += examples
+        self.read += tokens
+        self.examples = self.tokens = self.skipped = 0
+        return float(mean_loss)
+
+    def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
+        """Write the loss of a step and its learning rates, by parameter group."""
+        progress = self.progress
+        seconds = max(progress.train_seconds - self.told_at, 1e-9)
+        figures = Figures(
+            mean_loss,
+            rates,
+            self.learnt / seconds,
+            self.read / seconds,
+            memory_gib(self.accelerator.device),
+            self._seconds_left(),
+        )
+        self.told_at, self.learnt, self.read = progress.train_seconds, 0.0, 0.0
+        skipped = {"skipped_examples": float(progress.skipped)} if progress.skipped else {}
+        self._write(figures.record() | skipped)
+        self.line.tell(progress.steps, figures)
+        self._remark_spike(mean_loss)
+
+    def scores(self, name: str, score: float, scores: Mapping[str, float], *, keep: bool = True) -> None:
+        """Tell the figures of an evaluation, and write those to be kept.
+
+        A resumed run keeps the lines up to its checkpoint: what an undisturbed run has not must not be there.
+        """
+        if keep:
+            self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
+        self.line.say(f"step {self.progress.steps}: dev {name} {score:.2f}")
+
+    def advance(self) -> None:
+        """A step is done."""
+        self.line.advance(self.progress.steps)
+
+    def close(self) -> None:
+        """End the line."""
+        self.line.close()
+
+    def _seconds_left(self) -> float:
+        """At the mean pace of steps and evaluations so far."""
+        progress = self.progress
+        steps = progress.train_seconds / progress.steps * (self.max_steps - progress.steps)
+        done = len(progress.history)
+        evaluations = progress.eval_seconds / done * max(0, self.evaluations - done) if done else 0.0
+        return steps + evaluations
+
+    def _check_finite(self) -> None:
+        losses = torch.stack([loss for _, _, loss in self.pending]).tolist()
+        pending, self.pending = self.pending, []
+        for (step, ids, _), loss in zip(pending, losses, strict=True):
+            if not math.isfinite(loss):
+                folder = self.path.parent
+                raise ValueError(
+                    f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower "
+                    "the learning rates or train in full precision, in a new run. Checkpoints and the best "
+                    f"adapter in {folder} are of steps before"
+                )
+
+    def _remark_spike(self, mean_loss: float) -> None:
+        usual = median(self.usual) if len(self.usual) == SPIKE_WINDOW else math.inf
+        if mean_loss > SPIKE * usual:
+            self.line.say(
+                f"warning: the loss is {mean_loss:.3f} at step {self.progress.steps}; {usual:.3f} is usual. "
+                "If it stays there, lower the learning rates in a new run"
+            )
+        self.usual.append(mean_loss)
+
+    def _write(self, record: Mapping[str, float]) -> None:
+        step = self.progress.steps
+        if self.accelerator.is_main_process:
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **record}) + "\n")
+        self.accelerator.log(dict(record), step=step)
+
+
+def best_dev(run: Path, steps: int | None = None) -> float:
+    """The best figure that a run had on its dev splits, of several tasks the mean.
+
+    Args:
+        run: Its folder.
+        steps: Up to which evaluations count; None for all.
+    """
+    records = map(json.loads, (run / LOG_FILE).read_text().splitlines())
+    return max(
+        float(record["score"])
+        for record in records
+        if "score" in record and (steps is None or record["step"] <= steps)
+    )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory, in GiB: of a GPU the most that tensors took so far, else what the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return float(psutil.Process().memory_info().rss) / GIB
+
+
+def _cut_log(path: Path, steps: int) -> None:
+    """Leave the lines of a log up to a step; those behind it will come again."""
+    if not path.is_file():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
+            "move it away to go on without it"
+        ) from None
+    write_atomically(path, "".join(kept).encode())

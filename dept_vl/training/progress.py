@@ -1,0 +1,154 @@
+"""The line that a person watches while a run trains: drawn over where it can be, plain where it cannot."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from dept_vl._utils.terminal import duration, is_live
+
+PLAIN_SECONDS = 10.0
+"""Least time between two lines where they stay: in a pipe, a file, a batch job."""
+USUAL_COLUMNS = 100
+"""Taken where the width is not known, as in a notebook."""
+BAR = 6
+"""Columns below which a bar tells nothing."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is to be told of a step.
+
+    Attributes:
+        loss: Mean over the step's batches and all processes.
+        rates: Learning rate by parameter group.
+        samples_per_second: Examples learnt by all processes since the figures before.
+        tokens_per_second: Tokens that the encoder read meanwhile: prompt, text and visual, no padding.
+        memory: GiB: of a GPU the most that tensors took so far, else what the process holds; of the main
+            process.
+        seconds_left: Until the last step, evaluations included, at the pace so far.
+    """
+
+    loss: float
+    rates: Mapping[str, float]
+    samples_per_second: float
+    tokens_per_second: float
+    memory: float
+    seconds_left: float
+
+    def record(self) -> dict[str, float]:
+        """By the names that they have in the log and in trackers."""
+        return {
+            "loss": self.loss,
+            **{f"lr/{group}": rate for group, rate in self.rates.items()},
+            "samples_per_second": round(self.samples_per_second, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "memory_gib": round(self.memory, 3),
+            "seconds_left": round(self.seconds_left, 1),
+        }
+
+    def plain(self) -> str:
+        """In words."""
+        rates = " ".join(f"{group} {rate:.3g}" for group, rate in self.rates.items())
+        return (
+            f"loss {self.loss:.3f}, lr {rates}, {short(self.samples_per_second)} samples/s, "
+            f"{short(self.tokens_per_second)} tokens/s, {self.memory:.1f} GiB, "
+            f"{duration(self.seconds_left)} left"
+        )
+
+    def brief(self) -> list[str]:
+        """In pieces, the most important first."""
+        return [
+            f"loss {self.loss:.3f}",
+            f"{duration(self.seconds_left)} left",
+            "lr " + "/".join(map(_rate, self.rates.values())),
+            f"{short(self.samples_per_second)} ex/s",
+            f"{short(self.tokens_per_second)} tok/s",
+            f"{self.memory:.1f}G",
+        ]
+
+
+class ProgressLine:
+    """Tells how far a run is: on a terminal and in a notebook in one line, else in a line now and then.
+
+    Args:
+        total: Steps of the run.
+        done: Steps that were done before.
+        show: Whether this process is the one that tells.
+    """
+
+    def __init__(self, total: int, done: int, *, show: bool) -> None:
+        self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS
+        self.pieces: list[str] = []
+        self.bar = tqdm(total=total, initial=done, disable=not (show and is_live()), bar_format="{desc}")
+        self._draw(done)
+
+    def advance(self, step: int) -> None:
+        """A step is done."""
+        if not self.bar.disable:
+            self._draw(step)
+            self.bar.update(step - self.bar.n)
+
+    def tell(self, step: int, figures: Figures) -> None:
+        """There are figures of a step."""
+        if not self.bar.disable:
+            self.pieces = figures.brief()
+            self._draw(step)
+            self.bar.refresh()
+        elif self.show and (step == self.total or time.monotonic() - self.told_at >= PLAIN_SECONDS):
+            self.told_at = time.monotonic()
+            print(f"step {step}/{self.total}: {figures.plain()}", flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self.show:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        """Leave the line as it is."""
+        self.bar.close()
+
+    def _draw(self, step: int) -> None:
+        # The last column stays free, or some terminals begin a new line.
+        columns = _columns() - 1
+        line = fitted([f"{step}/{self.total}", *self.pieces], columns)
+        room = columns - len(line) - 1
+        self.bar.ncols = columns
+        # A description of its own, since braces are the format's.
+        self.bar.desc = line
+        self.bar.bar_format = "{desc} {bar}" if room >= BAR else "{desc}"
+
+
+def fitted(pieces: Sequence[str], columns: int) -> str:
+    """As many of the pieces as there is room for, each of them whole, the first ones first."""
+    line = pieces[0]
+    for piece in pieces[1:]:
+        if len(line) + 1 + len(piece) > columns:
+            break
+        line += " " + piece
+    return line
+
+
+def short(number: float) -> str:
+    """Two digits at least: 0.52, 5.2, 52, 520, 5.2k, 52k, 5.2M."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if number >= 0.9995 * size:
+            scaled = number / size
+            return f"{scaled:.1f}{unit}" if scaled < 9.95 else f"{scaled:.0f}{unit}"
+    return f"{number:.2f}" if number < 0.995 else f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
+
+
+def _rate(rate: float) -> str:
+    """In as few characters as two digits take: 0.29, 9.6e-4."""
+    return f"{rate:.2g}" if rate == 0 or rate >= 0.01 else f"{rate:.1e}".replace("e-0", "e-")
+
+
+def _columns() -> int:
+    try:
+        # 0 where a terminal does not say.
+        return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_COLUMNS
+    except (OSError, ValueError):
+        return USUAL_COLUMNS

@@ -1,0 +1,91 @@
+"""The tracker beside a run's own log: TensorBoard, W&B, trackio, or another that accelerate has."""
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from dept_vl._utils.io import read_object, write_atomically
+from dept_vl.config import RunConfig, flat, to_json
+
+PROJECT = "dept_vl"
+TRACKER_FILE = "tracker.json"
+"""Of a run: by what W&B and trackio know it, so that it goes on there when it goes on here."""
+EXTRAS = ("tensorboard", "trackio", "wandb")
+"""Trackers for which the package has an extra, by the name of both."""
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker that there is not, before anything is made.
+
+    Raises:
+        ValueError: If accelerate knows none of that name.
+        ImportError: If its package is not installed; accelerate would go on without it and say nothing.
+    """
+    known = sorted(tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL)
+    if name is not None and name not in known:
+        raise ValueError(f"log_with is {name!r:.60}; expected one of {', '.join(known)}")
+    if name is not None and name not in map(str, get_available_trackers()):
+        install = f'pip install -e ".[{name}]"' if name in EXTRAS else f"pip install {name}"
+        raise ImportError(
+            f"--log_with {name} needs the package {name}, which is not installed: {install}, or leave "
+            "--log_with out; log.jsonl holds the same figures"
+        )
+
+
+def start_tracker(
+    accelerator: Accelerator,
+    config: RunConfig,
+    output_dir: Path,
+    found: Mapping[str, int | str],
+    steps: int,
+) -> None:
+    """Begin to log, or go on where a run goes on; on the main process alone.
+
+    Args:
+        accelerator: Of the run, made with the configuration's `log_with`.
+        config: Of the run; told to the tracker as flat hyper-parameters.
+        output_dir: Folder of the run; TensorBoard's and W&B's files go there too.
+        found: What else is to be told: sizes that were solved, what is trained.
+        steps: Optimizer steps done before. What was logged of later ones is logged again: TensorBoard then
+            hides the first, W&B keeps it, trackio has both.
+    """
+    # The folder has its name only now.
+    accelerator.project_configuration.logging_dir = str(output_dir)
+    options: dict[str, dict[str, Any]] = {}
+    board = output_dir / PROJECT
+    begun = config.log_with == "tensorboard" and board.is_dir() and any(board.rglob("events.*"))
+    if begun:
+        options["tensorboard"] = {"purge_step": steps + 1}
+    if config.log_with in ("wandb", "trackio") and accelerator.is_main_process:
+        key = _key(output_dir / TRACKER_FILE)
+        options["wandb"] = {"id": key, "name": output_dir.name, "dir": str(output_dir), "resume": "allow"}
+        options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
+    chosen = {name: option for name, option in options.items() if name == config.log_with}
+    # TensorBoard would have them a second time, as of another run.
+    told = None if begun else hyper_parameters(config) | dict(found)
+    accelerator.init_trackers(PROJECT, config=told, init_kwargs=chosen)
+
+
+def hyper_parameters(config: RunConfig) -> dict[str, Any]:
+    """The options by their dotted names, in types that every tracker shows; what is None is left out."""
+    options = to_json(config)
+    options |= {f"also.{place}": task for place, task in enumerate(options.pop("also"))}
+    shown = {
+        name: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in flat(options).items()
+    }
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def _key(path: Path) -> str:
+    if not path.is_file():
+        # Not by a generator whose state the run depends on.
+        write_atomically(path, json.dumps({"id": secrets.token_hex(4)}).encode())
+    key: str = read_object(path, {"id": str})["id"]
+    return key

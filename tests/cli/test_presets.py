@@ -1,0 +1,65 @@
+"""The released runs' hyper-parameters against the table they were read from, and the budget."""
+
+import pytest
+
+from dept_vl.presets import PAPER, Preset
+from dept_vl.prompts.dept import parameter_count, solve_budget, solve_rank
+
+D_MODEL, BUDGET = 768, 76_800
+
+# task: m, r, prompt_lr, lora_lr, steps, s, batch, accumulation, warm-up; every field spelt out.
+TABLE = {
+    "cola": (80, 15, 0.3, 5e-4, 40_000, 256, 32, 1, 500),
+    "mnli": (60, 30, 0.3, 1e-4, 250_000, 256, 32, 1, 500),
+    "mrpc": (60, 30, 0.3, 5e-3, 10_000, 256, 32, 1, 500),
+    "qnli": (60, 30, 0.4, 5e-3, 100_000, 256, 32, 1, 500),
+    "qqp": (60, 30, 0.4, 5e-3, 100_000, 256, 32, 1, 500),
+    "rte": (60, 30, 0.4, 1e-4, 30_000, 256, 32, 1, 500),
+    "cb": (60, 30, 0.4, 1e-4, 30_000, 256, 32, 1, 500),
+    "sst2": (60, 30, 0.3, 5e-4, 30_000, 256, 32, 1, 500),
+    "stsb": (60, 30, 0.3, 1e-4, 30_000, 256, 32, 1, 500),
+    "boolq": (40, 45, 0.3, 5e-3, 30_000, 256, 32, 1, 500),
+    "multirc": (60, 30, 0.3, 5e-3, 30_000, 348, 32, 1, 500),
+    "wic": (60, 30, 0.3, 1e-3, 20_000, 256, 32, 1, 500),
+    "wsc": (60, 30, 0.3, 1e-4, 20_000, 256, 32, 1, 500),
+    "newsqa": (60, 24, 0.4, 1e-4, 200_000, 512, 16, 2, 500),
+    "hotpotqa": (60, 24, 0.4, 1e-4, 250_000, 512, 16, 2, 500),
+    "searchqa": (60, 24, 0.3, 1e-4, 250_000, 512, 16, 2, 500),
+    "naturalquestions": (60, 24, 0.3, 1e-4, 300_000, 512, 16, 2, 500),
+}
+
+
+@pytest.mark.parametrize("task", TABLE)
+def test_preset_is_the_row_of_the_table(task: str) -> None:
+    assert PAPER[task] == Preset(*TABLE[task])
+
+
+def test_there_are_17_of_them() -> None:
+    assert PAPER.keys() == TABLE.keys()
+    assert len(PAPER) == 17
+
+
+def test_every_update_sees_32_examples() -> None:
+    assert {p.batch_size * p.gradient_accumulation_steps for p in PAPER.values()} == {32}
+
+
+def test_multirc_alone_is_over_the_budget() -> None:
+    used = {
+        task: parameter_count(D_MODEL, p.max_source_length, p.prompt_length, p.rank)
+        for task, p in PAPER.items()
+    }
+    assert {task: count for task, count in used.items() if count > BUDGET} == {"multirc": 79_560}
+    assert {count for task, count in used.items() if task != "multirc"} == {BUDGET}
+
+
+@pytest.mark.parametrize("task", TABLE)
+def test_the_solver_gives_the_published_rank_where_that_keeps_the_budget(task: str) -> None:
+    preset = PAPER[task]
+    solved = solve_rank(D_MODEL, preset.max_source_length, BUDGET, preset.prompt_length)
+    assert solved == (27 if task == "multirc" else preset.rank)
+
+
+def test_the_solvers_own_choice_is_the_published_one_on_15_tasks() -> None:
+    chosen = {task: solve_budget(D_MODEL, p.max_source_length, BUDGET) for task, p in PAPER.items()}
+    other = {task for task, p in PAPER.items() if chosen[task].prompt_length != p.prompt_length}
+    assert other == {"cola", "boolq"}

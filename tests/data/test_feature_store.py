@@ -1,0 +1,379 @@
+"""Visual features in files; files that are damaged, unfinished, or of another encoder."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import random_image
+from runs import files
+
+from dept_vl._utils.io import write_atomically
+from dept_vl.data import feature_store as feature_files
+from dept_vl.data.collate import Collator, Draw
+from dept_vl.data.feature_store import (
+    DTYPES,
+    image_keys,
+    open_features,
+    read_index,
+    write_features,
+)
+from dept_vl.data.features import FeatureTable, table_bytes
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.base import Example
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+SHARDS = [f"features-{number:05d}.safetensors" for number in range(3)]
+
+
+def write(vision: VisionEncoder, paths: list[Path], folder: Path, **options: Any) -> int:
+    """Three shards; how many images were encoded."""
+    options = {"dtype": "float32", "shard_images": 2, "batch_size": 2} | options
+    return write_features(vision, paths[0].parents[1], paths, folder, Accelerator(cpu=True), **options)
+
+
+def opened(vision: VisionEncoder, paths: list[Path], folder: Path) -> FeatureTable:
+    return open_features(vision, paths[0].parents[1], paths, folder)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_files_hold_what_the_table_does(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, dtype: Any
+) -> None:
+    assert write(vision, paths, tmp_path / "features", dtype=dtype) == 5
+    table = FeatureTable.encode(vision, paths, batch_size=2, progress=False)
+    mapped = opened(vision, paths, tmp_path / "features")
+    assert mapped.dtype == dtype
+    # One file after the other, and back and forth between them.
+    for order in ([0, 1, 2, 3, 4], [4, 0, 3, 1, 2, 2]):
+        examples = [[paths[place]] for place in order]
+        found = mapped(examples)
+        assert found.dtype == DTYPES[dtype]
+        assert torch.equal(found, table(examples).to(DTYPES[dtype]))
+    assert opened(vision, paths[3:], tmp_path / "features").places.keys() == {*paths[3:]}
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-6), ("float16", 2e-3), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("language", ["t5", "bart"])
+def test_the_loss_is_that_of_live_features(
+    make_backbone: Callable[..., Backbone],
+    paths: list[Path],
+    tmp_path: Path,
+    language: str,
+    dtype: Any,
+    rtol: float,
+) -> None:
+    backbone = make_backbone(language)
+    assert backbone.vision is not None
+    write(backbone.vision, paths, tmp_path / "features", dtype=dtype)
+    draws = [Draw(Example(n, "vqa: what ?", (path,), ()), "red", 0.6) for n, path in enumerate(paths)]
+    model, losses, gradients = PromptedModel(backbone).eval(), [], []
+    backbone.freeze(visual_projection=False)
+    projection = backbone.visual_projection
+    assert projection is not None
+    for images in (
+        opened(backbone.vision, paths, tmp_path / "features"),
+        FeatureTable.encode(backbone.vision, paths, batch_size=2, progress=False),
+        backbone.vision,
+    ):
+        batch = Collator(backbone.tokenizer, 20, 9, images)(draws)
+        loss = model(**batch.training_inputs()).loss
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, projection.linear.weight)[0])
+    assert losses[0] == pytest.approx(losses[2], rel=rtol)
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=0, atol=5 * rtol * gradients[2].abs().max())
+    if dtype == "float32":
+        assert losses[0] == losses[1]
+        assert torch.equal(gradients[0], gradients[1])
+    else:
+        assert losses[0] != losses[2]  # the files are what was read
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("weights", ""),
+        ("architecture", ""),
+        ("preprocessing", ""),
+        ("vision_layer", "-2"),
+        ("class_token", "True"),
+        ("pooled_grid", "2"),
+        ("dtype", "float16"),
+    ],
+)
+def test_another_encoder_is_refused_with_both_named(
+    vision: VisionEncoder,
+    vision_folders: dict[str, Path],
+    paths: list[Path],
+    tmp_path: Path,
+    part: str,
+    expected: str,
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    before = files(folder)
+    made_by = read_index(folder)["fingerprint"]
+    options: dict[str, Any] = {
+        "vision_layer": {"layer": -2},
+        "class_token": {"class_token": True},
+        "pooled_grid": {"pooled_grid": 2},
+    }
+    other = VisionEncoder.from_pretrained(vision_folders["clip"], **options.get(part, {}))
+    if part == "weights":  # one number of them all
+        with torch.no_grad():
+            largest = max(other.model.parameters(), key=torch.numel)
+            largest.view(-1)[-2] += 1e-3
+    elif part == "architecture":
+        other.model.config.hidden_act = "relu"  # type: ignore[union-attr]
+    elif part == "preprocessing":
+        other.processor.image_mean = [0.1, 0.2, 0.3]
+    here = feature_files.fingerprint(other)
+    calls: list[Callable[[], Any]] = [lambda: write(other, paths, folder, dtype=expected or "float32")]
+    if part != "dtype":
+        calls = [lambda: write(other, paths, folder), lambda: opened(other, paths, folder)]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"of another encoder.* differ in {part}") as error:
+            call()
+        said_expected, said_found = str(error.value).split("Expected ")[1].split("; found ")
+        assert f"{part} {expected or here[part]}" in said_expected
+        assert f"{part} {made_by[part]}" in said_found
+        assert f"weights {here['weights']}" in said_expected
+        assert f"weights {made_by['weights']}" in said_found
+        assert files(folder) == before
+
+
+def test_the_same_encoder_of_another_place_is_the_same(
+    vision: VisionEncoder, vision_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    vision.save_pretrained(tmp_path / "copy")
+    again = VisionEncoder.from_pretrained(tmp_path / "copy")
+    assert feature_files.fingerprint(again) == feature_files.fingerprint(vision)
+    assert feature_files.fingerprint(vision) != feature_files.fingerprint(
+        VisionEncoder.from_pretrained(vision_folders["siglip"])
+    )
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a bit", "gone", "empty", "of another place"])
+def test_a_damaged_shard_is_made_again_and_never_read(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, damage: str
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    before = files(folder)
+    shard = folder / SHARDS[1]
+    whole = shard.read_bytes()
+    damaged = bytearray(whole)
+    damaged[-7] ^= 4
+    if damage == "gone":
+        shard.unlink()
+    else:
+        kinds = {"truncated": whole[:-100], "a bit": bytes(damaged), "empty": b""}
+        shard.write_bytes(kinds.get(damage, (folder / SHARDS[0]).read_bytes()))
+    if damage in ("truncated", "gone", "empty"):
+        with pytest.raises(ValueError, match=rf"{shard} is damaged: expected {len(whole):,} bytes, found .*"):
+            opened(vision, paths, folder)
+    untouched = (folder / SHARDS[0]).stat().st_mtime_ns
+    assert write(vision, paths, folder) == 2
+    assert files(folder) == before
+    assert (folder / SHARDS[0]).stat().st_mtime_ns == untouched
+    assert write(vision, paths, folder) == 0
+    opened(vision, paths, folder)
+
+
+def test_a_shard_that_says_another_size_is_not_read(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    # The last one holds one image, the others two.
+    index = read_index(folder)
+    shutil.copy(folder / SHARDS[2], folder / SHARDS[1])
+    index["shard_bytes"][1] = index["shard_bytes"][2]
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"{SHARDS[1]} is damaged: expected float32 \(2, .*found .*\(1, "):
+        opened(vision, paths, folder)
+
+
+def test_an_extraction_that_was_stopped_goes_on(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(vision, paths, tmp_path / "whole")
+    folder = tmp_path / "features"
+
+    def stop(path: Path, content: bytes) -> None:
+        if path.name == SHARDS[1]:
+            (folder / f"{SHARDS[1]}.partial").write_bytes(content[:50])  # as a kill leaves it
+            raise KeyboardInterrupt
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_files, "write_atomically", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(vision, paths, folder)
+    with pytest.raises(ValueError, match=r"are not finished; scripts/extract_features\.py goes on"):
+        opened(vision, paths, folder)
+    kept = (folder / SHARDS[0]).stat().st_mtime_ns
+    # What has begun is not another's to go on with either.
+    with pytest.raises(ValueError, match="differ in dtype"):
+        write(vision, paths, folder, dtype="float16")
+    assert write(vision, paths, folder) == 3
+    assert (folder / SHARDS[0]).stat().st_mtime_ns == kept
+    assert files(folder) == files(tmp_path / "whole")
+
+
+def test_further_images_are_added(vision: VisionEncoder, paths: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    assert write(vision, paths[2:4], folder) == 2
+    with pytest.raises(FileNotFoundError, match=r"3 of 5 images have no visual features .*first: .*train/0"):
+        opened(vision, paths, folder)
+    # Shards keep their size, whatever is said.
+    assert write(vision, paths, folder, shard_images=100) == 3
+    assert sorted(files(folder)) == [*SHARDS[:3], "index.json"]
+    assert write(vision, paths[4:], folder) == 0
+    table = FeatureTable.encode(vision, paths, batch_size=1, progress=False)
+    examples = [[path] for path in paths]
+    torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))
+
+
+def test_features_whose_images_are_gone_are_left_alone(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths[:3], folder)
+    before = files(folder)
+    paths[1].unlink()
+    for skip in (True, False):
+        with pytest.raises(
+            FileNotFoundError, match=r"1 of the 3 images whose visual features .*another --fea"
+        ):
+            write(vision, paths[3:], folder, skip_unreadable=skip)
+        assert files(folder) == before
+    assert len(opened(vision, paths[:3], folder).shards) == 2
+
+
+def test_an_image_that_changes_is_encoded_anew(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    random_image((64, 64), 99).save(paths[3])
+    with pytest.raises(ValueError, match=rf"{paths[3]} is not the image whose visual features are in"):
+        opened(vision, paths, folder)
+    assert write(vision, paths, folder) == 2
+    table = FeatureTable.encode(vision, paths, progress=False)
+    examples = [[path] for path in paths]
+    torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_image_that_cannot_be_read_stops_the_extraction_or_is_noted(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, missing: bool
+) -> None:
+    folder = tmp_path / "features"
+    good = paths[2].read_bytes()
+    if missing:
+        paths[2].unlink()
+    else:
+        paths[2].write_bytes(good[:60])
+    said = rf"{paths[2]}.*--on_bad_image skip goes on without it"
+    with pytest.raises(ValueError, match=said):
+        write(vision, paths, folder)
+    assert sorted(files(folder)) == [SHARDS[0], "index.json"]
+    # The first shard is there.
+    assert write(vision, paths, folder, skip_unreadable=True) == 3
+    table = opened(vision, paths, folder)
+    assert table.errors.keys() == {paths[2]}
+    with pytest.raises(ValueError, match=str(paths[2])):
+        table.check([paths[2]])
+    table.check([path for path in paths if path != paths[2]])
+    assert write(vision, paths, folder, skip_unreadable=True) == 0
+    with pytest.raises(ValueError, match=said):
+        write(vision, paths, folder)
+    paths[2].write_bytes(good)
+    assert write(vision, paths, folder) == 2
+    assert not opened(vision, paths, folder).errors
+    write(vision, paths, tmp_path / "whole")
+    assert files(folder) == files(tmp_path / "whole")
+
+
+def test_numbers_too_large_for_half_precision_are_refused(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    vision.register_forward_hook(lambda module, inputs, output: 1e5 * output.sign())
+    with pytest.raises(ValueError, match=r"too large for float16; bfloat16 and float32 hold"):
+        write(vision, paths, tmp_path / "half", dtype="float16")
+    assert write(vision, paths, tmp_path / "brain", dtype="bfloat16") == 5
+
+
+def test_a_worker_that_is_spawned_maps_the_files(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    write(vision, paths, tmp_path / "features")
+    table = opened(vision, paths, tmp_path / "features")
+    pickled = pickle.dumps(table)
+    assert len(pickled) < table_bytes(vision, 1)
+    examples = [[path] for path in paths]
+    assert torch.equal(pickle.loads(pickled)(examples), table(examples))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"[]", "expected the file to be an object"),
+        ({"format_version": 2}, "has format version 2; this dept_vl reads 1"),
+        ({"format_version": None}, "expected format_version to be a whole number"),
+        ({"fingerprint": {}}, "expected fingerprint to have the fields"),
+        ({"shape": [16]}, "expected shape to be the tokens and width"),
+        ({"shape": [16, 25]}, r"expected shape \[16, 24\], found \[16, 25\]"),
+        ({"shape": [16, 2**80]}, r"expected shape \[16, 24\]"),
+        ({"shard_images": 0}, "expected shard_images to be 1 or more"),
+        ({"shard_images": 3}, "expected shard_bytes of 2 shards, found 3"),
+        ({"shard_images": 10**30}, "expected shard_bytes of 1 shards, found 3"),
+        ({"shard_bytes": [1, 2]}, "expected shard_bytes of 3 shards, found 2"),
+        ({"shard_bytes": "all"}, "expected shard_bytes to be"),
+        ({"images": []}, "expected images to name one or more"),
+        ({"images": ["a.png"] * 5}, "expected images to name one or more, each once"),
+        ({"image_bytes": [1]}, "expected image_bytes of 5 images, found 1"),
+        ({"unreadable": {"a.png": 3}}, "expected unreadable"),
+        ({"more": 1}, "unknown"),
+    ],
+)
+def test_a_damaged_index_is_refused(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, change: Any, said: str
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    path = folder / "index.json"
+    index = json.loads(path.read_text())
+    path.write_bytes(change if isinstance(change, bytes) else json.dumps(index | change).encode())
+    with pytest.raises(ValueError, match=said) as error:
+        opened(vision, paths, folder)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_index_leads_to_no_file_outside_the_data(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    index = read_index(folder)
+    index["images"][0] = "../secret.png"
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="expected the name of an image inside its folder"):
+        write(vision, paths, folder)
+
+
+def test_an_image_is_known_by_its_path_below_the_data_folder() -> None:
+    images = ["train/0/a.png", "b.png"]
+    for root in (Path(), Path("data"), Path("/data/x"), Path("../data")):
+        assert image_keys([root / image for image in images], root) == images

@@ -1,0 +1,91 @@
+"""Lengths of texts: counted once, kept by text and tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import LANGUAGES
+from helpers import task_of
+from transformers import AutoTokenizer
+
+from dept_vl.data.lengths import source_lengths
+from dept_vl.tasks.io.rows import Rows, cache_folder
+from dept_vl.tasks.text.task import SCHEMA, TextTask
+
+TEXTS = ("how many red shapes are there ?", "yes", "the small circle left of the square", "")
+
+
+@pytest.fixture
+def tokenizers(language_folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: AutoTokenizer.from_pretrained(language_folders[name]) for name in LANGUAGES}
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEPT_VL_CACHE", str(tmp_path / "cache"))
+
+
+def text_task(*texts: str) -> TextTask:
+    rows = [{"id": n, "source_text": text, "answers": [], "group": ""} for n, text in enumerate(texts)]
+    return TextTask("cola", Rows.of(rows, SCHEMA))
+
+
+def kept() -> list[Path]:
+    return sorted(cache_folder().glob("*"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_lengths_are_those_of_the_tokens(tokenizers: dict[str, Any], language: str) -> None:
+    tokenizer = tokenizers[language]
+    lengths = source_lengths(text_task(*TEXTS), tokenizer)
+    assert lengths.dtype == np.int32
+    assert lengths.tolist() == [len(tokenizer(text).input_ids) for text in TEXTS]
+
+
+def test_questions_about_images_have_lengths_too(tokenizers: dict[str, Any]) -> None:
+    task = task_of(["yes"], ["no"])
+    lengths = source_lengths(task, tokenizers["t5"])
+    assert lengths.tolist() == [len(tokenizers["t5"](task[n].source_text).input_ids) for n in range(2)]
+
+
+def test_nothing_is_counted_twice(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tokenizers["t5"]
+    counted = source_lengths(text_task(*TEXTS), tokenizer)
+    assert len(kept()) == 1
+    # What a call cuts and pads is no part of the tokenizer, though it remembers it.
+    tokenizer(list(TEXTS), padding=True, truncation=True, max_length=3)
+    monkeypatch.setattr(type(tokenizer), "__call__", None)
+    assert source_lengths(text_task(*TEXTS), tokenizer).tolist() == counted.tolist()
+    assert len(kept()) == 1
+
+
+def test_other_texts_and_other_tokenizers_are_counted_anew(tokenizers: dict[str, Any]) -> None:
+    source_lengths(text_task("a", "bc"), tokenizers["t5"])
+    source_lengths(text_task("ab", "c"), tokenizers["t5"])
+    source_lengths(text_task("bc", "a"), tokenizers["t5"])
+    source_lengths(text_task("a", "bc"), tokenizers["bart"])
+    assert len(kept()) == 4
+
+
+def test_a_subset_has_lengths_of_its_own(tokenizers: dict[str, Any]) -> None:
+    whole = source_lengths(text_task(*TEXTS), tokenizers["t5"])
+    assert (
+        source_lengths(text_task(*TEXTS).subset([2, 0]), tokenizers["t5"]).tolist() == whole[[2, 0]].tolist()
+    )
+
+
+def test_damaged_lengths_are_counted_anew(tokenizers: dict[str, Any]) -> None:
+    counted = source_lengths(text_task(*TEXTS), tokenizers["t5"])
+    for content in (b"", b"no array", kept()[0].read_bytes()[:-3]):
+        kept()[0].write_bytes(content)
+        assert source_lengths(text_task(*TEXTS), tokenizers["t5"]).tolist() == counted.tolist()
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    tokenizers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DEPT_VL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot write the lengths of cola .* set DEPT_VL_CACHE"):
+        source_lengths(text_task(*TEXTS), tokenizers["t5"])

@@ -1,0 +1,255 @@
+"""The comparison: one budget, as many tries for each method, runs that are kept, tables."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import D_MODEL
+from helpers import write_vqa
+
+import dept_vl.studies.compare
+from dept_vl._utils.stats import interval
+from dept_vl.adapters.adapter import count_trainable
+from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
+from dept_vl.models.backbone import Backbone
+from dept_vl.prompts import methods as family
+from dept_vl.studies.bench.costs import StepCost
+from dept_vl.studies.compare import COMPARED, TASKS, CompareConfig, task_config
+from dept_vl.studies.compare_report import Row, bars, report
+from dept_vl.tasks import load_task
+from dept_vl.tasks.scenes.official import write_concepts
+from dept_vl.tasks.scenes.questions import CODES
+from dept_vl.training.build import build_model
+from dept_vl.training.log import best_dev
+from dept_vl.training.run import RunResult, run
+from scripts import compare as script
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+ROOT = Path(__file__).parents[2]
+BUDGET = 6 * D_MODEL
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_run: Callable[..., RunConfig],
+) -> Path:
+    """A configuration file of a tiny task."""
+    folder = tmp_path_factory.mktemp("base")
+    config = make_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa"), holdout_images=1),
+    )
+    (folder / "tiny.json").write_text(json.dumps(to_json(config)))
+    return folder / "tiny.json"
+
+
+def test_every_method_has_as_many_tries() -> None:
+    tries = {name: len(COMPARED[method.like or name].rates) for name, method in COMPARED.items()}
+    assert tries.pop("zero-shot") == 0
+    assert set(tries.values()) == {4}
+    assert set(family.METHODS) < COMPARED.keys()
+    # What is said of the last one.
+    default = OptimOptions()
+    assert COMPARED["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "lora_lr": default.lora_lr}
+
+
+def test_every_shipped_task_has_a_configuration() -> None:
+    assert all((ROOT / path).is_file() for path in TASKS.values())
+
+
+def trained(base: Path, name: str) -> dict[str, int]:
+    config = task_config(CompareConfig(), str(base))
+    return count_trainable(build_model(COMPARED[name].configure(config)))
+
+
+@pytest.mark.parametrize("method", family.METHODS)
+def test_prompts_have_one_budget_and_nothing_else_is_trained(base: Path, method: str) -> None:
+    counts = trained(base, method)
+    assert counts["total"] == counts.get("prompt", 0) + counts.get("low_rank", 0) <= BUDGET
+    # What is left over buys no further rank, or none that would change what P can be.
+    assert counts["total"] > BUDGET - (2 * D_MODEL + 16 + D_MODEL + 1)
+
+
+def test_baselines_train_what_they_say(base: Path) -> None:
+    backbone = Backbone.from_pretrained(**source(base))
+    language = sum(p.numel() for p in backbone.language.parameters())
+    projection = sum(p.numel() for p in backbone.visual_projection.parameters())
+    assert trained(base, "zero-shot")["total"] == 0
+    assert trained(base, "projection only")["total"] == projection
+    assert trained(base, "full fine-tuning")["total"] == language
+    assert trained(base, "BitFit")["total"] == 12 * D_MODEL  # the scales of T5's norms
+    pytest.importorskip("peft")
+    pair = 2 * 2 * D_MODEL
+    # Rank 1 is over the tiny budget already, and is taken as the least there is.
+    assert trained(base, "LoRA")["total"] == (2 + 2 * 2) * pair > BUDGET
+    assert trained(base, "dept + projection")["visual_projection"] == projection
+
+
+def source(base: Path) -> dict[str, str]:
+    options = json.loads(base.read_text())["backbone"]
+    return {"vision": options["vision"], "language": options["language"]}
+
+
+def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
+    pytest.importorskip("peft")
+    config = task_config(CompareConfig(), str(base))
+    wider = replace(config, prompt=replace(config.prompt, reference_prompt_length=90))
+    configured = COMPARED["LoRA"].configure(wider)
+    assert configured.backbone.lora_rank == 90 * D_MODEL // (6 * 4 * D_MODEL) == 3
+    assert not any(
+        "lora_" in name
+        for name, _ in Backbone.from_pretrained(**config.backbone.loading()).named_parameters()
+    )
+
+
+def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tmp_path: Path) -> None:
+    methods = ("zero-shot", "dept", "dept + projection")
+    config = CompareConfig(
+        tasks=(str(base),), methods=methods, seeds=(1, 2, 3, 4), max_steps=3, rounds=2, output_dir=tmp_path
+    )
+    rows = script.main(config)
+    assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in methods]
+    zero, dept, both = rows
+    folders = sorted(path.name for path in (tmp_path / "tiny" / "dept").iterdir())
+    tries = {
+        name.removeprefix("try,"): tmp_path / "tiny" / "dept" / name for name in folders if "try" in name
+    }
+    assert dept.tried == {name: best_dev(path) for name, path in tries.items()}
+    assert len(dept.tried) == 4
+    assert steps(next(iter(tries.values()))) == 1
+    seeded = [name for name in folders if name.startswith("seed")]
+    best = ",".join(f"{option}={rate:g}" for option, rate in dept.rates.items())
+    assert dept.tried[best] == max(dept.tried.values())
+    assert seeded == [f"seed{seed},{best}" for seed in config.seeds]
+    assert steps(tmp_path / "tiny" / "dept" / seeded[0]) == 3
+    # A prompt with more beside it takes the prompt's rates, and fewer seeds.
+    assert both.rates == dept.rates
+    assert (dept.score.count, both.score.count) == (4, 3)
+    assert not list((tmp_path / "tiny" / "dept_+_projection").glob("try*"))
+    assert zero.tried == zero.rates == {}
+    assert zero.cost is None
+    assert zero.parameters == 0 < dept.parameters
+    assert dept.cost is not None
+    assert len(dept.cost.seconds) == 2
+    assert dept.cost.bytes > 12 * dept.parameters
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert content["rows"][1]["scores"] == dept.scores
+    assert content["config"]["seeds"] == [1, 2, 3, 4]
+    # Again: only what is missing is run.
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
+    missing = next(iter(times))
+    missing.unlink()
+    assert [row.scores for row in script.main(config)] == [row.scores for row in rows]
+    assert missing.is_file()
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
+
+
+def steps(folder: Path) -> int:
+    found: int = json.loads((folder / "summary.json").read_text())["steps"]
+    return found
+
+
+def test_a_comparison_that_is_stopped_is_one_of_fewer_seeds(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CompareConfig(tasks=(str(base),), methods=("zero-shot",), seeds=(1, 2), output_dir=tmp_path)
+
+    def stopped_at_second(configured: RunConfig, **options: Any) -> RunResult:
+        if configured.train.seed == 2:
+            raise KeyboardInterrupt
+        return run(configured, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dept_vl.studies.compare, "run", stopped_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(config)
+    one = json.loads((tmp_path / "comparison.json").read_text())
+    assert one["config"]["seeds"] == [1]
+    assert len(one["rows"][0]["scores"]) == 1
+    (row,) = script.main(config)
+    assert row.scores[:1] == one["rows"][0]["scores"]
+    assert row.score.count == 2
+
+
+def test_smallest_is_one_run_of_two_steps(base: Path, tmp_path: Path) -> None:
+    config = CompareConfig(tasks=(str(base),), methods=("adept",), output_dir=tmp_path, smallest=True)
+    (row,) = script.main(config)
+    (summary,) = tmp_path.rglob("summary.json")
+    assert json.loads(summary.read_text())["steps"] == 2
+    assert row.score.count == 1
+
+
+def test_tables_and_bars(tmp_path: Path) -> None:
+    def row(task: str, method: str, scores: list[float], cost: StepCost | None) -> Row:
+        tried = {"prompt_lr=0.1": scores[0], "prompt_lr=0.3": scores[0] - 2}
+        figure = "CIDEr" if task == "captions" else "overall"
+        return Row(
+            task, method, figure, interval(scores), scores, {"prompt_lr": 0.1}, tried, 1000, 46.0, cost
+        )
+
+    quick, slow = StepCost([0.02, 0.04], 2**20), StepCost([0.06, 0.08], 4 * 2**20)
+    rows = [
+        row("words", "pt", [60.0, 62.0], slow),
+        row("words", "dept", [70.0, 71.0], quick),
+        row("words", "lopt", [50.0, 51.0], slow),
+        row("captions", "pt", [500.0, 520.0], slow),
+        row("captions", "dept", [480.0, 500.0], quick),
+        row("captions", "lopt", [700.0, 720.0], slow),
+    ]
+    report({"seeds": [1, 2]}, {"words": ("yes", 50.0), "captions": None}, rows, tmp_path)
+    text = (tmp_path / "comparison.md").read_text()
+    for said in (
+        "majority answer (yes)",
+        # CIDEr counts a tenth: (70 + 48) / 2 and (71 + 50) / 2 against 55 and 57.
+        f"DePT's mean over tasks >= PT's: {interval([59.0, 60.5])} against {interval([55.0, 57.0])}, "
+        f"difference {interval([4.0, 3.5])} over seeds: met.",
+        "Processor time of a step, DePT over PT: 0.42 (0.42 to 0.42 over tasks): met.",
+        "Memory of a step, DePT over PT: 0.25 (0.25 to 0.25 over tasks): met.",
+        f">= DePT: lopt; the best is lopt with {interval([60.0, 61.5])}: met.",
+        f"Difference to DePT, seed by seed: pt {interval([-4.0, -3.5])}, lopt {interval([1.0, 1.0])}.",
+        "### captions: CIDEr",
+        "| prompt_lr=0.3 |",
+    ):
+        assert said in text
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    # Without PT there is nothing to hold against.
+    assert bars([one for one in rows if one.method != "pt"]) == ""
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"unknown methods \['magic'\]; there are: zero-shot, "):
+        script.main(CompareConfig(methods=("magic",)))
+    with pytest.raises(
+        ValueError, match="unknown task 'magic'; expected a configuration file or one of easy-vqa"
+    ):
+        script.main(CompareConfig(tasks=("magic",)))
+
+
+def test_a_run_that_fails_ends_the_comparison(base: Path, tmp_path: Path) -> None:
+    config = json.loads(base.read_text())
+    config["prompt"]["max_source_length"] = -1
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="max_source_length is -1"):
+        script.main(CompareConfig(tasks=(str(broken),), methods=("zero-shot",), output_dir=tmp_path / "out"))
+
+
+def test_concepts_are_new_and_in_the_form_of_vqav2(tmp_path: Path) -> None:
+    write_concepts(tmp_path / "concepts", train=30, val=20)
+    codes = load_task("vqav2", tmp_path / "concepts" / "relabelled", "train")
+    assert len(codes) == 30
+    answers = {codes[index].answer for index in range(30)}
+    assert answers <= set(CODES.values())
+    assert len(answers) > 3
+    # As written they are what is learnt: normalisation changes none of them.
+    assert all(codes[index].targets == ((codes[index].answer, 1.0),) for index in range(30))
+    judged = load_task("vqav2", tmp_path / "concepts" / "many-or-few", "val")
+    assert {judged[index].answer for index in range(20)} == {"many", "few"}
+    with pytest.raises(FileExistsError):
+        write_concepts(tmp_path / "concepts")
+    with pytest.raises(ValueError, match="val=0"):
+        write_concepts(tmp_path / "more", val=0)

@@ -1,0 +1,271 @@
+"""The search: what it tries, what it costs, how it goes on."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_vqa
+from runs import assert_same, in_two_processes, log, reset_accelerate, with_
+
+import dept_vl.studies.search
+from dept_vl.cli import parse
+from dept_vl.config import DataOptions, RunConfig, to_json
+from dept_vl.studies.search import GRID, cost, rungs, tune
+from dept_vl.training.log import best_dev
+from dept_vl.training.run import RunResult, run
+from scripts import tune_against_grid
+from scripts.train_vqa import main
+
+optuna = pytest.importorskip("optuna")
+STEPS, TRIALS = 8, 6
+
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def base(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_run: Callable[..., RunConfig],
+) -> RunConfig:
+    return make_run(
+        DataOptions(data_dir=write_vqa(tmp_path_factory.mktemp("data") / "vqa"), holdout_images=1),
+        max_steps=STEPS,
+        eval_every=STEPS,
+    )
+
+
+@pytest.fixture
+def config(base: RunConfig, tmp_path: Path) -> RunConfig:
+    """A search of a few trials, the rank solved so that the split is searched too."""
+    return with_(base, tune=TRIALS, output_dir=tmp_path / "search", prompt={"rank": None})
+
+
+def report(config: RunConfig) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((config.output_dir / "tuning.json").read_text())
+    return content
+
+
+def test_twenty_trials_cost_no_more_than_the_published_grid() -> None:
+    assert rungs(400) == [100, 200, 400]
+    assert rungs(1) == [1]
+    # 20 for a quarter, 6 of them to a half, 3 to the end.
+    assert cost(20, 400) == 20 * 100 + 6 * 100 + 3 * 200 == len(GRID) * 400
+    assert cost(20, 60) <= len(GRID) * 60
+    assert cost(2, 1) == 2
+    assert set(GRID) == {(p, a) for p in (0.3, 0.4) for a in (1e-4, 5e-4, 1e-3, 5e-3)}
+
+
+def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
+    straight, paused = tmp_path / "straight", tmp_path / "paused"
+    run(replace(base, output_dir=straight))
+    for step in (2, 5, 5, 2, 0):
+        reset_accelerate()
+        result = run(with_(base, output_dir=paused, resume="auto", train={"pause_at": step}))
+        assert (not result.scores) == (step > 0)
+        if step:
+            assert (paused / "checkpoints" / f"step-{step:08d}").is_dir()
+    ours, theirs = (
+        [record for record in log(folder) if "loss" in record and record["step"] == STEPS]
+        for folder in (straight, paused)
+    )
+    assert ours[0]["loss"] == theirs[0]["loss"]
+    # A pause evaluates, and so may choose another step; the last one is the same.
+    steps = [record["step"] for record in log(paused) if "score" in record]
+    assert steps == [2, 5, STEPS]
+    (straight / "best").rename(straight / "was best")
+    (paused / "best").rename(paused / "was best")
+    for folder in (straight, paused):
+        (folder / "best").symlink_to(folder / "last")
+    assert_same(straight, paused)
+
+
+def test_the_best_go_on_and_the_best_is_returned(config: RunConfig) -> None:
+    result = main(config)
+    found = report(config)
+    trials = {trial["number"]: trial["scores"] for trial in found["trials"]}
+    assert sorted(trials) == list(range(TRIALS))
+    reached = sorted(max(map(int, scores)) for scores in trials.values())
+    # Six start, two go on, one of them to the end.
+    assert reached == [2, 2, 2, 2, 4, 8]
+    assert found["steps"] == sum(reached) == cost(TRIALS, STEPS)
+    for step, following in ((2, 4), (4, 8)):
+        alive = {number: scores for number, scores in trials.items() if str(step) in scores}
+        promoted = [scores[str(step)] for scores in alive.values() if str(following) in scores]
+        others = [scores[str(step)] for scores in alive.values() if str(following) not in scores]
+        assert min(promoted) >= max(others)
+    folder = config.output_dir / f"trial-{found['best']:03d}"
+    assert result.output_dir == folder
+    assert result.scores == json.loads((folder / "summary.json").read_text())["scores"]
+    assert best_dev(folder) == trials[found["best"]]["8"]
+    table = (config.output_dir / "tuning.md").read_text()
+    assert "(taken)" in table
+    assert f"8 runs would take {8 * STEPS}" in table
+
+
+def test_the_first_trial_is_the_configuration_and_the_others_differ(config: RunConfig) -> None:
+    tune(config)
+    tried = {trial["number"]: trial["values"] for trial in report(config)["trials"]}
+    assert tried[0] == pytest.approx(
+        {"prompt_lr": 0.05, "lora_lr": 1e-3, "projection_lr": 1e-3, "prompt_length": 3}
+    )
+    assert len({values["prompt_lr"] for values in tried.values()}) == TRIALS
+    for number, values in tried.items():
+        written = json.loads((config.output_dir / f"trial-{number:03d}" / "config.json").read_text())
+        assert written["optim"]["prompt_lr"] == values["prompt_lr"]
+        assert written["prompt"]["prompt_length"] == values["prompt_length"]
+        assert written["tune"] == 0
+
+
+def test_a_search_that_was_stopped_goes_on_where_it_was(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Path] = []
+
+    def failing(one: RunConfig, **options: Any) -> RunResult:
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(one.output_dir)
+        return run(one, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dept_vl.studies.search, "run", failing)
+        with pytest.raises(KeyboardInterrupt):
+            tune(config)
+    reset_accelerate()
+    study = optuna.load_study(study_name="dept_vl", storage=f"sqlite:///{config.output_dir / 'study.db'}")
+    before = dict(study.user_attrs)
+    assert len(before) == 7
+    with pytest.raises(FileExistsError, match=r"an unfinished \(6 of 6 trials begun\) study"):
+        tune(config)
+    with pytest.raises(ValueError, match=r"begun with other options .*max_steps=8 -> 9"):
+        tune(with_(config, resume="auto", train={"max_steps": 9}))
+    more: list[Path] = []
+    monkeypatch.setattr(
+        dept_vl.studies.search,
+        "run",
+        lambda one, **options: more.append(one.output_dir) or run(one, **options),
+    )
+    again = parse(RunConfig(), "", ["--resume", str(config.output_dir)])
+    tune(again)
+    # The other of two trials in the second round, one to the end, and the best once more to read it.
+    assert len(more) == cost_in_runs() - 7 + 1
+    after = optuna.load_study(study_name="dept_vl", storage=f"sqlite:///{config.output_dir / 'study.db'}")
+    assert before.items() <= after.user_attrs.items()
+    assert report(config)["steps"] == cost(TRIALS, STEPS)
+    # Finished, it only says what it found.
+    more.clear()
+    reset_accelerate()
+    tune(again)
+    assert len(more) == 1
+    with pytest.raises(FileExistsError, match="a finished study"):
+        tune(config)
+
+
+def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    space = dept_vl.studies.search._space(config)
+    scores = [math.sin(5 * number) for number in range(14)]  # past the ten that are drawn at random
+
+    def proposed(folder: Path, *, stopped: bool) -> list[dict[str, Any]]:
+        folder.mkdir()
+        study = dept_vl.studies.search._Study(folder, config, space)
+        found = []
+        for number, score in enumerate(scores):
+            if stopped:
+                study = dept_vl.studies.search._Study(folder, config, space)
+                study.propose(number)  # and killed as it was training
+                study = dept_vl.studies.search._Study(folder, config, space)
+            at, values, known = study.propose(number)
+            assert (at, known) == (number, {})
+            study.record(number, 2, score, first=True)
+            found.append(values)
+        return found
+
+    in_peace = proposed(tmp_path / "peace", stopped=False)
+    assert len({values["prompt_lr"] for values in in_peace}) == len(scores)
+    assert proposed(tmp_path / "stopped", stopped=True) == in_peace
+    with pytest.raises(ValueError, match=r"trial 1 of the study in .* would be drawn as .* by this Optuna"):
+        dept_vl.studies.search._Study(
+            tmp_path / "peace", with_(config, train={"seed": config.train.seed + 1}), space
+        )
+
+
+def cost_in_runs() -> int:
+    """Calls of `run`: six, two and one."""
+    return 6 + 2 + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "searched"),
+    [
+        ({"prompt": {"rank": 2}}, {"prompt_lr", "lora_lr", "projection_lr"}),
+        ({"prompt": {"method": "pt", "rank": None}}, {"prompt_lr", "projection_lr"}),
+        ({"prompt": {"method": "ulpt", "rank": None}}, {"prompt_lr", "lora_lr", "projection_lr"}),
+        ({"backbone": {"train_projection": False}}, {"prompt_lr", "lora_lr", "prompt_length"}),
+        ({"prompt": {"prompt_length": 0, "rank": 0}}, {"projection_lr"}),
+        ({"data": {"task": "rte"}}, {"prompt_lr", "lora_lr", "prompt_length"}),
+    ],
+)
+def test_only_what_trains_something_is_searched(
+    config: RunConfig, options: dict[str, Any], searched: set[str]
+) -> None:
+    assert dept_vl.studies.search._space(with_(config, **options)).keys() == searched
+
+
+def test_what_cannot_be_searched_is_refused(config: RunConfig) -> None:
+    nothing = with_(config, prompt={"prompt_length": 0, "rank": 0}, backbone={"train_projection": False})
+    with pytest.raises(ValueError, match="nothing to search"):
+        tune(nothing)
+    with pytest.raises(ValueError, match="--tune needs --output_dir"):
+        tune(replace(config, output_dir=None))
+    with pytest.raises(ValueError, match="tune is -1; expected 0 to 10,000"):
+        main(replace(config, tune=-1))
+    with pytest.raises(FileNotFoundError, match=r"expected a study \(study.db\)"):
+        tune(replace(config, resume=str(config.output_dir)))
+    config.output_dir.mkdir()
+    (config.output_dir / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a run"):
+        tune(config)
+
+
+def test_two_processes_search_together(config: RunConfig) -> None:
+    small = with_(config, tune=2, train={"max_steps": 2})
+    in_two_processes(tune, small)
+    assert report(small)["steps"] == cost(2, 2)
+
+
+def test_search_and_grid_are_put_side_by_side(
+    base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dept_vl.studies.search, "GRID", GRID[:2])
+    monkeypatch.setattr(tune_against_grid, "GRID", GRID[:2])
+    (tmp_path / "base.json").write_text(json.dumps(to_json(base)))
+    options = tune_against_grid.Options(
+        config=tmp_path / "base.json",
+        trials=2,
+        seeds=(1, 2),
+        max_steps=2,
+        batch_size=4,
+        output_dir=tmp_path / "both",
+    )
+    table = tune_against_grid.main(options)
+    assert "--tune 2" in table
+    content = json.loads((tmp_path / "both" / "tuning.json").read_text())
+    assert (content["grid_steps"], content["tune_steps"]) == (4, cost(2, 2))
+    for one in content["seeds"]:
+        folder = tmp_path / "both" / f"seed{one['seed']}"
+        runs = {path.name: best_dev(path) for path in (folder / "grid").iterdir()}
+        assert len(runs) == 2
+        assert one["grid"]["dev"] == runs[one["grid"]["run"]] == max(runs.values())
+        trials = json.loads((folder / "search" / "tuning.json").read_text())["trials"]
+        # The defaults of the package come first, a place of the published grid.
+        assert (trials[0]["values"]["prompt_lr"], trials[0]["values"]["lora_lr"]) == pytest.approx(
+            (0.3, 1e-3)
+        )
+        assert one["tune"]["dev"] == max(max(trial["scores"].values()) for trial in trials)

@@ -1,0 +1,816 @@
+"""Text tasks: from rows as published to texts, splits and figures, and whole runs on tiny models."""
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import DECODERS, LANGUAGES
+
+import dept_vl.training.loop
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.cli import parse
+from dept_vl.config import (
+    BackboneOptions,
+    DataOptions,
+    EvaluateConfig,
+    OptimOptions,
+    PromptOptions,
+    RunConfig,
+    TrainOptions,
+)
+from dept_vl.data.sampling import TrainingBatches
+from dept_vl.data.splits import load_splits
+from dept_vl.models.backbone import Backbone
+from dept_vl.presets import PAPER
+from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.prepare import snippets
+from dept_vl.tasks.text.table import HALVED, HELD_OUT, TEXT_TASKS, fifths, with_marks
+from dept_vl.tasks.text.task import TextTask, choose, read_rows
+from dept_vl.training.score_run import assess
+from scripts import prepare_data
+from scripts.train_nlp import DEFAULTS, main
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+Rows = list[dict[str, Any]]
+SPLITS = ("train", "validation", "test")
+PUBLISHED_SPLITS = (*SPLITS, "validation_matched", "validation_mismatched")
+COUNT = 40
+"""Rows of each published split."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Rows as published, and what becomes of the first."""
+
+    rows: Rows
+    text: str
+    answers: list[str]
+    group: str = ""
+
+
+def labelled(rows: Rows, labels: Sequence[Any] = (0, 1)) -> Rows:
+    """GLUE's and SuperGLUE's two columns, the label by turns."""
+    return [{**row, "label": labels[n % len(labels)], "idx": n} for n, row in enumerate(rows)]
+
+
+def mrqa(subset: str) -> Sample:
+    """MRQA's columns; the rows of other subsets lie among its own."""
+    context = "The tower [SEP] was built in 1889\n by Eiffel's company."
+    row: dict[str, Any] = {
+        "context": context,
+        "context_tokens": {"tokens": ["The", "tower"], "offsets": [0, 4]},
+        "qid": "0f1e",
+        "question": "When was it built?",
+        "question_tokens": {"tokens": ["When"], "offsets": [0]},
+        "detected_answers": {
+            "text": ["1889"],
+            "char_spans": [{"start": [29], "end": [32]}],
+            "token_spans": [{"start": [6], "end": [6]}],
+        },
+        "answers": ["1889", "in 1889"],
+    }
+    who = {"question": "Who built it?", "answers": ["Eiffel's company"]}
+    return Sample(
+        [{"subset": subset, **row}, {"subset": "SQuAD", **row}, {"subset": subset, **row, **who}],
+        "question: When was it built? context: The tower [SEP] was built in 1889 by Eiffel's company.",
+        ["1889", "in 1889"],
+    )
+
+
+PAIR = [
+    {"sentence1": "Rain fell all day.", "sentence2": "It was wet."},
+    {"sentence1": "She sold the car.", "sentence2": "She owns {it}."},
+]
+SAMPLES = {
+    "mnli": Sample(
+        labelled([{"premise": "Rain fell.", "hypothesis": "It was wet."}] * 3, (0, 1, 2)),
+        "mnli hypothesis: It was wet. premise: Rain fell.",
+        ["entailment"],
+    ),
+    "qqp": Sample(
+        labelled([{"question1": "How old is it?", "question2": "What is its age?"}] * 2, (1, 0)),
+        "qqp question1: How old is it? question2: What is its age?",
+        ["duplicate"],
+    ),
+    "qnli": Sample(
+        labelled([{"question": "Who rang?", "sentence": "Ann rang twice."}] * 2),
+        "qnli question: Who rang? sentence: Ann rang twice.",
+        ["entailment"],
+    ),
+    "sst2": Sample(
+        labelled([{"sentence": "a joy throughout "}, {"sentence": "dull"}], (1, 0)),
+        "sst2 sentence: a joy throughout",
+        ["positive"],
+    ),
+    "stsb": Sample(
+        labelled(PAIR, (3.25, 1.0)),
+        "stsb sentence1: Rain fell all day. sentence2: It was wet.",
+        ["3.2"],
+    ),
+    "mrpc": Sample(
+        labelled(PAIR, (1, 0)),
+        "mrpc sentence1: Rain fell all day. sentence2: It was wet.",
+        ["equivalent"],
+    ),
+    "rte": Sample(
+        labelled(PAIR),
+        "rte sentence1: Rain fell all day. sentence2: It was wet.",
+        ["entailment"],
+    ),
+    "cola": Sample(
+        labelled([{"sentence": "They left."}, {"sentence": "They leaved did."}], (1, 0)),
+        "cola sentence: They left.",
+        ["acceptable"],
+    ),
+    "multirc": Sample(
+        [
+            {
+                "paragraph": "<b>Sent 1: </b>Ann rang.<br><b>Sent 2: </b>Bob slept.<br>",
+                "question": "Who rang?",
+                "answer": answer,
+                "idx": {"paragraph": 7, "question": 3, "answer": number},
+                "label": label,
+            }
+            for number, (answer, label) in enumerate([("Ann", 1), ("Bob", 0)])
+        ],
+        "multirc question: Who rang? answer: Ann paragraph: Sent 1: Ann rang. Sent 2: Bob slept.",
+        ["True"],
+        "7-3",
+    ),
+    "boolq": Sample(
+        labelled([{"question": "is it old", "passage": "Tower -- It was built long ago."}] * 2, (1, 0)),
+        "boolq question: is it old passage: Tower -- It was built long ago.",
+        ["True"],
+    ),
+    "wic": Sample(
+        labelled(
+            [
+                {
+                    "word": "place",
+                    "sentence1": "Do you want to come over to my place?",
+                    "sentence2": "A political system with no place for it.",
+                    "start1": 31,
+                    "start2": 27,
+                    "end1": 36,
+                    "end2": 32,
+                }
+            ]
+            * 2
+        ),
+        "wic sentence1: Do you want to come over to my place? sentence2: A political system with no place "
+        "for it. word: place",
+        ["False"],
+    ),
+    "wsc": Sample(
+        labelled(
+            [
+                {
+                    "text": "Mark told Pete many lies about himself.",
+                    "span1_index": 0,
+                    "span2_index": 6,
+                    "span1_text": "Mark",
+                    "span2_text": "himself",
+                }
+            ]
+            * 2
+        ),
+        "wsc text: * Mark * told Pete many lies about # himself #.",
+        ["False"],
+    ),
+    "cb": Sample(
+        labelled([{"premise": "Rain fell.", "hypothesis": "It was dry."}] * 3, (1, 0, 2)),
+        "cb hypothesis: It was dry. premise: Rain fell.",
+        ["contradiction"],
+    ),
+    "naturalquestions": mrqa("NaturalQuestionsShort"),
+    "hotpotqa": mrqa("HotpotQA"),
+    "searchqa": mrqa("SearchQA"),
+    "newsqa": mrqa("NewsQA"),
+    "winogrande": Sample(
+        [
+            {
+                "sentence": "Ann asked Bea to help since _ was tired.",
+                "option1": "Ann",
+                "option2": "Bea",
+                "answer": answer,
+            }
+            for answer in ("2", "1")
+        ],
+        "winogrande sentence: Ann asked Bea to help since _ was tired. option1: Ann option2: Bea",
+        ["2"],
+    ),
+    "yelp2": Sample(
+        [{"text": "Never again.", "label": 0}, {"text": "Friendly!", "label": 1}],
+        "yelp2 sentence: Never again.",
+        ["negative"],
+    ),
+    "scitail": Sample(
+        [
+            {
+                "sentence1_binary_parse": "( Salt dissolves )",
+                "sentence1_parse": "(S Salt dissolves)",
+                "sentence1": "Salt dissolves in water.",
+                "sentence2_parse": "(S It mixes)",
+                "sentence2": "Water dissolves salt.",
+                "annotator_labels": [label],
+                "gold_label": label,
+            }
+            for label in ("entailment", "neutral")
+        ],
+        "scitail hypothesis: Water dissolves salt. premise: Salt dissolves in water.",
+        ["entailment"],
+    ),
+    "paws": Sample(
+        [{"id": 1 + label, **PAIR[label], "label": label} for label in (0, 1)],
+        "paws sentence1: Rain fell all day. sentence2: It was wet.",
+        ["not_equivalent"],
+    ),
+    "snippets": Sample(
+        [{"sentence": "dull", "label": 0, "rating": -2.0}, {"sentence": "fun", "label": 1, "rating": 1.5}],
+        "snippets sentence: dull",
+        ["negative"],
+    ),
+}
+
+
+def rows_of(name: str, count: int = COUNT) -> Rows:
+    rows = SAMPLES[name].rows
+    return [rows[n % len(rows)] for n in range(count)]
+
+
+def write_lines(path: Path, rows: Rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_splits(folder: Path, name: str) -> Path:
+    """A folder with a file for each split that any data set publishes."""
+    for split in PUBLISHED_SPLITS:
+        write_lines(folder / f"{split}.jsonl", rows_of(name))
+    return folder
+
+
+def test_every_task_of_the_papers_is_there() -> None:
+    assert set(SAMPLES) == set(TEXT_TASKS)
+    assert len(set(SAMPLES) - {"snippets"}) == 21
+    assert set(PAPER) < set(TEXT_TASKS) < set(TASKS)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_task_from_its_rows_to_its_score(name: str, tmp_path: Path) -> None:
+    sample, spec = SAMPLES[name], TEXT_TASKS[name]
+    folder = write_splits(tmp_path / name, name)
+    for split in SPLITS:
+        task = load_task(name, folder, split)
+        assert isinstance(task, TextTask)
+        assert isinstance(task, Task)
+        first = next(n for n in range(len(task)) if task.rows[n]["id"] % len(sample.rows) == 0)
+        example = task[first]
+        assert example.source_text == sample.text
+        assert example.targets == ((sample.answers[0], 1.0),)
+        assert (task.rows[first]["answers"], task.rows[first]["group"]) == (sample.answers, sample.group)
+        assert (task.images(0), task.image_files(), example.images) == ((), [], ())
+        assert task.source_texts().to_pylist()[first] == example.source_text
+        ids = task.example_ids()
+        right = {ids[n]: task[n].answer for n in range(len(task))}
+        figures = task.score(right)
+        assert next(iter(figures)) == task.primary
+        assert all(value == pytest.approx(100.0) for value in figures.values())
+        nonsense = task.score(dict.fromkeys(ids, "no class of any task"))
+        assert nonsense.keys() == figures.keys()
+        assert nonsense[task.primary] == 0.0
+        assert set(task.decoding.candidates) == set(spec.words.values())
+        if task.decoding.candidates:
+            assert set(right.values()) <= set(task.decoding.candidates)
+        half = task.subset(range(len(task) // 2))
+        assert half.example_ids() == ids[: len(task) // 2]
+        with pytest.raises(ValueError, match=f"{name}: expected one prediction"):
+            half.score(right)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_splits_are_apart_and_lose_nothing(name: str, tmp_path: Path) -> None:
+    folder = write_splits(tmp_path / name, name)
+    spec = TEXT_TASKS[name]
+    seen: dict[str, list[Any]] = {}
+    for split in SPLITS:
+        seen.setdefault(spec.splits[split].split, []).extend(load_task(name, folder, split).example_ids())
+    for ids in seen.values():
+        assert len(set(ids)) == len(ids)
+    kept = [n for n, row in enumerate(rows_of(name)) if row.get("subset") != "SQuAD"]
+    assert all(sorted(ids) == kept for ids in seen.values())
+
+
+def test_the_draw_is_that_of_the_literature() -> None:
+    order = torch.randperm(277, generator=torch.Generator().manual_seed(42)).tolist()
+    assert choose(277, HALVED["validation"]).tolist() == sorted(order[:138])
+    assert choose(277, HALVED["test"]).tolist() == sorted(order[138:])
+    order = torch.randperm(67_349, generator=torch.Generator().manual_seed(42)).tolist()
+    assert choose(67_349, HELD_OUT["validation"]).tolist() == sorted(order[:1000])
+    assert len(choose(67_349, HELD_OUT["train"])) == 66_349
+    # A sample is no large set: a tenth of it at most.
+    assert len(choose(40, HELD_OUT["validation"])) == 4
+
+
+def test_splits_have_short_names_and_others_are_refused(tmp_path: Path) -> None:
+    folder = write_splits(tmp_path, "rte")
+    assert load_task("rte", folder, "dev").example_ids() == load_task("rte", folder, "val").example_ids()
+    with pytest.raises(ValueError, match="rte has the splits train, validation, test; got 'minival'"):
+        load_task("rte", folder, "minival")
+
+
+def test_left_out_splits_are_the_task_s_own(tmp_path: Path) -> None:
+    splits = load_splits(DataOptions(task="rte", data_dir=write_splits(tmp_path, "rte")), seed=0)
+    assert (splits.options.dev_split, splits.options.test_split) == ("validation", "test")
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (COUNT, COUNT // 2, COUNT // 2)
+
+
+def test_a_folder_under_data_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_splits(tmp_path / "data" / "cola", "cola")
+    assert len(load_task("cola", None, "train")) == COUNT
+
+
+# What is scored.
+
+
+def score(name: str, predictions: Sequence[str], folder: Path) -> dict[str, float]:
+    """Figures of predictions on the training rows."""
+    write_lines(folder / "train.jsonl", rows_of(name, len(predictions)))
+    task = TextTask(name, load_rows(name, folder))
+    return task.score(dict(zip(task.example_ids(), predictions, strict=True)))
+
+
+def load_rows(name: str, folder: Path) -> Any:
+    return read_rows(name, folder, "train")
+
+
+def test_what_is_no_class_counts_as_t5_has_it(tmp_path: Path) -> None:
+    # Labels by turns duplicate, not_duplicate; nonsense is taken for the other class by F1.
+    mixed = ["duplicate", "what", "what", "not_duplicate"]
+    assert score("qqp", mixed, tmp_path) == {"accuracy": 50.0, "f1": 50.0}
+    # A class of its own for the correlation: (3 * 4 - 2 * 2 - 1 * 2) / sqrt((16 - 6) (16 - 8)).
+    figures = score("cola", ["acceptable", "what", "acceptable", "unacceptable"], tmp_path)
+    assert figures["matthews"] == pytest.approx(100 * 6 / 80**0.5)
+    # Of three classes contradiction is right once in two, entailment always, neutral never.
+    assert score("cb", ["contradiction", "entailment", "what", "what"], tmp_path) == {
+        "accuracy": 50.0,
+        "macro_f1": pytest.approx(100 * (2 / 3 + 1 + 0) / 3),
+    }
+    figures = score("multirc", ["True", "False", "what", "False"], tmp_path)
+    assert figures == {"f1a": pytest.approx(200 / 3), "em": 0.0}
+
+
+def test_numbers_are_read_from_text(tmp_path: Path) -> None:
+    assert score("stsb", ["3.2", "1.0", "3.2", "1.0"], tmp_path)["pearson"] == pytest.approx(100.0)
+    # What is no number is -1: below every score, and so on the right side here.
+    for text in ("very", "nan", "inf", "1e999", ""):
+        assert score("stsb", ["3.2", text], tmp_path)["pearson"] == pytest.approx(100.0)
+
+
+def test_an_answer_may_be_any_that_is_listed(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", rows_of("newsqa", 3))
+    task = TextTask("newsqa", load_rows("newsqa", tmp_path))
+    assert task.example_ids() == [0, 2]
+    assert task.score({0: "In 1889!", 2: "the Company"}) == {
+        "f1": pytest.approx(100 * (1 + 2 / 3) / 2),
+        "em": 50.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [(0, "0.0"), (5, "5.0"), (3.25, "3.2"), (2.7, "2.8"), (4.59, "4.6"), (0.1, "0.0"), ("1.75", "1.8")],
+)
+def test_similarities_are_rounded_to_a_fifth(score: Any, text: str) -> None:
+    assert fifths(score) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "noun", "pronoun", "marked"),
+    [
+        ("Ann met Bea's aunt when she came.", (2, "Bea"), (5, "she"),
+         "Ann met * Bea *'s aunt when # she # came."),
+        ("It broke because the old cup fell.", (3, "the old cup"), (0, "it"),
+         "# It # broke because * the old cup * fell."),
+        # Span 2 within span 1, and a span that is written otherwise in the text.
+        ("Bob drove his father home", (2, "his father"), (2, "his"), "Bob drove * # his # father * home"),
+        ("Bob met Mr. Lee there", (2, "mister"), (4, "there"), "Bob met * Mr. * Lee # there #"),
+    ],
+)  # fmt: skip
+def test_spans_are_marked(text: str, noun: tuple[int, str], pronoun: tuple[int, str], marked: str) -> None:
+    row = {
+        "text": text,
+        "span1_index": noun[0],
+        "span1_text": noun[1],
+        "span2_index": pronoun[0],
+        "span2_text": pronoun[1],
+    }
+    assert with_marks(row)["text"] == marked
+
+
+# Where rows come from.
+
+
+def write_as(kind: str, folder: Path, name: str) -> Path:
+    """The splits of a task as one kind of local copy; returns the folder to name."""
+    rows = rows_of(name)
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        if kind == "save_to_disk":
+            continue
+        if kind == "shards":
+            for part in range(2):
+                path = folder / "data" / f"{split}-{part:05}-of-00002.parquet"
+                path.parent.mkdir(exist_ok=True)
+                pq.write_table(pa.Table.from_pylist(rows[part * 20 : part * 20 + 20]), path)
+        elif kind == "hub repository":
+            path = folder / str(TEXT_TASKS[name].config) / f"{split}-00000-of-00001.parquet"
+            path.parent.mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        elif kind in ("csv", "tsv"):
+            with (folder / f"{split}.{kind}").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+                writer.writeheader()
+                writer.writerows(rows)
+        elif kind == "json":
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+        else:
+            write_lines(folder / f"{split}.json", rows)
+    if kind == "save_to_disk":
+        saved = {split: datasets.Dataset.from_list(rows) for split in ("train", "validation")}
+        datasets.DatasetDict(saved).save_to_disk(str(folder))
+    return folder
+
+
+KINDS = ("save_to_disk", "shards", "hub repository", "csv", "tsv", "json", "json lines")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["rte", "wsc", "stsb"])
+def test_every_kind_of_copy_reads_the_same(kind: str, name: str, tmp_path: Path) -> None:
+    expected = load_task(name, write_splits(tmp_path / "lines", name), "test")
+    found = load_task(name, write_as(kind, tmp_path / kind, name), "test")
+    assert [found[n] for n in range(len(found))] == [expected[n] for n in range(len(expected))]
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk", "shards", "json"])
+@pytest.mark.parametrize("name", ["multirc", "searchqa"])
+def test_nested_columns_are_read(kind: str, name: str, tmp_path: Path) -> None:
+    expected = load_task(name, write_splits(tmp_path / "lines", name), "test")
+    found = load_task(name, write_as(kind, tmp_path / kind, name), "test")
+    assert found.rows.table.slice(0, 9).to_pylist() == expected.rows.table.slice(0, 9).to_pylist()  # type: ignore[attr-defined]
+    assert found.example_ids() == expected.example_ids()
+
+
+def test_one_split_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(rows_of("sst2")).save_to_disk(str(tmp_path / "train"))
+    assert len(load_task("sst2", tmp_path / "train", "train")) == COUNT - COUNT // 10
+
+
+def test_labels_may_be_names_numbers_or_booleans(tmp_path: Path) -> None:
+    rows = rows_of("boolq", 8)
+    for row, label in zip(rows[:4], ("True", True, "1", 1), strict=True):
+        write_lines(tmp_path / "train.jsonl", [{**row, "label": label}])
+        assert load_rows("boolq", tmp_path).value("answers", 0) == ["True"]
+
+
+def test_a_copy_of_one_subset_needs_no_column_for_it(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "subset"} for row in rows_of("newsqa")]
+    for split in ("train", "validation"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    assert len(load_task("newsqa", tmp_path, "test")) == COUNT
+
+
+def test_tasks_that_share_a_file_keep_apart(tmp_path: Path) -> None:
+    rows = rows_of("newsqa", 20) + rows_of("searchqa", 10)
+    write_lines(tmp_path / "validation.jsonl", rows)
+    sizes = [len(load_task(name, tmp_path, "test")) for name in ("newsqa", "searchqa", "newsqa")]
+    assert sizes == [13, 7, 13]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """A Hub of two data sets; what was asked of it."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, config: str | None, *, split: str) -> Any:
+        asked.append((path, config, split))
+        name = {"wsc.fixed": "wsc", None: "hotpotqa"}[config]
+        folder = tmp_path / f"{name}-{split}"
+        if not folder.exists():
+            datasets.Dataset.from_list(rows_of(name)).save_to_disk(str(folder))
+        return datasets.load_from_disk(str(folder))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+def test_without_a_folder_the_hub_is_read(hub: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    found = load_task("wsc", None, "validation")
+    assert hub == [("aps/super_glue", "wsc.fixed", "validation")]
+    expected = load_task("wsc", write_splits(tmp_path / "lines", "wsc"), "validation")
+    assert [found[n] for n in range(len(found))] == [expected[n] for n in range(len(expected))]
+    assert len(load_task("hotpotqa", None, "test")) == 27
+    assert hub[1:] == [("mrqa-workshop/mrqa", None, "validation")]
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("rte", "'nyu-mll/glue', 'rte'"), ("yelp2", "'fancyzhx/yelp_polarity'")]
+)
+def test_no_network_and_no_copy_is_one_message(
+    name: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"cannot read .* from the Hub") as error:
+        load_task(name, None, "train")
+    for part in (f"load_dataset({config}).save_to_disk", "--data_dir FOLDER", "train.parquet"):
+        assert part in str(error.value)
+
+
+def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere with rte"):
+        load_task("rte", tmp_path / "nowhere", "train")
+    write_lines(tmp_path / "rte" / "train.jsonl", rows_of("rte"))
+    with pytest.raises(FileNotFoundError, match="holds no split 'validation' of rte: expected validation"):
+        load_task("rte", tmp_path / "rte", "test")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; make one with: .*prepare_data\.py"):
+        load_task("snippets", None, "train")
+
+
+# What is wrong with rows.
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rte", {"label": 2}, r"row 3: expected label to be 0 \(entailment\), 1 \(not_entailment\), found 2"),
+        ("rte", {"label": True}, "row 3: expected label to be .*, found True"),
+        ("cola", {"sentence": " \n"}, "row 3: expected text in sentence, found nothing"),
+        ("mrpc", {"sentence1": "", "sentence2": None}, "row 3: expected text in .*, found nothing"),
+        ("mrpc", {"sentence1": 7}, "row 3: expected text in sentence1, sentence2, found 7"),
+        ("stsb", {"label": 5.2}, "row 3: expected a number from 0 to 5, found 5.2"),
+        ("stsb", {"label": "high"}, "row 3: could not convert"),
+        ("wsc", {"span2_index": 40}, "row 3: expected span2 'himself' at word 40 of 7, found no such word"),
+        ("multirc", {"idx": 5}, "row 3: "),
+        ("newsqa", {"answers": "1889"}, "row 3: expected answers to be a list of answers, found '1889'"),
+        ("newsqa", {"answers": [3]}, r"row 3: expected answers to be a list of texts, found \[3\]"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named(name: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    rows = rows_of(name)
+    rows[3] = {**rows[3], **change}
+    write_lines(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match=message) as error:
+        load_task(name, tmp_path, "train")
+    assert "train.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "save_to_disk"])
+def test_a_missing_column_is_named_with_those_found(kind: str, tmp_path: Path) -> None:
+    rows = [{"sentence1": "a", "text2": "b", "label": 0}] * 3
+    if kind == "save_to_disk":
+        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(tmp_path))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    elif kind == "csv":
+        (tmp_path / "train.csv").write_text("sentence1,text2,label\na,b,0\n")
+    else:
+        write_lines(tmp_path / "train.jsonl", rows)
+    with pytest.raises(
+        ValueError, match="expected the columns sentence1, sentence2, label; sentence2 missing"
+    ):
+        load_task("rte", tmp_path, "train")
+
+
+def test_labels_that_are_not_published_are_none(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", [{**row, "label": -1} for row in rows_of("rte", 4)])
+    task = load_task("rte", tmp_path, "train")
+    assert (task[0].targets, task[0].answer) == ((), "")
+    assert task.score(dict.fromkeys(task.example_ids(), "entailment")) == {}
+    with pytest.raises(ValueError, match="train_split=train of rte has no published answers"):
+        load_splits(DataOptions(task="rte", data_dir=tmp_path), seed=0)
+
+
+def test_a_split_too_small_to_divide_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train.jsonl", rows_of("qnli", 9))
+    with pytest.raises(
+        ValueError, match="qnli has no validation examples: the published split 'train' has 9"
+    ):
+        load_task("qnli", tmp_path, "validation")
+
+
+def test_unknown_tasks_get_the_closest_names() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'sst-2'; there are: vqav2, .*; closest: sst2"):
+        load_task("sst-2", None, "train")
+
+
+# Runs.
+
+
+def tiny(language: Path, data_dir: Path, output_dir: Path, task: str) -> RunConfig:
+    return replace(
+        DEFAULTS,
+        data=DataOptions(task=task, data_dir=data_dir),
+        backbone=BackboneOptions(language=str(language), backbone_dropout=False),
+        prompt=PromptOptions(prompt_length=3, rank=2, max_source_length=40, reference_prompt_length=6),
+        train=replace(DEFAULTS.train, max_steps=3, per_device_batch_size=4, eval_every=2),
+        optim=OptimOptions(prompt_lr=0.05, warmup_steps=0),
+        output_dir=output_dir,
+    )
+
+
+@pytest.mark.parametrize("language", [*LANGUAGES, *DECODERS])
+@pytest.mark.parametrize("task", ["rte", "newsqa"])
+def test_a_run_without_images(
+    language: str,
+    task: str,
+    language_folders: dict[str, Path],
+    decoder_folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = (language_folders | decoder_folders)[language]
+    data_dir = write_splits(tmp_path / "data", task)
+    config = tiny(folder, data_dir, tmp_path / "run", task)
+    if language in DECODERS:  # whose context holds prompt, text and answer
+        config = replace(config, prompt=replace(config.prompt, max_source_length=24))
+    result = main(config)
+    assert result.training is not None
+    assert result.training.steps == 3
+    test = load_task(task, data_dir, "test")
+    predictions = test.prediction_format.read(tmp_path / "run" / "predictions.json")
+    assert result.scores == test.score(predictions)
+    assert next(iter(result.scores)) == test.primary
+    if test.decoding.candidates:
+        assert set(predictions.values()) <= set(test.decoding.candidates)
+    adapter = Adapter.load(tmp_path / "run" / "best")
+    assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
+    assert adapter.tensors["prompt.lora_b"].abs().max() > 0
+    adapter.build(Backbone.from_pretrained(language=folder))
+    dev = assess(EvaluateConfig(run=tmp_path / "run", split="validation")).evaluation
+    assert dev.scores == result.training.best_scores
+    shown = capsys.readouterr().out
+    assert f"{task} test: {test.primary} (0-100)" in shown
+    # The texts are longer than s for these tokenizers, which know few words.
+    for split in ("train", "dev", "test"):
+        assert f"texts ({task} {split}); the longest has" in shown
+
+
+def test_a_run_is_scored_on_another_text_task(
+    language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_dir = write_splits(tmp_path / "data" / "rte", "rte")
+    write_splits(tmp_path / "data" / "mrpc", "mrpc")
+    main(tiny(language_folders["t5"], data_dir, tmp_path / "run", "rte"))
+    found = assess(EvaluateConfig(run=tmp_path / "run", task="mrpc"))
+    assert found.evaluation.scores.keys() == {"accuracy", "f1"}
+    assert found.output_dir == tmp_path / "run" / "mrpc-test"
+
+
+def test_training_is_grouped_by_the_lengths_of_the_cut_texts(
+    language_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    class Noting(TrainingBatches):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            given.append(options["lengths"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(dept_vl.training.loop, "TrainingBatches", Noting)
+    data_dir = tmp_path / "data"
+    texts = ["red", "a small red circle", "how many red shapes are there ? " * 20]
+    for split in SPLITS:
+        rows = [{"sentence": texts[n % 3], "label": n % 2, "rating": 1.0} for n in range(12)]
+        write_lines(data_dir / f"{split}.jsonl", rows)
+    config = tiny(language_folders["t5"], data_dir, tmp_path / "grouped", "snippets")
+    main(config)
+    main(replace(config, output_dir=tmp_path / "mixed", train=replace(config.train, group_by_length=False)))
+    tokenizer = Backbone.from_pretrained(language=language_folders["t5"]).tokenizer
+    counted = [len(tokenizer(f"snippets sentence: {text}".strip()).input_ids) for text in texts]
+    assert counted[0] < counted[1] < 40 < counted[2]
+    (lengths,), off = given
+    assert lengths.tolist() == [*counted[:2], 40] * 4
+    assert off is None
+
+
+# Presets.
+
+
+def parsed(*flags: str, defaults: RunConfig = DEFAULTS) -> RunConfig:
+    return parse(defaults, "Train.", flags)
+
+
+def test_a_preset_is_laid_over_the_defaults() -> None:
+    config = parsed("--task", "newsqa", "--preset", "paper")
+    preset = PAPER["newsqa"]
+    assert (config.prompt.prompt_length, config.prompt.rank, config.prompt.max_source_length) == (60, 24, 512)
+    assert (config.optim.prompt_lr, config.optim.lora_lr) == (preset.prompt_lr, preset.lora_lr)
+    assert config.optim.warmup_steps == preset.warmup_steps
+    assert (config.train.max_steps, config.train.per_device_batch_size) == (200_000, 16)
+    assert config.train.gradient_accumulation_steps == 2
+    assert (config.backbone, config.train.group_by_length) == (DEFAULTS.backbone, True)
+    assert config.data == DataOptions(task="newsqa")
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    content = {
+        "data": {"task": "cola"},
+        "optim": {"prompt_lr": 0.7},
+        "prompt": {"rank": None, "prompt_length": 7},
+    }
+    file.write_text(json.dumps(content))
+    config = parsed("--preset", "paper", "--config", str(file), "--prompt_length", "9", "--max_steps", "5")
+    assert config.data.task == "cola"
+    assert (config.prompt.prompt_length, config.prompt.rank, config.optim.prompt_lr) == (9, None, 0.7)
+    assert (config.optim.lora_lr, config.train.max_steps) == (PAPER["cola"].lora_lr, 5)
+    # The file stands for the script's defaults, as without a preset.
+    assert config.backbone.language is None
+    assert config.train.eval_every == TrainOptions().eval_every
+
+
+def test_a_preset_without_the_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="'paper' has no hyper-parameters for 'paws'; it has them for cola"):
+        parsed("--task", "paws", "--preset", "paper")
+    with pytest.raises(SystemExit):
+        parsed("--preset", "best")
+    assert "--preset" in capsys.readouterr().err
+
+
+# Snippets.
+
+RATED = (
+    "1\t2.5\tA joy throughout.\r\n2\t-0.4\tNeither good nor bad.\r\n3\t-3\tDull \r\n4\t0.5\tFair\r\n"
+    + "".join(f"{n}\t{1 if n % 2 else -1}.5\tSentence {n}.\r\n" for n in range(5, 105))
+)
+
+
+def archive_of(text: str, folder: Path, inner_name: str = snippets.RATED) -> Path:
+    """A source distribution as published, with this file."""
+
+    def pack(name: str, content: bytes) -> bytes:
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        return buffer.getvalue()
+
+    path = folder / "vaderSentiment-3.3.2.tar.gz"
+    path.write_bytes(pack(f"vaderSentiment-3.3.2/{snippets.INNER}", pack(inner_name, text.encode())))
+    return path
+
+
+def test_snippets_are_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = archive_of(RATED, tmp_path)
+    output_dir = tmp_path / "data" / "snippets"
+    prepare_data.main(["snippets", "--output_dir", str(output_dir), "--archive", str(archive)])
+    assert "validation" in capsys.readouterr().out
+    tasks = {split: load_task("snippets", output_dir, split) for split in SPLITS}
+    sizes = [len(task) for task in tasks.values()]
+    assert sum(sizes) == 103
+    assert sizes[0] > 70
+    assert min(sizes) > 2
+    answers = {task[n].source_text: task[n].answer for task in tasks.values() for n in range(len(task))}
+    assert len(answers) == 103
+    assert answers["snippets sentence: A joy throughout."] == "positive"
+    assert answers["snippets sentence: Dull"] == "negative"
+    assert answers["snippets sentence: Fair"] == "positive"
+    with pytest.raises(FileExistsError, match="already holds snippets"):
+        snippets.write(output_dir, archive)
+
+
+def test_the_split_of_a_snippet_depends_on_its_text_alone() -> None:
+    texts = [f"Sentence {n}." for n in range(1000)]
+    splits = [snippets.split_of(text) for text in texts]
+    assert splits == [snippets.split_of(text) for text in texts]
+    for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
+        assert splits.count(split) / len(splits) == pytest.approx(share, abs=0.05)
+
+
+def test_another_archive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected the source distribution of vaderSentiment"):
+        snippets.write(tmp_path / "a", archive_of(RATED, tmp_path, "elsewhere.txt"))
+    (tmp_path / "no.tar.gz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="expected the source distribution of vaderSentiment"):
+        snippets.write(tmp_path / "b", tmp_path / "no.tar.gz")
+    with pytest.raises(ValueError, match="line 2: expected an id, a rating and a sentence"):
+        snippets.write(tmp_path / "c", archive_of("1\t2\tGood\n2\tBad\n", tmp_path))
+    assert not any((tmp_path / name).exists() for name in "abc")

@@ -1,0 +1,154 @@
+"""Runs of two processes: who writes, how they end, and that they go on as one that was never killed."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import write_vqa
+from runs import assert_same, in_two_processes, reset_accelerate, start_two_processes
+from test_resume import result_of
+
+import dept_vl.models.precision
+from dept_vl.config import DataOptions, RunConfig
+from dept_vl.data.collate import Collator
+from dept_vl.training import checkpoint as state
+from dept_vl.training.run import run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_run: Callable[..., RunConfig],
+) -> RunConfig:
+    """A run of two processes; each notes what it prints and which files it opens to write."""
+    folder = tmp_path_factory.mktemp("distributed")
+    config = make_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        dropout=True,
+        max_steps=6,
+        per_device_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_every=3,
+        checkpoint_every=2,
+        log_every=3,
+    )
+    config = replace(config, output_dir=folder / "whole")
+    in_two_processes(run_and_note, config, folder)
+    return config
+
+
+def run_and_note(config: RunConfig, notes: Path) -> None:
+    rank = os.environ["RANK"]
+    written: list[str] = []
+
+    def note(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            changes = event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if changes and str(config.output_dir) in str(arguments[0]):
+                written.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    with (notes / f"printed-{rank}").open("w") as printed:
+        sys.stdout = printed
+        try:
+            run(config)
+        finally:
+            sys.stdout = sys.__stdout__
+    (notes / f"written-{rank}.json").write_text(json.dumps(written))
+
+
+def run_compiled(config: RunConfig) -> None:
+    dept_vl.models.precision.BACKEND = "eager"
+    run(config)
+    if config.train.compile:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+
+
+def test_two_processes_with_compiled_layers_train_the_same(whole: RunConfig, tmp_path: Path) -> None:
+    short = replace(
+        whole,
+        output_dir=tmp_path / "plain",
+        train=replace(whole.train, max_steps=2, eval_every=2, checkpoint_every=0),
+        backbone=replace(whole.backbone, backbone_dropout=False),
+    )
+    compiled = replace(short, output_dir=tmp_path / "compiled", train=replace(short.train, compile=True))
+    for config in (short, compiled):
+        in_two_processes(run_compiled, config)
+    assert_same(tmp_path / "plain", tmp_path / "compiled", atol=1e-4)
+
+
+def run_and_die(config: RunConfig, step: int) -> None:
+    """Killed in the n-th optimizer step, as a machine that loses its power ends all at once."""
+    left, function = [step], torch.optim.AdamW.step
+
+    def dying(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(optimizer, *arguments)
+
+    torch.optim.AdamW.step = dying  # type: ignore[method-assign,assignment]
+    run(config)
+
+
+def run_and_fail(config: RunConfig, failing_rank: int, notes: Path) -> None:
+    """One process comes upon an error; each notes what it ends by."""
+    rank = int(os.environ["RANK"])
+    left, function = [3], Collator.__call__
+
+    def fail(collator: Collator, draws: Any) -> Any:
+        left[0] -= rank == failing_rank
+        if left[0] == 0:
+            raise ValueError("the fault is here")
+        return function(collator, draws)
+
+    Collator.__call__ = fail  # type: ignore[method-assign]
+    try:
+        run(config)
+    except Exception as error:
+        (notes / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def test_only_the_first_process_prints_and_writes(whole: RunConfig) -> None:
+    folder = Path(whole.output_dir or "").parent
+    assert "trainable parameters" in (folder / "printed-0").read_text()
+    assert (folder / "printed-1").read_text() == ""
+    written = [json.loads((folder / f"written-{rank}.json").read_text()) for rank in range(2)]
+    assert any(name.endswith("summary.json.partial") for name in written[0])
+    # Random generators are each process's own.
+    assert {Path(name).name for name in written[1]} == {"rng-1.safetensors"}
+
+
+def test_killed_and_resumed_is_bit_identical(whole: RunConfig, tmp_path: Path) -> None:
+    again = replace(whole, output_dir=tmp_path / "killed", resume="auto")
+    assert start_two_processes(run_and_die, again, 5) == [-signal.SIGKILL] * 2
+    assert [place.name for place in state.checkpoints(tmp_path / "killed")] == [
+        "step-00000002",
+        "step-00000004",
+    ]
+    in_two_processes(run, again)
+    assert result_of(tmp_path / "killed") == result_of(Path(whole.output_dir or ""))
+    # Of another number of processes each would have another share.
+    reset_accelerate()
+    (tmp_path / "killed" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"is of 2 process\(es\), and this run has 1"):
+        run(again)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_both(whole: RunConfig, tmp_path: Path, failing: int) -> None:
+    config = replace(whole, output_dir=tmp_path / "run")
+    assert start_two_processes(run_and_fail, config, failing, tmp_path) == [1, 1]
+    assert (tmp_path / f"error-{failing}").read_text() == "ValueError: the fault is here"
+    other = (tmp_path / f"error-{1 - failing}").read_text()
+    assert other.startswith("RuntimeError: another process of this run has ended; what it said is the cause")

@@ -1,0 +1,118 @@
+"""Parameter groups with their rates, and the schedule."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from dept_vl.config import OptimOptions
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts.dept import DePT
+from dept_vl.training.optim import build_optimizer, build_schedule
+
+OPTIONS = OptimOptions(
+    prompt_lr=0.4,
+    lora_lr=3e-3,
+    projection_lr=2e-3,
+    backbone_lr=1e-4,
+    prompt_weight_decay=0.5,
+    lora_weight_decay=0.25,
+    projection_weight_decay=0.125,
+    backbone_weight_decay=0.0625,
+)
+RATES = {
+    "prompt": (0.4, 0.5),
+    "low_rank": (3e-3, 0.25),
+    "visual_projection": (2e-3, 0.125),
+    "backbone": (1e-4, 0.0625),
+}
+
+
+def full_model(backbone: Backbone) -> PromptedModel:
+    backbone.freeze(language=False)
+    return PromptedModel(backbone, DePT(backbone.d_model, prompt_length=3, rank=2, max_source_length=20))
+
+
+def groups_of(*names: str) -> dict[str, list[nn.Parameter]]:
+    return {name: [nn.Parameter(torch.ones(2, 3))] for name in names}
+
+
+def test_every_group_of_a_model_has_its_rate_and_decay(backbone: Backbone) -> None:
+    model = full_model(backbone)
+    optimizer = build_optimizer(model.parameter_groups(), OPTIONS)
+    found = {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == RATES
+
+
+def test_groups_share_nothing_and_leave_nothing_out(backbone: Backbone) -> None:
+    model = full_model(backbone)
+    optimizer = build_optimizer(model.parameter_groups(), OPTIONS)
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == trainable
+
+
+def test_default_decay_and_rates_are_apart() -> None:
+    names = list(RATES)
+    rates = [OptimOptions().of_group(name) for name in names]
+    assert rates == [(0.3, 1e-5), (1e-3, 1e-5), (1e-3, 0.01), (1e-4, 0.01)]
+
+
+def test_a_step_moves_each_group_by_its_rate() -> None:
+    # AdamW's first step is the rate itself, whatever the size of the gradient.
+    groups = groups_of(*RATES)
+    options = replace(
+        OPTIONS,
+        prompt_weight_decay=0.0,
+        lora_weight_decay=0.0,
+        projection_weight_decay=0.0,
+        backbone_weight_decay=0.0,
+    )
+    optimizer = build_optimizer(groups, options)
+    for (parameter,) in groups.values():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    optimizer.step()
+    for name, (parameter,) in groups.items():
+        torch.testing.assert_close(parameter.detach(), torch.full((2, 3), 1 - RATES[name][0]))
+
+
+def test_nothing_to_train(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone("t5")
+    backbone.freeze(visual_projection=True)
+    with pytest.raises(ValueError, match="nothing to train: prompt_length and rank are 0"):
+        build_optimizer(PromptedModel(backbone).parameter_groups(), OPTIONS)
+
+
+def rates_over(steps: int, options: OptimOptions) -> list[list[float]]:
+    """The learning rate of each group at every step, and the one after the last."""
+    optimizer: AdamW = build_optimizer(groups_of("prompt", "low_rank"), options)
+    schedule = build_schedule(optimizer, options, steps)
+    rates = []
+    for _ in range(steps + 1):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_schedule_rises_then_falls_to_zero() -> None:
+    rates = rates_over(100, replace(OPTIONS, warmup_steps=8))
+    peak = [0.4, 3e-3]
+    for step, share in [(0, 0), (2, 0.25), (4, 0.5), (8, 1), (54, 0.5), (77, 0.25), (100, 0)]:
+        assert rates[step] == pytest.approx([share * rate for rate in peak])
+    assert max(rate for rate, _ in rates) == rates[8][0]
+
+
+def test_a_short_run_warms_up_for_a_tenth() -> None:
+    rates = rates_over(20, replace(OPTIONS, warmup_steps=500))
+    assert [rate for rate, _ in rates[:4]] == pytest.approx([0, 0.2, 0.4, 0.4 * 17 / 18])
+
+
+def test_without_warm_up_the_first_step_is_the_peak() -> None:
+    assert rates_over(50, replace(OPTIONS, warmup_steps=0))[0] == [0.4, 3e-3]
+    assert rates_over(9, OPTIONS)[0] == [0.4, 3e-3]

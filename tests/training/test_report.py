@@ -1,0 +1,116 @@
+"""The table and the picture that a run leaves."""
+
+from pathlib import Path
+
+import pytest
+from helpers import COLOURS, write_vqa
+from PIL import Image
+
+from dept_vl._utils.tables import markdown_table
+from dept_vl.tasks.vqav2 import VQAv2
+from dept_vl.training.report.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
+
+Pixel = tuple[int, int, int]
+
+
+def test_table_is_aligned() -> None:
+    table = markdown_table(["", "this run"], [["accuracy", 61.5], ["seconds in all", "7"]])
+    assert table.splitlines() == [
+        "|                | this run |",
+        "| -------------- | -------: |",
+        "| accuracy       |     61.5 |",
+        "| seconds in all |        7 |",
+    ]
+
+
+def test_the_rule_of_a_narrow_column_is_markdown() -> None:
+    assert markdown_table(["", "n"], []) == "|     |   n |\n| --- | --: |"
+
+
+def test_table_of_uneven_rows_is_refused() -> None:
+    with pytest.raises(ValueError):
+        markdown_table(["a", "b"], [["c"]])
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> VQAv2:
+    return VQAv2.load(write_vqa(tmp_path / "vqa", images=6), "val")
+
+
+def answers(task: VQAv2, wrong: int) -> dict[int | str, str]:
+    """The usual answers, but for the first so many images, whose questions are answered `wrong`."""
+    images = sorted({task.images(index) for index in range(len(task))})[:wrong]
+    return {
+        task[index].example_id: "wrong" if task.images(index) in images else task[index].answer
+        for index in range(len(task))
+    }
+
+
+def tiles(sheet: Image.Image, columns: int, rows: int) -> list[tuple[Pixel, set[Pixel]]]:
+    """Of each tile, the pixel in its middle and all colours of the text below it."""
+    found = []
+    for row in range(rows):
+        for column in range(columns):
+            left, top = MARGIN + column * (TILE + MARGIN), MARGIN + row * (TILE + TEXT_HEIGHT + MARGIN)
+            text = sheet.crop((left, top + TILE + 1, left + TILE, top + TILE + TEXT_HEIGHT))
+            middle = sheet.getpixel((left + TILE // 2, top + TILE // 2))
+            found.append((middle, {colour for _, colour in text.getcolors(maxcolors=100_000)}))
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(3, 2), (2, 1)])
+def test_picture_has_the_size_of_its_tiles(tmp_path: Path, task: VQAv2, columns: int, rows: int) -> None:
+    path = tmp_path / "answers.png"
+    picture_grid(task, answers(task, 2), path, columns=columns, rows=rows)
+    with Image.open(path) as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.size == (
+            MARGIN + columns * (TILE + MARGIN),
+            MARGIN + rows * (TILE + TEXT_HEIGHT + MARGIN),
+        )
+
+
+def test_picture_shows_distinct_images_right_and_wrong(tmp_path: Path, task: VQAv2) -> None:
+    path = tmp_path / "answers.png"
+    picture_grid(task, answers(task, 3), path, columns=5, rows=1, mistakes=2)
+    with Image.open(path) as sheet:
+        shown = tiles(sheet, 5, 1)
+    fills = [min(COLOURS, key=lambda name: distance(COLOURS[name], middle)) for middle, _ in shown]
+    assert len(set(fills)) == 5
+    red, green = (
+        [fill for fill, (_, text) in zip(fills, shown, strict=True) if ink in text] for ink in (WRONG, RIGHT)
+    )
+    # The three first images are answered wrongly; two of them are shown.
+    assert len(red) == 2
+    assert set(red) < set(list(COLOURS)[:3])
+    assert sorted(green) == sorted(list(COLOURS)[3:])
+
+
+def test_picture_without_a_mistake_is_green_throughout(tmp_path: Path, task: VQAv2) -> None:
+    path = tmp_path / "answers.png"
+    picture_grid(task, answers(task, 0), path, columns=3, rows=2)
+    with Image.open(path) as sheet:
+        shown = tiles(sheet, 3, 2)
+    assert all(RIGHT in text and WRONG not in text for _, text in shown)
+
+
+def test_long_answers_stay_below_their_image(tmp_path: Path, task: VQAv2) -> None:
+    path = tmp_path / "answers.png"
+    long = dict.fromkeys(answers(task, 0), "W" * 8 + " wwwww wwwww")
+    picture_grid(task, long, path, columns=2, rows=1, mistakes=2)
+    with Image.open(path) as sheet:
+        between = sheet.crop((MARGIN + TILE + 1, 0, 2 * MARGIN + TILE, sheet.height))
+        assert len(between.getcolors()) == 1
+        assert all(WRONG in text for _, text in tiles(sheet, 2, 1))
+
+
+def test_picture_leaves_tiles_empty_where_images_are_few(tmp_path: Path, task: VQAv2) -> None:
+    path = tmp_path / "answers.png"
+    picture_grid(task.subset([0, 1, 2]), answers(task, 0), path, columns=3, rows=1)
+    with Image.open(path) as sheet:
+        shown = tiles(sheet, 3, 1)
+    assert [len(text) > 1 for _, text in shown] == [True, False, False]
+
+
+def distance(one: Pixel, other: Pixel) -> int:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))

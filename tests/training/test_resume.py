@@ -1,0 +1,290 @@
+"""A run that is killed anywhere and goes on ends as the run that was never killed, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_vqa
+from runs import reset_accelerate
+from safetensors.torch import load_file
+
+import dept_vl.training.loop
+from dept_vl.cli import parse
+from dept_vl.config import DataOptions, RunConfig, differences, to_json
+from dept_vl.inference.evaluate import evaluate
+from dept_vl.training import checkpoint as state
+from dept_vl.training.run import RunResult, run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+EVENTS = ("step", "fsync", "rename", "log")
+"""Where a run is killed: in an optimizer step, as a file is flushed or renamed, as a line is logged."""
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dept_vl.training.run"])
+
+
+@pytest.fixture(scope="module")
+def config(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_run: Callable[..., RunConfig],
+) -> RunConfig:
+    folder = tmp_path_factory.mktemp("resume")
+    config = make_run(
+        DataOptions(data_dir=write_vqa(folder / "vqa", images=5), holdout_images=1),
+        dropout=True,  # so that a generator set back wrongly shows
+        max_steps=9,
+        per_device_batch_size=3,
+        gradient_accumulation_steps=2,
+        eval_every=4,
+        checkpoint_every=2,
+        log_every=3,
+    )
+    return replace(config, output_dir=folder / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(config: RunConfig) -> RunResult:
+    reset_accelerate()
+    return run(config)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a run leaves that must not depend on kills."""
+    summary = json.loads((folder / "summary.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    timed = ("samples_per_second", "tokens_per_second", "memory_gib", "seconds_left")
+    return {
+        "tensors": {
+            (name, key): tensor.numpy().tobytes()
+            for name in ("best", "last")
+            for key, tensor in load_file(folder / name / "adapter.safetensors").items()
+        },
+        "predictions": (folder / "predictions.json").read_text(),
+        "scores": summary["scores"],
+        "best_step": summary["best_step"],
+        "log": [{key: value for key, value in line.items() if key not in timed} for line in log],
+    }
+
+
+def run_and_die(config: RunConfig, threads: int, event: str, number: int) -> None:
+    """Run in a child and kill it with SIGKILL at the n-th event of a kind."""
+    torch.set_num_threads(threads)  # sums of several threads have an order of their own
+    left = [number]
+
+    def dying(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **options)
+
+        return call
+
+    if event == "step":
+        torch.optim.AdamW.step = dying(torch.optim.AdamW.step)  # type: ignore[method-assign]
+    elif event == "fsync":
+        os.fsync = dying(os.fsync)
+    elif event == "rename":
+        Path.rename = dying(Path.rename)  # type: ignore[method-assign]
+    else:
+        json.dumps = dying(json.dumps)
+    run(config)
+
+
+def kill_until_finished(config: RunConfig, rng: random.Random, kills: int) -> int:
+    """Start the same command again and again, killed at random; the last one is left to finish."""
+    killed = 0
+    while killed < kills:
+        event = rng.choice(EVENTS)
+        number = rng.randint(1, {"step": 9, "fsync": 24, "rename": 4, "log": 12}[event])
+        process = CONTEXT.Process(target=run_and_die, args=(config, torch.get_num_threads(), event, number))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, "the run hangs"
+        if process.exitcode == 0:
+            assert (config.output_dir / "summary.json").is_file()  # type: ignore[operator]
+            break
+        assert process.exitcode == -signal.SIGKILL
+        killed += 1
+    run(config)
+    return killed
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_points_and_resumed_is_bit_identical(
+    config: RunConfig, whole: RunResult, tmp_path: Path, seed: int
+) -> None:
+    again = replace(config, output_dir=tmp_path / "killed", resume="auto")
+    assert kill_until_finished(again, random.Random(seed), kills=10) > 0
+    assert result_of(tmp_path / "killed") == result_of(whole.output_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 12))
+def test_killed_often(config: RunConfig, whole: RunResult, tmp_path: Path, seed: int) -> None:
+    again = replace(config, output_dir=tmp_path / "killed", resume="auto")
+    kill_until_finished(again, random.Random(seed), kills=20)
+    assert result_of(tmp_path / "killed") == result_of(whole.output_dir)
+
+
+def stopped_at(config: RunConfig, folder: Path, steps: int) -> RunConfig:
+    """The configuration of a run that was sent SIGTERM after some steps."""
+    again = replace(config, output_dir=folder, resume="auto")
+    calls = [0]
+    step = torch.optim.AdamW.step
+
+    def counting(self: torch.optim.AdamW, *args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counting)
+        result = run(again)
+    assert result.exit_status == 128 + signal.SIGTERM
+    reset_accelerate()
+    return again
+
+
+def test_sigterm_saves_and_says_so(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=5)
+    assert "stopped at step 5 of 9; --resume" in capsys.readouterr().out
+    assert [path.name for path in state.checkpoints(tmp_path / "run")][-1] == "step-00000005"
+    # No evaluation that the whole run does not make: there may be seconds left before the kill.
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_stop_during_an_evaluation_is_heeded_after_it(
+    config: RunConfig, whole: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The first and the last of the run."""
+    left = [number]
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(dept_vl.training.loop, "evaluate", stopping)
+    again = replace(config, output_dir=tmp_path / "run", resume="auto")
+    result = run(again)
+    assert result.exit_status == 128 + signal.SIGTERM
+    assert result.training is not None
+    assert result.training.steps == {1: config.train.eval_every, 3: config.train.max_steps}[number]
+    assert not (tmp_path / "run" / "summary.json").exists()
+    reset_accelerate()
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=7)
+    before, newest = state.checkpoints(tmp_path / "run")
+    for damage in (
+        lambda: (newest / "tensors.safetensors").write_bytes(b"nonsense"),
+        lambda: (newest / "manifest.json").unlink(),
+    ):
+        damage()
+        place, problems = state.newest(tmp_path / "run")
+        assert place == before
+        assert len(problems) == 1
+        assert f"{newest} is damaged" in problems[0]
+    assert run(again).exit_status == 0
+    assert "is damaged" in capsys.readouterr().out
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_without_a_whole_checkpoint_it_begins_again(
+    config: RunConfig, whole: RunResult, tmp_path: Path
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=3)
+    for place in state.checkpoints(tmp_path / "run"):
+        shutil.rmtree(place)
+    assert run(again).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+def test_a_finished_run_is_left_as_it_is(
+    config: RunConfig, whole: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*")}
+    result = run(replace(config, resume=str(whole.output_dir)))
+    assert "finished already" in capsys.readouterr().out
+    assert result.scores == whole.scores
+    assert {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*")} == before
+
+
+def test_other_options_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=3)
+    changed = replace(again, train=replace(again.train, max_steps=10))
+    with pytest.raises(ValueError, match=r"other options \(train\.max_steps=9 -> 10\)"):
+        run(changed)
+
+
+def test_options_that_change_nothing_may_change(config: RunConfig) -> None:
+    changed = replace(config, resume="auto", train=replace(config.train, num_workers=2, log_every=1))
+    assert differences(to_json(config), to_json(changed)) == []
+
+
+def test_options_that_came_later_had_their_defaults(config: RunConfig) -> None:
+    before = to_json(config)
+    del before["train"]["compile"]
+    assert differences(before, to_json(config)) == []
+    changed = replace(config, train=replace(config.train, compile=True))
+    assert differences(before, to_json(changed)) == ["train.compile=False -> True"]
+
+
+def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:
+    paused = replace(config, output_dir=tmp_path / "run", train=replace(config.train, pause_at=2))
+    run(paused)
+    again = parse(RunConfig(), "", ["--resume", str(tmp_path / "run")])
+    assert again.train == replace(config.train, pause_at=0)
+    reset_accelerate()
+    assert run(again).scores
+    assert parse(RunConfig(), "", ["--resume", str(tmp_path / "run"), "--pause_at", "3"]).train.pause_at == 3
+
+
+def test_no_run_to_go_on_with(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="expected the folder of a run"):
+        run(replace(config, resume=str(tmp_path)))
+    with pytest.raises(ValueError, match="needs --output_dir"):
+        run(replace(config, resume="auto", output_dir=None))
+
+
+def test_the_last_two_checkpoints_stay(config: RunConfig, whole: RunResult) -> None:
+    assert [path.name for path in state.checkpoints(whole.output_dir)] == ["step-00000008", "step-00000009"]
+    assert not list((whole.output_dir / state.CHECKPOINTS).glob(".*"))
+
+
+def test_random_generators_come_back() -> None:
+    device = torch.device("cpu")
+    random.gauss(0, 1)  # leaves a second number waiting
+    np.random.standard_normal()
+    saved = state._random_state(device)
+    drawn = [(random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)]
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    state._restore_random_state(saved, device)
+    assert [
+        (random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()) for _ in range(3)
+    ] == drawn

@@ -1,0 +1,322 @@
+"""Our own files, read with care, and what was let through before."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import write_vqa
+from safetensors.torch import save_file
+from torch import nn
+
+from dept_vl._utils import io as files
+from dept_vl._utils.io import difference, one_line, read_json, read_object
+from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl.adapters import authors as official
+from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
+from dept_vl.config import (
+    RANGES,
+    BackboneOptions,
+    DataOptions,
+    ExtractConfig,
+    OptimOptions,
+    PromptOptions,
+    RunConfig,
+    TrainOptions,
+    read_config,
+    validate,
+)
+from dept_vl.tasks import nlvr2
+from dept_vl.tasks.gqa import read_choices
+from dept_vl.tasks.vqav2 import VQAv2, read_rows
+from dept_vl.training.run import run
+
+# JSON
+
+
+def test_a_good_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1, "b": [2.5, 3]}')
+    assert read_json(tmp_path / "x.json") == {"a": 1, "b": [2.5, 3]}
+    assert read_object(tmp_path / "x.json", {"a": int, "b": [float]}) == {"a": 1, "b": [2.5, 3]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"\x00"])
+def test_bad_json_is_one_line_with_the_path(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged: it is not valid JSON") as error:
+        read_json(tmp_path / "x.json")
+    assert str(error.value).startswith(str(tmp_path / "x.json"))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_overlong_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"x\.json"):
+        read_json(tmp_path / "x.json")
+    monkeypatch.setattr(files, "LONGEST_JSON", 10)
+    (tmp_path / "x.json").write_text('"123456789"')
+    with pytest.raises(ValueError, match="at most 10 bytes, found 11"):
+        read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("found", "like", "problem"),
+    [
+        (1, int, ""),
+        (True, int, "expected the file to be a whole number, found True"),
+        (1.0, int, "found 1.0"),
+        (1, float, ""),
+        (float("nan"), float, "a finite number, found nan"),
+        (float("-inf"), float, "found -inf"),
+        (10**400, float, "a finite number"),
+        ("x", str, ""),
+        (None, str, "to be text, found None"),
+        ({"a": 1}, {"a": int}, ""),
+        ({"b": 1}, {"a": int}, r"missing \['a'\], unknown \['b'\]"),
+        ({"a": {"b": "x"}}, {"a": {"b": int}}, r"expected a\.b to be a whole number, found 'x'"),
+        ([], {"a": int}, "to be an object"),
+        ({"any": 1}, {str: int}, ""),
+        ({"a\nb": "x"}, {str: int}, r"expected \['a\\nb'\] to be"),
+        ([1, "x"], [int], r"expected \[1\] to be a whole number"),
+        ({}, [int], "to be a list"),
+        (None, (None, {"a": int}), ""),
+        ({"a": "x"}, (None, {"a": int}), "expected a to be a whole number"),
+        (3, (None, {"a": int}), "to be null or an object, found 3"),
+        ("none", ("none", "relative"), ""),
+        ("x", ("none", "relative"), 'to be "none" or "relative"'),
+        (True, 1, "to be 1, found True"),
+    ],
+)
+def test_difference(found: Any, like: Any, problem: str) -> None:
+    said = difference(found, like)
+    if not problem:
+        assert said == ""
+    else:
+        with pytest.raises(ValueError, match=problem):
+            raise ValueError(said)
+
+
+# Tensors
+
+
+def test_tensors_that_no_training_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    check_parameters({"a": torch.ones(2), "b": torch.ones(2, dtype=torch.bfloat16)}, path)
+    with pytest.raises(ValueError, match=r"finite values in 'a', found 1 of 2"):
+        check_parameters({"a": torch.tensor([1.0, float("inf")])}, path)
+    for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        with pytest.raises(ValueError, match=f"found {dtype}"):
+            check_parameters({"a": torch.zeros(2).to(dtype)}, path)
+
+
+def test_damaged_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):
+        read_tensors(path)
+    save_file({"a": torch.ones(2)}, path)
+    assert read_tensors(path)["a"].tolist() == [1, 1]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged"):
+        read_tensors(path)
+
+
+def test_only_the_parameters_of_a_module_go_into_it() -> None:
+    module = nn.Linear(2, 1)
+    load_exactly(module, {"weight": torch.ones(1, 2), "bias": torch.ones(1)}, "its")
+    assert module.weight.tolist() == [[1, 1]]
+    with pytest.raises(ValueError, match=r"p\.weight: expected \(1, 2\), found \(2, 2\)"):
+        load_exactly(module, {"weight": torch.ones(2, 2), "bias": torch.ones(1)}, "its", "p.")
+    with pytest.raises(ValueError, match=r"missing \['bias'\], extra \['x'\]"):
+        load_exactly(module, {"weight": torch.ones(1, 2), "x": torch.ones(1)}, "its")
+
+
+# Adapters
+
+
+def adapter() -> Adapter:
+    return Adapter(
+        prompt={
+            **{"prompt_length": 2, "rank": 4, "max_source_length": 5, "d_model": 8},
+            **{"alpha": 8.0, "scale": 4.0},
+        },
+        backbone={"name": "tiny", "fingerprint": {"language": "0"}, "visual_position_bias": "none"},
+        task="vqav2",
+        metrics={"overall": 61.5},
+        trainable_parameters={"prompt": 16, "low_rank": 52, "total": 68, "without_projection": 68},
+        tensors={
+            "prompt.soft_prompt": torch.ones(2, 8),
+            "prompt.lora_a": torch.ones(5, 4),
+            "prompt.lora_b": torch.ones(4, 8),
+            "visual_projection.linear.bias": torch.ones(3),
+        },
+    )
+
+
+def test_a_frozen_projection_is_not_counted(tmp_path: Path) -> None:
+    adapter().save(tmp_path)
+    assert Adapter.load(tmp_path).trainable_parameters["total"] == 68
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("prompt_length", 10**9, "prompt_length to be 0 to 1,000,000, found 1000000000"),
+        ("prompt_length", -1, "prompt_length to be 0 to"),
+        ("d_model", 0, "d_model to be 1 to"),
+        ("prompt_length", 900_000, r"by its sizes the prompt has the tensors .*\(900000, 8\)"),
+        ("max_source_length", 6, r"\(6, 4\)"),
+        ("alpha", float("nan"), r"prompt\.alpha to be a finite number"),
+        ("scale", 3.0, r"alpha / sqrt\(rank\) = 4\.0, found 3\.0"),
+        ("rank", True, r"prompt\.rank to be a whole number"),
+    ],
+)
+def test_sizes_of_an_adapter_are_those_of_its_tensors(
+    tmp_path: Path, part: str, value: object, message: str
+) -> None:
+    good = adapter()
+    assert good.prompt is not None
+    replace(good, prompt=good.prompt | {part: value}).save(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        Adapter.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": None}, "task to be text"),
+        ({"metrics": {"overall": "high"}}, r"metrics\['overall'\] to be a finite number"),
+        ({"metrics": {"overall": float("inf")}}, "found inf"),
+        ({"backbone": {"name": "tiny"}}, r"missing \['fingerprint', 'visual_position_bias'\]"),
+        ({"trainable_parameters": {"total": 7}}, "have .* parameters, and trainable_parameters says"),
+        ({"tensors": {"head.weight": torch.ones(1)}}, r"alone, found \['head\.weight'\]"),
+        ({"tensors": {}}, "by its sizes the prompt has the tensors"),
+        ({"tensors": {"prompt.lora_a": torch.tensor([float("nan")])}}, "finite values in 'prompt.lora_a'"),
+        ({"tensors": {"prompt.lora_a": torch.tensor([1])}}, "found torch.int64"),
+    ],
+)
+def test_descriptions_that_say_something_else(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    adapter().save(tmp_path)
+    if "tensors" in change:
+        save_file(change["tensors"], tmp_path / TENSORS_FILE)
+    else:
+        description = json.loads((tmp_path / ADAPTER_FILE).read_text())
+        (tmp_path / ADAPTER_FILE).write_text(json.dumps(description | change))
+    with pytest.raises(ValueError, match=message) as error:
+        Adapter.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_pickle_of_a_few_bytes_spread_over_a_large_tensor(tmp_path: Path) -> None:
+    sizes = {"num_virtual_tokens": 900_000, "token_dim": 900_000, "max_length": 5, "r": 4, "lora_alpha": 8}
+    config = official.DEFAULTS | sizes | {"base_model_name_or_path": "t5"}
+    (tmp_path / official.CONFIG_FILE).write_text(json.dumps(config))
+    tensors = {"prompt_embeddings": torch.ones(1).expand(900_000, 900_000)}
+    torch.save(tensors, tmp_path / official.TENSORS_FILE)
+    with pytest.raises(ValueError, match="tensors no larger than the file"):
+        official.read(tmp_path, prompt_only=True)
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": 10**400}, {"r": True}, {"max_length": 10**9}])
+def test_sizes_in_the_authors_files(tmp_path: Path, change: dict[str, Any]) -> None:
+    sizes = {"num_virtual_tokens": 2, "token_dim": 8, "max_length": 5, "r": 4, "lora_alpha": 8}
+    config = official.DEFAULTS | sizes | {"base_model_name_or_path": "t5"} | change
+    (tmp_path / official.CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / official.TENSORS_FILE).write_bytes(b"")
+    with pytest.raises(ValueError, match=f"found .*{next(iter(change))}"):
+        official.read(tmp_path)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            RunConfig(train=TrainOptions(max_steps=-1)),
+            r"train\.max_steps is -1; expected 1 to 2,147,483,647",
+        ),
+        (RunConfig(train=TrainOptions(per_device_batch_size=0)), r"per_device_batch_size is 0"),
+        (RunConfig(train=TrainOptions(eval_every=0)), r"eval_every is 0"),
+        (RunConfig(train=TrainOptions(seed=-1)), r"train\.seed is -1; expected 0 to 4,294,967,295"),
+        (RunConfig(train=TrainOptions(seed=2**32)), r"train\.seed"),
+        (RunConfig(train=TrainOptions(max_grad_norm=0.0)), r"max_grad_norm"),
+        (RunConfig(prompt=PromptOptions(alpha=float("nan"))), r"prompt\.alpha is nan; expected a finite"),
+        (RunConfig(prompt=PromptOptions(rank=-2)), r"prompt\.rank is -2; expected 0 to 1,000,000"),
+        (
+            RunConfig(optim=OptimOptions(lora_lr=float("inf"))),
+            r"lora_lr is inf; expected a finite number of 0",
+        ),
+        (RunConfig(data=DataOptions(data_dir=Path("a\0b"))), r"data_dir is 'a\\x00b'; expected text without"),
+        (RunConfig(also=(DataOptions(dev_limit=-3),)), r"also\[0\]\.dev_limit is -3"),
+    ],
+)
+def test_an_option_out_of_range_is_named(config: RunConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+    with pytest.raises(ValueError, match=message):
+        run(config)
+
+
+def test_all_options_out_of_range_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"train": {"max_steps": 0, "seed": -1}}')
+    with pytest.raises(ValueError, match=r"config\.json: train\.max_steps is 0.*; train\.seed is -1"):
+        read_config(tmp_path / "config.json")
+
+
+def test_an_integer_too_large_for_a_fraction(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"optim": {"lora_lr": 1' + "0" * 400 + "}}")
+    with pytest.raises(ValueError, match=r"lora_lr is 1000.*; expected float"):
+        read_config(tmp_path / "config.json")
+
+
+def test_defaults_are_in_range() -> None:
+    validate(RunConfig(also=(DataOptions(),)))
+
+
+def test_every_number_has_a_range() -> None:
+    kinds = (
+        RunConfig,
+        DataOptions,
+        BackboneOptions,
+        PromptOptions,
+        TrainOptions,
+        OptimOptions,
+        ExtractConfig,
+    )
+    numbers = {f.name for kind in kinds for f in fields(kind) if f.type in (int, float, int | None)}
+    assert numbers == RANGES.keys()
+
+
+# Others
+
+
+def test_choices_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"1": {"valid": [["yes"]], "plausible": []}}')
+    with pytest.raises(ValueError, match=r"c\.json, question '1': expected answers of text"):
+        read_choices(tmp_path / "c.json")
+
+
+def test_an_id_of_more_than_64_bits(tmp_path: Path) -> None:
+    write_vqa(tmp_path, images=2)
+    (tmp_path / "minival.json").write_text('[{"question_id": 9999999999999999999999}]')
+    with pytest.raises(ValueError, match=r"minival\.json, entry 0: expected 'question_id' to fit 64 bits"):
+        VQAv2.load(tmp_path, "minival")
+
+
+def test_a_long_value_does_not_make_a_long_message(tmp_path: Path) -> None:
+    (tmp_path / "q.json").write_text(json.dumps({"questions": [{"question_id": "x" * 9999}]}))
+    with pytest.raises(ValueError, match="expected 'question_id' to be int") as error:
+        read_rows(tmp_path / "q.json", None)
+    assert len(str(error.value)) < 500
+    assert len(one_line(ValueError("x\n" * 9999))) == 300
+
+
+def test_an_identifier_that_cannot_be_printed(tmp_path: Path) -> None:
+    row = {"identifier": "dev-\ud800-0-0", "sentence": "x", "label": "maybe"}
+    (tmp_path / "dev.json").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"dev-\\ud800-0-0") as error:
+        nlvr2.read_rows(tmp_path / "dev.json")
+    str(error.value).encode()

@@ -1,0 +1,1 @@
+"""Tiny random models of the real classes, and the probes of what works with what."""
