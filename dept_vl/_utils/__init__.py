@@ -3,4 +3,4 @@
 Internal; nothing here knows of models, tasks or runs.
 """
 
-__all__ = ["images", "io", "run_files", "stats", "tables", "tensors", "terminal"]
+__all__ = ["errors", "images", "io", "registry", "run_files", "stats", "tables", "tensors", "terminal"]
