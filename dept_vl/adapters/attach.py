@@ -28,13 +28,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.tensors import load_exactly
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.models.backbone import fingerprint
+from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary
 
 SUPPORTED = {
@@ -376,31 +377,13 @@ class Attached(nn.Module):
         """
         # The prompt sees the text alone, moved together, so that a column is a position.
         longest = int(text.sum(1).max())
-        order = torch.argsort(text.to(torch.uint8), dim=1, descending=True, stable=True)[:, :longest]
-        rows = order[..., None].expand(-1, -1, embeddings.shape[2])
-        together, is_text = embeddings.gather(1, rows), text.gather(1, order)
+        columns = packing(text)[:, :longest]
+        together, is_text = take(embeddings, columns), take(text, columns)
         prompted, _ = self.prompt(together, is_text)
         prompt, shifted = prompted.split([prompted.shape[1] - longest, longest], dim=1)
         # Shorter rows are filled up with what is no text.
-        return prompt, embeddings.scatter(1, rows, shifted.where(is_text[..., None], together))
-
-
-def insert(
-    front: Shaped[Tensor, "batch prompt *rest"],
-    row: Shaped[Tensor, "batch source *rest"],
-    mask: Shaped[Tensor, "batch source"],
-) -> Shaped[Tensor, "batch prompt_source *rest"]:
-    """Put columns in front of each row, but behind the padding that it begins with.
-
-    Padding on the left would otherwise stand between prompt and text, and change their distance.
-    """
-    both = torch.cat([front, row], dim=1)
-    length = front.shape[1]
-    padding = (mask.bool().cumsum(1) == 0).sum(1, keepdim=True)
-    column = torch.arange(both.shape[1], device=row.device)[None]
-    source = torch.where(column < padding + length, column - padding, column)
-    source = torch.where(column < padding, column + length, source)
-    return both.gather(1, source.view(*source.shape, *(1,) * (both.ndim - 2)).expand_as(both))
+        shifted = shifted.where(is_text[..., None], together)
+        return prompt, embeddings.scatter(1, columns[..., None].expand_as(shifted), shifted)
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -57,8 +57,7 @@ def load(
             f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
         )
     own = _own(shared, adapter)
-    where = own.kind.word_embeddings.weight.device
-    model = adapter.build(own).to(where).eval().folded()
+    model = adapter.build(own).to(own.device).eval().folded()
     decoding, longest = chosen.decoding, LONGEST_TEXT
     if run is not None:
         trained = read_config(run / CONFIG_FILE)

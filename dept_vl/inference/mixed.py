@@ -1,27 +1,19 @@
-"""Many adapters on one backbone, a different one for every row of a batch if need be.
+"""Several adapters on one backbone, a different one for every row of a batch if needed.
 
-A prompt is no weight, so that rows with different prompts go through the model together: P, the offset by
-position, the offset by token and the visual projection are those of the row's adapter. Prompts of unequal
-length are padded, and padding is where it moves nothing: behind the text where positions are relative or
-counted from the first that is read, in front of the prompt where they are counted from the text on (BART
-with `visual_position_bias="none"`).
+Rows with different adapters go through the model together (see `models.rows`).
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.inference.loading import LONGEST_TEXT, find_backbone, load, run_of
 from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, as_images, line_up
 from dept_vl.models.backbone import Backbone
-from dept_vl.models.padding import pack
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import LARGEST_SIZE
-from dept_vl.prompts.dept import DePT
+from dept_vl.models.rows import PromptTable, RowProjections, RowPrompts
 from dept_vl.tasks import asked
 
 Names = Sequence[str | None]
@@ -63,9 +55,15 @@ class ManyAdapters:
         self.readers[None] = Predictor(PromptedModel(backbone), None, task, task.decoding, LONGEST_TEXT)
         self._places = {name: place for place, name in enumerate(self.readers)}
         adapters = [reader.adapter for reader in self.readers.values()]
-        self._prompts = PromptTable(
-            [None if a is None or a.prompt is None else a.build_prompt() for a in adapters], backbone
-        )
+        language_model = backbone.language_model
+        words = language_model.word_embeddings.weight
+        prompts = [None if a is None or a.prompt is None else a.build_prompt() for a in adapters]
+        with torch.no_grad():
+            self._prompts = PromptTable(
+                [None if prompt is None else prompt.to(words.device).eval() for prompt in prompts],
+                words,
+                padding_first=language_model.counts_text,
+            )
 
     def answer(
         self,
@@ -120,7 +118,7 @@ class ManyAdapters:
             ValueError: If there is no such adapter.
         """
         readers = {name: self.reader(name) for name in adapters}
-        device = self.backbone.kind.word_embeddings.weight.device
+        device = self.backbone.device
         rows = torch.tensor([self._places[name] for name in adapters], device=device)
         backbone = self.backbone
         if backbone.visual_projection is not None:
@@ -141,132 +139,6 @@ class ManyAdapters:
             known = ", ".join(repr(known) for known in self.readers)
             raise ValueError(f"there is no adapter {name!r}; there are {known}")
         return self.readers[name]
-
-
-class PromptTable:
-    """All that several prompts do, computed once for inference.
-
-    Args:
-        prompts: Of any method and size; None is none.
-        backbone: In front of whose text they go.
-
-    Attributes:
-        vectors: P of each, (prompts, longest P, d_model), padding first.
-        lengths: Vectors of each.
-        offsets: By position, of each, (prompts, longest text, d_model), zero behind its own longest text;
-            None if there is none.
-        limits: Longest text of each, in tokens.
-        token_offsets: Of each; None is none.
-        padding_first: Padding of P stays in front of it.
-    """
-
-    @torch.no_grad()
-    def __init__(self, prompts: Sequence[DePT | None], backbone: Backbone) -> None:
-        words = backbone.kind.word_embeddings.weight
-        self.d_model = backbone.d_model
-        self.padding_first = backbone.kind.counts_text
-        lengths = [0 if prompt is None else prompt.prompt_length for prompt in prompts]
-        limits = [LARGEST_SIZE if prompt is None else prompt.max_source_length for prompt in prompts]
-        self.lengths = torch.tensor(lengths, device=words.device)
-        self.limits = torch.tensor(limits, device=words.device)
-        self.vectors = words.new_zeros(len(prompts), max(lengths), self.d_model)
-        moved = [None if prompt is None else prompt.to(words.device).eval() for prompt in prompts]
-        offsets = [None if prompt is None else prompt.offset(prompt.max_source_length) for prompt in moved]
-        longest = max((len(offset) for offset in offsets if offset is not None), default=0)
-        self.offsets = words.new_zeros(len(prompts), longest, self.d_model) if longest else None
-        for place, (prompt, offset) in enumerate(zip(moved, offsets, strict=True)):
-            vectors = None if prompt is None else prompt.vectors()
-            if vectors is not None:
-                self.vectors[place, max(lengths) - len(vectors) :] = vectors
-            if offset is not None and self.offsets is not None:
-                self.offsets[place, : len(offset)] = offset
-        self.token_offsets = [None if prompt is None else prompt.token_offset for prompt in moved]
-
-
-class RowPrompts(DePT):
-    """In the place of a prompt: every row of a batch has one of a table's. For inference.
-
-    Args:
-        table: The prompts.
-        rows: Which of them each row has.
-
-    Attributes:
-        prompt_length: Of the longest prompt here.
-    """
-
-    def __init__(self, table: PromptTable, rows: Int[Tensor, " batch"]) -> None:
-        super().__init__(table.d_model, prompt_length=0, rank=0, max_source_length=LARGEST_SIZE)
-        self.table, self.rows = table, rows
-        self.lengths = table.lengths[rows]
-        self.prompt_length = int(self.lengths.max())
-        self.equal = bool((self.lengths == self.prompt_length).all())
-
-    def forward(
-        self,
-        token_embeddings: Float[Tensor, "batch text d_model"],
-        mask: Bool[Tensor, "batch text"],
-        positions: Int[Tensor, "batch text"] | None = None,
-    ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
-        """See `DePT.forward`. What is padding is False in the mask.
-
-        Raises:
-            ValueError: If a text is longer than its row's prompt was built for.
-        """
-        table, rows = self.table, self.rows
-        too_long = (mask.sum(1) > table.limits[rows]).nonzero().flatten().tolist()
-        if too_long:
-            row = too_long[0]
-            raise ValueError(
-                f"the text of row {row} has {int(mask[row].sum())} tokens and its prompt was built for "
-                f"max_source_length={int(table.limits[rows[row]])}; truncate the text"
-            )
-        embeddings = token_embeddings
-        if table.offsets is not None:
-            if positions is None:
-                positions = torch.arange(mask.shape[1], device=mask.device)[None]
-            # What is beyond the table is padding, or of a row without offset.
-            inside = positions.clamp(max=table.offsets.shape[1] - 1)
-            embeddings = embeddings + table.offsets[rows[:, None], inside].to(embeddings.dtype)
-        for place, offset in enumerate(table.token_offsets):
-            if offset is not None:
-                own = (rows == place).nonzero().squeeze(1)
-                embeddings = embeddings.index_add(0, own, offset(token_embeddings[own]))
-        length = self.prompt_length
-        if length == 0:
-            return embeddings, mask
-        first = table.vectors.shape[1] - length
-        vectors = table.vectors[rows, first:].to(embeddings.dtype)
-        embeddings = torch.cat([vectors, embeddings], dim=1)
-        there = torch.arange(length, device=mask.device) >= length - self.lengths[:, None]
-        mask = torch.cat([there, mask], dim=1)
-        if self.equal or table.padding_first:
-            return embeddings, mask
-        embeddings, mask = pack(embeddings, mask)
-        width = int(mask.sum(1).max())
-        return embeddings[:, :width], mask[:, :width]
-
-
-class RowProjections(nn.Module):
-    """In the place of a visual projection: every row of a batch goes through its own.
-
-    Args:
-        parts: Projections, and the rows that go through each; together all rows.
-    """
-
-    def __init__(self, parts: Sequence[tuple[nn.Module | None, Int[Tensor, " _"]]]) -> None:
-        super().__init__()
-        self.parts = [(part, rows) for part, rows in parts if part is not None]
-
-    def forward(
-        self, features: Float[Tensor, "batch images tokens d_vision"]
-    ) -> Float[Tensor, "batch images*tokens d_model"]:
-        """See `VisualProjection.forward`."""
-        if len(self.parts) == 1:
-            whole: Tensor = self.parts[0][0](features)
-            return whole
-        projected = [projection(features[rows]) for projection, rows in self.parts]
-        order = torch.cat([rows for _, rows in self.parts]).argsort()
-        return torch.cat(projected)[order]
 
 
 def load_many(

@@ -185,7 +185,7 @@ def answer_all(
     for place, ask in enumerate(asks):
         groups.setdefault((len(ask.images), ask.reader.decoding), []).append(place)
     answers = [""] * len(asks)
-    device = backbone.kind.word_embeddings.weight.device
+    device = backbone.device
     for alike in groups.values():
         options, spelled = asks[alike[0]].reader.generation
         for start in range(0, len(alike), batch_size):

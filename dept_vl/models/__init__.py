@@ -1,6 +1,7 @@
 """Frozen models with a prompt on them: vision tower, visual projection, language model.
 
-`backbone` joins them, `prompted` puts a prompt in front; `tokens` turns answers into tokens.
+`backbone` joins them, `prompted` puts a prompt in front (`rows`: another for every row); `tokens` turns
+answers into tokens.
 """
 
 __all__ = [
@@ -8,8 +9,10 @@ __all__ = [
     "choices",
     "language",
     "padding",
+    "positions",
     "precision",
     "prompted",
+    "rows",
     "sharding",
     "tokens",
     "vision",

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from dept_vl._utils.io import read_object
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.models.choices import TrainedPart, VisualPositionBias
-from dept_vl.models.language import choose_kind, load_language, reads_in_blocks
+from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
 from dept_vl.models.vision import VisionEncoder
 
 BACKBONE_FILE = "backbone.json"
@@ -48,7 +48,7 @@ class VisualProjection(nn.Module):
     Args:
         d_vision: Width of the visual features.
         d_model: Width of the language model.
-        norm: The language model's own kind of norm: RMSNorm for T5, LayerNorm for BART.
+        norm: The norm that the language model uses: RMSNorm for T5, LayerNorm for BART.
     """
 
     def __init__(self, d_vision: int, d_model: int, norm: nn.Module) -> None:
@@ -84,11 +84,11 @@ class Backbone(nn.Module):
         visual_position_bias: See `VisualPositionBias`.
 
     Attributes:
-        kind: How the language model reads and answers, by its kind.
+        language_model: `language` in the wrapper that reads and answers with it.
         fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
 
     Raises:
-        ValueError: If the language model is of no kind that is supported, or cannot read images, or not
+        ValueError: If the language model is not supported, or cannot read images, or not
             with this `visual_position_bias`.
     """
 
@@ -122,8 +122,8 @@ class Backbone(nn.Module):
                 f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
                 "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
             )
-        self.kind = choose_kind(language, tokenizer, name, visual_position_bias)
-        self.d_model: int = self.kind.word_embeddings.embedding_dim
+        self.language_model = wrap_language_model(language, tokenizer, name, visual_position_bias)
+        self.d_model: int = self.language_model.word_embeddings.embedding_dim
         self.visual_projection: nn.Module | None = None
         if vision is not None:
             self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
@@ -131,6 +131,12 @@ class Backbone(nn.Module):
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
         self.freeze()
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the word embeddings."""
+        device: torch.device = self.language_model.word_embeddings.weight.device
+        return device
 
     @classmethod
     def from_pretrained(
@@ -299,7 +305,7 @@ class Backbone(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the language model uses them (BART's scale included)."""
-        return self.kind.embed(input_ids)
+        return self.language_model.embed(input_ids)
 
     def project(
         self,
@@ -353,7 +359,7 @@ class Backbone(nn.Module):
         """
         visual_length = 0 if visual is None else visual.shape[1]
         self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
-        return self.kind.encode(embeddings, mask, visual, prompt_length)
+        return self.language_model.encode(embeddings, mask, visual, prompt_length)
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
         """Refuse an input for which the language model has too few positions.
@@ -363,7 +369,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: With the limit and what each part takes of it.
         """
-        self.kind.check_length(prompt, text, visual, answer)
+        self.language_model.check_length(prompt, text, visual, answer)
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
@@ -382,7 +388,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
 
 
 def _norm(language: PreTrainedModel) -> nn.Module:
-    """A new norm of the language model's own kind."""
+    """A new norm of the class that the language model uses."""
     width: int = language.get_input_embeddings().embedding_dim
     eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
     return nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)

@@ -1,4 +1,4 @@
-"""The two kinds of language model, behind one interface: embed, encode, logits, generate.
+"""The two classes of language model, behind one interface: embed, encode, logits, generate.
 
 |                | `EncoderDecoder` (T5, BART)           | `DecoderOnly` (GPT-2, Llama)               |
 |----------------|---------------------------------------|--------------------------------------------|
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 from dept_vl._utils.io import one_line
 from dept_vl.models.choices import VisualPositionBias
 from dept_vl.models.padding import pack
+from dept_vl.models.positions import TextPositions
 from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
 
 SUPPORTED = (
@@ -42,7 +43,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
     """An encoder-decoder or a decoder-only model of the Hub or the disk, in full precision.
 
     Raises:
-        ValueError: If its configuration is of neither kind, or it brings code of its own.
+        ValueError: If its configuration is of neither class, or it brings code of its own.
     """
     # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
     try:
@@ -52,22 +53,23 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
         raise ValueError(
             f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
         ) from None
-    kinds = (
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    if type(config) not in kinds:
+    encoder_decoder = config.is_encoder_decoder
+    known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) not in known:
         raise ValueError(
             f"{name_or_path} is of type {config.model_type!r}, which transformers has neither as an "
             "encoder-decoder nor as a decoder-only language model; load one such as google-t5/t5-base or "
             f"openai-community/gpt2: supported are {SUPPORTED}"
         )
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = kind.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
+    loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel = loader.from_pretrained(
+        name_or_path, dtype=torch.float32, trust_remote_code=False
+    )
     return model
 
 
 class LanguageModel:
-    """What both kinds have in common.
+    """What both classes have in common.
 
     Args:
         model: Of transformers.
@@ -124,9 +126,8 @@ class EncoderDecoder(LanguageModel):
     def __init__(self, model: PreTrainedModel, name: str, visual_position_bias: VisualPositionBias) -> None:
         super().__init__(model, model.get_encoder(), name)
         self.visual_position_bias = visual_position_bias
-        self._segments = (0, 0)
         if visual_position_bias == "none":
-            self._keep_positions_to_text()
+            self.counts_text = TextPositions(self.reader).counts_text
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
         """See `Backbone.check_length`. The decoder has positions of its own for the answer."""
@@ -150,13 +151,7 @@ class EncoderDecoder(LanguageModel):
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
         if self.visual_position_bias == "relative":
             return self.reader(**inputs), mask
-        segments = (prompt_length, visual_length)
-        output = self.reader(**inputs, segments=segments)
-        if output.last_hidden_state.requires_grad and not torch.compiler.is_compiling():
-            # Gradient checkpointing runs the blocks again in backward; other calls may have come between.
-            # In a compiled graph the segments are part of it.
-            output.last_hidden_state.register_hook(lambda _: setattr(self, "_segments", segments))
-        return output, mask
+        return self.reader(**inputs, segments=(prompt_length, visual_length)), mask
 
     def logits(
         self,
@@ -179,47 +174,6 @@ class EncoderDecoder(LanguageModel):
         """Decode; the first token is the decoder's start."""
         tokens: Tensor = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
         return tokens
-
-    def _keep_positions_to_text(self) -> None:
-        """Hook the encoder's own position modules; the hooks read the segments of the running call."""
-        hooked = False
-        for name, module in self.reader.named_modules():
-            if name.endswith(".relative_attention_bias"):  # in the first block; UMT5: in every block
-                module.register_forward_hook(self._without_visual_bias)
-                hooked = True
-            elif name == "embed_positions":
-                module.register_forward_hook(self._positions_of_text)
-                hooked = self.counts_text = True
-        if not hooked:
-            raise ValueError(
-                f"{type(self.model).__name__} has neither T5's relative_attention_bias nor BART's "
-                "embed_positions in its encoder; visual_position_bias='none' supports these two, "
-                f"'relative' any encoder-decoder. Supported are {SUPPORTED}"
-            )
-        self.reader.register_forward_pre_hook(self._take_segments, with_kwargs=True)
-
-    def _take_segments(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Segments hold for the call they came with: one that brings none is the stock encoder's."""
-        self._segments = named.pop("segments", (0, 0))
-        return inputs, named
-
-    def _without_visual_bias(
-        self, module: nn.Module, inputs: object, bias: Float[Tensor, "query key heads"]
-    ) -> Float[Tensor, "query key heads"]:
-        _, visual = self._segments
-        if visual == 0:
-            return bias
-        text = bias.shape[0] - visual
-        return nn.functional.pad(bias[:text, :text], (0, 0, 0, visual, 0, visual))
-
-    def _positions_of_text(
-        self, module: nn.Module, inputs: object, positions: Float[Tensor, "batch source d_model"]
-    ) -> Float[Tensor, "batch source d_model"]:
-        prompt, visual = self._segments
-        text = positions.shape[1] - prompt - visual
-        return nn.functional.pad(positions[:, :text], (0, 0, prompt, visual))
 
 
 class DecoderOnly(LanguageModel):
@@ -318,29 +272,29 @@ class DecoderOnly(LanguageModel):
         return tokens
 
 
-def choose_kind(
+def wrap_language_model(
     model: PreTrainedModel, tokenizer: Any, name: str, visual_position_bias: VisualPositionBias
 ) -> EncoderDecoder | DecoderOnly:
-    """The class for a language model.
+    """Wrap a language model of transformers in the class that fits it.
 
     Raises:
-        ValueError: If its tokenizer is made for the other kind, or as the class says.
+        ValueError: If its tokenizer is made for the other class, or as the class raises.
     """
-    kind: EncoderDecoder | DecoderOnly
+    wrapper: EncoderDecoder | DecoderOnly
     if model.config.is_encoder_decoder:
-        kind = EncoderDecoder(model, name, visual_position_bias)
+        wrapper = EncoderDecoder(model, name, visual_position_bias)
     else:
-        kind = DecoderOnly(model, tokenizer, name)
+        wrapper = DecoderOnly(model, tokenizer, name)
     if continues_text(tokenizer) == model.config.is_encoder_decoder:
         expected = "ends every text" if model.config.is_encoder_decoder else "does not end a text"
-        found = tokenizer.convert_ids_to_tokens(tokenizer(WORD).input_ids)
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(WORD).input_ids)
         raise ValueError(
             f"{type(model).__name__} needs a tokenizer that {expected} with a special token; that of {name} "
-            f"makes {found} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
+            f"makes {pieces} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
         )
-    return kind
+    return wrapper
 
 
 def reads_in_blocks(model: PreTrainedModel) -> bool:
-    """Whether the encoder's self-attention goes by blocks of the source: LongT5's, both kinds."""
+    """Whether the encoder's self-attention goes by blocks of the source, as both of LongT5's do."""
     return hasattr(model.config, "encoder_attention_type")

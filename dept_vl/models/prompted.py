@@ -9,6 +9,7 @@ from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.padding import packing, take
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import fold
@@ -45,7 +46,7 @@ class PromptedModel(nn.Module):
         """
         if self.prompt is None or (self.prompt.source is None and self.prompt.token_offset is None):
             return self
-        words = self.backbone.kind.word_embeddings.weight
+        words = self.backbone.language_model.word_embeddings.weight
         table = self.backbone.embed(torch.arange(len(words), device=words.device)[None])[0]
         prompt, table = fold(self.prompt, table)
         model = PromptedModel(self.backbone, prompt, backbone_dropout=self.backbone_dropout)
@@ -87,10 +88,10 @@ class PromptedModel(nn.Module):
         """
         mask = attention_mask.bool()
         # Padding goes last before anything is looked up, so that a column is a position from here on.
-        order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
-        mask = mask.gather(1, order)
+        columns = packing(mask)
+        mask = take(mask, columns)
         look_up = self.backbone.embed if self.word_table is None else self.word_table
-        embeddings = look_up(input_ids.gather(1, order))
+        embeddings = look_up(take(input_ids, columns))
         prompt_length = 0
         if self.prompt is not None:
             prompt_length = self.prompt.prompt_length
@@ -121,7 +122,7 @@ class PromptedModel(nn.Module):
         encoded, mask = self.encode(
             input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
         )
-        logits = self.backbone.kind.logits(encoded, mask, labels)
+        logits = self.backbone.language_model.logits(encoded, mask, labels)
         return Seq2SeqLMOutput(loss=sequence_loss(logits, labels, weights), logits=logits)
 
     @torch.no_grad()
@@ -150,7 +151,7 @@ class PromptedModel(nn.Module):
         encoded, mask = self.encode(
             input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
         )
-        return self.backbone.kind.generate(encoded, mask, **options)
+        return self.backbone.language_model.generate(encoded, mask, **options)
 
 
 def sequence_loss(

@@ -109,18 +109,14 @@ class DePT(nn.Module):
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def forward(
-        self,
-        token_embeddings: Float[Tensor, "batch text d_model"],
-        mask: Bool[Tensor, "batch text"],
-        positions: Int[Tensor, "batch text"] | None = None,
+        self, token_embeddings: Float[Tensor, "batch text d_model"], mask: Bool[Tensor, "batch text"]
     ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
         """Offset the text by its positions and put the soft prompt in front of it.
 
         Args:
-            token_embeddings: Frozen word embeddings of the text, and of nothing but the text.
+            token_embeddings: Frozen word embeddings of the text, and of nothing but the text. Padding is on
+                the right (`models.padding.pack` moves it there), so that a token's column is its position.
             mask: True on text tokens, False on padding.
-            positions: Place of each token in its own text, counted from 0 without padding. None
-                says that padding is on the right, so that a token's column is its position.
 
         Returns:
             The embeddings and the mask of `[prompt ; text]`, m + n positions long.
@@ -131,10 +127,7 @@ class DePT(nn.Module):
         embeddings = token_embeddings
         offset = self.offset(embeddings.shape[1])
         if offset is not None:
-            offset = offset.to(embeddings.dtype)
-            embeddings = embeddings + (
-                offset if positions is None else nn.functional.embedding(positions, offset)
-            )
+            embeddings = embeddings + offset.to(embeddings.dtype)
         if self.token_offset is not None:
             embeddings = embeddings + self.token_offset(token_embeddings)
         vectors = self.vectors()

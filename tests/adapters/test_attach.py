@@ -37,9 +37,10 @@ from zoo.ready_made import (
 )
 
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.attach import SUPPORTED, Attached, attach, insert, new_prompt
+from dept_vl.adapters.attach import SUPPORTED, Attached, attach, new_prompt
 from dept_vl.config import OptimOptions
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.padding import insert
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
 from dept_vl.training.optim import build_optimizer

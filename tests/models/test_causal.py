@@ -450,7 +450,7 @@ def test_backbone_is_saved_and_loaded_alike(backbone: Backbone, tmp_path: Path) 
     again = Backbone.from_pretrained(tmp_path).eval()
     assert again.fingerprint == backbone.fingerprint
     assert list(again.fingerprint) == ["language"]
-    assert isinstance(again.kind, DecoderOnly)
+    assert isinstance(again.language_model, DecoderOnly)
     assert again.tokenizer(CORPUS).input_ids == backbone.tokenizer(CORPUS).input_ids
     assert target_ids(again.tokenizer, CORPUS) == target_ids(backbone.tokenizer, CORPUS)
     text = random_text(backbone)
@@ -599,8 +599,8 @@ def test_more_tokens_than_positions_are_refused(backbone: Backbone) -> None:
 def test_the_kind_is_that_of_the_configuration(
     backbone: Backbone, make_backbone: Callable[..., Backbone]
 ) -> None:
-    assert isinstance(backbone.kind, DecoderOnly)
-    assert not isinstance(make_backbone("t5", None).kind, DecoderOnly)
+    assert isinstance(backbone.language_model, DecoderOnly)
+    assert not isinstance(make_backbone("t5", None).language_model, DecoderOnly)
     assert not any(p.requires_grad for p in backbone.parameters())
 
 

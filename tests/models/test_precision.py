@@ -53,7 +53,9 @@ def test_no_gradient_into_tower_features_or_word_table(backbone: Backbone, live:
         shown = {"pixel_values": torch.randn(3, 1, *backbone.vision.pixel_shape)}
     computed: dict[str, Tensor] = {}
     backbone.vision.register_forward_hook(lambda *call: computed.update(tower=call[2]))
-    backbone.kind.word_embeddings.register_forward_hook(lambda *call: computed.update(words=call[2]))
+    backbone.language_model.word_embeddings.register_forward_hook(
+        lambda *call: computed.update(words=call[2])
+    )
     model(**random_text(backbone), **shown, labels=random_labels()).loss.backward()
     assert computed.keys() == {"words", "tower"} if live else {"words"}
     # Nothing of these was even recorded for a backward pass.
@@ -102,7 +104,7 @@ def test_only_frozen_linear_layers_are_held(backbone: Backbone) -> None:
     assert not held & trained
     assert any(name.endswith("lm_head.weight") for name in held)
     assert not any("norm" in name or "embed" in name or "shared" in name for name in held)
-    assert backbone.kind.word_embeddings.weight.dtype == torch.float32
+    assert backbone.language_model.word_embeddings.weight.dtype == torch.float32
     assert backbone.fingerprint == fingerprint
 
 

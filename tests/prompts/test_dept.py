@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dept_vl.models.padding import pack
 from dept_vl.prompts.dept import Budgeted, DePT, parameter_count, sample_vocabulary, solve_budget, solve_rank
 
 D_MODEL, LONGEST = 6, 10
@@ -23,8 +24,8 @@ def trained(prompt_length: int = 3, rank: int = 2, **options: float) -> DePT:
     return prompt
 
 
-def text(*lengths: int, width: int | None = None, side: str = "right") -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings, mask and positions of texts whose tokens depend on their row and place alone."""
+def text(*lengths: int, width: int | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Embeddings and mask of texts whose tokens depend on their row and place alone."""
     width = width or max(lengths)
     embeddings = torch.zeros(len(lengths), width, D_MODEL)
     mask = torch.zeros(len(lengths), width, dtype=torch.bool)
@@ -33,7 +34,7 @@ def text(*lengths: int, width: int | None = None, side: str = "right") -> tuple[
         generator = torch.Generator().manual_seed(row)
         embeddings[row, start : start + length] = torch.randn(length, D_MODEL, generator=generator)
         mask[row, start : start + length] = True
-    return embeddings, mask, (mask.cumsum(1) - 1).clamp(min=0)
+    return embeddings, mask
 
 
 def literal(prompt: DePT, embeddings: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def literal(prompt: DePT, embeddings: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("prompt_length", "rank"), SIZES)
 def test_prompt_goes_in_front_of_the_text(prompt_length: int, rank: int) -> None:
-    embeddings, mask, _ = text(5, 3)
+    embeddings, mask = text(5, 3)
     prompted, prompted_mask = trained(prompt_length, rank)(embeddings, mask)
     assert prompted.shape == (2, prompt_length + 5, D_MODEL)
     assert torch.equal(prompted_mask[:, :prompt_length], torch.ones(2, prompt_length, dtype=torch.bool))
@@ -68,7 +69,7 @@ def test_prompt_goes_in_front_of_the_text(prompt_length: int, rank: int) -> None
 @pytest.mark.parametrize(("prompt_length", "rank"), SIZES)
 def test_forward_is_the_formula(prompt_length: int, rank: int, dtype: torch.dtype) -> None:
     prompt = trained(prompt_length, rank).to(dtype)
-    embeddings, mask, _ = text(5, 3)
+    embeddings, mask = text(5, 3)
     prompted, _ = prompt(embeddings.to(dtype), mask)
     torch.testing.assert_close(prompted, literal(prompt, embeddings.to(dtype)))
 
@@ -96,14 +97,12 @@ def test_alpha_is_8_unless_said() -> None:
     assert DePT(D_MODEL, prompt_length=0, rank=4, max_source_length=LONGEST).scale == 4.0
 
 
-@pytest.mark.parametrize("given_positions", [False, True])
-def test_untrained_is_plain_prompt_tuning_bit_for_bit(given_positions: bool) -> None:
+def test_untrained_is_plain_prompt_tuning_bit_for_bit() -> None:
     dept = DePT(D_MODEL, prompt_length=3, rank=2, max_source_length=LONGEST)
     plain = DePT(D_MODEL, prompt_length=3, rank=0, max_source_length=LONGEST)
     plain.load_state_dict({"soft_prompt": dept.soft_prompt.detach()})
     assert dept.lora_a.abs().sum() > 0
-    embeddings, mask, positions = text(5, 3)
-    arguments = (embeddings, mask, positions) if given_positions else (embeddings, mask)
+    arguments = text(5, 3)
     for ours, theirs in zip(dept(*arguments), plain(*arguments), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -132,7 +131,7 @@ def test_part_of_size_zero_has_no_parameter(prompt_length: int, rank: int, names
 
 
 def test_empty_prompt_changes_nothing() -> None:
-    embeddings, mask, _ = text(5, 3)
+    embeddings, mask = text(5, 3)
     prompted, prompted_mask = trained(0, 0)(embeddings, mask)
     assert torch.equal(prompted, embeddings)
     assert torch.equal(prompted_mask, mask)
@@ -145,22 +144,22 @@ def test_size_out_of_range_is_refused(sizes: dict[str, int]) -> None:
         DePT(D_MODEL, **({"prompt_length": 3, "rank": 2, "max_source_length": LONGEST} | sizes))
 
 
-def test_padding_side_does_not_matter_with_true_positions() -> None:
+def test_padding_side_does_not_matter_once_packed() -> None:
     prompt = trained()
-    right, right_mask, _ = text(6, 2, 4)
-    left, left_mask, positions = text(6, 2, 4, side="left")
+    right, right_mask = text(6, 2, 4)
+    left, left_mask = text(6, 2, 4, side="left")
     on_right, full_right = prompt(right, right_mask)
-    on_left, full_left = prompt(left, left_mask, positions)
+    on_left, full_left = prompt(*pack(left, left_mask))
     assert torch.equal(on_left[full_left], on_right[full_right])
-    # Without positions a column is taken for one, so left padding must be told.
-    untold, _ = prompt(left, left_mask)
-    assert not torch.equal(untold[full_left], on_right[full_right])
+    # A column is taken for a position, so left padding must be packed.
+    unpacked, full = prompt(left, left_mask)
+    assert not torch.equal(unpacked[full], on_right[full_right])
 
 
 def test_batch_width_does_not_matter() -> None:
     prompt = trained()
-    narrow, narrow_mask, _ = text(4, 3)
-    wide, wide_mask, _ = text(4, 3, width=LONGEST)
+    narrow, narrow_mask = text(4, 3)
+    wide, wide_mask = text(4, 3, width=LONGEST)
     sliced, sliced_mask = prompt(narrow, narrow_mask)
     whole, whole_mask = prompt(wide, wide_mask)
     assert sliced.shape[1] == 3 + 4
@@ -170,20 +169,20 @@ def test_batch_width_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("prompt_length", "rank"), SIZES)
 def test_text_of_full_length_fits(prompt_length: int, rank: int) -> None:
-    embeddings, mask, _ = text(LONGEST)
+    embeddings, mask = text(LONGEST)
     prompted, _ = trained(prompt_length, rank)(embeddings, mask)
     assert prompted.shape[1] == prompt_length + LONGEST
 
 
 @pytest.mark.parametrize(("prompt_length", "rank"), SIZES)
 def test_text_too_long_is_refused_with_both_lengths(prompt_length: int, rank: int) -> None:
-    embeddings, mask, _ = text(LONGEST + 1)
+    embeddings, mask = text(LONGEST + 1)
     with pytest.raises(ValueError, match=rf"{LONGEST + 1} tokens.*max_source_length={LONGEST}"):
         trained(prompt_length, rank)(embeddings, mask)
 
 
 def test_embeddings_keep_their_dtype() -> None:
-    embeddings, mask, _ = text(4, 3)
+    embeddings, mask = text(4, 3)
     prompted, _ = trained()(embeddings.bfloat16(), mask)
     assert prompted.dtype == torch.bfloat16
 
@@ -206,7 +205,7 @@ def test_parameter_groups_hold_only_what_exists(prompt_length: int, rank: int) -
 
 def test_only_the_prompt_gets_gradient() -> None:
     prompt = trained()
-    embeddings, mask, _ = text(5, 3)
+    embeddings, mask = text(5, 3)
     prompted, _ = prompt(embeddings, mask)
     prompted.square().sum().backward()
     assert embeddings.grad is None

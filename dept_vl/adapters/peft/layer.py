@@ -12,6 +12,8 @@ from transformers.utils import ModelOutput
 
 from dept_vl.adapters.peft.files import CONTAINER
 from dept_vl.models.language import LanguageModel
+from dept_vl.models.padding import packing, take
+from dept_vl.models.rows import PromptTable, RowPrompts
 from dept_vl.prompts.dept import DePT
 
 BASE = "__base__"
@@ -131,7 +133,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             )
         longest = max(self.prompt_lengths(adapter_names))
         language.check_positions("encoder", prompt=longest, text=text)
-        embeddings, mask, columns = self._prompted(embeddings, attention_mask.bool(), adapter_names, longest)
+        embeddings, mask, columns = self._prompted(embeddings, attention_mask.bool(), adapter_names)
         return_dict = kwargs.pop("return_dict", None)
         output = self.base_layer(
             attention_mask=mask.to(attention_mask.dtype), inputs_embeds=embeddings, return_dict=True, **kwargs
@@ -151,47 +153,32 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         embeddings: Float[Tensor, "batch text d_model"],
         mask: Bool[Tensor, "batch text"],
         adapter_names: Sequence[str],
-        longest: int,
     ) -> tuple[
         Float[Tensor, "batch prompt_text d_model"],
         Bool[Tensor, "batch prompt_text"],
         Int[Tensor, "batch prompt_text"],
     ]:
         """`[P ; text ; padding]`, its mask, and the column that each column of `[P ; text]` has gone to."""
-        batch, text = mask.shape
-        parts, order = [], []
-        for name in dict.fromkeys(adapter_names):
-            rows = [row for row, other in enumerate(adapter_names) if other == name]
-            here = slice(None) if len(rows) == batch else rows
-            with_prompt, with_mask, places = self._prompted_alike(embeddings[here], mask[here], name)
-            missing = longest + text - with_mask.shape[1]
-            with_prompt = nn.functional.pad(with_prompt, (0, 0, 0, missing))
-            parts.append((with_prompt, nn.functional.pad(with_mask, (0, missing)), places))
-            order += rows
-        embeddings, mask, places = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        prompt = torch.arange(longest, device=mask.device).expand(batch, -1)
-        columns = torch.cat([prompt, places], dim=1)
-        if len(parts) == 1:
-            return embeddings, mask, columns
-        back = torch.tensor(order, device=mask.device).argsort()
-        return embeddings[back], mask[back], columns[back]
-
-    def _prompted_alike(
-        self, embeddings: Float[Tensor, "rows text d_model"], mask: Bool[Tensor, "rows text"], name: str
-    ) -> tuple[
-        Float[Tensor, "rows prompt_text d_model"],
-        Bool[Tensor, "rows prompt_text"],
-        Int[Tensor, "rows text"],
-    ]:
-        """As `_prompted`, of rows with the same prompt, and for the columns of the text alone."""
-        if name == BASE:
-            return embeddings, mask, torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        prompt = self._prompt(name)
-        # Padding goes last, so that a column is a position, as in `PromptedModel.encode`.
-        order = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)
-        packed = embeddings.gather(1, order[..., None].expand_as(embeddings))
-        with_prompt, with_mask = prompt(packed, mask.gather(1, order))
-        return with_prompt, with_mask, order.argsort(dim=1) + prompt.prompt_length
+        names = list(dict.fromkeys(adapter_names))
+        prompts = [None if name == BASE else self._prompt(name) for name in names]
+        rows = torch.tensor([names.index(name) for name in adapter_names], device=mask.device)
+        # Padding goes last, so that a column is a position. Rows of the base are read as they came.
+        of_base = torch.tensor([name == BASE for name in adapter_names], device=mask.device)
+        columns = packing(mask | of_base[:, None])
+        prompt = prompts[0]
+        if prompt is None or len(prompts) > 1:
+            words = cast(PreTrainedModel, self.base_layer).get_input_embeddings()
+            prompt = RowPrompts(PromptTable(prompts, words.weight), rows)
+        with_prompt, with_mask = prompt(take(embeddings, columns), take(mask, columns))
+        longest = prompt.prompt_length
+        missing = longest + mask.shape[1] - with_mask.shape[1]
+        in_prompt = torch.arange(longest, device=mask.device).expand(len(mask), -1)
+        lengths = torch.tensor(self.prompt_lengths(adapter_names), device=mask.device)
+        return (
+            nn.functional.pad(with_prompt, (0, 0, 0, missing)),
+            nn.functional.pad(with_mask, (0, missing)),
+            torch.cat([in_prompt, columns.argsort(dim=1) + lengths[:, None]], dim=1),
+        )
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: PreTrainedModel
@@ -202,21 +189,13 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 def _rearranged(output: ModelOutput, columns: Int[Tensor, "batch column"]) -> ModelOutput:
     """Everything with a place for each column, in the order of `columns`."""
-
-    def take(states: Tensor, *dims: int) -> Tensor:
-        for dim in dims:
-            shape = [1] * states.dim()
-            shape[0], shape[dim] = columns.shape
-            wanted = [*states.shape]
-            wanted[dim] = columns.shape[1]
-            states = states.gather(dim, columns.view(shape).expand(wanted))
-        return states
-
-    output["last_hidden_state"] = take(output.last_hidden_state, 1)
+    output["last_hidden_state"] = take(output.last_hidden_state, columns)
     if output.get("hidden_states") is not None:
-        output["hidden_states"] = tuple(take(states, 1) for states in output.hidden_states)
+        output["hidden_states"] = tuple(take(states, columns) for states in output.hidden_states)
     if output.get("attentions") is not None:
-        output["attentions"] = tuple(take(weights, 2, 3) for weights in output.attentions)
+        output["attentions"] = tuple(
+            take(take(weights, columns, 2), columns, 3) for weights in output.attentions
+        )
     return output
 
 

@@ -192,7 +192,7 @@ def draw_batch(backbone: Backbone, shape: Shape, size: int, seed: int, *, multip
     noise = torch.randn(size, generator=generator)
     lengths = (shape.text + shape.spread * noise).round().long().clamp(2, shape.longest)
     width = -(-int(lengths.max()) // multiple) * multiple
-    vocabulary = backbone.kind.word_embeddings.num_embeddings
+    vocabulary = backbone.language_model.word_embeddings.num_embeddings
     mask = (torch.arange(width) < lengths[:, None]).long()
     labels = torch.randint(2, vocabulary, (size, TARGET_LENGTH), generator=generator)
     batch = {
@@ -294,7 +294,7 @@ def build_prompt(d_model: int, shape: Shape, prompt_length: int) -> DePT:
 
 
 def _ours(backbone: Backbone, shape: Shape, prompt_length: int) -> Runner:
-    device = backbone.kind.word_embeddings.weight.device
+    device = backbone.device
     prompt = build_prompt(backbone.d_model, shape, prompt_length).to(device)
     model = PromptedModel(backbone, prompt, backbone_dropout=backbone.training).train()
 
@@ -343,7 +343,7 @@ def _bare(backbone: Backbone, more: int) -> Runner:
         encoded = backbone.language.get_encoder()(
             inputs_embeds=embeddings, attention_mask=mask, segments=given["segments"]
         )
-        return sequence_loss(backbone.kind.logits(encoded, mask, given["labels"]), given["labels"])
+        return sequence_loss(backbone.language_model.logits(encoded, mask, given["labels"]), given["labels"])
 
     return Runner(forward, [backbone], prompt_length=more, prepare=prepare)
 

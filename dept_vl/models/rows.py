@@ -1,0 +1,155 @@
+"""Rows of one batch with different prompts, in the place of one prompt for all.
+
+A prompt is no weight, so rows with different prompts go through the model together: P, the offset by
+position and the offset by token are those of the row's own prompt. A shorter P is padded to the longest.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dept_vl.models.padding import take
+from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.prompts.dept import DePT
+
+
+class PromptTable:
+    """What several prompts add to a text, computed once, with one entry a prompt.
+
+    Args:
+        prompts: Of any method and size; None adds nothing.
+        words: The model's word embeddings, whose width, device and data type the table has.
+        padding_first: Keep the padding of a shorter P in front of it, for encoders that count positions
+            from the text on (`LanguageModel.counts_text`). Otherwise it goes behind the row, where it
+            shifts no position.
+
+    Attributes:
+        vectors: P of each, (prompts, longest P, d_model), padding first.
+        lengths: Vectors of each.
+        offsets: By position, of each, (prompts, longest text, d_model), zero behind its own longest text;
+            None if there is none.
+        limits: Longest text of each, in tokens.
+        token_offsets: Of each; None is none.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[DePT | None],
+        words: Float[Tensor, "words d_model"],
+        *,
+        padding_first: bool = False,
+    ) -> None:
+        self.d_model = words.shape[1]
+        self.padding_first = padding_first
+        lengths = [0 if prompt is None else prompt.prompt_length for prompt in prompts]
+        limits = [LARGEST_SIZE if prompt is None else prompt.max_source_length for prompt in prompts]
+        self.lengths = torch.tensor(lengths, device=words.device)
+        self.limits = torch.tensor(limits, device=words.device)
+        self.vectors = words.new_zeros(len(prompts), max(lengths), self.d_model)
+        offsets = [None if prompt is None else prompt.offset(prompt.max_source_length) for prompt in prompts]
+        longest = max((len(offset) for offset in offsets if offset is not None), default=0)
+        self.offsets = words.new_zeros(len(prompts), longest, self.d_model) if longest else None
+        for place, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
+            vectors = None if prompt is None else prompt.vectors()
+            if vectors is not None:
+                self.vectors[place, max(lengths) - len(vectors) :] = vectors
+            if offset is not None and self.offsets is not None:
+                self.offsets[place, : len(offset)] = offset
+        self.token_offsets = [None if prompt is None else prompt.token_offset for prompt in prompts]
+
+
+class RowPrompts(DePT):
+    """A prompt for a batch whose rows have different ones; it owns no parameters.
+
+    Args:
+        table: The prompts.
+        rows: Which of them each row has.
+
+    Attributes:
+        lengths: Vectors of each row's prompt.
+        prompt_length: Vectors of the longest prompt in use.
+    """
+
+    def __init__(self, table: PromptTable, rows: Int[Tensor, " batch"]) -> None:
+        super().__init__(table.d_model, prompt_length=0, rank=0, max_source_length=LARGEST_SIZE)
+        self.table, self.rows = table, rows
+        self.lengths = table.lengths[rows]
+        self.prompt_length = int(self.lengths.max())
+        self.equal = bool((self.lengths == self.prompt_length).all())
+
+    def forward(
+        self, token_embeddings: Float[Tensor, "batch text d_model"], mask: Bool[Tensor, "batch text"]
+    ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
+        """See `DePT.forward`; columns that are padding in every row are cut off at the end.
+
+        Raises:
+            ValueError: If a text is longer than its row's prompt was built for.
+        """
+        self._check_lengths(mask)
+        embeddings = self._offset(token_embeddings)
+        length = self.prompt_length
+        if length == 0:
+            return embeddings, mask
+        vectors = self.table.vectors[self.rows, self.table.vectors.shape[1] - length :]
+        embeddings = torch.cat([vectors.to(embeddings.dtype), embeddings], dim=1)
+        padding = length - self.lengths[:, None]
+        in_prompt = torch.arange(length, device=mask.device) >= padding
+        mask = torch.cat([in_prompt, mask], dim=1)
+        if self.equal or self.table.padding_first:
+            return embeddings, mask
+        # The row moves to the left by the padding in front, which comes out at its end.
+        columns = (torch.arange(mask.shape[1], device=mask.device) + padding) % mask.shape[1]
+        embeddings, mask = take(embeddings, columns), take(mask, columns)
+        width = int(mask.any(0).nonzero().max()) + 1
+        return embeddings[:, :width], mask[:, :width]
+
+    def _check_lengths(self, mask: Bool[Tensor, "batch text"]) -> None:
+        limits = self.table.limits[self.rows]
+        too_long = (mask.sum(1) > limits).nonzero().flatten().tolist()
+        if too_long:
+            row = too_long[0]
+            raise ValueError(
+                f"the text of row {row} has {int(mask[row].sum())} tokens and its prompt was built for "
+                f"max_source_length={int(limits[row])}; truncate the text"
+            )
+
+    def _offset(
+        self, token_embeddings: Float[Tensor, "batch text d_model"]
+    ) -> Float[Tensor, "batch text d_model"]:
+        """The text, shifted by position and by token."""
+        embeddings, offsets = token_embeddings, self.table.offsets
+        if offsets is not None:
+            # What is beyond the table is padding, or of a row without offset.
+            column = torch.arange(embeddings.shape[1], device=embeddings.device)
+            position = column.clamp(max=offsets.shape[1] - 1)
+            embeddings = embeddings + offsets[self.rows[:, None], position].to(embeddings.dtype)
+        for place, token_offset in enumerate(self.table.token_offsets):
+            if token_offset is not None:
+                rows = (self.rows == place).nonzero().squeeze(1)
+                embeddings = embeddings.index_add(0, rows, token_offset(token_embeddings[rows]))
+        return embeddings
+
+
+class RowProjections(nn.Module):
+    """A visual projection for a batch whose rows have different ones.
+
+    Args:
+        parts: Projections, and the rows that go through each; together all rows.
+    """
+
+    def __init__(self, parts: Sequence[tuple[nn.Module | None, Int[Tensor, " _"]]]) -> None:
+        super().__init__()
+        self.parts = [(part, rows) for part, rows in parts if part is not None]
+
+    def forward(
+        self, features: Float[Tensor, "batch images tokens d_vision"]
+    ) -> Float[Tensor, "batch images*tokens d_model"]:
+        """See `VisualProjection.forward`."""
+        if len(self.parts) == 1:
+            whole: Tensor = self.parts[0][0](features)
+            return whole
+        projected = [projection(features[rows]) for projection, rows in self.parts]
+        order = torch.cat([rows for _, rows in self.parts]).argsort()
+        return torch.cat(projected)[order]
