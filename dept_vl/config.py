@@ -1,16 +1,29 @@
-"""Everything a run can be told; `cli` makes flags of it."""
+"""Every option of a run and of the commands, with its range and its help; imports no engine.
 
-import json
-import math
-import sys
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+`cli` makes flags of these dataclasses, and pydantic reads them from files.
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
 
 import tyro
+from pydantic import Field
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import read_json
+from dept_vl._utils.options import (
+    Count,
+    Finite,
+    Options,
+    Positive,
+    Rate,
+    Seed,
+    Workers,
+    build,
+)
+from dept_vl._utils.options import to_json as to_json
+from dept_vl._utils.options import validate as validate
 from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
 from dept_vl.prompts.budget import LARGEST_SIZE, Method
 
@@ -18,12 +31,14 @@ Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
 """What is done with an example whose image cannot be read."""
 Precision = Literal["float16", "bfloat16", "float32"]
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+PositiveSize = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 InitParts = Literal["prompt", "all"]
 """P alone, or all that the prompt has."""
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class DataOptions(Options):
     """What is read."""
 
     task: str = "vqav2"
@@ -35,26 +50,26 @@ class DataOptions:
     dev_split: str = ""
     """Split to choose the best adapter on; empty holds images out of the training split, and is validation
     for a text task."""
-    holdout_images: int = 200
+    holdout_images: Count = 200
     """Images held out of the training split, with all their questions, where dev_split is empty."""
-    dev_limit: int = 2000
+    dev_limit: Count = 2000
     """At most so many examples of the dev split, drawn with the seed; 0 takes all."""
     test_split: str = ""
     """Split that the best adapter is scored on at the end; empty is val, and test for a text task."""
-    test_limit: int = 0
+    test_limit: Count = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
-    shots: int = 0
+    shots: Count = 0
     """Learn from so many examples of the training split alone, of each class where there are classes, and
     choose the best adapter on as many others of it; 0 takes all."""
-    shots_seed: int = 0
+    shots_seed: Seed = 0
     """Of the draw of the shots."""
     shots_file: Path | None = None
     """Shots of another run (its shots.json) instead of a draw."""
-    task_batch_size: int = 0
+    task_batch_size: Count = 0
     """Examples of this task per process and forward pass; 0 takes per_device_batch_size."""
-    num_beams: int = 0
+    num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Beams of the search for an answer; 0 takes the task's own: 5 for captions, else 1 (greedy)."""
-    candidate_floor: int = 0
+    candidate_floor: Count = 0
     """Choose among the answers that are the usual one of at least so many training questions (VQAv2:
     9 in the literature); 0 generates freely."""
     meteor: bool = True
@@ -69,13 +84,13 @@ class DataOptions:
     tasks the first says it for all."""
     features_dir: Path | None = None
     """Folder of the files with the task's visual features; left out, features in its data_dir."""
-    feature_memory: float = 4.0
+    feature_memory: Annotated[float, Field(ge=0)] = 4.0
     """GiB of memory for visual features that are encoded once before training. Of several tasks the first
     says it for all images together."""
 
 
 @dataclass(frozen=True)
-class BackboneOptions:
+class BackboneOptions(Options):
     """The frozen models."""
 
     backbone: Path | None = None
@@ -85,11 +100,11 @@ class BackboneOptions:
     language: str | None = None
     """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base; for
     text alone also of a decoder-only model, such as openai-community/gpt2."""
-    vision_layer: int = -1
+    vision_layer: Annotated[int, Field(ge=-1000, le=1000)] = -1
     """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
     class_token: bool = False
     """Keep the image encoder's class token."""
-    pooled_grid: int = 0
+    pooled_grid: Annotated[int, Field(ge=0, le=LARGEST_GRID)] = 0
     """Max-pool the patches to a square of this side; 0 keeps them all."""
     visual_position_bias: VisualPositionBias = "none"
     """none: visual tokens have no position in the language model (published); relative: stock."""
@@ -102,7 +117,7 @@ class BackboneOptions:
     train_only: TrainedPart = "all"
     """With train_backbone: all of it; biases alone (BitFit; T5 has none: the scales of its norms); or lora,
     the pairs of LoRA that peft adds to the attention's queries and values."""
-    lora_rank: int = 8
+    lora_rank: PositiveSize = 8
     """Rank of each pair of LoRA."""
 
     def loading(self) -> dict[str, Any]:
@@ -112,23 +127,23 @@ class BackboneOptions:
 
 
 @dataclass(frozen=True)
-class PromptOptions:
+class PromptOptions(Options):
     """The prompt."""
 
     method: Method = "dept"
     """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts) or
     residual; see family.py."""
-    prompt_length: int = 40
+    prompt_length: Size = 40
     """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
     reference_prompt_length instead."""
-    rank: int | None = None
+    rank: Size | None = None
     """Rank of the offset, or of a compressed prompt (r); 0 is plain prompt tuning. Left out, it is the
     largest with which the prompt has no more parameters than reference_prompt_length vectors."""
-    reference_prompt_length: int = 100
+    reference_prompt_length: PositiveSize = 100
     """Length of the plain soft prompt (l) whose parameters are spent."""
-    max_source_length: int = 20
+    max_source_length: PositiveSize = 20
     """Longest text, in tokens, task prefix included (s)."""
-    alpha: float = 8.0
+    alpha: Finite = 8.0
     """The offset is scaled by alpha / sqrt(rank)."""
     prompt_init: Literal["vocabulary", "text", "random"] = "vocabulary"
     """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
@@ -141,36 +156,36 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
+class TrainOptions(Options):
     """How long, how fast, and how often to look."""
 
-    max_steps: int = 10_000
+    max_steps: Positive = 10_000
     """Optimizer steps."""
-    per_device_batch_size: int = 32
+    per_device_batch_size: Positive = 32
     """Examples per process and forward pass; among several tasks each may have its own."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: Positive = 1
     """Forward passes per optimizer step."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, Field(ge=1e-9)] = 1.0
     """Gradients are clipped to this norm over all trained parameters."""
-    eval_every: int = 1000
+    eval_every: Positive = 1000
     """Optimizer steps between evaluations on the dev split; the last step is always evaluated."""
-    eval_batch_size: int = 128
+    eval_batch_size: Positive = 128
     """Examples decoded at a time, per process."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
     three times what is trained, the last two are kept); 0 writes one only when the run is stopped."""
-    pause_at: int = 0
+    pause_at: Count = 0
     """Stop at this step, with an evaluation and a checkpoint, to go on by --resume; 0 goes through."""
-    patience: int = 0
+    patience: Count = 0
     """Stop after this many evaluations without a better score; 0 never stops early."""
-    log_every: int = 20
+    log_every: Positive = 20
     """Optimizer steps between lines of the log."""
-    num_workers: int = 0
+    num_workers: Workers = 0
     """Processes that read images; 0 reads them in the training process."""
     group_by_length: bool = False
     """Make batches of texts of about the same length, so that little is padded; every example still comes
     once an epoch."""
-    seed: int = 42
+    seed: Seed = 42
     """Of initialisation, order and sampled answers."""
     gradient_checkpointing: bool = False
     """Run every layer of the language model a second time in the backward pass instead of keeping what it
@@ -185,26 +200,26 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class OptimOptions:
+class OptimOptions(Options):
     """AdamW with a learning rate for each part; linear warm-up, then linear decay to zero."""
 
-    prompt_lr: float = 0.3
+    prompt_lr: Rate = 0.3
     """Peak learning rate of the soft prompt (alpha1 of the paper; its winners: 0.3 and 0.4)."""
-    lora_lr: float = 1e-3
+    lora_lr: Rate = 1e-3
     """Peak learning rate of the low-rank pair (alpha2; the paper's winners: 1e-4 to 5e-3)."""
-    projection_lr: float = 1e-3
+    projection_lr: Rate = 1e-3
     """Peak learning rate of the visual projection."""
-    backbone_lr: float = 1e-4
+    backbone_lr: Rate = 1e-4
     """Peak learning rate of the language model, where it is trained (--train_backbone)."""
-    prompt_weight_decay: float = 1e-5
+    prompt_weight_decay: Rate = 1e-5
     """AdamW's decay of the soft prompt."""
-    lora_weight_decay: float = 1e-5
+    lora_weight_decay: Rate = 1e-5
     """AdamW's decay of the low-rank pair."""
-    projection_weight_decay: float = 0.01
+    projection_weight_decay: Rate = 0.01
     """AdamW's decay of the visual projection."""
-    backbone_weight_decay: float = 0.01
+    backbone_weight_decay: Rate = 0.01
     """AdamW's decay of the language model."""
-    warmup_steps: int = 500
+    warmup_steps: Count = 500
     """Steps of linear warm-up."""
 
     def of_group(self, group: str) -> tuple[float, float]:
@@ -218,7 +233,7 @@ class OptimOptions:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options):
     """Everything a run depends on; written to its folder, and repeated with --config."""
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -234,7 +249,7 @@ class RunConfig:
     resume: str = ""
     """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
     to begin one if not (the same command may then be started again and again)."""
-    tune: int = 0
+    tune: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Search the learning rates and the split between prompt and rank first, in so many trials."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
@@ -243,7 +258,7 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(Options):
     """What visual features are extracted of, by what, and how they are stored."""
 
     data: DataOptions = field(default_factory=DataOptions)
@@ -254,16 +269,16 @@ class ExtractConfig:
     """Splits whose images are encoded; left out, those of training, dev and test."""
     dtype: Precision = "float16"
     """What features are stored in; bfloat16 and float32 hold larger numbers."""
-    shard_images: int = 1024
+    shard_images: Positive = 1024
     """Images in one file; a folder that is gone on with keeps its own."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images encoded at a time, per process."""
-    num_workers: int = 0
+    num_workers: Workers = 0
     """Processes that read and preprocess images; 0 reads them in the encoding process."""
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """What is scored on what."""
 
     run: Path
@@ -276,15 +291,15 @@ class EvaluateConfig:
     """Folder with the task's official files; left out, the run's."""
     split: str = ""
     """Split to score on; left out, the run's test split."""
-    limit: int = 0
+    limit: Count = 0
     """At most so many examples, drawn with the run's seed; 0 takes all."""
-    num_beams: int = 0
+    num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Beams of the search; 0 takes the run's or the task's own."""
     candidates: Path | None = None
     """JSON list of answers to choose among; left out, on VQAv2 the run's candidates.json if it has one."""
-    batch_size: int = 128
+    batch_size: Positive = 128
     """Examples decoded at a time, per process."""
-    num_workers: int = 0
+    num_workers: Workers = 0
     """Processes that read images; 0 reads them in the evaluating process."""
     features: Features = "auto"
     """cached: visual features from the files that scripts/extract_features.py made; live: every image is read
@@ -312,92 +327,6 @@ FREE_TO_CHANGE = (
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
 
-LARGEST_COUNT = 2**31 - 1
-_COUNT, _SOME, _SIZE = (0, LARGEST_COUNT), (1, LARGEST_COUNT), (0, LARGEST_SIZE)
-_FRACTION = (0.0, sys.float_info.max)
-RANGES: dict[str, tuple[int | float, int | float]] = {
-    "holdout_images": _COUNT,
-    "dev_limit": _COUNT,
-    "test_limit": _COUNT,
-    "shots": _COUNT,
-    "shots_seed": (0, 2**32 - 1),
-    "task_batch_size": _COUNT,
-    "num_beams": (0, 1000),
-    "candidate_floor": _COUNT,
-    "feature_memory": (0.0, math.inf),
-    "vision_layer": (-1000, 1000),
-    "pooled_grid": (0, LARGEST_GRID),
-    "prompt_length": _SIZE,
-    "rank": _SIZE,
-    "lora_rank": (1, LARGEST_SIZE),
-    "reference_prompt_length": (1, LARGEST_SIZE),
-    "max_source_length": (1, LARGEST_SIZE),
-    "alpha": (-sys.float_info.max, sys.float_info.max),
-    "max_steps": _SOME,
-    "per_device_batch_size": _SOME,
-    "gradient_accumulation_steps": _SOME,
-    "max_grad_norm": (1e-9, math.inf),
-    "eval_every": _SOME,
-    "eval_batch_size": _SOME,
-    "checkpoint_every": _COUNT,
-    "pause_at": _COUNT,
-    "patience": _COUNT,
-    "tune": (0, 10_000),
-    "log_every": _SOME,
-    "num_workers": (0, 1024),
-    "shard_images": _SOME,
-    "batch_size": _SOME,
-    "seed": (0, 2**32 - 1),  # NumPy takes no other
-    "warmup_steps": _COUNT,
-    **dict.fromkeys((f.name for f in fields(OptimOptions) if f.name != "warmup_steps"), _FRACTION),
-}
-"""Least and largest value of every option that is a number."""
-
-
-def validate(config: RunConfig | ExtractConfig) -> None:
-    """Refuse numbers out of range, and text that no file system or tokenizer takes.
-
-    Raises:
-        ValueError: With every such option, its value and what is allowed.
-    """
-    parts: dict[str, Any] = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "also"}
-    parts |= {f"also[{place}]": options for place, options in enumerate(config.also)}
-    problems = []
-    for part, options in parts.items():
-        inner = {f.name: getattr(options, f.name) for f in fields(options)} if is_dataclass(options) else {}
-        for name, value in inner.items() or [("", options)]:
-            allowed = _allowed(name or part, value)
-            if allowed:
-                option = f"{part}.{name}" if name else part
-                shown = str(value) if isinstance(value, Path) else value
-                problems.append(f"{option} is {shown!r:.60}; expected {allowed}")
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def _allowed(name: str, value: Any) -> str:
-    """What an option may be, if the value is not; empty if it is."""
-    if isinstance(value, tuple):
-        return next(filter(None, (_allowed(name, one) for one in value)), "")
-    if isinstance(value, str | Path):
-        text = str(value)
-        # Paths end at a zero byte; half of a surrogate pair is no character.
-        good = "\0" not in text and not any("\ud800" <= character <= "\udfff" for character in text)
-        return "" if good else "text without zero bytes and lone surrogates"
-    if name in RANGES and value is not None:
-        low, high = RANGES[name]
-        if not low <= value <= high:
-            return _said(low, high)
-    return ""
-
-
-def _said(low: int | float, high: int | float) -> str:
-    """A range in words."""
-    if high < sys.float_info.max:
-        return f"{low:,} to {high:,}"
-    least = "" if low < 0 else f" of {low:g} or more"
-    return f"a {'number' if high == math.inf else 'finite number'}{least}"
-
 
 def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Options on which a run's result depends and that were changed, as `name=old -> new`.
@@ -423,12 +352,6 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration in JSON's own types."""
-    encoded: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
-    return encoded
-
-
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
 
@@ -437,9 +360,9 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         base: Gives what the file leaves out; None as everywhere.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such file, has a key that no option has, or a value of another type or out of
-            range.
+        FileNotFoundError: If the file is missing.
+        UsageError: If it has a key that no option has, or a value of another type or out of range.
+        ValueError: If it is not JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
@@ -447,61 +370,18 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     if isinstance(content, dict):
         content.pop("output_dir", None)
         content.pop("resume", None)
-    config: RunConfig = _build(base or RunConfig(), content, str(path))
+        content = _over(content, to_json(base or RunConfig()))
     try:
-        validate(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config
+        return build(RunConfig, content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
-def _build(base: Any, content: Any, where: str) -> Any:
-    """A dataclass from what JSON holds of it; options left out are the base's."""
-    kind = type(base)
-    if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected an object with the options of {kind.__name__}")
-    hints = get_type_hints(kind)
-    names = {f.name for f in fields(kind)}
-    unknown = sorted(content.keys() - names)
-    if unknown:
-        raise ValueError(f"{where}: unknown options {unknown[:5]!s:.300}; there are {sorted(names)}")
-    values = {}
-    for name, value in content.items():
-        hint = hints[name]
-        if isinstance(hint, type) and is_dataclass(hint):
-            value = _build(getattr(base, name), value, f"{where}: {name}")
-        elif is_dataclass(_element(hint)):
-            if not isinstance(value, list):
-                raise ValueError(f"{where}: {name} is {value!r:.60}; expected a list of objects")
-            value = tuple(
-                _build(_element(hint)(), part, f"{where}: {name}[{place}]")
-                for place, part in enumerate(value)
-            )
-        elif _element(hint) is Path and isinstance(value, list) and all(_fits(v, Path) for v in value):
-            value = tuple(map(Path, value))
-        elif not _fits(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) else hint
-            raise ValueError(f"{where}: {name} is {value!r:.60}; expected {expected}")
-        elif value is not None and (hint is Path or Path in get_args(hint)):
-            value = Path(value)
-        elif hint is float:
-            value = float(value)
-        values[name] = value
-    return replace(base, **values)
-
-
-def _element(hint: Any) -> Any:
-    """The type of the elements of a tuple of any length; None for other types."""
-    return get_args(hint)[0] if get_origin(hint) is tuple else None
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON can stand for this type; a whole number can for a fraction."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    # `Literal[...] | None` is the older kind of union.
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if hint is float and type(value) is int:
-        return abs(value) <= sys.float_info.max  # JSON's integers may have more digits
-    return type(value) in {Path: (str,), float: (float,)}.get(hint, (hint,))
+def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return options over those of a base, group by group."""
+    return base | {
+        name: _over(value, base[name])
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+        else value
+        for name, value in content.items()
+    }

@@ -104,12 +104,11 @@ def test_there_is_a_shipped_configuration() -> None:
 
 def test_unknown_option_in_the_file_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "config.json", {"train": {"max_step": 3}})
-    with pytest.raises(ValueError, match=r"train: unknown options \['max_step'\]") as error:
+    with pytest.raises(ValueError, match=r"unknown option train\.max_step;.*; closest: max_steps") as error:
         parsed("--config", str(file))
     assert str(file) in str(error.value)
-    assert "'max_steps'" in str(error.value)
     file = write(tmp_path / "config.json", {"trian": {}})
-    with pytest.raises(ValueError, match=r"unknown options \['trian'\]"):
+    with pytest.raises(ValueError, match=r"unknown option trian;.*; closest: train"):
         parsed("--config", str(file))
 
 
@@ -136,15 +135,15 @@ def test_json_of_something_else_is_refused(tmp_path: Path, content: str) -> None
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"train": {"max_steps": "many"}}, "max_steps is 'many'; expected int"),
+        ({"train": {"max_steps": "many"}}, "max_steps is 'many'; expected a valid integer"),
         (
             {"prompt": {"prompt_init": "banana"}},
-            "prompt_init is 'banana'; expected .*'vocabulary', 'text', 'random'",
+            "prompt_init is 'banana'; expected .*'vocabulary', 'text' or 'random'",
         ),
-        ({"prompt": {"rank": 2.5}}, r"rank is 2\.5; expected int \| None"),
-        ({"backbone": {"class_token": 1}}, "class_token is 1; expected bool"),
-        ({"data": {"data_dir": 3}}, r"data_dir is 3; expected pathlib\.Path \| None"),
-        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'; expected .*'no', 'bf16'"),
+        ({"prompt": {"rank": 2.5}}, r"rank is 2\.5; expected a valid integer"),
+        ({"backbone": {"class_token": 1}}, "class_token is 1; expected a valid boolean"),
+        ({"data": {"data_dir": 3}}, "data_dir is 3; expected a valid string"),
+        ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16'; expected .*'no' or 'bf16'"),
     ],
 )
 def test_a_value_of_another_kind_is_named(tmp_path: Path, content: Any, message: str) -> None:

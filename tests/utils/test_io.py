@@ -1,13 +1,14 @@
 """Our own files, read with care, and what was let through before."""
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from helpers import write_vqa
+from pydantic.fields import FieldInfo
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,9 +18,9 @@ from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.adapters import authors as official
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
 from dept_vl.config import (
-    RANGES,
     BackboneOptions,
     DataOptions,
+    EvaluateConfig,
     ExtractConfig,
     OptimOptions,
     PromptOptions,
@@ -236,18 +237,18 @@ def test_sizes_in_the_authors_files(tmp_path: Path, change: dict[str, Any]) -> N
     [
         (
             RunConfig(train=TrainOptions(max_steps=-1)),
-            r"train\.max_steps is -1; expected 1 to 2,147,483,647",
+            r"train\.max_steps is -1; expected 1 or more",
         ),
         (RunConfig(train=TrainOptions(per_device_batch_size=0)), r"per_device_batch_size is 0"),
         (RunConfig(train=TrainOptions(eval_every=0)), r"eval_every is 0"),
-        (RunConfig(train=TrainOptions(seed=-1)), r"train\.seed is -1; expected 0 to 4,294,967,295"),
-        (RunConfig(train=TrainOptions(seed=2**32)), r"train\.seed"),
+        (RunConfig(train=TrainOptions(seed=-1)), r"train\.seed is -1; expected 0 or more"),
+        (RunConfig(train=TrainOptions(seed=2**32)), r"train\.seed .*; expected at most 4,294,967,295"),
         (RunConfig(train=TrainOptions(max_grad_norm=0.0)), r"max_grad_norm"),
         (RunConfig(prompt=PromptOptions(alpha=float("nan"))), r"prompt\.alpha is nan; expected a finite"),
-        (RunConfig(prompt=PromptOptions(rank=-2)), r"prompt\.rank is -2; expected 0 to 1,000,000"),
+        (RunConfig(prompt=PromptOptions(rank=-2)), r"prompt\.rank is -2; expected 0 or more"),
         (
             RunConfig(optim=OptimOptions(lora_lr=float("inf"))),
-            r"lora_lr is inf; expected a finite number of 0",
+            r"lora_lr is inf; expected a finite number",
         ),
         (RunConfig(data=DataOptions(data_dir=Path("a\0b"))), r"data_dir is 'a\\x00b'; expected text without"),
         (RunConfig(also=(DataOptions(dev_limit=-3),)), r"also\[0\]\.dev_limit is -3"),
@@ -268,7 +269,7 @@ def test_all_options_out_of_range_are_named_at_once(tmp_path: Path) -> None:
 
 def test_an_integer_too_large_for_a_fraction(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"optim": {"lora_lr": 1' + "0" * 400 + "}}")
-    with pytest.raises(ValueError, match=r"lora_lr is 1000.*; expected float"):
+    with pytest.raises(ValueError, match=r"lora_lr is .*; expected a finite number"):
         read_config(tmp_path / "config.json")
 
 
@@ -277,17 +278,12 @@ def test_defaults_are_in_range() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    kinds = (
-        RunConfig,
-        DataOptions,
-        BackboneOptions,
-        PromptOptions,
-        TrainOptions,
-        OptimOptions,
-        ExtractConfig,
-    )
-    numbers = {f.name for kind in kinds for f in fields(kind) if f.type in (int, float, int | None)}
-    assert numbers == RANGES.keys()
+    kinds = (RunConfig, DataOptions, BackboneOptions, PromptOptions, TrainOptions, OptimOptions)
+    for kind in (*kinds, ExtractConfig, EvaluateConfig):
+        for name, hint in get_type_hints(kind, include_extras=True).items():
+            parts = [hint, *get_args(hint)]  # of Size | None
+            if int in parts or float in parts:
+                assert any(isinstance(mark, FieldInfo) for part in parts for mark in get_args(part)), name
 
 
 # Others

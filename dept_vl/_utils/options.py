@@ -1,0 +1,132 @@
+"""Options as dataclasses, with ranges beside the fields; pydantic reads them from JSON and checks them."""
+
+import json
+from dataclasses import asdict
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from dept_vl._utils.errors import UsageError
+
+LARGEST_COUNT = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # NumPy takes no other
+Workers = Annotated[int, Field(ge=0, le=1024)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LONGEST_VALUE = 60
+"""Characters of a value that are quoted."""
+
+
+class Options:
+    """Base of the dataclasses of options: no unknown keys, and no value of another type."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
+
+
+T = TypeVar("T", bound=Options)
+
+
+def to_json(options: Options) -> dict[str, Any]:
+    """Return options as JSON types."""
+    encoded: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))  # type: ignore[call-overload]
+    return encoded
+
+
+def build(kind: type[T], content: Any) -> T:
+    """Build options from JSON; what is left out has its default.
+
+    Raises:
+        UsageError: With every option that is unknown, of another type or out of range, its value and what
+            is allowed.
+    """
+    problems = _bad_text(content)
+    if not problems:
+        try:
+            return TypeAdapter(kind).validate_json(json.dumps(content))
+        except ValidationError as error:
+            problems = [_problem(kind, details) for details in error.errors(include_url=False)]
+        except RecursionError:
+            problems = ["the content is nested too deeply"]
+    raise UsageError("; ".join(problems))
+
+
+def validate(options: Options) -> None:
+    """Check the values of options.
+
+    Raises:
+        UsageError: With every option that is out of range or of another type, its value and what is allowed.
+    """
+    build(type(options), to_json(options))
+
+
+def _bad_text(content: Any) -> list[str]:
+    """Name the options with text that no file system or tokenizer takes."""
+    problems: list[str] = []
+    todo: list[tuple[tuple[str | int, ...], Any]] = [((), content)]
+    while todo:  # no recursion: the content may be nested deeply
+        place, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [((*place, key), inner) for key, inner in value.items()]
+            todo += [(place, key) for key in value]
+        elif isinstance(value, list):
+            todo += [((*place, number), inner) for number, inner in enumerate(value)]
+        # Paths end at a zero byte; half of a surrogate pair is no character.
+        elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+            problems.append(
+                f"{_name(place)} is {_quoted(value)}; expected text without zero bytes and lone surrogates"
+            )
+    return problems
+
+
+def _problem(kind: type[Options], details: Any) -> str:
+    """One line on one option."""
+    name, context = _name(details["loc"]), details.get("ctx", {})
+    match details["type"]:
+        case "unexpected_keyword_argument":
+            known = _names_beside(kind, details["loc"])
+            closest = get_close_matches(str(details["loc"][-1]), known)
+            meant = f"; closest: {', '.join(closest)}" if closest else ""
+            return f"unknown option {name:.200}; there are: {', '.join(known)}{meant}"
+        case "dataclass_type":
+            expected = f"an object with the options of {context['class_name']}"
+        case "greater_than_equal":
+            expected = f"{context['ge']:,} or more"
+        case "less_than_equal":
+            expected = f"at most {context['le']:,}"
+        case "literal_error":
+            closest = get_close_matches(repr(details["input"]), context["expected"].split(" or "), 1)
+            expected = context["expected"] + (f"; closest: {closest[0]}" if closest else "")
+        case _:
+            expected = details["msg"].removeprefix("Input should be ")
+    return f"{name} is {_quoted(details['input'])}; expected {expected}"
+
+
+def _names_beside(kind: type[Options], place: tuple[str | int, ...]) -> list[str]:
+    """Return the options that exist where an unknown one was given."""
+    schema = TypeAdapter(kind).json_schema()
+    level: Any = schema
+    for part in place[:-1]:
+        level = level["items"] if isinstance(part, int) else level["properties"][part]
+        if "$ref" in level:
+            level = schema["$defs"][level["$ref"].rsplit("/", 1)[-1]]
+    return sorted(level["properties"])
+
+
+def _name(place: tuple[str | int, ...]) -> str:
+    """Return a dotted name, such as `also[0].dev_limit`."""
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in place)
+    return name.removeprefix(".") or "the content"
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)
+
+
+def _quoted(value: Any) -> str:
+    try:
+        return f"{value!r:.{LONGEST_VALUE}}"
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or nested deeply
+        return "a value too long to show"
