@@ -19,10 +19,8 @@ decoder (its mask). They are entered by `forward` and `generate` alike.
 """
 
 import inspect
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,85 +32,9 @@ from transformers import PreTrainedModel
 
 from dept_vl._utils.tensors import load_exactly
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.models.backbone import fingerprint
+from dept_vl.adapters.ready_made import Parts, check_base, describe_base, model_name, special_tokens
 from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary
-
-SUPPORTED = {
-    "Blip2ForConditionalGeneration": "Salesforce/blip2-flan-t5-xl",
-    "InstructBlipForConditionalGeneration": "Salesforce/instructblip-flan-t5-xl",
-    "Florence2ForConditionalGeneration": "florence-community/Florence-2-base",
-    "T5Gemma2ForConditionalGeneration": "google/t5gemma-2-270m-270m",
-}
-"""Classes of transformers, each with a checkpoint of the Hub that it reads."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the hooks are put on.
-
-    Attributes:
-        embedding: Looks the source's tokens up, placeholders included.
-        encoder: Reads embeddings; the text encoder alone.
-        decoder: Attends to what the encoder gave.
-        image_tokens: Ids of the placeholders, and of the tokens that fence an image in.
-        positions: How many the encoder has; None where there is no limit.
-    """
-
-    embedding: nn.Embedding
-    encoder: nn.Module
-    decoder: nn.Module
-    image_tokens: tuple[int, ...]
-    positions: int | None
-
-    @property
-    def width(self) -> int:
-        """Of the embeddings (d)."""
-        width: int = self.embedding.weight.shape[1]
-        return width
-
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> "Parts":
-        """Find them in a model.
-
-        Raises:
-            ValueError: If the model is of no supported class, has no encoder, or names no placeholder.
-        """
-        supported = "; ".join(f"{name} (such as {hub})" for name, hub in SUPPORTED.items())
-        known = [c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED]
-        if not known:
-            raise ValueError(
-                f"a prompt cannot be attached to a {type(model).__name__}; supported are {supported}. Attach "
-                "before the model is wrapped or compiled; for an image encoder and a language model of your "
-                "own choice there is dept_vl.Backbone"
-            )
-        config = model.config
-        if known[0].startswith("T5Gemma2"):
-            config = model.config.encoder
-            encoder, decoder = model.get_encoder().text_model, model.get_decoder()
-        else:
-            holder = model.model if known[0].startswith("Florence2") else model
-            language = holder.language_model
-            if not language.config.is_encoder_decoder:
-                raise ValueError(
-                    f"the language model of {_name(model)} is a {type(language).__name__}, which has no "
-                    f"encoder to prompt; take a checkpoint with FLAN-T5 such as {SUPPORTED[known[0]]}"
-                )
-            encoder, decoder = language.get_encoder(), language.get_decoder()
-        names = ("image_token_id", "boi_token_id", "eoi_token_id")
-        ids = [getattr(config, name, None) for name in names]
-        if ids[0] is None:
-            raise ValueError(
-                f"the configuration of {_name(model)} has no image_token_id, without which images cannot be "
-                "told from text; load the checkpoint's current revision"
-            )
-        return cls(
-            embedding=model.get_input_embeddings(),
-            encoder=encoder,
-            decoder=decoder,
-            image_tokens=tuple(token for token in ids if token is not None),
-            positions=getattr(encoder.config, "max_position_embeddings", None),
-        )
 
 
 def new_prompt(
@@ -136,7 +58,7 @@ def new_prompt(
         min(COMMON_TOKENS, parts.embedding.weight.shape[0]),
         prompt_length,
         torch.Generator().manual_seed(seed),
-        exclude=(*parts.image_tokens, *_special_tokens(parts.encoder)),
+        exclude=(*parts.image_tokens, *special_tokens(parts.encoder)),
     )
     with torch.no_grad():
         # Through the module, which may scale (T5Gemma 2).
@@ -157,12 +79,12 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
     parts = Parts.of(model)
     if prompt.d_model != parts.width:
         raise ValueError(
-            f"the prompt is {prompt.d_model} wide and {_name(model)} is {parts.width} wide; build the prompt "
-            f"with d_model={parts.width}"
+            f"the prompt is {prompt.d_model} wide and {model_name(model)} is {parts.width} wide; build the "
+            f"prompt with d_model={parts.width}"
         )
     if parts.positions is not None and prompt.prompt_length >= parts.positions:
         raise ValueError(
-            f"the prompt has {prompt.prompt_length} vectors and the text encoder of {_name(model)} has "
+            f"the prompt has {prompt.prompt_length} vectors and the text encoder of {model_name(model)} has "
             f"{parts.positions} positions for prompt, image and text together; shorten the prompt "
             "(prompt_length)"
         )
@@ -221,7 +143,7 @@ class Attached(nn.Module):
             ValueError: If it is damaged, or was trained on another base.
         """
         adapter = Adapter.from_pretrained(name_or_folder, revision=revision, token=token)
-        _check_base(adapter, model)
+        check_base(adapter, model)
         prompt = adapter.new_prompt()
         tensors = {name.removeprefix("prompt."): tensor for name, tensor in adapter.tensors.items()}
         load_exactly(prompt, tensors, "the adapter's", "prompt.")
@@ -235,7 +157,8 @@ class Attached(nn.Module):
             task: What it was trained on.
             metrics: Figures to keep with it.
         """
-        Adapter.of_prompt(self.prompt, _base(self.model), task=task, metrics=metrics or {}).save(folder)
+        base = describe_base(self.model)
+        Adapter.of_prompt(self.prompt, base, task=task, metrics=metrics or {}).save(folder)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by learning rate: prompt, low_rank; for `optim.build_optimizer`."""
@@ -299,10 +222,10 @@ class Attached(nn.Module):
         if mask is None:
             mask = torch.ones_like(ids)
         if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-            found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
                 f"a prompted encoder needs an attention_mask of the shape of its tokens, {tuple(ids.shape)}, "
-                f"that is zero on padding; found {found}"
+                f"that is zero on padding; found {given}"
             )
         self._check_length(ids.shape[1])
         text = mask.bool() & self._is_text(ids)
@@ -334,10 +257,10 @@ class Attached(nn.Module):
     def _tokens_of(self, embeddings: Float[Tensor, "batch source d_model"]) -> Int[Tensor, "batch source"]:
         """The ids that the embeddings were looked up by, before image features went into their places."""
         seen, self._seen = self._seen, None
-        found = "no tokens were seen"
+        tokens = "no tokens were seen"
         if seen is not None:
             ids, embedded = (tensor.to(embeddings.device) for tensor in seen)
-            found = f"the tokens seen last are {tuple(ids.shape)}"
+            tokens = f"the tokens seen last are {tuple(ids.shape)}"
             if embedded.shape == embeddings.shape:
                 # Values cannot be asked for while compiling.
                 if torch.compiler.is_compiling():
@@ -345,10 +268,10 @@ class Attached(nn.Module):
                 same = (embedded == embeddings).all(-1) | ~self._is_text(ids)
                 if bool(same.all()):
                     return ids
-                found = "the tokens seen last have others"
+                tokens = "the tokens seen last have others"
         raise ValueError(
             "the prompt has to know which embeddings are of text and which of images: the encoder got "
-            f"embeddings of shape {tuple(embeddings.shape)}, and {found}. Give the model input_ids, not "
+            f"embeddings of shape {tuple(embeddings.shape)}, and {tokens}. Give the model input_ids, not "
             "inputs_embeds; if another prompt is attached to it, detach that one first"
         )
 
@@ -362,7 +285,7 @@ class Attached(nn.Module):
         limit, prompt = self._parts.positions, self.prompt.prompt_length
         if limit is not None and prompt + source > limit:
             raise ValueError(
-                f"the text encoder of {_name(self.model)} has {limit} positions and the input needs "
+                f"the text encoder of {model_name(self.model)} has {limit} positions and the input needs "
                 f"{prompt + source}: {prompt} prompt + {source} image and text; shorten the prompt "
                 "(prompt_length) or the text"
             )
@@ -384,50 +307,3 @@ class Attached(nn.Module):
         # Shorter rows are filled up with what is no text.
         shifted = shifted.where(is_text[..., None], together)
         return prompt, embeddings.scatter(1, columns[..., None].expand_as(shifted), shifted)
-
-
-def _name(model: PreTrainedModel) -> str:
-    name: str = model.name_or_path
-    return name or type(model).__name__
-
-
-def _special_tokens(encoder: nn.Module) -> list[int]:
-    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-    ids = (getattr(encoder.config, name, None) for name in names)
-    return [token for token in ids if isinstance(token, int)]
-
-
-def _base(model: PreTrainedModel) -> dict[str, Any]:
-    """What an adapter says of the model that it belongs to."""
-    # Weights that lie on no device (offloaded) are not at hand.
-    weights = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
-    embedding = model.get_input_embeddings().state_dict()
-    return {
-        "name": _name(model),
-        "fingerprint": {
-            "class": type(model).__name__,
-            "embeddings": fingerprint(embedding.items()),
-            "all": fingerprint(weights),
-        },
-        "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
-        "vision": None,
-    }
-
-
-def _check_base(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Refuse a model of another class or embedding table; warn of one with other weights elsewhere."""
-    here, there = _base(model), adapter.backbone
-    trained_on = there["fingerprint"] or {}
-    if any(here["fingerprint"][key] != trained_on.get(key) for key in ("class", "embeddings")):
-        raise ValueError(
-            f"this adapter was trained on {there['name']} (fingerprint {there['fingerprint']}) and does not "
-            f"fit {here['name']} (fingerprint {here['fingerprint']}); load the model it was trained on, in "
-            "float32 or bfloat16: float16 rounds otherwise"
-        )
-    if here["fingerprint"]["all"] != trained_on["all"]:
-        warnings.warn(
-            f"this adapter was trained on {there['name']} (fingerprint {trained_on['all']}); {here['name']} "
-            f"(fingerprint {here['fingerprint']['all']}) has the same word embeddings, but other weights: "
-            "quantised, fine-tuned, or another checkpoint",
-            stacklevel=3,
-        )

@@ -3,4 +3,14 @@
 `collate` makes a batch, `sampling` says which example comes when.
 """
 
-__all__ = ["collate", "feature_store", "features", "lengths", "sampling", "shots", "splits", "workers"]
+__all__ = [
+    "collate",
+    "feature_index",
+    "feature_store",
+    "features",
+    "lengths",
+    "sampling",
+    "shots",
+    "splits",
+    "workers",
+]

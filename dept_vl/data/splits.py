@@ -10,7 +10,8 @@ from dept_vl._utils.images import missing_files
 from dept_vl._utils.io import read_json
 from dept_vl._utils.run_files import CANDIDATES_FILE
 from dept_vl.config import DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
-from dept_vl.data.feature_store import INDEX_FILE, open_features
+from dept_vl.data.feature_index import INDEX_FILE
+from dept_vl.data.feature_store import open_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.data.shots import Shots, draw_shots, read_shots
 from dept_vl.models.vision import VisionEncoder

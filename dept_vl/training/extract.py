@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
-from dept_vl.data.feature_store import DTYPES, read_index, write_features
+from dept_vl.data.feature_index import read_index
+from dept_vl.data.feature_store import DTYPES, write_features
 from dept_vl.data.splits import GIB, check_images, features_folder, with_split_names
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder

@@ -16,13 +16,8 @@ from runs import files
 from dept_vl._utils.io import write_atomically
 from dept_vl.data import feature_store as feature_files
 from dept_vl.data.collate import Collator, Draw
-from dept_vl.data.feature_store import (
-    DTYPES,
-    image_keys,
-    open_features,
-    read_index,
-    write_features,
-)
+from dept_vl.data.feature_index import fingerprint, image_keys, read_index
+from dept_vl.data.feature_store import DTYPES, open_features, write_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
@@ -135,7 +130,7 @@ def test_another_encoder_is_refused_with_both_named(
         other.model.config.hidden_act = "relu"  # type: ignore[union-attr]
     elif part == "preprocessing":
         other.processor.image_mean = [0.1, 0.2, 0.3]
-    here = feature_files.fingerprint(other)
+    here = fingerprint(other)
     calls: list[Callable[[], Any]] = [lambda: write(other, paths, folder, dtype=expected or "float32")]
     if part != "dtype":
         calls = [lambda: write(other, paths, folder), lambda: opened(other, paths, folder)]
@@ -155,10 +150,8 @@ def test_the_same_encoder_of_another_place_is_the_same(
 ) -> None:
     vision.save_pretrained(tmp_path / "copy")
     again = VisionEncoder.from_pretrained(tmp_path / "copy")
-    assert feature_files.fingerprint(again) == feature_files.fingerprint(vision)
-    assert feature_files.fingerprint(vision) != feature_files.fingerprint(
-        VisionEncoder.from_pretrained(vision_folders["siglip"])
-    )
+    assert fingerprint(again) == fingerprint(vision)
+    assert fingerprint(vision) != fingerprint(VisionEncoder.from_pretrained(vision_folders["siglip"]))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit", "gone", "empty", "of another place"])

@@ -1,0 +1,163 @@
+"""The index of a folder of visual features: of which images they are, and what made them.
+
+An image is known by its path below the data folder: two splits may have files of one name.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dept_vl._utils.io import difference, read_json, write_atomically
+from dept_vl.config import Precision
+from dept_vl.data.features import EXTRACT
+from dept_vl.models.vision import VisionEncoder
+
+INDEX_FILE = "index.json"
+FORMAT_VERSION = 1
+FINGERPRINT = {
+    "weights": str,
+    "architecture": str,
+    "preprocessing": str,
+    "vision_layer": int,
+    "class_token": bool,
+    "pooled_grid": int,
+    "dtype": get_args(Precision),
+}
+INDEX = {
+    "format_version": int,
+    "fingerprint": FINGERPRINT,
+    "shape": [int],
+    "shard_images": int,
+    "shard_bytes": (None, [int]),
+    "images": [str],
+    "image_bytes": [int],
+    "unreadable": {str: str},
+}
+"""Fields of `index.json`, as `io.difference` reads them; `shard_bytes` is null until all are there."""
+VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+"""Fields of a configuration that change no feature."""
+
+
+def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
+    """All that an image's features depend on, by part; of weights and configurations 16 hexadecimal digits.
+
+    Unlike an adapter's, this fingerprint is of every bit of the weights: features are stored, not adapted.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in sorted(vision.model.state_dict().items()):
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of a spread tower
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        weights.update(tensor_bytes(whole.detach().cpu()))
+    config = getattr(vision.model, "config", None)
+    return {
+        "weights": weights.hexdigest()[:16],
+        "architecture": digest(config.to_diff_dict() if config is not None else type(vision.model).__name__),
+        "preprocessing": digest(vision.processor.to_dict()),
+        "vision_layer": vision.layer,
+        "class_token": vision.class_token,
+        "pooled_grid": vision.pooled_grid,
+    }
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a folder of features.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is damaged, or of another format version.
+    """
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no visual features at {folder}: expected {INDEX_FILE} there; {EXTRACT} makes them, with the "
+            "run's --task, --data_dir, and --backbone or --vision (or its --config)"
+        )
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}; this dept_vl reads {FORMAT_VERSION}: make the features "
+            "again in another --features_dir"
+        )
+    problem = difference(content, INDEX) or _impossible(content)
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}; remove it, and {EXTRACT} makes it again")
+    index: dict[str, Any] = content
+    return index
+
+
+def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
+    """What images are called in an index: their paths below the data folder, with forward slashes."""
+    start = "" if root == Path() else os.path.join(root, "")
+    # Of 120,000 paths, `Path.relative_to` would take half a second.
+    return [os.fspath(path).removeprefix(start).replace(os.sep, "/") for path in paths]
+
+
+def check_encoder(stored: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+    """Reject features that another encoder made.
+
+    Raises:
+        ValueError: With both fingerprints, and the parts in which they differ.
+    """
+    differing = [part for part in expected if stored[part] != expected[part]]
+    if differing:
+        raise ValueError(
+            f"the visual features at {folder} are of another encoder, or other options of it: they differ in "
+            f"{', '.join(differing)}. Expected {_text(expected)}; found {_text(stored)}. Take the encoder "
+            "and options that made them, or another --features_dir"
+        )
+
+
+def _text(fingerprint: Mapping[str, Any]) -> str:
+    return ", ".join(f"{part} {fingerprint[part]}" for part in FINGERPRINT)
+
+
+def _impossible(index: Mapping[str, Any]) -> str:
+    """Describe what no extraction can have written; an empty string if the index is possible."""
+    if len(index["shape"]) != 2 or min(index["shape"]) < 1:
+        return f"expected shape to be the tokens and width of an image, found {index['shape']!r:.60}"
+    if index["shard_images"] < 1:
+        return f"expected shard_images to be 1 or more, found {index['shard_images']}"
+    images = index["images"]
+    if not images or len(set(images)) != len(images):
+        return "expected images to name one or more, each once"
+    if len(index["image_bytes"]) != len(images):
+        return f"expected image_bytes of {len(images):,} images, found {len(index['image_bytes']):,}"
+    sizes, count = index["shard_bytes"], -(-len(images) // index["shard_images"])
+    if sizes is not None and len(sizes) != count:
+        return f"expected shard_bytes of {count} shards, found {len(sizes)}"
+    return ""
+
+
+def write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Write the index, whole or not at all."""
+    write_atomically(folder / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
+
+
+def file_size(path: Path) -> int:
+    """Size of a file in bytes; 0 if it is missing."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
+    array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def digest(description: Any) -> str:
+    """16 hexadecimal digits of what JSON can say, but for what changes no feature."""
+    if isinstance(description, dict):
+        description = {key: value for key, value in description.items() if key not in VOLATILE}
+    content = json.dumps(description, sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
