@@ -1,6 +1,7 @@
 """Flags from dataclasses; the only reader of the command line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from dept_vl._utils.run_files import CONFIG_FILE
-from dept_vl.config import ExtractConfig, RunConfig, read_config, validate
+from dept_vl.config import RENAMED, ExtractConfig, RunConfig, read_config, validate
 from dept_vl.presets import PRESETS, with_preset
 
 
@@ -23,7 +24,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         description: Shown by `--help`.
         argv: Without the program's name; None reads the command line.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _current_flags(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--preset", choices=list(PRESETS))
@@ -59,6 +60,20 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         return config
     # Which task is a question of flags too, so they are read twice.
     return flags(over(with_preset(base, known.preset, config.data.task)))
+
+
+def _current_flags(argv: Sequence[str]) -> list[str]:
+    """Give flags that were renamed their names of today, and print a note of each."""
+    flags = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name in RENAMED:
+            argument = f"--{RENAMED[name]}{equals}{value}"
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"note: {flag} is now --{RENAMED[name]}; the old name still works", file=sys.stderr)
+        flags.append(argument)
+    return flags
 
 
 def parse_extraction(description: str, argv: Sequence[str] | None = None) -> ExtractConfig:

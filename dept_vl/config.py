@@ -205,7 +205,7 @@ class OptimOptions(Options):
 
     prompt_lr: Rate = 0.3
     """Peak learning rate of the soft prompt (alpha1 of the paper; its winners: 0.3 and 0.4)."""
-    lora_lr: Rate = 1e-3
+    offset_lr: Rate = 1e-3
     """Peak learning rate of the low-rank pair (alpha2; the paper's winners: 1e-4 to 5e-3)."""
     projection_lr: Rate = 1e-3
     """Peak learning rate of the visual projection."""
@@ -213,7 +213,7 @@ class OptimOptions(Options):
     """Peak learning rate of the language model, where it is trained (--train_backbone)."""
     prompt_weight_decay: Rate = 1e-5
     """AdamW's decay of the soft prompt."""
-    lora_weight_decay: Rate = 1e-5
+    offset_weight_decay: Rate = 1e-5
     """AdamW's decay of the low-rank pair."""
     projection_weight_decay: Rate = 0.01
     """AdamW's decay of the visual projection."""
@@ -226,7 +226,7 @@ class OptimOptions(Options):
         """Learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
         return {
             "prompt": (self.prompt_lr, self.prompt_weight_decay),
-            "low_rank": (self.lora_lr, self.lora_weight_decay),
+            "low_rank": (self.offset_lr, self.offset_weight_decay),
             "visual_projection": (self.projection_lr, self.projection_weight_decay),
             "backbone": (self.backbone_lr, self.backbone_weight_decay),
         }[group]
@@ -326,6 +326,8 @@ FREE_TO_CHANGE = (
     "data.feature_memory",
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
+RENAMED = {"lora_lr": "offset_lr", "lora_weight_decay": "offset_weight_decay"}
+"""Options by the names that older configurations and commands have for them."""
 
 
 def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -336,7 +338,7 @@ def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: The same.
     """
     usual = flat(to_json(RunConfig()))
-    old, new = usual | flat(started), usual | flat(now)
+    old, new = usual | flat(current_names(started)), usual | flat(now)
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -350,6 +352,14 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in options.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
+
+
+def current_names(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of an older configuration, in groups or not, by their names of today."""
+    named = {RENAMED.get(name, name): value for name, value in options.items()}
+    if isinstance(named.get("optim"), dict):
+        named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
+    return named
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
@@ -370,7 +380,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     if isinstance(content, dict):
         content.pop("output_dir", None)
         content.pop("resume", None)
-        content = _over(content, to_json(base or RunConfig()))
+        content = _over(current_names(content), to_json(base or RunConfig()))
     try:
         return build(RunConfig, content)
     except UsageError as error:

@@ -79,7 +79,7 @@ def adapters_of(backbone: Backbone, lengths: tuple[int, ...]) -> ManyAdapters:
     for number, length in enumerate(lengths):
         own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
         prompt = build_prompt(backbone.d_model, SHAPE, length).to(backbone.device)
-        torch.nn.init.normal_(prompt.lora_b)  # as after training
+        torch.nn.init.normal_(prompt.offset_b)  # as after training
         model = PromptedModel(own, prompt).eval()
         adapter = Adapter.of(model, task=task.name, metrics={})
         predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, SHAPE.longest)

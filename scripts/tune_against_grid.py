@@ -91,7 +91,7 @@ def prepared(options: Options) -> RunConfig:
         optim=replace(
             base.optim,
             prompt_lr=default.prompt_lr,
-            lora_lr=default.lora_lr,
+            offset_lr=default.offset_lr,
             projection_lr=default.projection_lr,
             warmup_steps=steps // 10,
         ),

@@ -290,8 +290,8 @@ def image_kinds() -> dict[str, Kind]:
 def small_adapter() -> Adapter:
     tensors = {
         "prompt.soft_prompt": torch.randn(2, 8),
-        "prompt.lora_a": torch.randn(5, 4),
-        "prompt.lora_b": torch.randn(4, 8),
+        "prompt.offset_a": torch.randn(5, 4),
+        "prompt.offset_b": torch.randn(4, 8),
         "visual_projection.linear.bias": torch.randn(8),
     }
     counts = {"prompt": 16, "low_rank": 52, "visual_projection": 8, "total": 76, "without_projection": 68}

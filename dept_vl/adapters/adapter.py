@@ -31,7 +31,7 @@ from dept_vl.adapters.schema import (
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts import methods as family
-from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.dept import DePT, current_name
 
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Of the names of tensors, one for each module that an adapter may hold."""
@@ -55,7 +55,7 @@ class Adapter:
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
         tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
             `language.*`.
-        format_version: Of the two files.
+        format_version: Of the two files; those of an older version are read into the newest.
     """
 
     prompt: dict[str, Any] | None
@@ -189,6 +189,9 @@ class Adapter:
         description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}
         tensors = read_tensors(folder / TENSORS_FILE)
         check_parameters(tensors, folder / TENSORS_FILE)
+        if description["format_version"] != FORMAT_VERSION:
+            tensors = {current_name(name): tensor for name, tensor in tensors.items()}
+            description["format_version"] = FORMAT_VERSION
         adapter = cls(**description, tensors=tensors)
         problem = adapter._mismatch()
         if problem:

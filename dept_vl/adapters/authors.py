@@ -23,8 +23,8 @@ PEFT_TYPE = "PROMPT_TUNING_LORA"
 
 NAMES = {
     "soft_prompt": "prompt_embeddings",
-    "lora_a": "prompt_encoder.lora_embedding_A",
-    "lora_b": "prompt_encoder.lora_embedding_B",
+    "offset_a": "prompt_encoder.lora_embedding_A",
+    "offset_b": "prompt_encoder.lora_embedding_B",
 }
 """Their name of each of our tensors."""
 
@@ -80,8 +80,8 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
     width, rank, longest = config["token_dim"], config["r"], config["max_length"]
     shapes = {
         "soft_prompt": (config["num_virtual_tokens"], width),
-        "lora_a": (longest, rank),
-        "lora_b": (rank, width),
+        "offset_a": (longest, rank),
+        "offset_b": (rank, width),
     }
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:

@@ -7,6 +7,7 @@ from typing import Any
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table, scale_of
+from dept_vl.config import current_names
 from dept_vl.tasks.text.table import TEXT_TASKS
 
 CARD_FILE = "README.md"
@@ -53,7 +54,7 @@ def training_of(run: Path, task: str) -> dict[str, Any]:
     tasks = _tasks_of(config)
     if "+".join(tasks) != task:
         raise ValueError(f"the adapter was trained on {task}, and the run at {run} on {'+'.join(tasks)}")
-    found: dict[str, Any] = _without_local(config)
+    found: dict[str, Any] = _without_local(current_names(config))
     backbone = found.get("backbone", {})
     folders = {name for name in MODELS if backbone.get(name) and not _on_hub(str(backbone[name]))}
     return found | {"backbone": {name: v for name, v in backbone.items() if name not in folders}}
@@ -199,7 +200,7 @@ def _sizes(prompt: Mapping[str, Any]) -> str:
 def _training(training: Mapping[str, Any]) -> str:
     said = {
         "learning rate of the prompt (`--prompt_lr`)": ("optim", "prompt_lr"),
-        "of the low-rank part (`--lora_lr`)": ("optim", "lora_lr"),
+        "of the low-rank part (`--offset_lr`)": ("optim", "offset_lr"),
         "of the visual projection (`--projection_lr`)": ("optim", "projection_lr"),
         "steps (`--max_steps`)": ("train", "max_steps"),
         "examples in a batch, per process": ("train", "per_device_batch_size"),

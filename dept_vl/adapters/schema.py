@@ -10,7 +10,9 @@ from dept_vl.models.choices import VisualPositionBias
 from dept_vl.prompts import methods as family
 from dept_vl.prompts.budget import LARGEST_SIZE
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 names A and B `lora_a` and `lora_b`."""
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 LARGEST_SEED = 2**32 - 1
 
 SIZES = {
@@ -62,10 +64,10 @@ def read_description(path: Path) -> dict[str, Any]:
     """
     description = read_json(path)
     found = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
-    if found != FORMAT_VERSION:
+    if found not in READABLE_VERSIONS:
         raise ValueError(
             f"the adapter at {path.parent} has format version {found!r:.60}; this dept_vl reads "
-            f"{FORMAT_VERSION}: use the dept_vl that wrote it"
+            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the dept_vl that wrote it"
         )
     backbone = description.get("backbone") if isinstance(description, dict) else None
     official_one = isinstance(backbone, dict) and "official_config" in backbone

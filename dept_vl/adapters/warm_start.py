@@ -57,15 +57,15 @@ def _vectors(prompt: DePT) -> Tensor:
 @torch.no_grad()
 def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
     """A and B, as large as each other, of the nearest matrix of their rank (Eckart & Young)."""
-    if prompt.lora_a is None or prompt.lora_b is None:
+    if prompt.offset_a is None or prompt.offset_b is None:
         return
-    products = [s.lora_a @ s.lora_b for s in sources if s.lora_a is not None and s.lora_b is not None]
+    products = [s.offset_a @ s.offset_b for s in sources if s.offset_a is not None and s.offset_b is not None]
     left, values, right = torch.linalg.svd(torch.stack(products).mean(0), full_matrices=False)
     rank, roots = len(values[: prompt.rank]), values.sqrt()
-    prompt.lora_a.zero_()
-    prompt.lora_b.zero_()
-    prompt.lora_a[:, :rank] = left[:, :rank] * roots[:rank]
-    prompt.lora_b[:rank] = roots[:rank, None] * right[:rank]
+    prompt.offset_a.zero_()
+    prompt.offset_b.zero_()
+    prompt.offset_a[:, :rank] = left[:, :rank] * roots[:rank]
+    prompt.offset_b[:rank] = roots[:rank, None] * right[:rank]
 
 
 def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts) -> None:

@@ -9,7 +9,7 @@ Source: Shi & Lipani, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fi
 | m      | vectors in the short soft prompt                 | `prompt_length`     |
 | r      | rank of the low-rank pair                        | `rank`              |
 | P      | soft prompt (m, d)                               | `soft_prompt`       |
-| A, B   | low-rank pair (s, r) and (r, d)                  | `lora_a`, `lora_b`  |
+| A, B   | low-rank pair (s, r) and (r, d)                  | `offset_a`, `offset_b`  |
 | n      | source length of the batch at hand, n <= s       | `text`              |
 
 The encoder reads `[P ; E(x) + scale * A[:n] @ B]` with `scale = alpha / sqrt(r)`. B starts at zero, so
@@ -33,6 +33,8 @@ from torch import Tensor, nn
 
 COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
+RENAMED = {"lora_a": "offset_a", "lora_b": "offset_b"}
+"""Parameters by the names that older files have for them."""
 
 
 class PromptSource(nn.Module, ABC):
@@ -52,7 +54,7 @@ class PromptSource(nn.Module, ABC):
 
 
 class DePT(nn.Module):
-    """The trainable prompt: `soft_prompt` (m, d), `lora_a` (s, r) and `lora_b` (r, d).
+    """The trainable prompt: `soft_prompt` (m, d), `offset_a` (s, r) and `offset_b` (r, d).
 
     A part of size zero is `None`, so every parameter that exists is trained and counted.
 
@@ -60,7 +62,7 @@ class DePT(nn.Module):
         d_model: Width of the embeddings that are prompted.
         prompt_length: Vectors in the soft prompt (m >= 0).
         rank: Rank of the offset (r >= 0); 0 is plain prompt tuning.
-        max_source_length: Longest text in tokens (s); the rows of `lora_a`.
+        max_source_length: Longest text in tokens (s); the rows of `offset_a`.
         alpha: The offset is scaled by `alpha / sqrt(rank)` (section 2.2 says nothing of it; the
             authors' code uses 8, and the root, not the rank itself).
         source: Makes the m vectors of P; None trains them themselves.
@@ -98,14 +100,14 @@ class DePT(nn.Module):
         self.token_offset = token_offset
 
         self.soft_prompt: nn.Parameter | None = None
-        self.lora_a: nn.Parameter | None = None
-        self.lora_b: nn.Parameter | None = None
+        self.offset_a: nn.Parameter | None = None
+        self.offset_b: nn.Parameter | None = None
         if prompt_length and source is None:
             self.soft_prompt = nn.Parameter(torch.empty(prompt_length, d_model).uniform_(-0.5, 0.5))
         if rank:
-            self.lora_a = nn.Parameter(torch.empty(max_source_length, rank))
-            self.lora_b = nn.Parameter(torch.zeros(rank, d_model))
-            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+            self.offset_a = nn.Parameter(torch.empty(max_source_length, rank))
+            self.offset_b = nn.Parameter(torch.zeros(rank, d_model))
+            nn.init.kaiming_uniform_(self.offset_a, a=math.sqrt(5))
         self._kept: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def forward(
@@ -152,13 +154,13 @@ class DePT(nn.Module):
                 f"max_source_length={self.max_source_length}; truncate the text or build the prompt "
                 "with a larger max_source_length"
             )
-        if self.lora_a is None or self.lora_b is None:
+        if self.offset_a is None or self.offset_b is None:
             return None
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             # A fused optimizer's step, which may follow, leaves no trace on a tensor's version.
             self._kept = None
-            return self.lora_a[:text_length] @ self.lora_b * self.scale
-        return self._kept_offset(self.lora_a.detach(), self.lora_b.detach())[:text_length]
+            return self.offset_a[:text_length] @ self.offset_b * self.scale
+        return self._kept_offset(self.offset_a.detach(), self.offset_b.detach())[:text_length]
 
     def train(self, mode: bool = True) -> "DePT":
         """Training mode, or inference with nothing kept from before."""
@@ -199,7 +201,7 @@ class DePT(nn.Module):
         of_token = [] if self.token_offset is None else list(self.token_offset.parameters())
         groups = {
             "prompt": [self.soft_prompt, *of_source.get("prompt", [])],
-            "low_rank": [self.lora_a, self.lora_b, *of_source.get("low_rank", []), *of_token],
+            "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_token],
         }
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
@@ -232,6 +234,11 @@ def sample_vocabulary(
         raise ValueError(f"no token is left to draw from a vocabulary of {vocabulary_size}")
     rounds = [ids[torch.randperm(len(ids), generator=generator)] for _ in range(-(-count // len(ids)))]
     return torch.cat(rounds)[:count] if rounds else ids[:0]
+
+
+def current_name(tensor_name: str) -> str:
+    """Return today's name of a tensor in an older file: `prompt.offset_a` for `prompt.lora_a`."""
+    return ".".join(RENAMED.get(part, part) for part in tensor_name.split("."))
 
 
 def parameter_count(d_model: int, max_source_length: int, prompt_length: int, rank: int) -> int:

@@ -13,7 +13,7 @@ The encoder reads `[P ; E + g]` in all of them:
 | residual | P' + f(P'), m < l     | 0; f as ADePT's              | Razdaibiedina et al., 2023          |
 
 r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
-trains what moves P by about its own step (P, Z, b, U), `lora_lr` all that multiplies or shifts the text.
+trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.
 A', a, B' and b, like A and B, start so that the method is plain prompt tuning with m vectors.
 """
 
@@ -141,7 +141,7 @@ def tensors(
     """What a method trains: shapes by name, by learning rate (`prompt`, `low_rank`)."""
     d, s, m, r = d_model, max_source_length, prompt_length, rank
     vectors = {"soft_prompt": (m, d)}
-    position = {"lora_a": (s, r), "lora_b": (r, d)}
+    position = {"offset_a": (s, r), "offset_b": (r, d)}
 
     def bottleneck(name: str) -> dict[str, Shape]:
         down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
@@ -321,8 +321,8 @@ def fold(
     ).to(word_embeddings.device)
     for ours, theirs in (
         (folded.soft_prompt, prompt.vectors()),
-        (folded.lora_a, prompt.lora_a),
-        (folded.lora_b, prompt.lora_b),
+        (folded.offset_a, prompt.offset_a),
+        (folded.offset_b, prompt.offset_b),
     ):
         if ours is not None and theirs is not None:
             ours.copy_(theirs)

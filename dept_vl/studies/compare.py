@@ -1,8 +1,8 @@
 """Methods side by side: several tasks and seeds, one budget, the same search for every method.
 
     OUTPUT/TASK/features/                                     visual features, encoded once
-    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,lora_lr=0.02/       a third of the steps, scored on the dev split
-    OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,lora_lr=0.02/     a whole run, scored on the test split
+    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,offset_lr=0.02/     a third of the steps, scored on the dev split
+    OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,offset_lr=0.02/   a whole run, scored on the test split
     OUTPUT/TASK/steps.json                                    time and memory of a step
     OUTPUT/comparison.json, .md                               of the seeds that are finished
 
@@ -35,6 +35,7 @@ from dept_vl.studies.compare_report import Row, report
 from dept_vl.tasks.metrics.caption import check_installed
 from dept_vl.tasks.text.table import TEXT_TASKS
 from dept_vl.training.extract import with_features
+from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import SUMMARY, run
 
@@ -148,12 +149,12 @@ def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
 
 
 LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.3))
-BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), lora_lr=(0.02, 0.005, 0.02, 0.001))
+BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), offset_lr=(0.02, 0.005, 0.02, 0.001))
 PROJECTION_RATES = _rates(projection_lr=(1e-3, 3e-4, 3e-3, 1e-2))
 PART_RATES = _rates(backbone_lr=(3e-3, 1e-3, 1e-2, 3e-2))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
-"""Four tries for every method; `lora_lr` trains what of a prompt is not `prompt_lr`'s. The last of a prompt's
-two are the defaults of `OptimOptions`."""
+"""Four tries for every method; `offset_lr` trains what of a prompt `prompt_lr` does not. The last of a
+prompt's two are the defaults of `OptimOptions`."""
 
 
 def _prompt(name: Method) -> Compared:
@@ -305,7 +306,7 @@ def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
     Raises:
         ValueError: If it was begun with other options.
     """
-    output_dir = folder / ",".join(filter(None, [kind, _label(rates)]))
+    output_dir = existing(folder / ",".join(filter(None, [kind, _label(rates)])))
     optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
     configured = replace(configured, optim=optim, output_dir=output_dir, resume="auto")
     if (output_dir / SUMMARY_FILE).is_file():

@@ -23,9 +23,10 @@ from accelerate.utils import broadcast_object_list
 from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
-from dept_vl.config import RunConfig, differences, to_json, validate
+from dept_vl.config import RunConfig, current_names, differences, to_json, validate
 from dept_vl.prompts.methods import LONG
 from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import RunResult, run
 
@@ -34,14 +35,14 @@ Space = dict[str, tuple[float, float] | list[int]]
 STUDY_FILE = "study.db"
 STUDY = "dept_vl"
 GRID = tuple(product((0.3, 0.4), (1e-4, 5e-4, 1e-3, 5e-3)))
-"""`prompt_lr` and `lora_lr` that won one of the authors' 17 released runs: the published grid."""
+"""`prompt_lr` and `offset_lr` that won one of the authors' 17 released runs: the published grid."""
 QUARTERS = (1, 2, 4)
 """Quarters of the steps, after which trials are compared; the last is the end."""
 GO_ON = (3, 2)
 """One trial in so many goes on, after the first comparison and after the second."""
 RANGES = {
     "prompt_lr": (0.02, 1.0),
-    "lora_lr": (1e-4, 0.05),
+    "offset_lr": (1e-4, 0.05),
     "projection_lr": (1e-4, 1e-2),
     "backbone_lr": (1e-5, 1e-2),
 }
@@ -145,7 +146,7 @@ def _space(config: RunConfig) -> Space:
     images = any(options.task not in TEXT_TASKS for options in (config.data, *config.also))
     used = {
         "prompt_lr": not bare and (prompt.method in LONG or prompt.prompt_length > 0),
-        "lora_lr": not bare and prompt.method != "pt" and prompt.rank != 0,
+        "offset_lr": not bare and prompt.method != "pt" and prompt.rank != 0,
         "projection_lr": images and backbone.train_projection,
         "backbone_lr": backbone.train_backbone,
     }
@@ -154,7 +155,7 @@ def _space(config: RunConfig) -> Space:
         own = getattr(config.optim, name)
         if used[name]:
             space[name] = (min(low, own or low), max(high, own))
-    if used["prompt_lr"] and used["lora_lr"] and prompt.rank is None and prompt.method not in LONG:
+    if used["prompt_lr"] and used["offset_lr"] and prompt.rank is None and prompt.method not in LONG:
         lengths = {round(share * prompt.reference_prompt_length) for share in SHARES}
         space["prompt_length"] = sorted({*lengths, prompt.prompt_length} - {0})
     return space
@@ -201,9 +202,10 @@ class _Study:
         self.drawn.enqueue_trial({name: own[name] for name in space})
         for trial in self.study.get_trials(deepcopy=False):
             again = self.drawn.ask(self.distributions)
-            if again.params != trial.params:
+            params = current_names(trial.params)
+            if again.params != params:
                 raise ValueError(
-                    f"trial {trial.number} of the study in {folder} has {trial.params}, and would be drawn "
+                    f"trial {trial.number} of the study in {folder} has {params}, and would be drawn "
                     f"as {again.params} by this Optuna ({optuna.__version__}); go on with the version that "
                     "the study was begun with, or begin a new one in another --output_dir"
                 )
@@ -222,7 +224,7 @@ class _Study:
                 for key, value in self.study.user_attrs.items()
                 if key.startswith(prefix)
             }
-            return number, dict(known[number].params), scores
+            return number, current_names(known[number].params), scores
         trial = self.drawn.ask(self.distributions)
         self.study.add_trial(
             optuna.trial.create_trial(
@@ -337,11 +339,11 @@ def grid(config: RunConfig, folder: Path) -> list[RunResult]:
             replace(
                 config,
                 tune=0,
-                optim=replace(config.optim, prompt_lr=prompt_lr, lora_lr=lora_lr),
-                output_dir=folder / f"prompt_lr={prompt_lr:g},lora_lr={lora_lr:g}",
+                optim=replace(config.optim, prompt_lr=prompt_lr, offset_lr=offset_lr),
+                output_dir=existing(folder / f"prompt_lr={prompt_lr:g},offset_lr={offset_lr:g}"),
                 resume="auto",
             ),
             more_to_come=True,
         )
-        for prompt_lr, lora_lr in GRID
+        for prompt_lr, offset_lr in GRID
     ]

@@ -31,14 +31,17 @@ from torch import Tensor, nn
 from dept_vl._utils.io import difference, one_line, read_json, read_object, writing
 from dept_vl._utils.run_files import CHECKPOINTS
 from dept_vl._utils.tensors import check_parameters, read_tensors
+from dept_vl.prompts.dept import current_name
 
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""
 MANIFEST = "manifest.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
+"""Version 1 names the parameters of the offset `lora_a` and `lora_b`."""
+READABLE_VERSIONS = (1, STATE_VERSION)
 
 DESCRIPTION = {
-    "version": STATE_VERSION,
+    "version": READABLE_VERSIONS,
     "processes": int,
     "progress": {
         "steps": int,
@@ -191,6 +194,9 @@ class TrainingState:
         if problem:
             raise ValueError(f"{place / 'state.json'} is damaged: {problem}")
         tensors = read_tensors(place / "tensors.safetensors")
+        if content["version"] != STATE_VERSION:
+            tensors = {current_name(name): tensor for name, tensor in tensors.items()}
+            content["optimizer"] = {current_name(name): keys for name, keys in content["optimizer"].items()}
         self._check_tensors(tensors, content["optimizer"], place)
         with torch.no_grad():
             for name, parameter in self.trained.items():
@@ -307,8 +313,8 @@ def check(place: Path) -> str:
         version = read_json(place / "state.json")["version"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{place} is damaged: {one_line(error)}"
-    if version != STATE_VERSION:
-        return f"{place} has format version {version!r:.60}; this dept_vl reads {STATE_VERSION}"
+    if version not in READABLE_VERSIONS:
+        return f"{place} has format version {version!r:.60}; this dept_vl reads {READABLE_VERSIONS}"
     return ""
 
 

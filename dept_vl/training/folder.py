@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, FEATURES_FILE, LOG_FILE
-from dept_vl.config import RunConfig, differences, to_json
+from dept_vl.config import RENAMED, RunConfig, differences, to_json
 from dept_vl.training.checkpoint import newest, steps_of
 from dept_vl.training.errors import explained
 
@@ -86,6 +86,15 @@ def _new_folder(task: str) -> Path:
             folder.mkdir(parents=True)
             break
     return folder
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder of a run named after its options, by their older names if it was begun with those."""
+    name = folder.name
+    for old, new in RENAMED.items():
+        name = name.replace(new, old)
+    older = folder.with_name(name)
+    return older if older.is_dir() else folder
 
 
 def release(output_dir: Path, accelerator: Accelerator) -> None:

@@ -141,7 +141,7 @@ def test_text_alone(make_backbone: Callable[..., Backbone], tmp_path: Path) -> N
     with torch.no_grad():
         ours, theirs = (m(**inputs, labels=random_labels()).logits for m in (model, built))
     assert torch.equal(ours, theirs)
-    assert set(Adapter.load(tmp_path).tensors) == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
+    assert set(Adapter.load(tmp_path).tensors) == {"prompt.soft_prompt", "prompt.offset_a", "prompt.offset_b"}
 
 
 def test_an_adapter_is_a_copy(t5: Backbone) -> None:
@@ -190,15 +190,15 @@ def test_tensors_of_other_shapes_are_named(make_backbone: Callable[..., Backbone
         wrong.build(make_backbone("t5"))
     assert adapter.prompt is not None
     described = replace(adapter, prompt={**adapter.prompt, "rank": 2})
-    with pytest.raises(ValueError, match=r"lora_a: expected \(12, 2\), found \(12, 3\)"):
+    with pytest.raises(ValueError, match=r"offset_a: expected \(12, 2\), found \(12, 3\)"):
         described.build(make_backbone("t5"))
 
 
 def test_missing_and_extra_tensors_are_named(make_backbone: Callable[..., Backbone]) -> None:
     adapter = adapter_of(trained(make_backbone("t5")))
     backbone = make_backbone("t5")
-    with pytest.raises(ValueError, match=r"missing \['lora_a'\], extra \[\]"):
-        changed(adapter, prompt__lora_a=None).build(backbone)
+    with pytest.raises(ValueError, match=r"missing \['offset_a'\], extra \[\]"):
+        changed(adapter, prompt__offset_a=None).build(backbone)
     with pytest.raises(ValueError, match=r"missing \[\], extra \['lora_c'\]"):
         changed(adapter, prompt__lora_c=torch.zeros(1)).build(backbone)
     with pytest.raises(ValueError, match=r"missing \['linear\.bias'\]"):

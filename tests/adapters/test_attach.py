@@ -116,8 +116,8 @@ def read_by_hand(
             if token == IMAGE:
                 state = next(features)
             elif token not in FENCES:
-                if prompt.lora_a is not None and prompt.lora_b is not None:
-                    state = state + prompt.scale * (prompt.lora_a[position] @ prompt.lora_b)
+                if prompt.offset_a is not None and prompt.offset_b is not None:
+                    state = state + prompt.scale * (prompt.offset_a[position] @ prompt.offset_b)
                 position += 1
             states.append(state)
         first = [] if prompt.soft_prompt is None else list(prompt.soft_prompt)
@@ -361,7 +361,7 @@ def test_training_moves_the_prompt_alone(model: PreTrainedModel, family: str) ->
     inputs, labels = inputs_of(family), labels_of()
     frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     attached = attach(model, new_prompt(model, **SIZES))
-    optimizer = build_optimizer(attached.parameter_groups(), OptimOptions(prompt_lr=0.1, lora_lr=0.01))
+    optimizer = build_optimizer(attached.parameter_groups(), OptimOptions(prompt_lr=0.1, offset_lr=0.01))
     assert [group["name"] for group in optimizer.param_groups] == ["prompt", "low_rank"]
     started = {name: parameter.detach().clone() for name, parameter in attached.prompt.named_parameters()}
     losses = []
@@ -372,7 +372,7 @@ def test_training_moves_the_prompt_alone(model: PreTrainedModel, family: str) ->
         with_gradient = {name for name, p in attached.named_parameters() if p.grad is not None}
         optimizer.step()
         losses.append(loss.item())
-    assert with_gradient == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
+    assert with_gradient == {"prompt.soft_prompt", "prompt.offset_a", "prompt.offset_b"}
     assert losses[-1] < losses[0] - 0.1
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters())
     assert not any(torch.equal(p, started[name]) for name, p in attached.prompt.named_parameters())

@@ -35,7 +35,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def tiny_tensors() -> dict[str, Tensor]:
     m, r, s = SIZES["prompt_length"], SIZES["rank"], SIZES["max_source_length"]
-    shapes = {"soft_prompt": (m, D_MODEL), "lora_a": (s, r), "lora_b": (r, D_MODEL)}
+    shapes = {"soft_prompt": (m, D_MODEL), "offset_a": (s, r), "offset_b": (r, D_MODEL)}
     return {NAMES[name]: torch.randn(shape) for name, shape in shapes.items()}
 
 
@@ -97,7 +97,7 @@ def test_released_adapter_is_read_exactly(task: str) -> None:
     assert adapter.tensors.keys() == {"prompt." + name for name in NAMES}
     assert all(same_bits(adapter.tensors["prompt." + ours], raw[theirs]) for ours, theirs in NAMES.items())
     # Trained, not initial: B starts at zero.
-    assert adapter.tensors["prompt.lora_b"].abs().max() > 0.1
+    assert adapter.tensors["prompt.offset_b"].abs().max() > 0.1
 
 
 @pytest.mark.parametrize("through_our_files", [False, True])

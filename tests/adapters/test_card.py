@@ -138,7 +138,7 @@ def test_the_code_on_it_names_the_adapter_and_is_python(changed: dict[str, Any])
 def test_how_it_was_trained() -> None:
     training = {
         "data": {"task": "gqa"},
-        "optim": {"prompt_lr": 0.3, "lora_lr": 0.001, "projection_lr": 0.001},
+        "optim": {"prompt_lr": 0.3, "offset_lr": 0.001, "projection_lr": 0.001},
         "train": {"max_steps": 150, "per_device_batch_size": 64, "seed": 42},
     }
     text = card(task="gqa", training=training).text

@@ -28,7 +28,7 @@ NAME = "someone/adapter"
 def adapter(t5: Backbone) -> Adapter:
     torch.manual_seed(0)
     prompt = DePT(t5.d_model, prompt_length=4, rank=3, max_source_length=12)
-    torch.nn.init.normal_(prompt.lora_b)  # type: ignore[arg-type]
+    torch.nn.init.normal_(prompt.offset_b)  # type: ignore[arg-type]
     return Adapter.of(PromptedModel(t5, prompt), task="vqav2", metrics={"overall": 61.5})
 
 

@@ -89,9 +89,9 @@ def test_a_given_configuration_is_the_one_that_is_used(folder: Path, tmp_path: P
 
 def test_weights_that_are_not_neutral(folder: Path, tmp_path: Path) -> None:
     """`init_weights=False`, by which PEFT's own tests make an adapter that changes something."""
-    assert not prompt_of(get_peft_model(load(folder), config())).lora_b.any()
+    assert not prompt_of(get_peft_model(load(folder), config())).offset_b.any()
     model = get_peft_model(load(folder), config(init_weights=False, prompt_length=0)).eval()
-    assert prompt_of(model).lora_b.abs().min() > 0
+    assert prompt_of(model).offset_b.abs().min() > 0
     assert not torch.allclose(logits(model), logits(load(folder)), atol=1e-2)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(load(folder), tmp_path)), logits(model))

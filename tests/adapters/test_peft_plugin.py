@@ -412,7 +412,7 @@ def test_only_the_prompt_is_trained_and_counted(load: Load, capsys: pytest.Captu
     model = get_peft_model(load(), config())
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition("dept_prompt.")[2] for name in names} == {
-        f"default.{name}" for name in ("soft_prompt", "lora_a", "lora_b")
+        f"default.{name}" for name in ("soft_prompt", "offset_a", "offset_b")
     }
     count = parameter_count(D_MODEL, S, M, R)
     assert model.get_nb_trainable_parameters()[0] == count
@@ -659,7 +659,7 @@ def test_what_the_other_side_cannot_run_is_refused(
     ("change", "message"),
     [
         ({"peft_type": "LORA"}, "expected peft_type DEPT, found 'LORA'"),
-        ({"rank": 2}, r"do not belong together.*'lora_a': \(12, 2\).*found .*'lora_a': \(12, 3\)"),
+        ({"rank": 2}, r"do not belong together.*'offset_a': \(12, 2\).*found .*'offset_a': \(12, 3\)"),
         ({"rank": None}, "'rank': None"),
         ({"prompt_length": -1}, "'prompt_length': -1"),
         ({"max_source_length": 10**9}, "'max_source_length': 1000000000"),
@@ -945,21 +945,21 @@ def test_a_failed_addition_leaves_the_model_as_it_was(load: Load, text: Text) ->
 def test_optimizer_has_two_rates(load: Load) -> None:
     model = get_peft_model(load(), config(modules_to_save=["lm_head"]))
     optimizer = create_dept_optimizer(
-        model, torch.optim.AdamW, prompt_lr=0.3, lora_lr=1e-3, lr=1e-4, weight_decay=0.02
+        model, torch.optim.AdamW, prompt_lr=0.3, offset_lr=1e-3, lr=1e-4, weight_decay=0.02
     )
     layer = model.get_base_model().get_encoder().dept_prompt["default"]
     found = {group["name"]: (group["lr"], group["params"]) for group in optimizer.param_groups}
     assert {name: lr for name, (lr, _) in found.items()} == {"prompt": 0.3, "low_rank": 1e-3, "others": 1e-4}
     assert found["prompt"][1][0] is layer.soft_prompt
-    assert [id(p) for p in found["low_rank"][1]] == [id(layer.lora_a), id(layer.lora_b)]
+    assert [id(p) for p in found["low_rank"][1]] == [id(layer.offset_a), id(layer.offset_b)]
     everything = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert everything == {id(p) for p in model.parameters() if p.requires_grad}
     assert all(group["weight_decay"] == 0.02 for group in optimizer.param_groups)
     plain = get_peft_model(load(), config(rank=0))
-    assert len(create_dept_optimizer(plain, torch.optim.SGD, prompt_lr=1.0, lora_lr=0.1).param_groups) == 1
+    assert len(create_dept_optimizer(plain, torch.optim.SGD, prompt_lr=1.0, offset_lr=0.1).param_groups) == 1
 
 
 def test_optimizer_wants_a_trainable_prompt(load: Load) -> None:
     model = get_peft_model(load(), config(inference_mode=True))
     with pytest.raises(ValueError, match="no trainable prompt"):
-        create_dept_optimizer(model, torch.optim.AdamW, prompt_lr=0.3, lora_lr=1e-3)
+        create_dept_optimizer(model, torch.optim.AdamW, prompt_lr=0.3, offset_lr=1e-3)

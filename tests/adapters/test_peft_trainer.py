@@ -23,7 +23,7 @@ from peft import PeftModel, get_peft_model
 from dept_vl.adapters.peft.plugin import DeptConfig, create_dept_optimizer
 
 README = Path(__file__).parents[2] / "README.md"
-RATES = {"prompt_lr": 0.3, "lora_lr": 5e-3}
+RATES = {"prompt_lr": 0.3, "offset_lr": 5e-3}
 
 
 @pytest.fixture(params=["t5", "bart"])
@@ -79,7 +79,7 @@ def test_training_moves_the_prompt_alone_at_two_rates(folder: Path, tmp_path: Pa
     after = dict(trainer.model.named_parameters())
     assert all(torch.equal(after[name], base[name]) for name in base)
     moved = {n.rpartition(".")[2]: (after[n] - before[n]).abs().max() for n in before}
-    assert moved["soft_prompt"] > 20 * moved["lora_b"] > 0
+    assert moved["soft_prompt"] > 20 * moved["offset_b"] > 0
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12
     assert sum(losses[-3:]) < sum(losses[:3])

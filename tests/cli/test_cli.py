@@ -13,9 +13,11 @@ from dept_vl.cli import parse
 from dept_vl.config import (
     BackboneOptions,
     DataOptions,
+    OptimOptions,
     PromptOptions,
     RunConfig,
     TrainOptions,
+    differences,
     read_config,
     to_json,
 )
@@ -41,30 +43,58 @@ def test_no_flags_give_the_defaults() -> None:
 def test_flags_are_flat() -> None:
     config = parsed(
         *["--data_dir", "some/where", "--language", "google-t5/t5-base", "--prompt_length", "9"],
-        *["--rank", "3", "--max_steps", "12", "--lora_lr", "0.5", "--no-backbone_dropout"],
+        *["--rank", "3", "--max_steps", "12", "--offset_lr", "0.5", "--no-backbone_dropout"],
         *["--output_dir", "runs/x", "--log_with", "tensorboard", "--prompt_init", "text"],
     )
     assert config.data == DataOptions(data_dir=Path("some/where"))
     assert config.backbone == BackboneOptions(language="google-t5/t5-base", backbone_dropout=False)
     assert config.prompt == PromptOptions(prompt_length=9, rank=3, prompt_init="text")
     assert config.train == TrainOptions(max_steps=12)
-    assert (config.optim.lora_lr, config.optim.prompt_lr) == (0.5, 0.3)
+    assert (config.optim.offset_lr, config.optim.prompt_lr) == (0.5, 0.3)
     assert (config.output_dir, config.log_with) == (Path("runs/x"), "tensorboard")
 
 
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     file = write(
         tmp_path / "config.json",
-        {"optim": {"prompt_lr": 0.05, "lora_lr": 0.02}, "data": {"data_dir": "from/file"}},
+        {"optim": {"prompt_lr": 0.05, "offset_lr": 0.02}, "data": {"data_dir": "from/file"}},
     )
     flags = ["--prompt_lr", "0.7", "--config", str(file), "--seed", "3"]
     config = parsed(*flags, defaults=RunConfig(train=TrainOptions(max_steps=7)))
     assert config.optim.prompt_lr == 0.7
-    assert config.optim.lora_lr == 0.02
+    assert config.optim.offset_lr == 0.02
     assert config.optim.projection_lr == 1e-3
     assert config.data.data_dir == Path("from/file")
     # The file stands for the script's defaults; what it leaves out is as usual.
     assert (config.train.max_steps, config.train.seed) == (TrainOptions().max_steps, 3)
+
+
+OLDER = Path(__file__).parents[1] / "fixtures" / "before_offset" / "config.json"
+
+
+def test_an_older_configuration_is_read(tmp_path: Path) -> None:
+    stored = json.loads(OLDER.read_text())
+    assert {"lora_lr", "lora_weight_decay"} <= stored["optim"].keys()
+    config = read_config(OLDER)
+    assert config == RunConfig(
+        data=DataOptions(task="rte"), optim=OptimOptions(offset_lr=0.02, offset_weight_decay=0.5)
+    )
+    assert parsed("--config", str(OLDER), "--offset_lr", "0.1").optim.offset_lr == 0.1
+    assert differences(stored, to_json(config)) == []
+    changed = replace(config, optim=replace(config.optim, offset_lr=0.1))
+    assert differences(stored, to_json(changed)) == ["optim.offset_lr=0.02 -> 0.1"]
+
+
+@pytest.mark.parametrize("flags", [["--lora_lr", "0.5"], ["--lora_lr=0.5"], ["--lora-lr", "0.5"]])
+def test_the_older_name_of_a_flag_is_taken_with_a_note(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parsed(*flags, "--lora_rank", "2").optim == OptimOptions(offset_lr=0.5)
+    assert parsed("--lora_weight_decay", "0.25").optim == OptimOptions(offset_weight_decay=0.25)
+    printed = capsys.readouterr().err
+    assert "--offset_lr" in printed
+    assert "--offset_weight_decay" in printed
+    assert "rank" not in printed
 
 
 def test_a_flag_can_take_the_file_back_to_nothing(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dept_vl.prompts.dept import parameter_count, solve_budget, solve_rank
 
 D_MODEL, BUDGET = 768, 76_800
 
-# task: m, r, prompt_lr, lora_lr, steps, s, batch, accumulation, warm-up; every field spelt out.
+# task: m, r, prompt_lr, offset_lr, steps, s, batch, accumulation, warm-up; every field spelt out.
 TABLE = {
     "cola": (80, 15, 0.3, 5e-4, 40_000, 256, 32, 1, 500),
     "mnli": (60, 30, 0.3, 1e-4, 250_000, 256, 32, 1, 500),

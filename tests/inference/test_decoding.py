@@ -33,7 +33,7 @@ def tokenizer(request: pytest.FixtureRequest, language_folders: dict[str, Any]) 
 def model(backbone: Backbone) -> PromptedModel:
     """T5, then BART, with a prompt that has an effect."""
     prompt = DePT(backbone.d_model, prompt_length=3, rank=2, max_source_length=16)
-    torch.nn.init.normal_(prompt.lora_b)
+    torch.nn.init.normal_(prompt.offset_b)
     return PromptedModel(backbone, prompt).eval()
 
 

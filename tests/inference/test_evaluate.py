@@ -30,7 +30,7 @@ def accelerator() -> Iterator[Accelerator]:
 @pytest.fixture
 def model(t5: Backbone) -> PromptedModel:
     prompt = DePT(t5.d_model, prompt_length=3, rank=2, max_source_length=16)
-    torch.nn.init.normal_(prompt.lora_b)
+    torch.nn.init.normal_(prompt.offset_b)
     return PromptedModel(t5, prompt)
 
 

@@ -275,7 +275,7 @@ def test_a_relative_is_prompted_like_its_parts_by_hand(
         tokens = model.generate(**text, visual_features=features, **options)
         for row, length in enumerate(lengths):
             words = reference.get_input_embeddings()(text["input_ids"][row, :length])
-            alone = [prompt.soft_prompt, words + prompt.scale * prompt.lora_a[:length] @ prompt.lora_b]
+            alone = [prompt.soft_prompt, words + prompt.scale * prompt.offset_a[:length] @ prompt.offset_b]
             if features is not None:
                 alone.append(backbone.project(visual_features=features[row : row + 1])[0])
             inputs = {"inputs_embeds": torch.cat(alone)[None]}
@@ -294,7 +294,7 @@ def test_a_relative_passes_gradients_on_to_the_prompt_alone(relatives: dict[str,
     text = random_text(model.backbone, (19, 4, 9))
     model(**text, labels=torch.randint(5, VOCABULARY, (3, 4))).loss.backward()
     moved = {part for part, parameter in model.named_parameters() if parameter.grad is not None}
-    assert moved == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
+    assert moved == {"prompt.soft_prompt", "prompt.offset_a", "prompt.offset_b"}
 
 
 def test_mt5_keeps_its_positions_to_the_text(relatives: dict[str, Path], t5: Backbone) -> None:

@@ -387,7 +387,7 @@ def test_sampling_draws_from_the_seed(model: PromptedModel) -> None:
 @torch.no_grad()
 def test_untrained_offset_is_plain_prompt_tuning(backbone: Backbone) -> None:
     dept = trained_prompt()
-    nn.init.zeros_(dept.lora_b)
+    nn.init.zeros_(dept.offset_b)
     plain = trained_prompt(M, 0)
     plain.load_state_dict({"soft_prompt": dept.soft_prompt})
     text, labels = random_text(backbone), random_labels(ANSWERS)
@@ -412,7 +412,7 @@ def test_only_the_adapter_is_trained(model: PromptedModel) -> None:
     assert list(groups) == ["prompt", "low_rank"]
     optimizer = torch.optim.AdamW([p for group in groups.values() for p in group], lr=0.1, weight_decay=0.1)
     model(**random_text(model.backbone), labels=random_labels(ANSWERS)).loss.backward()
-    adapter = {f"prompt.{name}" for name in ("soft_prompt", "lora_a", "lora_b")}
+    adapter = {f"prompt.{name}" for name in ("soft_prompt", "offset_a", "offset_b")}
     assert {name for name, p in model.named_parameters() if p.grad is not None} == adapter
     optimizer.step()
     after = model.state_dict()
@@ -435,7 +435,7 @@ def test_adapter_is_saved_and_loaded_alike(
     model.float()
     Adapter.of(model, task="x", metrics={}).save(tmp_path)
     adapter = Adapter.load(tmp_path)
-    assert set(adapter.tensors) == {f"prompt.{name}" for name in ("soft_prompt", "lora_a", "lora_b")}
+    assert set(adapter.tensors) == {f"prompt.{name}" for name in ("soft_prompt", "offset_a", "offset_b")}
     again = adapter.build(model.backbone).eval()
     text, labels = random_text(model.backbone), random_labels(ANSWERS)
     with torch.no_grad():
@@ -706,7 +706,7 @@ def test_run_learns_a_text_task(
         backbone=BackboneOptions(language=str(decoder_folders[kind]), backbone_dropout=False),
         prompt=PromptOptions(prompt_length=8, rank=4, reference_prompt_length=16, max_source_length=24),
         train=TrainOptions(max_steps=100, per_device_batch_size=6, eval_every=20, log_every=50, seed=5),
-        optim=OptimOptions(prompt_lr=0.3, lora_lr=0.1, warmup_steps=0),
+        optim=OptimOptions(prompt_lr=0.3, offset_lr=0.1, warmup_steps=0),
         output_dir=tmp_path / "run",
     )
     result = dept_vl.training.run.run(config)

@@ -153,7 +153,7 @@ def test_encoder_reads_prompt_then_shifted_text_then_image(model: PromptedModel)
     given = inputs(model, (5,))
     output, mask = model.encode(**given)
     words = model.backbone.embed(given["input_ids"])
-    offset = model.prompt.lora_a[:5] @ model.prompt.lora_b * (8 / math.sqrt(2))
+    offset = model.prompt.offset_a[:5] @ model.prompt.offset_b * (8 / math.sqrt(2))
     prompted = torch.cat([model.prompt.soft_prompt[None], words + offset], dim=1)
     visual = model.backbone.project(visual_features=given["visual_features"])
     torch.testing.assert_close(seen[0], torch.cat([prompted, visual], dim=1))
@@ -325,7 +325,7 @@ def test_untrained_offset_changes_nothing(backbone: Backbone) -> None:
 
 
 def test_only_the_adapter_is_trained(model: PromptedModel) -> None:
-    adapter = {f"prompt.{name}" for name in ("soft_prompt", "lora_a", "lora_b")}
+    adapter = {f"prompt.{name}" for name in ("soft_prompt", "offset_a", "offset_b")}
     adapter |= {
         f"backbone.visual_projection.{name}"
         for name, _ in model.backbone.visual_projection.named_parameters()

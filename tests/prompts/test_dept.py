@@ -46,9 +46,9 @@ def literal(prompt: DePT, embeddings: Tensor) -> Tensor:
             shifted = []
             for column, value in enumerate(vector):
                 shift = torch.zeros((), dtype=embeddings.dtype)
-                if prompt.lora_a is not None and prompt.lora_b is not None:
+                if prompt.offset_a is not None and prompt.offset_b is not None:
                     for k in range(prompt.rank):
-                        shift = shift + prompt.lora_a[position, k] * prompt.lora_b[k, column]
+                        shift = shift + prompt.offset_a[position, k] * prompt.offset_b[k, column]
                     shift = shift * prompt.alpha / math.sqrt(prompt.rank)
                 shifted.append(value + shift)
             row.append(shifted)
@@ -88,8 +88,8 @@ def test_forward_is_exact_where_numbers_are() -> None:
 def test_scale_is_alpha_over_the_root_of_the_rank(alpha: float, rank: int, scale: float) -> None:
     prompt = DePT(D_MODEL, prompt_length=0, rank=rank, max_source_length=LONGEST, alpha=alpha)
     assert prompt.scale == scale
-    torch.nn.init.ones_(prompt.lora_a)
-    torch.nn.init.ones_(prompt.lora_b)
+    torch.nn.init.ones_(prompt.offset_a)
+    torch.nn.init.ones_(prompt.offset_b)
     assert torch.equal(prompt.offset(2), torch.full((2, D_MODEL), scale * rank))
 
 
@@ -101,7 +101,7 @@ def test_untrained_is_plain_prompt_tuning_bit_for_bit() -> None:
     dept = DePT(D_MODEL, prompt_length=3, rank=2, max_source_length=LONGEST)
     plain = DePT(D_MODEL, prompt_length=3, rank=0, max_source_length=LONGEST)
     plain.load_state_dict({"soft_prompt": dept.soft_prompt.detach()})
-    assert dept.lora_a.abs().sum() > 0
+    assert dept.offset_a.abs().sum() > 0
     arguments = text(5, 3)
     for ours, theirs in zip(dept(*arguments), plain(*arguments), strict=True):
         assert torch.equal(ours, theirs)
@@ -109,17 +109,17 @@ def test_untrained_is_plain_prompt_tuning_bit_for_bit() -> None:
 
 def test_offset_starts_at_zero_with_a_kaiming_a() -> None:
     prompt = DePT(D_MODEL, prompt_length=0, rank=50, max_source_length=400)
-    assert torch.equal(prompt.lora_b, torch.zeros(50, D_MODEL))
+    assert torch.equal(prompt.offset_b, torch.zeros(50, D_MODEL))
     bound = math.sqrt(6 / ((1 + 5) * 50))  # Kaiming uniform with a = sqrt(5) over a fan-in of r
-    assert prompt.lora_a.abs().max() <= bound
-    torch.testing.assert_close(prompt.lora_a.std().item(), bound / math.sqrt(3), rtol=0.02, atol=0)
+    assert prompt.offset_a.abs().max() <= bound
+    torch.testing.assert_close(prompt.offset_a.std().item(), bound / math.sqrt(3), rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize(
     ("prompt_length", "rank", "names"),
     [
-        (3, 2, {"soft_prompt", "lora_a", "lora_b"}),
-        (0, 2, {"lora_a", "lora_b"}),
+        (3, 2, {"soft_prompt", "offset_a", "offset_b"}),
+        (0, 2, {"offset_a", "offset_b"}),
         (3, 0, {"soft_prompt"}),
         (0, 0, set()),
     ],
@@ -212,7 +212,7 @@ def test_only_the_prompt_gets_gradient() -> None:
     assert not embeddings.requires_grad
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prompt.parameters())
     # Rows of A past the longest text of the batch took no part.
-    assert prompt.lora_a.grad[5:].abs().sum() == 0
+    assert prompt.offset_a.grad[5:].abs().sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_budget_of_one_vector_and_of_less_than_was_asked_for() -> None:
 
 
 def uncached(prompt: DePT, text_length: int) -> Tensor:
-    return (prompt.lora_a[:text_length] @ prompt.lora_b * prompt.scale).detach()
+    return (prompt.offset_a[:text_length] @ prompt.offset_b * prompt.scale).detach()
 
 
 def change_by_optimizer(prompt: DePT, *, fused: bool) -> None:
@@ -366,9 +366,9 @@ CHANGES = {
     "load_state_dict": lambda prompt: prompt.load_state_dict(trained().state_dict()),
     "to": lambda prompt: prompt.to(torch.float64),
     "rounding": change_by_rounding,
-    "in place": lambda prompt: nn.init.normal_(prompt.lora_b),
-    "data": lambda prompt: setattr(prompt.lora_a, "data", torch.randn(LONGEST, 2)),
-    "new parameter": lambda prompt: setattr(prompt, "lora_b", nn.Parameter(torch.randn(2, D_MODEL))),
+    "in place": lambda prompt: nn.init.normal_(prompt.offset_b),
+    "data": lambda prompt: setattr(prompt.offset_a, "data", torch.randn(LONGEST, 2)),
+    "new parameter": lambda prompt: setattr(prompt, "offset_b", nn.Parameter(torch.randn(2, D_MODEL))),
 }
 
 
@@ -397,7 +397,7 @@ def test_offset_is_computed_once_in_inference_alone(monkeypatch: pytest.MonkeyPa
     with torch.inference_mode():
         assert torch.equal(prompt.offset(5), first)
     # What was kept is no part of what is saved.
-    assert set(prompt.state_dict()) == {"soft_prompt", "lora_a", "lora_b"}
+    assert set(prompt.state_dict()) == {"soft_prompt", "offset_a", "offset_b"}
 
 
 def test_kept_offset_follows_the_precision() -> None:
@@ -414,6 +414,6 @@ def test_copies_keep_their_own_offset() -> None:
     with torch.no_grad():
         prompt.offset(5)
         other = copy.deepcopy(prompt)
-        nn.init.normal_(other.lora_a)
+        nn.init.normal_(other.offset_a)
         torch.testing.assert_close(other.offset(5), uncached(other, 5))
         torch.testing.assert_close(prompt.offset(5), uncached(prompt, 5))

@@ -81,7 +81,7 @@ def make_pair(
     """Our model and the literal one, with the same trained parts on the same weights."""
     parts = (torch.randn(M, D_MODEL), torch.randn(S, R), torch.randn(R, D_MODEL))
     prompt = DePT(D_MODEL, prompt_length=M, rank=R, max_source_length=S)
-    prompt.load_state_dict(dict(zip(("soft_prompt", "lora_a", "lora_b"), parts, strict=True)))
+    prompt.load_state_dict(dict(zip(("soft_prompt", "offset_a", "offset_b"), parts, strict=True)))
     ours = PromptedModel(backbone, prompt).eval().to(dtype)
     p, a, b = (part.to(dtype).requires_grad_() for part in parts)
     stock = AutoModelForSeq2SeqLM.from_pretrained(language_folder).to(dtype)
@@ -171,7 +171,7 @@ def test_gradient_is_the_formulas(pair: tuple[PromptedModel, Literal], layout: s
     literal.forward(text, labels)[0].backward()
     assert ours.prompt is not None
     trained = dict(ours.prompt.named_parameters())
-    for name, part in zip(("soft_prompt", "lora_a", "lora_b"), literal.parts, strict=True):
+    for name, part in zip(("soft_prompt", "offset_a", "offset_b"), literal.parts, strict=True):
         assert part.grad is not None
         assert part.grad.abs().max() > 1e-3
         torch.testing.assert_close(trained[name].grad, part.grad, atol=1e-6, rtol=0)

@@ -53,7 +53,7 @@ def literal(method: Method, prompt: DePT, text: Tensor) -> Tensor:
         m = source.soft_prompt + shift(source.soft_prompt, source.residual)
     g = torch.zeros_like(text)
     if method in ("dept", "hybrid"):
-        g = g + 8 / math.sqrt(RANK) * prompt.lora_a[: text.shape[1]] @ prompt.lora_b
+        g = g + 8 / math.sqrt(RANK) * prompt.offset_a[: text.shape[1]] @ prompt.offset_b
     if method in ("adept", "hybrid"):
         g = g + shift(text, prompt.token_offset)
     return torch.cat([m.expand(len(text), -1, -1), text + g], dim=1)

@@ -54,7 +54,7 @@ def test_every_method_has_as_many_tries() -> None:
     assert set(family.METHODS) < COMPARED.keys()
     # What is said of the last one.
     default = OptimOptions()
-    assert COMPARED["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "lora_lr": default.lora_lr}
+    assert COMPARED["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
 
 
 def test_every_shipped_task_has_a_configuration() -> None:
@@ -173,6 +173,22 @@ def test_a_comparison_that_is_stopped_is_one_of_fewer_seeds(
     (row,) = script.main(config)
     assert row.scores[:1] == one["rows"][0]["scores"]
     assert row.score.count == 2
+
+
+def test_runs_in_folders_with_the_older_names_of_rates_are_kept(base: Path, tmp_path: Path) -> None:
+    config = CompareConfig(tasks=(str(base),), methods=("dept",), output_dir=tmp_path, smallest=True)
+    (row,) = script.main(config)
+    (summary,) = tmp_path.rglob("summary.json")
+    folder = summary.parent
+    older = folder.rename(folder.with_name(folder.name.replace("offset_lr", "lora_lr")))
+    assert older != folder
+    content = (older / "config.json").read_text().replace("offset_", "lora_")
+    (older / "config.json").write_text(content)
+    before = (older / "summary.json").stat().st_mtime_ns
+    (again,) = script.main(config)
+    assert (again.scores, again.rates) == (row.scores, row.rates)
+    assert [path.parent for path in tmp_path.rglob("summary.json")] == [older]
+    assert (older / "summary.json").stat().st_mtime_ns == before
 
 
 def test_smallest_is_one_run_of_two_steps(base: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +113,7 @@ def test_the_first_trial_is_the_configuration_and_the_others_differ(config: RunC
     tune(config)
     tried = {trial["number"]: trial["values"] for trial in report(config)["trials"]}
     assert tried[0] == pytest.approx(
-        {"prompt_lr": 0.05, "lora_lr": 1e-3, "projection_lr": 1e-3, "prompt_length": 3}
+        {"prompt_lr": 0.05, "offset_lr": 1e-3, "projection_lr": 1e-3, "prompt_length": 3}
     )
     assert len({values["prompt_lr"] for values in tried.values()}) == TRIALS
     for number, values in tried.items():
@@ -196,6 +198,22 @@ def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(
         )
 
 
+def test_a_search_from_before_a_renaming_is_resumed(config: RunConfig, tmp_path: Path) -> None:
+    space = dept_vl.studies.search._space(config)
+    study = dept_vl.studies.search._Study(tmp_path, config, space)
+    values = []
+    for number in range(2):
+        values.append(study.propose(number)[1])
+        study.record(number, 2, number / 2, first=True)
+    assert "offset_lr" in values[0]
+    third = study.propose(2)[1]
+    with closing(sqlite3.connect(tmp_path / "study.db")) as stored, stored:
+        stored.execute("update trial_params set param_name = 'lora_lr' where param_name = 'offset_lr'")
+    again = dept_vl.studies.search._Study(tmp_path, config, space)
+    assert [again.propose(number)[1] for number in range(3)] == [*values, third]
+    assert again.propose(3)[1].keys() == third.keys()
+
+
 def cost_in_runs() -> int:
     """Calls of `run`: six, two and one."""
     return 6 + 2 + 1
@@ -204,12 +222,12 @@ def cost_in_runs() -> int:
 @pytest.mark.parametrize(
     ("options", "searched"),
     [
-        ({"prompt": {"rank": 2}}, {"prompt_lr", "lora_lr", "projection_lr"}),
+        ({"prompt": {"rank": 2}}, {"prompt_lr", "offset_lr", "projection_lr"}),
         ({"prompt": {"method": "pt", "rank": None}}, {"prompt_lr", "projection_lr"}),
-        ({"prompt": {"method": "ulpt", "rank": None}}, {"prompt_lr", "lora_lr", "projection_lr"}),
-        ({"backbone": {"train_projection": False}}, {"prompt_lr", "lora_lr", "prompt_length"}),
+        ({"prompt": {"method": "ulpt", "rank": None}}, {"prompt_lr", "offset_lr", "projection_lr"}),
+        ({"backbone": {"train_projection": False}}, {"prompt_lr", "offset_lr", "prompt_length"}),
         ({"prompt": {"prompt_length": 0, "rank": 0}}, {"projection_lr"}),
-        ({"data": {"task": "rte"}}, {"prompt_lr", "lora_lr", "prompt_length"}),
+        ({"data": {"task": "rte"}}, {"prompt_lr", "offset_lr", "prompt_length"}),
     ],
 )
 def test_only_what_trains_something_is_searched(
@@ -265,7 +283,7 @@ def test_search_and_grid_are_put_side_by_side(
         assert one["grid"]["dev"] == runs[one["grid"]["run"]] == max(runs.values())
         trials = json.loads((folder / "search" / "tuning.json").read_text())["trials"]
         # The defaults of the package come first, a place of the published grid.
-        assert (trials[0]["values"]["prompt_lr"], trials[0]["values"]["lora_lr"]) == pytest.approx(
+        assert (trials[0]["values"]["prompt_lr"], trials[0]["values"]["offset_lr"]) == pytest.approx(
             (0.3, 1e-3)
         )
         assert one["tune"]["dev"] == max(max(trial["scores"].values()) for trial in trials)

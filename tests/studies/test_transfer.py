@@ -183,8 +183,8 @@ def test_mean_of_several(make_backbone: Callable[..., Backbone], tmp_path: Path)
         with torch.no_grad():
             wide.prompt.soft_prompt.copy_(model.prompt.soft_prompt)
             for ours, theirs in (
-                (wide.prompt.lora_a.T, model.prompt.lora_a.T),
-                (wide.prompt.lora_b, model.prompt.lora_b),
+                (wide.prompt.offset_a.T, model.prompt.offset_a.T),
+                (wide.prompt.offset_b, model.prompt.offset_b),
             ):
                 ours.zero_()
                 ours[:2] = theirs * 2**0.25  # the scale has a root of the rank
@@ -256,7 +256,7 @@ def source(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_starts_where_another_ended(base: RunConfig, source: Path, tmp_path: Path) -> None:
     prompt = {"init_from": (source,), "init_parts": "all"}
     started = with_(base, prompt=prompt, data={"shots": 2}, train={"max_steps": 1}, optim={"prompt_lr": 0.0})
-    run(replace(with_(started, optim={"lora_lr": 0.0, "projection_lr": 0.0}), output_dir=tmp_path / "run"))
+    run(replace(with_(started, optim={"offset_lr": 0.0, "projection_lr": 0.0}), output_dir=tmp_path / "run"))
     ours, theirs = tensors(tmp_path / "run"), tensors(source, "best")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert len(json.loads((tmp_path / "run" / "shots.json").read_text())["train"]) == 2

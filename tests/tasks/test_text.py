@@ -659,8 +659,8 @@ def test_a_run_without_images(
     if test.decoding.candidates:
         assert set(predictions.values()) <= set(test.decoding.candidates)
     adapter = Adapter.load(tmp_path / "run" / "best")
-    assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.lora_a", "prompt.lora_b"}
-    assert adapter.tensors["prompt.lora_b"].abs().max() > 0
+    assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.offset_a", "prompt.offset_b"}
+    assert adapter.tensors["prompt.offset_b"].abs().max() > 0
     adapter.build(Backbone.from_pretrained(language=folder))
     dev = assess(EvaluateConfig(run=tmp_path / "run", split="validation")).evaluation
     assert dev.scores == result.training.best_scores
@@ -721,7 +721,7 @@ def test_a_preset_is_laid_over_the_defaults() -> None:
     config = parsed("--task", "newsqa", "--preset", "paper")
     preset = PAPER["newsqa"]
     assert (config.prompt.prompt_length, config.prompt.rank, config.prompt.max_source_length) == (60, 24, 512)
-    assert (config.optim.prompt_lr, config.optim.lora_lr) == (preset.prompt_lr, preset.lora_lr)
+    assert (config.optim.prompt_lr, config.optim.offset_lr) == (preset.prompt_lr, preset.offset_lr)
     assert config.optim.warmup_steps == preset.warmup_steps
     assert (config.train.max_steps, config.train.per_device_batch_size) == (200_000, 16)
     assert config.train.gradient_accumulation_steps == 2
@@ -740,7 +740,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path)
     config = parsed("--preset", "paper", "--config", str(file), "--prompt_length", "9", "--max_steps", "5")
     assert config.data.task == "cola"
     assert (config.prompt.prompt_length, config.prompt.rank, config.optim.prompt_lr) == (9, None, 0.7)
-    assert (config.optim.lora_lr, config.train.max_steps) == (PAPER["cola"].lora_lr, 5)
+    assert (config.optim.offset_lr, config.train.max_steps) == (PAPER["cola"].offset_lr, 5)
     # The file stands for the script's defaults, as without a preset.
     assert config.backbone.language is None
     assert config.train.eval_every == TrainOptions().eval_every

@@ -292,4 +292,4 @@ def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> N
         assert mine["step"] == other["step"]
         assert mine.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), abs=1e-5)
     # Nothing is equal merely because nothing moved.
-    assert tensors(two)["prompt.lora_b"].abs().max() > 1e-4
+    assert tensors(two)["prompt.offset_b"].abs().max() > 1e-4

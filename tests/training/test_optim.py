@@ -16,11 +16,11 @@ from dept_vl.training.optim import build_optimizer, build_schedule
 
 OPTIONS = OptimOptions(
     prompt_lr=0.4,
-    lora_lr=3e-3,
+    offset_lr=3e-3,
     projection_lr=2e-3,
     backbone_lr=1e-4,
     prompt_weight_decay=0.5,
-    lora_weight_decay=0.25,
+    offset_weight_decay=0.25,
     projection_weight_decay=0.125,
     backbone_weight_decay=0.0625,
 )
@@ -69,7 +69,7 @@ def test_a_step_moves_each_group_by_its_rate() -> None:
     options = replace(
         OPTIONS,
         prompt_weight_decay=0.0,
-        lora_weight_decay=0.0,
+        offset_weight_decay=0.0,
         projection_weight_decay=0.0,
         backbone_weight_decay=0.0,
     )

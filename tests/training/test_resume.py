@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import write_vqa
 from runs import reset_accelerate
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dept_vl.training.loop
 from dept_vl.cli import parse
@@ -261,6 +261,38 @@ def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:
     reset_accelerate()
     assert run(again).scores
     assert parse(RunConfig(), "", ["--resume", str(tmp_path / "run"), "--pause_at", "3"]).train.pause_at == 3
+
+
+def test_a_run_from_before_a_renaming_is_resumed(config: RunConfig, whole: RunResult, tmp_path: Path) -> None:
+    """The files of a stopped run with the older names in them: it ends as one that was never stopped."""
+    again = stopped_at(config, tmp_path / "run", steps=5)
+
+    def older(name: str) -> str:
+        return name.replace("offset_", "lora_")
+
+    path = tmp_path / "run" / "config.json"
+    path.write_text(older(path.read_text()))
+    assert '"lora_lr"' in path.read_text()
+    places = state.checkpoints(tmp_path / "run")
+    assert places
+    for place in places:
+        content = json.loads((place / "state.json").read_text())
+        content["version"] = 1
+        content["optimizer"] = {older(name): keys for name, keys in content["optimizer"].items()}
+        (place / "state.json").write_text(json.dumps(content))
+        tensors = load_file(place / "tensors.safetensors")
+        assert "optimizer.prompt.offset_a.exp_avg" in tensors
+        save_file({older(name): tensor for name, tensor in tensors.items()}, place / "tensors.safetensors")
+        (place / state.MANIFEST).write_text(json.dumps(state._manifest(place)))
+    for folder in (tmp_path / "run").glob("*/adapter.json"):
+        folder.write_text(folder.read_text().replace('"format_version": 2', '"format_version": 1'))
+        tensors = load_file(folder.with_name("adapter.safetensors"))
+        save_file(
+            {older(name): tensor for name, tensor in tensors.items()},
+            folder.with_name("adapter.safetensors"),
+        )
+    reset_accelerate()
+    assert result_of(run(again).output_dir) == result_of(whole.output_dir)
 
 
 def test_no_run_to_go_on_with(config: RunConfig, tmp_path: Path) -> None:

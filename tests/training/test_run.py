@@ -124,7 +124,7 @@ def assert_trained(folder: Path, config: RunConfig) -> None:
     """Nothing is equal merely because nothing moved."""
     backbone = pristine(config)
     found = tensors(folder)
-    assert found["prompt.lora_b"].abs().max() > 1e-4
+    assert found["prompt.offset_b"].abs().max() > 1e-4
     before = backbone.visual_projection.linear.weight  # type: ignore[union-attr]
     assert (found["visual_projection.linear.weight"] - before).abs().max() > 1e-4
 
@@ -238,7 +238,7 @@ def test_dropout_is_repeated_too_and_changes_the_run(config: RunConfig, tmp_path
     main(replace(with_dropout, output_dir=tmp_path / "two"))
     assert_same(tmp_path / "one", tmp_path / "two")
     main(with_(config, train={"max_steps": 3}))
-    lora = "prompt.lora_b"
+    lora = "prompt.offset_b"
     assert not torch.allclose(tensors(tmp_path / "one")[lora], tensors(tmp_path / "run")[lora], atol=1e-6)
 
 
@@ -370,7 +370,7 @@ def test_the_best_adapter_is_kept_and_scored(config: RunConfig, monkeypatch: pyt
     final = tensors(result.output_dir, "best")
     assert all(torch.equal(final[name], tensor) for name, tensor in saved["best 30.0"].tensors.items())
     last = tensors(result.output_dir, "last")
-    assert not any(torch.equal(final[name], last[name]) for name in ("prompt.soft_prompt", "prompt.lora_b"))
+    assert not any(torch.equal(final[name], last[name]) for name in ("prompt.soft_prompt", "prompt.offset_b"))
 
 
 def test_patience_ends_a_run_that_gets_no_better(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -715,7 +715,7 @@ def test_each_task_has_its_script(
     assert result.training is not None
     assert result.training.best_scores is not None
     assert result.training.best_scores.keys() == result.scores.keys()
-    assert tensors(result.output_dir)["prompt.lora_b"].abs().max() > 0
+    assert tensors(result.output_dir)["prompt.offset_b"].abs().max() > 0
     # On the dev split, then on the test split, each image with one caption.
     assert [len(captions) for captions in scored[:2]] == ([6, 6] if task == "coco" else [])
 

@@ -147,8 +147,8 @@ def adapter() -> Adapter:
         trainable_parameters={"prompt": 16, "low_rank": 52, "total": 68, "without_projection": 68},
         tensors={
             "prompt.soft_prompt": torch.ones(2, 8),
-            "prompt.lora_a": torch.ones(5, 4),
-            "prompt.lora_b": torch.ones(4, 8),
+            "prompt.offset_a": torch.ones(5, 4),
+            "prompt.offset_b": torch.ones(4, 8),
             "visual_projection.linear.bias": torch.ones(3),
         },
     )
@@ -193,8 +193,11 @@ def test_sizes_of_an_adapter_are_those_of_its_tensors(
         ({"trainable_parameters": {"total": 7}}, "have .* parameters, and trainable_parameters says"),
         ({"tensors": {"head.weight": torch.ones(1)}}, r"alone, found \['head\.weight'\]"),
         ({"tensors": {}}, "by its sizes the prompt has the tensors"),
-        ({"tensors": {"prompt.lora_a": torch.tensor([float("nan")])}}, "finite values in 'prompt.lora_a'"),
-        ({"tensors": {"prompt.lora_a": torch.tensor([1])}}, "found torch.int64"),
+        (
+            {"tensors": {"prompt.offset_a": torch.tensor([float("nan")])}},
+            "finite values in 'prompt.offset_a'",
+        ),
+        ({"tensors": {"prompt.offset_a": torch.tensor([1])}}, "found torch.int64"),
     ],
 )
 def test_descriptions_that_say_something_else(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -247,8 +250,8 @@ def test_sizes_in_the_authors_files(tmp_path: Path, change: dict[str, Any]) -> N
         (RunConfig(prompt=PromptOptions(alpha=float("nan"))), r"prompt\.alpha is nan; expected a finite"),
         (RunConfig(prompt=PromptOptions(rank=-2)), r"prompt\.rank is -2; expected 0 or more"),
         (
-            RunConfig(optim=OptimOptions(lora_lr=float("inf"))),
-            r"lora_lr is inf; expected a finite number",
+            RunConfig(optim=OptimOptions(offset_lr=float("inf"))),
+            r"offset_lr is inf; expected a finite number",
         ),
         (RunConfig(data=DataOptions(data_dir=Path("a\0b"))), r"data_dir is 'a\\x00b'; expected text without"),
         (RunConfig(also=(DataOptions(dev_limit=-3),)), r"also\[0\]\.dev_limit is -3"),
@@ -268,8 +271,8 @@ def test_all_options_out_of_range_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_an_integer_too_large_for_a_fraction(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"optim": {"lora_lr": 1' + "0" * 400 + "}}")
-    with pytest.raises(ValueError, match=r"lora_lr is .*; expected a finite number"):
+    (tmp_path / "config.json").write_text('{"optim": {"offset_lr": 1' + "0" * 400 + "}}")
+    with pytest.raises(ValueError, match=r"offset_lr is .*; expected a finite number"):
         read_config(tmp_path / "config.json")
 
 

@@ -21,7 +21,7 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.models.backbone import Backbone, fingerprint
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.budget import LARGEST_SIZE
-from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.dept import DePT, current_name
 
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -48,7 +48,7 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
     if (
         prompt is None
         or tensors.keys() != set(names)
-        or not set(names) <= {"soft_prompt", "lora_a", "lora_b"}
+        or not set(names) <= {"soft_prompt", "offset_a", "offset_b"}
     ):
         raise ValueError(
             f"PEFT's files hold the tensors of a text prompt (P, A, B) and nothing else; this adapter has "
@@ -143,8 +143,8 @@ def another_base(trained_on: Any, encoder: PreTrainedModel) -> str:
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by our own names: what stands behind the container's."""
-    return {name.rpartition(f"{CONTAINER}.")[2]: tensor for name, tensor in tensors.items()}
+    """Return the tensors by our own names: what follows the container's name."""
+    return {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
 
 
 def encoder_name(model: PreTrainedModel) -> str:

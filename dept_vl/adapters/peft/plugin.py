@@ -7,7 +7,7 @@ of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
 |                         | here                                                       |
 |-------------------------|------------------------------------------------------------|
 | wrapped                 | the encoder, by `DeptLayer`; the decoder gets one hook     |
-| tensors                 | `<encoder>.dept_prompt.<adapter>.{soft_prompt,lora_a,lora_b}` |
+| tensors                 | `<encoder>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}` |
 | encoder reads           | `[P ; text ; padding]`, every position counted             |
 | decoder sees            | `[P ; text]`, the text in the columns that it came in      |
 | merging                 | refused: a prompt is no weight                             |
@@ -40,7 +40,7 @@ from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, another_base, embe
 from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
 from dept_vl.models.language import LanguageModel
 from dept_vl.prompts.budget import LARGEST_SIZE
-from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary, solve_rank
+from dept_vl.prompts.dept import COMMON_TOKENS, DePT, current_name, sample_vocabulary, solve_rank
 
 INITS = ("vocabulary", "text", "random")
 
@@ -222,12 +222,12 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DeptConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Also takes the tensors of our own adapter, `prompt.soft_prompt` and so on."""
+        """Also take the tensors of our own adapter, `prompt.soft_prompt` and so on, and older names."""
         layer = next(name for name, module in model.named_modules() if isinstance(module, DeptLayer))
         own = {
-            f"{layer}.{CONTAINER}.{name.removeprefix('prompt.')}"
+            f"{layer}.{CONTAINER}.{current_name(name.removeprefix('prompt.'))}"
             if name.startswith("prompt.")
-            else name: tensor
+            else current_name(name): tensor
             for name, tensor in state_dict.items()
         }
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
@@ -265,7 +265,7 @@ def create_dept_optimizer(
     optimizer_cls: type[torch.optim.Optimizer],
     *,
     prompt_lr: float,
-    lora_lr: float,
+    offset_lr: float,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer with DePT's two learning rates, for `Trainer(optimizers=(optimizer, None))`.
@@ -274,7 +274,7 @@ def create_dept_optimizer(
         model: With a trainable prompt.
         optimizer_cls: Such as `torch.optim.AdamW`.
         prompt_lr: Of the soft prompt (alpha1; 0.3 is a good start).
-        lora_lr: Of the low-rank pair (alpha2; 1e-4 to 5e-3), and of `modules_to_save` unless `lr` is given.
+        offset_lr: Of the low-rank pair (alpha2; 1e-4 to 5e-3), and of `modules_to_save` unless `lr` is given.
         **kwargs: Of the optimizer.
 
     Raises:
@@ -293,7 +293,7 @@ def create_dept_optimizer(
         )
     of_dept = {id(p) for group in groups.values() for p in group}
     groups["others"] = [p for p in model.parameters() if p.requires_grad and id(p) not in of_dept]
-    rates = {"prompt": prompt_lr, "low_rank": lora_lr, "others": kwargs.pop("lr", lora_lr)}
+    rates = {"prompt": prompt_lr, "low_rank": offset_lr, "others": kwargs.pop("lr", offset_lr)}
     return optimizer_cls(
         [{"params": group, "lr": rates[name], "name": name} for name, group in groups.items() if group],
         **kwargs,
@@ -337,8 +337,8 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
         max_source_length=config.max_source_length,
         alpha=config.alpha,
     )
-    if not config.init_weights and prompt.lora_b is not None:
-        nn.init.normal_(prompt.lora_b)
+    if not config.init_weights and prompt.offset_b is not None:
+        nn.init.normal_(prompt.offset_b)
     # An adapter that is about to be loaded needs no tokenizer.
     if config.prompt_init == "random" or (config.prompt_init == "text" and config.inference_mode):
         return prompt
