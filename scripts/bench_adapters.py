@@ -89,9 +89,9 @@ def adapters_of(backbone: Backbone, lengths: tuple[int, ...]) -> ManyAdapters:
 def measure(config: BenchConfig, backbone: Backbone, lengths: tuple[int, ...]) -> Figures:
     """Rows of the adapters in turn, against all rows with the longest."""
     many = adapters_of(backbone, lengths)
-    names = [name for name in many.readers if name is not None]
+    names = [name for name in many.predictors if name is not None]
     rows = [names[row % len(names)] for row in range(config.batch_size)]
-    single = many.reader(names[lengths.index(max(lengths))]).model
+    single = many.predictor(names[lengths.index(max(lengths))]).model
     options = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "do_sample": False}
 
     def answer(way: str, batch: Inputs) -> None:

@@ -5,9 +5,13 @@ A repository holds the two files of an adapter at its top, and a model card.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from dept_vl._utils.io import one_line
 from dept_vl._utils.run_files import BEST
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 TENSORS_FILE = "adapter.safetensors"
 ADAPTER_FILE = "adapter.json"
@@ -93,13 +97,19 @@ def push(
             f"nothing was uploaded to {repository}: HF_HUB_OFFLINE is set; unset it"
         ) from error
     except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(
+        _raise_rejected(
+            error,
             f"{repository} cannot be written with this token ({one_line(error)}); log in with one that may "
-            "(hf auth login), or give it, and look at the name before the stroke"
-        ) from error
+            "(hf auth login), or give it, and look at the name before the stroke",
+        )
     return str(commit.commit_url)
+
+
+def _raise_rejected(error: "HfHubHTTPError", message: str) -> NoReturn:
+    """Raise a `PermissionError` if the Hub rejected the token, and the error itself otherwise."""
+    if error.response.status_code not in (401, 403):
+        raise error
+    raise PermissionError(message) from error
 
 
 def _is_repository_name(name: str) -> bool:
@@ -150,12 +160,11 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
             "the folder of an adapter"
         ) from error
     except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise PermissionError(
+        _raise_rejected(
+            error,
             f"the Hub does not let {which} be read with this token ({one_line(error)}); log in again "
-            "(hf auth login) or give another token"
-        ) from error
+            "(hf auth login) or give another token",
+        )
     missing = [file for file in (ADAPTER_FILE, TENSORS_FILE) if not (folder / file).is_file()]
     if missing:
         of_peft = (folder / PEFT_CONFIG_FILE).is_file()

@@ -75,7 +75,7 @@ def respond(
     adapter = None if name == BASE else name
     shown: dict[str, str] = {}
     try:
-        task = many.reader(adapter).task
+        task = many.predictor(adapter).task
         images: list[ImageSource] = []
         for upload in uploads[: task.image_count]:
             path = (upload or {}).get("path")
@@ -104,15 +104,15 @@ def build(many: ManyAdapters) -> Any:
         ImportError: If Gradio is not installed.
     """
     gradio = _gradio()
-    names = [name for name in many.readers if name is not None]
-    most_images = max(reader.task.image_count for reader in many.readers.values())
-    first = many.reader(names[0])
+    names = [name for name in many.predictors if name is not None]
+    most_images = max(reader.task.image_count for reader in many.predictors.values())
+    first = many.predictor(names[0])
 
     def looks(name: str) -> list[Any]:
         """What is shown for an adapter: images as many as it asks about, a question if it has one."""
-        task = many.reader(None if name == BASE else name).task
+        task = many.predictor(None if name == BASE else name).task
         boxes = [gradio.update(visible=task.image_count > place) for place in range(most_images)]
-        about = describe(many.reader(None if name == BASE else name))
+        about = describe(many.predictor(None if name == BASE else name))
         return [*boxes, gradio.update(visible=task.asks), about, "", gradio.update(visible=False)]
 
     def ask(name: str, question: str, *uploads: dict[str, Any] | None) -> list[Any]:

@@ -29,7 +29,7 @@ class ManyAdapters:
         base_task: How rows without adapter are asked; None takes the first adapter's task.
 
     Attributes:
-        readers: Who answers a row, by name; None the backbone alone.
+        predictors: By adapter's name; None is the backbone alone.
 
     Raises:
         ValueError: If there is no adapter, or one is on another backbone or has trained the language model
@@ -41,9 +41,9 @@ class ManyAdapters:
     ) -> None:
         if not predictors:
             raise ValueError("expected one adapter or more, found none")
-        self.readers: dict[str | None, Predictor] = {}
+        self.predictors: dict[str | None, Predictor] = {}
         for name, predictor in predictors.items():
-            self.readers[name] = predictor
+            self.predictors[name] = predictor
             if predictor.model.backbone.language is not backbone.language:
                 raise ValueError(
                     f"the adapter {name!r} is on a language model of its own: load it on the backbone of the "
@@ -52,9 +52,9 @@ class ManyAdapters:
                 )
         self.backbone = backbone.eval()
         task = next(iter(predictors.values())).task if base_task is None else asked(base_task)
-        self.readers[None] = Predictor(PromptedModel(backbone), None, task, task.decoding, LONGEST_TEXT)
-        self._places = {name: place for place, name in enumerate(self.readers)}
-        adapters = [reader.adapter for reader in self.readers.values()]
+        self.predictors[None] = Predictor(PromptedModel(backbone), None, task, task.decoding, LONGEST_TEXT)
+        self._places = {name: place for place, name in enumerate(self.predictors)}
+        adapters = [predictor.adapter for predictor in self.predictors.values()]
         language_model = backbone.language_model
         words = language_model.word_embeddings.weight
         prompts = [None if a is None or a.prompt is None else a.build_prompt() for a in adapters]
@@ -93,18 +93,18 @@ class ManyAdapters:
         names: list[str | None] = (
             [adapters] if adapters is None or isinstance(adapters, str) else list(adapters)
         )
-        readers = [self.reader(name) for name in names]
-        pairs = all(reader.task.image_count > 1 for reader in readers)
-        (images, questions, readers), alone = line_up(
+        predictors = [self.predictor(name) for name in names]
+        pairs = all(predictor.task.image_count > 1 for predictor in predictors)
+        (images, questions, predictors), alone = line_up(
             images=as_images(image, pairs=pairs),
             questions=([question], True) if isinstance(question, str) else (list(question), False),
-            adapters=(readers, single),
+            adapters=(predictors, single),
         )
-        rows = zip(readers, questions, images, strict=True)
-        name_of = {id(reader): name for name, reader in self.readers.items()}
+        rows = zip(predictors, questions, images, strict=True)
+        name_of = {id(predictor): name for name, predictor in self.predictors.items()}
         answers = answer_all(
             [Ask(*row) for row in rows],
-            lambda asks: self.model([name_of[id(ask.reader)] for ask in asks]),
+            lambda asks: self.model([name_of[id(ask.predictor)] for ask in asks]),
             batch_size,
         )
         return answers[0] if alone else answers
@@ -117,28 +117,26 @@ class ManyAdapters:
         Raises:
             ValueError: If there is no such adapter.
         """
-        readers = {name: self.reader(name) for name in adapters}
+        predictors = {name: self.predictor(name) for name in adapters}
         device = self.backbone.device
         rows = torch.tensor([self._places[name] for name in adapters], device=device)
         backbone = self.backbone
         if backbone.visual_projection is not None:
-            parts = [
-                (reader.model.backbone.visual_projection, (rows == self._places[name]).nonzero().squeeze(1))
-                for name, reader in readers.items()
-            ]
+            rows_of = {name: (rows == self._places[name]).nonzero().squeeze(1) for name in predictors}
+            parts = [(p.model.backbone.visual_projection, rows_of[name]) for name, p in predictors.items()]
             backbone = backbone.with_projection(RowProjections(parts))
         return PromptedModel(backbone, RowPrompts(self._prompts, rows))
 
-    def reader(self, name: str | None) -> Predictor:
-        """Who answers the rows of an adapter; None the backbone alone.
+    def predictor(self, name: str | None) -> Predictor:
+        """The predictor of an adapter; None is the backbone alone.
 
         Raises:
             ValueError: If there is no such adapter.
         """
-        if name not in self.readers:
-            known = ", ".join(repr(known) for known in self.readers)
+        if name not in self.predictors:
+            known = ", ".join(repr(known) for known in self.predictors)
             raise ValueError(f"there is no adapter {name!r}; there are {known}")
-        return self.readers[name]
+        return self.predictors[name]
 
 
 def load_many(

@@ -1,7 +1,7 @@
-"""Questions of one's own, put to a model as its task puts them.
+"""Questions from a caller, answered as the adapter's task asks and decodes them.
 
-Text, decoding and the form of an answer are the task's, a batch is the collator's and an answer the model's
-own `generate`, all as in evaluation: the same question gets the same answer.
+The text of a question, the decoding and the form of an answer come from the task, a batch from the collator
+and an answer from the model's `generate`, all as in evaluation: the same question gets the same answer.
 """
 
 import warnings
@@ -87,7 +87,7 @@ class Predictor:
 
     @cached_property
     def generation(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """What `evaluate.decode` is told; of many candidates it takes a while to make."""
+        """Options for `evaluate.decode`; made once, since many candidates take a while."""
         tokenizer = self.model.backbone.tokenizer
         return generation_options(self.decoding, tokenizer), spellings(tokenizer, self.decoding.candidates)
 
@@ -97,12 +97,12 @@ class Ask:
     """A question.
 
     Attributes:
-        reader: Who is asked.
+        predictor: Answers it.
         question: The text of it.
         images: What it is about.
     """
 
-    reader: Predictor
+    predictor: Predictor
     question: str
     images: tuple[ImageSource, ...]
 
@@ -112,17 +112,17 @@ class Ask:
         Raises:
             ValueError: If the images are too many or too few, or the question is empty.
         """
-        task = self.reader.task
+        task = self.predictor.task
         if len(self.images) != task.image_count:
             needed = "no image" if task.image_count == 0 else f"{task.image_count} for each question"
             raise ValueError(f"images of {task.name}: expected {needed}, found {len(self.images)}")
         if task.asks and not self.question.strip():
             raise ValueError(f"{task.name} answers questions, and this one is empty; ask something")
         text = task.source(self.question)
-        length = len(self.reader.model.backbone.tokenizer(text).input_ids)
-        if length > self.reader.max_source_length:
+        length = len(self.predictor.model.backbone.tokenizer(text).input_ids)
+        if length > self.predictor.max_source_length:
             warnings.warn(
-                f"{text!r:.60} has {length} tokens and is cut to {self.reader.max_source_length}, as in "
+                f"{text!r:.60} has {length} tokens and is cut to {self.predictor.max_source_length}, as in "
                 "training (max_source_length)",
                 stacklevel=5,
             )
@@ -158,8 +158,8 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     """
     count = max(len(items) for items, _ in parts.values())
     if any(len(items) not in (1, count) or not items for items, _ in parts.values()):
-        found = " and ".join(f"{len(items)} {name}" for name, (items, _) in parts.items())
-        raise ValueError(f"expected as many of each, or one for all; found {found}")
+        counts = " and ".join(f"{len(items)} {name}" for name, (items, _) in parts.items())
+        raise ValueError(f"expected as many of each, or one for all; found {counts}")
     single = all(alone for _, alone in parts.values())
     return [items if len(items) == count else items * count for items, _ in parts.values()], single
 
@@ -178,23 +178,23 @@ def answer_all(
         model_of: The model for the rows of a batch.
         batch_size: Questions of a batch.
     """
-    backbone = asks[0].reader.model.backbone
+    backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
     table, names = encode_images(backbone, [ask.images for ask in asks])
     groups: dict[tuple[int, Decoding], list[int]] = {}
     for place, ask in enumerate(asks):
-        groups.setdefault((len(ask.images), ask.reader.decoding), []).append(place)
+        groups.setdefault((len(ask.images), ask.predictor.decoding), []).append(place)
     answers = [""] * len(asks)
     device = backbone.device
     for alike in groups.values():
-        options, spelled = asks[alike[0]].reader.generation
+        options, spelled = asks[alike[0]].predictor.generation
         for start in range(0, len(alike), batch_size):
             places = alike[start : start + batch_size]
-            rows = [_collate(asks[n].reader, Example(n, sources[n], names[n], ()), table) for n in places]
+            rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
             batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
             texts = decode(model_of([asks[n] for n in places]), batch, options, spelled)
             for n, text in zip(places, texts, strict=True):
-                answers[n] = asks[n].reader.task.written(text)
+                answers[n] = asks[n].predictor.task.written(text)
     return answers
 
 
@@ -218,14 +218,14 @@ def encode_images(
     distinct: list[ImageSource] = []
     names = []
     for group in groups:
-        own = []
+        keys = []
         for image in group:
             key = id(image) if isinstance(image, Image.Image) else image
             if key not in numbers:
                 numbers[key] = len(distinct)
                 distinct.append(image)
-            own.append(Path(f"image-{numbers[key]}"))
-        names.append(tuple(own))
+            keys.append(Path(f"image-{numbers[key]}"))
+        names.append(tuple(keys))
     if vision is None or not distinct:
         return None, names
     device = next(vision.parameters()).device

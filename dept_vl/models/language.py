@@ -73,26 +73,26 @@ class LanguageModel:
 
     Args:
         model: Of transformers.
-        reader: Its part that reads the text.
+        text_model: The part of it that reads the text: the encoder, or the whole decoder-only stack.
         name: Of the backbone, for messages.
 
     Attributes:
         counts_text: Positions are columns counted from the text's first, whatever is before it.
     """
 
-    def __init__(self, model: PreTrainedModel, reader: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, text_model: PreTrainedModel, name: str) -> None:
         self.model = model
-        self.reader = reader
+        self.text_model = text_model
         self.name = name
-        self.word_embeddings = reader.get_input_embeddings()
+        self.word_embeddings = text_model.get_input_embeddings()
         self.counts_text = False
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the reader uses them (BART's scale included)."""
+        """Word embeddings as the model uses them (BART's scale included)."""
         embeddings: Tensor = self.word_embeddings(input_ids)
         # BART's embedding scales by itself; Pegasus' and Marian's encoders do it, for input_ids alone.
         scales_itself = hasattr(self.word_embeddings, "embed_scale")
-        scale: float = 1.0 if scales_itself else getattr(self.reader, "embed_scale", 1.0)
+        scale: float = 1.0 if scales_itself else getattr(self.text_model, "embed_scale", 1.0)
         return embeddings * scale if scale != 1.0 else embeddings
 
     def check_positions(self, holder: str, **parts: int) -> None:
@@ -127,7 +127,7 @@ class EncoderDecoder(LanguageModel):
         super().__init__(model, model.get_encoder(), name)
         self.visual_position_bias = visual_position_bias
         if visual_position_bias == "none":
-            self.counts_text = TextPositions(self.reader).counts_text
+            self.counts_text = TextPositions(self.text_model).counts_text
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
         """See `Backbone.check_length`. The decoder has positions of its own for the answer."""
@@ -150,8 +150,8 @@ class EncoderDecoder(LanguageModel):
                 embeddings, mask = pack(embeddings, mask)
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
         if self.visual_position_bias == "relative":
-            return self.reader(**inputs), mask
-        return self.reader(**inputs, segments=(prompt_length, visual_length)), mask
+            return self.text_model(**inputs), mask
+        return self.text_model(**inputs, segments=(prompt_length, visual_length)), mask
 
     def logits(
         self,

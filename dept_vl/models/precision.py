@@ -112,9 +112,9 @@ def compile_layers(language: nn.Module) -> None:
     if not layers and layers_of(language):
         return
     if not layers or any("forward" in vars(layer) for layer in layers):
-        found = "other code has replaced their forward" if layers else "transformers marks none in it"
+        reason = "other code has replaced their forward" if layers else "transformers marks none in it"
         raise ValueError(
-            f"--compile compiles the layers of {type(language).__name__}, and {found}: leave --compile out"
+            f"--compile compiles the layers of {type(language).__name__}, and {reason}: leave --compile out"
         )
     torch._dynamo.reset()
     settings = torch._dynamo.config
@@ -127,10 +127,10 @@ def compile_layers(language: nn.Module) -> None:
     # Or sizes that are equal by chance in a first call would be held for one.
     torch.fx.experimental._config.use_duck_shape = False
     compiled = {
-        kind: torch.compile(
-            kind.forward, backend=BACKEND, dynamic=True, fullgraph=True, options=_inductor_options()
+        layer_class: torch.compile(
+            layer_class.forward, backend=BACKEND, dynamic=True, fullgraph=True, options=_inductor_options()
         )
-        for kind in {type(layer) for layer in layers}
+        for layer_class in {type(layer) for layer in layers}
     }
     for layer in layers:
         layer.forward = partial(_forward, layer, compiled[type(layer)])

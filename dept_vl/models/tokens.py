@@ -46,8 +46,10 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
                 f"the tokenizer merges {answer!r} with the word before it, so that text and answer cannot be "
                 "tokenised apart; use a language model whose tokenizer splits at spaces"
             )
-        own = ids[len(word) :]
-        targets.append([*(own if max_length is None else own[: max_length - 1]), tokenizer.eos_token_id])
+        target = ids[len(word) :]
+        if max_length is not None:
+            target = target[: max_length - 1]
+        targets.append([*target, tokenizer.eos_token_id])
     return targets
 
 

@@ -76,7 +76,7 @@ def predictors(
 
 
 def alone(many: ManyAdapters, name: str | None) -> PromptedModel:
-    return many.readers[name].model
+    return many.predictors[name].model
 
 
 def cut(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
@@ -102,7 +102,7 @@ def test_a_row_is_as_if_alone(
     backbone = make_backbone(language, tower, visual_position_bias=bias)
     many = ManyAdapters(backbone, predictors(backbone, tmp_path))
     for rows in ROWS:
-        rows = tuple(name for name in rows if name in many.readers)
+        rows = tuple(name for name in rows if name in many.predictors)
         for side in ("right", "left"):
             inputs = batch_of(backbone, rows, side)
             labels = random_labels((4, 2, 3, 4, 1)[: len(rows)])
@@ -122,10 +122,10 @@ def test_a_row_is_as_if_alone(
 def test_rows_of_different_adapters_differ(backbone: Backbone, tmp_path: Path) -> None:
     """Else the comparison above would say nothing."""
     many = ManyAdapters(backbone, predictors(backbone, tmp_path))
-    places = [0] * len(many.readers)
+    places = [0] * len(many.predictors)
     inputs = {name: tensor[places] for name, tensor in batch_of(backbone, [None]).items()}
     labels = random_labels((4,))[places]
-    logits = many.model(list(many.readers))(**inputs, labels=labels).logits
+    logits = many.model(list(many.predictors))(**inputs, labels=labels).logits
     distances = torch.cdist(logits.flatten(1), logits.flatten(1)) + 10 * torch.eye(len(logits))
     assert distances.min() > 0.1
 
@@ -178,7 +178,7 @@ def test_many_tasks_are_answered_together_as_apart(tasks: ManyAdapters) -> None:
     names = ["vqa", "gqa", "nlvr", "caption", None, "gqa"]
     together = tasks.answer(shown, questions, adapters=names)
     assert together == [
-        tasks.readers[name].answer(image, question)
+        tasks.predictors[name].answer(image, question)
         for image, question, name in zip(shown, questions, names, strict=True)
     ]
     assert together[2] in ("true", "false")
