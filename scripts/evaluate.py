@@ -7,12 +7,12 @@ accelerate launch scripts/evaluate.py --run runs/vqav2-... --split test-dev
 import tyro
 
 from dept_vl.config import EvaluateConfig
-from dept_vl.training.score_run import Assessment, assess
+from dept_vl.training.score_run import Evaluated, score_run
 
 
-def main(config: EvaluateConfig) -> Assessment:
+def main(config: EvaluateConfig) -> Evaluated:
     """Answer, score and write."""
-    return assess(config)
+    return score_run(config)
 
 
 if __name__ == "__main__":

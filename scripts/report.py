@@ -18,7 +18,7 @@ from dept_vl.data.splits import with_split_names
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import limit
 from dept_vl.training.report.html import Answered, write_run_report
-from dept_vl.training.run import SUMMARY
+from dept_vl.training.summary import SUMMARY
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

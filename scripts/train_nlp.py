@@ -7,7 +7,7 @@ accelerate launch scripts/train_nlp.py --task sst2 --data_dir data/sst2 --max_st
 from dept_vl.cli import parse
 from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.studies.search import launch
-from dept_vl.training.run import RunResult
+from dept_vl.training.summary import RunResult
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="rte"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, PromptOptions, RunConfig
 from dept_vl.studies.search import launch
-from dept_vl.training.run import RunResult
+from dept_vl.training.summary import RunResult
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="nlvr2", data_dir=Path("data/nlvr2"), dev_split="dev", test_split="test1"),

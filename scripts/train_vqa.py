@@ -8,7 +8,7 @@ accelerate launch scripts/train_vqa.py --config data/configs/easy-vqa.json
 from dept_vl.cli import parse
 from dept_vl.config import RunConfig
 from dept_vl.studies.search import launch
-from dept_vl.training.run import RunResult
+from dept_vl.training.summary import RunResult
 
 
 def main(config: RunConfig) -> RunResult:

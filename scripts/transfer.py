@@ -10,10 +10,10 @@ import tyro
 from dept_vl.studies.transfer import TransferConfig, transfer
 
 
-def main(config: TransferConfig) -> int:
+def main(config: TransferConfig) -> None:
     """Run what is missing and write the table."""
-    return transfer(config)
+    transfer(config)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(TransferConfig, use_underscores=True)))
+    main(tyro.cli(TransferConfig, use_underscores=True))

@@ -10,10 +10,10 @@ import tyro
 from dept_vl.studies.transfer_suite import SuiteConfig, transfer_suite
 
 
-def main(config: SuiteConfig) -> int:
+def main(config: SuiteConfig) -> None:
     """Run what is missing and write the table."""
-    return transfer_suite(config)
+    transfer_suite(config)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(SuiteConfig, use_underscores=True)))
+    main(tyro.cli(SuiteConfig, use_underscores=True))

@@ -23,7 +23,7 @@ from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.studies.search import GRID, cost, grid, tune
 from dept_vl.training.extract import with_features
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import RunResult
+from dept_vl.training.summary import RunResult
 
 
 @dataclass(frozen=True)

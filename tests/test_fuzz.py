@@ -45,8 +45,9 @@ from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
 from dept_vl.tasks.vqav2 import MINIVAL_FILE, VQAv2
 from dept_vl.training import checkpoint as state
-from dept_vl.training.checkpoint import Progress, TrainingState
-from dept_vl.training.run import SUMMARY
+from dept_vl.training.checkpoint import TrainingState
+from dept_vl.training.progress import Progress
+from dept_vl.training.summary import SUMMARY
 
 FEW, MANY = 14, 90
 """Cases of each kind of file: of the default suite, and of the slow one (over 2,000 in all)."""

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dept_vl.config import OnBadImage
 from dept_vl.data.features import FeatureTable, load_pixels
+from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import IGNORE_INDEX, target_ids
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Example
@@ -86,6 +87,45 @@ class Collator:
     images: FeatureTable | VisionEncoder | None = None
     on_bad_image: OnBadImage = "raise"
     pad_to_multiple_of: int = 1
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PromptedModel,
+        max_target_length: int,
+        *,
+        max_source_length: int | None = None,
+        images: FeatureTable | VisionEncoder | None = None,
+        on_bad_image: OnBadImage = "raise",
+        device: torch.device | None = None,
+    ) -> "Collator":
+        """Return the collator whose batches a model reads.
+
+        Args:
+            model: Model whose tokenizer makes the tokens.
+            max_target_length: See the attributes.
+            max_source_length: See the attributes; None takes the prompt's.
+            images: See the attributes.
+            on_bad_image: See the attributes.
+            device: Device that computes: tensor cores work on tiles of 8, so a GPU pads to multiples of 8.
+
+        Raises:
+            ValueError: If neither the model's prompt nor `max_source_length` says how long a text may be.
+        """
+        if max_source_length is None:
+            if model.prompt is None:
+                raise ValueError(
+                    "a model without a prompt does not say how long texts are: max_source_length"
+                )
+            max_source_length = model.prompt.max_source_length
+        return cls(
+            model.backbone.tokenizer,
+            max_source_length=max_source_length,
+            max_target_length=max_target_length,
+            images=images,
+            on_bad_image=on_bad_image,
+            pad_to_multiple_of=8 if device is not None and device.type == "cuda" else 1,
+        )
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
         """A batch; labels and weights only if the draws have targets.

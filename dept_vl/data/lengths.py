@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from accelerate import Accelerator
 
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
 from dept_vl.tasks.text.task import TextTask
 
 Lengths = np.ndarray[Any, np.dtype[np.int32]]
+LENGTH_SAMPLE = 2000
+"""Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
 
 
 def source_lengths(task: Task, tokenizer: Any) -> Lengths:
@@ -80,3 +83,32 @@ def tokenizer_description(tokenizer: Any) -> str:
         return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
     description = json.loads(backend.to_str())
     return json.dumps({**description, "truncation": None, "padding": None}, sort_keys=True)
+
+
+def check_source_lengths(
+    task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
+) -> None:
+    """Print how many texts are cut.
+
+    Raises:
+        ValueError: If the task prefix alone fills `max_source_length`.
+    """
+    text = task[0].source_text
+    shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
+    if max_source_length <= shared:
+        raise ValueError(
+            f"max_source_length is {max_source_length} tokens and the task prefix of "
+            f"{text!r} alone takes {shared}; raise max_source_length"
+        )
+    whole = isinstance(task, TextTask)
+    with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+        lengths = source_lengths(
+            task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer
+        )
+    cut = int((lengths > max_source_length).sum())
+    if cut:
+        counted = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
+        accelerator.print(
+            f"warning: max_source_length={max_source_length} cuts {cut:,} of {counted}; the longest has "
+            f"{lengths.max():,} tokens"
+        )

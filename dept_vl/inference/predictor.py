@@ -249,10 +249,10 @@ def _read(vision: VisionEncoder, image: ImageSource, number: int, count: int) ->
 
 def _collate(reader: Predictor, example: Example, table: FeatureTable | None) -> Batch:
     """A batch of one, its text cut as its adapter wants it."""
-    collate = Collator(
-        reader.model.backbone.tokenizer,
+    collate = Collator.for_model(
+        reader.model,
+        reader.decoding.max_new_tokens,
         max_source_length=reader.max_source_length,
-        max_target_length=reader.decoding.max_new_tokens,
         images=table,
     )
     return collate([Draw(example)])

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from dept_vl._utils.io import read_object, write_atomically
-from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
+from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
-from dept_vl.config import OptimOptions, RunConfig, differences, read_config, to_json
+from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.choices import TrainedPart
@@ -37,7 +37,8 @@ from dept_vl.tasks.text.table import TEXT_TASKS
 from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import SUMMARY, run
+from dept_vl.training.run import run_once
+from dept_vl.training.summary import SUMMARY
 
 TASKS = {
     "easy-vqa": "data/configs/easy-vqa.json",
@@ -301,27 +302,12 @@ def _label(rates: Rates) -> str:
 
 
 def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
-    """Run with these rates; a run that is finished is left alone, one that was stopped goes on.
-
-    Raises:
-        ValueError: If it was begun with other options.
-    """
+    """Run with these rates, unless the run is finished; return its folder."""
     output_dir = existing(folder / ",".join(filter(None, [kind, _label(rates)])))
     optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
-    configured = replace(configured, optim=optim, output_dir=output_dir, resume="auto")
-    if (output_dir / SUMMARY_FILE).is_file():
-        changed = differences(read_object(output_dir / CONFIG_FILE, dict), to_json(configured))
-        if changed:
-            raise ValueError(
-                f"{output_dir} was made with other options ({'; '.join(changed)}); choose another "
-                "--output_dir"
-            )
-        return output_dir
-    print(f"\n{output_dir}", flush=True)
-    result = run(configured, more_to_come=True)
-    if result.exit_status:
-        raise SystemExit(result.exit_status)
-    return output_dir
+    if not (output_dir / SUMMARY_FILE).is_file():
+        print(f"\n{output_dir}", flush=True)
+    return run_once(replace(configured, optim=optim, output_dir=output_dir)).output_dir
 
 
 def step_costs(

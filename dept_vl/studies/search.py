@@ -28,7 +28,8 @@ from dept_vl.prompts.methods import LONG
 from dept_vl.tasks.text.table import TEXT_TASKS
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import RunResult, run
+from dept_vl.training.run import run, run_once
+from dept_vl.training.summary import RunResult
 
 Space = dict[str, tuple[float, float] | list[int]]
 """The range of each rate, and the lengths of the prompt."""
@@ -332,18 +333,19 @@ def grid(config: RunConfig, folder: Path) -> list[RunResult]:
 
     Args:
         config: Without `tune`.
-        folder: Of the runs; those finished are not repeated.
+        folder: Folder of the runs; see `run_once`.
+
+    Raises:
+        SystemExit: If a signal stopped a run.
     """
     return [
-        run(
+        run_once(
             replace(
                 config,
                 tune=0,
                 optim=replace(config.optim, prompt_lr=prompt_lr, offset_lr=offset_lr),
                 output_dir=existing(folder / f"prompt_lr={prompt_lr:g},offset_lr={offset_lr:g}"),
-                resume="auto",
-            ),
-            more_to_come=True,
+            )
         )
         for prompt_lr, offset_lr in GRID
     ]

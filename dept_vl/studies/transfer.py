@@ -30,7 +30,8 @@ from dept_vl.data.splits import load_splits
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_model
 from dept_vl.training.report.plots import line_plot
-from dept_vl.training.run import RunResult, run
+from dept_vl.training.run import run_once
+from dept_vl.training.summary import RunResult
 
 Start = Literal["scratch", "prompt", "all"]
 PICK_FILE = "pick.json"
@@ -73,18 +74,16 @@ class TransferConfig:
     """Folder of all runs; those finished are not repeated, those stopped go on."""
 
 
-def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
+def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     """Run what is missing and write the table.
 
     Args:
         config: From where, to where, with how much.
         more_to_come: Another transfer follows in this program, so its processes stay together.
 
-    Returns:
-        The exit status: of the run that a signal stopped, else 0.
-
     Raises:
         FileNotFoundError: If a source, a configuration or data are missing.
+        SystemExit: If a signal stopped a run.
         ValueError: If there are too few examples of a class, or a source does not fit.
     """
     check(config)
@@ -93,10 +92,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
     sources = []
     for place, name in enumerate(config.source):
         if name in TASKS and not Path(name).is_dir():
-            trained = run(source_config(config, name, base), more_to_come=True)
-            if trained.exit_status:
-                return trained.exit_status
-            sources.append(trained.output_dir)
+            sources.append(run_once(source_config(config, name, base)).output_dir)
         else:
             Adapter.from_pretrained(Path(name))  # now, rather than after the runs from scratch
             sources.append(Path(config.source[place]))
@@ -104,16 +100,12 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> int:
     scores: dict[tuple[Start, int], list[float]] = {}
     for k, seed, start in product(config.k, range(1, config.seeds + 1), config.starts):
         cell = cell_config(config, base, sources, k, seed, start)
-        result = run(cell, more_to_come=True)
-        if result.exit_status:
-            return result.exit_status
-        scores.setdefault((start, k), []).append(primary(result))
+        scores.setdefault((start, k), []).append(primary(run_once(cell)))
     if processes.is_main_process:
         write_table(config, scores)
     processes.wait_for_everyone()
     if not more_to_come:
         processes.destroy_process_group()
-    return 0
 
 
 def check(config: TransferConfig) -> None:
@@ -181,7 +173,7 @@ def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConf
     if given and len(given) != len(names):
         raise ValueError(f"expected a source_config for each of {names}, found {len(given)}")
     own = read_config(given[names.index(task)]) if given else replace(base, data=data_of(task, base))
-    return replace(own, output_dir=config.output_dir / f"source-{task}", resume="auto")
+    return replace(own, output_dir=config.output_dir / f"source-{task}")
 
 
 def data_of(task: str, base: RunConfig) -> DataOptions:
@@ -201,7 +193,6 @@ def cell_config(
         data=replace(base.data, shots=k, shots_seed=seed),
         train=replace(base.train, seed=seed),
         output_dir=folder / start,
-        resume="auto",
     )
     if start == "scratch":
         return cell
@@ -233,10 +224,10 @@ def dev_loss(config: RunConfig, processes: PartialState) -> float:
     with processes.local_main_process_first():
         splits = load_splits(config.data, config.train.seed)
     model = build_model(config).to(processes.device).eval()
-    collate = Collator(
-        model.backbone.tokenizer,
+    collate = Collator.for_model(
+        model,
+        splits.decoding.max_new_tokens,
         max_source_length=config.prompt.max_source_length,
-        max_target_length=splits.decoding.max_new_tokens,
         images=model.backbone.vision,
     )
     examples = [splits.dev[index] for index in range(len(splits.dev))]

@@ -27,7 +27,7 @@ from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.studies.transfer import NAMES, Start, TransferConfig, transfer
 from dept_vl.training.extract import with_features
 from dept_vl.training.report.plots import line_plot
-from dept_vl.training.run import run
+from dept_vl.training.run import run_once
 
 SOURCES = {
     "scenes-vqav2": "data/configs/scenes-vqav2.json",
@@ -76,14 +76,12 @@ class SuiteConfig:
     """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
 
 
-def transfer_suite(config: SuiteConfig) -> int:
+def transfer_suite(config: SuiteConfig) -> None:
     """Run what is missing, and write the table.
-
-    Returns:
-        The exit status: of the run that a signal stopped, else 0.
 
     Raises:
         FileNotFoundError: If data are missing.
+        SystemExit: If a signal stopped a run.
         ValueError: If a target is unknown.
     """
     unknown = set(config.targets) - set(TARGETS)
@@ -93,13 +91,9 @@ def transfer_suite(config: SuiteConfig) -> int:
     if config.smallest:
         config = replace(config, k=(1,), seeds=1, source_steps=2, max_steps=2, test_limit=8)
     for name in SOURCES:
-        trained = run(_config(config, name, config.source_steps), more_to_come=True)
-        if trained.exit_status:
-            return trained.exit_status
+        run_once(_config(config, name, config.source_steps))
     for name in config.targets:
-        status = transfer(_to(config, name), more_to_come=True)
-        if status:
-            return status
+        transfer(_to(config, name), more_to_come=True)
     cells = {
         name: read_object(config.output_dir / name / "transfer.json", TRANSFER)["cells"]
         for name in config.targets
@@ -110,7 +104,6 @@ def transfer_suite(config: SuiteConfig) -> int:
     write_atomically(config.output_dir / "transfer.md", (text + "\n").encode())
     draw(cells, config.k, config.output_dir / "transfer.png")
     print(f"\n{text}\n\nwritten to {config.output_dir / 'transfer.md'}")
-    return 0
 
 
 def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
@@ -130,7 +123,6 @@ def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
         ),
         optim=replace(base.optim, warmup_steps=steps // 10),
         output_dir=config.output_dir / f"source-{name}",
-        resume="auto",
     )
     if config.smallest:
         return replace(base, data=replace(base.data, dev_limit=8, features="live"))
@@ -140,7 +132,7 @@ def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
 def _to(config: SuiteConfig, name: str) -> TransferConfig:
     """The transfer to a target, whose runs' configuration is written beside them."""
     folder = config.output_dir / name
-    base = replace(_config(config, name, config.max_steps), output_dir=None, resume="")
+    base = replace(_config(config, name, config.max_steps), output_dir=None)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "target.json", (json.dumps(to_json(base), indent=2) + "\n").encode())
     return TransferConfig(

@@ -1,6 +1,7 @@
 """One run: its folder, model, loop, checkpoints, log and scores.
 
-`run` has the stages; `loop` is the one training loop; `score_run` scores a finished run again.
+`run` has the stages prepare, fit, score, write; `loop` is the one training loop; `score_run` scores a
+finished run again.
 """
 
 __all__ = [
@@ -16,5 +17,7 @@ __all__ = [
     "report",
     "run",
     "score_run",
+    "stages",
+    "summary",
     "trackers",
 ]

@@ -8,17 +8,16 @@
 
 A checkpoint is written beside its place, flushed to the disk and renamed; older ones are removed only
 when it is whole. A damaged one is reported and the one before is taken. This is another thing than the
-adapter (`checkpoint.py`), which is small and made to be passed on.
+adapter (`adapters/adapter.py`), which is small and made to be passed on.
 """
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from dept_vl._utils.io import difference, one_line, read_json, read_object, writ
 from dept_vl._utils.run_files import CHECKPOINTS
 from dept_vl._utils.tensors import check_parameters, read_tensors
 from dept_vl.prompts.dept import current_name
+from dept_vl.training.progress import Progress
 
 KEPT = 2
 """Checkpoints that stay: should the newest be damaged, the one before is there."""
@@ -63,42 +63,6 @@ DESCRIPTION = {
 """Fields of `state.json`, as `files.difference` has them."""
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 """What AdamW knows of a parameter."""
-
-
-@dataclass
-class Progress:
-    """How far a run is, and what it has found.
-
-    Attributes:
-        steps: Optimizer steps done.
-        best_step: When the best evaluation on the dev splits was made; 0 before the first.
-        best_scores: Its figures.
-        scores: Figures of the last evaluation.
-        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
-        evaluations_without_progress: Since the best.
-        examples: Learnt so far, over all processes.
-        skipped: Left out because their image could not be read, each time they came up.
-        train_seconds: Spent in training steps, evaluation left out.
-        eval_seconds: Spent in evaluations.
-        stopped_by: Number of the signal that ended the run early; 0 if none did.
-    """
-
-    steps: int = 0
-    best_step: int = 0
-    best_scores: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-    history: list[tuple[int, float]] = field(default_factory=list)
-    evaluations_without_progress: int = 0
-    examples: int = 0
-    skipped: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    stopped_by: int = 0
-
-    @property
-    def best_score(self) -> float:
-        """The figure that decides, of the best evaluation; minus infinity before the first."""
-        return max((score for _, score in self.history), default=-math.inf)
 
 
 class TrainingState:

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by a new one, or gone on with under the same options."""
+"""The folder of a run: claimed by a new run, or resumed with the same options."""
 
 import json
 import time
@@ -17,16 +17,16 @@ from dept_vl.training.errors import explained
 
 
 def open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """The run's folder, claimed or gone on with, and the checkpoint to go on from."""
+    """Return the run's folder, claimed or resumed, and the checkpoint to resume from."""
     if config.resume not in ("", "auto"):
         output_dir = Path(config.resume)
         if not _holds_run(output_dir):
             raise FileNotFoundError(f"--resume {output_dir}: expected the folder of a run, found none there")
-        return output_dir, _go_on(config, output_dir, accelerator)
+        return output_dir, _resume(config, output_dir, accelerator)
     if config.resume == "auto" and config.output_dir is None:
         raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
     if config.resume == "auto" and _holds_run(Path(config.output_dir or "")):
-        return Path(config.output_dir or ""), _go_on(config, Path(config.output_dir or ""), accelerator)
+        return Path(config.output_dir or ""), _resume(config, Path(config.output_dir or ""), accelerator)
     return _claim_output_dir(config, accelerator), None
 
 
@@ -34,15 +34,9 @@ def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
 
 
-def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """The newest whole checkpoint of a run that was started with the same options."""
-    started = read_object(output_dir / CONFIG_FILE, dict)
-    changed = differences(started, to_json(config))
-    if changed:
-        raise ValueError(
-            f"{output_dir} was started with other options ({'; '.join(changed)}); go on with its own, by "
-            f"--config {output_dir / CONFIG_FILE}, or begin a new run"
-        )
+def _resume(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
+    """Return the newest whole checkpoint of a run that was started with the same options."""
+    check_unchanged(output_dir, config)
     checkpoint, damaged = newest(output_dir)
     for problem in damaged:
         accelerator.print(f"warning: {problem}; the one before is taken")
@@ -53,6 +47,20 @@ def _go_on(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Pat
     return checkpoint
 
 
+def check_unchanged(folder: Path, config: RunConfig) -> None:
+    """Check that a run was started with these options.
+
+    Raises:
+        ValueError: If options differ on which the result depends; the message lists them.
+    """
+    changed = differences(read_object(folder / CONFIG_FILE, dict), to_json(config))
+    if changed:
+        raise ValueError(
+            f"{folder} was started with other options ({'; '.join(changed)}); resume it with its own, by "
+            f"--config {folder / CONFIG_FILE}, or start a new run in another --output_dir"
+        )
+
+
 def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     """Create the run's folder and write its configuration there."""
     chosen = [str(config.output_dir or "")]
@@ -60,7 +68,7 @@ def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
         chosen = [str(_new_folder(config.data.task))]
     output_dir = Path(broadcast_object_list(chosen)[0])
     holds_run = _holds_run(output_dir)
-    # Every process looks before one writes, so that all of them refuse together.
+    # Every process looks before one writes, so that all of them raise together.
     accelerator.wait_for_everyone()
     if holds_run:
         raise FileExistsError(
@@ -98,15 +106,15 @@ def existing(folder: Path) -> Path:
 
 
 def release(output_dir: Path, accelerator: Accelerator) -> None:
-    """Take back the claim of a run that was refused before its first step: its command can be put right.
+    """Remove the config of a run that failed validation, so that the corrected command can use the folder.
 
     Args:
-        output_dir: Where it began.
-        accelerator: Of the run.
+        output_dir: Folder of the run.
+        accelerator: Accelerator of the run.
     """
     if accelerator.is_main_process and not (output_dir / LOG_FILE).exists():
         for name in (CONFIG_FILE, FEATURES_FILE):
-            with suppress(OSError):  # what refused the run is what is to be said
+            with suppress(OSError):  # the error that failed the run is the one to report
                 (output_dir / name).unlink()
 
 

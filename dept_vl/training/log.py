@@ -4,6 +4,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -16,12 +17,26 @@ from dept_vl._utils.io import one_line, write_atomically, writing
 from dept_vl._utils.run_files import LOG_FILE
 from dept_vl.data.collate import Batch
 from dept_vl.tasks.io.predictions import ExampleId
-from dept_vl.training.checkpoint import Progress
-from dept_vl.training.progress import Figures, ProgressLine
+from dept_vl.training.progress import Figures, Progress, ProgressLine
 
 GIB = 2**30
 SPIKE, SPIKE_WINDOW = 5.0, 20
 """A loss is remarked on above so many times the median of so many logged before it."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was learnt since the last look, over all processes.
+
+    Attributes:
+        loss: Mean loss of the last step.
+        examples: Examples learnt.
+        skipped: Examples left out because their image could not be read.
+    """
+
+    loss: float
+    examples: int
+    skipped: int
 
 
 class Log:
@@ -33,7 +48,7 @@ class Log:
     Args:
         accelerator: Of the run; only its main process writes.
         path: The file.
-        progress: Of the run. What the file has of later steps is cut off, since it will come again.
+        progress: Progress of the run, which is only read. Lines of later steps are cut off: they come again.
         max_steps: Optimizer steps of the run.
         eval_every: Optimizer steps between evaluations.
     """
@@ -46,7 +61,7 @@ class Log:
         self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
         self.examples = self.tokens = self.skipped = 0
         # Of all processes, since the last figures.
-        self.learnt = self.read = 0.0
+        self.learnt = self.read = 0
         self.told_at = progress.train_seconds
         self.usual: deque[float] = deque(maxlen=SPIKE_WINDOW)
         if accelerator.is_main_process:
@@ -66,30 +81,27 @@ class Log:
         self.tokens += tokens
         self.skipped += len(batch.skipped)
 
-    def look(self, loss: Tensor) -> float:
-        """Check all losses since the last look and count what was learnt.
+    def look(self, loss: Tensor) -> Counted:
+        """Check all losses since the last look and count what was learnt since then.
 
         Args:
-            loss: Of the last step, on this process.
+            loss: Loss of the last step, on this process.
 
         Returns:
-            The same over all processes.
+            The loss and the counts over all processes.
 
         Raises:
-            ValueError: If one is not finite.
+            ValueError: If a loss is not finite.
         """
-        progress, accelerator = self.progress, self.accelerator
         self._check_finite()
-        counted = [self.examples, self.tokens, self.skipped]
-        own = torch.cat([loss.double()[None], torch.tensor(counted, dtype=torch.double, device=loss.device)])
-        mean_loss, examples, tokens, skipped = accelerator.reduce(own, "sum").tolist()
-        mean_loss /= accelerator.num_processes
-        progress.examples += round(examples)
-        progress.skipped += round(skipped)
+        # Whole numbers and single precision: Apple's MPS has no float64. Python adds the losses in double.
+        counts = torch.tensor([[self.examples, self.tokens, self.skipped]], device=loss.device)
+        examples, tokens, skipped = self.accelerator.gather(counts).sum(0).tolist()
+        mean_loss = sum(self.accelerator.gather(loss[None]).tolist()) / self.accelerator.num_processes
         self.learnt += examples
         self.read += tokens
         self.examples = self.tokens = self.skipped = 0
-        return float(mean_loss)
+        return Counted(mean_loss, examples, skipped)
 
     def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
         """Write the loss of a step and its learning rates, by parameter group."""
@@ -103,7 +115,7 @@ class Log:
             memory_gib(self.accelerator.device),
             self._seconds_left(),
         )
-        self.told_at, self.learnt, self.read = progress.train_seconds, 0.0, 0.0
+        self.told_at, self.learnt, self.read = progress.train_seconds, 0, 0
         skipped = {"skipped_examples": float(progress.skipped)} if progress.skipped else {}
         self._write(figures.record() | skipped)
         self.line.tell(progress.steps, figures)

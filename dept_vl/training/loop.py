@@ -11,22 +11,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from dept_vl._utils.run_files import BEST, LAST, LOG_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import OptimOptions, TrainOptions
 from dept_vl.data import workers as readers
-from dept_vl.data.collate import Batch, Collator
+from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.lengths import source_lengths
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.inference.evaluate import evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import average_gradients, is_spread
 from dept_vl.tasks.base import Decoding, Task
-from dept_vl.training.checkpoint import Progress, TrainingState
+from dept_vl.training.checkpoint import TrainingState
 from dept_vl.training.log import Log
 from dept_vl.training.optim import build_optimizer, build_schedule
+from dept_vl.training.progress import Progress
 
 ECHO_SECONDS = 3.0
 """A second Ctrl-C within this time is the first one's echo."""
@@ -49,194 +51,203 @@ class TrainingTask:
     batch_size: int
 
 
-def train(
-    model: PromptedModel,
-    tasks: Sequence[TrainingTask],
-    collator: Collator,
-    dev_collator: Collator,
-    accelerator: Accelerator,
-    output_dir: Path,
-    options: TrainOptions,
-    optim: OptimOptions,
-    *,
-    checkpoint: Path | None = None,
-) -> Progress:
-    """Train what `model.parameter_groups()` names; keep the adapter that does best on the dev splits.
+class Loop:
+    """Trains what `model.parameter_groups()` names, and keeps the adapter that does best on the dev splits.
 
-    Of several tasks every batch is of one, the same on all processes, and the mean of their primary
-    figures decides. The model ends with the best adapter loaded. Ctrl-C and SIGTERM end the run after
-    the step or evaluation at hand, with a checkpoint from which it can go on as if nothing had happened.
+    Every batch is of one task, the same on all processes; of several tasks, the mean of their primary scores
+    decides. `Progress` is updated here and nowhere else.
 
     Args:
         model: The unwrapped model.
-        tasks: What is learnt.
-        collator: Of training batches.
-        dev_collator: Of batches to evaluate.
-        accelerator: Of the run.
+        tasks: What to learn.
+        collator: Makes training batches.
+        dev_collator: Makes batches to evaluate.
+        accelerator: Accelerator of the run.
         output_dir: Folder of the run.
-        options: How long, how fast, and how often to look.
+        options: How long, how fast, and how often to evaluate.
         optim: Learning rates.
-        checkpoint: Where to go on; None starts from the beginning.
-
-    Raises:
-        ValueError: If a loss is not finite; the message names the step and the batch's ids.
+        checkpoint: Where to resume; None starts from the beginning.
     """
-    optimizer = build_optimizer(model.parameter_groups(), optim)
-    schedule = build_schedule(optimizer, optim, options.max_steps)
-    state = TrainingState(output_dir, model, optimizer, schedule, accelerator)
-    progress = Progress() if checkpoint is None else state.load(checkpoint)
-    # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
-    spread = is_spread(model)
-    wrapped = model if spread else accelerator.prepare_model(model)
-    optimizer = accelerator.prepare_optimizer(optimizer)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    lengths = None
-    if options.group_by_length:
-        with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
-            whole = [source_lengths(task.train, collator.tokenizer) for task in tasks]
-        lengths = [of_task.clip(max=collator.max_source_length) for of_task in whole]
-    loader = readers.load(
-        TrainingDraws([task.train for task in tasks], options.seed),
-        options.num_workers,
-        batch_sampler=TrainingBatches(
-            [len(task.train) for task in tasks],
-            [task.batch_size for task in tasks],
-            seed=options.seed,
-            process=accelerator.process_index,
-            processes=accelerator.num_processes,
-            lengths=lengths,
-            start=progress.steps * options.gradient_accumulation_steps,
-        ),
-        collate_fn=collator,
-    )
-    batches = iter(loader)
-    if checkpoint is not None:
-        state.load_random_state(checkpoint)
-    names = "+".join(task.dev.name for task in tasks)
-    log = Log(accelerator, output_dir / LOG_FILE, progress, options.max_steps, options.eval_every)
-    model.train()
-    with _Interrupt() as interrupt:
-        end = min(options.max_steps, options.pause_at or options.max_steps)
-        while progress.steps < end and not _patience_is_over(progress, options):
-            started = time.perf_counter()
-            losses = []
-            for _ in range(options.gradient_accumulation_steps):
-                batch = next(batches)
-                tokens = encoder_tokens(
-                    model, batch
-                )  # here, since on a device it would have to be waited for
-                batch = batch.to(accelerator.device)
-                _check_readable(batch, progress.steps + 1)
-                with accelerator.accumulate(*(() if spread else (wrapped,))):
-                    with accelerator.autocast():
-                        loss = wrapped(**batch.training_inputs()).loss
-                    # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
-                    (loss / options.gradient_accumulation_steps).backward()
-                    if accelerator.sync_gradients:
-                        if spread:
-                            average_gradients(trained, accelerator)
-                        nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                losses.append(loss.detach())
-                log.note(batch, tokens, loss)
-            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-            schedule.step()
-            progress.steps += 1
-            log.advance()
-            step, last = progress.steps, progress.steps == end
-            evaluating = last or step % options.eval_every == 0
-            saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
-            saving = saving or (last and end < options.max_steps)
-            agreed = evaluating or step % options.log_every == 0
-            progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
-            logging = agreed or saving
-            if logging or progress.stopped_by:
-                mean_loss = log.look(torch.stack(losses).mean())
-            progress.train_seconds += time.perf_counter() - started  # now that the device has ended the step
-            if logging:
-                log.loss(mean_loss, rates)
-            if evaluating:
-                _evaluate_dev(model, tasks, dev_collator, accelerator, options, progress, output_dir, log)
-                progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
-            if saving or progress.stopped_by:
-                state.save(replace(progress, stopped_by=0))
-            if progress.stopped_by:
-                break
-        if progress.stopped_by == signal.SIGINT and not progress.best_step:
-            # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
-            _evaluate_dev(
-                model, tasks, dev_collator, accelerator, options, progress, output_dir, log, keep=False
-            )
-    log.close()
-    if accelerator.is_main_process:
-        Adapter.of(model, task=names, metrics=progress.scores).save(output_dir / LAST)
-    accelerator.wait_for_everyone()
-    if progress.best_step:
-        Adapter.load(output_dir / BEST).apply(model)
-    return progress
 
+    def __init__(
+        self,
+        model: PromptedModel,
+        tasks: Sequence[TrainingTask],
+        collator: Collator,
+        dev_collator: Collator,
+        accelerator: Accelerator,
+        output_dir: Path,
+        options: TrainOptions,
+        optim: OptimOptions,
+        *,
+        checkpoint: Path | None = None,
+    ) -> None:
+        self.model, self.tasks, self.dev_collator = model, tasks, dev_collator
+        self.accelerator, self.output_dir, self.options = accelerator, output_dir, options
+        optimizer = build_optimizer(model.parameter_groups(), optim)
+        self.schedule = build_schedule(optimizer, optim, options.max_steps)
+        self.state = TrainingState(output_dir, model, optimizer, self.schedule, accelerator)
+        self.progress = Progress() if checkpoint is None else self.state.load(checkpoint)
+        # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
+        self.spread = is_spread(model)
+        self.wrapped = model if self.spread else accelerator.prepare_model(model)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.batches = iter(self._loader(collator))
+        if checkpoint is not None:
+            self.state.load_random_state(checkpoint)
+        self.log = Log(
+            accelerator, output_dir / LOG_FILE, self.progress, options.max_steps, options.eval_every
+        )
 
-def _patience_is_over(progress: Progress, options: TrainOptions) -> bool:
-    return 0 < options.patience <= progress.evaluations_without_progress
+    def run(self) -> Progress:
+        """Train to the last step; the model ends with the best adapter loaded.
 
+        Ctrl-C and SIGTERM end the loop after the current step or evaluation, with a checkpoint from which a
+        resumed run gives the same results as an undisturbed one.
 
-def _evaluate_dev(
-    model: PromptedModel,
-    tasks: Sequence[TrainingTask],
-    collator: Collator,
-    accelerator: Accelerator,
-    options: TrainOptions,
-    progress: Progress,
-    output_dir: Path,
-    log: Log,
-    *,
-    keep: bool = True,
-) -> None:
-    """Evaluate on the dev splits; keep the adapter if it is the best so far, and the figures if asked to."""
-    started = time.perf_counter()
-    score, scores = _evaluate_all(model, tasks, collator, accelerator, options)
-    progress.eval_seconds += time.perf_counter() - started
-    log.scores(_primary(tasks), score, scores, keep=keep)
-    progress.evaluations_without_progress += 1
-    better = score > progress.best_score
-    progress.scores = scores
-    progress.history.append((progress.steps, score))
-    if better:
-        progress.best_scores, progress.best_step = scores, progress.steps
-        progress.evaluations_without_progress = 0
-        if accelerator.is_main_process:
-            names = "+".join(task.dev.name for task in tasks)
-            Adapter.of(model, task=names, metrics=scores).save(output_dir / BEST)
+        Raises:
+            ValueError: If a loss is not finite; the message names the step and the batch's ids.
+        """
+        progress, options = self.progress, self.options
+        self.model.train()
+        with _Interrupt() as interrupt:
+            end = min(options.max_steps, options.pause_at or options.max_steps)
+            while progress.steps < end and not self._out_of_patience():
+                self._step(end, interrupt)
+                if progress.stopped_by:
+                    break
+            if progress.stopped_by == signal.SIGINT and not progress.best_step:
+                # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
+                self._evaluate(keep=False)
+        self.log.close()
+        if self.accelerator.is_main_process:
+            self._save_adapter(LAST, progress.scores)
+        self.accelerator.wait_for_everyone()
+        if progress.best_step:
+            Adapter.load(self.output_dir / BEST).apply(self.model)
+        return progress
 
+    def _loader(self, collator: Collator) -> DataLoader[Draw]:
+        """Training batches of this process, from the next step on."""
+        options, accelerator = self.options, self.accelerator
+        lengths = None
+        if options.group_by_length:
+            with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+                whole = [source_lengths(task.train, collator.tokenizer) for task in self.tasks]
+            lengths = [of_task.clip(max=collator.max_source_length) for of_task in whole]
+        return readers.load(
+            TrainingDraws([task.train for task in self.tasks], options.seed),
+            options.num_workers,
+            batch_sampler=TrainingBatches(
+                [len(task.train) for task in self.tasks],
+                [task.batch_size for task in self.tasks],
+                seed=options.seed,
+                process=accelerator.process_index,
+                processes=accelerator.num_processes,
+                lengths=lengths,
+                start=self.progress.steps * options.gradient_accumulation_steps,
+            ),
+            collate_fn=collator,
+        )
 
-def _evaluate_all(
-    model: PromptedModel,
-    tasks: Sequence[TrainingTask],
-    collator: Collator,
-    accelerator: Accelerator,
-    options: TrainOptions,
-) -> tuple[float, dict[str, float]]:
-    """The figure that decides, and all figures; of several tasks each under its name."""
-    deciding: list[float] = []
-    scores: dict[str, float] = {}
-    for task in tasks:
-        found = evaluate(
-            model,
-            task.dev,
-            collator,
-            accelerator,
-            batch_size=options.eval_batch_size,
-            decoding=task.decoding,
-            num_workers=options.num_workers,
-        ).scores
-        deciding.append(found[task.dev.primary])
-        scores |= {f"{task.dev.name}/{k}" if len(tasks) > 1 else k: value for k, value in found.items()}
-    return sum(deciding) / len(deciding), scores
+    def _step(self, end: int, interrupt: "_Interrupt") -> None:
+        """Take one optimizer step, then log, evaluate and save where they are due."""
+        progress, options, accelerator = self.progress, self.options, self.accelerator
+        started = time.perf_counter()
+        losses = [self._learn() for _ in range(options.gradient_accumulation_steps)]
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        self.schedule.step()
+        progress.steps += 1
+        self.log.advance()
+        step, last = progress.steps, progress.steps == end
+        evaluating = last or step % options.eval_every == 0
+        saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
+        saving = saving or (last and end < options.max_steps)
+        agreed = evaluating or step % options.log_every == 0
+        progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
+        logging = agreed or saving
+        if logging or progress.stopped_by:
+            counted = self.log.look(torch.stack(losses).mean())
+            progress.examples += counted.examples
+            progress.skipped += counted.skipped
+        progress.train_seconds += time.perf_counter() - started  # now that the device has ended the step
+        if logging:
+            self.log.loss(counted.loss, rates)
+        if evaluating:
+            self._evaluate()
+            progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
+        if saving or progress.stopped_by:
+            self.state.save(replace(progress, stopped_by=0))
+
+    def _learn(self) -> Tensor:
+        """Learn one batch; its loss, which is not read yet because reading waits for the device."""
+        options, accelerator = self.options, self.accelerator
+        batch = next(self.batches)
+        # Counted before the batch moves: on a device the count would have to be waited for.
+        tokens = encoder_tokens(self.model, batch)
+        batch = batch.to(accelerator.device)
+        _check_readable(batch, self.progress.steps + 1)
+        with accelerator.accumulate(*(() if self.spread else (self.wrapped,))):
+            with accelerator.autocast():
+                loss: Tensor = self.wrapped(**batch.training_inputs()).loss
+            # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
+            (loss / options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+            if accelerator.sync_gradients:
+                if self.spread:
+                    average_gradients(self.trained, accelerator)
+                nn.utils.clip_grad_norm_(self.trained, options.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.log.note(batch, tokens, loss)
+        return loss.detach()
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.options.patience <= self.progress.evaluations_without_progress
+
+    def _evaluate(self, *, keep: bool = True) -> None:
+        """Evaluate on the dev splits and save the adapter if it is the best; `keep` logs the scores."""
+        progress = self.progress
+        started = time.perf_counter()
+        score, scores = self._score_dev()
+        progress.eval_seconds += time.perf_counter() - started
+        self.log.scores(_primary(self.tasks), score, scores, keep=keep)
+        progress.evaluations_without_progress += 1
+        better = score > progress.best_score
+        progress.scores = scores
+        progress.history.append((progress.steps, score))
+        if better:
+            progress.best_scores, progress.best_step = scores, progress.steps
+            progress.evaluations_without_progress = 0
+            if self.accelerator.is_main_process:
+                self._save_adapter(BEST, scores)
+
+    def _score_dev(self) -> tuple[float, dict[str, float]]:
+        """The score that decides, and all scores; of several tasks each under its name."""
+        deciding: list[float] = []
+        scores: dict[str, float] = {}
+        for task in self.tasks:
+            of_task = evaluate(
+                self.model,
+                task.dev,
+                self.dev_collator,
+                self.accelerator,
+                batch_size=self.options.eval_batch_size,
+                decoding=task.decoding,
+                num_workers=self.options.num_workers,
+            ).scores
+            deciding.append(of_task[task.dev.primary])
+            prefix = f"{task.dev.name}/" if len(self.tasks) > 1 else ""
+            scores |= {prefix + name: value for name, value in of_task.items()}
+        return sum(deciding) / len(deciding), scores
+
+    def _save_adapter(self, name: str, scores: dict[str, float]) -> None:
+        names = "+".join(task.dev.name for task in self.tasks)
+        Adapter.of(self.model, task=names, metrics=scores).save(self.output_dir / name)
 
 
 def _primary(tasks: Sequence[TrainingTask]) -> str:
-    """What the deciding figure is called."""
+    """Name of the score that decides."""
     if len(tasks) == 1:
         return tasks[0].dev.primary
     return "mean of " + ", ".join(f"{task.dev.name} {task.dev.primary}" for task in tasks)

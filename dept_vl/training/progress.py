@@ -1,10 +1,11 @@
-"""The line that a person watches while a run trains: drawn over where it can be, plain where it cannot."""
+"""How far a run is, and the line that shows it: redrawn on a terminal, printed now and then elsewhere."""
 
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
@@ -16,6 +17,42 @@ USUAL_COLUMNS = 100
 """Taken where the width is not known, as in a notebook."""
 BAR = 6
 """Columns below which a bar tells nothing."""
+
+
+@dataclass
+class Progress:
+    """How far a run is; `loop` alone updates it.
+
+    Attributes:
+        steps: Optimizer steps done.
+        best_step: When the best evaluation on the dev splits was made; 0 before the first.
+        best_scores: Its figures.
+        scores: Figures of the last evaluation.
+        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
+        evaluations_without_progress: Since the best.
+        examples: Learnt so far, over all processes.
+        skipped: Left out because their image could not be read, each time they came up.
+        train_seconds: Spent in training steps, evaluation left out.
+        eval_seconds: Spent in evaluations.
+        stopped_by: Number of the signal that ended the run early; 0 if none did.
+    """
+
+    steps: int = 0
+    best_step: int = 0
+    best_scores: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, float] = field(default_factory=dict)
+    history: list[tuple[int, float]] = field(default_factory=list)
+    evaluations_without_progress: int = 0
+    examples: int = 0
+    skipped: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    stopped_by: int = 0
+
+    @property
+    def best_score(self) -> float:
+        """The deciding score of the best evaluation; minus infinity before the first."""
+        return max((score for _, score in self.history), default=-math.inf)
 
 
 @dataclass(frozen=True)

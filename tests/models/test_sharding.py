@@ -18,7 +18,7 @@ from dept_vl.models import sharding as spread
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.training import run as runs
 from dept_vl.training.run import run
-from dept_vl.training.score_run import assess
+from dept_vl.training.score_run import score_run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -48,9 +48,9 @@ def ask_for(kind: DistributedType) -> None:
         Accelerator.distributed_type = property(lambda _: kind)  # type: ignore[assignment]
 
 
-def assess_spread(config: EvaluateConfig) -> None:
+def score_spread(config: EvaluateConfig) -> None:
     ask_for(DistributedType.FSDP)
-    assess(config)
+    score_run(config)
 
 
 def configuration(folder: Path, language: Path, vision: Path) -> RunConfig:
@@ -109,9 +109,11 @@ def test_spread_equals_whole(
     before = tensors(tmp_path / "spread")
     in_two_processes(run_spread, replace(spread_config, resume=str(tmp_path / "spread")), tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in tensors(tmp_path / "spread").items())
-    whole_answers = assess(EvaluateConfig(run=tmp_path / "spread", split="val", output_dir=tmp_path / "one"))
+    whole_answers = score_run(
+        EvaluateConfig(run=tmp_path / "spread", split="val", output_dir=tmp_path / "one")
+    )
     in_two_processes(
-        assess_spread, EvaluateConfig(run=tmp_path / "spread", split="val", output_dir=tmp_path / "two")
+        score_spread, EvaluateConfig(run=tmp_path / "spread", split="val", output_dir=tmp_path / "two")
     )
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert len(whole_answers.evaluation.predictions) % 2

@@ -10,7 +10,7 @@ import pytest
 from conftest import D_MODEL
 from helpers import write_vqa
 
-import dept_vl.studies.compare
+import dept_vl.training.run
 from dept_vl._utils.stats import interval
 from dept_vl.adapters.adapter import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
@@ -24,7 +24,8 @@ from dept_vl.tasks.scenes.official import write_concepts
 from dept_vl.tasks.scenes.questions import CODES
 from dept_vl.training.build import build_model
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import RunResult, run
+from dept_vl.training.run import run
+from dept_vl.training.summary import RunResult
 from scripts import compare as script
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -164,7 +165,7 @@ def test_a_comparison_that_is_stopped_is_one_of_fewer_seeds(
         return run(configured, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dept_vl.studies.compare, "run", stopped_at_second)
+        patch.setattr(dept_vl.training.run, "run", stopped_at_second)
         with pytest.raises(KeyboardInterrupt):
             script.main(config)
     one = json.loads((tmp_path / "comparison.json").read_text())

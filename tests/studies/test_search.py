@@ -18,7 +18,8 @@ from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.studies.search import GRID, cost, rungs, tune
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import RunResult, run
+from dept_vl.training.run import run
+from dept_vl.training.summary import RunResult
 from scripts import tune_against_grid
 from scripts.train_vqa import main
 

@@ -272,7 +272,7 @@ def transfer_config(base: RunConfig, folder: Path, *source: str, **options: Any)
 
 def test_table_of_every_start_and_k(base: RunConfig, source: Path, tmp_path: Path) -> None:
     config = transfer_config(base, tmp_path, str(source), k=(1, 2), seeds=2)
-    assert main(config) == 0
+    main(config)
     folder = tmp_path / "out"
     content = json.loads((folder / "transfer.json").read_text())
     assert [(c["k"], c["start"]) for c in content["cells"]] == [
@@ -301,7 +301,7 @@ def test_table_of_every_start_and_k(base: RunConfig, source: Path, tmp_path: Pat
     missing = next(iter(times))
     missing.unlink()
     (folder / "transfer.md").unlink()
-    assert main(config) == 0
+    main(config)
     assert (folder / "transfer.md").read_text() == table
     assert missing.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
@@ -313,14 +313,14 @@ def test_of_several_the_one_with_the_least_loss(base: RunConfig, source: Path, t
     worse.save(tmp_path / "worse")
     sources = (str(tmp_path / "worse"), str(source))
     config = transfer_config(base, tmp_path, *sources, k=(2,), seeds=1, starts=("prompt",))
-    assert main(config) == 0
+    main(config)
     cell = tmp_path / "out" / "k2" / "seed1"
     losses = json.loads((cell / "pick.json").read_text())["losses"]
     least = min(losses, key=losses.get)
     assert losses.keys() == set(sources)
     assert json.loads((cell / "prompt" / "config.json").read_text())["prompt"]["init_from"] == [least]
     mean = replace(config, several="average", output_dir=tmp_path / "mean")
-    assert main(mean) == 0
+    main(mean)
     written = json.loads((tmp_path / "mean" / "k2" / "seed1" / "prompt" / "config.json").read_text())
     assert written["prompt"]["init_from"] == list(sources)
 
@@ -328,7 +328,7 @@ def test_of_several_the_one_with_the_least_loss(base: RunConfig, source: Path, t
 def test_a_task_is_trained_on_first(base: RunConfig, tmp_path: Path) -> None:
     config = transfer_config(base, tmp_path, "vqav2", k=(1,), seeds=1, starts=("all",))
     config = replace(config, source_config=(tmp_path / "base.json",))
-    assert main(config) == 0
+    main(config)
     assert (tmp_path / "out" / "source-vqav2" / "summary.json").is_file()
 
 

@@ -37,7 +37,7 @@ from dept_vl.tasks.base import Task
 from dept_vl.tasks.prepare import snippets
 from dept_vl.tasks.text.table import HALVED, HELD_OUT, TEXT_TASKS, fifths, with_marks
 from dept_vl.tasks.text.task import TextTask, choose, read_rows
-from dept_vl.training.score_run import assess
+from dept_vl.training.score_run import score_run
 from scripts import prepare_data
 from scripts.train_nlp import DEFAULTS, main
 
@@ -662,7 +662,7 @@ def test_a_run_without_images(
     assert adapter.tensors.keys() == {"prompt.soft_prompt", "prompt.offset_a", "prompt.offset_b"}
     assert adapter.tensors["prompt.offset_b"].abs().max() > 0
     adapter.build(Backbone.from_pretrained(language=folder))
-    dev = assess(EvaluateConfig(run=tmp_path / "run", split="validation")).evaluation
+    dev = score_run(EvaluateConfig(run=tmp_path / "run", split="validation")).evaluation
     assert dev.scores == result.training.best_scores
     shown = capsys.readouterr().out
     assert f"{task} test: {test.primary} (0-100)" in shown
@@ -678,7 +678,7 @@ def test_a_run_is_scored_on_another_text_task(
     data_dir = write_splits(tmp_path / "data" / "rte", "rte")
     write_splits(tmp_path / "data" / "mrpc", "mrpc")
     main(tiny(language_folders["t5"], data_dir, tmp_path / "run", "rte"))
-    found = assess(EvaluateConfig(run=tmp_path / "run", task="mrpc"))
+    found = score_run(EvaluateConfig(run=tmp_path / "run", task="mrpc"))
     assert found.evaluation.scores.keys() == {"accuracy", "f1"}
     assert found.output_dir == tmp_path / "run" / "mrpc-test"
 

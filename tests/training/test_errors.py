@@ -24,16 +24,17 @@ from runs import reset_accelerate, with_
 from test_resume import result_of
 from torch.utils.data import get_worker_info
 
-import dept_vl.training.run
+import dept_vl.training.stages
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Collator
 from dept_vl.training import checkpoint as state
-from dept_vl.training.checkpoint import Progress, TrainingState
+from dept_vl.training.checkpoint import TrainingState
 from dept_vl.training.errors import explained
 from dept_vl.training.log import SPIKE_WINDOW, Log
-from dept_vl.training.run import run
+from dept_vl.training.progress import Progress
+from dept_vl.training.run import Run, run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -131,7 +132,7 @@ def assert_goes_on(config: RunConfig, whole: RunConfig) -> None:
         (TrainingState, "save", 2, "checkpoints/.step-00000004.partial/rng-0.safetensors", "step 2"),
         (Adapter, "save", 1, "best/adapter.safetensors", "step 2"),
         (Log, "scores", 2, "log.jsonl", "step 4"),
-        (dept_vl.training.run, "write_answers", 1, "predictions.json", "step 6"),
+        (dept_vl.training.stages, "write_answers", 1, "predictions.json", "step 6"),
     ],
 )
 def test_a_full_disk(
@@ -250,8 +251,8 @@ def test_the_images_are_removed(config: RunConfig, whole: RunConfig, tmp_path: P
         # No image can be opened; no worker can be started; no tensor can be handed over by one; of the two
         # workers of an evaluation, one can be started.
         (0, 0, Collator, "__call__", 4),
-        (2, 0, dept_vl.training.run, "train", 1),
-        (2, 24, dept_vl.training.run, "train", 1),
+        (2, 0, Run, "fit", 1),
+        (2, 24, Run, "fit", 1),
         (2, 8, readers, "load", 2),
     ],
 )

@@ -31,7 +31,7 @@ from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import shard_name
 from dept_vl.training.extract import extract
 from dept_vl.training.run import run
-from dept_vl.training.score_run import assess
+from dept_vl.training.score_run import score_run
 from scripts import bench_features, extract_features
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -87,7 +87,7 @@ def test_a_run_from_files_is_a_live_run(
             "output_dir": tmp_path / f"scored {choice}",
             "limit": 7,
         }
-        evaluated.append(assess(EvaluateConfig(run=tmp_path / "run", **options)).evaluation)
+        evaluated.append(score_run(EvaluateConfig(run=tmp_path / "run", **options)).evaluation)
     assert evaluated[0] == evaluated[1]
     assert len(evaluated[0].predictions) == 7
 

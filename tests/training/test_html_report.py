@@ -41,7 +41,7 @@ from dept_vl.training.report.html import (
 )
 from dept_vl.training.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, page, table, text
 from dept_vl.training.run import run
-from dept_vl.training.score_run import assess
+from dept_vl.training.score_run import score_run
 from scripts.report import BROWSERS, ReportConfig, draw, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -164,7 +164,7 @@ def test_the_page_is_made_again_from_the_folder(
 
 
 def test_an_evaluation_leaves_a_page(finished: Path, tmp_path: Path) -> None:
-    found = assess(EvaluateConfig(run=finished, split="train", output_dir=tmp_path / "evaluated"))
+    found = score_run(EvaluateConfig(run=finished, split="train", output_dir=tmp_path / "evaluated"))
     page_found = read(found.output_dir)
     assert "vqav2 train" in page_found.said
     assert f"{found.evaluation.scores['overall']:.2f}" in page_found.said
@@ -172,7 +172,7 @@ def test_an_evaluation_leaves_a_page(finished: Path, tmp_path: Path) -> None:
 
 
 def test_without_published_answers_nothing_is_called_right_or_wrong(finished: Path, tmp_path: Path) -> None:
-    assess(EvaluateConfig(run=finished, split="test", output_dir=tmp_path / "evaluated"))
+    score_run(EvaluateConfig(run=finished, split="test", output_dir=tmp_path / "evaluated"))
     found = read(tmp_path / "evaluated")
     assert "No human answers are published" in found.said
     assert len(found.of_class("card")) == 4

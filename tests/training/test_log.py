@@ -4,19 +4,22 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import IMAGE_SIZE, random_features, random_text
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dept_vl.data.collate import Batch
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
-from dept_vl.training.checkpoint import Progress
-from dept_vl.training.log import Log, memory_gib
+from dept_vl.training.log import Counted, Log, memory_gib
 from dept_vl.training.loop import encoder_tokens
+from dept_vl.training.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -53,7 +56,9 @@ def test_figures_are_of_the_time_since_the_figures_before(tmp_path: Path) -> Non
             log.note(Batch(("a",) * count, one, one), 5 * count, torch.tensor(0.5))
             progress.steps += 1
         progress.train_seconds += seconds
-        log.loss(log.look(torch.tensor(0.5)), {"prompt": 0.3})
+        counted = log.look(torch.tensor(0.5))
+        assert (counted.loss, counted.examples, counted.skipped) == (0.5, 2 * count, 0)
+        log.loss(counted.loss, {"prompt": 0.3})
     log.close()
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (first["samples_per_second"], first["tokens_per_second"]) == (4.0, 20.0)
@@ -62,7 +67,30 @@ def test_figures_are_of_the_time_since_the_figures_before(tmp_path: Path) -> Non
     assert first["seconds_left"] == 8 * 0.5 + 2 * 7.0
     assert second["seconds_left"] == 6 * 1.25 + 2 * 7.0
     assert second["lr/prompt"] == 0.3
-    assert progress.examples == 6
+    assert progress.examples == 0  # the log reads progress; the loop updates it
+
+
+class SinglePrecision(TorchDispatchMode):
+    """A device without float64, as Apple's MPS is: making such a tensor raises."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                raise TypeError(f"{func}: this device has no float64")
+        return result
+
+
+def test_the_log_needs_no_float64(tmp_path: Path) -> None:
+    log = Log(Accelerator(cpu=True), tmp_path / "log.jsonl", Progress(), max_steps=10, eval_every=4)
+    one = torch.ones(2, 3, dtype=torch.long)
+    with SinglePrecision():
+        with pytest.raises(TypeError, match="no float64"):
+            torch.tensor(0.1).double()
+        log.note(Batch(("a", "b"), one, one, skipped=("c",)), 5, torch.tensor(0.1))
+        counted = log.look(torch.tensor(0.1))
+    log.close()
+    assert counted == Counted(torch.tensor(0.1).item(), 2, 1)
 
 
 def test_memory_of_a_process_without_gpu_is_what_it_holds() -> None:

@@ -23,7 +23,8 @@ from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, differences, to_json
 from dept_vl.inference.evaluate import evaluate
 from dept_vl.training import checkpoint as state
-from dept_vl.training.run import RunResult, run
+from dept_vl.training.run import run
+from dept_vl.training.summary import RunResult
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

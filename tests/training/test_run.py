@@ -37,7 +37,7 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks import coco, load_task
 from dept_vl.tasks.metrics.caption import CaptionScore
 from dept_vl.tasks.vqav2 import VQAv2
-from dept_vl.training.run import RunResult
+from dept_vl.training.summary import RunResult
 from scripts import train_caption, train_gqa, train_nlvr2
 from scripts.train_vqa import main
 

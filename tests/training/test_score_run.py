@@ -16,8 +16,9 @@ from dept_vl.data.splits import choose_decoding, data_options, run_candidates
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import limit
 from dept_vl.tasks.io.submission import check_submission
-from dept_vl.training.run import RunResult, run
-from dept_vl.training.score_run import Assessment, assess
+from dept_vl.training.run import run
+from dept_vl.training.score_run import Evaluated, score_run
+from dept_vl.training.summary import RunResult
 from scripts.evaluate import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -50,12 +51,12 @@ def finished(
 
 
 @pytest.fixture
-def evaluate(finished: Finished, tmp_path: Path) -> Callable[..., Assessment]:
+def evaluate(finished: Finished, tmp_path: Path) -> Callable[..., Evaluated]:
     """Scores the run with these options."""
 
-    def call(**options: Any) -> Assessment:
+    def call(**options: Any) -> Evaluated:
         options = {"output_dir": tmp_path / "evaluation"} | options
-        return assess(EvaluateConfig(run=finished.folder, **options))
+        return score_run(EvaluateConfig(run=finished.folder, **options))
 
     return call
 
@@ -65,7 +66,7 @@ def written(path: Path, id_key: str = "question_id", answer_key: str = "answer")
 
 
 def test_the_split_of_the_run_is_scored_as_the_run_did(
-    finished: Finished, evaluate: Callable[..., Assessment], capsys: pytest.CaptureFixture[str]
+    finished: Finished, evaluate: Callable[..., Evaluated], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = files(finished.folder)
     found = evaluate()
@@ -109,7 +110,7 @@ def test_the_run_says_how_answers_are_decoded(finished: Finished) -> None:
     assert choose_decoding(coco, options, run_candidates(other, coco.name)) == coco.decoding
 
 
-def test_another_split(evaluate: Callable[..., Assessment], scenes: Path) -> None:
+def test_another_split(evaluate: Callable[..., Evaluated], scenes: Path) -> None:
     found = evaluate(split="train")
     task = load_task("vqav2", scenes / "vqav2", "train")
     assert found.evaluation.predictions.keys() == {*task.example_ids()}
@@ -117,7 +118,7 @@ def test_another_split(evaluate: Callable[..., Assessment], scenes: Path) -> Non
 
 
 @pytest.mark.parametrize("task", ["gqa", "nlvr2"])
-def test_another_task(evaluate: Callable[..., Assessment], scenes: Path, task: str) -> None:
+def test_another_task(evaluate: Callable[..., Evaluated], scenes: Path, task: str) -> None:
     split = {"gqa": "testdev", "nlvr2": "dev"}[task]
     found = evaluate(task=task, data_dir=scenes / task, split=split)
     whole = load_task(task, scenes / task, split)
@@ -129,7 +130,7 @@ def test_another_task(evaluate: Callable[..., Assessment], scenes: Path, task: s
 
 
 def test_a_task_new_to_the_run_needs_folder_and_split(
-    evaluate: Callable[..., Assessment], scenes: Path
+    evaluate: Callable[..., Evaluated], scenes: Path
 ) -> None:
     for options in ({}, {"data_dir": scenes / "gqa"}, {"split": "val"}):
         with pytest.raises(ValueError, match="knows nothing of 'gqa'; say --data_dir and --split"):
@@ -148,7 +149,7 @@ def test_every_task_of_the_run_is_known(finished: Finished, scenes: Path) -> Non
 
 
 def test_a_limit_draws_as_the_run_would(
-    finished: Finished, evaluate: Callable[..., Assessment], scenes: Path
+    finished: Finished, evaluate: Callable[..., Evaluated], scenes: Path
 ) -> None:
     found = evaluate(limit=5)
     task = limit(load_task("vqav2", scenes / "vqav2", "val"), 5, finished.config.train.seed)
@@ -156,7 +157,7 @@ def test_a_limit_draws_as_the_run_would(
     assert len(found.evaluation.predictions) == 5
 
 
-def test_candidates_of_a_file(evaluate: Callable[..., Assessment], scenes: Path, tmp_path: Path) -> None:
+def test_candidates_of_a_file(evaluate: Callable[..., Evaluated], scenes: Path, tmp_path: Path) -> None:
     file = tmp_path / "answers.json"
     file.write_text('["red", "no"]')
     of_the_run = evaluate(limit=6)
@@ -171,7 +172,7 @@ def test_candidates_of_a_file(evaluate: Callable[..., Assessment], scenes: Path,
 
 @pytest.mark.parametrize("content", ['{"red": 1}', "[]", '["red", 3]', "red\nno\n"])
 def test_candidates_in_another_form_are_refused(
-    evaluate: Callable[..., Assessment], tmp_path: Path, content: str
+    evaluate: Callable[..., Evaluated], tmp_path: Path, content: str
 ) -> None:
     file = tmp_path / "answers.json"
     file.write_text(content)
@@ -184,7 +185,7 @@ def test_candidates_in_another_form_are_refused(
 
 
 def test_nothing_is_overwritten(
-    finished: Finished, evaluate: Callable[..., Assessment], tmp_path: Path
+    finished: Finished, evaluate: Callable[..., Evaluated], tmp_path: Path
 ) -> None:
     evaluate(limit=2)
     for folder in (tmp_path / "evaluation", finished.folder):
@@ -195,14 +196,14 @@ def test_nothing_is_overwritten(
         assert files(folder) == before
 
 
-def test_what_is_no_run_is_refused(evaluate: Callable[..., Assessment], tmp_path: Path) -> None:
+def test_what_is_no_run_is_refused(evaluate: Callable[..., Evaluated], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no configuration at"):
-        assess(EvaluateConfig(run=tmp_path))
+        score_run(EvaluateConfig(run=tmp_path))
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         evaluate(adapter=tmp_path)
 
 
-def test_another_adapter(finished: Finished, evaluate: Callable[..., Assessment], tmp_path: Path) -> None:
+def test_another_adapter(finished: Finished, evaluate: Callable[..., Evaluated], tmp_path: Path) -> None:
     """Of other sizes, read with the text length that it was trained with."""
     sizes = {"prompt_length": 5, "rank": 1, "max_source_length": 9}
     other = with_(finished.config, prompt=sizes, train={"max_steps": 1}, output_dir=tmp_path / "other")
@@ -215,7 +216,7 @@ def test_another_adapter(finished: Finished, evaluate: Callable[..., Assessment]
 
 def test_an_adapter_of_another_backbone_is_refused(
     finished: Finished,
-    evaluate: Callable[..., Assessment],
+    evaluate: Callable[..., Evaluated],
     tmp_path: Path,
 ) -> None:
     adapter = shutil.copytree(finished.folder / "best", tmp_path / "adapter")
@@ -227,7 +228,7 @@ def test_an_adapter_of_another_backbone_is_refused(
 
 
 def test_missing_and_broken_images(
-    evaluate: Callable[..., Assessment], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Callable[..., Evaluated], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data_dir = shutil.copytree(scenes / "vqav2", tmp_path / "vqav2")
     task = load_task("vqav2", data_dir, "val")
@@ -249,7 +250,7 @@ def test_missing_and_broken_images(
 
 @pytest.mark.parametrize("split", ["test", "test-std", "test-dev"])
 def test_a_submission_to_vqav2_has_every_question_of_test(
-    evaluate: Callable[..., Assessment], scenes: Path, split: str, capsys: pytest.CaptureFixture[str]
+    evaluate: Callable[..., Evaluated], scenes: Path, split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = evaluate(split=split)
     asked, whole = (load_task("vqav2", scenes / "vqav2", name) for name in (split, "test"))
@@ -266,7 +267,7 @@ def test_a_submission_to_vqav2_has_every_question_of_test(
     assert ("18 of other phases left empty" in said) == (split == "test-dev")
 
 
-def test_a_submission_to_gqa(evaluate: Callable[..., Assessment], scenes: Path) -> None:
+def test_a_submission_to_gqa(evaluate: Callable[..., Evaluated], scenes: Path) -> None:
     found = evaluate(task="gqa", data_dir=scenes / "gqa", split="submission_all")
     assert found.submission is not None
     assert (found.submission.answered, found.submission.filled) == (24, 0)
@@ -277,14 +278,14 @@ def test_a_submission_to_gqa(evaluate: Callable[..., Assessment], scenes: Path) 
     )
 
 
-def test_part_of_a_split_is_no_submission(evaluate: Callable[..., Assessment]) -> None:
+def test_part_of_a_split_is_no_submission(evaluate: Callable[..., Evaluated]) -> None:
     found = evaluate(split="test-dev", limit=2)
     assert found.submission is None
     assert not (found.output_dir / "submission.json").exists()
 
 
 def test_what_a_submission_lacks_is_noticed_before_anything_is_answered(
-    evaluate: Callable[..., Assessment], scenes: Path, tmp_path: Path
+    evaluate: Callable[..., Evaluated], scenes: Path, tmp_path: Path
 ) -> None:
     data_dir = shutil.copytree(scenes / "vqav2", tmp_path / "vqav2")
     (data_dir / "v2_OpenEnded_mscoco_test2015_questions.json").unlink()
@@ -294,7 +295,7 @@ def test_what_a_submission_lacks_is_noticed_before_anything_is_answered(
 
 
 def test_two_processes_answer_as_one_does(
-    finished: Finished, evaluate: Callable[..., Assessment], tmp_path: Path
+    finished: Finished, evaluate: Callable[..., Evaluated], tmp_path: Path
 ) -> None:
     expected = evaluate(limit=7, batch_size=3)
     config = EvaluateConfig(finished.folder, limit=7, batch_size=3, output_dir=tmp_path / "two")

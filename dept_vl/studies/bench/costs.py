@@ -50,12 +50,12 @@ def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, St
     first = next(iter(configs.values()))
     splits = load_splits(first.data, first.train.seed)
     models = {name: build_model(config).train() for name, config in configs.items()}
-    backbone = next(iter(models.values())).backbone
-    collate = Collator(
-        backbone.tokenizer,
+    model = next(iter(models.values()))
+    collate = Collator.for_model(
+        model,
+        splits.decoding.max_new_tokens,
         max_source_length=first.prompt.max_source_length,
-        max_target_length=splits.decoding.max_new_tokens,
-        images=read_features(backbone.vision, [splits], num_workers=0, accelerator=accelerator),
+        images=read_features(model.backbone.vision, [splits], num_workers=0, accelerator=accelerator),
     )
     draws = TrainingDraws([splits.train], first.train.seed)
     order = TrainingBatches(

@@ -1,0 +1,129 @@
+"""The last two stages of a run, score and write: shared by training and by scoring a finished run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dept_vl._utils.io import writing
+from dept_vl.data.collate import Collator
+from dept_vl.inference.evaluate import Evaluation, evaluate
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.tasks.base import Decoding, Task
+from dept_vl.training.report.html import Answered, or_warn
+from dept_vl.training.report.pictures import picture_grid
+
+
+@dataclass(frozen=True)
+class Part:
+    """One split to score.
+
+    Attributes:
+        task: The split.
+        name: Its name.
+        decoding: How answers are decoded.
+        suffix: What the names of its files end in, where a run has several tasks.
+    """
+
+    task: Task
+    name: str
+    decoding: Decoding
+    suffix: str = ""
+
+
+class Stages(ABC):
+    """The stages of a run; a subclass prepares the model, the collator and the splits to score.
+
+    Args:
+        accelerator: Accelerator of the run.
+        output_dir: Where results are written.
+        batch_size: Examples that a process decodes at a time.
+        num_workers: Processes that read images.
+
+    Attributes:
+        model: The unwrapped model.
+        collator: Makes batches to evaluate.
+        parts: The splits to score.
+        evaluations: Answers and scores of each split, once `score` has run.
+        predictions: Files of the answers, once `write` has run.
+    """
+
+    model: PromptedModel
+    collator: Collator
+    parts: list[Part]
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, *, batch_size: int, num_workers: int
+    ) -> None:
+        self.accelerator, self.output_dir = accelerator, output_dir
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.evaluations: list[Evaluation] = []
+        self.predictions: list[Path] = []
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Read the data and load the model."""
+
+    def score(self) -> None:
+        """Answer and score every split."""
+        self.evaluations = [
+            evaluate(
+                self.model,
+                part.task,
+                self.collator,
+                self.accelerator,
+                batch_size=self.batch_size,
+                decoding=part.decoding,
+                num_workers=self.num_workers,
+                progress=self.accelerator.is_main_process,
+            )
+            for part in self.parts
+        ]
+
+    def write(self) -> None:
+        """Write answers, pictures, scores and the report, on the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.predictions = [
+            write_answers(part.task, evaluation, self.output_dir, part.suffix)
+            for part, evaluation in zip(self.parts, self.evaluations, strict=True)
+        ]
+        self.write_scores()
+        answered = [
+            Answered(part.task, part.name, evaluation.predictions, evaluation.scores)
+            for part, evaluation in zip(self.parts, self.evaluations, strict=True)
+        ]
+        or_warn(lambda: self.write_report(answered))
+
+    @abstractmethod
+    def write_scores(self) -> None:
+        """Write and print the scores."""
+
+    @abstractmethod
+    def write_report(self, answered: Sequence[Answered]) -> Path:
+        """Write the report, and return its path."""
+
+
+def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
+    """Write the predictions in the format of the task's server and a picture of some; warn of missing ones.
+
+    Returns:
+        The file of predictions.
+    """
+    path = folder / f"predictions{suffix}.{task.prediction_format.kind}"
+    with writing(path):
+        task.prediction_format.write(evaluation.predictions, path)
+    if evaluation.skipped:
+        print(
+            f"warning: {len(evaluation.skipped):,} of {len(task):,} examples of {task.name} have no "
+            "readable image and got an empty answer, which counts as wrong "
+            f"(first ids: {list(evaluation.skipped[:3])})"
+        )
+    elif task[0].images:
+        picture = folder / f"answers{suffix}.png"
+        with writing(picture):
+            picture_grid(task, evaluation.predictions, picture)
+    return path
