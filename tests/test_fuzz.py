@@ -33,7 +33,7 @@ from transformers import get_linear_schedule_with_warmup
 from dept_vl._utils.images import read_image
 from dept_vl._utils.io import read_object
 from dept_vl._utils.tensors import read_tensors
-from dept_vl.adapters import authors as official
+from dept_vl.adapters import authors
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
 from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.data.splits import read_candidates
@@ -307,11 +307,11 @@ def model_kinds(folder: Path) -> dict[str, Kind]:
     save_file({"linear.weight": torch.randn(4, 3)}, folder / "projection.safetensors")
     sizes = {"num_virtual_tokens": 2, "token_dim": 8, "max_length": 5, "r": 4, "lora_alpha": 8}
     (folder / "official").mkdir()
-    described = official.DEFAULTS | sizes | {"base_model_name_or_path": "google-t5/t5-base"}
-    (folder / "official" / official.CONFIG_FILE).write_text(json.dumps(described))
+    described = authors.DEFAULTS | sizes | {"base_model_name_or_path": "google-t5/t5-base"}
+    (folder / "official" / authors.CONFIG_FILE).write_text(json.dumps(described))
     tensors = {name.removeprefix("prompt."): value for name, value in small_adapter().tensors.items()}
-    named = {theirs: tensors[ours] for ours, theirs in official.NAMES.items()}
-    torch.save(named, folder / "official" / official.TENSORS_FILE)
+    named = {theirs: tensors[ours] for ours, theirs in authors.NAMES.items()}
+    torch.save(named, folder / "official" / authors.TENSORS_FILE)
     backbone = {
         "name": "tiny",
         "visual_position_bias": "none",
@@ -326,7 +326,7 @@ def model_kinds(folder: Path) -> dict[str, Kind]:
         "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, OPTIONS)),
         "projection": one(folder / "projection.safetensors", read_tensors),
     }
-    for part, load in (("adapter", Adapter.load), ("official", official.read)):
+    for part, load in (("adapter", Adapter.load), ("official", authors.read)):
         kinds |= {f"{part}, {name}": kind for name, kind in of_folder(folder / part, load).items()}
     return kinds
 
@@ -390,7 +390,7 @@ NAMES = (
     *("vqa predictions", "gqa predictions", "nlvr2 predictions", "candidates", "config", "summary"),
     *("jpeg", "progressive jpeg", "png", "gif", "webp", "tiff", "deflated tiff", "bmp"),
     *("backbone", "projection", f"adapter, {ADAPTER_FILE}", f"adapter, {TENSORS_FILE}"),
-    *(f"official, {official.CONFIG_FILE}", f"official, {official.TENSORS_FILE}"),
+    *(f"official, {authors.CONFIG_FILE}", f"official, {authors.TENSORS_FILE}"),
     *("checkpoint, state.json", "checkpoint, tensors.safetensors", "checkpoint, rng-0.safetensors"),
     "checkpoint, manifest.json",
 )

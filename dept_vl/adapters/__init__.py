@@ -3,4 +3,15 @@
 An adapter is what is passed on; the state of a run that can be resumed is `training.checkpoint`.
 """
 
-__all__ = ["adapter", "attach", "authors", "card", "hub", "peft", "ready_made", "schema", "warm_start"]
+__all__ = [
+    "adapter",
+    "attach",
+    "authors",
+    "card",
+    "hub",
+    "identity",
+    "peft",
+    "ready_made",
+    "schema",
+    "warm_start",
+]

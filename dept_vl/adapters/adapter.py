@@ -6,7 +6,6 @@ which says what they are, for which backbone, and how well they do.
 """
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
-from dept_vl.adapters import authors as official
+from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
 from dept_vl.adapters.hub import ADAPTER_FILE, TENSORS_FILE, adapter_folder, push
+from dept_vl.adapters.identity import check_backbone, describe_backbone
 from dept_vl.adapters.schema import (
     BEFORE_METHODS,
-    BEFORE_VISION,
     FORMAT_VERSION,
     read_description,
     tensor_shapes,
@@ -72,7 +71,7 @@ class Adapter:
         prompt, backbone = model.prompt, model.backbone
         return cls(
             prompt=None if prompt is None else family.describe(prompt),
-            backbone=_identity(backbone),
+            backbone=describe_backbone(backbone),
             task=task,
             metrics=dict(metrics),
             trainable_parameters=count_trainable(model),
@@ -219,8 +218,8 @@ class Adapter:
         return cls.load(adapter_folder(name_or_folder, revision=revision, token=token))
 
     @classmethod
-    def from_official(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
-        """Read an adapter in the files of the authors of DePT (see `official`).
+    def from_authors(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
+        """Read an adapter in the files of the authors of DePT (see `authors`).
 
         The files do not say which weights the adapter belongs to: `build` compares the backbone's
         name and width alone and warns of it.
@@ -229,13 +228,13 @@ class Adapter:
             folder: Holds `adapter_model.bin` and `adapter_config.json`.
             task: The task it was trained on, of which the files say nothing.
             prompt_only: Take the soft prompt P alone, as plain prompt tuning. Files without A and B
-                are refused otherwise.
+                are rejected otherwise.
 
         Raises:
             FileNotFoundError: If a file is missing.
             ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
         """
-        tensors, config = official.read(folder, prompt_only=prompt_only)
+        tensors, config = authors.read(folder, prompt_only=prompt_only)
         with torch.device("meta"):  # for its sizes alone
             prompt = DePT(
                 config["token_dim"],
@@ -246,26 +245,20 @@ class Adapter:
             )
         return cls(
             prompt=family.describe(prompt),
-            backbone={
-                "name": config["base_model_name_or_path"],
-                "fingerprint": None,
-                "visual_position_bias": None,
-                **BEFORE_VISION,
-                "official_config": config,
-            },
+            backbone=authors.describe_backbone(config),
             task=task,
             metrics={},
             trainable_parameters=_count(prompt.parameter_groups()),
             tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
         )
 
-    def to_official(self, folder: str | Path) -> None:
+    def to_authors(self, folder: str | Path) -> None:
         """Write the adapter in the files of the authors of DePT, whose code runs T5 on text.
 
         Raises:
             ValueError: If it is more or less than P, A and B, which is all that they hold.
         """
-        expected = {"prompt." + name for name in official.NAMES}
+        expected = {"prompt." + name for name in authors.NAMES}
         if self.prompt is None or self.tensors.keys() != expected:
             raise ValueError(
                 f"the authors' files hold {sorted(expected)} and nothing else; this adapter has "
@@ -273,7 +266,7 @@ class Adapter:
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = official.contents(
+        files = authors.contents(
             {name.removeprefix("prompt."): tensor for name, tensor in self.tensors.items()},
             self.prompt,
             self.backbone["name"],
@@ -281,6 +274,11 @@ class Adapter:
         )
         for name, content in files.items():
             write_atomically(folder / name, content)
+
+    from_official = from_authors
+    """Earlier name of `from_authors`."""
+    to_official = to_authors
+    """Earlier name of `to_authors`."""
 
     def build(self, backbone: Backbone) -> PromptedModel:
         """A model with this adapter on its backbone.
@@ -379,43 +377,8 @@ class Adapter:
         return ""
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Refuse any backbone but the one that the adapter was trained on.
-
-        Raises:
-            ValueError: With both names and fingerprints.
-        """
-        if self.backbone["fingerprint"] is None:
-            self._check_name(backbone)
-            return
-        here, there = _identity(backbone), {**BEFORE_VISION, **self.backbone}
-        compared = ["fingerprint", "visual_position_bias"]
-        if there["vision"] is not None:
-            compared.append("vision")
-        if any(there[key] != here[key] for key in compared):
-            raise ValueError(
-                f"this adapter was trained on {_said(there, compared)} and does not fit "
-                f"{_said(here, compared)}; load the backbone it was trained on"
-            )
-
-    def _check_name(self, backbone: Backbone) -> None:
-        """All that can be compared where the weights are not on record; `PromptedModel` adds the width."""
-        name = self.backbone["name"]
-        if backbone.vision is not None:
-            raise ValueError(
-                f"this adapter was trained on {name} for text alone and does not fit {backbone.name}, "
-                "which has a vision tower; load the language model without one"
-            )
-        # "t5-base" is "google-t5/t5-base" on the Hub now, and any folder of that name on a disk.
-        if Path(name).name != Path(backbone.name).name:
-            raise ValueError(
-                f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
-                "backbone.name if this is the same model under another name"
-            )
-        warnings.warn(
-            f"the authors' files do not say on which weights of {name} this adapter was trained; of "
-            f"{backbone.name} only the name and the width were compared",
-            stacklevel=4,
-        )
+        """Raise a `ValueError` for any backbone but the one that the adapter was trained on."""
+        check_backbone(self.backbone, backbone)
 
 
 def count_trainable(model: PromptedModel) -> dict[str, int]:
@@ -446,18 +409,4 @@ def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
         if module is not None
         for name, parameter in module.named_parameters()
         if parameter.requires_grad or module is model.backbone.visual_projection
-    }
-
-
-def _said(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """A backbone in words: its name, and what else is compared."""
-    return f"{identity['name']} ({', '.join(f'{key} {identity[key]}' for key in keys)})"
-
-
-def _identity(backbone: Backbone) -> dict[str, Any]:
-    return {
-        "name": backbone.name,
-        "fingerprint": backbone.fingerprint,
-        "visual_position_bias": backbone.visual_position_bias,
-        "vision": None if backbone.vision is None else backbone.vision.options(),
     }

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dept_vl._utils.io import difference, read_json
 from dept_vl._utils.tensors import check_parameters
+from dept_vl.adapters.schema import BEFORE_VISION
 from dept_vl.prompts.budget import LARGEST_SIZE
 
 TENSORS_FILE = "adapter_model.bin"
@@ -26,7 +27,7 @@ NAMES = {
     "offset_a": "prompt_encoder.lora_embedding_A",
     "offset_b": "prompt_encoder.lora_embedding_B",
 }
-"""Their name of each of our tensors."""
+"""The authors' name of each of our tensors."""
 
 DEFAULTS: dict[str, Any] = {
     "bias": "none",
@@ -63,20 +64,20 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter of the authors' at {folder}: {name} is missing there")
     config = _read_config(folder / CONFIG_FILE, rank_counts=not prompt_only)
-    found = _read_tensors(folder / TENSORS_FILE)
+    stored = _read_tensors(folder / TENSORS_FILE)
     names = {"soft_prompt": NAMES["soft_prompt"]} if prompt_only else NAMES
-    if found.keys() == {NAMES["soft_prompt"]} and not prompt_only:
+    if stored.keys() == {NAMES["soft_prompt"]} and not prompt_only:
         raise ValueError(
             f"{folder / TENSORS_FILE} holds the soft prompt P alone: A and B, with which P was trained, "
             "were not saved (as in three of the authors' five releases), so the trained model cannot be "
             "restored; prompt_only=True reads P as plain prompt tuning, which is another model"
         )
-    if found.keys() - set(NAMES.values()) or not found.keys() >= set(names.values()):
+    if stored.keys() - set(NAMES.values()) or not stored.keys() >= set(names.values()):
         raise ValueError(
             f"{folder / TENSORS_FILE} holds other tensors than an adapter: expected "
-            f"{sorted(NAMES.values())}, found {sorted(found)!s:.300}"
+            f"{sorted(NAMES.values())}, found {sorted(stored)!s:.300}"
         )
-    tensors = {ours: found[theirs] for ours, theirs in names.items()}
+    tensors = {ours: stored[name] for ours, name in names.items()}
     width, rank, longest = config["token_dim"], config["r"], config["max_length"]
     shapes = {
         "soft_prompt": (config["num_virtual_tokens"], width),
@@ -92,6 +93,17 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
     return tensors, config
 
 
+def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the authors' configuration records of the backbone: its name; and the configuration."""
+    return {
+        "name": config["base_model_name_or_path"],
+        "fingerprint": None,
+        "visual_position_bias": None,
+        **BEFORE_VISION,
+        "official_config": dict(config),
+    }
+
+
 def contents(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, Any], backbone: str, config: Mapping[str, Any]
 ) -> dict[str, bytes]:
@@ -104,8 +116,8 @@ def contents(
         config: The configuration that the adapter was read with, if it was; empty if not.
     """
     width, alpha = sizes["d_model"], sizes["alpha"]
-    theirs = dict(config) or DEFAULTS | {"hidden_size": width, "tokenizer_name_or_path": backbone}
-    described = theirs | {
+    kept = dict(config) or DEFAULTS | {"hidden_size": width, "tokenizer_name_or_path": backbone}
+    described = kept | {
         "base_model_name_or_path": backbone,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "max_length": sizes["max_source_length"],
@@ -124,9 +136,9 @@ def contents(
 def _read_config(path: Path, *, rank_counts: bool) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        found = config.get("peft_type") if isinstance(config, dict) else config
+        peft_type = config.get("peft_type") if isinstance(config, dict) else config
         raise ValueError(
-            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found!r:.60}"
+            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {peft_type!r:.60}"
         )
     sizes = ["num_virtual_tokens", "token_dim", "max_length"] + ["r"] * rank_counts
     wrong = {key: config.get(key) for key in sizes if not _is_size(config.get(key))}
@@ -150,23 +162,23 @@ def _is_size(value: object) -> bool:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # A pickle can run code; this reads tensors and plain containers, and refuses all else.
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what a damaged pickle raises is anybody's guess
-        found = None
-    if not isinstance(found, dict) or not all(
+        content = None
+    if not isinstance(content, dict) or not all(
         isinstance(name, str) and type(value) is Tensor and value.layout is torch.strided
-        for name, value in found.items()
+        for name, value in content.items()
     ):
         raise ValueError(
             f"{path} is damaged or holds more than tensors; nothing else is read, because reading a "
             "pickle can run code"
         )
     # A pickle may spread few bytes over a large tensor, by strides of 0, or squeeze them.
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in found.values())
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in content.values())
     if claimed > path.stat().st_size:
         raise ValueError(
             f"{path} is damaged: expected tensors no larger than the file ({path.stat().st_size:,} bytes), "
             f"found {claimed:,} bytes"
         )
-    check_parameters(found, path)
-    return found
+    check_parameters(content, path)
+    return content

@@ -45,14 +45,14 @@ DESCRIPTION = {
     "format_version": int,
 }
 """Fields of `adapter.json`, as `files.difference` has them."""
-OFFICIAL_BACKBONE = {
+AUTHORS_BACKBONE = {
     "name": str,
     "fingerprint": None,
     "visual_position_bias": None,
     "vision": None,
     "official_config": dict,
 }
-"""What `from_official` knows of the backbone."""
+"""Fields of `backbone` where the adapter was read from the authors' files (`Adapter.from_authors`)."""
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -63,17 +63,17 @@ def read_description(path: Path) -> dict[str, Any]:
         ValueError: If it is damaged, or of another format version.
     """
     description = read_json(path)
-    found = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
-    if found not in READABLE_VERSIONS:
+    version = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
+    if version not in READABLE_VERSIONS:
         raise ValueError(
-            f"the adapter at {path.parent} has format version {found!r:.60}; this dept_vl reads "
+            f"the adapter at {path.parent} has format version {version!r:.60}; this dept_vl reads "
             f"{' and '.join(map(str, READABLE_VERSIONS))}: use the dept_vl that wrote it"
         )
     backbone = description.get("backbone") if isinstance(description, dict) else None
-    official_one = isinstance(backbone, dict) and "official_config" in backbone
+    of_authors = isinstance(backbone, dict) and "official_config" in backbone
     if isinstance(description, dict) and isinstance(backbone, dict):
         description["backbone"] = backbone | {k: backbone.get(k) for k in BEFORE_VISION}
-    like = DESCRIPTION | {"backbone": OFFICIAL_BACKBONE} if official_one else DESCRIPTION
+    like = DESCRIPTION | {"backbone": AUTHORS_BACKBONE} if of_authors else DESCRIPTION
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         # Last, so that a file that says them is written again as it was.
         for name, value in BEFORE_METHODS.items():

@@ -75,7 +75,7 @@ def logits(model: PromptedModel) -> Tensor:
 
 @pytest.mark.parametrize("task", ["cola", "sst2"])
 def test_released_adapter_is_read_exactly(task: str) -> None:
-    adapter = Adapter.from_official(RELEASED / task, task=task)
+    adapter = Adapter.from_authors(RELEASED / task, task=task)
     preset = PAPER[task]
     assert adapter.prompt == {
         **{"method": "dept", "seed": 0},
@@ -105,6 +105,7 @@ def test_released_adapter_is_read_exactly(task: str) -> None:
 def test_released_adapter_is_written_back_bit_for_bit(
     tmp_path: Path, task: str, through_our_files: bool
 ) -> None:
+    # By the earlier names of `from_authors` and `to_authors`.
     adapter = Adapter.from_official(RELEASED / task, task=task)
     if through_our_files:
         adapter.save(tmp_path / "ours")
@@ -124,7 +125,7 @@ def test_our_adapter_in_their_files_is_the_same_model(
     make_backbone: Callable[..., Backbone], tmp_path: Path
 ) -> None:
     model = trained(make_backbone("t5", None))
-    Adapter.of(model, task="rte", metrics={}).to_official(tmp_path)
+    Adapter.of(model, task="rte", metrics={}).to_authors(tmp_path)
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
     theirs = json.loads((RELEASED / "cola" / CONFIG_FILE).read_text())
     assert config.keys() == theirs.keys()
@@ -143,7 +144,7 @@ def test_our_adapter_in_their_files_is_the_same_model(
     }
     assert config == theirs | own
     with pytest.warns(UserWarning, match="only the name and the width"):
-        built = Adapter.from_official(tmp_path, task="rte").build(make_backbone("t5", None)).eval()
+        built = Adapter.from_authors(tmp_path, task="rte").build(make_backbone("t5", None)).eval()
     assert torch.equal(logits(built), logits(model))
 
 
@@ -153,9 +154,9 @@ def test_alpha_is_kept(
 ) -> None:
     backbone = make_backbone("t5", None)
     model = PromptedModel(backbone, DePT(backbone.d_model, **SIZES, alpha=alpha))
-    Adapter.of(model, task="rte", metrics={}).to_official(tmp_path)
+    Adapter.of(model, task="rte", metrics={}).to_authors(tmp_path)
     assert f'"lora_alpha": {written},' in (tmp_path / CONFIG_FILE).read_text()
-    read = Adapter.from_official(tmp_path, task="rte").prompt
+    read = Adapter.from_authors(tmp_path, task="rte").prompt
     assert read is not None
     assert (read["alpha"], read["scale"]) == (alpha, alpha / 3**0.5)
 
@@ -163,8 +164,8 @@ def test_alpha_is_kept(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_dtype_is_kept(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in tiny_tensors().items()}
-    adapter = Adapter.from_official(write_tiny(tmp_path / "in", tensors), task="rte")
-    adapter.to_official(tmp_path / "out")
+    adapter = Adapter.from_authors(write_tiny(tmp_path / "in", tensors), task="rte")
+    adapter.to_authors(tmp_path / "out")
     after = read_raw(tmp_path / "out")
     assert all(same_bits(tensors[name], after[name]) for name in tensors)
 
@@ -177,7 +178,7 @@ def test_what_their_files_have_no_place_for_is_refused(
 ) -> None:
     adapter = Adapter.of(trained(make_backbone("t5", tower), **changes), task="vqav2", metrics={})
     with pytest.raises(ValueError, match="nothing else; this adapter has"):
-        adapter.to_official(tmp_path / "out")
+        adapter.to_authors(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -187,7 +188,7 @@ def test_what_their_files_have_no_place_for_is_refused(
 def test_a_backbone_of_the_same_name_is_taken_with_a_warning(
     make_backbone: Callable[..., Backbone], tmp_path: Path
 ) -> None:
-    adapter = Adapter.from_official(write_tiny(tmp_path / "theirs"), task="rte")
+    adapter = Adapter.from_authors(write_tiny(tmp_path / "theirs"), task="rte")
     adapter.save(tmp_path / "ours")
     backbone = make_backbone("t5", None)
     assert backbone.name != "google-t5/t5"
@@ -204,7 +205,7 @@ def test_a_backbone_of_the_same_name_is_taken_with_a_warning(
 
 
 def test_another_backbone_is_refused(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
-    adapter = Adapter.from_official(write_tiny(tmp_path / "t5"), task="rte")
+    adapter = Adapter.from_authors(write_tiny(tmp_path / "t5"), task="rte")
     other = make_backbone("bart", None)
     with pytest.raises(ValueError, match=r"google-t5/t5 and does not fit.*bart.*set backbone\.name"):
         adapter.build(other)
@@ -212,7 +213,7 @@ def test_another_backbone_is_refused(make_backbone: Callable[..., Backbone], tmp
         adapter.build(make_backbone("t5"))
     renamed = make_backbone("t5", None)
     renamed.name = "t5-base"
-    wide = Adapter.from_official(RELEASED / "cola", task="cola")
+    wide = Adapter.from_authors(RELEASED / "cola", task="cola")
     with (
         pytest.warns(UserWarning, match="only the name"),
         pytest.raises(ValueError, match=f"768 wide and t5-base is {D_MODEL} wide"),
@@ -235,7 +236,7 @@ def test_the_prompt_alone_is_refused_with_the_reason(tmp_path: Path) -> None:
     tensors = tiny_tensors()
     prompt = {"prompt_embeddings": tensors["prompt_embeddings"]}
     with pytest.raises(ValueError, match=r"P alone: A and B.*not saved.*prompt_only=True"):
-        Adapter.from_official(write_tiny(tmp_path, prompt), task="rte")
+        Adapter.from_authors(write_tiny(tmp_path, prompt), task="rte")
 
 
 @pytest.mark.parametrize("complete", [False, True])
@@ -245,7 +246,7 @@ def test_the_prompt_alone_is_plain_prompt_tuning_if_asked_for(
     tensors = tiny_tensors()
     prompt = {"prompt_embeddings": tensors["prompt_embeddings"]}
     write_tiny(tmp_path, tensors if complete else prompt)
-    adapter = Adapter.from_official(tmp_path, task="rte", prompt_only=True)
+    adapter = Adapter.from_authors(tmp_path, task="rte", prompt_only=True)
     assert adapter.trainable_parameters == {"prompt": 128, "total": 128, "without_projection": 128}
     with pytest.warns(UserWarning, match="only the name"):
         model = adapter.build(make_backbone("t5", None)).eval()
@@ -254,7 +255,7 @@ def test_the_prompt_alone_is_plain_prompt_tuning_if_asked_for(
         plain.prompt.soft_prompt.copy_(prompt["prompt_embeddings"])  # type: ignore[union-attr]
     assert torch.equal(logits(model), logits(plain))
     with pytest.raises(ValueError, match="nothing else; this adapter has"):
-        adapter.to_official(tmp_path / "out")
+        adapter.to_authors(tmp_path / "out")
 
 
 # -- files that are not as they should be
@@ -276,7 +277,7 @@ def test_code_in_the_pickle_is_never_run(tmp_path: Path, save: Callable[[Any, Pa
     write_tiny(tmp_path)
     save(tiny_tensors() | {"trap": Trap(sprung)}, tmp_path / TENSORS_FILE)
     with pytest.raises(ValueError, match="more than tensors"):
-        Adapter.from_official(tmp_path, task="rte")
+        Adapter.from_authors(tmp_path, task="rte")
     assert not sprung.exists()
 
 
@@ -286,30 +287,30 @@ def test_damaged_file_is_named(tmp_path: Path, name: str, damage: Callable[[byte
     path = write_tiny(tmp_path) / name
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=f"{name} is damaged"):
-        Adapter.from_official(tmp_path, task="rte")
+        Adapter.from_authors(tmp_path, task="rte")
 
 
 @pytest.mark.parametrize("name", [TENSORS_FILE, CONFIG_FILE])
 def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
     (write_tiny(tmp_path) / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
-        Adapter.from_official(tmp_path, task="rte")
+        Adapter.from_authors(tmp_path, task="rte")
 
 
 @pytest.mark.parametrize("tensors", [[1, 2], {"prompt_embeddings": [1.0]}, torch.zeros(2)])
 def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path: Path, tensors: Any) -> None:
     with pytest.raises(ValueError, match="more than tensors"):
-        Adapter.from_official(write_tiny(tmp_path, tensors), task="rte")
+        Adapter.from_authors(write_tiny(tmp_path, tensors), task="rte")
 
 
 @pytest.mark.parametrize("prompt_only", [False, True])
 def test_other_tensors_are_listed(tmp_path: Path, prompt_only: bool) -> None:
     extra = tiny_tensors() | {"classifier": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"expected \['prompt_embeddings'.*found \['classifier'"):
-        Adapter.from_official(write_tiny(tmp_path, extra), task="rte", prompt_only=prompt_only)
+        Adapter.from_authors(write_tiny(tmp_path, extra), task="rte", prompt_only=prompt_only)
     unprompted = {name: tensor for name, tensor in tiny_tensors().items() if name != "prompt_embeddings"}
     with pytest.raises(ValueError, match=r"found \['prompt_encoder"):
-        Adapter.from_official(write_tiny(tmp_path, unprompted), task="rte", prompt_only=prompt_only)
+        Adapter.from_authors(write_tiny(tmp_path, unprompted), task="rte", prompt_only=prompt_only)
 
 
 @pytest.mark.parametrize(
@@ -332,10 +333,10 @@ def test_configuration_that_does_not_fit_is_refused(
     tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Adapter.from_official(write_tiny(tmp_path, **change), task="rte")
+        Adapter.from_authors(write_tiny(tmp_path, **change), task="rte")
 
 
 def test_configuration_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (write_tiny(tmp_path) / CONFIG_FILE).write_text("[]")
     with pytest.raises(ValueError, match=r"expected peft_type PROMPT_TUNING_LORA, found \[\]"):
-        Adapter.from_official(tmp_path, task="rte")
+        Adapter.from_authors(tmp_path, task="rte")

@@ -240,7 +240,7 @@ def test_released_adapter_runs_as_its_authors_run_it(
         if parameter.dim() == 2:
             parameter.normal_(std=0.2)
     backbone = Backbone(None, language, make_backbone("t5", None).tokenizer, name="google-t5/t5-base")
-    ours = Adapter.from_official(RELEASED / task, task=task).build(backbone).eval().double()
+    ours = Adapter.from_authors(RELEASED / task, task=task).build(backbone).eval().double()
     raw = torch.load(RELEASED / task / "adapter_model.bin", weights_only=True, map_location="cpu")
     names = [
         "prompt_embeddings",

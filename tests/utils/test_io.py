@@ -15,7 +15,7 @@ from torch import nn
 from dept_vl._utils import io as files
 from dept_vl._utils.io import difference, one_line, read_json, read_object
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
-from dept_vl.adapters import authors as official
+from dept_vl.adapters import authors
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
 from dept_vl.config import (
     BackboneOptions,
@@ -214,22 +214,22 @@ def test_descriptions_that_say_something_else(tmp_path: Path, change: dict[str, 
 
 def test_a_pickle_of_a_few_bytes_spread_over_a_large_tensor(tmp_path: Path) -> None:
     sizes = {"num_virtual_tokens": 900_000, "token_dim": 900_000, "max_length": 5, "r": 4, "lora_alpha": 8}
-    config = official.DEFAULTS | sizes | {"base_model_name_or_path": "t5"}
-    (tmp_path / official.CONFIG_FILE).write_text(json.dumps(config))
+    config = authors.DEFAULTS | sizes | {"base_model_name_or_path": "t5"}
+    (tmp_path / authors.CONFIG_FILE).write_text(json.dumps(config))
     tensors = {"prompt_embeddings": torch.ones(1).expand(900_000, 900_000)}
-    torch.save(tensors, tmp_path / official.TENSORS_FILE)
+    torch.save(tensors, tmp_path / authors.TENSORS_FILE)
     with pytest.raises(ValueError, match="tensors no larger than the file"):
-        official.read(tmp_path, prompt_only=True)
+        authors.read(tmp_path, prompt_only=True)
 
 
 @pytest.mark.parametrize("change", [{"lora_alpha": 10**400}, {"r": True}, {"max_length": 10**9}])
 def test_sizes_in_the_authors_files(tmp_path: Path, change: dict[str, Any]) -> None:
     sizes = {"num_virtual_tokens": 2, "token_dim": 8, "max_length": 5, "r": 4, "lora_alpha": 8}
-    config = official.DEFAULTS | sizes | {"base_model_name_or_path": "t5"} | change
-    (tmp_path / official.CONFIG_FILE).write_text(json.dumps(config))
-    (tmp_path / official.TENSORS_FILE).write_bytes(b"")
+    config = authors.DEFAULTS | sizes | {"base_model_name_or_path": "t5"} | change
+    (tmp_path / authors.CONFIG_FILE).write_text(json.dumps(config))
+    (tmp_path / authors.TENSORS_FILE).write_bytes(b"")
     with pytest.raises(ValueError, match=f"found .*{next(iter(change))}"):
-        official.read(tmp_path)
+        authors.read(tmp_path)
 
 
 # Options

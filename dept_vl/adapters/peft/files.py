@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dept_vl._utils.io import difference, read_json, write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.identity import check_name
 from dept_vl.models.backbone import Backbone, fingerprint
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.budget import LARGEST_SIZE
@@ -94,7 +95,10 @@ def from_peft(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
     config = _read_config(folder / CONFIG_FILE)
-    _check_name(config["base_model_name_or_path"], backbone)
+    if config["base_model_name_or_path"]:
+        check_name(
+            config["base_model_name_or_path"], backbone, [backbone.name, backbone.language.name_or_path]
+        )
     problem = another_base(config.get("embedding_fingerprint"), backbone.language.get_encoder())
     if problem:
         raise ValueError(f"the adapter at {folder} {problem}")
@@ -108,11 +112,11 @@ def from_peft(
             name: tuple(p.shape)
             for name, p in DePT(backbone.d_model, **sizes, alpha=config["alpha"]).named_parameters()
         }
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if found != shapes:
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if given != shapes:
         raise ValueError(
             f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
-            f"tensors {shapes}, found {found!s:.300}"
+            f"tensors {shapes}, found {given!s:.300}"
         )
     prompt = DePT(backbone.d_model, **sizes, alpha=config["alpha"])
     load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
@@ -170,21 +174,12 @@ def _check_positions(backbone: Backbone) -> None:
         )
 
 
-def _check_name(name: str | None, backbone: Backbone) -> None:
-    here = {Path(backbone.name).name, Path(backbone.language.name_or_path).name}
-    if name and Path(name).name not in here:
-        raise ValueError(
-            f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
-            "backbone.name if this is the same model under another name"
-        )
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        found = config.get("peft_type") if isinstance(config, dict) else config
+        peft_type = config.get("peft_type") if isinstance(config, dict) else config
         raise ValueError(
-            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {found!r:.60}"
+            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {peft_type!r:.60}"
         )
     least = {"prompt_length": 0, "rank": 0, "max_source_length": 1}
     wrong = {
