@@ -13,5 +13,6 @@ __all__ = [
     "peft",
     "ready_made",
     "schema",
+    "tensors",
     "warm_start",
 ]

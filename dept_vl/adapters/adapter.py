@@ -13,29 +13,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
-from dept_vl.adapters.hub import ADAPTER_FILE, TENSORS_FILE, adapter_folder, push
+from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 from dept_vl.adapters.identity import check_backbone, describe_backbone
 from dept_vl.adapters.schema import (
     BEFORE_METHODS,
     FORMAT_VERSION,
     read_description,
-    tensor_shapes,
 )
+from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts import methods as family
 from dept_vl.prompts.dept import DePT, current_name
-
-PREFIXES = ("prompt.", "visual_projection.", "language.")
-"""Of the names of tensors, one for each module that an adapter may hold."""
-GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
-"""Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +72,7 @@ class Adapter:
             trainable_parameters=count_trainable(model),
             tensors={
                 name: tensor.detach().to("cpu", copy=True).contiguous()
-                for name, tensor in _adapter_tensors(model).items()
+                for name, tensor in tensors_of(model).items()
             },
         )
 
@@ -98,7 +93,7 @@ class Adapter:
             backbone=backbone,
             task=task,
             metrics=dict(metrics),
-            trainable_parameters=_count(prompt.parameter_groups()),
+            trainable_parameters=count_parameters(prompt.parameter_groups()),
             tensors={
                 "prompt." + name: parameter.detach().to("cpu", copy=True).contiguous()
                 for name, parameter in prompt.named_parameters()
@@ -178,11 +173,10 @@ class Adapter:
         folder = Path(folder)
         for name in (ADAPTER_FILE, TENSORS_FILE):
             if not (folder / name).is_file():
-                hint = "; files of PEFT's are read by dept_vl.adapters.peft.files.from_peft"
-                found = (folder / "adapter_config.json").is_file()
-                raise FileNotFoundError(
-                    f"no adapter at {folder}: {name} is missing there{hint if found else ''}"
-                )
+                hint = ""
+                if (folder / PEFT_CONFIG_FILE).is_file():
+                    hint = "; files of PEFT's are read by dept_vl.adapters.peft.files.from_peft"
+                raise FileNotFoundError(f"no adapter at {folder}: {name} is missing there{hint}")
         description = read_description(folder / ADAPTER_FILE)
         # JSON writes a whole number without its point.
         description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}
@@ -192,9 +186,10 @@ class Adapter:
             tensors = {current_name(name): tensor for name, tensor in tensors.items()}
             description["format_version"] = FORMAT_VERSION
         adapter = cls(**description, tensors=tensors)
-        problem = adapter._mismatch()
-        if problem:
-            raise ValueError(f"the adapter at {folder} is damaged: {problem}")
+        try:
+            check_described(tensors, adapter.prompt, adapter.trainable_parameters)
+        except ValueError as error:
+            raise ValueError(f"the adapter at {folder} is damaged: {error}") from None
         return adapter
 
     @classmethod
@@ -248,7 +243,7 @@ class Adapter:
             backbone=authors.describe_backbone(config),
             task=task,
             metrics={},
-            trainable_parameters=_count(prompt.parameter_groups()),
+            trainable_parameters=count_parameters(prompt.parameter_groups()),
             tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
         )
 
@@ -333,7 +328,7 @@ class Adapter:
 
     def apply(self, model: PromptedModel) -> None:
         """Put the tensors into a model built alike."""
-        parts = _parts(model)
+        parts = parts_of(model)
         unknown = [name for name in self.tensors if not name.startswith(tuple(parts))]
         if unknown:
             raise ValueError(f"the adapter holds tensors of no known part: {unknown[:3]}")
@@ -345,68 +340,6 @@ class Adapter:
                 state = dict(module.named_parameters()) | state
             load_exactly(module, state, "the adapter's", prefix)
 
-    def _mismatch(self) -> str:
-        """Where the tensors are not those described; empty if nowhere.
-
-        After this a model built from the description is no larger than the file.
-        """
-        unknown = [name for name in self.tensors if not name.startswith(PREFIXES)]
-        if unknown:
-            return f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}"
-        expected = (
-            {}
-            if self.prompt is None
-            else {k: v for g in tensor_shapes(self.prompt).values() for k, v in g.items()}
-        )
-        found = {k: tuple(v.shape) for k, v in self.tensors.items() if k.startswith("prompt.")}
-        if found != expected:
-            return f"by its sizes the prompt has the tensors {expected}; found {found!s:.200}"
-        low_rank = {} if self.prompt is None else tensor_shapes(self.prompt)["low_rank"]
-        groups: dict[str, list[Tensor]] = {}
-        for name, tensor in self.tensors.items():
-            group = "low_rank" if name in low_rank else GROUPS[name.split(".")[0]]
-            groups.setdefault(group, []).append(tensor)
-        if "visual_projection" not in self.trainable_parameters:
-            groups.pop("visual_projection", None)  # kept, though frozen
-        counts = _count(groups)
-        if counts != self.trainable_parameters:
-            return (
-                f"the tensors have {counts} parameters, and trainable_parameters says "
-                f"{self.trainable_parameters!s:.200}"
-            )
-        return ""
-
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise a `ValueError` for any backbone but the one that the adapter was trained on."""
         check_backbone(self.backbone, backbone)
-
-
-def count_trainable(model: PromptedModel) -> dict[str, int]:
-    """Trained parameters by group, in all, and without the visual projection."""
-    return _count(model.parameter_groups())
-
-
-def _count(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
-    groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
-    total = sum(groups.values())
-    return {
-        **groups,
-        "total": total,
-        "without_projection": total - groups.get("visual_projection", 0),
-    }
-
-
-def _parts(model: PromptedModel) -> dict[str, nn.Module | None]:
-    """The modules that an adapter may hold, by the prefix of their tensors in the file."""
-    modules = (model.prompt, model.backbone.visual_projection, model.backbone.language)
-    return dict(zip(PREFIXES, modules, strict=True))
-
-
-def _adapter_tensors(model: PromptedModel) -> dict[str, Tensor]:
-    return {
-        prefix + name: parameter
-        for prefix, module in _parts(model).items()
-        if module is not None
-        for name, parameter in module.named_parameters()
-        if parameter.requires_grad or module is model.backbone.visual_projection
-    }

@@ -247,12 +247,12 @@ def _read(vision: VisionEncoder, image: ImageSource, number: int, count: int) ->
         raise type(error)(f"{place}{error}") from None
 
 
-def _collate(reader: Predictor, example: Example, table: FeatureTable | None) -> Batch:
+def _collate(predictor: Predictor, example: Example, table: FeatureTable | None) -> Batch:
     """A batch of one, its text cut as its adapter wants it."""
     collate = Collator.for_model(
-        reader.model,
-        reader.decoding.max_new_tokens,
-        max_source_length=reader.max_source_length,
+        predictor.model,
+        predictor.decoding.max_new_tokens,
+        max_source_length=predictor.max_source_length,
         images=table,
     )
     return collate([Draw(example)])

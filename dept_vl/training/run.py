@@ -19,7 +19,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.run_files import BEST, CANDIDATES_FILE, SHOTS_FILE, SUMMARY_FILE
-from dept_vl.adapters.adapter import Adapter, count_trainable
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, validate
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable

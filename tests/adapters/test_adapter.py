@@ -12,7 +12,8 @@ import torch
 from conftest import D_MODEL, D_VISION, random_features, random_labels, random_text
 from safetensors.torch import load_file
 
-from dept_vl.adapters.adapter import ADAPTER_FILE, FORMAT_VERSION, TENSORS_FILE, Adapter, count_trainable
+from dept_vl.adapters.adapter import ADAPTER_FILE, FORMAT_VERSION, TENSORS_FILE, Adapter
+from dept_vl.adapters.tensors import count_trainable
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT

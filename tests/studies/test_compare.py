@@ -12,7 +12,7 @@ from helpers import write_vqa
 
 import dept_vl.training.run
 from dept_vl._utils.stats import interval
-from dept_vl.adapters.adapter import count_trainable
+from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts import methods as family

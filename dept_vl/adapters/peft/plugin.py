@@ -122,8 +122,8 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
         self.alpha = float(self.alpha)
         if self.prompt_init not in INITS:
             raise ValueError(f"DeptConfig.prompt_init is one of {INITS}; got {self.prompt_init!r:.60}")
-        told = self.prompt_init_text is not None and self.tokenizer_name_or_path is not None
-        if self.prompt_init == "text" and not told:
+        has_text = self.prompt_init_text is not None and self.tokenizer_name_or_path is not None
+        if self.prompt_init == "text" and not has_text:
             raise ValueError(
                 "prompt_init='text' needs prompt_init_text and tokenizer_name_or_path; got "
                 f"{self.prompt_init_text!r:.60} and {self.tokenizer_name_or_path!r:.60}"
@@ -224,14 +224,14 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         """Also take the tensors of our own adapter, `prompt.soft_prompt` and so on, and older names."""
         layer = next(name for name, module in model.named_modules() if isinstance(module, DeptLayer))
-        own = {
+        renamed = {
             f"{layer}.{CONTAINER}.{current_name(name.removeprefix('prompt.'))}"
             if name.startswith("prompt.")
             else current_name(name): tensor
             for name, tensor in state_dict.items()
         }
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, own
+            model, config, adapter_name, renamed
         )
         return remapped
 
@@ -250,8 +250,8 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         tell = partial(tell_adapter_names, adapter_names=list(names))
         hide = partial(hide_unused, prompt_lengths=layer.prompt_lengths(names))
-        told = [m for m in self.modules() if isinstance(m, DeptLayer | AuxiliaryTrainingWrapper)]
-        handles = [module.register_forward_pre_hook(tell, with_kwargs=True) for module in told]
+        listeners = [m for m in self.modules() if isinstance(m, DeptLayer | AuxiliaryTrainingWrapper)]
+        handles = [module.register_forward_pre_hook(tell, with_kwargs=True) for module in listeners]
         handles.append(self.model.get_decoder().register_forward_pre_hook(hide, with_kwargs=True))
         try:
             yield
