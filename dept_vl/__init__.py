@@ -9,10 +9,11 @@ if TYPE_CHECKING:
     from dept_vl.inference.mixed import load_many
     from dept_vl.models.backbone import Backbone
     from dept_vl.models.prompted import PromptedModel
+    from dept_vl.prompts.budget import register_method
     from dept_vl.prompts.dept import DePT
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Backbone", "DePT", "PromptedModel", "load", "load_many"]
+__all__ = ["Adapter", "Backbone", "DePT", "PromptedModel", "load", "load_many", "register_method"]
 
 _ROOMS = {
     "Adapter": "adapters.adapter",
@@ -21,6 +22,7 @@ _ROOMS = {
     "PromptedModel": "models.prompted",
     "load": "inference.loading",
     "load_many": "inference.mixed",
+    "register_method": "prompts.budget",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import read_json
@@ -25,7 +25,7 @@ from dept_vl._utils.options import (
 from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
 from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
-from dept_vl.prompts.budget import LARGEST_SIZE, Method
+from dept_vl.prompts.budget import LARGEST_SIZE, METHODS
 
 Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
@@ -35,6 +35,18 @@ Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 PositiveSize = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 InitParts = Literal["prompt", "all"]
 """P alone, or all that the prompt has."""
+MethodName = Annotated[
+    str,
+    AfterValidator(METHODS.check),
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(METHODS) + "}",
+        instance_from_str=lambda values: METHODS.check(values[0]),
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda name: [name],
+    ),
+]
+"""Name of a method in the registry, which users may add to."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +142,9 @@ class BackboneOptions(Options):
 class PromptOptions(Options):
     """The prompt."""
 
-    method: Method = "dept"
+    method: MethodName = "dept"
     """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts) or
-    residual; see family.py."""
+    residual; see prompts/methods.py."""
     prompt_length: Size = 40
     """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
     reference_prompt_length instead."""

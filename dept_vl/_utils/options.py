@@ -99,6 +99,8 @@ def _problem(kind: type[Options], details: Any) -> str:
         case "literal_error":
             closest = get_close_matches(repr(details["input"]), context["expected"].split(" or "), 1)
             expected = context["expected"] + (f"; closest: {closest[0]}" if closest else "")
+        case "value_error":
+            return f"{name}: {context['error']}"
         case _:
             expected = details["msg"].removeprefix("Input should be ")
     return f"{name} is {_quoted(details['input'])}; expected {expected}"

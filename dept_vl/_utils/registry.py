@@ -35,6 +35,16 @@ class Registry(Mapping[str, T], Generic[T]):
             entry = self._entries[name] = getattr(import_module(module), attribute)
         return entry
 
+    def check(self, name: str) -> str:
+        """Return a name that is registered, without importing what it names.
+
+        Raises:
+            UnknownNameError: If it is not; the message lists the closest names.
+        """
+        if name not in self._entries:
+            raise UnknownNameError(self.category, name, self)
+        return name
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 

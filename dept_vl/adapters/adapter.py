@@ -1,6 +1,6 @@
 """The adapter: what training changed, as a small file that fits one backbone.
 
-A folder with `adapter.safetensors` (the prompt's tensors, as `family.tensors` has them, and the visual
+A folder with `adapter.safetensors` (the prompt's tensors, as `Method.trained` has them, and the visual
 projection, trained or not, because a projection is no part of the models on the Hub) and `adapter.json`,
 which says what they are, for which backbone, and how well they do.
 """
@@ -22,15 +22,15 @@ from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training
 from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 from dept_vl.adapters.identity import check_backbone, describe_backbone
 from dept_vl.adapters.schema import (
-    BEFORE_METHODS,
     FORMAT_VERSION,
+    described_method,
     read_description,
 )
 from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
 from dept_vl.prompts.dept import DePT, current_name
+from dept_vl.prompts.methods import build
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Adapter:
     Attributes:
         prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
             `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
-            `family.describe` gives them; None if only the backbone's own parts were trained.
+            `DePT.describe` gives them; None if only the backbone's own parts were trained.
         backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, and what is read of the
             image encoder (`vision`, as `VisionEncoder.options`). The authors' files tell the name alone: of
             theirs the rest is None, and `official_config` is kept.
@@ -65,7 +65,7 @@ class Adapter:
         """Copy what is trained out of a model."""
         prompt, backbone = model.prompt, model.backbone
         return cls(
-            prompt=None if prompt is None else family.describe(prompt),
+            prompt=None if prompt is None else prompt.describe(),
             backbone=describe_backbone(backbone),
             task=task,
             metrics=dict(metrics),
@@ -89,7 +89,7 @@ class Adapter:
             metrics: Figures, on the task's own scale.
         """
         return cls(
-            prompt=family.describe(prompt),
+            prompt=prompt.describe(),
             backbone=backbone,
             task=task,
             metrics=dict(metrics),
@@ -239,7 +239,7 @@ class Adapter:
                 alpha=float(config["lora_alpha"]),
             )
         return cls(
-            prompt=family.describe(prompt),
+            prompt=prompt.describe(),
             backbone=authors.describe_backbone(config),
             task=task,
             metrics={},
@@ -322,9 +322,7 @@ class Adapter:
         """
         if self.prompt is None:
             raise ValueError(f"this adapter of {self.backbone['name']} holds no prompt")
-        sizes: dict[str, Any] = {**BEFORE_METHODS, **self.prompt}
-        del sizes["scale"]  # follows from the others
-        return family.build(**sizes)
+        return build(described_method(self.prompt))
 
     def apply(self, model: PromptedModel) -> None:
         """Put the tensors into a model built alike."""

@@ -34,7 +34,8 @@ from dept_vl._utils.tensors import load_exactly
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.ready_made import Parts, check_base, describe_base, model_name, special_tokens
 from dept_vl.models.padding import insert, packing, take
-from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.initialise import initialise
 
 
 def new_prompt(
@@ -54,15 +55,16 @@ def new_prompt(
     """
     parts = Parts.of(model)
     prompt = DePT(parts.width, prompt_length=prompt_length, rank=rank, max_source_length=max_source_length)
-    ids = sample_vocabulary(
-        min(COMMON_TOKENS, parts.embedding.weight.shape[0]),
-        prompt_length,
-        torch.Generator().manual_seed(seed),
-        exclude=(*parts.image_tokens, *special_tokens(parts.encoder)),
-    )
-    with torch.no_grad():
+    embedding = parts.embedding
+    initialise(
+        prompt,
+        "vocabulary",
         # Through the module, which may scale (T5Gemma 2).
-        prompt.init_prompt(parts.embedding(ids.to(parts.embedding.weight.device)).cpu().float())
+        lambda ids: embedding(ids.to(embedding.weight.device)).cpu().float(),
+        vocabulary_size=embedding.weight.shape[0],
+        special_tokens=(*parts.image_tokens, *special_tokens(parts.encoder)),
+        generator=torch.Generator().manual_seed(seed),
+    )
     return prompt
 
 

@@ -7,8 +7,7 @@ from typing import Any, get_args
 
 from dept_vl._utils.io import difference, read_json
 from dept_vl.models.choices import VisualPositionBias
-from dept_vl.prompts import methods as family
-from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.prompts.budget import LARGEST_SIZE, Method, Shapes, sized
 
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
@@ -16,7 +15,7 @@ READABLE_VERSIONS = (1, FORMAT_VERSION)
 LARGEST_SEED = 2**32 - 1
 
 SIZES = {
-    "method": family.METHODS,
+    "method": str,
     "prompt_length": int,
     "rank": int,
     "max_source_length": int,
@@ -94,18 +93,28 @@ def _wrong_size(prompt: Mapping[str, Any]) -> str:
             return f"expected prompt.{name} to be {least} to {LARGEST_SIZE:,}, found {prompt[name]!s:.60}"
     if not 0 <= prompt["seed"] <= LARGEST_SEED:
         return f"expected prompt.seed to be 0 to {LARGEST_SEED:,}, found {prompt['seed']!s:.60}"
-    problem = family.impossible(*(prompt[key] for key in ("method", "d_model", "prompt_length", "rank")))
-    if problem:
-        return problem
-    by_position = prompt["rank"] and prompt["method"] in ("dept", "hybrid")
-    scale = prompt["alpha"] / math.sqrt(prompt["rank"]) if by_position else 0.0
+    try:
+        scale = described_method(prompt).scale
+    except ValueError as error:
+        return str(error)
     if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
-        return f"expected prompt.scale to be alpha / sqrt(rank) = {scale}, found {prompt['scale']!s:.60}"
+        return f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}"
     return ""
 
 
-def tensor_shapes(prompt: Mapping[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of the tensors of a prompt, by its description: by group, by name in the file."""
-    sizes = (prompt[key] for key in ("d_model", "max_source_length", "prompt_length", "rank"))
-    groups = family.tensors(prompt["method"], *sizes)
+def described_method(prompt: Mapping[str, Any]) -> Method:
+    """Return the method at the sizes that a description has.
+
+    Raises:
+        UnknownNameError: If there is no method of this name.
+        ValueError: If the method cannot be built with these sizes.
+    """
+    sizes = {**BEFORE_METHODS, **prompt}
+    del sizes["scale"]  # follows from the others
+    return sized(**sizes)
+
+
+def tensor_shapes(prompt: Mapping[str, Any]) -> dict[str, Shapes]:
+    """Return the shapes of the tensors of a prompt, by its description: by group, by name in the file."""
+    groups = described_method(prompt).trained()
     return {group: {f"prompt.{k}": v for k, v in named.items()} for group, named in groups.items()}

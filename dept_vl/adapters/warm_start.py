@@ -10,7 +10,6 @@ from dept_vl._utils.tensors import load_exactly
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import InitParts
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
 from dept_vl.prompts.dept import DePT
 
 
@@ -85,7 +84,7 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts)
     if adapter.prompt is None or model.prompt is None:
         whose = f"the source at {path}" if adapter.prompt is None else "the model"
         raise ValueError(f"{whose} has no prompt, and init_from starts a prompt from a trained one")
-    own = family.describe(model.prompt)
+    own = model.prompt.describe()
     names = ["prompt_length", "d_model"]
     if parts == "all":
         names += ["method", "rank", "max_source_length", "alpha", "seed"]

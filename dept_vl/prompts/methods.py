@@ -14,299 +14,193 @@ The encoder reads `[P ; E + g]` in all of them:
 
 r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
 trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.
-A', a, B' and b, like A and B, start so that the method is plain prompt tuning with m vectors.
+A', a, B' and b, like A and B, start so that the method is plain prompt tuning with m vectors. Each method is
+one class here and a line of `budget.METHODS`; `budget.register_method` adds others.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from dept_vl.prompts.budget import Method
-from dept_vl.prompts.dept import DePT, PromptSource
-
-METHODS: tuple[Method, ...] = get_args(Method)
-LONG: tuple[Method, ...] = ("pt", "ulpt", "lopt")
-"""Methods whose prompt keeps the l vectors of the plain one; the others have fewer, and spend the rest."""
-
-Shape = tuple[int, ...]
+from dept_vl.prompts.budget import Method, Shapes
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.sources import Bottleneck, LowRank, Residual, ScaledRandom
 
 
-class Bottleneck(nn.Module):
-    """f(x) = ReLU(x A' + a) B' + b, a function of one vector; zero until it is trained."""
+class PromptTuning(Method):
+    """Plain prompt tuning: P alone. Trains m*d parameters."""
 
-    def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.down = nn.Linear(d_model, rank)
-        self.up = nn.Linear(rank, d_model)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+    name = "pt"
+    keeps_length = True
+    has_rank = False
 
-    def forward(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The shift of each vector, in the vectors' own type."""
-        shifts: Tensor = self.up(torch.relu(self.down(vectors.to(self.down.weight.dtype))))
-        return shifts.to(vectors.dtype)
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)}}
 
-
-class Residual(PromptSource):
-    """P = P' + f(P'). The published f ends in a norm, without which it can start at zero."""
-
-    def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.soft_prompt = nn.Parameter(torch.empty(prompt_length, d_model).uniform_(-0.5, 0.5))
-        self.residual = Bottleneck(d_model, rank)
-
-    def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
-        vectors: Tensor = self.soft_prompt + self.residual(self.soft_prompt)
-        return vectors
-
-    @torch.no_grad()
-    def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """P' takes the vectors; f stays."""
-        self.soft_prompt.copy_(vectors)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """P' is trained as P is; f as an offset."""
-        return {"prompt": [self.soft_prompt], "low_rank": list(self.residual.parameters())}
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common)
 
 
-class LowRank(PromptSource):
-    """P = U V, with V of the size at which a step in U moves P as far."""
+class Decomposed(Method):
+    """DePT: P, and an offset by position. Trains m*d + (s + d)*r parameters."""
 
-    def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
-        super().__init__()
-        self.rank = rank
-        self.u = nn.Parameter(torch.empty(prompt_length, rank).uniform_(-0.5, 0.5))
-        self.v = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
+    name = "dept"
 
-    def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
-        return self.u @ self.v
+    @property
+    def scale(self) -> float:
+        """See `Method.scale`."""
+        return self.alpha / math.sqrt(self.rank) if self.rank else 0.0
 
-    @torch.no_grad()
-    def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """The nearest matrix of this rank (Eckart & Young)."""
-        rank, size = self.rank, math.sqrt(vectors.shape[1] / self.rank)
-        left, values, right = torch.linalg.svd(vectors.float(), full_matrices=False)
-        self.u.copy_(left[:, :rank] * values[:rank] / size)
-        self.v.copy_(right[:rank] * size)
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        offset = {"offset_a": (self.max_source_length, self.rank), "offset_b": (self.rank, self.d_model)}
+        return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)}, "low_rank": offset}
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """U is trained as P is; V multiplies."""
-        return {"prompt": [self.u], "low_rank": [self.v]}
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, rank=self.rank)
 
 
-class ScaledRandom(PromptSource):
-    """P = (Z P~) * scale + shift, with P~ random and never trained: its seed stands for it in files."""
+class ADePT(Method):
+    """ADePT: P, and an offset by token. Trains m*d + (2*d + 1)*r + d parameters."""
 
-    random: Tensor
+    name = "adept"
 
-    def __init__(self, d_model: int, prompt_length: int, rank: int, seed: int) -> None:
-        super().__init__()
-        self.rank, self.seed = rank, seed
-        self.z = nn.Parameter(torch.empty(prompt_length, rank).uniform_(-0.5, 0.5))
-        self.scale = nn.Parameter(torch.ones(d_model))
-        self.shift = nn.Parameter(torch.zeros(d_model))
-        # NumPy has frozen this generator, so a seed gives the same P~ in every version.
-        drawn = np.random.RandomState(seed).standard_normal((rank, d_model)) / math.sqrt(rank)
-        self.register_buffer("random", torch.from_numpy(drawn.astype(np.float32)), persistent=False)
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        vectors = {"soft_prompt": (self.prompt_length, self.d_model)}
+        return {"prompt": vectors, "low_rank": _bottleneck("token_offset", self)}
 
-    def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
-        return self.z @ self.random * self.scale + self.shift
-
-    @torch.no_grad()
-    def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """Shift is their mean, and Z the least squares of what is left."""
-        self.scale.fill_(1.0)
-        self.shift.copy_(vectors.mean(0))
-        solved = torch.linalg.lstsq(self.random.T, (vectors.float() - self.shift).T).solution
-        self.z.copy_(solved.T)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Z and shift are trained as P is; scale multiplies."""
-        return {"prompt": [self.z, self.shift], "low_rank": [self.scale]}
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, token_offset=Bottleneck(self.d_model, self.rank))
 
 
-def tensors(
-    method: Method, d_model: int, max_source_length: int, prompt_length: int, rank: int
-) -> dict[str, dict[str, Shape]]:
-    """What a method trains: shapes by name, by learning rate (`prompt`, `low_rank`)."""
-    d, s, m, r = d_model, max_source_length, prompt_length, rank
-    vectors = {"soft_prompt": (m, d)}
-    position = {"offset_a": (s, r), "offset_b": (r, d)}
+class Hybrid(Decomposed):
+    """P, and both offsets. Trains m*d + (s + 3*d + 1)*r + d parameters."""
 
-    def bottleneck(name: str) -> dict[str, Shape]:
-        down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
-        return down | {f"{name}.up.weight": (d, r), f"{name}.up.bias": (d,)}
+    name = "hybrid"
 
-    if r == 0:
-        method = "pt"
-    token = bottleneck("token_offset")
-    by_method: dict[str, tuple[Mapping[str, Shape], Mapping[str, Shape]]] = {
-        "pt": (vectors, {}),
-        "dept": (vectors, position),
-        "adept": (vectors, token),
-        "hybrid": (vectors, position | token),
-        "ulpt": ({"source.z": (m, r), "source.shift": (d,)}, {"source.scale": (d,)}),
-        "lopt": ({"source.u": (m, r)}, {"source.v": (r, d)}),
-        "residual": ({"source.soft_prompt": (m, d)}, bottleneck("source.residual")),
-    }
-    prompt, low_rank = by_method[method]
-    groups = {"prompt": prompt, "low_rank": low_rank}
-    return {name: {k: v for k, v in group.items() if 0 not in v} for name, group in groups.items()}
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        by_position = super().shapes()
+        return by_position | {"low_rank": {**by_position["low_rank"], **_bottleneck("token_offset", self)}}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, rank=self.rank, token_offset=Bottleneck(self.d_model, self.rank))
 
 
-def parameter_count(
-    method: Method, d_model: int, max_source_length: int, prompt_length: int, rank: int
-) -> int:
-    """Trainable parameters of a method.
+class ULPT(Method):
+    """ULPT: a frozen random matrix, mixed, scaled and shifted. Trains m*r + 2*d parameters."""
 
-    pt m*d; dept m*d + (s + d)*r; adept m*d + (2*d + 1)*r + d; hybrid m*d + (s + 3*d + 1)*r + d; ulpt
-    m*r + 2*d; lopt (m + d)*r; residual as adept.
-    """
-    groups = tensors(method, d_model, max_source_length, prompt_length, rank).values()
-    return sum(math.prod(shape) for group in groups for shape in group.values())
+    name = "ulpt"
+    keeps_length = True
+    seeded = True
+
+    @property
+    def largest_rank(self) -> int:
+        """See `Method.largest_rank`."""
+        return self.d_model
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        super().check()
+        _check_compressed(self)
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        moved = {"source.z": (self.prompt_length, self.rank), "source.shift": (self.d_model,)}
+        return {"prompt": moved, "low_rank": {"source.scale": (self.d_model,)}}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        source = ScaledRandom(self.d_model, self.prompt_length, self.rank, self.seed)
+        return DePT(**self.common, source=source)
 
 
-def solve_sizes(
-    method: Method,
-    d_model: int,
-    max_source_length: int,
-    reference_prompt_length: int,
-    prompt_length: int,
-    rank: int | None = None,
-) -> tuple[int, int]:
-    """Prompt length and rank of a method with no more parameters than a plain prompt of l vectors.
+class LoPT(Method):
+    """LoPT: P is a product of two thin matrices. Trains (m + d)*r parameters."""
 
-    Args:
-        method: Of the table.
-        d_model: Width of the model (d).
-        max_source_length: Longest text in tokens (s).
-        reference_prompt_length: Vectors of the plain prompt (l). pt, ulpt and lopt have as many.
-        prompt_length: Vectors of the other methods (m).
-        rank: Taken as it is if given; None solves for the largest.
+    name = "lopt"
+    keeps_length = True
 
-    Raises:
-        ValueError: If the prompt alone is over the budget, or plain prompt tuning is given a rank.
-    """
-    if method == "pt":
-        if rank:
-            raise ValueError(f"plain prompt tuning has no rank, and rank is {rank}; leave it out")
-        return reference_prompt_length, 0
-    length = reference_prompt_length if method in LONG else prompt_length
-    if rank is not None:
-        return length, rank
-    budget = reference_prompt_length * d_model
-    if length * d_model > budget:
+    @property
+    def largest_rank(self) -> int:
+        """See `Method.largest_rank`."""
+        return min(self.prompt_length, self.d_model)
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        super().check()
+        _check_compressed(self)
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        u, v = (self.prompt_length, self.rank), (self.rank, self.d_model)
+        return {"prompt": {"source.u": u}, "low_rank": {"source.v": v}}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, source=LowRank(self.d_model, self.prompt_length, self.rank))
+
+
+class ResidualPrompt(Method):
+    """Residual prompt tuning: P plus a function of itself. Trains m*d + (2*d + 1)*r + d parameters."""
+
+    name = "residual"
+
+    def check(self) -> None:
+        """See `Method.check`."""
+        super().check()
+        _check_vectors(self)
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        vectors = {"source.soft_prompt": (self.prompt_length, self.d_model)}
+        return {"prompt": vectors, "low_rank": _bottleneck("source.residual", self)}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, source=Residual(self.d_model, self.prompt_length, self.rank))
+
+
+def _bottleneck(name: str, method: Method) -> Shapes:
+    """Return the shapes of a `Bottleneck`."""
+    d, r = method.d_model, method.rank
+    down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
+    return down | {f"{name}.up.weight": (d, r), f"{name}.up.bias": (d,)}
+
+
+def _check_vectors(method: Method) -> None:
+    if method.prompt_length < 1:
         raise ValueError(
-            f"a prompt of {length} vectors of width {d_model} has {length * d_model:,} parameters; the "
-            f"budget is {budget:,}, which admits 0 to {reference_prompt_length}"
+            f"{method.name} makes a prompt and needs prompt_length >= 1; got {method.prompt_length}"
         )
-    one, two = (parameter_count(method, d_model, max_source_length, length, r) for r in (1, 2))
-    # All counts are straight lines in the rank.
-    solved = max(0, (budget - one) // (two - one) + 1)
-    # More would add nothing that P can be.
-    largest = {"ulpt": d_model, "lopt": min(length, d_model)}.get(method, solved)
-    if solved == 0 and method in LONG:
-        raise ValueError(
-            f"a budget of {budget:,} parameters buys no rank of {method} at width {d_model}; raise "
-            "reference_prompt_length"
-        )
-    return length, min(solved, largest)
 
 
-def impossible(method: Method, d_model: int, prompt_length: int, rank: int) -> str:
-    """What a method cannot be made with; empty if nothing."""
-    if method in ("ulpt", "lopt", "residual") and prompt_length < 1:
-        return f"{method} makes a prompt and needs prompt_length >= 1; got {prompt_length}"
-    if method in ("ulpt", "lopt") and not 1 <= rank <= d_model:
-        return f"{method} needs a rank of 1 to the width {d_model}; got {rank}"
-    return ""
+def _check_compressed(method: Method) -> None:
+    _check_vectors(method)
+    if not 1 <= method.rank <= method.d_model:
+        raise ValueError(f"{method.name} needs a rank of 1 to the width {method.d_model}; got {method.rank}")
 
 
-def build(
-    method: Method,
-    d_model: int,
-    *,
-    prompt_length: int,
-    rank: int,
-    max_source_length: int,
-    alpha: float = 8.0,
-    seed: int = 0,
-) -> DePT:
-    """The untrained prompt of a method.
-
-    Args:
-        method: Of the table.
-        d_model: Width of the embeddings that are prompted.
-        prompt_length: Vectors of P (m).
-        rank: See the table (r); 0 is plain prompt tuning.
-        max_source_length: Longest text in tokens (s).
-        alpha: Of the positions' offset, see `DePT`.
-        seed: Of ULPT's frozen matrix.
-
-    Raises:
-        ValueError: If a size is negative, or a compressed prompt has no rank or more than the width.
-    """
-    source: PromptSource | None = None
-    problem = impossible(method, d_model, prompt_length, rank)
-    if problem:
-        raise ValueError(problem)
-    if method == "ulpt":
-        source = ScaledRandom(d_model, prompt_length, rank, seed)
-    elif method == "lopt":
-        source = LowRank(d_model, prompt_length, rank)
-    elif method == "residual" and rank > 0:
-        source = Residual(d_model, prompt_length, rank)
-    by_token = method in ("adept", "hybrid") and rank > 0
-    return DePT(
-        d_model,
-        prompt_length=prompt_length,
-        rank=min(rank, 0) if method in ("adept", "residual", "ulpt", "lopt") else rank,
-        max_source_length=max_source_length,
-        alpha=alpha,
-        source=source,
-        token_offset=Bottleneck(d_model, rank) if by_token else None,
-    )
-
-
-def describe(prompt: DePT) -> dict[str, Any]:
-    """Method and sizes: what `build` needs to make the prompt again, and `scale`."""
-    method: Method = "dept" if prompt.rank else "pt"
-    rank, seed = prompt.rank, 0
-    if isinstance(prompt.token_offset, Bottleneck):
-        method, rank = "hybrid" if prompt.rank else "adept", prompt.token_offset.rank
-    if isinstance(prompt.source, ScaledRandom):
-        method, rank, seed = "ulpt", prompt.source.rank, prompt.source.seed
-    elif isinstance(prompt.source, LowRank):
-        method, rank = "lopt", prompt.source.rank
-    elif isinstance(prompt.source, Residual):
-        method, rank = "residual", prompt.source.rank
-    return {
-        "method": method,
-        "prompt_length": prompt.prompt_length,
-        "rank": rank,
-        "max_source_length": prompt.max_source_length,
-        "d_model": prompt.d_model,
-        "alpha": prompt.alpha,
-        "scale": prompt.scale,
-        "seed": seed,
-    }
+def build(method: Method) -> DePT:
+    """Build the untrained prompt of a method at its sizes, as `budget.sized` gives them."""
+    prompt: DePT = method.build()
+    prompt.method = method
+    return prompt
 
 
 @torch.no_grad()
 def fold(
     prompt: DePT, word_embeddings: Float[Tensor, "words d_model"]
 ) -> tuple[DePT, Float[Tensor, "words d_model"]]:
-    """The same prompt for inference alone: P as one tensor, and a word table with the token offset in it.
+    """Return the prompt for inference: P as one tensor, and a word table with the token offset in it.
 
     Args:
         prompt: Of any method.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
@@ -28,8 +29,7 @@ from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.choices import TrainedPart
-from dept_vl.prompts.budget import Method
-from dept_vl.prompts.methods import METHODS
+from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_report import Row, report
 from dept_vl.tasks.metrics.caption import check_installed
@@ -110,7 +110,7 @@ class CompareConfig:
     """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
 
 
-def prompted(method: Method, *, projection: bool = False) -> Callable[[RunConfig], RunConfig]:
+def prompted(method: str, *, projection: bool = False) -> Callable[[RunConfig], RunConfig]:
     """A prompt of the family at the configuration's budget."""
 
     def configure(config: RunConfig) -> RunConfig:
@@ -158,21 +158,23 @@ WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
 prompt's two are the defaults of `OptimOptions`."""
 
 
-def _prompt(name: Method) -> Compared:
-    return Compared(prompted(name), LONG_RATES if name == "pt" else BOTH_RATES, few_seeds=False)
+def _prompt(name: str) -> Compared:
+    rates = BOTH_RATES if "low_rank" in METHODS[name].groups() else LONG_RATES
+    return Compared(prompted(name), rates, few_seeds=False)
 
 
-COMPARED: dict[str, Compared] = {
-    "zero-shot": Compared(bare, few_seeds=False),
-    "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
-    "BitFit": Compared(lambda c: bare(c, language="biases"), PART_RATES),
-    "LoRA": Compared(with_lora, PART_RATES),
-    "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
-    **{name: _prompt(name) for name in METHODS},
-    "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
-    "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
-}
-"""By name. T5 has no biases; BitFit trains the scales of its norms."""
+def compared() -> dict[str, Compared]:
+    """Return every way to adapt, by name. T5 has no biases; BitFit trains the scales of its norms."""
+    return {
+        "zero-shot": Compared(bare, few_seeds=False),
+        "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
+        "BitFit": Compared(lambda c: bare(c, language="biases"), PART_RATES),
+        "LoRA": Compared(with_lora, PART_RATES),
+        "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
+        **{name: _prompt(name) for name in METHODS},
+        "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
+        "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
+    }
 
 
 def compare(config: CompareConfig) -> list[Row]:
@@ -186,9 +188,9 @@ def compare(config: CompareConfig) -> list[Row]:
         SystemExit: If a signal stopped it.
         ValueError: If a method or a task is unknown.
     """
-    unknown = set(config.methods) - set(COMPARED)
-    if unknown:
-        raise ValueError(f"unknown methods {sorted(unknown)}; there are: {', '.join(COMPARED)}")
+    for name in config.methods:
+        if name not in compared():
+            raise UnknownNameError("method", name, compared())
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
     bases = {Path(name).stem: task_config(config, name) for name in config.tasks if _can_run(name)}
@@ -196,13 +198,13 @@ def compare(config: CompareConfig) -> list[Row]:
     usual = {task: majority(base) for task, base in bases.items()}
     pairs = [
         (task, name)
-        for task, name in product(bases, config.methods or COMPARED)
-        if not (COMPARED[name].reads_images and bases[task].data.task in TEXT_TASKS)
+        for task, name in product(bases, config.methods or compared())
+        if not (compared()[name].reads_images and bases[task].data.task in TEXT_TASKS)
     ]
     rows: list[Row] = []
     for count, seed in enumerate(config.seeds[:1] if config.smallest else config.seeds, start=1):
         for task, name in pairs:
-            if count <= FEW_SEEDS or not COMPARED[name].few_seeds:
+            if count <= FEW_SEEDS or not compared()[name].few_seeds:
                 seeded_run(config, task, bases[task], name, seed)
         costs = {task: step_costs(config, task, base, pairs) for task, base in bases.items()}
         seeds = config.seeds[:count]
@@ -269,7 +271,7 @@ def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
 def seeded_run(config: CompareConfig, task: str, base: RunConfig, name: str, seed: int) -> Path:
     """The folder of a method's run, which is made if it is missing."""
     rates, _ = choose_rates(config, task, base, name)
-    configured = COMPARED[name].configure(base)
+    configured = compared()[name].configure(base)
     data = replace(configured.data, dev_limit=UNUSED)
     configured = replace(configured, data=data, train=replace(configured.train, seed=seed))
     return _run(configured, rates, config.output_dir / task / _folder(name), f"seed{seed}")
@@ -279,7 +281,7 @@ def choose_rates(
     config: CompareConfig, task: str, base: RunConfig, name: str
 ) -> tuple[Rates, dict[str, float]]:
     """The rates of a method, and the dev figure of all that were tried, with the first seed."""
-    method = COMPARED[name]
+    method = compared()[name]
     if method.like:
         return choose_rates(config, task, base, method.like)
     grid = method.rates[:1] if config.smallest else method.rates
@@ -324,7 +326,7 @@ def step_costs(
         if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
             return costs
     seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
-    configs = {name: COMPARED[name].configure(seeded) for name in names}
+    configs = {name: compared()[name].configure(seeded) for name in names}
     costs = measure_steps(configs, rounds)
     content = {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}}
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
@@ -341,7 +343,7 @@ def row_of(
 ) -> Row:
     """What a method came to with some seeds."""
     rates, tried = choose_rates(config, task, base, name)
-    seeds = seeds[:FEW_SEEDS] if COMPARED[name].few_seeds else seeds
+    seeds = seeds[:FEW_SEEDS] if compared()[name].few_seeds else seeds
     runs = [seeded_run(config, task, base, name, seed) for seed in seeds]
     summaries = [read_object(path / SUMMARY_FILE, SUMMARY) for path in runs]
     figure = next(iter(summaries[0]["scores"]))

@@ -10,7 +10,7 @@ from typing import Any
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
-from dept_vl.prompts.methods import METHODS
+from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.bench.measure import Ratio
 from dept_vl.training.report.plots import scatter_plot

@@ -24,7 +24,7 @@ from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
-from dept_vl.prompts.methods import LONG
+from dept_vl.prompts.budget import METHODS
 from dept_vl.tasks.text.table import TEXT_TASKS
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
@@ -143,11 +143,12 @@ def trial_config(config: RunConfig, folder: Path, trial: Trial) -> RunConfig:
 def _space(config: RunConfig) -> Space:
     """What is searched: a range for each rate that trains something, and the prompt's lengths."""
     prompt, backbone = config.prompt, config.backbone
-    bare = prompt.prompt_length == 0 and prompt.rank == 0 and prompt.method not in LONG
+    method = METHODS[prompt.method]
+    bare = prompt.prompt_length == 0 and prompt.rank == 0 and not method.keeps_length
     images = any(options.task not in TEXT_TASKS for options in (config.data, *config.also))
     used = {
-        "prompt_lr": not bare and (prompt.method in LONG or prompt.prompt_length > 0),
-        "offset_lr": not bare and prompt.method != "pt" and prompt.rank != 0,
+        "prompt_lr": not bare and (method.keeps_length or prompt.prompt_length > 0),
+        "offset_lr": not bare and "low_rank" in method.groups() and (prompt.rank != 0 or not method.has_rank),
         "projection_lr": images and backbone.train_projection,
         "backbone_lr": backbone.train_backbone,
     }
@@ -156,7 +157,7 @@ def _space(config: RunConfig) -> Space:
         own = getattr(config.optim, name)
         if used[name]:
             space[name] = (min(low, own or low), max(high, own))
-    if used["prompt_lr"] and used["offset_lr"] and prompt.rank is None and prompt.method not in LONG:
+    if used["prompt_lr"] and used["offset_lr"] and prompt.rank is None and not method.keeps_length:
         lengths = {round(share * prompt.reference_prompt_length) for share in SHARES}
         space["prompt_length"] = sorted({*lengths, prompt.prompt_length} - {0})
     return space

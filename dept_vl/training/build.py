@@ -6,8 +6,10 @@ from dept_vl.adapters.warm_start import inherit
 from dept_vl.config import PromptOptions, RunConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
-from dept_vl.prompts.dept import COMMON_TOKENS, DePT, sample_vocabulary
+from dept_vl.prompts.budget import METHODS, sized
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.initialise import initialise
+from dept_vl.prompts.methods import build
 
 
 def build_model(config: RunConfig) -> PromptedModel:
@@ -35,7 +37,7 @@ def build_model(config: RunConfig) -> PromptedModel:
 def budget_line(options: PromptOptions, prompt: DePT) -> str:
     """The prompt's sizes, and what of its budget is left over or overshot."""
     budget = options.reference_prompt_length * prompt.d_model
-    sizes = family.describe(prompt)
+    sizes = prompt.describe()
     left = budget - sum(parameter.numel() for parameter in prompt.parameters())
     spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
     return (
@@ -45,36 +47,26 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
 
 
 def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:
-    """The prompt with its initial vectors; None if both its parts are of size zero."""
-    prompt_length, rank = family.solve_sizes(
-        options.method,
-        backbone.d_model,
-        options.max_source_length,
-        options.reference_prompt_length,
-        options.prompt_length,
-        options.rank,
+    """Build the prompt with its initial vectors; None if both its parts are of size zero."""
+    widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length}
+    prompt_length, rank = METHODS[options.method].solve(
+        reference_prompt_length=options.reference_prompt_length,
+        prompt_length=options.prompt_length,
+        rank=options.rank,
+        **widths,
     )
     if prompt_length == 0 and rank == 0:
         return None
-    prompt = family.build(
-        options.method,
-        backbone.d_model,
-        prompt_length=prompt_length,
-        rank=rank,
-        max_source_length=options.max_source_length,
-        alpha=options.alpha,
-        seed=seed,
+    sizes = widths | {"prompt_length": prompt_length, "rank": rank}
+    prompt = build(sized(options.method, **sizes, alpha=options.alpha, seed=seed))
+    initialise(
+        prompt,
+        options.prompt_init,
+        lambda ids: backbone.embed(ids[None])[0],
+        vocabulary_size=len(backbone.tokenizer),
+        special_tokens=backbone.tokenizer.all_special_ids,
+        generator=torch.Generator().manual_seed(seed),
+        tokenizer=backbone.tokenizer,
+        text=options.init_text,
     )
-    if options.prompt_init != "random":
-        tokenizer = backbone.tokenizer
-        if options.prompt_init == "text":
-            ids = tokenizer(options.init_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-        else:
-            ids = sample_vocabulary(
-                min(COMMON_TOKENS, len(tokenizer)),
-                prompt_length,
-                torch.Generator().manual_seed(seed),
-                exclude=tokenizer.all_special_ids,
-            )
-        prompt.init_prompt(backbone.embed(ids.long()[None])[0])
     return prompt

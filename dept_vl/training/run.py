@@ -29,7 +29,6 @@ from dept_vl.data.splits import Splits, load_splits, read_features
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
-from dept_vl.prompts import methods as family
 from dept_vl.tasks.base import Task
 from dept_vl.training.build import budget_line, build_model
 from dept_vl.training.checkpoint import steps_of
@@ -216,7 +215,7 @@ class Run(Stages):
         )
         if not self.trainable["total"]:
             return
-        sizes = {} if model.prompt is None else family.describe(model.prompt)
+        sizes = {} if model.prompt is None else model.prompt.describe()
         facts = {f"prompt.{name}": sizes[name] for name in ("prompt_length", "rank") if name in sizes}
         facts |= {f"trainable_parameters.{name}": count for name, count in self.trainable.items()}
         steps = steps_of(self.checkpoint) if self.checkpoint else 0

@@ -37,7 +37,8 @@ from dept_vl.adapters.peft.files import from_peft, to_peft  # noqa: E402
 from dept_vl.adapters.peft.plugin import DeptConfig, DeptLayer, DeptModel, create_dept_optimizer  # noqa: E402
 from dept_vl.models.backbone import Backbone  # noqa: E402
 from dept_vl.models.prompted import PromptedModel  # noqa: E402
-from dept_vl.prompts.dept import DePT, parameter_count  # noqa: E402
+from dept_vl.prompts.budget import sized  # noqa: E402
+from dept_vl.prompts.dept import DePT  # noqa: E402
 
 M, R, S, ALPHA = 4, 3, 12, 5.0
 SIZES = {"prompt_length": M, "rank": R, "max_source_length": S, "alpha": ALPHA}
@@ -408,13 +409,18 @@ def test_attributes_are_those_of_any_tuner(load: Load) -> None:
     assert not model.supports_lora_conversion()
 
 
+def parameter_count(d_model: int) -> int:
+    sizes = {"prompt_length": M, "rank": R, "max_source_length": S}
+    return sized("dept", d_model=d_model, **sizes).parameter_count()
+
+
 def test_only_the_prompt_is_trained_and_counted(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     model = get_peft_model(load(), config())
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.rpartition("dept_prompt.")[2] for name in names} == {
         f"default.{name}" for name in ("soft_prompt", "offset_a", "offset_b")
     }
-    count = parameter_count(D_MODEL, S, M, R)
+    count = parameter_count(D_MODEL)
     assert model.get_nb_trainable_parameters()[0] == count
     model.print_trainable_parameters()
     assert f"trainable params: {count:,} ||" in capsys.readouterr().out
@@ -435,7 +441,7 @@ def test_status(load: Load) -> None:
     status = model.get_model_status()
     assert status.adapter_model_type == "DeptModel"
     assert status.peft_types == dict.fromkeys("abc", "DEPT")
-    assert status.trainable_params == parameter_count(D_MODEL, S, M, R)
+    assert status.trainable_params == parameter_count(D_MODEL)
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
     assert model.get_model_status().enabled is True
@@ -788,7 +794,7 @@ def test_quantised_base(text: Text, tmp_path: Path, make: Callable[[], Any]) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert len(trainable) == 3
     assert all(p.grad is not None and p.dtype == torch.float32 for p in trainable)
-    assert model.get_nb_trainable_parameters()[0] == parameter_count(64, S, M, R)
+    assert model.get_nb_trainable_parameters()[0] == parameter_count(64)
     model.eval()
     assert generated(model, text).shape == (3, 7)
     model.save_pretrained(tmp_path / "adapter")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.cli import parse
 from dept_vl.config import (
     BackboneOptions,
@@ -95,6 +96,18 @@ def test_the_older_name_of_a_flag_is_taken_with_a_note(
     assert "--offset_lr" in printed
     assert "--offset_weight_decay" in printed
     assert "rank" not in printed
+
+
+def test_an_unknown_method_is_named_with_the_closest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        parsed("--method", "adpt")
+    assert error.value.code == 2
+    assert "closest: adept" in " ".join(capsys.readouterr().err.split())
+    file = write(tmp_path / "config.json", {"prompt": {"method": "lptt"}})
+    with pytest.raises(UsageError, match=r"prompt\.method: unknown method 'lptt'; .*closest: "):
+        read_config(file)
 
 
 def test_a_flag_can_take_the_file_back_to_nothing(tmp_path: Path) -> None:

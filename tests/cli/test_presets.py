@@ -3,9 +3,9 @@
 import pytest
 
 from dept_vl.presets import PAPER, Preset
-from dept_vl.prompts.dept import parameter_count, solve_budget, solve_rank
+from dept_vl.prompts.budget import METHODS, sized
 
-D_MODEL, BUDGET = 768, 76_800
+D_MODEL, BUDGET, REFERENCE = 768, 76_800, 100
 
 # task: m, r, prompt_lr, offset_lr, steps, s, batch, accumulation, warm-up; every field spelt out.
 TABLE = {
@@ -45,7 +45,13 @@ def test_every_update_sees_32_examples() -> None:
 
 def test_multirc_alone_is_over_the_budget() -> None:
     used = {
-        task: parameter_count(D_MODEL, p.max_source_length, p.prompt_length, p.rank)
+        task: sized(
+            "dept",
+            d_model=D_MODEL,
+            max_source_length=p.max_source_length,
+            prompt_length=p.prompt_length,
+            rank=p.rank,
+        ).parameter_count()
         for task, p in PAPER.items()
     }
     assert {task: count for task, count in used.items() if count > BUDGET} == {"multirc": 79_560}
@@ -55,11 +61,10 @@ def test_multirc_alone_is_over_the_budget() -> None:
 @pytest.mark.parametrize("task", TABLE)
 def test_the_solver_gives_the_published_rank_where_that_keeps_the_budget(task: str) -> None:
     preset = PAPER[task]
-    solved = solve_rank(D_MODEL, preset.max_source_length, BUDGET, preset.prompt_length)
-    assert solved == (27 if task == "multirc" else preset.rank)
-
-
-def test_the_solvers_own_choice_is_the_published_one_on_15_tasks() -> None:
-    chosen = {task: solve_budget(D_MODEL, p.max_source_length, BUDGET) for task, p in PAPER.items()}
-    other = {task for task, p in PAPER.items() if chosen[task].prompt_length != p.prompt_length}
-    assert other == {"cola", "boolq"}
+    solved = METHODS["dept"].solve(
+        d_model=D_MODEL,
+        max_source_length=preset.max_source_length,
+        reference_prompt_length=REFERENCE,
+        prompt_length=preset.prompt_length,
+    )
+    assert solved == (preset.prompt_length, 27 if task == "multirc" else preset.rank)

@@ -19,7 +19,8 @@ from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
+from dept_vl.prompts.budget import sized
+from dept_vl.prompts.methods import build
 from scripts import bench_adapters
 
 SIZES: dict[str, dict[str, Any] | None] = {
@@ -50,7 +51,7 @@ LENGTHS = (9, 4, 7, 2, 5)
 def train(backbone: Backbone, sizes: dict[str, Any] | None, seed: int) -> PromptedModel:
     """A model whose trained parts are far from where training starts, and from each other's."""
     own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
-    prompt = None if sizes is None else family.build(d_model=backbone.d_model, **sizes)
+    prompt = None if sizes is None else build(sized(d_model=backbone.d_model, **sizes))
     model = PromptedModel(own, prompt)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

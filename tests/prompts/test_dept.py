@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dept_vl.models.padding import pack
-from dept_vl.prompts.dept import Budgeted, DePT, parameter_count, sample_vocabulary, solve_budget, solve_rank
+from dept_vl.prompts.budget import METHODS, sized
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.initialise import sample_vocabulary
 
 D_MODEL, LONGEST = 6, 10
 SIZES = [(3, 2), (0, 2), (3, 0), (0, 0)]
@@ -259,19 +261,35 @@ def test_draw_is_the_seed_alone() -> None:
     assert draw(0) == []
 
 
+def parameter_count(d_model: int, longest: int, prompt_length: int, rank: int) -> int:
+    sizes = {"max_source_length": longest, "prompt_length": prompt_length, "rank": rank}
+    return sized("dept", d_model=d_model, **sizes).parameter_count()
+
+
+def solve_rank(d_model: int, longest: int, reference: int, prompt_length: int) -> int:
+    length, rank = METHODS["dept"].solve(
+        d_model=d_model,
+        max_source_length=longest,
+        reference_prompt_length=reference,
+        prompt_length=prompt_length,
+    )
+    assert length == prompt_length
+    return rank
+
+
 PAPER = [(0, 75), (20, 60), (40, 45), (60, 30), (80, 15), (100, 0)]
 
 
 @pytest.mark.parametrize(("prompt_length", "rank"), PAPER)
 def test_budget_gives_the_table_of_the_paper(prompt_length: int, rank: int) -> None:
-    assert solve_rank(768, 256, 76_800, prompt_length) == rank
+    assert solve_rank(768, 256, 100, prompt_length) == rank
     assert parameter_count(768, 256, prompt_length, rank) == 76_800
 
 
 def test_budget_catches_multirc() -> None:
     # The released runs keep r = 30 at s = 348, which is over the stated budget.
     assert parameter_count(768, 348, 60, 30) == 79_560
-    assert solve_rank(768, 348, 76_800, 60) == 27
+    assert solve_rank(768, 348, 100, 60) == 27
     assert parameter_count(768, 348, 60, 27) <= 76_800
 
 
@@ -280,8 +298,9 @@ def test_budget_is_kept_and_used_up() -> None:
     for _ in range(500):
         d_model, longest = numbers.randint(1, 2048), numbers.randint(1, 600)
         prompt_length = numbers.randint(0, 120)
-        budget = prompt_length * d_model + numbers.randint(0, 100_000)
-        rank = solve_rank(d_model, longest, budget, prompt_length)
+        reference = prompt_length + numbers.randint(0, 100_000) // d_model
+        budget = reference * d_model
+        rank = solve_rank(d_model, longest, reference, prompt_length)
         assert rank >= 0
         assert parameter_count(d_model, longest, prompt_length, rank) <= budget
         assert parameter_count(d_model, longest, prompt_length, rank + 1) > budget
@@ -296,48 +315,9 @@ def test_parameter_count_is_what_the_module_has(prompt_length: int, rank: int) -
 
 def test_prompt_over_budget_is_refused_with_the_longest_that_fits() -> None:
     with pytest.raises(ValueError, match=r"101 vectors.*77,568.*76,800.*0 to 100"):
-        solve_rank(768, 256, 76_800, 101)
+        solve_rank(768, 256, 100, 101)
     with pytest.raises(ValueError, match="-1 vectors"):
-        solve_rank(768, 256, 76_800, -1)
-
-
-def test_budget_alone_gives_the_sizes_that_won_most_often() -> None:
-    assert solve_budget(768, 256, 76_800) == Budgeted(prompt_length=60, rank=30, left_over=0)
-    assert solve_budget(768, 512, 76_800) == Budgeted(prompt_length=60, rank=24, left_over=0)
-    # MultiRC: what the released runs overshoot by 2,760 is caught, and the rest is told.
-    assert solve_budget(768, 348, 76_800) == Budgeted(prompt_length=60, rank=27, left_over=588)
-    assert solve_budget(4096, 64, 100 * 4096) == Budgeted(prompt_length=60, rank=39, left_over=1_600)
-
-
-@pytest.mark.parametrize(("prompt_length", "rank"), PAPER)
-def test_budget_with_a_prompt_length_gives_the_table_of_the_paper(prompt_length: int, rank: int) -> None:
-    assert solve_budget(768, 256, 76_800, prompt_length) == Budgeted(prompt_length, rank, 0)
-
-
-def test_budget_is_never_overshot_and_what_is_left_buys_no_rank() -> None:
-    numbers = random.Random(0)
-    for _ in range(500):
-        d_model, longest = numbers.randint(1, 2048), numbers.randint(1, 600)
-        budget = d_model + longest + numbers.randint(0, 200_000)
-        sizes = solve_budget(d_model, longest, budget)
-        used = parameter_count(d_model, longest, sizes.prompt_length, sizes.rank)
-        assert used + sizes.left_over == budget
-        assert 0 <= sizes.left_over < d_model + longest
-        assert 0.6 * budget - d_model < sizes.prompt_length * d_model <= 0.6 * budget
-
-
-@pytest.mark.parametrize("budget", [0, 767])
-def test_budget_that_buys_nothing_is_refused(budget: int) -> None:
-    with pytest.raises(ValueError, match=rf"budget of {budget} parameters buys nothing.*768.*1,024"):
-        solve_budget(768, 256, budget)
-
-
-def test_budget_of_one_vector_and_of_less_than_was_asked_for() -> None:
-    assert solve_budget(768, 256, 768, 1) == Budgeted(1, 0, 0)
-    with pytest.raises(ValueError, match=r"101 vectors.*0 to 100"):
-        solve_budget(768, 256, 76_800, 101)
-    with pytest.raises(ValueError, match="the budget is -1"):
-        solve_budget(768, 256, -1)
+        solve_rank(768, 256, 100, -1)
 
 
 # -- the offset in inference

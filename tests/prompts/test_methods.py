@@ -10,25 +10,26 @@ import torch
 from conftest import D_MODEL, VOCABULARY, random_features, random_labels, random_text
 from torch import Tensor
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.choices import TrainedPart
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
-from dept_vl.prompts.budget import Method
-from dept_vl.prompts.dept import DePT, solve_rank
-from dept_vl.prompts.methods import METHODS, Bottleneck
+from dept_vl.prompts.budget import METHODS, Method, sized
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.methods import build
+from dept_vl.prompts.sources import Bottleneck
 
 LONGEST, LENGTH, RANK = 12, 4, 3
 
 
-def untrained(method: Method, **sizes: int) -> DePT:
+def untrained(method: str, **sizes: int) -> DePT:
     rank = 0 if method == "pt" else RANK
     given = {"prompt_length": LENGTH, "rank": rank, "max_source_length": LONGEST} | sizes
-    return family.build(method, D_MODEL, **given)
+    return build(sized(method, d_model=D_MODEL, **given))
 
 
-def trained(method: Method, **sizes: int) -> DePT:
+def trained(method: str, **sizes: int) -> DePT:
     """Every part is away from its start."""
     prompt = untrained(method, **sizes)
     for parameter in prompt.parameters():
@@ -42,8 +43,8 @@ def shift(x: Tensor, f: Bottleneck) -> Tensor:
     return hidden @ f.up.weight.T + f.up.bias
 
 
-def literal(method: Method, prompt: DePT, text: Tensor) -> Tensor:
-    """`[P ; E + g]` as the table of `family` has it, without padding."""
+def literal(method: str, prompt: DePT, text: Tensor) -> Tensor:
+    """`[P ; E + g]` as the table of `methods` has it, without padding."""
     source, m = prompt.source, prompt.soft_prompt
     if method == "ulpt":
         m = (source.z @ source.random) * source.scale + source.shift
@@ -60,7 +61,7 @@ def literal(method: Method, prompt: DePT, text: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_forward_is_the_formula(method: Method) -> None:
+def test_forward_is_the_formula(method: str) -> None:
     prompt = trained(method).double()
     text = torch.randn(2, 5, D_MODEL, dtype=torch.float64)
     prompted, mask = prompt(text, torch.ones(2, 5, dtype=torch.bool))
@@ -69,7 +70,7 @@ def test_forward_is_the_formula(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual"])
-def test_untrained_is_plain_prompt_tuning_bit_for_bit(method: Method) -> None:
+def test_untrained_is_plain_prompt_tuning_bit_for_bit(method: str) -> None:
     prompt = untrained(method)
     plain = untrained("pt")
     vectors = torch.randn(LENGTH, D_MODEL)
@@ -80,7 +81,7 @@ def test_untrained_is_plain_prompt_tuning_bit_for_bit(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_padding_and_company_do_not_matter(make_backbone: Callable[..., Backbone], method: Method) -> None:
+def test_padding_and_company_do_not_matter(make_backbone: Callable[..., Backbone], method: str) -> None:
     model = PromptedModel(make_backbone("t5", None), trained(method)).eval()
     right, left = (random_text(model.backbone, side=side) for side in ("right", "left"))
     second = {name: tensor[1:2, :4] for name, tensor in right.items()}
@@ -104,54 +105,77 @@ COUNTS = {
 }
 
 
+def solve(
+    method: str, d_model: int, longest: int, reference: int, length: int, **rank: int
+) -> tuple[int, int]:
+    sizes = {"reference_prompt_length": reference, "prompt_length": length}
+    return METHODS[method].solve(d_model=d_model, max_source_length=longest, **sizes, **rank)
+
+
+def at(method: str, d_model: int, longest: int, length: int, rank: int) -> Method:
+    return METHODS[method](d_model=d_model, max_source_length=longest, prompt_length=length, rank=rank)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_budget_at_t5_base(method: Method) -> None:
+def test_budget_at_t5_base(method: str) -> None:
     length, rank, count = COUNTS[method]
-    assert family.solve_sizes(method, 768, 256, 100, 60) == (length, rank)
-    assert family.parameter_count(method, 768, 256, length, rank) == count <= 76_800
+    assert solve(method, 768, 256, 100, 60) == (length, rank)
+    assert at(method, 768, 256, length, rank).parameter_count() == count <= 76_800
     if method != "pt":
-        assert family.parameter_count(method, 768, 256, length, rank + 1) > 76_800
+        assert at(method, 768, 256, length, rank + 1).parameter_count() > 76_800
 
 
 def test_published_sizes_of_ulpt() -> None:
-    assert family.parameter_count("ulpt", 768, 256, 100, 64) == 7_936  # 7.9K
+    assert at("ulpt", 768, 256, 100, 64).parameter_count() == 7_936  # 7.9K
 
 
 def test_dept_is_solved_as_ever() -> None:
     for d_model, longest, length, budget in [(768, 348, 60, 100), (256, 20, 20, 100), (32, 16, 0, 6)]:
-        solved = solve_rank(d_model, longest, budget * d_model, length)
-        assert family.solve_sizes("dept", d_model, longest, budget, length) == (length, solved)
+        solved = (budget * d_model - length * d_model) // (longest + d_model)
+        assert solve("dept", d_model, longest, budget, length) == (length, solved)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_parameters_are_those_of_the_formula(method: Method) -> None:
+def test_parameters_are_those_of_the_formula(method: str) -> None:
     prompt = trained(method)
     rank = 0 if method == "pt" else RANK
-    groups = family.tensors(method, D_MODEL, LONGEST, LENGTH, rank)
+    groups = at(method, D_MODEL, LONGEST, LENGTH, rank).trained()
     named = {name: tuple(p.shape) for name, p in prompt.named_parameters()}
     assert named == groups["prompt"] | groups["low_rank"]
-    count = family.parameter_count(method, D_MODEL, LONGEST, LENGTH, rank)
+    count = at(method, D_MODEL, LONGEST, LENGTH, rank).parameter_count()
     assert count == sum(p.numel() for p in prompt.parameters())
     by_id = {id(p): name for name, p in prompt.named_parameters()}
     for group, parameters in prompt.parameter_groups().items():
         assert {by_id[id(p)] for p in parameters} == groups[group].keys()
+    assert METHODS[method].groups() == {group for group, shapes in groups.items() if shapes}
 
 
 def test_what_no_method_can_be_is_refused() -> None:
     with pytest.raises(ValueError, match="rank is 5; leave it out"):
-        family.solve_sizes("pt", 8, 4, 10, 5, rank=5)
+        solve("pt", 8, 4, 10, 5, rank=5)
     with pytest.raises(ValueError, match=r"11 vectors of width 8.*budget is 80, which admits 0 to 10"):
-        family.solve_sizes("adept", 8, 4, 10, 11)
+        solve("adept", 8, 4, 10, 11)
     with pytest.raises(ValueError, match="buys no rank of lopt"):
-        family.solve_sizes("lopt", 8, 4, 1, 1)
+        solve("lopt", 8, 4, 1, 1)
     with pytest.raises(ValueError, match="rank of 1 to the width 8; got 9"):
-        family.build("ulpt", 8, prompt_length=2, rank=9, max_source_length=4)
+        sized("ulpt", d_model=8, prompt_length=2, rank=9, max_source_length=4)
     with pytest.raises(ValueError, match="prompt_length >= 1; got 0"):
-        family.build("residual", 8, prompt_length=0, rank=2, max_source_length=4)
+        sized("residual", d_model=8, prompt_length=0, rank=2, max_source_length=4)
+    with pytest.raises(ValueError, match="needs prompt_length >= 0, rank >= 0"):
+        sized("adept", d_model=8, prompt_length=2, rank=-1, max_source_length=4)
+    with pytest.raises(UnknownNameError, match=r"unknown method 'residul'; .*closest: residual"):
+        sized("residul", d_model=8, prompt_length=2, rank=1, max_source_length=4)
+
+
+@pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual"])
+def test_rank_0_is_plain_prompt_tuning(method: str) -> None:
+    prompt = untrained(method, rank=0)
+    assert prompt.describe()["method"] == "pt"
+    assert prompt.state_dict().keys() == {"soft_prompt"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_prompt_starts_at_the_words(method: Method) -> None:
+def test_prompt_starts_at_the_words(method: str) -> None:
     # Two different words have rank 2, within the rank of the compressed prompts.
     words = torch.randn(2, D_MODEL)
     prompt = untrained(method, **({"rank": D_MODEL} if method == "ulpt" else {}))
@@ -178,7 +202,7 @@ def test_frozen_matrix_of_ulpt_is_its_seed_alone() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("language", ["t5", "bart"])
-def test_folded_is_the_same(make_backbone: Callable[..., Backbone], language: str, method: Method) -> None:
+def test_folded_is_the_same(make_backbone: Callable[..., Backbone], language: str, method: str) -> None:
     backbone = make_backbone(language)
     model = PromptedModel(backbone, trained(method)).eval()
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
@@ -197,7 +221,7 @@ def test_folded_is_the_same(make_backbone: Callable[..., Backbone], language: st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapter_round_trip_is_exact(
-    make_backbone: Callable[..., Backbone], tmp_path: Path, method: Method
+    make_backbone: Callable[..., Backbone], tmp_path: Path, method: str
 ) -> None:
     model = PromptedModel(make_backbone("t5"), trained(method, seed=7)).eval()
     adapter = Adapter.of(model, task="vqav2", metrics={})
@@ -211,7 +235,7 @@ def test_adapter_round_trip_is_exact(
         ours, theirs = (one(**inputs, labels=random_labels()).logits for one in (model, built))
     assert torch.equal(ours, theirs)
     assert built.prompt is not None
-    assert family.describe(built.prompt) == family.describe(model.prompt)
+    assert built.prompt.describe() == model.prompt.describe()
     assert not any("random" in name for name in loaded.tensors)
 
 
@@ -228,7 +252,7 @@ def test_adapter_without_a_method_is_of_dept(make_backbone: Callable[..., Backbo
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"method": "magic"}, "prompt.method to be"),
+        ({"method": "magic"}, "unknown method 'magic'"),
         ({"seed": -1}, "prompt.seed to be 0 to"),
         ({"rank": D_MODEL + 1}, "rank of 1 to the width"),
         ({"method": "lopt"}, "has the tensors"),

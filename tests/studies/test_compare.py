@@ -15,9 +15,9 @@ from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
-from dept_vl.prompts import methods as family
+from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost
-from dept_vl.studies.compare import COMPARED, TASKS, CompareConfig, task_config
+from dept_vl.studies.compare import TASKS, CompareConfig, compared, task_config
 from dept_vl.studies.compare_report import Row, bars, report
 from dept_vl.tasks import load_task
 from dept_vl.tasks.scenes.official import write_concepts
@@ -49,13 +49,13 @@ def base(
 
 
 def test_every_method_has_as_many_tries() -> None:
-    tries = {name: len(COMPARED[method.like or name].rates) for name, method in COMPARED.items()}
+    tries = {name: len(compared()[method.like or name].rates) for name, method in compared().items()}
     assert tries.pop("zero-shot") == 0
     assert set(tries.values()) == {4}
-    assert set(family.METHODS) < COMPARED.keys()
+    assert set(METHODS) < compared().keys()
     # What is said of the last one.
     default = OptimOptions()
-    assert COMPARED["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
+    assert compared()["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
 
 
 def test_every_shipped_task_has_a_configuration() -> None:
@@ -64,10 +64,10 @@ def test_every_shipped_task_has_a_configuration() -> None:
 
 def trained(base: Path, name: str) -> dict[str, int]:
     config = task_config(CompareConfig(), str(base))
-    return count_trainable(build_model(COMPARED[name].configure(config)))
+    return count_trainable(build_model(compared()[name].configure(config)))
 
 
-@pytest.mark.parametrize("method", family.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_prompts_have_one_budget_and_nothing_else_is_trained(base: Path, method: str) -> None:
     counts = trained(base, method)
     assert counts["total"] == counts.get("prompt", 0) + counts.get("low_rank", 0) <= BUDGET
@@ -99,7 +99,7 @@ def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
     pytest.importorskip("peft")
     config = task_config(CompareConfig(), str(base))
     wider = replace(config, prompt=replace(config.prompt, reference_prompt_length=90))
-    configured = COMPARED["LoRA"].configure(wider)
+    configured = compared()["LoRA"].configure(wider)
     assert configured.backbone.lora_rank == 90 * D_MODEL // (6 * 4 * D_MODEL) == 3
     assert not any(
         "lora_" in name

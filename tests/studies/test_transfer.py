@@ -21,8 +21,8 @@ from dept_vl.data.shots import draw_shots, read_shots
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
-from dept_vl.prompts.budget import Method
+from dept_vl.prompts.budget import sized
+from dept_vl.prompts.methods import build
 from dept_vl.studies.transfer import TransferConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.vqav2 import VQAv2
@@ -133,8 +133,10 @@ def test_interval_of_one_and_of_none() -> None:
         interval([])
 
 
-def model_of(backbone: Backbone, method: Method = "dept", **sizes: int) -> PromptedModel:
-    prompt = family.build(method, D_MODEL, **(SIZES | ({"rank": 0} if method == "pt" else {}) | sizes))
+def model_of(backbone: Backbone, method: str = "dept", **sizes: int) -> PromptedModel:
+    prompt = build(
+        sized(method, d_model=D_MODEL, **(SIZES | ({"rank": 0} if method == "pt" else {}) | sizes))
+    )
     model = PromptedModel(backbone, prompt)
     for parameter in prompt.parameters():
         torch.nn.init.normal_(parameter)
@@ -148,7 +150,7 @@ def saved(model: PromptedModel, folder: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual", "lopt", "ulpt"])
 def test_all_of_one_source_is_taken_exactly(
-    make_backbone: Callable[..., Backbone], tmp_path: Path, method: Method
+    make_backbone: Callable[..., Backbone], tmp_path: Path, method: str
 ) -> None:
     backbone = make_backbone("t5")
     source, target = model_of(backbone, method), model_of(backbone, method)
@@ -159,7 +161,7 @@ def test_all_of_one_source_is_taken_exactly(
 
 @pytest.mark.parametrize("method", ["pt", "dept", "adept", "hybrid"])
 def test_the_prompt_alone_goes_to_any_method(
-    make_backbone: Callable[..., Backbone], tmp_path: Path, method: Method
+    make_backbone: Callable[..., Backbone], tmp_path: Path, method: str
 ) -> None:
     backbone = make_backbone("t5")
     source, target = model_of(backbone, "lopt"), model_of(backbone, method)

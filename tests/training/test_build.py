@@ -8,21 +8,19 @@ from conftest import D_MODEL
 
 from dept_vl.config import PromptOptions
 from dept_vl.models.backbone import Backbone
-from dept_vl.prompts import methods as family
-from dept_vl.prompts.budget import Method
-from dept_vl.prompts.methods import METHODS
+from dept_vl.prompts.budget import METHODS
 from dept_vl.training.build import budget_line, build_prompt
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_solved_prompt_keeps_its_budget(make_backbone: Callable[..., Backbone], method: Method) -> None:
+def test_a_solved_prompt_keeps_its_budget(make_backbone: Callable[..., Backbone], method: str) -> None:
     backbone = make_backbone("t5", None)
     options = PromptOptions(method=method, prompt_length=10, reference_prompt_length=30, max_source_length=12)
     prompt = build_prompt(options, backbone, seed=3)
     assert prompt is not None
     used = sum(p.numel() for p in prompt.parameters())
     assert used <= 30 * D_MODEL
-    described = family.describe(prompt)
+    described = prompt.describe()
     assert described["method"] == method
     line = budget_line(options, prompt)
     assert f"prompt: {method}, m={prompt.prompt_length}, r={described['rank']};" in line
@@ -36,6 +34,6 @@ def test_pt_is_a_long_prompt_of_rank_0(make_backbone: Callable[..., Backbone]) -
     ours, theirs = (build_prompt(options, backbone, seed=3) for options in (named, spelt))
     assert ours is not None
     assert theirs is not None
-    assert family.describe(ours) == family.describe(theirs)
+    assert ours.describe() == theirs.describe()
     assert ours.state_dict().keys() == theirs.state_dict().keys() == {"soft_prompt"}
     assert torch.equal(ours.soft_prompt, theirs.soft_prompt)

@@ -168,7 +168,7 @@ def test_a_frozen_projection_is_not_counted(tmp_path: Path) -> None:
         ("prompt_length", 900_000, r"by its sizes the prompt has the tensors .*\(900000, 8\)"),
         ("max_source_length", 6, r"\(6, 4\)"),
         ("alpha", float("nan"), r"prompt\.alpha to be a finite number"),
-        ("scale", 3.0, r"alpha / sqrt\(rank\) = 4\.0, found 3\.0"),
+        ("scale", 3.0, r"prompt\.scale to be 4\.0, found 3\.0"),
         ("rank", True, r"prompt\.rank to be a whole number"),
     ],
 )

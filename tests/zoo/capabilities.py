@@ -18,10 +18,10 @@ from zoo.subjects import ANSWER, ARCHITECTURES, BASELINES, NotThere, Subject
 import dept_vl
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import OptimOptions
-from dept_vl.prompts import methods as family
+from dept_vl.prompts import budget
 from dept_vl.training.optim import build_optimizer
 
-METHODS = (*family.METHODS, *BASELINES)
+METHODS = (*budget.METHODS, *BASELINES)
 PACKAGE = Path(dept_vl.__file__).resolve().parent
 HELD = "✓"
 BEGIN, END = "<!-- capabilities -->", "<!-- /capabilities -->"

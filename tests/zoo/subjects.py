@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.choices import VisualPositionBias
 from dept_vl.models.precision import recompute_activations
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts import methods as family
+from dept_vl.prompts.budget import sized
 from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.methods import build
 
 Inputs = dict[str, Tensor]
 BASELINES = ("bitfit", "lora")
@@ -43,7 +44,7 @@ class Subject(ABC):
     Each kind takes a method and the names of its base; made anew of them it is the same to the bit.
 
     Args:
-        method: Of `family.METHODS` or `BASELINES`.
+        method: Of `budget.METHODS` or `BASELINES`.
         names: Of the base.
         bare: The base, with nothing trained on it.
         inputs: A batch of texts of different lengths, each with its image if there are images.
@@ -181,7 +182,7 @@ def new_prompt(method: str) -> DePT:
     if method in BASELINES:
         raise NotThere
     torch.manual_seed(0)
-    prompt = family.build(cast(family.Method, method), D_MODEL, **SIZES)
+    prompt = build(sized(method, d_model=D_MODEL, **SIZES | ({"rank": 0} if method == "pt" else {})))
     train_at_random(prompt.parameters(), 1.0)
     return prompt.eval()
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -39,10 +39,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, another_base, embedding_fingerprint
 from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
 from dept_vl.models.language import LanguageModel
-from dept_vl.prompts.budget import LARGEST_SIZE
-from dept_vl.prompts.dept import COMMON_TOKENS, DePT, current_name, sample_vocabulary, solve_rank
+from dept_vl.prompts.budget import LARGEST_SIZE, METHODS
+from dept_vl.prompts.dept import DePT, current_name
+from dept_vl.prompts.initialise import Init, initialise
 
-INITS = ("vocabulary", "text", "random")
+INITS = get_args(Init)
 
 
 class DeptType(str, enum.Enum):  # noqa: UP042  PEFT takes the name from str()
@@ -176,9 +177,12 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _prepare_adapter_config(self, peft_config: DeptConfig, model_config: dict[str, Any]) -> DeptConfig:
         if peft_config.rank is None:
             width = text_encoder(self.model).get_input_embeddings().embedding_dim
-            budget = peft_config.reference_prompt_length * width
-            sizes = (peft_config.max_source_length, budget, peft_config.prompt_length)
-            rank = solve_rank(width, *sizes)
+            _, rank = METHODS["dept"].solve(
+                d_model=width,
+                max_source_length=peft_config.max_source_length,
+                reference_prompt_length=peft_config.reference_prompt_length,
+                prompt_length=peft_config.prompt_length,
+            )
             if rank == peft_config.prompt_length == 0:
                 raise ValueError(
                     f"reference_prompt_length={peft_config.reference_prompt_length} buys no rank at "
@@ -339,22 +343,21 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
     )
     if not config.init_weights and prompt.offset_b is not None:
         nn.init.normal_(prompt.offset_b)
-    # An adapter that is about to be loaded needs no tokenizer.
-    if config.prompt_init == "random" or (config.prompt_init == "text" and config.inference_mode):
-        return prompt
+    tokenizer = None
     if config.prompt_init == "text":
+        if config.inference_mode:  # an adapter that is about to be loaded needs no tokenizer
+            return prompt
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False)
-        ids = tokenizer(config.prompt_init_text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    else:
-        special = (getattr(encoder.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
-        ids = sample_vocabulary(
-            min(COMMON_TOKENS, words.num_embeddings),
-            config.prompt_length,
-            torch.default_generator,
-            exclude=[token for token in special if isinstance(token, int)],
-        )
-    with torch.no_grad():
-        prompt.init_prompt(language.embed(ids.long()[None].to(words.weight.device))[0])
+    special = (getattr(encoder.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    initialise(
+        prompt,
+        cast(Init, config.prompt_init),
+        lambda ids: language.embed(ids[None].to(words.weight.device))[0],
+        vocabulary_size=words.num_embeddings,
+        special_tokens=[token for token in special if isinstance(token, int)],
+        tokenizer=tokenizer,
+        text=config.prompt_init_text or "",
+    )
     return prompt
 
 

@@ -31,7 +31,8 @@ from dept_vl.data.features import load_pixels
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.prompts.dept import DePT, solve_rank
+from dept_vl.prompts.budget import METHODS as PROMPT_METHODS
+from dept_vl.prompts.dept import DePT
 from dept_vl.training.optim import build_optimizer
 
 REFERENCE_LENGTH = 100
@@ -289,8 +290,13 @@ def _build_runner(name: str, backbone: Backbone, stock: nn.Module | None, shape:
 
 def build_prompt(d_model: int, shape: Shape, prompt_length: int) -> DePT:
     """A prompt of so many vectors, the rest of the budget as rank."""
-    rank = solve_rank(d_model, shape.longest, REFERENCE_LENGTH * d_model, prompt_length)
-    return DePT(d_model, prompt_length=prompt_length, rank=rank, max_source_length=shape.longest)
+    sizes: dict[str, Any] = {
+        "d_model": d_model,
+        "max_source_length": shape.longest,
+        "prompt_length": prompt_length,
+    }
+    _, rank = PROMPT_METHODS["dept"].solve(reference_prompt_length=REFERENCE_LENGTH, **sizes)
+    return DePT(**sizes, rank=rank)
 
 
 def _ours(backbone: Backbone, shape: Shape, prompt_length: int) -> Runner:

@@ -1,0 +1,114 @@
+"""A method that users register works wherever the built-in ones do."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_vqa
+from PIL import Image
+from runs import reset_accelerate, with_
+from torch import Tensor, nn
+
+import dept_vl
+from dept_vl._utils.errors import UnknownNameError
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import DataOptions, RunConfig, to_json
+from dept_vl.prompts.budget import METHODS, Method, Shapes
+from dept_vl.prompts.dept import DePT
+from dept_vl.studies.compare import CompareConfig, compare
+from dept_vl.training.run import run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+class Shift(nn.Module):
+    """The same shift for every token; zero until it is trained."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(d_model))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.bias.to(vectors.dtype).expand_as(vectors)
+
+
+# As the recipe of `register_method` has it.
+class Shifted(Method):
+    name, has_rank = "shifted", False
+
+    def shapes(self) -> dict[str, Shapes]:
+        return {
+            "prompt": {"soft_prompt": (self.prompt_length, self.d_model)},
+            "low_rank": {"token_offset.bias": (self.d_model,)},
+        }
+
+    def build(self) -> DePT:
+        return DePT(**self.common, token_offset=Shift(self.d_model))
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    assert dept_vl.register_method(Shifted) is Shifted
+    yield
+    METHODS.unregister("shifted")
+
+
+@pytest.fixture
+def config(make_run: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
+    data = DataOptions(data_dir=write_vqa(tmp_path / "vqa"), holdout_images=1)
+    config = make_run(data)
+    prompt = {"method": "shifted", "rank": None}
+    return with_(config, prompt=prompt, optim={"offset_lr": 0.1}, output_dir=tmp_path / "run")
+
+
+def test_it_trains_saves_loads_and_answers_beside_another(config: RunConfig, tmp_path: Path) -> None:
+    result = run(config)
+    width = result.trainable["low_rank"]
+    assert result.trainable["prompt"] == 3 * width
+    adapter = Adapter.load(result.output_dir / "best")
+    assert adapter.prompt is not None
+    assert (adapter.prompt["method"], adapter.prompt["rank"]) == ("shifted", 0)
+    assert adapter.tensors["prompt.token_offset.bias"].abs().max() > 0
+    adapter.save(tmp_path / "copy")
+    assert Adapter.load(tmp_path / "copy").prompt == adapter.prompt
+
+    reset_accelerate()
+    other = with_(config, prompt={"method": "dept", "rank": 2}, output_dir=tmp_path / "other")
+    folders = {"shifted": result.output_dir, "dept": run(other).output_dir}
+    image, questions = Image.new("RGB", (32, 32), "red"), ["what is it?", "is it red?"]
+    alone = {name: dept_vl.load(folder).answer(image, questions) for name, folder in folders.items()}
+    many = dept_vl.load_many(folders)
+    rows = [(name, question) for name in folders for question in questions]
+    mixed = many.answer(image, [q for _, q in rows], adapters=[name for name, _ in rows])
+    assert mixed == [*alone["shifted"], *alone["dept"]]
+
+
+def test_it_is_compared(config: RunConfig, tmp_path: Path) -> None:
+    base = with_(config, prompt={"method": "dept"}, output_dir=None)
+    (tmp_path / "tiny.json").write_text(json.dumps(to_json(base)))
+    (row,) = compare(
+        CompareConfig(
+            tasks=(str(tmp_path / "tiny.json"),),
+            methods=("shifted",),
+            output_dir=tmp_path / "compared",
+            smallest=True,
+        )
+    )
+    assert row.method == "shifted"
+    assert set(row.rates) == {"prompt_lr", "offset_lr"}
+    assert (tmp_path / "compared" / "comparison.md").is_file()
+
+
+def test_a_name_is_taken_once_and_known_only_while_registered(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="'shifted' is registered already"):
+        dept_vl.register_method(Shifted)
+    METHODS.unregister("shifted")
+    try:
+        with pytest.raises(ValueError, match=r"unknown method 'shifted'; there are: pt, dept"):
+            run(config)
+        with pytest.raises(UnknownNameError):
+            METHODS["shifted"]
+    finally:
+        dept_vl.register_method(Shifted)
