@@ -16,11 +16,11 @@ from zoo.ready_made import inputs_of, ready_made
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import Attached, attach
-from dept_vl.inference.mixed import PromptTable, RowPrompts
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.choices import VisualPositionBias
 from dept_vl.models.precision import recompute_activations
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.rows import PromptTable, RowPrompts
 from dept_vl.prompts.budget import sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build
@@ -257,7 +257,13 @@ class Composed(Subject):
         if self.module.prompt is None:
             raise NotThere
         on, backbone = [True, False, True], self.module.backbone
-        table = PromptTable([None, copy.deepcopy(self.module.prompt)], backbone)
+        kind = backbone.kind
+        with torch.no_grad():
+            table = PromptTable(
+                [None, copy.deepcopy(self.module.prompt)],
+                kind.word_embeddings.weight,
+                padding_first=kind.counts_text,
+            )
         other = copy.copy(self)
         other.module = PromptedModel(backbone, RowPrompts(table, torch.tensor(on).long())).eval()
         return other.logits(self.inputs), on
