@@ -257,12 +257,12 @@ class Composed(Subject):
         if self.module.prompt is None:
             raise NotThere
         on, backbone = [True, False, True], self.module.backbone
-        kind = backbone.kind
+        language_model = backbone.language_model
         with torch.no_grad():
             table = PromptTable(
                 [None, copy.deepcopy(self.module.prompt)],
-                kind.word_embeddings.weight,
-                padding_first=kind.counts_text,
+                language_model.word_embeddings.weight,
+                padding_first=language_model.counts_text,
             )
         other = copy.copy(self)
         other.module = PromptedModel(backbone, RowPrompts(table, torch.tensor(on).long())).eval()
