@@ -69,14 +69,14 @@ def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
 
 def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts) -> None:
     """Refuse a source that the model's prompt cannot start from."""
-    backbone, theirs = model.backbone, adapter.backbone
+    backbone, trained_on = model.backbone, adapter.backbone
     # P was learnt in front of this language model's words; what it sees with is no part of that.
-    language = (theirs["fingerprint"] or {}).get("language")
+    language = (trained_on["fingerprint"] or {}).get("language")
     if language != backbone.fingerprint["language"]:
         raise ValueError(
-            f"the source at {path} was trained on {theirs['name']} (fingerprint {theirs['fingerprint']}), "
-            f"and this is {backbone.name} (fingerprint {backbone.fingerprint}); a prompt goes from task to "
-            "task, not from language model to language model"
+            f"the source at {path} was trained on {trained_on['name']} (fingerprint "
+            f"{trained_on['fingerprint']}), and this is {backbone.name} (fingerprint {backbone.fingerprint}"
+            "); a prompt goes from task to task, not from language model to language model"
         )
     trained_projection = "visual_projection" in adapter.trainable_parameters
     if backbone.visual_projection is not None and trained_projection:

@@ -43,12 +43,12 @@ def names_of(sources: Sequence[str]) -> dict[str, str]:
     return {source: source for source in sources}
 
 
-def describe(reader: Predictor) -> str:
-    """What an adapter is, in Markdown."""
-    adapter, backbone = reader.adapter, reader.model.backbone
+def describe(predictor: Predictor) -> str:
+    """Describe an adapter in Markdown."""
+    adapter, backbone = predictor.adapter, predictor.model.backbone
     if adapter is None:
-        return f"**{backbone.name}** as it was before any adapter, asked as *{reader.task.name}*."
-    lines = [f"Task *{reader.task.name}*, on **{backbone.name}**."]
+        return f"**{backbone.name}** as it was before any adapter, asked as *{predictor.task.name}*."
+    lines = [f"Task *{predictor.task.name}*, on **{backbone.name}**."]
     if adapter.prompt is not None:
         prompt = adapter.prompt
         lines.append(
@@ -105,7 +105,7 @@ def build(many: ManyAdapters) -> Any:
     """
     gradio = _gradio()
     names = [name for name in many.predictors if name is not None]
-    most_images = max(reader.task.image_count for reader in many.predictors.values())
+    most_images = max(predictor.task.image_count for predictor in many.predictors.values())
     first = many.predictor(names[0])
 
     def looks(name: str) -> list[Any]:
@@ -125,17 +125,7 @@ def build(many: ManyAdapters) -> Any:
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=5), gradio.Row():
                 uploads = [
-                    gradio.Image(
-                        label="Image" if most_images == 1 else ("Left image", "Right image")[place],
-                        type="filepath",
-                        sources=["upload", "clipboard"],
-                        height=360,
-                        buttons=[],
-                        visible=first.task.image_count > place,
-                        elem_id=f"image-{place}",
-                        elem_classes="upload",
-                    )
-                    for place in range(most_images)
+                    _upload(place, most_images, first.task.image_count) for place in range(most_images)
                 ]
             with gradio.Column(scale=4):
                 adapter = gradio.Dropdown(
@@ -167,6 +157,20 @@ def build(many: ManyAdapters) -> Any:
         shown = [*uploads, question, about, answer, problem]
         adapter.change(looks, adapter, shown, api_visibility="private", show_progress="hidden")
     return page
+
+
+def _upload(place: int, most_images: int, shown: int) -> Any:
+    """The field of an image, visible for the first of them."""
+    return _gradio().Image(
+        label="Image" if most_images == 1 else ("Left image", "Right image")[place],
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=360,
+        buttons=[],
+        visible=shown > place,
+        elem_id=f"image-{place}",
+        elem_classes="upload",
+    )
 
 
 def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> str:

@@ -56,8 +56,8 @@ def load(
         raise ValueError(
             f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
         )
-    own = _own(shared, adapter)
-    model = adapter.build(own).to(own.device).eval().folded()
+    base = _copy_changed(shared, adapter)
+    model = adapter.build(base).to(base.device).eval().folded()
     decoding, longest = chosen.decoding, LONGEST_TEXT
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
@@ -70,10 +70,10 @@ def load(
     if model.prompt is not None:
         longest = model.prompt.max_source_length
     # Now, rather than at the first question.
-    own.check_length(
+    base.check_length(
         0 if model.prompt is None else model.prompt.prompt_length,
         1,
-        0 if own.vision is None else own.vision.token_count * chosen.image_count,
+        0 if base.vision is None else base.vision.token_count * chosen.image_count,
         decoding.max_new_tokens,
     )
     return Predictor(model, adapter, chosen, decoding, longest)
@@ -143,8 +143,8 @@ def _two(name: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _own(backbone: Backbone, adapter: Adapter) -> Backbone:
-    """The same backbone for one adapter: what the adapter changes of it is a copy."""
+def _copy_changed(backbone: Backbone, adapter: Adapter) -> Backbone:
+    """The same backbone for one adapter, with a copy of the parts that the adapter changes."""
     if any(name.startswith("language.") for name in adapter.tensors):
         return copy.deepcopy(backbone)
     return backbone.with_projection(copy.deepcopy(backbone.visual_projection))
