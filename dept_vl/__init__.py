@@ -1,33 +1,70 @@
-"""DePT, Decomposed Prompt Tuning, for encoder-decoder vision-language models."""
+"""DePT, Decomposed Prompt Tuning, for encoder-decoder vision-language models.
+
+`dept_vl.api` lists the public names; each is imported when first used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dept_vl.adapters.adapter import Adapter
+    from dept_vl.adapters.attach import Attached, attach
+    from dept_vl.api import build_prompt, evaluate, train
+    from dept_vl.config import RunConfig
     from dept_vl.inference.loading import load
     from dept_vl.inference.mixed import load_many
+    from dept_vl.inference.predictor import Predictor
     from dept_vl.models.backbone import Backbone
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.budget import register_method
     from dept_vl.prompts.dept import DePT
+    from dept_vl.tasks import load_task
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "Backbone", "DePT", "PromptedModel", "load", "load_many", "register_method"]
+__all__ = [
+    "Adapter",
+    "Attached",
+    "Backbone",
+    "DePT",
+    "Predictor",
+    "PromptedModel",
+    "RunConfig",
+    "attach",
+    "build_prompt",
+    "evaluate",
+    "load",
+    "load_many",
+    "load_task",
+    "register_method",
+    "train",
+]
 
-_ROOMS = {
+_MODULES = {
     "Adapter": "adapters.adapter",
+    "Attached": "adapters.attach",
     "Backbone": "models.backbone",
     "DePT": "prompts.dept",
+    "Predictor": "inference.predictor",
     "PromptedModel": "models.prompted",
+    "RunConfig": "config",
+    "attach": "adapters.attach",
+    "build_prompt": "api",
+    "evaluate": "api",
     "load": "inference.loading",
     "load_many": "inference.mixed",
+    "load_task": "tasks",
     "register_method": "prompts.budget",
+    "train": "api",
 }
+"""Name -> module of `dept_vl` that defines it."""
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when first asked for: `import dept_vl` alone costs nothing.
-    if name in _ROOMS:
-        return getattr(import_module(f"dept_vl.{_ROOMS[name]}"), name)
-    raise AttributeError(f"module 'dept_vl' has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dept_vl' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"dept_vl.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -246,7 +246,15 @@ class OptimOptions(Options):
 
 @dataclass(frozen=True)
 class RunConfig(Options):
-    """Everything a run depends on; written to its folder, and repeated with --config."""
+    """Everything a run depends on; written to its folder, and repeated with --config.
+
+    Example:
+        >>> import dept_vl
+        >>> from dept_vl.config import PromptOptions, TrainOptions
+        >>> config = dept_vl.RunConfig(prompt=PromptOptions(method="pt"), train=TrainOptions(max_steps=100))
+        >>> config.data.task
+        'vqav2'
+    """
 
     data: DataOptions = field(default_factory=DataOptions)
     also: Annotated[tuple[DataOptions, ...], tyro.conf.Suppress] = ()

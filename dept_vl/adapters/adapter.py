@@ -50,6 +50,13 @@ class Adapter:
         tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
             `language.*`.
         format_version: Of the two files; those of an older version are read into the newest.
+
+    Example:
+        >>> import dept_vl
+        >>> adapter = dept_vl.Adapter.load("runs/vqa/best")
+        >>> adapter.task
+        'vqav2'
+        >>> model = adapter.build(dept_vl.load("runs/vqa").model.backbone)
     """
 
     prompt: dict[str, Any] | None

@@ -77,6 +77,12 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
 
     Raises:
         ValueError: If the model is not supported, or the prompt does not fit its width or positions.
+
+    Example:
+        >>> import dept_vl  # `blip2` is a Blip2ForConditionalGeneration
+        >>> prompt = dept_vl.build_prompt("dept", blip2, prompt_length=6, rank=2, max_source_length=8)
+        >>> attached = dept_vl.attach(blip2, prompt)
+        >>> attached.detach()
     """
     parts = Parts.of(model)
     if prompt.d_model != parts.width:
@@ -104,6 +110,13 @@ class Attached(nn.Module):
     Attributes:
         model: The ready-made model, frozen until `detach`.
         prompt: What is trained.
+
+    Example:
+        >>> import dept_vl  # `blip2` is a Blip2ForConditionalGeneration
+        >>> prompt = dept_vl.build_prompt("dept", blip2, prompt_length=6, rank=2, max_source_length=8)
+        >>> with dept_vl.attach(blip2, prompt) as attached:
+        ...     attached.save("adapters/blip2", task="vqav2")
+        >>> attached = dept_vl.Attached.load("adapters/blip2", blip2)
     """
 
     def __init__(self, model: PreTrainedModel, prompt: DePT, parts: Parts) -> None:

@@ -47,6 +47,11 @@ def load(
         FileNotFoundError: If there is no adapter, or no backbone.
         ValueError: If the backbone is another one than the adapter's or of no kind that is supported, the
             prompt is longer than it has positions, or the task is unknown.
+
+    Example:
+        >>> import dept_vl
+        >>> predictor = dept_vl.load("runs/vqa")
+        >>> answer = predictor.answer("street.jpg", "what colour is the car?")
     """
     adapter = Adapter.from_pretrained(source, revision=revision)
     run = run_of(Path(source))

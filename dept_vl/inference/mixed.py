@@ -157,6 +157,13 @@ def load_many(
     Raises:
         FileNotFoundError: If there is no such adapter, or no backbone.
         ValueError: As `load` and `ManyAdapters`.
+
+    Example:
+        >>> import dept_vl
+        >>> many = dept_vl.load_many({"vqa": "runs/vqa", "again": "runs/vqa/last"})
+        >>> answers = many.answer("street.jpg", "what colour is the car?", adapters=["vqa", "again"])
+        >>> len(answers)
+        2
     """
     if not sources:
         raise ValueError("expected one adapter or more, found none")

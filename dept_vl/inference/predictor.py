@@ -44,6 +44,13 @@ class Predictor:
         task: How questions are asked.
         decoding: How answers are decoded.
         max_source_length: Tokens that a text is cut to.
+
+    Example:
+        >>> import dept_vl
+        >>> predictor = dept_vl.load("runs/vqa")
+        >>> answers = predictor.answer("street.jpg", ["how many cars are there?", "is it day?"])
+        >>> len(answers)
+        2
     """
 
     model: PromptedModel

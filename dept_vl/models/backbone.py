@@ -90,6 +90,12 @@ class Backbone(nn.Module):
     Raises:
         ValueError: If the language model is not supported, or cannot read images, or not
             with this `visual_position_bias`.
+
+    Example:
+        >>> import dept_vl
+        >>> backbone = dept_vl.Backbone.from_pretrained("data/tiny-clip-t5")
+        >>> any(parameter.requires_grad for parameter in backbone.language.parameters())
+        False
     """
 
     def __init__(

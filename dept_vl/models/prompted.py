@@ -22,6 +22,15 @@ class PromptedModel(nn.Module):
         backbone: Frozen but for what `Backbone.freeze` leaves trainable.
         prompt: The trainable prompt; None runs the bare backbone.
         backbone_dropout: Keep the frozen language model's dropout on while training.
+
+    Example:
+        >>> import dept_vl
+        >>> backbone = dept_vl.Backbone.from_pretrained("data/tiny-clip-t5")
+        >>> prompt = dept_vl.build_prompt("dept", backbone, prompt_length=8, rank=2)
+        >>> model = dept_vl.PromptedModel(backbone, prompt).eval()
+        >>> text = backbone.tokenizer(["is it day?"], return_tensors="pt")
+        >>> tokens = model.generate(text.input_ids, text.attention_mask, max_new_tokens=4)
+        >>> answers = backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     """
 
     def __init__(

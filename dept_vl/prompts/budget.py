@@ -185,24 +185,28 @@ M = TypeVar("M", bound=type[Method])
 def register_method(method: M) -> M:
     """Make a method known by its name, for training, files, rows with different adapters and comparisons.
 
-    What it trains has to keep the names and shapes that `shapes` gives, because files are checked by them:
-
-        @register_method
-        class Shifted(Method):
-            name, has_rank = "shifted", False
-
-            def shapes(self):
-                return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)},
-                        "low_rank": {"token_offset.bias": (self.d_model,)}}
-
-            def build(self):
-                return DePT(**self.common, token_offset=Shift(self.d_model))  # a module: E -> bias
+    What it trains has to keep the names and shapes that `shapes` gives, because files are checked by them.
 
     Args:
         method: The class; returned as it is.
 
     Raises:
         ValueError: If another method has the name.
+
+    Example:
+        >>> import dept_vl
+        >>> from dept_vl.prompts.budget import METHODS, Method
+        >>> @dept_vl.register_method
+        ... class Shifted(Method):
+        ...     name, has_rank = "shifted", False
+        ...
+        ...     def shapes(self):
+        ...         return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)},
+        ...                 "low_rank": {"token_offset.bias": (self.d_model,)}}
+        ...
+        ...     def build(self):
+        ...         return dept_vl.DePT(**self.common, token_offset=Shift(self.d_model))  # a module: E -> bias
+        >>> METHODS.unregister("shifted")
     """
     METHODS.register(method.name, method)
     return method

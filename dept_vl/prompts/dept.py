@@ -71,6 +71,14 @@ class DePT(nn.Module):
 
     Raises:
         ValueError: If a size is negative, or there is no text position to offset.
+
+    Example:
+        >>> import dept_vl, torch
+        >>> prompt = dept_vl.DePT(512, prompt_length=40, rank=10, max_source_length=20)
+        >>> embeddings, mask = torch.randn(2, 20, 512), torch.ones(2, 20, dtype=torch.bool)
+        >>> prompted, longer = prompt(embeddings, mask)
+        >>> tuple(prompted.shape), tuple(longer.shape)
+        ((2, 60, 512), (2, 60))
     """
 
     def __init__(

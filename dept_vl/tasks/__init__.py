@@ -36,6 +36,14 @@ def load_task(name: str, root: Path | None, split: str) -> Task:
 
     Raises:
         ValueError: If there is no such task.
+
+    Example:
+        >>> import dept_vl
+        >>> from pathlib import Path
+        >>> task = dept_vl.load_task("vqav2", Path("data/vqav2"), "val")
+        >>> scores = task.score({task[place].example_id: "yes" for place in range(len(task))})
+        >>> 0 <= scores["overall"] <= 100
+        True
     """
     if name not in TASKS:
         raise _unknown(name)

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table, score_rows
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import EvaluateConfig, read_config
+from dept_vl.config import DataOptions, EvaluateConfig, OnBadImage, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
@@ -23,8 +23,10 @@ from dept_vl.data.splits import (
     data_options,
     mapped_features,
     run_candidates,
+    with_split_names,
 )
-from dept_vl.inference.evaluate import Evaluation
+from dept_vl.inference.evaluate import Evaluation, evaluate
+from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.sharding import place_model
@@ -34,7 +36,7 @@ from dept_vl.tasks.base import Task, limit
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.submission import SUBMITTED, Submission, write_submission
 from dept_vl.training.report.html import Answered, write_evaluation_report
-from dept_vl.training.stages import Part, Stages
+from dept_vl.training.stages import Part, Stages, write_answers
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,48 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return Evaluated(scoring.evaluations[0], scoring.output_dir if write else None, scoring.submission)
+
+
+def score_predictor(
+    predictor: Predictor,
+    *,
+    split: str,
+    data_dir: Path | None,
+    limit_to: int,
+    batch_size: int,
+    num_workers: int,
+    on_bad_image: OnBadImage,
+    output_dir: Path | None,
+) -> Evaluated:
+    """Answer and score a split with a predictor; see `api.evaluate`."""
+    if output_dir is not None and holds_predictions(output_dir):
+        raise FileExistsError(f"{output_dir} already holds predictions; choose another output_dir")
+    options = with_split_names(DataOptions(task=predictor.task.name, data_dir=data_dir, test_split=split))
+    accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
+    with accelerator.local_main_process_first():
+        task = load_task(options.task, options.data_dir, options.test_split)
+    task = check_images(limit(task, limit_to, 0), on_bad_image)
+    evaluation = evaluate(
+        predictor.model,
+        task,
+        Collator.for_model(
+            predictor.model,
+            predictor.decoding.max_new_tokens,
+            max_source_length=predictor.max_source_length,
+            images=predictor.model.backbone.vision,
+            on_bad_image=on_bad_image,
+            device=accelerator.device,
+        ),
+        accelerator,
+        batch_size=batch_size,
+        decoding=predictor.decoding,
+        num_workers=num_workers,
+    )
+    if output_dir is not None and accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_answers(task, evaluation, output_dir)
+        (output_dir / SCORES_FILE).write_text(json.dumps(evaluation.scores, indent=2) + "\n")
+    return Evaluated(evaluation, output_dir)
 
 
 def holds_predictions(folder: Path) -> bool:
