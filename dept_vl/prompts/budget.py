@@ -205,7 +205,7 @@ def register_method(method: M) -> M:
         ...                 "low_rank": {"token_offset.bias": (self.d_model,)}}
         ...
         ...     def build(self):
-        ...         return dept_vl.DePT(**self.common, token_offset=Shift(self.d_model))  # a module: E -> bias
+        ...         return dept_vl.DePT(**self.common, token_offset=Shift(self.d_model))  # E -> bias
         >>> METHODS.unregister("shifted")
     """
     METHODS.register(method.name, method)
