@@ -1,4 +1,4 @@
-"""The state of a training run, so that a run that was killed goes on as if it had not been.
+"""Checkpoints of a run, from which a run that was killed resumes with the same results.
 
     checkpoints/step-00001200/
         tensors.safetensors   trained parameters and the optimizer's state, by name

@@ -1,4 +1,4 @@
-"""What a run says when the machine fails it: what failed, where, and what to do."""
+"""Errors of the machine during a run: what failed, where, and what to do."""
 
 import errno
 import os
@@ -23,15 +23,15 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communica
 
 @contextmanager
 def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> Iterator[None]:
-    """Turn what the machine does to a run into one message with a way out; other errors pass.
+    """Re-raise I/O and worker failures with a hint how to resume; let other exceptions through.
 
     Args:
         folder: Of the run, which need not be there yet.
         option: That names the folder.
-        way_on: How to go on; left out, as the run's checkpoints say.
+        way_on: How to continue; left out, by the run's checkpoints.
 
     Raises:
-        OSError: With the number that the system gave, for a full disk, a folder that refuses or is gone,
+        OSError: With the number that the system gave, for a full disk, a folder that is not writable or is gone,
             and too many open files.
         RuntimeError: If a process that reads images, or another one of the run, has ended.
     """

@@ -122,7 +122,7 @@ def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) 
 
 
 def or_warn(write: Callable[[], Path]) -> None:
-    """Write a page; a page that fails is said to, since the results that it shows lie there already."""
+    """Write the report; on failure print a warning, because the results are already on disk."""
     try:
         write()
     except Exception as error:
