@@ -31,7 +31,7 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
         way_on: How to continue; left out, by the run's checkpoints.
 
     Raises:
-        OSError: With the number that the system gave, for a full disk, a folder that is not writable or is gone,
+        OSError: With the number that the system gave, for a full disk, a folder that is read-only or is gone,
             and too many open files.
         RuntimeError: If a process that reads images, or another one of the run, has ended.
     """
