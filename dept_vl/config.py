@@ -25,7 +25,7 @@ from dept_vl._utils.options import (
 from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
 from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
-from dept_vl.prompts.budget import LARGEST_SIZE, METHODS
+from dept_vl.prompts.budget import LARGEST_SIZE, METHODS, Init
 
 Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
@@ -157,7 +157,7 @@ class PromptOptions(Options):
     """Longest text, in tokens, task prefix included (s)."""
     alpha: Finite = 8.0
     """The offset is scaled by alpha / sqrt(rank)."""
-    prompt_init: Literal["vocabulary", "text", "random"] = "vocabulary"
+    prompt_init: Init = "vocabulary"
     """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
     init_text: str = ""
     """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""

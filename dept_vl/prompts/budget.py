@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from dept_vl._utils.registry import Registry
 
@@ -16,6 +16,8 @@ LARGEST_SIZE = 1_000_000
 GROUPS = ("prompt", "low_rank")
 """What a method trains, by learning rate: `prompt_lr`, and `offset_lr` for all else."""
 
+Init = Literal["vocabulary", "text", "random"]
+"""What a soft prompt starts from, see `initialise`."""
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each parameter, by its name in `DePT`."""
 

@@ -1,18 +1,18 @@
 """The vectors that a soft prompt starts from: words of the vocabulary, a text, or noise."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from dept_vl.prompts.budget import Init
 from dept_vl.prompts.dept import DePT
 
 COMMON_TOKENS = 5000
 """Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
 
-Init = Literal["vocabulary", "text", "random"]
 Embed = Callable[[Int[Tensor, " tokens"]], Float[Tensor, "tokens d_model"]]
 
 

@@ -243,7 +243,7 @@ def test_what_cannot_be_searched_is_refused(config: RunConfig) -> None:
         tune(nothing)
     with pytest.raises(ValueError, match="--tune needs --output_dir"):
         tune(replace(config, output_dir=None))
-    with pytest.raises(ValueError, match="tune is -1; expected 0 to 10,000"):
+    with pytest.raises(ValueError, match="tune is -1; expected 0 or more"):
         main(replace(config, tune=-1))
     with pytest.raises(FileNotFoundError, match=r"expected a study \(study.db\)"):
         tune(replace(config, resume=str(config.output_dir)))
