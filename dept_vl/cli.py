@@ -1,17 +1,198 @@
-"""Flags from dataclasses; the only reader of the command line."""
+"""The `dept-vl` command: reads flags, checks names and folders, and only then imports the engines."""
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial, wraps
+from io import StringIO
 from pathlib import Path
+from re import findall, search, split
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from dept_vl._utils.run_files import CONFIG_FILE
-from dept_vl.config import RENAMED, ExtractConfig, RunConfig, read_config, validate
+from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
+from dept_vl._utils.options import Options
+from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
+from dept_vl.config import (
+    RENAMED,
+    DemoConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    PredictConfig,
+    ReportConfig,
+    RunConfig,
+    read_config,
+    validate,
+)
 from dept_vl.presets import PRESETS, with_preset
+
+ABOUT = "Adapt a vision-language model with a decomposed prompt, evaluate it and use it."
+Command = Callable[[list[str]], object]
+"""Takes the command line; returns the exit status, or something else for 0."""
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dept-vl`; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return exit_status(partial(_choose, COMMANDS, "dept-vl", ABOUT), arguments)
+
+
+def entry(command: Command) -> NoReturn:
+    """Run one command as a program: what a script does."""
+    raise SystemExit(exit_status(command, sys.argv[1:]))
+
+
+# Commands
+
+
+def train(
+    arguments: list[str], defaults: RunConfig | None = None, tasks: Collection[str] | None = None
+) -> int:
+    """Train a prompt, and score it.
+
+    Args:
+        arguments: The command line.
+        defaults: What flags and files leave out.
+        tasks: The names that the first task may have; None for all.
+    """
+    config = parse(defaults or RunConfig(), "Train a prompt, and score it.", arguments)
+    if tasks is not None and config.data.task not in tasks:
+        raise UsageError(
+            f"this script does not train {config.data.task!r}, only {', '.join(tasks)}; use dept-vl train"
+        )
+    check_run(config)
+    from dept_vl.studies.search import launch
+
+    return launch(config).exit_status
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Score a finished run on any split; of a test split, write the file for its server."""
+    config = parse_options(EvaluateConfig, arguments, "dept-vl evaluate", evaluate.__doc__)
+    _check_task(config.task)
+    _check_exists("--run", config.run / CONFIG_FILE, config.adapter, config.data_dir, config.candidates)
+    from dept_vl.training.score_run import score_run
+
+    score_run(config)
+
+
+def predict(arguments: list[str]) -> None:
+    """Ask a trained adapter about images or texts."""
+    config = parse_options(PredictConfig, arguments, "dept-vl predict", predict.__doc__)
+    _check_task(config.task)
+    _check_source("--adapter", config.adapter)
+    from dept_vl.inference.predict import predict as ask
+
+    ask(config)
+
+
+def features(arguments: list[str]) -> None:
+    """Encode every image of a data set once, for all later runs to read."""
+    config = parse_extraction(features.__doc__ or "", arguments)
+    check_run(config)
+    from dept_vl.training.extract import extract
+
+    extract(config)
+
+
+def data(arguments: list[str]) -> int:
+    """Bring data into the official files that the tasks read, and check them."""
+    from dept_vl.tasks.prepare.commands import COMMANDS
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return 1 if call(COMMANDS, "dept-vl data", data.__doc__, arguments) is False else 0
+
+
+def score(arguments: list[str]) -> None:
+    """Score a file of predictions, anyone's, as the official servers do; no model is needed."""
+    from dept_vl.tasks.score import CHECKS, COMMANDS
+
+    commands = COMMANDS | {f"check-{name}": check for name, check in CHECKS.items()}
+    call(commands, "dept-vl score", score.__doc__, arguments)
+
+
+def check_submission(arguments: list[str]) -> None:
+    """Check a file of predictions as an evaluation server would, before it is uploaded."""
+    from dept_vl.tasks.score import CHECKS
+
+    call(CHECKS, "check_submission.py", check_submission.__doc__, arguments)
+
+
+def transfer(arguments: list[str]) -> None:
+    """Transfer a trained prompt to a task with a few examples."""
+    from dept_vl.studies.options import TransferConfig
+
+    config = parse_options(TransferConfig, arguments, "dept-vl transfer", transfer.__doc__)
+    config.check()
+    _check_exists("--config", config.config, *config.source_config, config.data_dir)
+    from dept_vl.studies.transfer import transfer as run
+
+    run(config)
+
+
+def transfer_suite(arguments: list[str]) -> None:
+    """Transfer between the shipped tasks."""
+    from dept_vl.studies.options import SuiteConfig
+
+    config = parse_options(SuiteConfig, arguments, "transfer_suite.py", transfer_suite.__doc__)
+    config.check()
+    from dept_vl.studies.transfer_suite import transfer_suite as run
+
+    run(config)
+
+
+def compare(arguments: list[str]) -> None:
+    """Compare methods at one budget, with the small backbone."""
+    from dept_vl.studies.options import CompareConfig
+
+    config = parse_options(CompareConfig, arguments, "compare.py", compare.__doc__)
+    config.check()
+    from dept_vl.studies.compare import compare as run
+
+    run(config)
+
+
+def report(arguments: list[str]) -> None:
+    """Make the page of a finished run again, from its folder and the data that it was scored on."""
+    config = parse_options(ReportConfig, arguments, "dept-vl report", report.__doc__)
+    _check_exists("--run", config.run / CONFIG_FILE, config.run / SUMMARY_FILE)
+    from dept_vl.training.report.remake import remake
+
+    remake(config)
+
+
+def demo(arguments: list[str]) -> None:
+    """Serve a page on this machine to upload images, ask questions and pick among adapters."""
+    config = parse_options(DemoConfig, arguments, "dept-vl demo", demo.__doc__)
+    for source in config.adapters:
+        _check_source("--adapters", source)
+    from dept_vl.inference.demo import serve
+
+    serve(config)
+
+
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "features": features,
+    "data": data,
+    "score": score,
+    "transfer": transfer,
+    "report": report,
+    "demo": demo,
+}
+"""The sub-commands of `dept-vl`."""
+
+
+# Flags
 
 
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
@@ -25,11 +206,13 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         argv: Without the program's name; None reads the command line.
     """
     argv = _current_flags(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
-    parser.add_argument("--preset", choices=list(PRESETS))
+    parser.add_argument("--preset")
     parser.add_argument("--resume")
     known, rest = parser.parse_known_args(argv)
+    if known.preset not in (None, *PRESETS):
+        raise UnknownNameError("preset", known.preset, PRESETS)
     own = known.config is None and known.resume not in (None, "auto")
     if own:  # A run goes on with its own options unless others are given, and past its pause.
         known.config = Path(known.resume) / CONFIG_FILE
@@ -41,23 +224,24 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         return config if known.resume is None else replace(config, resume=known.resume)
 
     def flags(base: RunConfig) -> RunConfig:
-        return tyro.cli(
+        return _flags(
             RunConfig,
-            args=rest,
+            rest,
             default=base,
+            prog="dept-vl train",
             description=(
                 f"{description} --config FILE starts from the config.json of another run, --preset "
                 f"{'|'.join(PRESETS)} from the task's published hyper-parameters; flags go before both, and "
                 "a file before a preset."
             ),
             config=(tyro.conf.OmitArgPrefixes,),
-            use_underscores=True,
         )
 
     base = defaults if known.config is None else RunConfig()
     config = flags(over(base))
     if known.preset is None:
         return config
+    _check_task(config.data.task)
     # Which task is a question of flags too, so they are read twice.
     return flags(over(with_preset(base, known.preset, config.data.task)))
 
@@ -86,17 +270,153 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
     Raises:
         ValueError: If an option is out of range.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
     of_run = RunConfig() if known.config is None else read_config(known.config)
-    config: ExtractConfig = tyro.cli(
+    config: ExtractConfig = _flags(
         ExtractConfig,
-        args=rest,
+        rest,
+        prog="dept-vl features",
         default=ExtractConfig(data=of_run.data, also=of_run.also, backbone=of_run.backbone),
         description=f"{description} --config FILE takes the data and the backbone of a run's config.json.",
         config=(tyro.conf.OmitArgPrefixes,),
-        use_underscores=True,
     )
     validate(config)
     return config
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def parse_options(
+    kind: type[AnyOptions], arguments: Sequence[str], program: str, description: str | None
+) -> AnyOptions:
+    """Read flags into a dataclass, and check types and ranges.
+
+    Raises:
+        UsageError: If a flag is unknown, a value is out of range, or one is missing.
+    """
+    options = _flags(kind, arguments, prog=program, description=description)
+    validate(options)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def _flags(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
+    """Let tyro read flags; its box of errors becomes one line."""
+    printed = StringIO()
+    try:
+        with redirect_stderr(printed):
+            values: T = tyro.cli(kind, args=arguments, use_underscores=True, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(printed.getvalue())) from None
+    return values
+
+
+def _one_line(box: str) -> str:
+    """Return what tyro says in a box, of ASCII where the terminal has no lines: the first part and names."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line[:1] not in ("╭", "╰")]
+    parts = [" ".join(part.split()) for part in split("[─-]{8,}", "\n".join(lines))]
+    if "╭" not in box:
+        parts = parts[1:]  # the title
+    text, names = (parts or [box])[0] or "bad command line", []
+    for part in parts[1:]:
+        if part.startswith("Perhaps you meant"):
+            names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", part)))[:3]
+    choice = search(r"invalid choice '(.*?)' .*\((.*)\)", text)
+    if choice:
+        names = get_close_matches(choice[1], findall(r"'(.*?)'", choice[2]))
+    return text.rstrip(".") + (f"; closest: {', '.join(names)}" if names else "")
+
+
+def _choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:
+    """Run the command that the first argument names; without one, or for --help, list them."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
+        ]
+        print(f"usage: {program} COMMAND [OPTIONS]\n\n{about}\n")
+        print(*lines, f"\n{program} COMMAND --help lists the options of a command.", sep="\n")
+        if arguments:
+            return 0
+        raise UsageError(f"a command is missing; there are: {', '.join(commands)}")
+    name = arguments[0]
+    if name not in commands:
+        raise UnknownNameError("command", name, commands)
+    return commands[name](arguments[1:])
+
+
+def call(
+    functions: Mapping[str, Callable[..., Any]], program: str, about: str | None, arguments: list[str]
+) -> object:
+    """Call the function that the first argument names, with its arguments from flags."""
+
+    def command(name: str, function: Callable[..., Any]) -> Command:
+        @wraps(function)
+        def deferred(*values: Any, **named: Any) -> Callable[[], object]:
+            return partial(function, *values, **named)
+
+        @wraps(function)
+        def run(rest: list[str]) -> object:
+            call: Any = _flags(deferred, rest, prog=f"{program} {name}")
+            return call()
+
+        return run
+
+    commands = {name: command(name, function) for name, function in functions.items()}
+    return _choose(commands, program, about or "", arguments)
+
+
+# Checks that need no engine
+
+
+def check_run(config: RunConfig | ExtractConfig) -> None:
+    """Check the values of options, and that the tasks, data and models that they name exist.
+
+    Raises:
+        FileNotFoundError: If a folder or a file is missing.
+        UsageError: If a task is unknown or an option out of range.
+    """
+    from dept_vl.tasks import data_folder
+    from dept_vl.tasks.text.table import TEXT_TASKS
+
+    validate(config)
+    for options in (config.data, *config.also):
+        _check_task(options.task)
+        folder = data_folder(options.task, options.data_dir)
+        if not folder.exists() and (options.data_dir is not None or options.task not in TEXT_TASKS):
+            raise FileNotFoundError(
+                f"no folder {folder} with the data of {options.task}; give --data_dir, or see dept-vl data"
+            )
+        _check_exists("--shots_file", options.shots_file)
+    _check_exists("--backbone", config.backbone.backbone)
+    _check_source("--vision", config.backbone.vision)
+    _check_source("--language", config.backbone.language)
+    if isinstance(config, RunConfig):
+        _check_exists("--init_from", *config.prompt.init_from)
+
+
+def _check_task(name: str | None) -> None:
+    from dept_vl.tasks import TASKS
+
+    if name and name not in TASKS:
+        raise UnknownNameError("task", name, TASKS)
+
+
+def _check_exists(option: str, *paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"{option}: no such file or folder: {path}")
+
+
+def _check_source(option: str, name: str | None) -> None:
+    """Check a folder; other names are of the Hub."""
+    if name and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+        _check_exists(option, Path(name))

@@ -334,6 +334,52 @@ class EvaluateConfig(Options):
     """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
 
 
+@dataclass(frozen=True)
+class PredictConfig(Options):
+    """Whom to ask what."""
+
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE... QUESTION...")]
+    """Image files, then questions."""
+    adapter: str
+    """Folder of a run or of an adapter, or an adapter's name on the Hub."""
+    backbone: Path | None = None
+    """What the adapter was trained on, if it is not where the adapter says: a folder, or VISION+LANGUAGE."""
+    revision: str | None = None
+    """Of an adapter on the Hub."""
+    task: str | None = None
+    """How the questions are asked; left out, as the adapter was trained."""
+    device: str | None = None
+    """Such as cpu or cuda; left out, a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class DemoConfig(Options):
+    """What is shown where."""
+
+    adapters: tuple[str, ...]
+    """Folders of runs or adapters, or names on the Hub, all of one backbone."""
+    backbone: Path | None = None
+    """What they were trained on, if it is not where the first says: a folder, or VISION+LANGUAGE."""
+    host: str = "127.0.0.1"
+    """Address to listen at; anyone who reaches it can ask."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 7860
+    """Port to listen at."""
+    device: str | None = None
+    """Such as cpu or cuda; left out, a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class ReportConfig(Options):
+    """Which run."""
+
+    run: Path
+    """Folder of a finished run."""
+    picture: Path | None = None
+    """PNG file to draw the page into, by Chromium."""
+    size: tuple[Positive, Positive] = (1200, 1800)
+    """Pixels of that picture across and down."""
+
+
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",

@@ -6,15 +6,7 @@
 Finished runs are kept under `--output_dir`, so a stopped comparison goes on where it was.
 """
 
-import tyro
-
-from dept_vl.studies.compare import CompareConfig, Row, compare
-
-
-def main(config: CompareConfig) -> list[Row]:
-    """Run what is missing, then write and return the table."""
-    return compare(config)
-
+from dept_vl.cli import compare, entry
 
 if __name__ == "__main__":
-    main(tyro.cli(CompareConfig, use_underscores=True))
+    entry(compare)

@@ -4,76 +4,7 @@ python scripts/report.py --run runs/vqav2-...
 python scripts/report.py --run runs/vqav2-... --picture report.png    (with Chromium: a picture of its top)
 """
 
-import shutil
-import subprocess
-from dataclasses import dataclass
-from pathlib import Path
-
-import tyro
-
-from dept_vl._utils.io import read_object
-from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
-from dept_vl.config import read_config
-from dept_vl.data.splits import with_split_names
-from dept_vl.tasks import load_task
-from dept_vl.tasks.base import limit
-from dept_vl.training.report.html import Answered, write_run_report
-from dept_vl.training.summary import SUMMARY
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Which run."""
-
-    run: Path
-    """Folder of a finished run."""
-    picture: Path | None = None
-    """PNG file to draw the page into, by Chromium."""
-    size: tuple[int, int] = (1200, 1800)
-    """Pixels of that picture across and down."""
-
-
-def main(config: ReportConfig) -> Path:
-    """Write the page.
-
-    Raises:
-        FileNotFoundError: If something of the run or of its data is missing, or Chromium is.
-        ValueError: If a file of the run is damaged.
-    """
-    trained = read_config(config.run / CONFIG_FILE)
-    summary = read_object(config.run / SUMMARY_FILE, SUMMARY)
-    answered = []
-    for options in map(with_split_names, (trained.data, *trained.also)):
-        task = load_task(options.task, options.data_dir, options.test_split)
-        task = limit(task, options.test_limit, trained.train.seed)
-        suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
-        predictions = task.prediction_format.read(
-            config.run / f"predictions{suffix}{task.prediction_format.suffix}"
-        )
-        scores = {
-            name.removeprefix(start): value
-            for name, value in summary["scores"].items()
-            if name.startswith(start)
-        }
-        answered.append(Answered(task, options.test_split, predictions, scores))
-    path = write_run_report(config.run, trained, summary, answered)
-    print(f"report: {path}")
-    if config.picture is not None:
-        draw(path, config.picture, config.size)
-    return path
-
-
-def draw(path: Path, picture: Path, size: tuple[int, int]) -> None:
-    """Let a browser draw the top of a page."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise FileNotFoundError(f"a picture needs one of {', '.join(BROWSERS)}; found none installed")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-    where = [f"--window-size={size[0]},{size[1]}", f"--screenshot={picture.absolute()}"]
-    subprocess.run([browser, *options, *where, path.absolute().as_uri()], check=True, capture_output=True)
-
+from dept_vl.cli import entry, report
 
 if __name__ == "__main__":
-    main(tyro.cli(ReportConfig, description=__doc__, use_underscores=True))
+    entry(report)

@@ -4,10 +4,11 @@ accelerate launch scripts/train_nlp.py --task rte --preset paper
 accelerate launch scripts/train_nlp.py --task sst2 --data_dir data/sst2 --max_steps 1000
 """
 
-from dept_vl.cli import parse
+from functools import partial
+
+from dept_vl.cli import entry, train
 from dept_vl.config import BackboneOptions, DataOptions, PromptOptions, RunConfig, TrainOptions
-from dept_vl.studies.search import launch
-from dept_vl.training.summary import RunResult
+from dept_vl.tasks.text.table import TEXT_TASKS
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="rte"),
@@ -16,11 +17,5 @@ DEFAULTS = RunConfig(
     train=TrainOptions(group_by_length=True),
 )
 
-
-def main(config: RunConfig) -> RunResult:
-    """Train, score and report."""
-    return launch(config)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main(parse(DEFAULTS, "Train a prompt for a text task.")).exit_status)
+    entry(partial(train, defaults=DEFAULTS, tasks=TEXT_TASKS))

@@ -4,23 +4,16 @@ accelerate launch scripts/train_nlvr2.py --data_dir data/nlvr2 \
         --vision openai/clip-vit-base-patch32 --language google-t5/t5-base
 """
 
+from functools import partial
 from pathlib import Path
 
-from dept_vl.cli import parse
+from dept_vl.cli import entry, train
 from dept_vl.config import DataOptions, PromptOptions, RunConfig
-from dept_vl.studies.search import launch
-from dept_vl.training.summary import RunResult
 
 DEFAULTS = RunConfig(
     data=DataOptions(task="nlvr2", data_dir=Path("data/nlvr2"), dev_split="dev", test_split="test1"),
     prompt=PromptOptions(max_source_length=40),
 )
 
-
-def main(config: RunConfig) -> RunResult:
-    """Train, score and report."""
-    return launch(config)
-
-
 if __name__ == "__main__":
-    raise SystemExit(main(parse(DEFAULTS, "Train a prompt for NLVR2.")).exit_status)
+    entry(partial(train, defaults=DEFAULTS, tasks=["nlvr2"]))

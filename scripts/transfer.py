@@ -5,15 +5,7 @@ accelerate launch scripts/transfer.py --source vqav2 --source_config data/config
         --target nlvr2 --config data/configs/scenes-nlvr2.json
 """
 
-import tyro
-
-from dept_vl.studies.transfer import TransferConfig, transfer
-
-
-def main(config: TransferConfig) -> None:
-    """Run what is missing and write the table."""
-    transfer(config)
-
+from dept_vl.cli import entry, transfer
 
 if __name__ == "__main__":
-    main(tyro.cli(TransferConfig, use_underscores=True))
+    entry(transfer)

@@ -1,7 +1,15 @@
 """Errors that users cause, by what is wrong; the command line prints each as one line."""
 
-from collections.abc import Iterable
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from dis import opmap
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class UsageError(ValueError):
@@ -23,3 +31,72 @@ class UnknownNameError(UsageError):
         meant = f"; closest: {', '.join(closest)}" if closest else ""
         super().__init__(f"unknown {category} {name!r:.80}; there are: {', '.join(known)}{meant}")
         self.category, self.name, self.known, self.closest = category, name, known, closest
+
+
+DEBUG_VARIABLE = "DEPT_VL_DEBUG"
+RAISED = (ValueError, RuntimeError, ImportError)
+"""What our own `raise` statements report mistakes of users with, besides `OSError`."""
+MAIN_FIRST = 1.0
+"""Seconds for the main process to report an error that all processes have, before another one does."""
+LONGEST_LINE = 2000
+
+
+def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]) -> int:
+    """Run a command, and print an error that the user caused as one line on stderr.
+
+    Args:
+        command: Takes the command line; what it returns is the exit status if it is a whole number.
+        arguments: Without the program's name. `--debug` among them, or `DEPT_VL_DEBUG=1` in the environment,
+            keeps the traceback.
+
+    Returns:
+        The exit status: 2 for a `UsageError`, 1 for another mistake of the user.
+
+    Raises:
+        Exception: If it is a bug, or for `--debug`.
+    """
+    debug = "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+    try:
+        status = command([argument for argument in arguments if argument != "--debug"])
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if debug or not is_user_error(error):
+            raise
+        usage = isinstance(error, UsageError)
+        _report(error, same_everywhere=usage)
+        return 2 if usage else 1
+    return int(status) if isinstance(status, int) else 0
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Return whether an error was raised on purpose, or comes from the file system or the network.
+
+    Exceptions that an expression of ours or another library raised are bugs, and keep their traceback.
+    """
+    if isinstance(error, UsageError | OSError):
+        return True
+    trace = error.__traceback__
+    if not isinstance(error, RAISED) or trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    by_statement = code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
+    return by_statement and Path(code.co_filename).resolve().is_relative_to(PACKAGE)
+
+
+def _report(error: BaseException, *, same_everywhere: bool) -> None:
+    """Print the line; of several processes the main one prints what all of them have."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if same_everywhere:
+            return
+        time.sleep(MAIN_FIRST)  # the launcher ends this process if the main one fails meanwhile
+    where = "" if rank == "0" else f" (process {rank})"
+    text = " ".join(str(error).split()) or type(error).__name__
+    # Escape sequences may come from files of strangers.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:LONGEST_LINE]
+    print(f"dept-vl: error{where}: {text}", file=sys.stderr, flush=True)

@@ -7,9 +7,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
 from dept_vl._utils.images import ImageSource
 from dept_vl._utils.io import one_line
-from dept_vl.inference.mixed import ManyAdapters
+from dept_vl.config import DemoConfig
+from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 
 BASE = "no adapter (the backbone alone)"
@@ -207,6 +210,15 @@ def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 78
         print(f"serving at {address}; Ctrl-C ends it", flush=True)
         page.block_thread()
     return str(address)
+
+
+def serve(config: DemoConfig) -> str:
+    """Load the adapters and serve until interrupted; returns the page's address."""
+    _gradio()  # now, rather than after loading
+    disable_progress_bar()
+    set_verbosity_error()
+    many = load_many(names_of(config.adapters), backbone=config.backbone, device=config.device)
+    return launch(many, host=config.host, port=config.port)
 
 
 def _gradio() -> Any:

@@ -14,24 +14,21 @@ before the next one is begun, so that a comparison that was stopped is one of fe
 
 import json
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.data.splits import load_splits
-from dept_vl.models.backbone import Backbone
-from dept_vl.models.choices import TrainedPart
-from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_report import Row, report
+from dept_vl.studies.compared import Rates, compared
+from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks.metrics.caption import check_installed
 from dept_vl.tasks.text.table import TEXT_TASKS
 from dept_vl.training.extract import with_features
@@ -40,21 +37,6 @@ from dept_vl.training.log import best_dev
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import SUMMARY
 
-TASKS = {
-    "easy-vqa": "data/configs/easy-vqa.json",
-    "scenes-vqav2": "data/configs/scenes-vqav2.json",
-    "scenes-gqa": "data/configs/scenes-gqa.json",
-    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
-    "scenes-coco": "data/configs/scenes-coco.json",
-    "relabelled": "data/configs/concept-relabelled.json",
-    "many-or-few": "data/configs/concept-many-or-few.json",
-    "snippets": "data/configs/snippets.json",
-}
-"""Real questions on rendered images; the four forms on scenes and questions that pretraining kept out; a new
-labelling and a new judgement; text."""
-
-Rates = dict[str, float]
-"""Learning rates, by their options."""
 STEPS_FILE = "steps.json"
 FEW_SEEDS = 3
 """Of methods that train something else than a prompt alone."""
@@ -62,119 +44,6 @@ TRY = 3
 """Part of the steps for which rates are tried."""
 UNUSED = 8
 """Examples of a split that decides nothing in a run."""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A way to adapt the backbone.
-
-    Attributes:
-        configure: Makes its configuration of the task's.
-        rates: The learning rates that are tried; empty if nothing is trained.
-        like: Method whose rates it takes instead.
-        reads_images: It trains the visual projection, and means nothing for text.
-        few_seeds: The first seeds are enough: it is there to compare prompts with. Zero-shot, which is too,
-            has all of them: nothing is trained, and test examples differ by seed.
-    """
-
-    configure: Callable[[RunConfig], RunConfig]
-    rates: tuple[Rates, ...] = ()
-    like: str = ""
-    reads_images: bool = False
-    few_seeds: bool = True
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """What is compared, and where it is kept."""
-
-    tasks: tuple[str, ...] = tuple(TASKS)
-    """Names of tasks, or configuration files."""
-    methods: tuple[str, ...] = ()
-    """Names of methods; empty takes them all."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    """One run of each method per seed; of what is no prompt alone, for the first three."""
-    max_steps: int = 60
-    """Steps of every run; of a try a third."""
-    batch_size: int = 8
-    """Examples of a step."""
-    dev_limit: int = 150
-    """At most so many dev examples, by which rates are chosen; 0 takes all."""
-    test_limit: int = 200
-    """At most so many test examples, the same for all methods of a seed; 0 takes all."""
-    rounds: int = 9
-    """Steps of every method whose processor time is measured."""
-    output_dir: Path = Path("runs/compare")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
-    smallest: bool = False
-    """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
-
-
-def prompted(method: str, *, projection: bool = False) -> Callable[[RunConfig], RunConfig]:
-    """A prompt of the family at the configuration's budget."""
-
-    def configure(config: RunConfig) -> RunConfig:
-        prompt = replace(config.prompt, method=method, rank=None)
-        return replace(bare(config, projection=projection), prompt=prompt)
-
-    return configure
-
-
-def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart | None = None) -> RunConfig:
-    """No prompt; of the backbone nothing is trained but what is said."""
-    return replace(
-        config,
-        prompt=replace(config.prompt, method="dept", prompt_length=0, rank=0),
-        backbone=replace(
-            config.backbone,
-            train_projection=projection,
-            train_backbone=language is not None,
-            train_only=language or "all",
-        ),
-    )
-
-
-def with_lora(config: RunConfig) -> RunConfig:
-    """LoRA of the largest rank within the budget of the prompts, or of 1."""
-    backbone = Backbone.from_pretrained(**config.backbone.loading())
-    backbone.add_lora(1)
-    each = sum(p.numel() for p in backbone.language.parameters() if p.requires_grad)
-    rank = max(1, config.prompt.reference_prompt_length * backbone.d_model // each)
-    config = bare(config, language="lora")
-    return replace(config, backbone=replace(config.backbone, lora_rank=rank))
-
-
-def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
-    """One set of rates from each place of all options."""
-    return tuple(dict(zip(options, values, strict=True)) for values in zip(*options.values(), strict=True))
-
-
-LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.3))
-BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), offset_lr=(0.02, 0.005, 0.02, 0.001))
-PROJECTION_RATES = _rates(projection_lr=(1e-3, 3e-4, 3e-3, 1e-2))
-PART_RATES = _rates(backbone_lr=(3e-3, 1e-3, 1e-2, 3e-2))
-WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
-"""Four tries for every method; `offset_lr` trains what of a prompt `prompt_lr` does not. The last of a
-prompt's two are the defaults of `OptimOptions`."""
-
-
-def _prompt(name: str) -> Compared:
-    rates = BOTH_RATES if "low_rank" in METHODS[name].groups() else LONG_RATES
-    return Compared(prompted(name), rates, few_seeds=False)
-
-
-def compared() -> dict[str, Compared]:
-    """Return every way to adapt, by name. T5 has no biases; BitFit trains the scales of its norms."""
-    return {
-        "zero-shot": Compared(bare, few_seeds=False),
-        "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
-        "BitFit": Compared(lambda c: bare(c, language="biases"), PART_RATES),
-        "LoRA": Compared(with_lora, PART_RATES),
-        "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
-        **{name: _prompt(name) for name in METHODS},
-        "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
-        "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
-    }
 
 
 def compare(config: CompareConfig) -> list[Row]:
@@ -188,9 +57,7 @@ def compare(config: CompareConfig) -> list[Row]:
         SystemExit: If a signal stopped it.
         ValueError: If a method or a task is unknown.
     """
-    for name in config.methods:
-        if name not in compared():
-            raise UnknownNameError("method", name, compared())
+    config.check()
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
     bases = {Path(name).stem: task_config(config, name) for name in config.tasks if _can_run(name)}
@@ -233,9 +100,7 @@ def task_config(config: CompareConfig, name: str) -> RunConfig:
     Raises:
         ValueError: If there is no such task.
     """
-    if name not in TASKS and not Path(name).is_file():
-        raise ValueError(f"unknown task {name!r}; expected a configuration file or one of {', '.join(TASKS)}")
-    base = read_config(Path(TASKS.get(name, name)))
+    base = read_config(Path(COMPARED_TASKS.get(name, name)))
     dev, test, size = config.dev_limit, config.test_limit, config.batch_size
     if config.smallest:
         dev, test, size = UNUSED, UNUSED, min(size, 4)

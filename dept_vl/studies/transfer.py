@@ -11,10 +11,9 @@ large as the training set, so that nothing but the shots is used to choose.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -27,13 +26,13 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, read_config
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.data.splits import load_splits
+from dept_vl.studies.options import Start, TransferConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_model
 from dept_vl.training.report.plots import line_plot
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import RunResult
 
-Start = Literal["scratch", "prompt", "all"]
 PICK_FILE = "pick.json"
 SPLITS = {
     "gqa": DataOptions(task="gqa", dev_split="val", test_split="testdev"),
@@ -41,37 +40,6 @@ SPLITS = {
     "coco": DataOptions(task="coco", dev_split="val", test_split="test"),
 }
 """Of the tasks that have a dev split of their own."""
-
-
-@dataclass(frozen=True)
-class TransferConfig:
-    """From where, to where, with how much."""
-
-    source: tuple[str, ...]
-    """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
-    target: str
-    """Task to learn from a few examples."""
-    k: tuple[int, ...] = (4, 16, 32)
-    """Shots: examples of each class, or in all where answers are open."""
-    seeds: int = 5
-    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
-    starts: tuple[Start, ...] = ("scratch", "prompt", "all")
-    """From nothing, from the source's P, from its P and offset."""
-    several: Literal["pick", "average"] = "pick"
-    """Of several sources take the one with the least loss on the target's dev shots, or their mean."""
-    config: Path | None = None
-    """Configuration of the target's runs; left out, that of the first source's run."""
-    data_dir: Path | None = None
-    """Folder with the target's files; left out, the configuration's or data/TARGET."""
-    source_config: tuple[Path, ...] = ()
-    """Configurations of the sources that are names of tasks, in their order; left out, the target's with the
-    task's own data."""
-    max_steps: int = 0
-    """Steps of each run on the target; 0 takes the configuration's."""
-    test_limit: int = 0
-    """At most so many test examples; 0 takes the configuration's."""
-    output_dir: Path = Path("runs/transfer")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
 
 
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
@@ -86,7 +54,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
         SystemExit: If a signal stopped a run.
         ValueError: If there are too few examples of a class, or a source does not fit.
     """
-    check(config)
+    config.check()
     processes = PartialState(cpu=not torch.accelerator.is_available())
     base = target_config(config)
     sources = []
@@ -106,21 +74,6 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     processes.wait_for_everyone()
     if not more_to_come:
         processes.destroy_process_group()
-
-
-def check(config: TransferConfig) -> None:
-    """Refuse what can be seen to be wrong before anything is run.
-
-    Raises:
-        ValueError: With what was expected and found.
-    """
-    if config.target not in TASKS:
-        raise ValueError(f"unknown target {config.target!r}; there are: {', '.join(TASKS)}")
-    if config.seeds < 1 or not config.k or min(config.k) < 1 or not config.source or not config.starts:
-        raise ValueError(
-            "expected one source, one k, one seed and one start or more, and k of 1 or more; found "
-            f"source={config.source}, k={config.k}, seeds={config.seeds}, starts={config.starts}"
-        )
 
 
 def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> None:

@@ -12,7 +12,7 @@ the target's dev shots.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -24,20 +24,12 @@ from dept_vl._utils.io import read_object, write_atomically
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, read_config, to_json
-from dept_vl.studies.transfer import NAMES, Start, TransferConfig, transfer
+from dept_vl.studies.options import SOURCES, TARGETS, Start, SuiteConfig, TransferConfig
+from dept_vl.studies.transfer import NAMES, transfer
 from dept_vl.training.extract import with_features
 from dept_vl.training.report.plots import line_plot
 from dept_vl.training.run import run_once
 
-SOURCES = {
-    "scenes-vqav2": "data/configs/scenes-vqav2.json",
-    "scenes-gqa": "data/configs/scenes-gqa.json",
-    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
-}
-TARGETS = SOURCES | {
-    "relabelled": "data/configs/concept-relabelled.json",
-    "many-or-few": "data/configs/concept-many-or-few.json",
-}
 CELL = {
     "k": int,
     "start": str,
@@ -52,30 +44,6 @@ TRANSFER = {"source": [str], "target": str, "cells": [CELL]}
 """Fields of a target's `transfer.json`, as `files.difference` has them."""
 
 
-@dataclass(frozen=True)
-class SuiteConfig:
-    """How much of it, and where it is kept."""
-
-    targets: tuple[str, ...] = tuple(TARGETS)
-    """Names of tasks."""
-    k: tuple[int, ...] = (4, 16)
-    """Shots: examples of each class, or in all where answers are open."""
-    seeds: int = 5
-    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
-    source_steps: int = 300
-    """Steps of the sources."""
-    max_steps: int = 40
-    """Steps of every run on a target."""
-    batch_size: int = 8
-    """Examples of a step."""
-    test_limit: int = 300
-    """At most so many test examples; 0 takes all."""
-    output_dir: Path = Path("runs/transfers")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
-    smallest: bool = False
-    """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
-
-
 def transfer_suite(config: SuiteConfig) -> None:
     """Run what is missing, and write the table.
 
@@ -84,9 +52,7 @@ def transfer_suite(config: SuiteConfig) -> None:
         SystemExit: If a signal stopped a run.
         ValueError: If a target is unknown.
     """
-    unknown = set(config.targets) - set(TARGETS)
-    if unknown:
-        raise ValueError(f"unknown targets {sorted(unknown)}; there are: {', '.join(TARGETS)}")
+    config.check()
     torch.set_num_threads(1)  # as `compare` does
     if config.smallest:
         config = replace(config, k=(1,), seeds=1, source_steps=2, max_steps=2, test_limit=8)

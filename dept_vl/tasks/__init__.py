@@ -1,10 +1,10 @@
 """The tasks, one file each; the text tasks in one table."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.base import Asked, Task
 from dept_vl.tasks.coco import COCOCaptions
@@ -46,7 +46,7 @@ def load_task(name: str, root: Path | None, split: str) -> Task:
         True
     """
     if name not in TASKS:
-        raise _unknown(name)
+        raise UnknownNameError("task", name, TASKS)
     folder = data_folder(name, root)
     if root is None and name in TEXT_TASKS and not folder.is_dir():
         return TextTask.load(name, None, split)
@@ -68,14 +68,8 @@ def asked(name: str) -> Asked:
         "coco": COCOCaptions(Rows.of([], coco.SCHEMA), {}),
     }
     if name not in tasks:
-        raise _unknown(name)
+        raise UnknownNameError("task", name, TASKS)
     return tasks[name]
-
-
-def _unknown(name: str) -> ValueError:
-    closest = get_close_matches(name, TASKS)
-    meant = f"; closest: {', '.join(closest)}" if closest else ""
-    return ValueError(f"unknown task {name!r}; there are: {', '.join(TASKS)}{meant}")
 
 
 def data_folder(name: str, root: Path | None) -> Path:

@@ -1,16 +1,19 @@
 """The commands that prepare data: what they print, and with which status they end."""
 
+import io
 import json
 import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 
+from dept_vl.cli import call
 from dept_vl.tasks import load_task
-from scripts import prepare_data
+from dept_vl.tasks.prepare import commands
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 
@@ -21,10 +24,11 @@ def end(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int | str]:
 
     def run(*arguments: object) -> int | str:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
+        said = io.StringIO()
+        with pytest.raises(SystemExit) as stop, redirect_stderr(said):
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert isinstance(stop.value.code, int | str)
-        return stop.value.code
+        assert isinstance(stop.value.code, int)
+        return said.getvalue().removesuffix("\n") or stop.value.code
 
     return run
 
@@ -78,7 +82,7 @@ def test_the_check_passes_what_is_whole(
     def whole(*args: object, **options: object) -> list[check.Finding]:
         return [check.Finding("found", "a file"), check.Finding("ok", "a count")]
 
-    monkeypatch.setattr(check, "check", whole)
+    monkeypatch.setattr(commands, "check_task", whole)
     assert end("check", "--task", "nlvr2", "--root", scenes / "nlvr2") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "everything is there"
 
@@ -86,10 +90,10 @@ def test_the_check_passes_what_is_whole(
 def test_a_long_list_is_cut_on_the_screen_and_whole_in_the_report(
     damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_data, "SHOWN", 5)
+    monkeypatch.setattr(commands, "SHOWN", 5)
     report = tmp_path / "report.txt"
     flags = ["check", "--task", "vqav2", "--root", str(damaged), "--report", str(report)]
-    assert prepare_data.main(flags) is False
+    assert call(commands.COMMANDS, "data", "", flags) is False
     shown = capsys.readouterr().out.splitlines()
     written = report.read_text().splitlines()
     missing = [line for line in written if line.startswith("missing ")]

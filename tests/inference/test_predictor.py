@@ -19,16 +19,15 @@ from transformers import BertConfig, BertModel, ViTConfig
 
 import dept_vl
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, RunConfig
+from dept_vl.config import DataOptions, PredictConfig, RunConfig
 from dept_vl.inference.loading import load
+from dept_vl.inference.predict import predict
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks import asked, load_task
 from dept_vl.training.run import run
-from scripts.predict import PredictConfig
-from scripts.predict import main as predict
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

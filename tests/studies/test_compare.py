@@ -17,8 +17,10 @@ from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost
-from dept_vl.studies.compare import TASKS, CompareConfig, compared, task_config
+from dept_vl.studies.compare import compare, task_config
 from dept_vl.studies.compare_report import Row, bars, report
+from dept_vl.studies.compared import compared
+from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.scenes.official import write_concepts
 from dept_vl.tasks.scenes.questions import CODES
@@ -26,7 +28,6 @@ from dept_vl.training.build import build_model
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
-from scripts import compare as script
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -59,7 +60,7 @@ def test_every_method_has_as_many_tries() -> None:
 
 
 def test_every_shipped_task_has_a_configuration() -> None:
-    assert all((ROOT / path).is_file() for path in TASKS.values())
+    assert all((ROOT / path).is_file() for path in COMPARED_TASKS.values())
 
 
 def trained(base: Path, name: str) -> dict[str, int]:
@@ -112,7 +113,7 @@ def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tm
     config = CompareConfig(
         tasks=(str(base),), methods=methods, seeds=(1, 2, 3, 4), max_steps=3, rounds=2, output_dir=tmp_path
     )
-    rows = script.main(config)
+    rows = compare(config)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in methods]
     zero, dept, both = rows
     folders = sorted(path.name for path in (tmp_path / "tiny" / "dept").iterdir())
@@ -144,7 +145,7 @@ def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tm
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
     missing = next(iter(times))
     missing.unlink()
-    assert [row.scores for row in script.main(config)] == [row.scores for row in rows]
+    assert [row.scores for row in compare(config)] == [row.scores for row in rows]
     assert missing.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
 
@@ -167,18 +168,18 @@ def test_a_comparison_that_is_stopped_is_one_of_fewer_seeds(
     with monkeypatch.context() as patch:
         patch.setattr(dept_vl.training.run, "run", stopped_at_second)
         with pytest.raises(KeyboardInterrupt):
-            script.main(config)
+            compare(config)
     one = json.loads((tmp_path / "comparison.json").read_text())
     assert one["config"]["seeds"] == [1]
     assert len(one["rows"][0]["scores"]) == 1
-    (row,) = script.main(config)
+    (row,) = compare(config)
     assert row.scores[:1] == one["rows"][0]["scores"]
     assert row.score.count == 2
 
 
 def test_runs_in_folders_with_the_older_names_of_rates_are_kept(base: Path, tmp_path: Path) -> None:
     config = CompareConfig(tasks=(str(base),), methods=("dept",), output_dir=tmp_path, smallest=True)
-    (row,) = script.main(config)
+    (row,) = compare(config)
     (summary,) = tmp_path.rglob("summary.json")
     folder = summary.parent
     older = folder.rename(folder.with_name(folder.name.replace("offset_lr", "lora_lr")))
@@ -186,7 +187,7 @@ def test_runs_in_folders_with_the_older_names_of_rates_are_kept(base: Path, tmp_
     content = (older / "config.json").read_text().replace("offset_", "lora_")
     (older / "config.json").write_text(content)
     before = (older / "summary.json").stat().st_mtime_ns
-    (again,) = script.main(config)
+    (again,) = compare(config)
     assert (again.scores, again.rates) == (row.scores, row.rates)
     assert [path.parent for path in tmp_path.rglob("summary.json")] == [older]
     assert (older / "summary.json").stat().st_mtime_ns == before
@@ -194,7 +195,7 @@ def test_runs_in_folders_with_the_older_names_of_rates_are_kept(base: Path, tmp_
 
 def test_smallest_is_one_run_of_two_steps(base: Path, tmp_path: Path) -> None:
     config = CompareConfig(tasks=(str(base),), methods=("adept",), output_dir=tmp_path, smallest=True)
-    (row,) = script.main(config)
+    (row,) = compare(config)
     (summary,) = tmp_path.rglob("summary.json")
     assert json.loads(summary.read_text())["steps"] == 2
     assert row.score.count == 1
@@ -239,11 +240,9 @@ def test_tables_and_bars(tmp_path: Path) -> None:
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown method 'magic'; there are: zero-shot, "):
-        script.main(CompareConfig(methods=("magic",)))
-    with pytest.raises(
-        ValueError, match="unknown task 'magic'; expected a configuration file or one of easy-vqa"
-    ):
-        script.main(CompareConfig(tasks=("magic",)))
+        compare(CompareConfig(methods=("magic",)))
+    with pytest.raises(ValueError, match="unknown task or configuration file 'magic'; there are: easy-vqa"):
+        compare(CompareConfig(tasks=("magic",)))
 
 
 def test_a_run_that_fails_ends_the_comparison(base: Path, tmp_path: Path) -> None:
@@ -252,7 +251,7 @@ def test_a_run_that_fails_ends_the_comparison(base: Path, tmp_path: Path) -> Non
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="max_source_length is -1"):
-        script.main(CompareConfig(tasks=(str(broken),), methods=("zero-shot",), output_dir=tmp_path / "out"))
+        compare(CompareConfig(tasks=(str(broken),), methods=("zero-shot",), output_dir=tmp_path / "out"))
 
 
 def test_concepts_are_new_and_in_the_form_of_vqav2(tmp_path: Path) -> None:

@@ -16,12 +16,11 @@ from runs import assert_same, in_two_processes, log, reset_accelerate, with_
 import dept_vl.studies.search
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.studies.search import GRID, cost, rungs, tune
+from dept_vl.studies.search import GRID, cost, launch, rungs, tune
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
 from scripts import tune_against_grid
-from scripts.train_vqa import main
 
 optuna = pytest.importorskip("optuna")
 STEPS, TRIALS = 8, 6
@@ -88,7 +87,7 @@ def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
 
 
 def test_the_best_go_on_and_the_best_is_returned(config: RunConfig) -> None:
-    result = main(config)
+    result = launch(config)
     found = report(config)
     trials = {trial["number"]: trial["scores"] for trial in found["trials"]}
     assert sorted(trials) == list(range(TRIALS))
@@ -244,7 +243,7 @@ def test_what_cannot_be_searched_is_refused(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="--tune needs --output_dir"):
         tune(replace(config, output_dir=None))
     with pytest.raises(ValueError, match="tune is -1; expected 0 or more"):
-        main(replace(config, tune=-1))
+        launch(replace(config, tune=-1))
     with pytest.raises(FileNotFoundError, match=r"expected a study \(study.db\)"):
         tune(replace(config, resume=str(config.output_dir)))
     config.output_dir.mkdir()

@@ -23,11 +23,11 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.budget import sized
 from dept_vl.prompts.methods import build
-from dept_vl.studies.transfer import TransferConfig
+from dept_vl.studies.options import TransferConfig
+from dept_vl.studies.transfer import transfer
 from dept_vl.tasks import load_task
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.run import run
-from scripts.transfer import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -274,7 +274,7 @@ def transfer_config(base: RunConfig, folder: Path, *source: str, **options: Any)
 
 def test_table_of_every_start_and_k(base: RunConfig, source: Path, tmp_path: Path) -> None:
     config = transfer_config(base, tmp_path, str(source), k=(1, 2), seeds=2)
-    main(config)
+    transfer(config)
     folder = tmp_path / "out"
     content = json.loads((folder / "transfer.json").read_text())
     assert [(c["k"], c["start"]) for c in content["cells"]] == [
@@ -303,7 +303,7 @@ def test_table_of_every_start_and_k(base: RunConfig, source: Path, tmp_path: Pat
     missing = next(iter(times))
     missing.unlink()
     (folder / "transfer.md").unlink()
-    main(config)
+    transfer(config)
     assert (folder / "transfer.md").read_text() == table
     assert missing.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
@@ -315,14 +315,14 @@ def test_of_several_the_one_with_the_least_loss(base: RunConfig, source: Path, t
     worse.save(tmp_path / "worse")
     sources = (str(tmp_path / "worse"), str(source))
     config = transfer_config(base, tmp_path, *sources, k=(2,), seeds=1, starts=("prompt",))
-    main(config)
+    transfer(config)
     cell = tmp_path / "out" / "k2" / "seed1"
     losses = json.loads((cell / "pick.json").read_text())["losses"]
     least = min(losses, key=losses.get)
     assert losses.keys() == set(sources)
     assert json.loads((cell / "prompt" / "config.json").read_text())["prompt"]["init_from"] == [least]
     mean = replace(config, several="average", output_dir=tmp_path / "mean")
-    main(mean)
+    transfer(mean)
     written = json.loads((tmp_path / "mean" / "k2" / "seed1" / "prompt" / "config.json").read_text())
     assert written["prompt"]["init_from"] == list(sources)
 
@@ -330,26 +330,26 @@ def test_of_several_the_one_with_the_least_loss(base: RunConfig, source: Path, t
 def test_a_task_is_trained_on_first(base: RunConfig, tmp_path: Path) -> None:
     config = transfer_config(base, tmp_path, "vqav2", k=(1,), seeds=1, starts=("all",))
     config = replace(config, source_config=(tmp_path / "base.json",))
-    main(config)
+    transfer(config)
     assert (tmp_path / "out" / "source-vqav2" / "summary.json").is_file()
 
 
 def test_bad_input_is_refused_before_any_run(base: RunConfig, source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the training split of vqav2 has 36: choose a smaller k"):
-        main(transfer_config(base, tmp_path, str(source), k=(1, 30), seeds=1))
+        transfer(transfer_config(base, tmp_path, str(source), k=(1, 30), seeds=1))
     with pytest.raises(ValueError, match="unknown target 'magic'"):
-        main(replace(transfer_config(base, tmp_path, str(source)), target="magic"))
+        transfer(replace(transfer_config(base, tmp_path, str(source)), target="magic"))
     with pytest.raises(ValueError, match="prompt_length=3 there, 4 here"):
-        main(transfer_config(with_(base, prompt={"prompt_length": 4}), tmp_path, str(source), k=(1,)))
+        transfer(transfer_config(with_(base, prompt={"prompt_length": 4}), tmp_path, str(source), k=(1,)))
     with pytest.raises(FileNotFoundError, match="no adapter at"):
-        main(transfer_config(base, tmp_path, "runs/none"))
+        transfer(transfer_config(base, tmp_path, "runs/none"))
     with pytest.raises(FileNotFoundError, match="give --config"):
-        main(replace(transfer_config(base, tmp_path, "vqav2"), config=None))
+        transfer(replace(transfer_config(base, tmp_path, "vqav2"), config=None))
     assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_make_the_table_once(base: RunConfig, source: Path, tmp_path: Path) -> None:
     config = transfer_config(base, tmp_path, str(source), k=(2,), seeds=2, starts=("scratch", "all"))
-    in_two_processes(main, config)
+    in_two_processes(transfer, config)
     content = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert [cell["count"] for cell in content["cells"]] == [2, 2]

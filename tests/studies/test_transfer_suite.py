@@ -9,11 +9,12 @@ import pytest
 from helpers import write_vqa
 from runs import reset_accelerate
 
+import dept_vl.studies.options
 import dept_vl.studies.transfer_suite
 from dept_vl._utils.stats import interval
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.studies.transfer_suite import TARGETS, SuiteConfig, gain, table, wins
-from scripts.transfer_suite import main
+from dept_vl.studies.options import TARGETS, SuiteConfig
+from dept_vl.studies.transfer_suite import gain, table, transfer_suite, wins
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -32,6 +33,7 @@ def _two_tasks(
         (tmp_path / f"{name}.json").write_text(json.dumps(to_json(config)))
         configs[name] = str(tmp_path / f"{name}.json")
     monkeypatch.setattr(dept_vl.studies.transfer_suite, "TARGETS", configs)
+    monkeypatch.setattr(dept_vl.studies.options, "TARGETS", configs)
     monkeypatch.setattr(dept_vl.studies.transfer_suite, "SOURCES", configs)
 
 
@@ -47,7 +49,7 @@ def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Pa
         test_limit=8,
         output_dir=tmp_path / "out",
     )
-    main(config)
+    transfer_suite(config)
     cells = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert cells.keys() == {"first", "second"}
     for name, other in (("first", "second"), ("second", "first")):
@@ -68,7 +70,7 @@ def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Pa
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
     assert len(times) == 2 + 2 * 2 * 2 * 3
     reset_accelerate()
-    main(config)
+    transfer_suite(config)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert (tmp_path / "out" / "transfer.md").read_text() == text
 
@@ -95,5 +97,5 @@ def replace_scores(cell: dict[str, object], scores: list[float]) -> dict[str, ob
 def test_shipped_targets_have_configurations_and_others_are_refused() -> None:
     root = Path(__file__).parents[2]
     assert all((root / path).is_file() for path in TARGETS.values())
-    with pytest.raises(ValueError, match=r"unknown targets \['magic'\]; there are: scenes-vqav2, "):
-        main(replace(SuiteConfig(), targets=("magic",)))
+    with pytest.raises(ValueError, match="unknown target 'magic'; there are: scenes-vqav2, "):
+        transfer_suite(replace(SuiteConfig(), targets=("magic",)))

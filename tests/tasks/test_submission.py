@@ -1,18 +1,21 @@
 """Files for the servers: what is written passes, and what a server would turn away is named."""
 
+import io
 import json
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dept_vl.cli import call
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.submission import SUBMITTED, check_submission, write_submission
-from scripts import check_submission as script
+from dept_vl.tasks.score import CHECKS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_submission.py"
 QUESTIONS = {
@@ -45,11 +48,12 @@ def check(task: Task, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         questions = questions or scenes / task.name / QUESTIONS[task.name]
         arguments = [task.name, "--questions", str(questions), "--predictions", str(path)]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
-        with pytest.raises(SystemExit) as end:
+        said = io.StringIO()
+        with pytest.raises(SystemExit) as end, redirect_stderr(said):
             runpy.run_path(str(SCRIPT), run_name="__main__")
-        assert isinstance(end.value.code, str)
-        assert "\n" not in end.value.code
-        return end.value.code
+        assert end.value.code == 1
+        (line,) = said.getvalue().splitlines()
+        return line
 
     return run
 
@@ -96,7 +100,8 @@ def test_the_script_counts_what_passes(
     path = tmp_path / "submission.json"
     path.write_text(json.dumps(rows))
     questions = scenes / task.name / QUESTIONS[task.name]
-    count = script.main([task.name, "--questions", str(questions), "--predictions", str(path)])
+    flags = ["--questions", str(questions), "--predictions", str(path)]
+    count = call(CHECKS, "check", "", [task.name, *flags])
     assert count == len(task) == 24
     assert capsys.readouterr().out == "24 predictions, one for each question\n"
 

@@ -20,7 +20,7 @@ from runs import in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.training.run
 from dept_vl._utils.run_files import REPORT_FILE
-from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, ReportConfig, RunConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.rows import Rows
@@ -40,9 +40,9 @@ from dept_vl.training.report.html import (
     thumbnail,
 )
 from dept_vl.training.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, page, table, text
+from dept_vl.training.report.remake import BROWSERS, draw, remake
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
-from scripts.report import BROWSERS, ReportConfig, draw, main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -158,7 +158,7 @@ def test_the_page_is_made_again_from_the_folder(
 ) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     (copy / REPORT_FILE).unlink()
-    assert main(ReportConfig(copy)) == copy / REPORT_FILE
+    assert remake(ReportConfig(copy)) == copy / REPORT_FILE
     assert "report: " in capsys.readouterr().out
     assert (copy / REPORT_FILE).read_bytes() == (finished / REPORT_FILE).read_bytes()
 

@@ -24,8 +24,8 @@ from dept_vl.inference.evaluate import Evaluation
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import Task, limit
 from dept_vl.tasks.metrics.caption import CaptionScore
+from dept_vl.training.run import run as main
 from dept_vl.training.summary import RunResult
-from scripts.train_vqa import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -37,9 +37,9 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks import coco, load_task
 from dept_vl.tasks.metrics.caption import CaptionScore
 from dept_vl.tasks.vqav2 import VQAv2
+from dept_vl.training.run import run as main
 from dept_vl.training.summary import RunResult
 from scripts import train_caption, train_gqa, train_nlvr2
-from scripts.train_vqa import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -704,7 +704,7 @@ def test_each_task_has_its_script(
         return CaptionScore(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, len(references))
 
     monkeypatch.setattr(coco, "score_captions", scorer)
-    result = script.main(parse(script.DEFAULTS, "Train.", [*flags, "--data_dir", str(scenes / task)]))
+    result = main(parse(script.DEFAULTS, "Train.", [*flags, "--data_dir", str(scenes / task)]))
     tested = load_task(task, scenes / task, test_split)
     kind = tested.prediction_format.kind
     assert files(result.output_dir).keys() == FILES - {"predictions.json"} | {f"predictions.{kind}"}

@@ -19,7 +19,6 @@ from dept_vl.tasks.io.submission import check_submission
 from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_run
 from dept_vl.training.summary import RunResult
-from scripts.evaluate import main
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -86,7 +85,7 @@ def test_the_split_of_the_run_is_scored_as_the_run_did(
 def test_the_script_reads_flags_and_names_a_folder_in_the_run(finished: Finished, tmp_path: Path) -> None:
     copy = shutil.copytree(finished.folder, tmp_path / "run")
     flags = ["--run", str(copy), "--split", "train", "--limit", "3", "--on_bad_image", "skip"]
-    found = main(tyro.cli(EvaluateConfig, args=flags, use_underscores=True))
+    found = score_run(tyro.cli(EvaluateConfig, args=flags, use_underscores=True))
     assert found.output_dir == copy / "vqav2-train"
     assert len(written(copy / "vqav2-train" / "predictions.json")) == 3
 
@@ -299,7 +298,7 @@ def test_two_processes_answer_as_one_does(
 ) -> None:
     expected = evaluate(limit=7, batch_size=3)
     config = EvaluateConfig(finished.folder, limit=7, batch_size=3, output_dir=tmp_path / "two")
-    in_two_processes(main, config)
+    in_two_processes(score_run, config)
     assert len(expected.evaluation.predictions) == 7
     assert files(tmp_path / "two") == files(expected.output_dir)
 

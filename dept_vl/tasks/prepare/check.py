@@ -7,6 +7,7 @@ from random import Random
 
 import pyarrow.compute as pc
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.coco import COCOCaptions
@@ -64,7 +65,7 @@ def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterato
         ValueError: If there is no such task.
     """
     if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+        raise UnknownNameError("task", task, TASKS)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; make it and put the files of {task} there")
     kind, splits = TASKS[task]

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import confined
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.io.published import Published
@@ -69,7 +70,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
         OSError: If the copy cannot be read, for want of a network for example.
     """
     if task not in COPIES:
-        raise ValueError(f"unknown task {task!r}; there are copies of {', '.join(COPIES)}")
+        raise UnknownNameError("task", task, COPIES)
     copy = COPIES[task]
     name = copy.short.get(split, split)
     if name not in copy.parts:

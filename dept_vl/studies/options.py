@@ -1,0 +1,151 @@
+"""Options of the studies; this module imports no engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dept_vl._utils.errors import UnknownNameError, UsageError
+from dept_vl._utils.options import Count, Options, Positive, Seed
+from dept_vl.studies.compared import compared
+from dept_vl.tasks import TASKS
+
+Start = Literal["scratch", "prompt", "all"]
+SOURCES = {
+    "scenes-vqav2": "data/configs/scenes-vqav2.json",
+    "scenes-gqa": "data/configs/scenes-gqa.json",
+    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
+}
+TARGETS = SOURCES | {
+    "relabelled": "data/configs/concept-relabelled.json",
+    "many-or-few": "data/configs/concept-many-or-few.json",
+}
+COMPARED_TASKS = {
+    "easy-vqa": "data/configs/easy-vqa.json",
+    "scenes-vqav2": "data/configs/scenes-vqav2.json",
+    "scenes-gqa": "data/configs/scenes-gqa.json",
+    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
+    "scenes-coco": "data/configs/scenes-coco.json",
+    "relabelled": "data/configs/concept-relabelled.json",
+    "many-or-few": "data/configs/concept-many-or-few.json",
+    "snippets": "data/configs/snippets.json",
+}
+"""Real questions on rendered images; the four forms on scenes and questions that pretraining kept out; a new
+labelling and a new judgement; text."""
+
+
+@dataclass(frozen=True)
+class TransferConfig(Options):
+    """From where, to where, with how much."""
+
+    source: tuple[str, ...]
+    """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
+    target: str
+    """Task to learn from a few examples."""
+    k: tuple[Positive, ...] = (4, 16, 32)
+    """Shots: examples of each class, or in all where answers are open."""
+    seeds: Positive = 5
+    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    starts: tuple[Start, ...] = ("scratch", "prompt", "all")
+    """From nothing, from the source's P, from its P and offset."""
+    several: Literal["pick", "average"] = "pick"
+    """Of several sources take the one with the least loss on the target's dev shots, or their mean."""
+    config: Path | None = None
+    """Configuration of the target's runs; left out, that of the first source's run."""
+    data_dir: Path | None = None
+    """Folder with the target's files; left out, the configuration's or data/TARGET."""
+    source_config: tuple[Path, ...] = ()
+    """Configurations of the sources that are names of tasks, in their order; left out, the target's with the
+    task's own data."""
+    max_steps: Count = 0
+    """Steps of each run on the target; 0 takes the configuration's."""
+    test_limit: Count = 0
+    """At most so many test examples; 0 takes the configuration's."""
+    output_dir: Path = Path("runs/transfer")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+
+    def check(self) -> None:
+        """Check what can be seen before anything is run.
+
+        Raises:
+            UsageError: If a name is unknown, or a list is empty.
+        """
+        if self.target not in TASKS:
+            raise UnknownNameError("target", self.target, TASKS)
+        if self.seeds < 1 or not self.k or min(self.k) < 1 or not self.source or not self.starts:
+            raise UsageError(
+                "expected one source, one k, one seed and one start or more, and k of 1 or more; found "
+                f"source={self.source}, k={self.k}, seeds={self.seeds}, starts={self.starts}"
+            )
+
+
+@dataclass(frozen=True)
+class SuiteConfig(Options):
+    """How much of it, and where it is kept."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Names of tasks."""
+    k: tuple[Positive, ...] = (4, 16)
+    """Shots: examples of each class, or in all where answers are open."""
+    seeds: Positive = 5
+    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    source_steps: Positive = 300
+    """Steps of the sources."""
+    max_steps: Count = 40
+    """Steps of every run on a target."""
+    batch_size: Positive = 8
+    """Examples of a step."""
+    test_limit: Count = 300
+    """At most so many test examples; 0 takes all."""
+    output_dir: Path = Path("runs/transfers")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    smallest: bool = False
+    """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
+
+    def check(self) -> None:
+        """Check the names of the targets.
+
+        Raises:
+            UnknownNameError: If one is unknown.
+        """
+        for target in self.targets:
+            if target not in TARGETS:
+                raise UnknownNameError("target", target, TARGETS)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Options):
+    """What is compared, and where it is kept."""
+
+    tasks: tuple[str, ...] = tuple(COMPARED_TASKS)
+    """Names of tasks, or configuration files."""
+    methods: tuple[str, ...] = ()
+    """Names of methods; empty takes them all."""
+    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
+    """One run of each method per seed; of what is no prompt alone, for the first three."""
+    max_steps: Count = 60
+    """Steps of every run; of a try a third."""
+    batch_size: Positive = 8
+    """Examples of a step."""
+    dev_limit: Count = 150
+    """At most so many dev examples, by which rates are chosen; 0 takes all."""
+    test_limit: Count = 200
+    """At most so many test examples, the same for all methods of a seed; 0 takes all."""
+    rounds: Positive = 9
+    """Steps of every method whose processor time is measured."""
+    output_dir: Path = Path("runs/compare")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    smallest: bool = False
+    """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
+
+    def check(self) -> None:
+        """Check the names of tasks and methods.
+
+        Raises:
+            UnknownNameError: If one is unknown.
+        """
+        for method in self.methods:
+            if method not in compared():
+                raise UnknownNameError("method", method, compared())
+        for task in self.tasks:
+            if task not in COMPARED_TASKS and not Path(task).is_file():
+                raise UnknownNameError("task or configuration file", task, COMPARED_TASKS)

@@ -1,0 +1,129 @@
+"""The commands of `dept-vl data`: bring data into the official files that the tasks read, and check them."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
+from dept_vl.tasks.prepare import hub
+from dept_vl.tasks.prepare import karpathy as karpathy_task
+from dept_vl.tasks.prepare import snippets as snippets_task
+from dept_vl.tasks.prepare.check import check as check_task
+from dept_vl.tasks.scenes.official import write_concepts, write_tasks
+
+SHOWN = 20
+"""Missing or broken files that are named on the screen, of each kind; --report names them all."""
+
+
+def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
+    """Convert the package easy-vqa to VQAv2 files and COCO image names.
+
+    Args:
+        output_dir: Folder to write; must not exist, or hold a finished conversion.
+    """
+    counts = easy_vqa_task.convert(output_dir)
+    print(f"{output_dir} holds:")
+    for kind, count in counts.items():
+        print(f"  {kind:<22}{count:>7,}")
+
+
+def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
+    """Make small stand-ins for all four tasks, in their official form, from generated scenes.
+
+    Args:
+        output_dir: Folder to make, with vqav2, gqa, nlvr2 and coco in it.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+        test: Images of the test splits.
+    """
+    write_tasks(output_dir, train=train, val=val, test=test)
+    print(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
+
+
+def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: int = 400) -> None:
+    """Make two sets of questions in VQAv2's form about concepts that the small backbone never had.
+
+    Args:
+        output_dir: Folder to make, with relabelled and many-or-few in it.
+        train: Images of the training splits.
+        val: Images of the validation splits.
+    """
+    write_concepts(output_dir, train=train, val=val)
+    print(f"{output_dir} holds relabelled and many-or-few")
+
+
+def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = None) -> None:
+    """Write the rated movie-review snippets of the package vaderSentiment as a task like SST-2.
+
+    Args:
+        output_dir: Folder to write.
+        archive: Source distribution of vaderSentiment; left out, pip downloads it.
+    """
+    for split, count in snippets_task.write(output_dir, archive).items():
+        print(f"{split:<11}{count:>7,} snippets")
+
+
+def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
+    """List expected files as found or missing, compare counts with the published ones, open images.
+
+    Args:
+        task: vqav2, gqa, nlvr2 or coco.
+        root: Folder with the task's official files.
+        sample: Images to open in each split; 0 opens all.
+        report: File for the whole report, a line a finding.
+    """
+    lines: list[str] = []
+    counts: Counter[str] = Counter()
+    good = True
+    for finding in check_task(task, root, sample=sample):
+        line = f"{finding.status:<8} {finding.what}"
+        lines.append(line)
+        counts[finding.status] += 1
+        good &= finding.good
+        if finding.good or counts[finding.status] <= SHOWN:
+            print(line, flush=True)
+    for status, count in counts.items():
+        if status in ("missing", "broken", "differs") and count > SHOWN:
+            print(f"{status:<8} {count - SHOWN:,} more; --report FILE names them all")
+    if report is not None:
+        report.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("everything is there" if good else f"not everything of {task} is in {root}")
+    return good
+
+
+def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
+    """Write a split's official files and images from a parquet copy on the Hub, or in a folder.
+
+    Args:
+        task: vqav2, gqa, nlvr2 or coco.
+        split: As the task calls it; for coco, whose one file holds every split, all.
+        output_dir: Folder to write, or to add to.
+        source: Name on the Hub, or folder with the copy; left out, the usual one of the task.
+    """
+    if task in hub.COPIES:
+        source = source or hub.COPIES[task].hub
+    for kind, count in hub.fetch(task, source, output_dir, split=split).items():
+        print(f"{kind:<22}{count:>9,}")
+
+
+def karpathy(root: Path, output_dir: Path) -> None:
+    """Write VQAv2's Karpathy splits in the official form, from the official files and dataset_coco.json.
+
+    Args:
+        root: Folder with VQAv2's official files and dataset_coco.json.
+        output_dir: Folder to write.
+    """
+    for split, count in karpathy_task.write_splits(root, output_dir).items():
+        print(f"karpathy-{split:<6}{count:>9,} questions")
+
+
+COMMANDS: dict[str, Callable[..., bool | None]] = {
+    "easy-vqa": easy_vqa,
+    "scenes": scenes,
+    "concepts": concepts,
+    "snippets": snippets,
+    "check": check,
+    "karpathy": karpathy,
+    "from-hub": from_hub,
+}
+"""By name; the arguments of each are its flags. `check` returns False if something is missing."""

@@ -1,0 +1,177 @@
+"""The commands of `dept-vl score`: score a file of predictions, anyone's, as the official servers do.
+
+Every command writes its figures with `--json FILE` under the keys of the official scorers. Answers are
+compared as they are in the file. `check-vqav2` and `check-gqa` check a file before it is uploaded.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from dept_vl._utils.tables import markdown_table
+from dept_vl.tasks import coco as coco_task
+from dept_vl.tasks import gqa as gqa_task
+from dept_vl.tasks import nlvr2 as nlvr2_task
+from dept_vl.tasks import vqav2 as vqav2_task
+from dept_vl.tasks.coco import COCOCaptions
+from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks.io.predictions import check_ids
+from dept_vl.tasks.io.submission import check_submission
+from dept_vl.tasks.metrics.caption import score_captions
+from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
+from dept_vl.tasks.metrics.vqa import Normalisation
+from dept_vl.tasks.nlvr2 import NLVR2
+from dept_vl.tasks.vqav2 import VQAv2
+
+Figures = dict[str, Any]
+Output = Annotated[Path | None, tyro.conf.arg(name="json", metavar="OUT")]
+
+
+def vqav2(
+    questions: Path,
+    annotations: Path,
+    predictions: Path,
+    normalisation: Normalisation = "official",
+    output: Output = None,
+) -> Figures:
+    """VQA accuracy (0-100) of VQAv2 or v1.
+
+    Args:
+        questions: Official questions file.
+        annotations: Official annotations file.
+        predictions: [{"question_id": int, "answer": str}], one for each question.
+        normalisation: official compares raw where all ten humans agree; always normalises regardless.
+        output: File for the figures.
+    """
+    rows = vqav2_task.read_rows(questions, annotations)
+    answers = VQAv2.prediction_format.read(predictions)
+    check_ids(rows.column("question_id").to_pylist(), answers, str(predictions))
+    figures = vqav2_task.score_rows(rows, answers, normalisation).to_json()
+    return show(f"VQA accuracy, {normalisation} (0-100)", figures, output, ".2f")
+
+
+def gqa(questions: Path, predictions: Path, choices: Path | None = None, output: Output = None) -> Figures:
+    """GQA figures: percent, but for distribution, where lower is better.
+
+    Args:
+        questions: Official questions file; with the `all` questions answered, consistency too.
+        predictions: [{"questionId": str, "prediction": str}], one for each balanced question at least.
+        choices: Official choices file, for validity and plausibility.
+        output: File for the figures.
+    """
+    rows = gqa_task.read_rows(questions)
+    if not rows.value("answers", 0):
+        raise ValueError(
+            f"{questions}: expected an answer to each question; the test and submission files have none"
+        )
+    answers = {str(key): answer for key, answer in GQA.prediction_format.read(predictions).items()}
+    figures = gqa_task.score_rows(
+        rows, answers, gqa_task.read_choices(choices) if choices else None
+    ).to_json()
+    left_out = [name for name in ("validity", "plausibility", "consistency") if name not in figures]
+    if left_out:
+        print(
+            f"left out: {', '.join(left_out)} (validity and plausibility need --choices; consistency needs "
+            "all questions that are entailed in the questions file, and a prediction for each)"
+        )
+    return show("GQA (0-100; distribution: lower is better)", figures, output, ".2f")
+
+
+def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
+    """NLVR2 accuracy and consistency, fractions of 1.
+
+    Args:
+        examples: Official file, one JSON object a line.
+        predictions: Lines of identifier,true or identifier,false; one for each example.
+        output: File for the figures.
+    """
+    rows = nlvr2_task.read_rows(examples)
+    ids = rows.column("identifier").to_pylist()
+    answers = NLVR2.prediction_format.read(predictions)
+    check_ids(ids, answers, str(predictions))
+    labels = [answer for answers in rows.column("answers").to_pylist() for answer in answers]
+    if len(labels) != len(ids):
+        raise ValueError(f"{examples}: expected a label for each example, found {len(labels)} of {len(ids)}")
+    score = score_nlvr2(zip(ids, labels, strict=True), {str(key): value for key, value in answers.items()})
+    return show("NLVR2 (0-1)", score.to_json(), output, ".4f")
+
+
+def coco(
+    references: Path, predictions: Path, split: str = "", spice: bool = False, output: Output = None
+) -> Figures:
+    """BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, all times 100.
+
+    Args:
+        references: COCO's captions_*.json, or Karpathy's dataset_coco.json with --split.
+        predictions: [{"image_id": int, "caption": str}], one for each image.
+        split: Of dataset_coco.json: val or test.
+        spice: SPICE as well, which needs its models and an older Java.
+        output: File for the figures.
+    """
+    captions = coco_task.read_references(references, split)
+    answers = {int(key): caption for key, caption in COCOCaptions.prediction_format.read(predictions).items()}
+    check_ids(captions, answers, str(predictions))
+    figures = score_captions(captions, answers, spice=spice).to_json()
+    return show("COCO captions (x100)", figures, output, ".2f")
+
+
+def show(title: str, figures: Figures, output: Path | None, form: str) -> Figures:
+    """Print a table and write the file."""
+    rows = [
+        # A distance of a tenth or so, not a percentage.
+        (
+            name,
+            f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:{'.4f' if name == 'distribution' else form}}",
+        )
+        for name, value in flatten(figures)
+    ]
+    print(markdown_table([title, "score"], rows))
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=1) + "\n")
+        print(f"\nwritten to {output}")
+    return figures
+
+
+def flatten(figures: Figures, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Figures of figures, each under the names that lead to it."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}: ")
+        else:
+            yield prefix + name, value
+
+
+def check_vqav2(questions: Path, predictions: Path) -> int:
+    """Check a file for EvalAI's VQA challenge: one answer for each question of test2015, for test-dev too.
+
+    Args:
+        questions: v2_OpenEnded_mscoco_test2015_questions.json.
+        predictions: [{"question_id": int, "answer": str}].
+    """
+    ids = vqav2_task.read_rows(questions, None).column("question_id").to_pylist()
+    return _passed(check_submission(predictions, ids, VQAv2.prediction_format))
+
+
+def check_gqa(questions: Path, predictions: Path) -> int:
+    """Check a file for EvalAI's GQA challenge: one answer for each question of the submission file.
+
+    Args:
+        questions: submission_all_questions.json.
+        predictions: [{"questionId": str, "prediction": str}].
+    """
+    ids = gqa_task.read_rows(questions).column("question_id").to_pylist()
+    return _passed(check_submission(predictions, ids, GQA.prediction_format))
+
+
+def _passed(count: int) -> int:
+    print(f"{count:,} predictions, one for each question")
+    return count
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"vqav2": vqav2, "gqa": gqa, "nlvr2": nlvr2, "coco": coco}
+CHECKS: dict[str, Callable[..., int]] = {"vqav2": check_vqav2, "gqa": check_gqa}

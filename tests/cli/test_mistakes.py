@@ -1,0 +1,348 @@
+"""Mistakes of users end every command with one line and a status, and bugs keep their traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from runs import reset_accelerate
+
+from dept_vl import cli
+from dept_vl._utils import errors
+from dept_vl._utils.errors import UsageError, exit_status, is_user_error
+from dept_vl.config import DataOptions, RunConfig, read_config, to_json
+from dept_vl.training.run import run
+from scripts import train_gqa
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+ROOT = Path(__file__).parents[2]
+END = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def world(
+    scenes: Path,
+    language_folders: dict[str, Path],
+    vision_folders: dict[str, Path],
+    make_run: Callable[..., RunConfig],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """Good and bad files by name: data, models, a finished run, configurations."""
+    root = tmp_path_factory.mktemp("mistakes")
+    config = make_run(DataOptions(data_dir=scenes / "vqav2", dev_split="val", test_limit=4), max_steps=1)
+    reset_accelerate()
+    run(replace(config, output_dir=root / "run"))
+    files = {
+        "config": json.dumps(to_json(config)),
+        "damaged": '{"train": ',
+        "unknown": '{"train": {"max_stepz": 3}}',
+        "typed": '{"train": {"max_steps": "many"}}',
+        "list": "[1]",
+        "predictions": "[]",
+    }
+    for name, content in files.items():
+        (root / f"{name}.json").write_text(content)
+    (root / "empty").mkdir()
+    shutil.copytree(root / "run", root / "cut")
+    (root / "cut" / "best" / "adapter.safetensors").write_bytes(b"no tensors")
+    shutil.copytree(root / "run", root / "unfinished")
+    (root / "unfinished" / "summary.json").unlink()
+    shutil.copytree(scenes / "vqav2", root / "broken")
+    for path in (root / "broken").glob("*questions.json"):
+        path.write_text(path.read_text()[:200])
+    asked = next((scenes / "vqav2").glob("*val2014_questions.json"))
+    answered = next((scenes / "vqav2").glob("*val2014_annotations.json"))
+    folders = {"data": scenes, "t5": language_folders["t5"], "clip": vision_folders["clip"]}
+    return folders | {"root": root, "asked": asked, "answered": answered}
+
+
+@pytest.fixture
+def end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> END:
+    """Run a command; returns its status and what it printed on stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(errors, "MAIN_FIRST", 0.0)
+
+    def call(command: Callable[[list[str]], object], arguments: list[str]) -> tuple[int, str]:
+        capsys.readouterr()
+        status = exit_status(command, arguments)
+        return status, capsys.readouterr().err
+
+    return call
+
+
+MODELS = "--vision {clip} --language {t5} --prompt_length 3 --rank 2 --reference_prompt_length 6"
+TRAIN = f"train {MODELS} --max_steps 1"
+SCORE = "--questions {asked} --annotations {answered}"
+MISTAKES = {
+    # The command and its flags -> the status, and a word of the message.
+    "": (2, "a command is missing"),
+    "trian": (2, "closest: train"),
+    "train --prompt_lrr 1": (2, "closest: --prompt_lr"),
+    "train --task vqav": (2, "closest: vqav2"),
+    "train --method dpt": (2, "closest: dept"),
+    "train --max_steps many": (2, "--max_steps"),
+    "train --max_steps 0": (2, "train.max_steps is 0"),
+    "train --prompt_length -1": (2, "prompt.prompt_length is -1"),
+    "train --seed": (2, "--seed"),
+    "train --preset papr": (2, "unknown preset 'papr'"),
+    "train --task gqa --preset paper": (1, "no hyper-parameters for 'gqa'"),
+    "train --config nowhere.json": (1, "nowhere.json"),
+    "train --config {root}/damaged.json": (1, "damaged.json"),
+    "train --config {root}/unknown.json": (2, "closest: max_steps"),
+    "train --config {root}/typed.json": (2, "train.max_steps is 'many'"),
+    "train --config {root}/list.json": (2, "expected an object"),
+    "train --config": (2, "--config"),
+    "train": (1, "data/vqav2"),
+    "train --data_dir nowhere": (1, "nowhere"),
+    "train --data_dir {data}/vqav2 --backbone nowhere": (1, "nowhere"),
+    "train --data_dir {data}/vqav2 --vision {clip} --language ./nowhere": (1, "nowhere"),
+    "train --data_dir {data}/vqav2 --init_from nowhere": (1, "nowhere"),
+    "train --data_dir {data}/vqav2 --dev_split val": (1, "backbone"),
+    f"{TRAIN} --data_dir {{root}}/empty": (1, "empty"),
+    f"{TRAIN} --data_dir {{root}}/broken": (1, "questions.json"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --train_split trian": (1, "'trian'"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/run": (1, "already holds a run"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --log_with wandbb": (1, "wandbb"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --dev_split val --features cached": (1, "features"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --tune 2": (1, "--output_dir"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/list.json/run": (1, "list.json"),
+    "train --resume nowhere": (1, "nowhere"),
+    "train --resume auto --data_dir {data}/vqav2": (1, "--output_dir"),
+    "evaluate": (2, "--run"),
+    "evaluate --run nowhere": (1, "nowhere"),
+    "evaluate --run {root}/run --task gqaa": (2, "closest: gqa"),
+    "evaluate --run {root}/run --split vall --output_dir out": (1, "'vall'"),
+    "evaluate --run {root}/run --output_dir {root}/run": (1, "already holds predictions"),
+    "evaluate --run {root}/run --adapter nowhere": (1, "nowhere"),
+    "evaluate --run {root}/run --limit -1": (2, "limit is -1"),
+    "evaluate --run {root}/cut --output_dir out": (1, "adapter.safetensors"),
+    "predict": (2, "--adapter"),
+    "predict x.jpg what --adapter ./nowhere": (1, "nowhere"),
+    "predict x.jpg what --adapter {root}/run --device cpu": (1, "x.jpg"),
+    "predict x.jpg --adapter {root}/run --device cpu": (2, "vqav2 needs IMAGE"),
+    "predict x.jpg what --adapter {root}/run --task vqa": (2, "closest: vqav2"),
+    "predict x.jpg what --adapter {root}/empty": (1, "empty"),
+    "features --vision {clip}": (1, "data/vqav2"),
+    "features --vision {clip} --task sst2": (1, "sst2"),
+    "features --vision {clip} --data_dir {data}/vqav2 --batch_size 0": (2, "batch_size is 0"),
+    "data scene": (2, "closest: scenes"),
+    "data check --task okvqa --root .": (2, "unknown task 'okvqa'"),
+    "data check --task gqa --root nowhere": (1, "nowhere"),
+    "data karpathy --root nowhere --output_dir x": (1, "nowhere"),
+    "data scenes --output_dir {data}": (1, "is there already"),
+    "score vqa": (2, "closest: vqav2"),
+    "score vqav2 --questions nowhere.json": (2, "--annotations"),
+    f"score vqav2 {SCORE} --predictions nowhere.json": (1, "nowhere.json"),
+    f"score vqav2 {SCORE} --predictions {{root}}/predictions.json": (1, "predictions.json"),
+    f"score vqav2 {SCORE} --predictions {{root}}/damaged.json": (1, "damaged.json"),
+    "transfer --source {root}/run": (2, "--target"),
+    "transfer --source {root}/run --target vqa": (2, "closest: vqav2"),
+    "transfer --source {root}/run --target vqav2 --seeds 0": (2, "seeds is 0"),
+    "transfer --source vqav2 --target gqa": (1, "--config"),
+    "transfer --source {root}/run --target vqav2 --k 500": (1, "choose a smaller k"),
+    "report --run nowhere": (1, "nowhere"),
+    "report --run {root}/unfinished": (1, "summary.json"),
+    "report": (2, "--run"),
+    "demo": (2, "--adapters"),
+    "demo --adapters ./nowhere": (1, "nowhere"),
+    "demo --adapters {root}/run {root}/run": (1, "named twice"),
+    "demo --adapters {root}/run --port 99999999": (2, "port is 99999999"),
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_ends_in_one_line(line: str, world: dict[str, Path], end: END) -> None:
+    expected, word = MISTAKES[line]
+    arguments = [part.format(**world) for part in line.split()]
+    status, said = _main(end, arguments)
+    assert status == expected, said
+    message = said.splitlines()[-1]
+    assert message.startswith("dept-vl: error: ")
+    assert word in message
+    assert said.count("dept-vl: error") == 1
+    assert "Traceback" not in said
+
+
+def _main(end: END, arguments: list[str]) -> tuple[int, str]:
+    return end(partial(cli._choose, cli.COMMANDS, "dept-vl", ""), arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "line", "status", "word"),
+    [
+        (cli.compare, "--methods dpt", 2, "closest: dept"),
+        (cli.compare, "--tasks scenes-vqa", 2, "closest: scenes-vqav2"),
+        (cli.compare, "--max_stepz 1", 2, "closest: --max_steps"),
+        (cli.compare, "--tasks scenes-gqa --methods pt", 1, "data/configs/scenes-gqa.json"),
+        (cli.transfer_suite, "--targets many", 2, "unknown target 'many'"),
+        (cli.check_submission, "vqa", 2, "closest: vqav2"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_in_scripts(
+    command: Callable[[list[str]], object], line: str, status: int, word: str, end: END
+) -> None:
+    ended, said = end(command, line.split())
+    assert (ended, len(said.splitlines())) == (status, 1)
+    assert word in said
+
+
+def test_a_script_of_a_task_trains_no_other(world: dict[str, Path], end: END) -> None:
+    command = partial(cli.train, defaults=train_gqa.DEFAULTS, tasks=["gqa"])
+    status, said = end(command, ["--config", str(world["root"] / "config.json")])
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert "'vqav2'" in said
+
+
+def test_control_characters_of_strangers_are_escaped(end: END) -> None:
+    def fails(_: list[str]) -> None:
+        raise UsageError("a\x1b[31m red\nline \ud800")
+
+    status, said = end(fails, [])
+    assert (status, said) == (2, "dept-vl: error: a\\x1b[31m red line \\ud800\n")
+
+
+def test_bugs_keep_their_traceback(end: END) -> None:
+    def bug(_: list[str]) -> None:
+        int("not raised on purpose")
+
+    for command in (bug, lambda _: {}["missing"], lambda _: [*zip([1], [], strict=True)]):
+        with pytest.raises((ValueError, KeyError)):
+            end(command, [])
+
+
+def test_an_error_is_the_users_if_we_raise_it() -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        read_config(Path("nowhere.json"))
+    assert is_user_error(missing.value)
+    with pytest.raises(ValueError, match="invalid literal") as library:
+        int("x")
+    assert not is_user_error(library.value)
+    assert is_user_error(PermissionError(13, "Permission denied", "x"))
+    assert not is_user_error(MemoryError())
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_the_traceback_is_kept_where_it_is_asked_for(
+    how: str, end: END, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "variable":
+        monkeypatch.setenv(errors.DEBUG_VARIABLE, "1")
+    with pytest.raises(FileNotFoundError):
+        end(cli.train, ["--data_dir", "nowhere", *(["--debug"] if how == "flag" else [])])
+
+
+def test_of_several_processes_the_main_one_speaks(end: END, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert end(cli.train, ["--max_steps", "0"]) == (2, "")
+    # What only this process knows is not lost.
+    status, said = end(cli.train, ["--data_dir", "nowhere"])
+    assert status == 1
+    assert said.startswith("dept-vl: error (process 1): ")
+
+
+def test_ctrl_c_before_training(end: END) -> None:
+    def stopped(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert end(stopped, []) == (130, "")
+
+
+HEAVY = {"torch", "transformers", "accelerate", "datasets"}
+QUICK = """
+import sys
+from dept_vl.cli import main
+try:
+    status = main(sys.argv[2:])
+except SystemExit as stop:
+    status = stop.code
+loaded = set(sys.argv[1].split(",")) & set(sys.modules)
+print("loaded:", sorted(loaded), "status:", status)
+"""
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--help", "train --help", "train --prompt_lrr 1", "train", "train --config x", "train --method dpt"]
+    + [f"{name} --help" for name in cli.COMMANDS if name != "train"]
+    + ["evaluate --run x", "report --run x", "data check --task x --root x", "trian", "train --task gqq"],
+)
+def test_help_and_quick_errors_load_no_engine(line: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", QUICK, ",".join(HEAVY), *line.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert "loaded: [] status:" in done.stdout, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+MEASURING = "bench bench_adapters bench_features bench_loading capabilities pretrain_tiny soak"
+"""Scripts that hold what they do, and load it for --help too."""
+SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS - {*MEASURING.split(), "tune_against_grid"}))
+def test_help_of_every_script_loads_no_engine(script: str, tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, "--help"]
+try:
+    runpy.run_path({str(ROOT / "scripts" / f"{script}.py")!r}, run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "usage" in done.stdout.lower()
+
+
+def test_a_real_program_ends_in_one_line(tmp_path: Path) -> None:
+    for command in (
+        [sys.executable, "-m", "dept_vl", "train"],
+        [sys.executable, ROOT / "scripts/train_vqa.py"],
+    ):
+        done = subprocess.run(
+            [*command, "--data_dir", "nowhere"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("dept-vl: error: no folder nowhere")
+        assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_under_the_launcher(tmp_path: Path) -> None:
+    """Two processes print one line of ours; what the launcher adds is its own."""
+    launch = ["accelerate.commands.launch", "--quiet", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "dept_vl", "train"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "--max_steps", "0"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("dept-vl: error: train.max_steps is 0") == 1
