@@ -384,14 +384,14 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
         FileNotFoundError: If a folder or a file is missing.
         UsageError: If a task is unknown or an option out of range.
     """
-    from dept_vl.tasks import data_folder
-    from dept_vl.tasks.text.table import TEXT_TASKS
+    from dept_vl.tasks import TASKS
+    from dept_vl.tasks.base import data_folder
 
     validate(config)
     for options in (config.data, *config.also):
         _check_task(options.task)
         folder = data_folder(options.task, options.data_dir)
-        if not folder.exists() and (options.data_dir is not None or options.task not in TEXT_TASKS):
+        if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
             raise FileNotFoundError(
                 f"no folder {folder} with the data of {options.task}; give --data_dir, or see dept-vl data"
             )

@@ -26,6 +26,7 @@ from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
 from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
 from dept_vl.prompts.budget import LARGEST_SIZE, METHODS, Init
+from dept_vl.tasks import TASKS
 
 Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
@@ -57,17 +58,17 @@ class DataOptions(Options):
     """Name of the task."""
     data_dir: Path | None = None
     """Folder with the task's files; left out, data/TASK, and for a text task without it the Hub."""
-    train_split: str = "train"
-    """Split to train on."""
-    dev_split: str = ""
-    """Split to choose the best adapter on; empty holds images out of the training split, and is validation
-    for a text task."""
+    train_split: str | None = None
+    """Split to train on; left out, the task's own."""
+    dev_split: str | None = None
+    """Split to choose the best adapter on; left out, the task's own, and where it has none, as where this is
+    empty, images are held out of the training split."""
     holdout_images: Count = 200
     """Images held out of the training split, with all their questions, where dev_split is empty."""
     dev_limit: Count = 2000
     """At most so many examples of the dev split, drawn with the seed; 0 takes all."""
-    test_split: str = ""
-    """Split that the best adapter is scored on at the end; empty is val, and test for a text task."""
+    test_split: str | None = None
+    """Split that the best adapter is scored on at the end; left out, the task's own."""
     test_limit: Count = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
     shots: Count = 0
@@ -99,6 +100,19 @@ class DataOptions(Options):
     feature_memory: Annotated[float, Field(ge=0)] = 4.0
     """GiB of memory for visual features that are encoded once before training. Of several tasks the first
     says it for all images together."""
+
+    def splits(self) -> tuple[str, str, str]:
+        """Return the training, dev and test split: the given ones, else the task's own.
+
+        An empty dev split holds images out of the training split; a text task, which has none, uses its own.
+
+        Raises:
+            UnknownNameError: If there is no such task.
+        """
+        task, dev = TASKS[self.task], self.dev_split
+        if dev is None or not (dev or task.image_count):
+            dev = task.dev_split
+        return self.train_split or task.train_split, dev, self.test_split or task.test_split
 
 
 @dataclass(frozen=True)
@@ -404,12 +418,27 @@ def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: The same.
     """
     usual = flat(to_json(RunConfig()))
-    old, new = usual | flat(current_names(started)), usual | flat(now)
+    old = usual | flat(_with_splits(current_names(started)))
+    new = usual | flat(_with_splits(now))
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE_TO_CHANGE and old.get(name) != new.get(name)
     ]
+
+
+def _with_splits(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the splits named, so that a split left out equals the same one given."""
+
+    def named(data: dict[str, Any]) -> dict[str, Any]:
+        names = ("train_split", "dev_split", "test_split")
+        known = {name: data[name] for name in ("task", *names) if name in data}
+        return data | dict(zip(names, DataOptions(**known).splits(), strict=True))
+
+    return options | {
+        "data": named(options.get("data", {})),
+        "also": list(map(named, options.get("also", []))),
+    }
 
 
 def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

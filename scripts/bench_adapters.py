@@ -25,7 +25,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.studies.bench.measure import Ratio, in_turn
 from dept_vl.studies.bench.methods import SHAPES, SIZES, Inputs, build_backbone, build_prompt, draw_batch
-from dept_vl.tasks import asked
+from dept_vl.tasks import TASKS
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
@@ -75,7 +75,7 @@ class Figures:
 
 def adapters_of(backbone: Backbone, lengths: tuple[int, ...]) -> ManyAdapters:
     """Adapters with prompts of these lengths, each with the parameters of 100 vectors."""
-    task, predictors = asked("vqav2"), {}
+    task, predictors = TASKS["vqav2"], {}
     for number, length in enumerate(lengths):
         own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
         prompt = build_prompt(backbone.d_model, SHAPE, length).to(backbone.device)

@@ -169,7 +169,7 @@ def load_pairs(config: BenchConfig) -> Load:
 def load(root: Path) -> Load:
     """Load the split in this process."""
     started = time.perf_counter()
-    task = check_images(VQAv2.load(root, "train"), "raise")
+    task = check_images(VQAv2().load(root, "train"), "raise")
     seconds = time.perf_counter() - started
     # Read as training does, all over the file, so that mapped pages are counted.
     for index in range(0, len(task), max(1, len(task) // 5000)):

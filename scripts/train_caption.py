@@ -5,14 +5,11 @@ accelerate launch scripts/train_caption.py --data_dir data/coco \
 """
 
 from functools import partial
-from pathlib import Path
 
 from dept_vl.cli import entry, train
 from dept_vl.config import DataOptions, RunConfig
 
-DEFAULTS = RunConfig(
-    data=DataOptions(task="coco", data_dir=Path("data/coco"), dev_split="val", test_split="test"),
-)
+DEFAULTS = RunConfig(data=DataOptions(task="coco"))
 
 if __name__ == "__main__":
     entry(partial(train, defaults=DEFAULTS, tasks=["coco"]))

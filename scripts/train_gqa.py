@@ -5,14 +5,11 @@ accelerate launch scripts/train_gqa.py --data_dir data/gqa \
 """
 
 from functools import partial
-from pathlib import Path
 
 from dept_vl.cli import entry, train
 from dept_vl.config import DataOptions, RunConfig
 
-DEFAULTS = RunConfig(
-    data=DataOptions(task="gqa", data_dir=Path("data/gqa"), dev_split="val", test_split="testdev"),
-)
+DEFAULTS = RunConfig(data=DataOptions(task="gqa"))
 
 if __name__ == "__main__":
     entry(partial(train, defaults=DEFAULTS, tasks=["gqa"]))

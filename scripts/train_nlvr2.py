@@ -5,15 +5,11 @@ accelerate launch scripts/train_nlvr2.py --data_dir data/nlvr2 \
 """
 
 from functools import partial
-from pathlib import Path
 
 from dept_vl.cli import entry, train
 from dept_vl.config import DataOptions, PromptOptions, RunConfig
 
-DEFAULTS = RunConfig(
-    data=DataOptions(task="nlvr2", data_dir=Path("data/nlvr2"), dev_split="dev", test_split="test1"),
-    prompt=PromptOptions(max_source_length=40),
-)
+DEFAULTS = RunConfig(data=DataOptions(task="nlvr2"), prompt=PromptOptions(max_source_length=40))
 
 if __name__ == "__main__":
     entry(partial(train, defaults=DEFAULTS, tasks=["nlvr2"]))

@@ -217,7 +217,7 @@ def annotation_kinds(scenes: Path) -> dict[str, Kind]:
         return list(vqav2.read_rows(folder / questions, folder / annotations, "val2014"))
 
     def read_minival(folder: Path) -> object:
-        return VQAv2.load(folder, "minival")[0]
+        return VQAv2().load(folder, "minival")[0]
 
     def file(task: str, name: str, load: Callable[[Path], object]) -> Kind:
         return Kind(name, (scenes / task / name).read_bytes(), lambda folder: load(folder / name))

@@ -1,6 +1,6 @@
 """Tables of scores in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -18,18 +18,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
-
-
-def score_rows(scores: Mapping[str, float], splits: str) -> list[tuple[str, str]]:
-    """A row for each figure that a summary shows, with its scale."""
-    return [
-        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name)})", f"{value:.2f}")
-        for name, value in scores.items()
-        if "question_type/" not in name
-    ]
-
-
-def scale_of(name: str) -> str:
-    """In what a figure is counted."""
-    figure = name.rsplit("/", 1)[-1]
-    return {"CIDEr": "x100", "distribution": "lower is better"}.get(figure, "0-100")

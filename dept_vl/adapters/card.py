@@ -6,29 +6,16 @@ from typing import Any
 
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import CONFIG_FILE
-from dept_vl._utils.tables import markdown_table, scale_of
+from dept_vl._utils.tables import markdown_table
 from dept_vl.config import current_names
-from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.tasks import TASKS
+from dept_vl.tasks.base import Task, scale_of, shown_metrics
 
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.json"
 """The configuration of the run that made an adapter, beside it on the Hub."""
 PAPER = "https://arxiv.org/abs/2309.05173"
 
-SCRIPTS = {"vqav2": "train_vqa", "gqa": "train_gqa", "nlvr2": "train_nlvr2", "coco": "train_caption"}
-"""By task; text tasks have `train_nlp`."""
-QUESTIONS = {
-    "vqav2": '"image.jpg", "what color is the cat?"',
-    "gqa": '"image.jpg", "is there a dog to the left of the car?"',
-    "nlvr2": '("left.jpg", "right.jpg"), "both images show a dog"',
-    "coco": '"image.jpg"',
-}
-"""What is given to `answer`, to show how."""
-PIPELINES = {
-    "vqav2": "visual-question-answering",
-    "gqa": "visual-question-answering",
-    "coco": "image-to-text",
-}
 METRICS = {"overall": "accuracy", "em": "exact_match", "f1a": "f1", "macro_f1": "f1", "pearson": "pearsonr"}
 METRICS |= {"matthews": "matthews_correlation", "ROUGE_L": "rouge"}
 METRICS |= {f"Bleu_{n}": "bleu" for n in range(1, 5)}
@@ -81,7 +68,7 @@ def model_card(
     prompt, base = adapter["prompt"], adapter["backbone"]
     sections = {
         "Use": _usage(name, adapter, images=images),
-        "Figures": _figures(adapter["metrics"]),
+        "Figures": _figures(adapter),
         "Trained parameters": _parameters(adapter["trainable_parameters"]),
         "Prompt": "" if prompt is None else _sizes(prompt),
         "Training": "" if training is None else _training(training),
@@ -102,7 +89,7 @@ def _metadata(name: str, adapter: Mapping[str, Any], *, images: bool, datasets: 
     from huggingface_hub import EvalResult, ModelCardData
 
     tasks = [task for task in adapter["task"].split("+") if task]
-    figures = _shown(adapter["metrics"])
+    figures = shown_metrics(adapter["metrics"])
     results = []
     for figure, value in figures.items():
         task = figure.split("/")[0] if len(tasks) > 1 else adapter["task"]
@@ -112,7 +99,7 @@ def _metadata(name: str, adapter: Mapping[str, Any], *, images: bool, datasets: 
                 dataset_type=datasets[0] if len(datasets) == 1 else task or "unknown",
                 dataset_name=task or "unknown",
                 metric_type=_metric(figure),
-                metric_name=f"{figure} ({scale_of(figure)})",
+                metric_name=f"{figure} ({scale_of(figure, _known(tasks))})",
                 metric_value=round(value, 2),
             )
         )
@@ -145,13 +132,12 @@ def _usage(name: str, adapter: Mapping[str, Any], *, images: bool) -> str:
             "tokens = attached.generate(**inputs)  # of the model's own processor"
         )
     tasks = adapter["task"].split("+")
-    asked = QUESTIONS.get(tasks[0], '"..."' if tasks[0] in TEXT_TASKS else "")
-    if asked:
+    known = _known(tasks[:1])
+    if known:
         # Of several tasks one is chosen.
         task = f', task="{tasks[0]}"' if len(tasks) > 1 else ""
-        return _python(
-            f'import dept_vl\n\nmodel = dept_vl.load("{name}"{task})\nprint(model.answer({asked}))'
-        )
+        call = f"print(model.answer({known[0].example_call}))"
+        return _python(f'import dept_vl\n\nmodel = dept_vl.load("{name}"{task})\n{call}')
     if images:
         return _python(
             "from dept_vl import Adapter, Backbone\n\n"
@@ -172,8 +158,12 @@ def _python(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def _figures(metrics: Mapping[str, float]) -> str:
-    rows = [(figure, scale_of(figure), f"{value:.2f}") for figure, value in _shown(metrics).items()]
+def _figures(adapter: Mapping[str, Any]) -> str:
+    known = _known(adapter["task"].split("+"))
+    rows = [
+        (figure, scale_of(figure, known), f"{value:.2f}")
+        for figure, value in shown_metrics(adapter["metrics"]).items()
+    ]
     return markdown_table(["figure", "scale", "value"], rows) if rows else "None are on record."
 
 
@@ -207,7 +197,7 @@ def _training(training: Mapping[str, Any]) -> str:
         "seed": ("train", "seed"),
     }
     rows = [(label, training.get(part, {}).get(option)) for label, (part, option) in said.items()]
-    script = SCRIPTS.get(_tasks_of(training)[0], "train_nlp")
+    script = next((task.script for task in _known(_tasks_of(training)[:1])), "train_nlp")
     return (
         markdown_table(["option", "value"], [(label, value) for label, value in rows if value is not None])
         + f"\n\nThe options stand in `{TRAINING_FILE}`, but those that name files of the machine it was "
@@ -227,11 +217,6 @@ def _base(base: Mapping[str, Any]) -> str:
     )
 
 
-def _shown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without the dozens of VQA's question types."""
-    return {name: value for name, value in metrics.items() if "question_type/" not in name}
-
-
 def _metric(figure: str) -> str:
     last = figure.rsplit("/", 1)[-1]
     return "accuracy" if "answer_type/" in figure else METRICS.get(last, last.lower())
@@ -239,11 +224,13 @@ def _metric(figure: str) -> str:
 
 def _pipeline(task: str, *, images: bool) -> str:
     """The Hub's name for what the model does."""
-    if images:
-        return PIPELINES.get(task, "image-text-to-text")
-    if task in TEXT_TASKS:
-        return "text-classification" if TEXT_TASKS[task].words else "question-answering"
-    return "text-generation"
+    known = [one.pipeline for one in _known([task]) if bool(one.image_count) == images]
+    return known[0] if known else "image-text-to-text" if images else "text-generation"
+
+
+def _known(names: Sequence[str]) -> list[Task]:
+    """The tasks of these names; an adapter may be of others."""
+    return [TASKS[name] for name in names if name in TASKS]
 
 
 def _on_hub(name: str) -> bool:

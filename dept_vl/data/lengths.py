@@ -12,11 +12,10 @@ from accelerate import Accelerator
 
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
-from dept_vl.tasks.text.task import TextTask
 
 Lengths = np.ndarray[Any, np.dtype[np.int32]]
 LENGTH_SAMPLE = 2000
-"""Questions about images that are measured to see how many `max_source_length` cuts; of text tasks all."""
+"""Texts that are measured to see how many `max_source_length` cuts; all if they are a column of the rows."""
 
 
 def source_lengths(task: Task, tokenizer: Any) -> Lengths:
@@ -62,9 +61,9 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
 
 
 def source_texts(task: Task) -> pa.ChunkedArray:
-    """What the encoder reads, of all examples; of text tasks without making the examples."""
-    if isinstance(task, TextTask):
-        return task.source_texts()
+    """What the encoder reads, of all examples; from a column of the rows where there is one."""
+    if task.source_column:
+        return task.rows.column(task.source_column)
     texts = pa.array([task[index].source_text for index in range(len(task))], pa.string())
     return pa.chunked_array([texts])
 
@@ -100,7 +99,7 @@ def check_source_lengths(
             f"max_source_length is {max_source_length} tokens and the task prefix of "
             f"{text!r} alone takes {shared}; raise max_source_length"
         )
-    whole = isinstance(task, TextTask)
+    whole = bool(task.source_column)
     with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
         lengths = source_lengths(
             task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer

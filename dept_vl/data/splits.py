@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files
 from dept_vl._utils.io import read_json
 from dept_vl._utils.run_files import CANDIDATES_FILE
@@ -15,12 +16,8 @@ from dept_vl.data.feature_store import open_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.data.shots import Shots, draw_shots, read_shots
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks import data_folder, load_task
-from dept_vl.tasks.base import Asked, Decoding, Task, hold_out_images, limit
-from dept_vl.tasks.coco import COCOCaptions
-from dept_vl.tasks.metrics.caption import check_installed
-from dept_vl.tasks.text.table import TEXT_TASKS
-from dept_vl.tasks.vqav2 import VQAv2, usual_answers
+from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
 
 GIB = 2**30
 
@@ -53,12 +50,12 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         FileNotFoundError: If images are missing that are not to be skipped.
         ValueError: If there are no answers to train or to choose on.
     """
-    options = with_split_names(options)
-    train = _load(options, options.train_split)
-    _check_answered(train, "train_split", options.train_split)
+    train_split, dev_split, test_split = options.splits()
+    options = replace(options, train_split=train_split, dev_split=dev_split, test_split=test_split)
+    train = _load(options, train_split)
+    _check_answered(train, "train_split", train_split)
     decoding = choose_decoding(train, options, training_candidates(options, train))
-    if isinstance(train, COCOCaptions):
-        check_installed()  # now, rather than when the first captions are to be scored
+    train.check_requirements()  # now, rather than when the first answers are to be scored
     shots = choose_shots(options, train)
     if shots is None:
         # Before any are held out: a gap in the training images is none in the dev split.
@@ -66,12 +63,12 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     if shots is not None:
         # Few are not to become fewer.
         train, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
-    elif options.dev_split:
-        dev = _load(options, options.dev_split)
-        _check_answered(dev, "dev_split", options.dev_split)
+    elif dev_split:
+        dev = _load(options, dev_split)
+        _check_answered(dev, "dev_split", dev_split)
     else:
         train, dev = hold_out_images(train, options.holdout_images, seed)
-    test = _load(options, options.test_split)
+    test = _load(options, test_split)
     evaluated = options.on_bad_image or "raise"
     return Splits(
         train=train,
@@ -85,7 +82,7 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
 
 def _load(options: DataOptions, split: str) -> Task:
     task = load_task(options.task, options.data_dir, split)
-    return replace(task, meteor=options.meteor) if isinstance(task, COCOCaptions) else task
+    return task if options.meteor else task.without_slow_metrics()
 
 
 def choose_shots(options: DataOptions, train: Task) -> Shots | None:
@@ -104,20 +101,12 @@ def choose_shots(options: DataOptions, train: Task) -> Shots | None:
     return draw_shots(train, options.shots, options.shots_seed) if options.shots else None
 
 
-def with_split_names(options: DataOptions) -> DataOptions:
-    """The options with the splits that are left out named."""
-    dev, test = ("validation", "test") if options.task in TEXT_TASKS else ("", "val")
-    return replace(options, dev_split=options.dev_split or dev, test_split=options.test_split or test)
-
-
 def _check_answered(task: Task, option: str, split: str) -> None:
     if not task[0].targets:
         raise ValueError(f"{option}={split} of {task.name} has no published answers; choose another")
 
 
-def choose_decoding(
-    task: Task | Asked, options: DataOptions, candidates: Sequence[str] | None = None
-) -> Decoding:
+def choose_decoding(task: Task, options: DataOptions, candidates: Sequence[str] | None = None) -> Decoding:
     """Return the task's own decoding, as the options change it.
 
     Args:
@@ -141,12 +130,12 @@ def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | 
     """
     if not options.candidate_floor:
         return None
-    if not isinstance(train, VQAv2):
-        raise ValueError(
-            f"candidate_floor={options.candidate_floor} chooses among the usual answers of VQAv2; "
+    if not train.has_usual_answers:
+        raise UsageError(
+            f"candidate_floor={options.candidate_floor} chooses among the usual answers of a training split; "
             f"{options.task} has no such list: leave it 0"
         )
-    return usual_answers(train, options.candidate_floor)
+    return train.usual_answers(options.candidate_floor)
 
 
 def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
@@ -157,7 +146,7 @@ def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
         ValueError: If a file is no list of answers.
     """
     path = config.candidates
-    if path is None and task == "vqav2" and (config.run / CANDIDATES_FILE).is_file():
+    if path is None and TASKS[task].has_usual_answers and (config.run / CANDIDATES_FILE).is_file():
         path = config.run / CANDIDATES_FILE
     return None if path is None else read_candidates(path)
 
@@ -310,15 +299,15 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     """
     known = {options.task: options for options in (trained.data, *trained.also)}
     name = config.task or trained.data.task
-    if name not in known and name not in TEXT_TASKS and not (config.data_dir and config.split):
+    if name not in known and TASKS[name].image_count and not (config.data_dir and config.split):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
-    options = with_split_names(known.get(name, DataOptions(task=name)))
+    options = known.get(name, DataOptions(task=name))
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,
         # The run's features are of the images of its own folder.
         features_dir=config.features_dir or (None if config.data_dir else options.features_dir),
-        test_split=config.split or options.test_split,
+        test_split=config.split or options.splits()[-1],
         num_beams=config.num_beams or options.num_beams,
     )
 

@@ -17,8 +17,8 @@ from dept_vl.config import EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
-from dept_vl.tasks import TASKS, asked
-from dept_vl.tasks.base import Asked
+from dept_vl.tasks import TASKS
+from dept_vl.tasks.base import Task
 
 LONGEST_TEXT = 512
 """Tokens of a text where neither a prompt nor a run says how long it may be."""
@@ -170,7 +170,7 @@ def _tasks_of(config: RunConfig) -> list[str]:
     return [options.task for options in (config.data, *config.also)]
 
 
-def _choose_task(adapter: Adapter, task: str | None) -> Asked:
+def _choose_task(adapter: Adapter, task: str | None) -> Task:
     """How questions are asked.
 
     Raises:
@@ -186,4 +186,4 @@ def _choose_task(adapter: Adapter, task: str | None) -> Asked:
             else f"{name!r} is no task of this package; say which of them asks alike, task=... "
             f"(scripts: --task ...): {', '.join(TASKS)}"
         )
-    return asked(name)
+    return TASKS[name]

@@ -14,7 +14,7 @@ from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, as_i
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.rows import PromptTable, RowProjections, RowPrompts
-from dept_vl.tasks import asked
+from dept_vl.tasks import TASKS
 
 Names = Sequence[str | None]
 """Adapter of each row; None is the backbone alone."""
@@ -51,7 +51,7 @@ class ManyAdapters:
                     "cannot share it"
                 )
         self.backbone = backbone.eval()
-        task = next(iter(predictors.values())).task if base_task is None else asked(base_task)
+        task = next(iter(predictors.values())).task if base_task is None else TASKS[base_task]
         self.predictors[None] = Predictor(PromptedModel(backbone), None, task, task.decoding, LONGEST_TEXT)
         self._places = {name: place for place, name in enumerate(self.predictors)}
         adapters = [predictor.adapter for predictor in self.predictors.values()]

@@ -24,7 +24,7 @@ from dept_vl.inference.evaluate import decode
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.base import Asked, Decoding, Example
+from dept_vl.tasks.base import Decoding, Example, Task
 
 ENCODED_AT_ONCE = 32
 """Images that go through the vision tower together."""
@@ -55,7 +55,7 @@ class Predictor:
 
     model: PromptedModel
     adapter: Adapter | None
-    task: Asked
+    task: Task
     decoding: Decoding
     max_source_length: int
 

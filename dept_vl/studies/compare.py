@@ -29,8 +29,7 @@ from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_report import Row, report
 from dept_vl.studies.compared import Rates, compared
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
-from dept_vl.tasks.metrics.caption import check_installed
-from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.tasks import TASKS
 from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
@@ -60,13 +59,13 @@ def compare(config: CompareConfig) -> list[Row]:
     config.check()
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
-    bases = {Path(name).stem: task_config(config, name) for name in config.tasks if _can_run(name)}
-    bases = {task: _prepared(config, task, base) for task, base in bases.items()}
+    bases = {Path(name).stem: task_config(config, name) for name in config.tasks}
+    bases = {task: _prepared(config, task, base) for task, base in bases.items() if _can_run(task, base)}
     usual = {task: majority(base) for task, base in bases.items()}
     pairs = [
         (task, name)
         for task, name in product(bases, config.methods or compared())
-        if not (compared()[name].reads_images and bases[task].data.task in TEXT_TASKS)
+        if not (compared()[name].reads_images and not TASKS[bases[task].data.task].image_count)
     ]
     rows: list[Row] = []
     for count, seed in enumerate(config.seeds[:1] if config.smallest else config.seeds, start=1):
@@ -82,12 +81,10 @@ def compare(config: CompareConfig) -> list[Row]:
     return rows
 
 
-def _can_run(name: str) -> bool:
-    """Whether what a task needs is installed: captions are scored by Java programs."""
-    if name != "scenes-coco":
-        return True
+def _can_run(name: str, base: RunConfig) -> bool:
+    """Whether what the metrics of a task need is installed."""
     try:
-        check_installed()
+        TASKS[base.data.task].check_requirements()
     except (FileNotFoundError, ImportError) as error:
         print(f"{name} is left out: {error}")
         return False
@@ -126,7 +123,7 @@ def with_steps(base: RunConfig, steps: int) -> RunConfig:
 
 def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
     """The same, with visual features from files; of thousands of images the smallest reads a handful."""
-    if base.data.task in TEXT_TASKS:
+    if not TASKS[base.data.task].image_count:
         return base
     if config.smallest:
         return replace(base, data=replace(base.data, features="live"))
@@ -229,7 +226,7 @@ def row_of(
 
 def majority(base: RunConfig) -> tuple[str, float] | None:
     """The commonest training answer and what it scores, given to every test question; None for captions."""
-    if base.data.task == "coco":
+    if not TASKS[base.data.task].asks:
         return None
     splits = load_splits(replace(base.data, test_limit=0), base.train.seed)
     counts = Counter(splits.train[index].answer for index in range(len(splits.train)))

@@ -25,7 +25,7 @@ from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
 from dept_vl.prompts.budget import METHODS
-from dept_vl.tasks.text.table import TEXT_TASKS
+from dept_vl.tasks import TASKS
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run, run_once
@@ -145,7 +145,7 @@ def _space(config: RunConfig) -> Space:
     prompt, backbone = config.prompt, config.backbone
     method = METHODS[prompt.method]
     bare = prompt.prompt_length == 0 and prompt.rank == 0 and not method.keeps_length
-    images = any(options.task not in TEXT_TASKS for options in (config.data, *config.also))
+    images = any(TASKS[options.task].image_count for options in (config.data, *config.also))
     used = {
         "prompt_lr": not bare and (method.keeps_length or prompt.prompt_length > 0),
         "offset_lr": not bare and "low_rank" in method.groups() and (prompt.rank != 0 or not method.has_rank),

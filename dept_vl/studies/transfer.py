@@ -34,12 +34,6 @@ from dept_vl.training.run import run_once
 from dept_vl.training.summary import RunResult
 
 PICK_FILE = "pick.json"
-SPLITS = {
-    "gqa": DataOptions(task="gqa", dev_split="val", test_split="testdev"),
-    "nlvr2": DataOptions(task="nlvr2", dev_split="dev", test_split="test1"),
-    "coco": DataOptions(task="coco", dev_split="val", test_split="test"),
-}
-"""Of the tasks that have a dev split of their own."""
 
 
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
@@ -131,9 +125,7 @@ def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConf
 
 def data_of(task: str, base: RunConfig) -> DataOptions:
     """The data options of a task: the configuration's own, or the task's usual ones."""
-    if base.data.task == task:
-        return base.data
-    return SPLITS.get(task, DataOptions(task=task))
+    return base.data if base.data.task == task else DataOptions(task=task)
 
 
 def cell_config(

@@ -1,12 +1,23 @@
-"""What a task gives: examples to read, and a score for the answers."""
+"""The base class of all tasks: examples to read, and metrics of the answers."""
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
-from typing import Protocol, runtime_checkable
+from statistics import fmean
+from typing import TYPE_CHECKING, ClassVar
 
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+
+if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
+    from dept_vl.tasks.io.published import Published
+    from dept_vl.tasks.io.rows import Rows
+    from dept_vl.tasks.prepare.hub import Copy
+
+
+USUAL_SCALE = "0-100"
 
 
 @dataclass(frozen=True)
@@ -52,99 +63,175 @@ class Decoding:
     candidates: tuple[str, ...] = ()
 
 
-@runtime_checkable  # the tests check types as they run
-class Task(Protocol):
-    """One split of a task."""
+class Task(ABC):
+    """A task: its constants as class attributes, and, once loaded, one split of it.
 
-    @property
-    def name(self) -> str:
-        """As in the table of tasks."""
-        ...
+    A task is registered *blank*, without rows: that is enough to ask questions of your own, and `load`
+    returns the same task with the rows of a split. Subclasses are frozen dataclasses whose first field is
+    `rows`; see `dept_vl.tasks.register_task` for how to add one.
+    """
 
-    @property
-    def primary(self) -> str:
-        """The figure by which adapters are compared; higher is better."""
-        ...
+    rows: "Rows"
+    """The examples of the split."""
+    name = ""
+    """Name in the registry."""
+    prefix = ""
+    """What the encoder reads before a question."""
+    image_count = 1
+    """Images of an example; 0 for a text task."""
+    asks = True
+    """Whether there is a question; captions have none."""
+    primary = "accuracy"
+    """Metric by which adapters are compared; higher is better."""
+    marked_by = "right or wrong"
+    """What `mark` measures, in words."""
+    scales: ClassVar[Mapping[str, str]] = {}
+    """Metric -> its scale, where that is not 0-100."""
+    decoding = Decoding(max_new_tokens=10)
+    """How answers are decoded by default."""
+    has_usual_answers = False
+    """Whether answers may be chosen among the usual ones of the training split."""
+    prediction_format = PredictionFormat("question_id", "answer", "int")
+    """Format of the prediction files of the task's server."""
+    id_column = "question_id"
+    """Column of the rows with the ids of the examples."""
+    source_column = ""
+    """Column with the texts that the encoder reads, where there is one."""
+    train_split = "train"
+    """Split to train on by default."""
+    dev_split = ""
+    """Split to choose the best adapter on; empty holds images out of the training split."""
+    test_split = "val"
+    """Split to score on at the end."""
+    server_split = ""
+    """Split all of whose examples the evaluation server wants, whatever it scores; empty without one."""
+    published: ClassVar[Mapping[str, "Published"]] = {}
+    """Split -> what its authors say of its files."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """File or folder -> where it is published, if not where the rest is."""
+    hub_copy: ClassVar["Copy | None"] = None
+    """The parquet copy on the Hub that the official files can be written from."""
+    script = "train_vqa"
+    """Script that trains it, for the model card."""
+    example_call = '"image.jpg", "..."'
+    """Arguments of `Predictor.answer`, for the model card."""
+    pipeline = "image-text-to-text"
+    """The Hub's name for what a model of the task does."""
 
-    @property
-    def marked_by(self) -> str:
-        """What `mark` gives, in words."""
-        ...
+    def load(self, root: Path | None = None, split: str = "") -> "Task":
+        """Read a split.
 
-    @property
-    def decoding(self) -> Decoding:
-        """How its answers are decoded by default."""
-        ...
+        Args:
+            root: Folder with the task's files; None for `data/NAME`.
+            split: Name of the split; empty for the training split.
 
-    @property
-    def prediction_format(self) -> PredictionFormat:
-        """The form of its server's files."""
-        ...
+        Raises:
+            FileNotFoundError: If a file or an image folder is missing.
+            ValueError: If the split is unknown or a file is damaged.
+        """
+        return self.read(data_folder(self.name, root), split or self.train_split)
 
-    def __len__(self) -> int: ...
+    @abstractmethod
+    def read(self, root: Path, split: str) -> "Task":
+        """Read a split from a folder; the errors are those of `load`."""
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @abstractmethod
     def __getitem__(self, index: int) -> Example: ...
 
-    def example_ids(self) -> Sequence[ExampleId]:
-        """The ids of all examples."""
-        ...
+    def source(self, question: str) -> str:
+        """Return what the encoder reads of a question: the prefix, then the question in lower case."""
+        return self.prefix + question.lower().strip()
+
+    def example_ids(self) -> list[ExampleId]:
+        """Return the ids of all examples."""
+        ids: list[ExampleId] = self.rows.column(self.id_column).to_pylist()
+        return ids
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The image files of one example, without making the example."""
-        ...
+        """Return the image files of one example; override it where that is possible without the example."""
+        return self[index].images
 
-    def image_files(self) -> Sequence[Path]:
-        """The different image files of all examples."""
-        ...
+    def image_files(self) -> list[Path]:
+        """Return the different image files of all examples."""
+        return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
 
     def subset(self, indices: Sequence[int]) -> "Task":
-        """The same split with these examples alone, scored alone."""
-        ...
+        """Return the same split with these examples alone, scored alone."""
+        return replace(self, rows=self.rows.subset(indices))  # type: ignore[type-var]  # subclasses are
 
     def written(self, answer: str) -> str:
-        """A decoded answer as it goes into a submission."""
-        ...
+        """Return a decoded answer as it goes into a submission."""
+        return answer.strip()
 
     def mark(self, example: Example, prediction: str) -> float:
-        """How good one answer is, from 0 to 1, to an example whose answers are published; to show it."""
-        ...
+        """Rate one answer from 0 to 1, to show it; `marked_by` names the measure."""
+        return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Figures from one prediction for each example; the primary one first."""
-        ...
+        """Compute the metrics from one prediction for each example.
+
+        Returns:
+            The metrics, the primary one first; none where answers are not published.
+
+        Raises:
+            ValueError: If predictions are missing or belong to no example.
+        """
+        check_ids(self.example_ids(), predictions, self.name)
+        if not len(self) or not self.rows.value("answers", 0):
+            return {}
+        return self.metrics(predictions)
+
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute the metrics of checked predictions with published answers: the mean of `mark`."""
+        examples = (self[index] for index in range(len(self)))
+        return {self.primary: 100 * fmean(self.mark(one, predictions[one.example_id]) for one in examples)}
+
+    def scale_of(self, metric: str) -> str:
+        """Return the scale of a metric."""
+        return self.scales.get(metric.rsplit("/", 1)[-1], USUAL_SCALE)
+
+    def usual_answers(self, floor: int) -> tuple[str, ...]:
+        """Return the answers given to at least `floor` questions as their most usual one, commonest first.
+
+        Raises:
+            ValueError: If no answer is given that often.
+        """
+        counts: Counter[str] = Counter()
+        for answers in self.rows.column("answers").to_pylist():
+            if answers:
+                counts[self.written(most_usual(answers))] += 1
+        chosen = tuple(answer for answer, count in counts.most_common() if count >= floor and answer)
+        if not chosen:
+            raise ValueError(
+                f"no answer is the usual one of {floor} questions or more, so there is none to choose among; "
+                f"the commonest stands {max(counts.values(), default=0)} times: lower candidate_floor"
+            )
+        return chosen
+
+    def without_slow_metrics(self) -> "Task":
+        """Return the task without the metrics that take seconds for every evaluation."""
+        return self
+
+    def check_requirements(self) -> None:  # noqa: B027  # most tasks need nothing
+        """Check that what the metrics need is installed.
+
+        Raises:
+            ImportError: If a package is missing.
+            FileNotFoundError: If a program is missing.
+        """
 
 
-@runtime_checkable
-class Asked(Protocol):
-    """A task without its files: enough to put questions of one's own to a model."""
+def data_folder(name: str, root: Path | None) -> Path:
+    """Return the folder with a task's files: `data/NAME` unless given."""
+    return Path("data") / name if root is None else root
 
-    @property
-    def name(self) -> str:
-        """As in the table of tasks."""
-        ...
 
-    @property
-    def image_count(self) -> int:
-        """Images of an example."""
-        ...
-
-    @property
-    def asks(self) -> bool:
-        """Whether there is a question; captions have none."""
-        ...
-
-    @property
-    def decoding(self) -> Decoding:
-        """How its answers are decoded by default."""
-        ...
-
-    def source(self, question: str) -> str:
-        """What the encoder reads of a question."""
-        ...
-
-    def written(self, answer: str) -> str:
-        """A decoded answer as it is shown."""
-        ...
+def most_usual(answers: Sequence[str]) -> str:
+    """Return the answer that is given most often; empty for no answers."""
+    return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
 def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
@@ -172,3 +259,24 @@ def limit(task: Task, count: int, seed: int) -> Task:
     if count == 0 or count >= len(task):
         return task
     return task.subset(sorted(Random(seed).sample(range(len(task)), count)))
+
+
+def shown_metrics(scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that a summary shows: without the dozens of VQA's question types."""
+    return {name: value for name, value in scores.items() if "question_type/" not in name}
+
+
+def scale_of(metric: str, tasks: Sequence[Task]) -> str:
+    """Return the scale of a metric of one of these tasks; of several, its name may begin with the task's."""
+    named = [task for task in tasks if metric.startswith(f"{task.name}/")]
+    return next(
+        (scale for task in named or tasks if (scale := task.scale_of(metric)) != USUAL_SCALE), USUAL_SCALE
+    )
+
+
+def score_rows(scores: Mapping[str, float], splits: str, tasks: Sequence[Task]) -> list[tuple[str, str]]:
+    """Return a row for each metric that a summary shows, with its scale."""
+    return [
+        (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name, tasks)})", f"{value:.2f}")
+        for name, value in shown_metrics(scores).items()
+    ]

@@ -9,20 +9,24 @@ Training is on train and restval together, as everyone does.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from dept_vl._utils.images import confined
-from dept_vl.tasks.base import Decoding, Example
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.published import Published, find, find_folder
-from dept_vl.tasks.io.records import field, read_list
-from dept_vl.tasks.io.rows import Rows, convert
-from dept_vl.tasks.metrics.caption import CaptionScore, score_captions
+from dept_vl.tasks.io.records import field as required
+from dept_vl.tasks.io.records import read_list
+from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
+from dept_vl.tasks.metrics.caption import CaptionScore, check_installed, score_captions
 from dept_vl.tasks.metrics.text import squad
+from dept_vl.tasks.prepare.hub import Copy
+from dept_vl.tasks.prepare.parquet import Part, Source
+from dept_vl.tasks.prepare.staging import Output, json_list
 
 KARPATHY_FILE = "dataset_coco.json"
 KARPATHY_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -53,8 +57,67 @@ PUBLISHED = {
 }
 
 
+COPY_SPLITS = {"train": "train", "restval": "restval", "validation": "val", "test": "test"}
+"""Split of the copy -> its name in the official file."""
+
+
+def _copy_files(split: str) -> tuple[str, ...]:
+    return (KARPATHY_FILE,)
+
+
+def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
+    opened = [
+        (
+            COPY_SPLITS[part[1]],
+            source.rows(part, ("cocoid", "filepath", "filename", "sentences"), carried=("imgid", "sentids")),
+        )
+        for part in parts
+    ]
+    count = 0
+    with json_list(output.staging / KARPATHY_FILE, {"dataset": "coco"}, "images") as add:
+        for name, rows in opened:
+            for where, row in rows:
+                add(_copied_record(row, name, where))
+                count += 1
+    return count
+
+
+def _copied_record(row: dict[str, Any], split: str, where: str) -> dict[str, Any]:
+    captions = [
+        sentence.get("raw") if isinstance(sentence, dict) else sentence
+        for sentence in required(row, "sentences", list, where)
+    ]
+    if not captions or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{where}: expected captions under 'sentences', found {row['sentences']!r:.60}")
+    carried = {name: row[name] for name in ("imgid", "sentids") if row.get(name) is not None}
+    sentences = [{"raw": caption} for caption in captions]
+    if len(carried.get("sentids", ())) == len(sentences):
+        sentences = [
+            {**one, "sentid": number} for one, number in zip(sentences, carried["sentids"], strict=True)
+        ]
+    return {
+        **{name: confined(required(row, name, str, where), where) for name in ("filepath", "filename")},
+        "cocoid": required(row, "cocoid", int, where),
+        "split": split,
+        "sentences": sentences,
+        **carried,
+    }
+
+
+HUB_COPY = Copy(
+    hub="yerevann/coco-karpathy",
+    official=KARPATHY_SOURCE,
+    parts={"all": tuple((None, split) for split in COPY_SPLITS)},
+    files=_copy_files,
+    write=_write_copy,
+    examples="captioned_images",
+    note="No images: put train2014 and val2014 beside the file, published at "
+    f"{IMAGE_SOURCE}. No tokens of captions (`tokens`), which nothing here reads.",
+)
+
+
 @dataclass(frozen=True)
-class COCOCaptions:
+class COCOCaptions(Task):
     """One split; an example is an image with its five or more captions, each learnt in turn.
 
     Attributes:
@@ -63,27 +126,30 @@ class COCOCaptions:
         meteor: Score by METEOR too.
     """
 
-    rows: Rows
-    image_folders: Mapping[str, Path]
+    rows: Rows = NO_ROWS
+    image_folders: Mapping[str, Path] = field(default_factory=dict)
     meteor: bool = True
-    name: str = "coco"
-    primary: str = "CIDEr"
-    marked_by: str = "word F1 with the closest human caption (no official figure)"
-    decoding: Decoding = Decoding(max_new_tokens=40, num_beams=5)
-    prediction_format: PredictionFormat = PredictionFormat("image_id", "caption", "int")
-    source_text: str = "caption:"
-    image_count: int = 1
-    asks: bool = False
 
-    @classmethod
-    def load(cls, root: str | Path, split: str) -> "COCOCaptions":
-        """Read a split from a folder that holds `dataset_coco.json` and the images.
+    name = "coco"
+    prefix = "caption:"
+    asks = False
+    primary = "CIDEr"
+    marked_by = "word F1 with the closest human caption (no official figure)"
+    scales: ClassVar = {"CIDEr": "x100"}
+    decoding = Decoding(max_new_tokens=40, num_beams=5)
+    id_column = "image_id"
+    prediction_format = PredictionFormat("image_id", "caption", "int")
+    dev_split = "val"
+    test_split = "test"
+    published: ClassVar = PUBLISHED
+    elsewhere: ClassVar = {"train2014": IMAGE_SOURCE, "val2014": IMAGE_SOURCE}
+    hub_copy: ClassVar = HUB_COPY
+    script = "train_caption"
+    example_call = '"image.jpg"'
+    pipeline = "image-to-text"
 
-        Raises:
-            FileNotFoundError: If the file or an image folder is missing.
-            ValueError: If the split is unknown or the file is damaged.
-        """
-        root = Path(root)
+    def read(self, root: Path, split: str) -> "COCOCaptions":
+        """Read a split from a folder with `dataset_coco.json` and images; the errors are those of `load`."""
         if split not in SPLITS:
             raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
         file = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
@@ -94,10 +160,7 @@ class COCOCaptions:
             name: find_folder(root, _folder_names(name), "*.jpg", IMAGE_SOURCE)
             for (name,) in rows.distinct("folder")
         }
-        return cls(rows, folders)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        return replace(self, rows=rows, image_folders=folders)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -119,12 +182,7 @@ class COCOCaptions:
         """
         if question.strip():
             raise ValueError(f"a caption answers no question, and {question!r:.60} is one; leave it out")
-        return self.source_text
-
-    def example_ids(self) -> list[ExampleId]:
-        """The ids of all examples."""
-        ids: list[ExampleId] = self.rows.column("image_id").to_pylist()
-        return ids
+        return self.prefix
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The image."""
@@ -134,20 +192,26 @@ class COCOCaptions:
         """The different images."""
         return [self.image_folders[folder] / file for folder, file in self.rows.distinct("folder", "file")]
 
-    def subset(self, indices: Sequence[int]) -> "COCOCaptions":
-        """These images alone. Their CIDEr is their own: its weights come from the captions scored."""
-        return replace(self, rows=self.rows.subset(indices))
-
     def mark(self, example: Example, prediction: str) -> float:
         """Word F1 with the closest human caption: CIDEr and the others are of many images."""
         return squad([prediction], [example.answers])["f1"] / 100
 
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100."""
-        check_ids(self.example_ids(), predictions, self.name)
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100.
+
+        CIDEr weighs words by the captions scored, so that of a subset is the subset's own.
+        """
         figures = score_rows(self.rows, predictions, meteor=self.meteor).to_json()
         names = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
         return {name: float(figures[name]) for name in names if name in figures}
+
+    def without_slow_metrics(self) -> "COCOCaptions":
+        """Return the task without METEOR, a Java program that takes seconds."""
+        return replace(self, meteor=False)
+
+    def check_requirements(self) -> None:
+        """Check that `pycocoevalcap` and Java are installed; the errors say what is missing."""
+        check_installed()
 
     def written(self, answer: str) -> str:
         """A decoded caption on one line."""
@@ -183,8 +247,8 @@ def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for number, row in enumerate(read_list(path, "annotations", IMAGE_SOURCE)):
         where = f"{path}, annotations[{number}]"
-        image_id = field(row, "image_id", int, where)
-        captions.setdefault(image_id, []).append(field(row, "caption", str, where))
+        image_id = required(row, "image_id", int, where)
+        captions.setdefault(image_id, []).append(required(row, "caption", str, where))
     return captions
 
 
@@ -208,19 +272,22 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], *, meteor: bool
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(read_list(path, "images", KARPATHY_SOURCE)):
         where = f"{path}, images[{number}] (cocoid {row.get('cocoid')!r:.60})"
-        sentences = field(row, "sentences", list, where)
+        sentences = required(row, "sentences", list, where)
         captions = []
         for sentence in sentences:
             if not isinstance(sentence, dict):
                 raise ValueError(f"{where}: expected each sentence to be an object, found {sentence!r:.60}")
-            captions.append(" ".join(field(sentence, "raw", str, where).split()))
+            captions.append(" ".join(required(sentence, "raw", str, where).split()))
         captions = [caption for caption in captions if caption]
         if not captions:
             raise ValueError(f"{where}: expected captions under 'sentences', found none")
         yield {
-            "image_id": field(row, "cocoid", int, where),
-            "folder": confined(field(row, "filepath", str, where), f"{where}, filepath"),
-            "file": confined(field(row, "filename", str, where), f"{where}, filename"),
-            "split": field(row, "split", str, where),
+            "image_id": required(row, "cocoid", int, where),
+            "folder": confined(required(row, "filepath", str, where), f"{where}, filepath"),
+            "file": confined(required(row, "filename", str, where), f"{where}, filename"),
+            "split": required(row, "split", str, where),
             "answers": captions,
         }
+
+
+TASK = COCOCaptions()

@@ -11,21 +11,25 @@ parts in the folder `train_all_questions`.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from dept_vl._utils.images import confined
-from dept_vl.tasks.base import Decoding, Example
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.base import Example, Task
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.published import Published, find, find_folder
 from dept_vl.tasks.io.records import field, read_mapping
-from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa
+from dept_vl.tasks.prepare.hub import Copy, structs
+from dept_vl.tasks.prepare.parquet import Part, Source, placing
+from dept_vl.tasks.prepare.staging import Output, joined
 
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 FOLDERS = ("images", "allImages/images")
@@ -73,8 +77,90 @@ PUBLISHED = {
 }
 
 
+ANSWER_COLUMNS = ("answer", "groups", "entailed", "types", "semantic")
+UNANSWERED = ("test", "challenge", "submission")
+NO_PUNCTUATION = re.compile(r"[^\s,'\"\[\]]+")
+
+
+def _copy_files(split: str) -> tuple[str, ...]:
+    return (f"{split}_questions.json",)
+
+
+def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
+    answered = split.split("_")[0] not in UNANSWERED
+    questions = source.rows(
+        parts[0],
+        ("id", "imageId", "question", "isBalanced", *(ANSWER_COLUMNS if answered else ())),
+        carried=("fullAnswer", "equivalent", "semanticStr") if answered else (),
+    )
+    for where, row in source.rows(parts[1], ("id", "image"), images=("image",)):
+        output.image(f"{FOLDERS[0]}/{field(row, 'id', str, where)}.jpg", row["image"], where)
+    count = 0
+    pictureless: list[str] = []
+    with joined(output.staging / _copy_files(split)[0], "{", "}") as add:
+        for where, row in questions:
+            count += 1
+            record = _copied_record(row, where, answered)
+            if f"{FOLDERS[0]}/{record['imageId']}.jpg" not in output.images:
+                pictureless.append(record["imageId"])
+            add(f"{json.dumps(field(row, 'id', str, where))}: {json.dumps(record)}")
+    if pictureless:
+        raise ValueError(
+            f"{source.place}: {len(pictureless):,} of {count:,} questions in {parts[0][0]} ask about images "
+            f"that are not in {parts[1][0]} (first: {pictureless[:3]}); the copy is not whole. "
+            f"{placing(source.hub)}"
+        )
+    return count
+
+
+def _copied_record(row: dict[str, Any], where: str, answered: bool) -> dict[str, Any]:
+    record = {name: field(row, name, str, where) for name in ("imageId", "question")}
+    if not isinstance(row["isBalanced"], bool):
+        raise ValueError(f"{where}: expected 'isBalanced' to be bool, found {row['isBalanced']!r:.60}")
+    record["isBalanced"] = row["isBalanced"]
+    if not answered:
+        return record
+    carried = {name: row[name] for name in ("fullAnswer", "semanticStr") if row.get(name) is not None}
+    if "equivalent" in row:
+        carried["equivalent"] = _ids(row["equivalent"], f"{where}, equivalent")
+    return {
+        **record,
+        "answer": field(row, "answer", str, where),
+        "groups": field(row, "groups", dict, where),
+        "types": field(row, "types", dict, where),
+        "entailed": _ids(row["entailed"], f"{where}, entailed"),
+        "semantic": structs(row["semantic"], f"{where}, semantic"),
+        **carried,
+    }
+
+
+def _ids(value: Any, where: str) -> list[str]:
+    """A list of ids, which the copy of GQA keeps as text."""
+    if value is None:
+        return []
+    ids = NO_PUNCTUATION.findall(value) if isinstance(value, str) else value
+    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
+        raise ValueError(f"{where}: expected a list of ids, or one as text, found {value!r:.60}")
+    return ids
+
+
+HUB_COPY = Copy(
+    hub="lmms-lab/GQA",
+    official=SOURCE,
+    parts={
+        split: tuple((f"{split}_{kind}", split.split("_")[0]) for kind in ("instructions", "images"))
+        for split in SPLITS
+    },
+    files=_copy_files,
+    write=_write_copy,
+    examples="questions",
+    short=SHORT,
+    note="No choices files, so no validity and plausibility; no annotations of objects (`annotations`).",
+)
+
+
 @dataclass(frozen=True)
-class GQA:
+class GQA(Task):
     """One split. Figures are the official ones: percent, but for `distribution`, lower is better.
 
     Attributes:
@@ -83,37 +169,33 @@ class GQA:
         choices_file: Of validity and plausibility; None leaves them out.
     """
 
-    rows: Rows
-    image_folder: Path
+    rows: Rows = NO_ROWS
+    image_folder: Path = Path()
     choices_file: Path | None = None
-    name: str = "gqa"
-    primary: str = "accuracy"
-    marked_by: str = "right or wrong"
-    decoding: Decoding = Decoding(max_new_tokens=10)
-    prediction_format: PredictionFormat = PredictionFormat("questionId", "prediction", "str")
-    prefix: str = "gqa: "
-    image_count: int = 1
-    asks: bool = True
 
-    @classmethod
-    def load(cls, root: str | Path, split: str) -> "GQA":
-        """Read a split from a folder that holds the official files.
+    name = "gqa"
+    prefix = "gqa: "
+    scales: ClassVar = {"distribution": "lower is better"}
+    prediction_format = PredictionFormat("questionId", "prediction", "str")
+    dev_split = "val"
+    test_split = "testdev"
+    server_split = "submission_all"
+    published: ClassVar = PUBLISHED
+    hub_copy: ClassVar = HUB_COPY
+    script = "train_gqa"
+    example_call = '"image.jpg", "is there a dog to the left of the car?"'
+    pipeline = "visual-question-answering"
 
-        Raises:
-            FileNotFoundError: If the questions file or the image folder is missing.
-            ValueError: If the split is unknown or a file is damaged.
-        """
-        root = Path(root)
+    def read(self, root: Path, split: str) -> "GQA":
+        """Read a split from a folder that holds the official files; the errors are those of `load`."""
         split = SHORT.get(split, split)
         if split not in SPLITS:
             raise ValueError(f"GQA has the splits {', '.join((*SHORT, *SPLITS))}; got {split!r}")
         choices = f"{split.split('_')[0]}_choices.json"
         choices_file = next((p for p in (root / "eval" / choices, root / choices) if p.is_file()), None)
         rows = Rows.open([file for path in question_files(root, split) for file in read_rows(path).files])
-        return cls(rows, find_folder(root, FOLDERS, "<imageId>.jpg", SOURCE), choices_file)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        folder = find_folder(root, FOLDERS, "<imageId>.jpg", SOURCE)
+        return replace(self, rows=rows, image_folder=folder, choices_file=choices_file)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -133,15 +215,6 @@ class GQA:
             ),
         )
 
-    def source(self, question: str) -> str:
-        """The question behind the task's name, in lower case."""
-        return self.prefix + question.lower().strip()
-
-    def example_ids(self) -> list[ExampleId]:
-        """The ids of all examples."""
-        ids: list[ExampleId] = self.rows.column("question_id").to_pylist()
-        return ids
-
     def images(self, index: int) -> tuple[Path, ...]:
         """The question's image."""
         return (self.image_folder / f"{self.rows.value('image_id', index)}.jpg",)
@@ -150,27 +223,14 @@ class GQA:
         """The different images."""
         return [self.image_folder / f"{image_id}.jpg" for (image_id,) in self.rows.distinct("image_id")]
 
-    def subset(self, indices: Sequence[int]) -> "GQA":
-        """These questions alone."""
-        return replace(self, rows=self.rows.subset(indices))
-
-    def mark(self, example: Example, prediction: str) -> float:
-        """1 for the gold answer, as written."""
-        return float(prediction == example.answer)
-
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Accuracy, binary, open, distribution; with a choices file validity and plausibility.
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute accuracy, binary, open, distribution; with a choices file validity and plausibility.
 
         Consistency needs the entailed questions too: it is there for whole `all` splits alone.
-        Empty where no answers are published.
         """
-        check_ids(self.example_ids(), predictions, self.name)
-        if not len(self) or not self.rows.value("answers", 0):
-            return {}
         choices = None if self.choices_file is None else read_choices(self.choices_file)
         score = score_rows(self.rows, {str(key): value for key, value in predictions.items()}, choices)
-        figures = score.to_json()
-        return {name: value for name, value in figures.items() if isinstance(value, float)}
+        return {name: value for name, value in score.to_json().items() if isinstance(value, float)}
 
     def written(self, answer: str) -> str:
         """A decoded answer as the gold ones are written."""
@@ -284,3 +344,6 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"{path}: {error}") from None
             row |= {name: question[name] for name in _SCORED} | {"answers": [question["answer"]]}
         yield row
+
+
+TASK = GQA()

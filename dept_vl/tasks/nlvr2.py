@@ -7,20 +7,25 @@ from https://github.com/lil-lab/nlvr (annotations) and, on request to the author
 in twenty of the images' addresses is dead, so a collection made from them has gaps.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
 from dept_vl._utils.images import confined
-from dept_vl.tasks.base import Decoding, Example
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.published import Published, find, find_folder
 from dept_vl.tasks.io.records import field, read_lines
-from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
+from dept_vl.tasks.prepare.hub import Copy
+from dept_vl.tasks.prepare.parquet import Part, Source
+from dept_vl.tasks.prepare.staging import Output
 
 SOURCE = "https://github.com/lil-lab/nlvr/tree/master/nlvr2"
 SPLITS = {"train": "train", "dev": "dev", "test": "test1", "test1": "test1", "test2": "test2"}
@@ -55,8 +60,69 @@ PUBLISHED = {
 }
 
 
+CARRIED = ("left_url", "right_url", "writer", "synset", "query")
+
+
+def _copy_files(split: str) -> tuple[str, ...]:
+    return (f"{split}.json",)
+
+
+def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
+    # All opened before any is read, so that one that is not there is missed at once.
+    opened = [
+        source.rows(
+            part,
+            ("identifier", "question", "answer", "left_image", "right_image"),
+            carried=CARRIED,
+            images=("left_image", "right_image"),
+        )
+        for part in parts
+    ]
+    count = 0
+    with (output.staging / _copy_files(split)[0]).open("w", encoding="utf-8") as file:
+        for where, row in chain.from_iterable(opened):
+            count += 1
+            identifier = field(row, "identifier", str, where)
+            names = identifier.split("-")
+            if len(names) != 4 or names[0] != split or "/" in identifier:
+                raise ValueError(
+                    f"{where}: expected an identifier {split}-set-pair-sentence, found {identifier!r}"
+                )
+            label = str(row["answer"])
+            if label not in VERBALIZER:
+                raise ValueError(
+                    f"{where} ({identifier}): expected the answer 'True' or 'False', found {label!r:.60}"
+                )
+            for side, number in (("left_image", 0), ("right_image", 1)):
+                output.image(f"{split}/{'-'.join(names[:3])}-img{number}.png", row[side], where)
+            record = {
+                "identifier": identifier,
+                "sentence": field(row, "question", str, where),
+                "label": label,
+                **{name: row[name] for name in CARRIED if row.get(name) is not None},
+            }
+            file.write(json.dumps(record) + "\n")
+    return count
+
+
+HUB_COPY = Copy(
+    hub="lmms-lab/NLVR2",
+    official=SOURCE,
+    parts={
+        split: tuple((None, f"{subset}_{there}") for subset in ("balanced", "unbalanced"))
+        for split, there in (("dev", "dev"), ("test1", "test_public"), ("test2", "test_unseen"))
+    },
+    files=_copy_files,
+    write=_write_copy,
+    examples="sentences",
+    short={"test": "test1"},
+    note="The balanced and the unbalanced subset together; sentences about image pairs that occur once "
+    "are in neither. No judgements of validators (`validation`, `extra_validations`).",
+)
+
+
 @dataclass(frozen=True)
-class NLVR2:
+class NLVR2(Task):
     """One split. An answer is one of two words, chosen by the first token in which they differ.
 
     Attributes:
@@ -64,34 +130,30 @@ class NLVR2:
         image_folder: Folder of the images.
     """
 
-    rows: Rows
-    image_folder: Path
-    name: str = "nlvr2"
-    primary: str = "accuracy"
-    marked_by: str = "right or wrong"
-    decoding: Decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
-    prediction_format: PredictionFormat = PredictionFormat("identifier", "prediction", "str", "csv")
-    prefix: str = "nlvr: "
-    image_count: int = 2
-    asks: bool = True
+    rows: Rows = NO_ROWS
+    image_folder: Path = Path()
 
-    @classmethod
-    def load(cls, root: str | Path, split: str) -> "NLVR2":
-        """Read a split from a folder that holds the official files.
+    name = "nlvr2"
+    prefix = "nlvr: "
+    image_count = 2
+    decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
+    id_column = "identifier"
+    prediction_format = PredictionFormat("identifier", "prediction", "str", "csv")
+    dev_split = "dev"
+    test_split = "test1"
+    published: ClassVar = PUBLISHED
+    hub_copy: ClassVar = HUB_COPY
+    script = "train_nlvr2"
+    example_call = '("left.jpg", "right.jpg"), "both images show a dog"'
 
-        Raises:
-            FileNotFoundError: If the file or the image folder is missing.
-            ValueError: If the split is unknown or the file is damaged.
-        """
-        root = Path(root)
+    def read(self, root: Path, split: str) -> "NLVR2":
+        """Read a split from a folder that holds the official files; the errors are those of `load`."""
         if split not in SPLITS:
             raise ValueError(f"NLVR2 has the splits {', '.join(SPLITS)}; got {split!r}")
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
-        return cls(rows, find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE))
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        folder = find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE)
+        return replace(self, rows=rows, image_folder=folder)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -107,15 +169,6 @@ class NLVR2:
             kinds=tuple(("label", answer) for answer in answers),
         )
 
-    def source(self, question: str) -> str:
-        """The sentence behind the task's name, in lower case."""
-        return self.prefix + question.lower().strip()
-
-    def example_ids(self) -> list[ExampleId]:
-        """The ids of all examples."""
-        ids: list[ExampleId] = self.rows.column("identifier").to_pylist()
-        return ids
-
     def images(self, index: int) -> tuple[Path, ...]:
         """The left and the right image."""
         return tuple(self.image_folder / self.rows.value(side, index) for side in ("left", "right"))
@@ -125,21 +178,14 @@ class NLVR2:
         names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
         return [self.image_folder / name for name in names]
 
-    def subset(self, indices: Sequence[int]) -> "NLVR2":
-        """These sentences alone."""
-        return replace(self, rows=self.rows.subset(indices))
-
     def mark(self, example: Example, prediction: str) -> float:
         """1 for the right word."""
         return float(prediction.lower() == example.answer)
 
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Accuracy and consistency in percent; empty where no labels are published."""
-        ids = list(map(str, self.example_ids()))
-        check_ids(ids, predictions, self.name)
-        labels = [answers[0] for answers in self.rows.column("answers").to_pylist() if answers]
-        if not labels:
-            return {}
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute accuracy and consistency in percent."""
+        labels = [answers[0] for answers in self.rows.column("answers").to_pylist()]
+        ids = map(str, self.example_ids())
         score = score_nlvr2(zip(ids, labels, strict=True), {str(k): v for k, v in predictions.items()})
         return {"accuracy": 100 * score.accuracy, "consistency": 100 * score.consistency}
 
@@ -194,3 +240,6 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             "right": f"{folder}{pair}-img1.png",
             "answers": [] if label is None else [label],
         }
+
+
+TASK = NLVR2()

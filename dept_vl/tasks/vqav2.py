@@ -10,21 +10,22 @@ than the official ones need a list beside them: `dataset_coco.json` (Karpathy & 
 Karpathy splits, `minival.json` (LXMERT, Tan & Bansal 2019) for minival and nominival.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from dept_vl.tasks.base import Decoding, Example
-from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.base import Example, Task, most_usual
+from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
+from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.published import Published, find, find_folder
-from dept_vl.tasks.io.records import field, read_array, read_list
-from dept_vl.tasks.io.rows import Rows, convert
+from dept_vl.tasks.io.records import field as required
+from dept_vl.tasks.io.records import read_array, read_list
+from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.vqa import (
     Normalisation,
     VqaScore,
@@ -33,6 +34,9 @@ from dept_vl.tasks.metrics.vqa import (
     soft_scores,
     vqa_accuracy,
 )
+from dept_vl.tasks.prepare.hub import Copy, structs
+from dept_vl.tasks.prepare.parquet import Part, Source
+from dept_vl.tasks.prepare.staging import Output, json_list
 
 SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"
@@ -69,8 +73,6 @@ SCHEMA = pa.schema(
         "question_type": pa.string(),
     }
 )
-
-
 NO_ANNOTATION: dict[str, Any] = {"answers": [], "answer_type": "", "question_type": ""}
 
 
@@ -90,6 +92,10 @@ def folder_names(subtype: str) -> tuple[str, str, str]:
     """Where the images of a subtype may lie."""
     name = IMAGE_SUBTYPES.get(subtype, subtype)
     return name, f"images/{name}", f"Images/mscoco/{name}"
+
+
+def _image_prefix(subtype: str) -> str:
+    return f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_"
 
 
 def _published(split: str, examples: int, images: int | None, answers: int | None, *lists: str) -> Published:
@@ -113,8 +119,78 @@ PUBLISHED = {
 }
 
 
+ANSWER_COLUMNS = ("question_type", "answer_type", "answers")
+COPY_HEADER = {
+    "info": {"description": "VQA v2.0, written from a parquet copy", "url": SOURCE, "version": "2.0"},
+    "license": {
+        "url": "http://creativecommons.org/licenses/by/4.0/",
+        "name": "Creative Commons Attribution 4.0 International License",
+    },
+    "data_type": "mscoco",
+}
+
+
+def _copy_files(split: str) -> tuple[str, ...]:
+    (subtype,) = SUBTYPES[split]
+    questions = question_names(subtype)[0]
+    return (questions, annotation_names(subtype)[0]) if subtype in ANSWERED else (questions,)
+
+
+def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
+    (subtype,) = SUBTYPES[split]
+    folder = folder_names(subtype)[0]
+    questions_file, *annotations_file = _copy_files(split)
+    rows = source.rows(
+        parts[0],
+        ("question_id", "image_id", "question", "image", *(ANSWER_COLUMNS if annotations_file else ())),
+        carried=("multiple_choice_answer",) if annotations_file else (),
+        images=("image",),
+    )
+    header = COPY_HEADER | {"data_subtype": subtype}
+    count = 0
+    with ExitStack() as stack:
+        ask = stack.enter_context(
+            json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
+        )
+        answers = [
+            stack.enter_context(json_list(output.staging / name, header, "annotations"))
+            for name in annotations_file
+        ]
+        for where, row in rows:
+            count += 1
+            ids = {name: required(row, name, int, where) for name in ("question_id", "image_id")}
+            ask({**ids, "question": required(row, "question", str, where)})
+            for answer in answers:
+                answer({**ids, **_copied_annotation(row, where)})
+            output.image(f"{folder}/{_image_prefix(subtype)}{ids['image_id']:012d}.jpg", row["image"], where)
+    return count
+
+
+def _copied_annotation(row: dict[str, Any], where: str) -> dict[str, Any]:
+    answers = structs(row["answers"], f"{where}, answers")
+    for answer in answers:
+        required(answer, "answer", str, f"{where}, answers")
+    types = {name: required(row, name, str, where) for name in ("question_type", "answer_type")}
+    usual = row.get("multiple_choice_answer")
+    return {**types, "answers": answers} | ({} if usual is None else {"multiple_choice_answer": usual})
+
+
+HUB_COPY = Copy(
+    hub="lmms-lab/VQAv2",
+    official=SOURCE,
+    parts={
+        "val": ((None, "validation"),),
+        "test-dev": ((None, "testdev"),),
+        "test": ((None, "test"),),
+    },
+    files=_copy_files,
+    write=_write_copy,
+    examples="questions",
+)
+
+
 @dataclass(frozen=True)
-class VQAv2:
+class VQAv2(Task):
     """One split. Accuracy is the official one, 0 to 100, rounded to two decimals.
 
     Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for
@@ -126,27 +202,31 @@ class VQAv2:
         normalisation: Of the accuracy.
     """
 
-    rows: Rows
-    image_folders: Mapping[str, Path]
+    rows: Rows = NO_ROWS
+    image_folders: Mapping[str, Path] = field(default_factory=dict)
     normalisation: Normalisation = "official"
-    name: str = "vqav2"
-    primary: str = "overall"
-    marked_by: str = "VQA accuracy"
-    decoding: Decoding = Decoding(max_new_tokens=10)
-    prediction_format: PredictionFormat = PredictionFormat("question_id", "answer", "int")
-    prefix: str = "vqa: "
-    image_count: int = 1
-    asks: bool = True
 
-    @classmethod
-    def load(cls, root: str | Path, split: str, normalisation: Normalisation = "official") -> "VQAv2":
-        """Read a split from a folder that holds the official files.
+    name = "vqav2"
+    prefix = "vqa: "
+    primary = "overall"
+    marked_by = "VQA accuracy"
+    # With a floor of 9 on train and val, the 3,129 answers of the literature (Teney et al. 2018).
+    has_usual_answers = True
+    # Submissions are made on all of test2015, for test-dev too.
+    server_split = "test"
+    published: ClassVar = PUBLISHED
+    elsewhere: ClassVar = {
+        KARPATHY_FILE: KARPATHY_SOURCE,
+        MINIVAL_FILE: MINIVAL_SOURCE,
+        "train2014": IMAGE_SOURCE,
+        "val2014": IMAGE_SOURCE,
+    }
+    hub_copy: ClassVar = HUB_COPY
+    example_call = '"image.jpg", "what color is the cat?"'
+    pipeline = "visual-question-answering"
 
-        Raises:
-            FileNotFoundError: If a questions or annotations file or the image folder is missing.
-            ValueError: If the split is unknown or the files do not belong together.
-        """
-        root = Path(root)
+    def read(self, root: Path, split: str) -> "VQAv2":
+        """Read a split from a folder that holds the official files; the errors are those of `load`."""
         if split not in SUBTYPES:
             raise ValueError(f"VQAv2 has the splits {', '.join(SUBTYPES)}; got {split!r}")
         parts = [
@@ -158,10 +238,11 @@ class VQAv2:
             for subtype in SUBTYPES[split]
         ]
         rows = _listed(Rows.open([path for part in parts for path in part.files]), root, split)
-        return cls(rows, image_folders(root, SUBTYPES[split]), normalisation)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        folders = {
+            subtype: find_folder(root, folder_names(subtype), f"{_image_prefix(subtype)}*.jpg", SOURCE)
+            for subtype in SUBTYPES[split]
+        }
+        return replace(self, rows=rows, image_folders=folders)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -172,21 +253,12 @@ class VQAv2:
             images=(self._image(row["subtype"], row["image_id"]),),
             targets=_targets(answers),
             question=row["question"],
-            answer=Counter(answers).most_common(1)[0][0] if answers else "",
+            answer=most_usual(answers),
             answers=answers,
             kinds=tuple(
                 (name.replace("_", " "), row[name]) for name in ("answer_type", "question_type") if answers
             ),
         )
-
-    def source(self, question: str) -> str:
-        """The question behind the task's name, in lower case."""
-        return self.prefix + question.lower().strip()
-
-    def example_ids(self) -> list[ExampleId]:
-        """The ids of all examples."""
-        ids: list[ExampleId] = self.rows.column("question_id").to_pylist()
-        return ids
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The question's image."""
@@ -198,22 +270,12 @@ class VQAv2:
             self._image(subtype, image_id) for subtype, image_id in self.rows.distinct("subtype", "image_id")
         ]
 
-    def subset(self, indices: Sequence[int]) -> "VQAv2":
-        """These questions alone."""
-        return replace(self, rows=self.rows.subset(indices))
-
     def mark(self, example: Example, prediction: str) -> float:
         """The official accuracy of one answer."""
         return vqa_accuracy(prediction, example.answers, normalisation=self.normalisation)
 
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Official accuracy: `overall`, then per answer type and per question type.
-
-        Empty for the test splits, whose answers are not published.
-        """
-        check_ids(self.example_ids(), predictions, self.name)
-        if not len(self) or not self.rows.value("answers", 0):
-            return {}
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute the official accuracy: `overall`, then per answer type and per question type."""
         score = score_rows(self.rows, predictions, self.normalisation)
         return {
             "overall": score.overall,
@@ -229,9 +291,7 @@ class VQAv2:
         return normalise_answer(answer)
 
     def _image(self, subtype: str, image_id: int) -> Path:
-        return (
-            self.image_folders[subtype] / f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_{image_id:012d}.jpg"
-        )
+        return self.image_folders[subtype] / f"{_image_prefix(subtype)}{image_id:012d}.jpg"
 
 
 def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
@@ -262,48 +322,12 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: 
     return score_vqa(records, normalisation)
 
 
-def usual_answers(task: VQAv2, floor: int) -> tuple[str, ...]:
-    """The answers given to at least `floor` questions as their most usual one, commonest first.
-
-    So the 3,129 of the literature are made (Teney et al. 2018), of train and val with a floor of 9 and
-    with `multiple_choice_answer` as the most usual one.
-
-    Raises:
-        ValueError: If no answer is given that often.
-    """
-    counts: Counter[str] = Counter()
-    for answers in task.rows.column("answers").to_pylist():
-        if answers:
-            counts[normalise_answer(Counter(answers).most_common(1)[0][0])] += 1
-    chosen = tuple(answer for answer, count in counts.most_common() if count >= floor and answer)
-    if not chosen:
-        raise ValueError(
-            f"no answer is the usual one of {floor} questions or more, so there is none to choose among; "
-            f"the commonest stands {max(counts.values(), default=0)} times: lower candidate_floor"
-        )
-    return chosen
-
-
-def image_folders(root: Path, subtypes: Sequence[str]) -> dict[str, Path]:
-    """Where the images of each subtype lie.
-
-    Raises:
-        FileNotFoundError: If a folder is missing.
-    """
-    return {
-        subtype: find_folder(
-            root, folder_names(subtype), f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_*.jpg", SOURCE
-        )
-        for subtype in subtypes
-    }
-
-
 @lru_cache(maxsize=100_000)
 def _targets(answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
     if not answers:
         return ()
     # "a", the answer to "what letter is it?", is an article to the scorer, which leaves nothing of it.
-    scores = soft_scores(answers) or {Counter(answers).most_common(1)[0][0]: 1.0}
+    scores = soft_scores(answers) or {most_usual(answers): 1.0}
     return tuple(scores.items())
 
 
@@ -317,16 +341,16 @@ def _records(questions_file: Path, annotations_file: Path | None, subtype: str) 
     unanswered: list[int] = []
     for row in read_list(questions_file, "questions", SOURCE):
         where = f"{questions_file}, question {row.get('question_id')!r:.60}"
-        question_id = field(row, "question_id", int, where)
+        question_id = required(row, "question_id", int, where)
         if annotations_file and question_id not in annotations:
             unanswered.append(question_id)
             continue
         asked.add(question_id)
         yield {
             "question_id": question_id,
-            "image_id": field(row, "image_id", int, where),
+            "image_id": required(row, "image_id", int, where),
             "subtype": subtype,
-            "question": field(row, "question", str, where),
+            "question": required(row, "question", str, where),
             **annotations.get(question_id, NO_ANNOTATION),
         }
     unasked = sorted(annotations.keys() - asked)
@@ -343,8 +367,8 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     known: dict[str, str] = {}
     for row in read_list(path, "annotations", SOURCE):
         where = f"{path}, question {row.get('question_id')!r:.60}"
-        question_id = field(row, "question_id", int, where)
-        answers = field(row, "answers", list, where)
+        question_id = required(row, "question_id", int, where)
+        answers = required(row, "answers", list, where)
         if len(answers) != ANSWERS:
             raise ValueError(
                 f"{where}: expected {ANSWERS} human answers, found {len(answers)}; download the file again "
@@ -354,9 +378,9 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for answer in answers:
             if not isinstance(answer, dict):
                 raise ValueError(f"{where}: expected each answer to be an object, found {answer!r:.60}")
-            text = field(answer, "answer", str, where)
+            text = required(answer, "answer", str, where)
             texts.append(known.setdefault(text, text))
-        types = {name: field(row, name, str, where) for name in ("answer_type", "question_type")}
+        types = {name: required(row, name, str, where) for name in ("answer_type", "question_type")}
         yield question_id, {"answers": texts, **{k: known.setdefault(v, v) for k, v in types.items()}}
 
 
@@ -381,10 +405,13 @@ def _listed(rows: Rows, root: Path, split: str) -> Rows:
 def _minival_ids(path: Path) -> list[int]:
     ids = []
     for number, row in enumerate(read_array(path, MINIVAL_SOURCE)):
-        question_id = field(row, "question_id", int, f"{path}, entry {number}")
+        question_id = required(row, "question_id", int, f"{path}, entry {number}")
         if abs(question_id) > LARGEST_ID:
             raise ValueError(
                 f"{path}, entry {number}: expected 'question_id' to fit 64 bits, found {question_id!r:.60}"
             )
         ids.append(question_id)
     return ids
+
+
+TASK = VQAv2()

@@ -10,10 +10,11 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import DTYPES, write_features
-from dept_vl.data.splits import GIB, check_images, features_folder, with_split_names
+from dept_vl.data.splits import GIB, check_images, features_folder
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks import data_folder, load_task
+from dept_vl.tasks import load_task
+from dept_vl.tasks.base import data_folder
 from dept_vl.training.errors import explained
 
 
@@ -81,8 +82,7 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
         FileNotFoundError: If images are missing that are not to be skipped.
         ValueError: If there are none.
     """
-    named = with_split_names(options)
-    names = splits or (named.train_split, named.dev_split, named.test_split)
+    names = splits or options.splits()
     paths: dict[Path, None] = {}
     for name in dict.fromkeys(filter(None, names)):
         task = load_task(options.task, options.data_dir, name)

@@ -166,7 +166,7 @@ class Run(Stages):
             self.splits = [load_splits(options, config.train.seed) for options in self.task_options]
         suffixes = [f"-{splits.test.name}" if config.also else "" for splits in self.splits]
         self.parts = [
-            Part(splits.test, splits.options.test_split, splits.decoding, suffix)
+            Part(splits.test, splits.options.splits()[-1], splits.decoding, suffix)
             for splits, suffix in zip(self.splits, suffixes, strict=True)
         ]
         if accelerator.is_main_process:

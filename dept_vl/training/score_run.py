@@ -11,9 +11,9 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
-from dept_vl._utils.tables import markdown_table, score_rows
+from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, EvaluateConfig, OnBadImage, read_config
+from dept_vl.config import EvaluateConfig, OnBadImage, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
@@ -23,7 +23,6 @@ from dept_vl.data.splits import (
     data_options,
     mapped_features,
     run_candidates,
-    with_split_names,
 )
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
@@ -32,9 +31,9 @@ from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.sharding import place_model
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import load_task
-from dept_vl.tasks.base import Task, limit
+from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId
-from dept_vl.tasks.io.submission import SUBMITTED, Submission, write_submission
+from dept_vl.tasks.io.submission import Submission, write_submission
 from dept_vl.training.report.html import Answered, write_evaluation_report
 from dept_vl.training.stages import Part, Stages, write_answers
 
@@ -110,10 +109,10 @@ def score_predictor(
     """Answer and score a split with a predictor; see `api.evaluate`."""
     if output_dir is not None and holds_predictions(output_dir):
         raise FileExistsError(f"{output_dir} already holds predictions; choose another output_dir")
-    options = with_split_names(DataOptions(task=predictor.task.name, data_dir=data_dir, test_split=split))
+    split = split or predictor.task.test_split
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     with accelerator.local_main_process_first():
-        task = load_task(options.task, options.data_dir, options.test_split)
+        task = load_task(predictor.task.name, data_dir, split)
     task = check_images(limit(task, limit_to, 0), on_bad_image)
     evaluation = evaluate(
         predictor.model,
@@ -156,7 +155,8 @@ class ScoreRun(Stages):
         self.trained = read_config(config.run / CONFIG_FILE)
         set_seed(self.trained.train.seed)
         self.options = data_options(config, self.trained)
-        folder = config.output_dir or config.run / f"{self.options.task}-{self.options.test_split}"
+        self.split = self.options.splits()[-1]
+        folder = config.output_dir or config.run / f"{self.options.task}-{self.split}"
         super().__init__(accelerator, folder, batch_size=config.batch_size, num_workers=config.num_workers)
         self.whole: Task | None = None
         self.submission: Submission | None = None
@@ -165,13 +165,13 @@ class ScoreRun(Stages):
         """Read the split, load the model, and find its visual features."""
         config, options, accelerator = self.config, self.options, self.accelerator
         with accelerator.local_main_process_first():
-            task = load_task(options.task, options.data_dir, options.test_split)
-            if task.name in SUBMITTED and not config.limit and not task[0].targets:
+            task = load_task(options.task, options.data_dir, self.split)
+            if task.server_split and not config.limit and not task[0].targets:
                 # Now, or a missing file would be noticed when all is answered.
-                self.whole = load_task(task.name, options.data_dir, SUBMITTED[task.name])
+                self.whole = load_task(task.name, options.data_dir, task.server_split)
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         decoding = choose_decoding(task, options, run_candidates(config, task.name))
-        self.parts = [Part(task, options.test_split, decoding)]
+        self.parts = [Part(task, self.split, decoding)]
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         backbone = Backbone.from_pretrained(**self.trained.backbone.loading())
         self.model = self.adapter.build(backbone).folded()
@@ -198,7 +198,7 @@ class ScoreRun(Stages):
         (part,), (evaluation,), folder = self.parts, self.evaluations, self.output_dir
         (folder / SCORES_FILE).write_text(json.dumps(evaluation.scores, indent=2) + "\n")
         if evaluation.scores:
-            rows = score_rows(evaluation.scores, f"{part.task.name} {part.name}")
+            rows = score_rows(evaluation.scores, f"{part.task.name} {part.name}", [part.task])
             print(f"\n{markdown_table(['', 'score'], [*rows, ('examples scored', f'{len(part.task):,}')])}\n")
         print(f"predictions: {self.predictions[0]}")
         if self.whole is None:

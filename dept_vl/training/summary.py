@@ -7,8 +7,9 @@ from typing import Any
 
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import SUMMARY_FILE
-from dept_vl._utils.tables import markdown_table, score_rows
+from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig
+from dept_vl.tasks.base import score_rows
 from dept_vl.training.progress import Progress
 from dept_vl.training.stages import Part
 
@@ -99,7 +100,7 @@ def summary_table(config: RunConfig, parts: Sequence[Part], result: RunResult) -
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}
     splits = ", ".join(f"{part.task.name} {part.name}" for part in parts)
     rows: list[tuple[str, str]] = [
-        *score_rows(result.scores, splits),
+        *score_rows(result.scores, splits, [part.task for part in parts]),
         ("examples scored", f"{sum(len(part.task) for part in parts):,}"),
         ("trainable parameters", f"{trainable['total']:,}"),
         *[(f"  {name}", f"{count:,}") for name, count in groups.items()],

@@ -78,8 +78,10 @@ def test_an_older_configuration_is_read(tmp_path: Path) -> None:
     assert {"lora_lr", "lora_weight_decay"} <= stored["optim"].keys()
     config = read_config(OLDER)
     assert config == RunConfig(
-        data=DataOptions(task="rte"), optim=OptimOptions(offset_lr=0.02, offset_weight_decay=0.5)
+        data=DataOptions(task="rte", train_split="train", dev_split="", test_split=""),
+        optim=OptimOptions(offset_lr=0.02, offset_weight_decay=0.5),
     )
+    assert config.data.splits() == DataOptions(task="rte").splits()
     assert parsed("--config", str(OLDER), "--offset_lr", "0.1").optim.offset_lr == 0.1
     assert differences(stored, to_json(config)) == []
     changed = replace(config, optim=replace(config.optim, offset_lr=0.1))

@@ -121,7 +121,7 @@ def test_candidates_are_the_usual_answers_of_the_training_split(scenes: Path) ->
 @pytest.mark.parametrize("task", ["gqa", "nlvr2", "coco"])
 def test_only_vqav2_has_usual_answers(scenes: Path, task: str) -> None:
     data = replace(options(task, scenes / task), candidate_floor=9)
-    with pytest.raises(ValueError, match=f"candidate_floor=9 .* of VQAv2; {task} has no such list"):
+    with pytest.raises(ValueError, match=f"candidate_floor=9 .*; {task} has no such list"):
         load_splits(data, seed=0)
 
 

@@ -36,7 +36,7 @@ def model(t5: Backbone) -> PromptedModel:
 
 @pytest.fixture
 def task(tmp_path: Path) -> VQAv2:
-    return VQAv2.load(write_vqa(tmp_path, images=3), "val")
+    return VQAv2().load(write_vqa(tmp_path, images=3), "val")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
-from dept_vl.tasks import asked, load_task
+from dept_vl.tasks import TASKS, load_task
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -159,7 +159,7 @@ def test_texts_are_answered_without_images(
 
 
 def test_a_text_of_several_columns_is_written_as_its_template() -> None:
-    mnli = asked("mnli")
+    mnli = TASKS["mnli"]
     text = "mnli hypothesis: it is red premise: it is not"
     assert mnli.source(f"  {text} ") == text
     with pytest.raises(
@@ -167,7 +167,7 @@ def test_a_text_of_several_columns_is_written_as_its_template() -> None:
     ):
         mnli.source("it is red")
     with pytest.raises(ValueError, match=r"unknown task 'mnlj'.*closest: mnli"):
-        asked("mnlj")
+        TASKS["mnlj"]
 
 
 def test_adapters_share_a_backbone_and_leave_it(

@@ -38,7 +38,7 @@ from dept_vl.models.language import DecoderOnly
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel
 from dept_vl.models.tokens import continues_text, target_ids, target_texts
 from dept_vl.prompts.dept import DePT
-from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 
 M, R, S, ALPHA = 4, 3, 12, 8.0
@@ -650,15 +650,18 @@ def test_tokenizer_without_end_is_refused(backbone: Backbone, tokenizer: Any) ->
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Task):
     """A text task in memory, whose answer follows from one word."""
 
     count: int
-    name: str = "sizes"
-    primary: str = "accuracy"
-    marked_by: str = "right or wrong"
-    decoding: Decoding = Decoding(4)
-    prediction_format: PredictionFormat = PredictionFormat("id", "answer", "int")
+
+    name = "sizes"
+    image_count = 0
+    decoding = Decoding(4)
+    prediction_format = PredictionFormat("id", "answer", "int")
+
+    def read(self, root: Path, split: str) -> "Sizes":
+        return self
 
     def __len__(self) -> int:
         return self.count
@@ -669,23 +672,11 @@ class Sizes:
         text = f"vqa: how many {colour} shapes ?" + " ." * (index % 3)
         return Example(index, text, (), ((answer, 1.0),))
 
-    def example_ids(self) -> Sequence[ExampleId]:
-        return range(self.count)
-
-    def images(self, index: int) -> tuple[Path, ...]:
-        return ()
-
-    def image_files(self) -> Sequence[Path]:
-        return ()
+    def example_ids(self) -> list[ExampleId]:
+        return list(range(self.count))
 
     def subset(self, indices: Sequence[int]) -> "Sizes":
         return replace(self, count=len(indices))
-
-    def written(self, answer: str) -> str:
-        return answer
-
-    def mark(self, example: Example, prediction: str) -> float:
-        return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         right = [predictions[index] == self[index].targets[0][0] for index in range(self.count)]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.coco import KARPATHY_FILE
 from dept_vl.tasks.prepare import check as check_module
-from dept_vl.tasks.prepare.check import TASKS, Finding, check
+from dept_vl.tasks.prepare.check import Finding, check
 from dept_vl.tasks.vqav2 import MINIVAL_FILE
 
 QUESTIONS = {"train": 48, "val": 24, "test": 24, "test-dev": 6}
@@ -57,14 +58,16 @@ def whole(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> None:
     """The counts of the scenes in place of the published ones."""
-    for task, (kind, splits) in TASKS.items():
+    assert [name for name, blank in TASKS.items() if blank.published] == list(COUNTS)
+    for task in COUNTS:
+        splits = TASKS[task].published
         assert COUNTS[task].keys() == splits.keys()
         counts = {
             split: replace(facts, examples=examples, images=images, answers=answers)
             for split, facts in splits.items()
             for examples, images, answers in [COUNTS[task][split]]
         }
-        monkeypatch.setitem(TASKS, task, (kind, counts))
+        monkeypatch.setattr(type(TASKS[task]), "published", counts)
 
 
 def copied(whole: Path, task: str, tmp_path: Path) -> Path:
@@ -106,13 +109,13 @@ def test_everything_is_there(whole: Path, task: str, files: int) -> None:
     assert [line for line in statuses["ok"] if "opened" not in line] == counted(task)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", COUNTS)
 def test_the_published_counts_are_those_of_the_real_data(whole: Path, task: str) -> None:
     findings = list(check(task, whole / task, sample=1))
     differing = by_status(findings)["differs"]
     assert not any(finding.good for finding in findings if finding.status == "differs")
     for split, (examples, _, answers) in COUNTS[task].items():
-        facts = TASKS[task][1][split]
+        facts = TASKS[task].published[split]
         line = f"{task} {split}: examples: found {examples}, published are {facts.examples:,}"
         assert line in differing
         line = f"{task} {split}: answers: found {answers}, published are {facts.answers or 0:,}"

@@ -53,7 +53,7 @@ def read(root: Path, split: str) -> list[dict[str, Any]]:
 def test_what_is_read_is_what_the_file_holds(scenes: Path, split: str, count: int) -> None:
     root = scenes / "coco"
     images = read(root, split)
-    task = COCOCaptions.load(root, split)
+    task = COCOCaptions().load(root, split)
     assert len(task) == len(images) == count
     assert task.example_ids() == [image["cocoid"] for image in images]
     for index, image in enumerate(images):
@@ -77,7 +77,7 @@ def test_what_is_read_is_what_the_file_holds(scenes: Path, split: str, count: in
 def test_restval_joins_train(scenes: Path) -> None:
     splits = [image["split"] for image in read(scenes / "coco", "train")]
     assert set(splits) == {"train", "restval"}
-    assert len(COCOCaptions.load(scenes / "coco", "train")) == len(splits)
+    assert len(COCOCaptions().load(scenes / "coco", "train")) == len(splits)
 
 
 def test_captions_that_stand_there_twice_are_learned_once_and_scored_twice(tmp_path: Path) -> None:
@@ -90,22 +90,22 @@ def test_captions_that_stand_there_twice_are_learned_once_and_scored_twice(tmp_p
 
 
 def test_decoding_is_by_beams(scenes: Path) -> None:
-    decoding = COCOCaptions.load(scenes / "coco", "val").decoding
+    decoding = COCOCaptions().load(scenes / "coco", "val").decoding
     assert (decoding.max_new_tokens, decoding.num_beams, decoding.candidates) == (40, 5, ())
 
 
 @pytest.mark.parametrize("layout", [".", "images", "Images/mscoco"])
 def test_images_may_lie_in_three_places(tmp_path: Path, layout: str) -> None:
     write(tmp_path, [PLAIN], f"{layout}/val2014")
-    (path,) = COCOCaptions.load(tmp_path, "val").images(0)
+    (path,) = COCOCaptions().load(tmp_path, "val").images(0)
     assert path == tmp_path / layout / "val2014" / "COCO_val2014_000000000042.jpg"
 
 
 def test_only_the_folders_of_a_split_are_needed(folder: Path) -> None:
     shutil.rmtree(folder / "train2014")
-    assert len(COCOCaptions.load(folder, "test")) == 6
+    assert len(COCOCaptions().load(folder, "test")) == 6
     with pytest.raises(FileNotFoundError, match="no image folder for train2014") as error:
-        COCOCaptions.load(folder, "train")
+        COCOCaptions().load(folder, "train")
     assert str(folder / "train2014") in str(error.value)
     assert "https://cocodataset.org" in str(error.value)
 
@@ -126,7 +126,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[int, list[str]], 
 def test_every_caption_is_a_reference(
     scenes: Path, scored: list[tuple[dict[int, list[str]], dict[int, str]]]
 ) -> None:
-    task = COCOCaptions.load(scenes / "coco", "test")
+    task = COCOCaptions().load(scenes / "coco", "test")
     predictions: dict[int | str, str] = {key: f"caption of {key}" for key in task.example_ids()}
     scores = task.score(predictions)
     assert scored == [(read_references(scenes / "coco" / KARPATHY_FILE, "test"), predictions)]
@@ -157,7 +157,7 @@ def test_a_run_may_leave_meteor_out(scenes: Path) -> None:
 def test_a_subset_is_scored_against_its_own_references(
     scenes: Path, scored: list[tuple[dict[int, list[str]], dict[int, str]]]
 ) -> None:
-    task = COCOCaptions.load(scenes / "coco", "test")
+    task = COCOCaptions().load(scenes / "coco", "test")
     few = task.subset([4, 0])
     assert few[0] == task[4]
     few.score(dict.fromkeys(few.example_ids(), "a dog"))
@@ -175,7 +175,7 @@ def test_the_real_scorer(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed")
     # It alone takes ten seconds to start; `test_metrics_caption.py` has it.
     monkeypatch.setattr(caption_module, "_meteor", lambda *_: 0.25)
-    task = COCOCaptions.load(scenes / "coco", "val")
+    task = COCOCaptions().load(scenes / "coco", "val")
     scores = task.score({key: task[i].targets[0][0] for i, key in enumerate(task.example_ids())})
     assert scores.pop("METEOR") == 25.0
     assert scores.pop("CIDEr") > 100
@@ -185,7 +185,7 @@ def test_the_real_scorer(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_captions_are_written_on_one_line(scenes: Path) -> None:
-    assert COCOCaptions.load(scenes / "coco", "val").written(" A dog\nruns.\t") == "A dog runs."
+    assert COCOCaptions().load(scenes / "coco", "val").written(" A dog\nruns.\t") == "A dog runs."
 
 
 def test_references_of_cocos_own_annotations(tmp_path: Path) -> None:
@@ -216,13 +216,13 @@ def test_references_of_several_splits_are_not_mixed(scenes: Path) -> None:
 
 def test_unknown_split(scenes: Path) -> None:
     with pytest.raises(ValueError, match="splits train, val, test; got 'restval'"):
-        COCOCaptions.load(scenes / "coco", "restval")
+        COCOCaptions().load(scenes / "coco", "restval")
 
 
 def test_a_split_of_which_there_is_nothing(tmp_path: Path) -> None:
     path = write(tmp_path, [PLAIN])
     with pytest.raises(ValueError, match="expected images of the split 'test', found none") as error:
-        COCOCaptions.load(tmp_path, "test")
+        COCOCaptions().load(tmp_path, "test")
     assert str(path) in str(error.value)
 
 
@@ -230,7 +230,7 @@ def test_missing_file_is_named(folder: Path) -> None:
     path = folder / KARPATHY_FILE
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"expected dataset_coco.json in ") as error:
-        COCOCaptions.load(folder, "val")
+        COCOCaptions().load(folder, "val")
     assert str(folder) in str(error.value)
     assert "https://cs.stanford.edu/people/karpathy" in str(error.value)
     with pytest.raises(FileNotFoundError, match="found no such file; it is published at https"):
@@ -256,7 +256,7 @@ def test_images_stay_in_their_folder(tmp_path: Path, field: str, name: str) -> N
         f"images[1] (cocoid 42), {field}: expected the name of an image inside its folder, found {name!r}"
     )
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        COCOCaptions.load(tmp_path, "val")
+        COCOCaptions().load(tmp_path, "val")
     assert str(path) in str(error.value)
 
 
@@ -274,41 +274,41 @@ def test_images_stay_in_their_folder(tmp_path: Path, field: str, name: str) -> N
 def test_damaged_records(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
     path = write(tmp_path, [PLAIN | {"cocoid": 41}, PLAIN | change])
     with pytest.raises(ValueError, match=re.escape(f"images[1] (cocoid 42): {expected}")) as error:
-        COCOCaptions.load(tmp_path, "val")
+        COCOCaptions().load(tmp_path, "val")
     assert str(path) in str(error.value)
 
 
 def test_an_image_without_a_number_or_there_twice(tmp_path: Path) -> None:
     write(tmp_path, [PLAIN | {"cocoid": "42"}])
     with pytest.raises(ValueError, match=r"images\[0\] \(cocoid '42'\): expected 'cocoid' to be int"):
-        COCOCaptions.load(tmp_path, "val")
+        COCOCaptions().load(tmp_path, "val")
     write(tmp_path, [PLAIN, PLAIN])
     with pytest.raises(ValueError, match="image_id 42 stands there more than once"):
-        COCOCaptions.load(tmp_path, "val")
+        COCOCaptions().load(tmp_path, "val")
 
 
 def test_truncated_file(folder: Path) -> None:
     path = folder / KARPATHY_FILE
     path.write_text(path.read_text()[:300])
     with pytest.raises(ValueError, match="cut short or damaged: download it again from https") as error:
-        COCOCaptions.load(folder, "val")
+        COCOCaptions().load(folder, "val")
     assert str(path) in str(error.value)
     path.write_text('{"annotations": []}')
     with pytest.raises(ValueError, match="list under 'images', found no such key"):
-        COCOCaptions.load(folder, "val")
+        COCOCaptions().load(folder, "val")
 
 
 def test_a_file_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = COCOCaptions.load(folder, "val")
+    before = COCOCaptions().load(folder, "val")
 
     def fail(*_: object) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(coco_module, "read_list", fail)
-    again = COCOCaptions.load(folder, "val")
+    again = COCOCaptions().load(folder, "val")
     assert [again[index] for index in range(6)] == [before[index] for index in range(6)]
     # Another split of the same file needs no parsing either.
-    assert len(COCOCaptions.load(folder, "train")) == 12
+    assert len(COCOCaptions().load(folder, "train")) == 12
     (folder / KARPATHY_FILE).write_text((folder / KARPATHY_FILE).read_text() + "\n")
     with pytest.raises(AssertionError, match="parsed again"):
-        COCOCaptions.load(folder, "val")
+        COCOCaptions().load(folder, "val")

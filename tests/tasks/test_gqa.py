@@ -51,7 +51,7 @@ def gold(task: GQA) -> dict[int | str, str]:
 def test_what_is_read_is_what_the_file_holds(scenes: Path, split: str) -> None:
     root = scenes / "gqa"
     records = json.loads((root / f"{SHORT.get(split, split)}_questions.json").read_text())
-    task = GQA.load(root, split)
+    task = GQA().load(root, split)
     assert len(task) == len(records) in (24, 48)
     assert task.example_ids() == list(records)
     for index, (question_id, record) in enumerate(records.items()):
@@ -80,10 +80,10 @@ def test_every_split_is_read_from_its_own_file(tmp_path: Path, folder: str) -> N
     for split in SPLITS:
         write(tmp_path, split, {f"of {split}": PLAIN}, folder)
     assert len(SPLITS) == 11
-    assert {split: GQA.load(tmp_path, split).example_ids() for split in SPLITS} == {
+    assert {split: GQA().load(tmp_path, split).example_ids() for split in SPLITS} == {
         split: [f"of {split}"] for split in SPLITS
     }
-    assert {split: GQA.load(tmp_path, split).example_ids() for split in SHORT} == {
+    assert {split: GQA().load(tmp_path, split).example_ids() for split in SHORT} == {
         split: [f"of {split}_balanced"] for split in ("train", "val", "testdev", "test")
     }
 
@@ -92,7 +92,7 @@ def test_unknown_split(scenes: Path) -> None:
     with pytest.raises(
         ValueError, match=r"GQA has the splits train, val, .*, submission_all; got 'test-dev'"
     ):
-        GQA.load(scenes / "gqa", "test-dev")
+        GQA().load(scenes / "gqa", "test-dev")
 
 
 @pytest.mark.parametrize("folder", ["train_all_questions", "questions/train_all_questions"])
@@ -102,13 +102,13 @@ def test_train_all_comes_in_ten_parts(tmp_path: Path, folder: str) -> None:
         path = write(tmp_path, "train_all", {f"{part}a": PLAIN, f"{part}b": PLAIN})
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         path.rename(tmp_path / folder / f"train_all_questions_{part}.json")
-    task = GQA.load(tmp_path, "train_all")
+    task = GQA().load(tmp_path, "train_all")
     assert task.example_ids() == [f"{part}{letter}" for part in range(10) for letter in "ab"]
     assert task[-1].example_id == "9b"
     for part in (3, 9):
         (tmp_path / folder / f"train_all_questions_{part}.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"the 10 parts of GQA's train_all in .*, found 8") as error:
-        GQA.load(tmp_path, "train_all")
+        GQA().load(tmp_path, "train_all")
     assert "train_all_questions_3.json, train_all_questions_9.json; they are published at https" in str(
         error.value
     )
@@ -117,15 +117,15 @@ def test_train_all_comes_in_ten_parts(tmp_path: Path, folder: str) -> None:
 
 def test_train_all_in_one_file(tmp_path: Path) -> None:
     write(tmp_path, "train_all", {"7": PLAIN})
-    assert GQA.load(tmp_path, "train_all").example_ids() == ["7"]
+    assert GQA().load(tmp_path, "train_all").example_ids() == ["7"]
 
 
 def test_a_split_without_answers_is_answered_and_not_scored(scenes: Path) -> None:
     root = scenes / "gqa"
-    task = GQA.load(root, "submission_all")
+    task = GQA().load(root, "submission_all")
     bare = json.loads((root / "submission_all_questions.json").read_text())
     assert all("answer" not in record for record in bare.values())
-    assert task.example_ids() == list(bare) == GQA.load(root, "testdev").example_ids()
+    assert task.example_ids() == list(bare) == GQA().load(root, "testdev").example_ids()
     assert task[3].question == bare[list(bare)[3]]["question"]
     assert {(task[index].targets, task[index].answer) for index in range(len(task))} == {((), "")}
     assert task.score(dict.fromkeys(bare, "yes")) == {}
@@ -140,12 +140,12 @@ def test_answers_in_some_questions_only(tmp_path: Path, first: bool, found: str)
     with pytest.raises(
         ValueError, match=f"question '8': expected an answer .* or in none, found {found}"
     ) as e:
-        GQA.load(tmp_path, "val_all")
+        GQA().load(tmp_path, "val_all")
     assert str(path) in str(e.value)
 
 
 def test_the_official_figures_of_the_official_files(official: Path) -> None:
-    task = GQA.load(official, "val_all")
+    task = GQA().load(official, "val_all")
     scores = task.score(PREDICTIONS)
     assert scores == OFFICIAL
     assert task.primary == next(iter(scores)) == "accuracy"
@@ -153,7 +153,7 @@ def test_the_official_figures_of_the_official_files(official: Path) -> None:
 
 
 def test_consistency_only_where_the_official_scorer_computes_it(official: Path) -> None:
-    task = GQA.load(official, "val_all")
+    task = GQA().load(official, "val_all")
     without = {key: figure for key, figure in OFFICIAL.items() if key != "consistency"}
     balanced = [index for index, row in enumerate(ROWS) if row["is_balanced"] == "yes"]
     alone = {ROWS[index]["question_id"]: PREDICTIONS[ROWS[index]["question_id"]] for index in balanced}
@@ -164,10 +164,10 @@ def test_consistency_only_where_the_official_scorer_computes_it(official: Path) 
 
 def test_no_consistency_where_questions_entail_themselves_alone(tmp_path: Path) -> None:
     write(tmp_path, "val_balanced", {"7": PLAIN | {"entailed": ["7"]}, "8": PLAIN | {"entailed": []}})
-    task = GQA.load(tmp_path, "val")
+    task = GQA().load(tmp_path, "val")
     assert "consistency" not in task.score(gold(task))
     write(tmp_path, "val_balanced", {"7": PLAIN | {"entailed": ["8"]}, "8": PLAIN | {"entailed": []}})
-    task = GQA.load(tmp_path, "val")
+    task = GQA().load(tmp_path, "val")
     assert task.score(gold(task))["consistency"] == 100.0
     assert task.score({"7": PLAIN["answer"], "8": "no idea"})["consistency"] == 0.0
 
@@ -175,11 +175,11 @@ def test_no_consistency_where_questions_entail_themselves_alone(tmp_path: Path) 
 @pytest.mark.parametrize("place", ["eval", "."])
 def test_choices_give_validity_and_plausibility(folder: Path, place: str) -> None:
     (folder / "eval" / "val_choices.json").rename(folder / "choices.json")
-    task = GQA.load(folder, "val")
+    task = GQA().load(folder, "val")
     assert task.choices_file is None
     assert task.score(gold(task)).keys() == {"accuracy", "binary", "open", "distribution"}
     (folder / "choices.json").rename(folder / place / "val_choices.json")
-    task = GQA.load(folder, "val")
+    task = GQA().load(folder, "val")
     scores = task.score(gold(task))
     assert scores.keys() == {"accuracy", "binary", "open", "validity", "plausibility", "distribution"}
     assert scores["accuracy"] == scores["validity"] == scores["plausibility"] == 100.0
@@ -189,7 +189,7 @@ def test_choices_give_validity_and_plausibility(folder: Path, place: str) -> Non
 
 
 def test_binary_and_open_are_told_apart(scenes: Path) -> None:
-    task = GQA.load(scenes / "gqa", "train")
+    task = GQA().load(scenes / "gqa", "train")
     records = json.loads((scenes / "gqa" / "train_balanced_questions.json").read_text())
     queries = {key for key, record in records.items() if record["types"]["structural"] == "query"}
     assert 0 < len(queries) < len(records)
@@ -200,7 +200,7 @@ def test_binary_and_open_are_told_apart(scenes: Path) -> None:
 
 def test_choices_of_another_split(folder: Path) -> None:
     shutil.copy(folder / "eval" / "train_choices.json", folder / "eval" / "val_choices.json")
-    task = GQA.load(folder, "val")
+    task = GQA().load(folder, "val")
     with pytest.raises(ValueError, match="pass the choices file of the same split or none"):
         task.score(gold(task))
 
@@ -218,7 +218,7 @@ def test_damaged_choices(tmp_path: Path) -> None:
 
 
 def test_a_subset_is_scored_alone(scenes: Path) -> None:
-    task = GQA.load(scenes / "gqa", "val")
+    task = GQA().load(scenes / "gqa", "val")
     few = task.subset([5, 1])
     assert few.example_ids() == [task[5].example_id, task[1].example_id]
     assert few[0] == task[5]
@@ -230,7 +230,7 @@ def test_a_subset_is_scored_alone(scenes: Path) -> None:
 
 
 def test_answers_are_written_as_the_gold_ones_are(scenes: Path) -> None:
-    task = GQA.load(scenes / "gqa", "val")
+    task = GQA().load(scenes / "gqa", "val")
     assert task.written(" Light Blue\n") == "light blue"
     # What somebody else wrote is compared as it stands.
     shouted = {key: answer.upper() for key, answer in gold(task).items()}
@@ -243,14 +243,14 @@ def test_images_stay_in_their_folder(tmp_path: Path, image_id: str) -> None:
     path = write(tmp_path, "val_balanced", {"6": PLAIN, "7": PLAIN | {"imageId": image_id}})
     expected = f"question '7', imageId: expected the name of an image inside its folder, found {image_id!r}"
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        GQA.load(tmp_path, "val")
+        GQA().load(tmp_path, "val")
     assert str(path) in str(error.value)
 
 
 def test_missing_file_is_named(folder: Path) -> None:
     (folder / "val_balanced_questions.json").unlink()
     with pytest.raises(FileNotFoundError) as error:
-        GQA.load(folder, "val")
+        GQA().load(folder, "val")
     for part in ("val_balanced_questions.json (or questions/val", str(folder), "https://cs.stanford.edu"):
         assert part in str(error.value)
 
@@ -258,23 +258,23 @@ def test_missing_file_is_named(folder: Path) -> None:
 def test_missing_image_folder(folder: Path) -> None:
     (folder / "images").rename(folder / "pictures")
     with pytest.raises(FileNotFoundError, match="no image folder for images") as error:
-        GQA.load(folder, "val")
+        GQA().load(folder, "val")
     assert f"{folder / 'images'} with <imageId>.jpg" in str(error.value)
     # As the archive of all images unpacks.
     (folder / "allImages").mkdir()
     (folder / "pictures").rename(folder / "allImages" / "images")
-    assert all(path.is_file() for path in GQA.load(folder, "val").image_files())
+    assert all(path.is_file() for path in GQA().load(folder, "val").image_files())
 
 
 def test_truncated_file(folder: Path) -> None:
     path = folder / "val_balanced_questions.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match=r"cut short or damaged: download it again from https") as error:
-        GQA.load(folder, "val")
+        GQA().load(folder, "val")
     assert str(path) in str(error.value)
     # Nothing half-converted was kept.
     with pytest.raises(ValueError, match="cut short"):
-        GQA.load(folder, "val")
+        GQA().load(folder, "val")
 
 
 @pytest.mark.parametrize(
@@ -299,20 +299,20 @@ def test_damaged_files(tmp_path: Path, content: str, expected: str) -> None:
     path = write(tmp_path, "val_balanced", {})
     path.write_text(content)
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        GQA.load(tmp_path, "val")
+        GQA().load(tmp_path, "val")
     assert str(path) in str(error.value)
 
 
 def test_a_file_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = GQA.load(folder, "val")
+    before = GQA().load(folder, "val")
 
     def fail(*_: object) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(gqa_module, "read_mapping", fail)
-    again = GQA.load(folder, "val")
+    again = GQA().load(folder, "val")
     assert [again[index] for index in range(24)] == [before[index] for index in range(24)]
     path = folder / "val_balanced_questions.json"
     path.write_text(path.read_text() + "\n")
     with pytest.raises(AssertionError, match="parsed again"):
-        GQA.load(folder, "val")
+        GQA().load(folder, "val")

@@ -17,7 +17,7 @@ from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.prepare.hub import COPIES, fetch
+from dept_vl.tasks.prepare.hub import fetch, find_copy
 from dept_vl.tasks.vqav2 import VQAv2
 
 Row = dict[str, Any]
@@ -167,7 +167,7 @@ def test_vqav2_val(tmp_path: Path) -> None:
     out = tmp_path / "vqav2"
     counts = fetch("vqav2", vqa_copy(tmp_path / "copy"), out, split="val")
     assert counts == {"questions": 3, "images": 2, "images_kept": 0, "images_reencoded": 1}
-    task = VQAv2.load(out, "val")
+    task = VQAv2().load(out, "val")
     assert task.example_ids() == [42000, 42001, 73000]
     assert task[0].question == "What color is thing 0?"
     assert dict(task[0].targets) == {"red": 1.0, "dark red": 1.0}
@@ -207,8 +207,8 @@ def test_vqav2_test_splits_share_their_images(tmp_path: Path) -> None:
     assert counts == {"questions": 3, "images": 2, "images_kept": 1, "images_reencoded": 1}
     after = tree(out)
     assert before.items() < after.items()
-    assert VQAv2.load(out, "test-dev").example_ids() == [42000, 42001]
-    task = VQAv2.load(out, "test")
+    assert VQAv2().load(out, "test-dev").example_ids() == [42000, 42001]
+    task = VQAv2().load(out, "test")
     assert task[2].targets == ()
     assert task.images(2) == (out / "test2015" / "COCO_test2015_000000000073.jpg",)
     assert all(path.is_file() for path in task.image_files())
@@ -219,7 +219,7 @@ def test_gqa(tmp_path: Path) -> None:
     out = tmp_path / "gqa"
     counts = fetch("gqa", gqa_copy(tmp_path / "copy"), out, split="val")
     assert counts == {"questions": 2, "images": 2, "images_kept": 0, "images_reencoded": 0}
-    task = GQA.load(out, "val")
+    task = GQA().load(out, "val")
     assert [task[i].answer for i in range(2)] == ["yes", "green"]
     assert task.rows[0] == {
         "question_id": "0051",
@@ -247,7 +247,7 @@ def test_gqa_splits_without_answers(tmp_path: Path) -> None:
     copy = gqa_copy(gqa_copy(tmp_path / "copy"), "test_balanced", answered=False)
     fetch("gqa", copy, tmp_path / "out", split="val_balanced")
     assert fetch("gqa", copy, tmp_path / "out", split="test")["images_kept"] == 2
-    task = GQA.load(tmp_path / "out", "test")
+    task = GQA().load(tmp_path / "out", "test")
     assert task[1].question == "Which color?"
     assert task[1].targets == ()
 
@@ -261,7 +261,7 @@ def test_gqa_reads_lists_of_ids_and_structs_of_lists(tmp_path: Path) -> None:
         row["semantic"] = {key: [step[key] for step in row["semantic"]] for key in row["semantic"][0]}
     write(copy / "val_balanced_instructions/val-00000-of-00001.parquet", rows)
     fetch("gqa", copy, tmp_path / "out", split="val")
-    row = GQA.load(tmp_path / "out", "val").rows[0]
+    row = GQA().load(tmp_path / "out", "val").rows[0]
     assert (row["entailed"], row["steps"]) == (["0052"], 2)
 
 
@@ -271,7 +271,7 @@ def test_nlvr2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         counts = fetch("nlvr2", nlvr2_copy(tmp_path / "copy"), out, split="dev")
     assert counts == {"sentences": 3, "images": 4, "images_kept": 0, "images_reencoded": 0}
     assert "3 sentences of the 6,982 published" in caplog.text
-    task = NLVR2.load(out, "dev")
+    task = NLVR2().load(out, "dev")
     assert task.example_ids() == ["dev-189-0-0", "dev-189-0-1", "dev-342-3-0"]
     assert [task[i].answer for i in range(3)] == ["true", "false", "true"]
     assert task[1].question == "The left image of dev-189-0-1 is red."
@@ -297,9 +297,9 @@ def test_coco(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "cocodataset.org" in caplog.text
     for name in ("train2014", "val2014"):
         (out / name).mkdir()
-    ids = {split: COCOCaptions.load(out, split).example_ids() for split in ("train", "val", "test")}
+    ids = {split: COCOCaptions().load(out, split).example_ids() for split in ("train", "val", "test")}
     assert ids == {"train": [0, 1], "val": [2], "test": [3]}
-    example = COCOCaptions.load(out, "val")[0]
+    example = COCOCaptions().load(out, "val")[0]
     assert example.images == (out / "val2014" / "COCO_val2014_000000000002.jpg",)
     assert [caption for caption, _ in example.targets] == ["A thing of validation.", "Another caption."]
     content = json.loads((out / "dataset_coco.json").read_text())
@@ -438,7 +438,7 @@ def test_missing_columns(
     pq.write_table(table.select(kept).replace_schema_metadata(None), copy / file)
     with pytest.raises(ValueError, match=f"{column} missing, found {', '.join(kept)}") as error:
         fetch(task, copy, tmp_path / "out", split=split)
-    assert COPIES[task].hub in str(error.value)
+    assert find_copy(task).hub in str(error.value)
     assert str(copy) in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -448,7 +448,7 @@ def test_columns_that_nothing_needs_may_be_missing(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         fetch("vqav2", vqa_copy(tmp_path / "copy", validation=rows), tmp_path / "out", split="val")
     assert "no columns multiple_choice_answer" in caplog.text
-    assert VQAv2.load(tmp_path / "out", "val")[0].answer == "red"
+    assert VQAv2().load(tmp_path / "out", "val")[0].answer == "red"
 
 
 @pytest.mark.parametrize(

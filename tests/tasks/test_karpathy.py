@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from dept_vl.tasks.coco import KARPATHY_FILE
 from dept_vl.tasks.prepare import karpathy as karpathy_module
 from dept_vl.tasks.prepare.karpathy import SPLITS, write_splits
+from dept_vl.tasks.prepare.staging import json_list
 from dept_vl.tasks.vqav2 import ANSWERED, VQAv2, annotation_names, question_names, read_rows
 
 # Image -> split: as in Karpathy's own, val and test are images of val2014; 12 is in none.
@@ -76,7 +79,7 @@ def test_the_files_hold_what_our_own_splits_hold(root: Path, tmp_path: Path) -> 
     for split in SPLITS:
         part = f"karpathy-{split}"
         rows = read_rows(*(tmp_path / "out" / names(part)[0] for names in (question_names, annotation_names)))
-        ours = VQAv2.load(root, part).rows
+        ours = VQAv2().load(root, part).rows
         assert len(rows) == len(ours) == COUNTS[split]
         for name in ("question_id", "image_id", "question", "answers", "answer_type", "question_type"):
             assert rows.column(name).to_pylist() == ours.column(name).to_pylist()
@@ -125,11 +128,18 @@ def test_a_damaged_file_leaves_nothing_behind(root: Path, tmp_path: Path, key: s
 def test_a_full_disk_leaves_nothing_behind(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_writer: object, record: dict[str, Any]) -> None:
-        if record["image_id"] == 16:
-            raise OSError(28, "No space left on device")
+    @contextmanager
+    def full(path: Path, header: dict[str, Any], key: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+        with json_list(path, header, key) as add:
 
-    monkeypatch.setattr(karpathy_module._ListWriter, "add", full)
+            def write(record: dict[str, Any]) -> None:
+                if record["image_id"] == 16:
+                    raise OSError(28, "No space left on device")
+                add(record)
+
+            yield write
+
+    monkeypatch.setattr(karpathy_module, "json_list", full)
     with pytest.raises(OSError, match="No space left"):
         write_splits(root, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

@@ -50,7 +50,7 @@ def test_what_is_read_is_what_the_file_holds(
         (folder / "test1.json").rename(folder / "test2.json")
         root = folder
     records = read(root / f"{name}.json")
-    task = NLVR2.load(root, split)
+    task = NLVR2().load(root, split)
     assert len(task) == len(records) in (12, 24)
     assert task.example_ids() == [record["identifier"] for record in records]
     for index, record in enumerate(records):
@@ -73,7 +73,7 @@ def test_what_is_read_is_what_the_file_holds(
 
 
 def test_training_images_lie_in_numbered_folders(scenes: Path) -> None:
-    task = NLVR2.load(scenes / "nlvr2", "train")
+    task = NLVR2().load(scenes / "nlvr2", "train")
     assert {path.parent.name for path in task.image_files()} == {"0", "1", "2"}
     assert {path.parent.parent for path in task.image_files()} == {scenes / "nlvr2" / "train"}
 
@@ -81,7 +81,7 @@ def test_training_images_lie_in_numbered_folders(scenes: Path) -> None:
 @pytest.mark.parametrize("directory", [7, "7"])
 def test_the_folder_is_a_number_or_its_name(tmp_path: Path, directory: object) -> None:
     write(tmp_path, "train", [PLAIN | {"directory": directory, "identifier": "train-10171-2-1"}])
-    (paths,) = {NLVR2.load(tmp_path, "train").images(0)}
+    (paths,) = {NLVR2().load(tmp_path, "train").images(0)}
     assert paths == tuple(tmp_path / "train" / "7" / f"train-10171-2-img{side}.png" for side in (0, 1))
 
 
@@ -98,7 +98,7 @@ def test_other_places_and_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "data" / "dev.json").write_text("\ufeff" + path.read_text().replace("\n", "\n\n"))
     path.unlink()
     (tmp_path / "dev").rename(tmp_path / "images" / "dev")
-    task = NLVR2.load(tmp_path, "dev")
+    task = NLVR2().load(tmp_path, "dev")
     assert len(task) == 2
     assert task.images(1)[0] == tmp_path / "images" / "dev" / "dev-1-0-img0.png"
 
@@ -109,7 +109,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> NLVR2:
     root = tmp_path_factory.mktemp("official")
     records = [PLAIN | {"identifier": identifier, "label": label} for identifier, label in EXAMPLES]
     write(root, "dev", records)
-    return NLVR2.load(root, "dev")
+    return NLVR2().load(root, "dev")
 
 
 def test_real_identifiers_name_their_images(official: NLVR2) -> None:
@@ -136,7 +136,7 @@ def test_the_official_figures_in_percent(official: NLVR2) -> None:
 
 
 def test_missing_and_extra_predictions_are_named(scenes: Path) -> None:
-    task = NLVR2.load(scenes / "nlvr2", "dev")
+    task = NLVR2().load(scenes / "nlvr2", "dev")
     answers = gold(task)
     assert task.score(answers) == {"accuracy": 100.0, "consistency": 100.0}
     answers["dev-9-9-9"] = answers.pop("dev-0-0-1")
@@ -145,7 +145,7 @@ def test_missing_and_extra_predictions_are_named(scenes: Path) -> None:
 
 
 def test_words_are_written_as_the_official_script_reads_them(scenes: Path) -> None:
-    task = NLVR2.load(scenes / "nlvr2", "dev")
+    task = NLVR2().load(scenes / "nlvr2", "dev")
     assert task.written(" True\n") == "true"
     padded = {key: f" {answer.title()} " for key, answer in gold(task).items()}
     assert task.score(padded)["accuracy"] == 0.0
@@ -156,7 +156,7 @@ def test_words_are_written_as_the_official_script_reads_them(scenes: Path) -> No
 def test_hidden_labels(tmp_path: Path, absent: dict[str, None]) -> None:
     bare = {key: value for key, value in PLAIN.items() if key != "label"} | absent
     write(tmp_path, "test2", [bare, bare | {"identifier": "test2-1-0-1"}])
-    task = NLVR2.load(tmp_path, "test2")
+    task = NLVR2().load(tmp_path, "test2")
     assert [(task[index].targets, task[index].answer) for index in (0, 1)] == [((), "")] * 2
     assert task.score(dict.fromkeys(task.example_ids(), "true")) == {}
     with pytest.raises(ValueError, match="1 missing"):
@@ -170,7 +170,7 @@ def test_labels_in_some_records_only(tmp_path: Path, first: str | None, found: s
     path = write(tmp_path, "dev", records)
     expected = rf"record 2 \(dev-1-0-1\): expected a label in every record or in none, found {found}"
     with pytest.raises(ValueError, match=expected) as error:
-        NLVR2.load(tmp_path, "dev")
+        NLVR2().load(tmp_path, "dev")
     assert str(path) in str(error.value)
 
 
@@ -179,7 +179,7 @@ def test_wrong_label(tmp_path: Path, label: object) -> None:
     path = write(tmp_path, "dev", [PLAIN, PLAIN | {"label": label, "identifier": "dev-1-0-1"}])
     expected = f"record 2 (dev-1-0-1): expected the label 'True' or 'False', found {label!r}"
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        NLVR2.load(tmp_path, "dev")
+        NLVR2().load(tmp_path, "dev")
     assert str(path) in str(error.value)
 
 
@@ -188,7 +188,7 @@ def test_wrong_identifier(tmp_path: Path, identifier: str) -> None:
     path = write(tmp_path, "dev", [PLAIN | {"identifier": identifier}])
     expected = f"record 1: expected an identifier split-set-pair-sentence, found {identifier!r}"
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        NLVR2.load(tmp_path, "dev")
+        NLVR2().load(tmp_path, "dev")
     assert str(path) in str(error.value)
 
 
@@ -210,19 +210,19 @@ def test_images_stay_in_their_folder(tmp_path: Path, field: str, value: str) -> 
     where = "record 2" if field == "identifier" else "record 2 (train-1-0-1)"
     expected = f"{where}, {field}: expected the name of an image inside its folder, found {value!r}"
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        NLVR2.load(tmp_path, "train")
+        NLVR2().load(tmp_path, "train")
     assert str(path) in str(error.value)
 
 
 def test_unknown_split(scenes: Path) -> None:
     with pytest.raises(ValueError, match="splits train, dev, test, test1, test2; got 'val'"):
-        NLVR2.load(scenes / "nlvr2", "val")
+        NLVR2().load(scenes / "nlvr2", "val")
 
 
 def test_missing_file_is_named(folder: Path) -> None:
     (folder / "test1.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"expected test1.json \(or data/test1.json\) in ") as error:
-        NLVR2.load(folder, "test")
+        NLVR2().load(folder, "test")
     assert str(folder) in str(error.value)
     assert "https://github.com/lil-lab/nlvr" in str(error.value)
 
@@ -230,16 +230,16 @@ def test_missing_file_is_named(folder: Path) -> None:
 def test_missing_image_folder(folder: Path) -> None:
     (folder / "dev").rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match="no image folder for dev") as error:
-        NLVR2.load(folder, "dev")
+        NLVR2().load(folder, "dev")
     assert f"{folder / 'dev'} with dev-*-img0.png" in str(error.value)
-    assert len(NLVR2.load(folder, "train")) == 24
+    assert len(NLVR2().load(folder, "train")) == 24
 
 
 def test_truncated_file(folder: Path) -> None:
     path = folder / "dev.json"
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match=r"dev.json, line 12: .*download the file again from https") as e:
-        NLVR2.load(folder, "dev")
+        NLVR2().load(folder, "dev")
     assert str(path) in str(e.value)
 
 
@@ -259,19 +259,19 @@ def test_damaged_files(tmp_path: Path, content: bytes, expected: str) -> None:
     path = write(tmp_path, "dev", [])
     path.write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(expected)) as error:
-        NLVR2.load(tmp_path, "dev")
+        NLVR2().load(tmp_path, "dev")
     assert str(path) in str(error.value)
 
 
 def test_a_file_is_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = NLVR2.load(folder, "dev")
+    before = NLVR2().load(folder, "dev")
 
     def fail(*_: object) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(nlvr2_module, "read_lines", fail)
-    again = NLVR2.load(folder, "dev")
+    again = NLVR2().load(folder, "dev")
     assert [again[index] for index in range(12)] == [before[index] for index in range(12)]
     (folder / "dev.json").write_text("".join((folder / "dev.json").read_text()) + "\n")
     with pytest.raises(AssertionError, match="parsed again"):
-        NLVR2.load(folder, "dev")
+        NLVR2().load(folder, "dev")

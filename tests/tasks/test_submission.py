@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from dept_vl.cli import call
-from dept_vl.tasks import load_task
+from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.submission import SUBMITTED, check_submission, write_submission
+from dept_vl.tasks.io.submission import check_submission, write_submission
 from dept_vl.tasks.score import CHECKS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_submission.py"
@@ -25,10 +25,14 @@ QUESTIONS = {
 KEYS = {"vqav2": ("question_id", "answer"), "gqa": ("questionId", "prediction")}
 
 
-@pytest.fixture(params=SUBMITTED)
+@pytest.fixture(params=KEYS)
 def task(request: pytest.FixtureRequest, scenes: Path) -> Task:
     """The split that a server wants, of VQAv2, then of GQA."""
-    return load_task(request.param, scenes / request.param, SUBMITTED[request.param])
+    return load_task(request.param, scenes / request.param, TASKS[request.param].server_split)
+
+
+def test_the_tasks_with_a_server() -> None:
+    assert [name for name, blank in TASKS.items() if blank.server_split] == list(KEYS)
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ def test_a_task_from_its_rows_to_its_score(name: str, tmp_path: Path) -> None:
         assert example.targets == ((sample.answers[0], 1.0),)
         assert (task.rows[first]["answers"], task.rows[first]["group"]) == (sample.answers, sample.group)
         assert (task.images(0), task.image_files(), example.images) == ((), [], ())
-        assert task.source_texts().to_pylist()[first] == example.source_text
+        assert task.rows.column(task.source_column).to_pylist()[first] == example.source_text
         ids = task.example_ids()
         right = {ids[n]: task[n].answer for n in range(len(task))}
         figures = task.score(right)

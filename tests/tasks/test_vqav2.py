@@ -36,7 +36,7 @@ def usual_answers(task: VQAv2) -> dict[int | str, str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_reads_both_versions_in_every_layout(tmp_path: Path, version: str, layout: str) -> None:
     root = write_vqa(tmp_path, version=version, layout=layout)
-    task = VQAv2.load(root, "train")
+    task = VQAv2().load(root, "train")
     assert len(task) == 12
     example = task[0]
     assert example.example_id == 0
@@ -49,13 +49,13 @@ def test_reads_both_versions_in_every_layout(tmp_path: Path, version: str, layou
 def test_version_2_is_read_where_both_lie_together(tmp_path: Path) -> None:
     write_vqa(tmp_path, version="", images=2)
     write_vqa(tmp_path, version="v2_", images=3)
-    assert len(VQAv2.load(tmp_path, "val")) == 9
+    assert len(VQAv2().load(tmp_path, "val")) == 9
 
 
 def test_splits_are_apart(tmp_path: Path) -> None:
     write_vqa(tmp_path, subtypes=("train2014", "val2014", "test2015", "test-dev2015"))
     ids = {
-        split: [example.example_id for example in map(VQAv2.load(tmp_path, split).__getitem__, range(12))]
+        split: [example.example_id for example in map(VQAv2().load(tmp_path, split).__getitem__, range(12))]
         for split in ("train", "val", "test", "test-dev")
     }
     assert ids["train"][0] == 0
@@ -67,13 +67,13 @@ def test_splits_are_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["test", "test-dev"])
 def test_test_splits_have_no_answers_and_the_images_of_test(tmp_path: Path, split: str) -> None:
     write_vqa(tmp_path, subtypes=("test2015", "test-dev2015"))
-    example = VQAv2.load(tmp_path, split)[1]
+    example = VQAv2().load(tmp_path, split)[1]
     assert (example.targets, example.answer) == ((), "")
     assert example.images[0].parent == tmp_path / "test2015"
 
 
 def test_a_split_without_answers_is_answered_and_not_scored(tmp_path: Path) -> None:
-    task = VQAv2.load(write_vqa(tmp_path, subtypes=("test2015",)), "test")
+    task = VQAv2().load(write_vqa(tmp_path, subtypes=("test2015",)), "test")
     predictions = {task[index].example_id: "no" for index in range(len(task))}
     assert task.score(predictions) == {}
     with pytest.raises(ValueError, match="1 missing"):
@@ -81,7 +81,7 @@ def test_a_split_without_answers_is_answered_and_not_scored(tmp_path: Path) -> N
 
 
 def test_targets_are_soft_scores(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     assert dict(task[0].targets) == {"red": 1.0, "2": 0.6, "blue": 0.3}
     # One colour is blue, so eight of ten said so.
     assert dict(task[6].targets) == {"blue": 1.0, "2": 0.6}
@@ -94,7 +94,7 @@ def test_answers_of_which_nothing_is_left_are_still_learned() -> None:
 
 
 def test_the_usual_answers_score_100_in_every_type(folder: Path) -> None:
-    task = VQAv2.load(folder, "val")
+    task = VQAv2().load(folder, "val")
     assert task.score(usual_answers(task)) == {
         "overall": 100.0,
         "answer_type/number": 100.0,
@@ -108,7 +108,7 @@ def test_the_usual_answers_score_100_in_every_type(folder: Path) -> None:
 
 
 def test_types_are_scored_apart(folder: Path) -> None:
-    task = VQAv2.load(folder, "val")
+    task = VQAv2().load(folder, "val")
     predictions = usual_answers(task)
     for number in range(4):
         predictions[10_001 + 10 * number] = "maybe"
@@ -130,7 +130,7 @@ def test_answers_are_written_as_the_scorer_wants_them() -> None:
 
 
 def test_missing_and_extra_predictions_are_named(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     predictions = usual_answers(task)
     del predictions[1], predictions[12]
     predictions[777] = "yes"
@@ -191,7 +191,7 @@ def test_what_we_write_is_normalised() -> None:
 
 def test_unknown_split(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"splits train, val, .*, test; got 'test2015'"):
-        VQAv2.load(folder, "test2015")
+        VQAv2().load(folder, "test2015")
 
 
 def test_unknown_task(folder: Path) -> None:
@@ -203,7 +203,7 @@ def test_unknown_task(folder: Path) -> None:
 def test_missing_file_is_named(folder: Path, find: Callable[..., Path]) -> None:
     find(folder).unlink()
     with pytest.raises(FileNotFoundError) as error:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     for part in (find(folder).name, find(folder, version="").name, str(folder), "https://visualqa.org"):
         assert part in str(error.value)
 
@@ -214,7 +214,7 @@ def test_questions_without_annotations_are_named(folder: Path) -> None:
     with pytest.raises(
         ValueError, match=r"2 questions without an annotation \(first: \[0, 1\]\), 0 annot"
     ) as e:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     for path in (questions_path(folder), annotations_path(folder)):
         assert path.name in str(e.value)
 
@@ -223,7 +223,7 @@ def test_annotations_without_questions_are_named(folder: Path) -> None:
     rows = read_rows(questions_path(folder), "questions")
     write_rows(questions_path(folder), "questions", rows[:-1])
     with pytest.raises(ValueError, match=r"0 questions without .* 1 annotations without a question .*\[32\]"):
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
 
 
 @pytest.mark.parametrize("subtype", ["train2014", "test2015"])
@@ -233,7 +233,7 @@ def test_question_id_twice(tmp_path: Path, subtype: str) -> None:
     rows = read_rows(path, "questions")
     write_rows(path, "questions", [*rows, rows[4]])
     with pytest.raises(ValueError, match=f"question_id {rows[4]['question_id']} stands there more than once"):
-        VQAv2.load(tmp_path, "train" if subtype == "train2014" else "test")
+        VQAv2().load(tmp_path, "train" if subtype == "train2014" else "test")
 
 
 @pytest.mark.parametrize("find", [questions_path, annotations_path])
@@ -241,7 +241,7 @@ def test_truncated_json(folder: Path, find: Callable[..., Path]) -> None:
     path = find(folder)
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="the file is cut short or damaged") as error:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     assert str(path) in str(error.value)
     assert "download it again" in str(error.value)
 
@@ -250,13 +250,13 @@ def test_truncated_json(folder: Path, find: Callable[..., Path]) -> None:
 def test_another_file_renamed(folder: Path, content: str) -> None:
     questions_path(folder).write_text(content)
     with pytest.raises(ValueError, match=r"'questions'|empty list"):
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
 
 
 def test_missing_image_folder(folder: Path) -> None:
     (folder / "train2014").rename(folder / "elsewhere")
     with pytest.raises(FileNotFoundError, match="no image folder for train2014") as error:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     assert str(folder / "train2014") in str(error.value)
 
 
@@ -264,13 +264,13 @@ def test_missing_images_are_counted_and_named(folder: Path) -> None:
     for image_id in (1, 3):
         (folder / "train2014" / f"COCO_train2014_{image_id:012d}.jpg").unlink()
     with pytest.raises(FileNotFoundError, match="2 of 4 images of vqav2 are missing") as error:
-        check_images(VQAv2.load(folder, "train"), "raise")
+        check_images(VQAv2().load(folder, "train"), "raise")
     for part in (str(folder / "train2014"), "COCO_train2014_000000000001.jpg", "000000000003.jpg"):
         assert part in str(error.value)
 
 
 def test_held_out_images_are_on_one_side_only(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     rest, held_out = hold_out_images(task, 1, seed=0)
     assert (len(rest), len(held_out)) == (9, 3)
     sides = [{side.images(index) for index in range(len(side))} for side in (rest, held_out)]
@@ -281,7 +281,7 @@ def test_held_out_images_are_on_one_side_only(folder: Path) -> None:
 
 
 def test_held_out_images_follow_from_the_seed(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     first, again = hold_out_images(task, 2, seed=3), hold_out_images(task, 2, seed=3)
     assert [list(side.example_ids()) for side in first] == [list(side.example_ids()) for side in again]
     assert len({tuple(hold_out_images(task, 2, seed)[1].example_ids()) for seed in range(8)}) > 1
@@ -293,12 +293,12 @@ def test_held_out_images_follow_from_the_seed(folder: Path) -> None:
 @pytest.mark.parametrize("count", [-1, 0, 4, 5])
 def test_held_out_images_leave_something_on_both_sides(folder: Path, count: int) -> None:
     with pytest.raises(ValueError, match=f"cannot hold out {count} of the 4 images of vqav2") as error:
-        hold_out_images(VQAv2.load(folder, "train"), count, seed=0)
+        hold_out_images(VQAv2().load(folder, "train"), count, seed=0)
     assert "between 1 and 3" in str(error.value)
 
 
 def test_limit_draws_in_order_and_from_the_seed(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     assert limit(task, 0, seed=0) is task
     assert limit(task, 12, seed=0) is task
     assert limit(task, 100, seed=0) is task
@@ -311,7 +311,7 @@ def test_limit_draws_in_order_and_from_the_seed(folder: Path) -> None:
 
 
 def test_a_subset_is_scored_alone(folder: Path) -> None:
-    task = VQAv2.load(folder, "train")
+    task = VQAv2().load(folder, "train")
     few = task.subset([0, 4])
     assert few.score({0: "red", 11: "perhaps"})["overall"] == 50.0
     with pytest.raises(ValueError, match="belong to no example"):
@@ -374,7 +374,7 @@ def asked(*images: int) -> list[int]:
     ],
 )
 def test_every_split_holds_its_questions(lists: Path, split: str, ids: list[int]) -> None:
-    task = VQAv2.load(lists, split)
+    task = VQAv2().load(lists, split)
     assert task.example_ids() == ids
     subtype = {0: "train2014", 1: "val2014", 2: "test2015"}
     paths = {i: lists / subtype[i // 10_000] / f"COCO_{subtype[i // 10_000]}_{i // 10:012d}.jpg" for i in ids}
@@ -391,7 +391,7 @@ def test_there_are_no_other_splits() -> None:
 
 def test_rows_are_what_the_files_hold(scenes: Path) -> None:
     root = scenes / "vqav2"
-    task = VQAv2.load(root, "trainval")
+    task = VQAv2().load(root, "trainval")
     place = 0
     for subtype in ("train2014", "val2014"):
         annotations = {
@@ -424,7 +424,7 @@ def test_rows_are_what_the_files_hold(scenes: Path) -> None:
 )
 def test_missing_list_is_named(folder: Path, split: str, name: str, source: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"expected {name} in ") as error:
-        VQAv2.load(folder, split)
+        VQAv2().load(folder, split)
     assert str(folder) in str(error.value)
     assert source in str(error.value)
 
@@ -436,42 +436,42 @@ def test_a_list_of_other_questions(folder: Path) -> None:
         with pytest.raises(
             ValueError, match=rf"questions of .*val2014 for the split '{split}', found none of "
         ):
-            VQAv2.load(folder, split)
+            VQAv2().load(folder, split)
         with pytest.raises(ValueError, match=str(folder / name)):
-            VQAv2.load(folder, split)
+            VQAv2().load(folder, split)
     # Nothing is left of val2014 without all of it.
     write_minival(folder, asked(1000, 1001, 1002, 1003))
     with pytest.raises(ValueError, match="for the split 'nominival', found none of 12"):
-        VQAv2.load(folder, "nominival")
+        VQAv2().load(folder, "nominival")
 
 
 def test_damaged_minival(folder: Path) -> None:
     path = folder / MINIVAL_FILE
     path.write_text('[{"question_id": 10000}, {"question_id": "10001"}]')
     with pytest.raises(ValueError, match="entry 1: expected 'question_id' to be int, found '10001'") as error:
-        VQAv2.load(folder, "minival")
+        VQAv2().load(folder, "minival")
     assert str(path) in str(error.value)
     path.write_text('[{"question_id": 10000}, {"quest')
     with pytest.raises(ValueError, match="cut short or damaged"):
-        VQAv2.load(folder, "minival")
+        VQAv2().load(folder, "minival")
 
 
 def test_the_usual_answers_of_enough_questions() -> None:
     answers = ("No.", "two", "red", "no", "red", "blue", "no", "the", "red")
     # Nine say so, one says something else: the commonest counts, as the scorer writes it.
     task = task_of(*([answer] * 9 + ["odd"] for answer in answers), ["odd"] * 10)
-    assert vqav2_module.usual_answers(task, 2) == ("no", "red")
-    assert vqav2_module.usual_answers(task, 3) == ("no", "red")
+    assert task.usual_answers(2) == ("no", "red")
+    assert task.usual_answers(3) == ("no", "red")
     # Of an article nothing is left; of equally usual ones the first comes first.
-    assert vqav2_module.usual_answers(task, 1) == ("no", "red", "2", "blue", "odd")
-    assert vqav2_module.usual_answers(task.subset([4, 8, 3]), 2) == ("red",)
+    assert task.usual_answers(1) == ("no", "red", "2", "blue", "odd")
+    assert task.subset([4, 8, 3]).usual_answers(2) == ("red",)
     with pytest.raises(ValueError, match=r"usual one of 4 .*commonest stands 3 times: lower candidate_floor"):
-        vqav2_module.usual_answers(task, 4)
+        task.usual_answers(4)
 
 
 def test_a_test_split_has_no_usual_answers(lists: Path) -> None:
     with pytest.raises(ValueError, match="the commonest stands 0 times"):
-        vqav2_module.usual_answers(VQAv2.load(lists, "test"), 1)
+        VQAv2().load(lists, "test").usual_answers(1)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_damaged_annotations(folder: Path, change: dict[str, Any], expected: str
     rows[3] |= change
     write_rows(path, "annotations", rows)
     with pytest.raises(ValueError, match=expected) as error:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     assert str(path) in str(error.value)
 
 
@@ -505,24 +505,24 @@ def test_damaged_questions(folder: Path, name: str) -> None:
     with pytest.raises(
         ValueError, match=f"question {where}: expected '{name}' to be .*, found no such"
     ) as error:
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")
     assert str(path) in str(error.value)
 
 
 def test_files_are_parsed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_karpathy(folder, KARPATHY)
-    before = VQAv2.load(folder, "trainval")
-    VQAv2.load(folder, "karpathy-val")
+    before = VQAv2().load(folder, "trainval")
+    VQAv2().load(folder, "karpathy-val")
 
     def fail(*_: object) -> None:
         raise AssertionError("parsed again")
 
     monkeypatch.setattr(vqav2_module, "read_list", fail)
-    again = VQAv2.load(folder, "trainval")
+    again = VQAv2().load(folder, "trainval")
     assert [again[index] for index in range(24)] == [before[index] for index in range(24)]
     # Other splits of the same files need no parsing either.
-    assert len(VQAv2.load(folder, "val")) == 12
-    assert len(VQAv2.load(folder, "karpathy-test")) == 6
+    assert len(VQAv2().load(folder, "val")) == 12
+    assert len(VQAv2().load(folder, "karpathy-test")) == 6
     annotations_path(folder).write_text(annotations_path(folder).read_text() + "\n")
     with pytest.raises(AssertionError, match="parsed again"):
-        VQAv2.load(folder, "train")
+        VQAv2().load(folder, "train")

@@ -34,7 +34,7 @@ def test_table_of_uneven_rows_is_refused() -> None:
 
 @pytest.fixture
 def task(tmp_path: Path) -> VQAv2:
-    return VQAv2.load(write_vqa(tmp_path / "vqa", images=6), "val")
+    return VQAv2().load(write_vqa(tmp_path / "vqa", images=6), "val")
 
 
 def answers(task: VQAv2, wrong: int) -> dict[int | str, str]:

@@ -166,7 +166,7 @@ def test_log_has_loss_rates_and_scores(finished: Finished) -> None:
 
 def test_every_test_question_is_answered(finished: Finished) -> None:
     predictions = json.loads((finished.folder / "predictions.json").read_text())
-    task = VQAv2.load(finished.config.data.data_dir, "val")
+    task = VQAv2().load(finished.config.data.data_dir, "val")
     assert [row["question_id"] for row in predictions] == task.example_ids()
     assert task.score({row["question_id"]: row["answer"] for row in predictions}) == finished.result.scores
 
@@ -215,7 +215,7 @@ def test_the_best_adapter_on_a_fresh_backbone_answers_as_the_run_did(finished: F
     collator = Collator(
         backbone.tokenizer, max_source_length=16, max_target_length=10, images=backbone.vision
     )
-    task = VQAv2.load(config.data.data_dir, "val")
+    task = VQAv2().load(config.data.data_dir, "val")
     answered = evaluate(model, task, collator, Accelerator(cpu=True), batch_size=5)
     predictions = json.loads((finished.folder / "predictions.json").read_text())
     assert answered.predictions == {row["question_id"]: row["answer"] for row in predictions}
@@ -581,7 +581,7 @@ def damaged(config: RunConfig, tmp_path: Path) -> RunConfig:
 
 
 def image_of(config: RunConfig, split: str, place: int) -> Path:
-    return VQAv2.load(config.data.data_dir, split).image_files()[place]
+    return VQAv2().load(config.data.data_dir, split).image_files()[place]
 
 
 def skipped(folder: Path) -> tuple[int, int]:
@@ -645,7 +645,7 @@ def test_bad_training_images_stop_a_run_that_is_told_so(
 
 
 def test_a_batch_without_a_readable_image_ends_the_run(damaged: RunConfig) -> None:
-    for path in VQAv2.load(damaged.data.data_dir, "train").image_files():
+    for path in VQAv2().load(damaged.data.data_dir, "train").image_files():
         path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"no image of the batch at step 1 could be read \(ids \["):
         main(damaged)

@@ -120,6 +120,10 @@ class Rows:
         return self.subset(np.flatnonzero(found == keep))
 
 
+NO_ROWS = Rows.of([], pa.schema({}))
+"""The rows of a blank task."""
+
+
 def convert(
     name: str,
     sources: Sequence[Path],

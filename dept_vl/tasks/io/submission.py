@@ -7,10 +7,6 @@ from pathlib import Path
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
-SUBMITTED = {"vqav2": "test", "gqa": "submission_all"}
-"""Task with a server -> the split all of whose examples it wants, whatever phase is scored: EvalAI's VQA
-challenge takes all 447,793 questions of test2015 for test-dev too."""
-
 UNANSWERED = ""
 """Stands for an answer to a question that the phase does not score."""
 

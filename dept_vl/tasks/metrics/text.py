@@ -16,9 +16,6 @@ import string
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -111,17 +108,16 @@ def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
         raise ValueError("expected finite numbers to correlate, found inf or nan")
     if len(set(predictions)) == 1 or len(set(labels)) == 1:
         return 0.0
-    cosine = float(_direction(predictions) @ _direction(labels))
+    import numpy as np  # not at the top: the table of text tasks is read wherever tasks are listed
+
+    directions = []
+    for numbers in (predictions, labels):
+        values = np.asarray(numbers, dtype=np.float64)
+        values = values / np.abs(values).max()  # or the squares of what a model made up may overflow
+        values = values - values.mean()
+        directions.append(values / np.linalg.norm(values))
+    cosine = float(directions[0] @ directions[1])
     return 100 * max(-1.0, min(1.0, cosine))
-
-
-def _direction(numbers: Sequence[float]) -> NDArray[np.float64]:
-    """The numbers less their mean, at length 1."""
-    values = np.asarray(numbers, dtype=np.float64)
-    values = values / np.abs(values).max()  # or the squares of what a model made up may overflow
-    values = values - values.mean()
-    direction: NDArray[np.float64] = values / np.linalg.norm(values)
-    return direction
 
 
 def multirc(

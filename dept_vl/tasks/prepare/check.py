@@ -9,27 +9,9 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import missing_files, read_image
-from dept_vl.tasks import coco, gqa, nlvr2, vqav2
-from dept_vl.tasks.coco import COCOCaptions
-from dept_vl.tasks.gqa import GQA
+from dept_vl.tasks import TASKS
+from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.published import Published
-from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.vqav2 import VQAv2
-
-OfficialTask = VQAv2 | GQA | NLVR2 | COCOCaptions
-TASKS: dict[str, tuple[type[OfficialTask], dict[str, Published]]] = {
-    "vqav2": (VQAv2, vqav2.PUBLISHED),
-    "gqa": (GQA, gqa.PUBLISHED),
-    "nlvr2": (NLVR2, nlvr2.PUBLISHED),
-    "coco": (COCOCaptions, coco.PUBLISHED),
-}
-ELSEWHERE = {
-    coco.KARPATHY_FILE: coco.KARPATHY_SOURCE,
-    vqav2.MINIVAL_FILE: vqav2.MINIVAL_SOURCE,
-    "train2014": coco.IMAGE_SOURCE,
-    "val2014": coco.IMAGE_SOURCE,
-}
-"""Files and folders that are published elsewhere than the rest of a data set."""
 
 
 @dataclass(frozen=True)
@@ -55,31 +37,32 @@ def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterato
     """Look at every split of a task.
 
     Args:
-        task: Name of one of the four vision-language tasks.
+        task: Name of a task whose files are `published`.
         root: Folder with its official files.
         sample: Images opened in each split; 0 opens all.
         seed: Of the sample.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If there is no such task.
+        UnknownNameError: If there is no such task.
     """
-    if task not in TASKS:
-        raise UnknownNameError("task", task, TASKS)
+    known = [name for name, blank in TASKS.items() if blank.published]
+    if task not in known:
+        raise UnknownNameError("task", task, known)
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}; make it and put the files of {task} there")
-    kind, splits = TASKS[task]
+    blank = TASKS[task]
     seen: set[tuple[str, ...]] = set()
-    for split, published in splits.items():
+    for split, published in blank.published.items():
         whole = True
         for names in (*published.files, *published.folders):
             path = next((root / name for name in names if (root / name).exists()), None)
             whole &= path is not None
             if names not in seen:
                 seen.add(names)
-                yield _file(path, names, published.source)
+                yield _file(path, names, blank.elsewhere.get(names[0], published.source))
         if whole:
-            yield from _split(kind, root, split, published, sample, seed)
+            yield from _split(blank, root, split, published, sample, seed)
         else:
             yield Finding("skipped", f"{task} {split}: files are missing")
 
@@ -88,14 +71,14 @@ def _file(path: Path | None, names: tuple[str, ...], source: str) -> Finding:
     if path is not None:
         return Finding("found", str(path))
     others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return Finding("missing", f"{names[0]}{others}, published at {ELSEWHERE.get(names[0], source)}")
+    return Finding("missing", f"{names[0]}{others}, published at {source}")
 
 
 def _split(
-    kind: type[OfficialTask], root: Path, split: str, published: Published, sample: int, seed: int
+    blank: Task, root: Path, split: str, published: Published, sample: int, seed: int
 ) -> Iterator[Finding]:
     try:
-        task = kind.load(root, split)
+        task = blank.load(root, split)
     except (ValueError, OSError) as error:
         yield Finding("broken", str(error))
         return

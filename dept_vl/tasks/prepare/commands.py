@@ -100,8 +100,6 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         output_dir: Folder to write, or to add to.
         source: Name on the Hub, or folder with the copy; left out, the usual one of the task.
     """
-    if task in hub.COPIES:
-        source = source or hub.COPIES[task].hub
     for kind, count in hub.fetch(task, source, output_dir, split=split).items():
         print(f"{kind:<22}{count:>9,}")
 

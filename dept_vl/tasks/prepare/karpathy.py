@@ -4,19 +4,20 @@ Our own loader needs none of them: it puts `karpathy-train` and the others toget
 files and `dataset_coco.json`.
 """
 
-import json
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TextIO
+from typing import Any
 
 from dept_vl.tasks.coco import KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
 from dept_vl.tasks.io.published import find
 from dept_vl.tasks.io.records import field, read_list
+from dept_vl.tasks.prepare.staging import json_list
 from dept_vl.tasks.vqav2 import ANSWERED, SOURCE, annotation_names, question_names
 
 SPLITS = ("train", "val", "test")
+HEADER = {"info": {"description": "VQA v2.0, Karpathy split"}}
 
 
 def write_splits(root: Path, output_dir: Path) -> dict[str, int]:
@@ -55,13 +56,13 @@ def write_splits(root: Path, output_dir: Path) -> dict[str, int]:
         for key, files in sources.items():
             with ExitStack() as stack:
                 writers = {
-                    split: stack.enter_context(closing(_ListWriter(Path(temporary) / f"{key}-{split}", key)))
+                    split: stack.enter_context(json_list(Path(temporary) / f"{key}-{split}", HEADER, key))
                     for split in SPLITS
                 }
                 for image_id, record in _records(files, key):
                     if image_id in split_of:
                         split = split_of[image_id]
-                        writers[split].add(record)
+                        writers[split](record)
                         counts[split] += key == "questions"
         for (key, split), path in names.items():
             (Path(temporary) / f"{key}-{split}").replace(path)
@@ -72,21 +73,3 @@ def _records(files: list[Path], key: str) -> Iterator[tuple[int, dict[str, Any]]
     for file in files:
         for number, record in enumerate(read_list(file, key, SOURCE)):
             yield field(record, "image_id", int, f"{file}, {key}[{number}]"), record
-
-
-class _ListWriter:
-    """An object with one list, written a record at a time."""
-
-    def __init__(self, path: Path, key: str) -> None:
-        self.file: TextIO = path.open("w", encoding="utf-8")
-        self.file.write(json.dumps({"info": {"description": "VQA v2.0, Karpathy split"}})[:-1])
-        self.file.write(f', "{key}": [')
-        self.separator = ""
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.file.write(self.separator + json.dumps(record))
-        self.separator = ", "
-
-    def close(self) -> None:
-        self.file.write("]}\n")
-        self.file.close()

@@ -19,9 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from dept_vl.tasks.base import Decoding, Example
+from dept_vl.tasks.base import Decoding, Example, Task, data_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
-from dept_vl.tasks.io.rows import Indices, Rows, convert
+from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
 from dept_vl.tasks.text.source import DatasetName, Source, check_columns, open_source
 from dept_vl.tasks.text.table import TEXT_TASKS, Part, Row, TextSpec
@@ -45,7 +45,7 @@ SHORT = {"dev": "validation", "val": "validation"}
 
 
 @dataclass(frozen=True)
-class TextTask:
+class TextTask(Task):
     """One split of a text task.
 
     Attributes:
@@ -54,36 +54,45 @@ class TextTask:
     """
 
     name: str
-    rows: Rows
-    prediction_format: PredictionFormat = PredictionFormat("id", "prediction", "int")
-    image_count: int = 0
-    asks: bool = True
+    rows: Rows = NO_ROWS
 
-    @classmethod
-    def load(cls, name: str, folder: Path | None, split: str) -> "TextTask":
+    image_count = 0
+    id_column = "id"
+    source_column = "source_text"
+    prediction_format = PredictionFormat("id", "prediction", "int")
+    dev_split = "validation"
+    test_split = "test"
+    script = "train_nlp"
+    example_call = '"..."'
+
+    def load(self, root: Path | None = None, split: str = "") -> "TextTask":
+        """Read a split, as `Task.load` does; without a folder `data/NAME` from the Hub."""
+        folder = data_folder(self.name, root)
+        return self.read(None if root is None and not folder.is_dir() else folder, split or self.train_split)
+
+    def read(self, root: Path | None, split: str) -> "TextTask":
         """Read a split.
 
         Args:
-            name: As in `TEXT_TASKS`.
-            folder: With a copy of the data set, as `nlp_source` says; None for the Hub.
-            split: Train, validation or test: this literature's, see `nlp_table`.
+            root: Folder with a copy of the data set, as `text.source` says; None for the Hub.
+            split: Train, validation or test: this literature's, see `text.table`.
 
         Raises:
             FileNotFoundError: If there is no copy and no network.
             ValueError: If the split is unknown, a column is missing, or a row is damaged.
         """
-        spec = TEXT_TASKS[name]
+        name, spec = self.name, self.spec
         split = SHORT.get(split, split)
         if split not in spec.splits:
             raise ValueError(f"{name} has the splits {', '.join(spec.splits)}; got {split!r}")
         part = spec.splits[split]
-        whole = read_rows(name, folder, part.split)
+        whole = read_rows(name, root, part.split)
         rows = whole if part.side == "all" else whole.subset(choose(len(whole), part))
         if not len(rows):
             raise ValueError(
                 f"{name} has no {split} examples: the published split {part.split!r} has {len(whole)} here"
             )
-        return cls(name, rows)
+        return replace(self, rows=rows)
 
     @property
     def spec(self) -> TextSpec:
@@ -91,24 +100,26 @@ class TextTask:
         return TEXT_TASKS[self.name]
 
     @property
-    def primary(self) -> str:
+    def primary(self) -> str:  # type: ignore[override]  # nobody writes it
         """The figure that papers report."""
         return self.spec.primary
 
     @property
-    def marked_by(self) -> str:
+    def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
         """A class is right or wrong, a number is near or far, and free answers share words."""
         if self.spec.words:
             return "right or wrong"
         return "word F1" if self.spec.answer is None else f"1 - distance / {FAR}"
 
     @property
-    def decoding(self) -> Decoding:
+    def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
         """Greedy; among the words of the classes where there are any."""
         return Decoding(self.spec.max_new_tokens, candidates=tuple(self.spec.words.values()))
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def pipeline(self) -> str:  # type: ignore[override]  # nobody writes it
+        """The Hub's name for what a model of the task does."""
+        return "text-classification" if self.spec.words else "question-answering"
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -142,15 +153,6 @@ class TextTask:
             )
         return text
 
-    def source_texts(self) -> pa.ChunkedArray:
-        """What the encoder reads, of all examples."""
-        return self.rows.column("source_text")
-
-    def example_ids(self) -> list[ExampleId]:
-        """The ids of all examples."""
-        ids: list[ExampleId] = self.rows.column("id").to_pylist()
-        return ids
-
     def images(self, index: int) -> tuple[Path, ...]:
         """None."""
         return ()
@@ -158,10 +160,6 @@ class TextTask:
     def image_files(self) -> list[Path]:
         """None."""
         return []
-
-    def subset(self, indices: Sequence[int]) -> "TextTask":
-        """These examples alone."""
-        return replace(self, rows=self.rows.subset(indices))
 
     def mark(self, example: Example, prediction: str) -> float:
         """As `marked_by` says; what should be a number and is none gets 0."""
@@ -181,10 +179,6 @@ class TextTask:
             return {}
         groups = self.rows.column("group").to_pylist()
         return self.spec.score([predictions[key] for key in ids], answers, groups)
-
-    def written(self, answer: str) -> str:
-        """A decoded answer without the spaces around it."""
-        return answer.strip()
 
 
 def choose(count: int, part: Part) -> Indices:
@@ -278,3 +272,10 @@ def read_answers(spec: TextSpec, label: Any) -> list[str]:
 
 def _short(row: Row, names: Sequence[str]) -> str:
     return ", ".join(f"{row[name]!r:.40}" for name in names)
+
+
+def __getattr__(name: str) -> TextTask:
+    """Return the blank task of a name, for the registry."""
+    if name not in TEXT_TASKS:
+        raise AttributeError(name)
+    return TextTask(name)

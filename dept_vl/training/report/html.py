@@ -19,7 +19,6 @@ from jaxtyping import Float
 from dept_vl._utils.images import read_image
 from dept_vl._utils.io import one_line, write_atomically
 from dept_vl._utils.run_files import BEST, LOG_FILE, REPORT_FILE
-from dept_vl._utils.tables import scale_of
 from dept_vl._utils.terminal import duration
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
@@ -207,7 +206,7 @@ def _facts(answered: Sequence[Answered], summary: Mapping[str, Any]) -> list[tup
     for one in answered:
         if one.scores:
             name = one.task.primary
-            scale = scale_of(name).replace("-", "\N{NON-BREAKING HYPHEN}")
+            scale = one.task.scale_of(name).replace("-", "\N{NON-BREAKING HYPHEN}")
             facts.append((f"{one.task.name} {one.split}: {name} ({scale})", f"{one.scores[name]:.2f}"))
     facts.append(("examples answered", f"{sum(len(one.task) for one in answered):,}"))
     if summary:
@@ -260,7 +259,7 @@ def _sections(answered: Sequence[Answered]) -> list[str]:
 
 def _score_table(answered: Answered) -> str:
     rows = [
-        (name, f"{value:.2f}", scale_of(name))
+        (name, f"{value:.2f}", answered.task.scale_of(name))
         for name, value in answered.scores.items()
         if "question_type/" not in name and "answer_type/" not in name
     ]

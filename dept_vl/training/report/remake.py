@@ -7,7 +7,6 @@ from pathlib import Path
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl.config import ReportConfig, read_config
-from dept_vl.data.splits import with_split_names
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import limit
 from dept_vl.training.report.html import Answered, write_run_report
@@ -29,8 +28,9 @@ def remake(config: ReportConfig) -> Path:
     trained = read_config(config.run / CONFIG_FILE)
     summary = read_object(config.run / SUMMARY_FILE, SUMMARY)
     answered = []
-    for options in map(with_split_names, (trained.data, *trained.also)):
-        task = load_task(options.task, options.data_dir, options.test_split)
+    for options in (trained.data, *trained.also):
+        split = options.splits()[-1]
+        task = load_task(options.task, options.data_dir, split)
         task = limit(task, options.test_limit, trained.train.seed)
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
         predictions = task.prediction_format.read(
@@ -41,7 +41,7 @@ def remake(config: ReportConfig) -> Path:
             for name, value in summary["scores"].items()
             if name.startswith(start)
         }
-        answered.append(Answered(task, options.test_split, predictions, scores))
+        answered.append(Answered(task, split, predictions, scores))
     path = write_run_report(config.run, trained, summary, answered)
     print(f"report: {path}")
     if config.picture is not None:
