@@ -91,7 +91,7 @@ class DataOptions(Options):
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
     counted in training, and evaluation stops. Of several tasks the first says it for all."""
     features: Features = "auto"
-    """Where visual features come from. cached: from the files that scripts/extract_features.py made; live:
+    """Where visual features come from. cached: from the files that dept-vl features made; live:
     every image is read and encoded at every step; auto: from those files if they are there for this encoder
     and all images, else encoded once before training if feature_memory is enough, else live. Of several
     tasks the first says it for all."""
@@ -336,7 +336,7 @@ class EvaluateConfig(Options):
     num_workers: Workers = 0
     """Processes that read images; 0 reads them in the evaluating process."""
     features: Features = "auto"
-    """cached: visual features from the files that scripts/extract_features.py made; live: every image is read
+    """cached: visual features from the files that dept-vl features made; live: every image is read
     and encoded; auto: from those files if they are there for the run's encoder and all images, else live."""
     features_dir: Path | None = None
     """Folder of those files; left out, the run's for the run's data, else features in data_dir."""

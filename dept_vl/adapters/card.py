@@ -197,14 +197,13 @@ def _training(training: Mapping[str, Any]) -> str:
         "seed": ("train", "seed"),
     }
     rows = [(label, training.get(part, {}).get(option)) for label, (part, option) in said.items()]
-    script = next((task.script for task in _known(_tasks_of(training)[:1])), "train_nlp")
     return (
         markdown_table(["option", "value"], [(label, value) for label, value in rows if value is not None])
         + f"\n\nThe options stand in `{TRAINING_FILE}`, but those that name files of the machine it was "
         "trained on: the data (`--data_dir`), models from a folder (`--backbone`, `--vision`, `--language`), "
         "adapters that it began from (`--init_from`) and lists of examples (`--shots_file`). With these in "
         "place, again:"
-        f"\n\n```\naccelerate launch scripts/{script}.py --config {TRAINING_FILE}\n```"
+        f"\n\n```\naccelerate launch -m dept_vl train --config {TRAINING_FILE}\n```"
     )
 
 

@@ -19,7 +19,7 @@ from dept_vl._utils.terminal import is_live
 from dept_vl.data import workers as readers
 from dept_vl.models.vision import VisionEncoder
 
-EXTRACT = "scripts/extract_features.py"
+EXTRACT = "dept-vl features"
 
 
 def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 height width"]:

@@ -163,7 +163,7 @@ def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
         names = ", ".join(path.name for path in missing[:3])
         raise FileNotFoundError(
             f"{len(missing):,} of {len(files):,} images of {task.name} are missing from "
-            f"{missing[0].parent} (first: {names}); scripts/prepare_data.py check says what belongs there, "
+            f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
             "--on_bad_image skip goes on without them"
         )
     return task
@@ -183,7 +183,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
     if not kept:
         raise FileNotFoundError(
             f"none of the images of {task.name} are there (first: {next(iter(missing))}); "
-            "scripts/prepare_data.py check says what belongs there"
+            "dept-vl data check says what belongs there"
         )
     print(
         f"warning: {len(missing):,} images of {task.name} are missing; "
@@ -240,7 +240,7 @@ def mapped_features(
     choice: Features,
     accelerator: Accelerator,
 ) -> FeatureTable | None:
-    """Features that `scripts/extract_features.py` made, mapped into memory; None if they are not to be used.
+    """Features that `dept-vl features` made, mapped into memory; None if they are not to be used.
 
     Args:
         vision: The encoder that the run has.

@@ -111,8 +111,6 @@ class Task(ABC):
     """File or folder -> where it is published, if not where the rest is."""
     hub_copy: ClassVar["Copy | None"] = None
     """The parquet copy on the Hub that the official files can be written from."""
-    script = "train_vqa"
-    """Script that trains it, for the model card."""
     example_call = '"image.jpg", "..."'
     """Arguments of `Predictor.answer`, for the model card."""
     pipeline = "image-text-to-text"

@@ -144,7 +144,6 @@ class COCOCaptions(Task):
     published: ClassVar = PUBLISHED
     elsewhere: ClassVar = {"train2014": IMAGE_SOURCE, "val2014": IMAGE_SOURCE}
     hub_copy: ClassVar = HUB_COPY
-    script = "train_caption"
     example_call = '"image.jpg"'
     pipeline = "image-to-text"
 

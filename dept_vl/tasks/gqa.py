@@ -182,7 +182,6 @@ class GQA(Task):
     server_split = "submission_all"
     published: ClassVar = PUBLISHED
     hub_copy: ClassVar = HUB_COPY
-    script = "train_gqa"
     example_call = '"image.jpg", "is there a dog to the left of the car?"'
     pipeline = "visual-question-answering"
 

@@ -143,7 +143,6 @@ class NLVR2(Task):
     test_split = "test1"
     published: ClassVar = PUBLISHED
     hub_copy: ClassVar = HUB_COPY
-    script = "train_nlvr2"
     example_call = '("left.jpg", "right.jpg"), "both images show a dog"'
 
     def read(self, root: Path, split: str) -> "NLVR2":

@@ -1,4 +1,4 @@
-"""Visual features of a data set, encoded once and kept: what `scripts/extract_features.py` does."""
+"""Visual features of a data set, encoded once and kept: what `dept-vl features` does."""
 
 from dataclasses import replace
 from pathlib import Path

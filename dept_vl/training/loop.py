@@ -272,7 +272,7 @@ def _check_readable(batch: Batch, step: int) -> None:
     if not batch.ids:
         raise ValueError(
             f"no image of the batch at step {step} could be read (ids {list(batch.skipped[:5])}, ...); "
-            "look at the image folder with scripts/prepare_data.py check; a new run with a larger "
+            "look at the image folder with dept-vl data check; a new run with a larger "
             "--per_device_batch_size gets past a few damaged images"
         )
 

@@ -1,4 +1,4 @@
-"""Score a finished run on any split of any task: what `scripts/evaluate.py` does."""
+"""Score a finished run on any split of any task: what `dept-vl evaluate` does."""
 
 import json
 from collections.abc import Sequence

@@ -143,5 +143,5 @@ def test_how_it_was_trained() -> None:
     }
     text = card(task="gqa", training=training).text
     assert cells(text)["learning rate of the prompt (`--prompt_lr`)"] == "0.3"
-    assert "accelerate launch scripts/train_gqa.py --config training.json" in text
+    assert "accelerate launch -m dept_vl train --config training.json" in text
     assert "## Training" not in card(task="gqa").text

@@ -211,7 +211,7 @@ def test_an_extraction_that_was_stopped_goes_on(
         patch.setattr(feature_files, "write_atomically", stop)
         with pytest.raises(KeyboardInterrupt):
             write(vision, paths, folder)
-    with pytest.raises(ValueError, match=r"are not finished; scripts/extract_features\.py goes on"):
+    with pytest.raises(ValueError, match=r"are not finished; dept-vl features goes on"):
         opened(vision, paths, folder)
     kept = (folder / SHARDS[0]).stat().st_mtime_ns
     # What has begun is not another's to go on with either.

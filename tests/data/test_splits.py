@@ -176,7 +176,7 @@ def test_raise_names_the_first_missing_training_image(data: DataOptions) -> None
     (path, *_) = remove(load_task("vqav2", data.data_dir, "train"), 0, 9)
     with pytest.raises(FileNotFoundError, match="2 of 12 images of vqav2 are missing from") as error:
         load_splits(replace(data, on_bad_image="raise"), seed=0)
-    for part in (path.name, str(path.parent), "prepare_data.py check", "--on_bad_image skip"):
+    for part in (path.name, str(path.parent), "dept-vl data check", "--on_bad_image skip"):
         assert part in str(error.value)
 
 
@@ -251,7 +251,7 @@ def test_features_come_from_files_where_they_are_there(
     in_memory = read(vision, vqav2, coco)
     assert isinstance(in_memory, FeatureTable)
     assert not in_memory.files
-    with pytest.raises(FileNotFoundError, match=r"no visual features at .*vqav2/features.*extract_features"):
+    with pytest.raises(FileNotFoundError, match=r"no visual features at .*vqav2/features.*dept-vl features"):
         read(vision, vqav2, coco, features="cached")
     write(vision, vqav2, dtype="float32", batch_size=1)
     # Of one task alone they are no use.
@@ -301,8 +301,8 @@ def test_files_that_do_not_serve_are_refused_or_left_with_a_warning(
     said = {
         "encoder": r"of another encoder.* differ in vision_layer",
         "truncated": r"features-00001\.safetensors is damaged: expected [\d,]+ bytes, found 5",
-        "unfinished": r"are not finished; scripts/extract_features.py goes on",
-        "lacking": r"images have no visual features in .*extract_features.py adds them",
+        "unfinished": r"are not finished; dept-vl features goes on",
+        "lacking": r"images have no visual features in .*dept-vl features adds them",
     }[damage]
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         read(vision, splits, features="cached")

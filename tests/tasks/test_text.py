@@ -550,7 +550,7 @@ def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FileNotFoundError, match="holds no split 'validation' of rte: expected validation"):
         load_task("rte", tmp_path / "rte", "test")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; make one with: .*prepare_data\.py"):
+    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; make one with: dept-vl data snippets"):
         load_task("snippets", None, "train")
 
 

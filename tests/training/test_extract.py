@@ -93,7 +93,7 @@ def test_a_run_from_files_is_a_live_run(
 
 
 def test_a_run_without_the_files_that_it_is_to_use_says_how_to_make_them(config: RunConfig) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no visual features at .*features: .*extract_features\.py"):
+    with pytest.raises(FileNotFoundError, match=r"no visual features at .*features: .*dept-vl features"):
         run(with_(config, data={"features": "cached"}))
 
 

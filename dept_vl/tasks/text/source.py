@@ -38,7 +38,7 @@ class DatasetName:
     def placing(self, split: str) -> str:
         """How a copy is placed."""
         if not self.dataset:
-            return f"make one with: python scripts/prepare_data.py {self.task} --output_dir data/{self.task}"
+            return f"make one with: dept-vl data {self.task} --output_dir data/{self.task}"
         name = f"{self.dataset!r}" + (f", {self.config!r}" if self.config else "")
         return (
             f"on a machine with a network, load_dataset({name}).save_to_disk({self.task!r}) makes one, or "

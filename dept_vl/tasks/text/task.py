@@ -62,7 +62,6 @@ class TextTask(Task):
     prediction_format = PredictionFormat("id", "prediction", "int")
     dev_split = "validation"
     test_split = "test"
-    script = "train_nlp"
     example_call = '"..."'
 
     def load(self, root: Path | None = None, split: str = "") -> "TextTask":
