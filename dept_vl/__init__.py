@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.budget import register_method
     from dept_vl.prompts.dept import DePT
-    from dept_vl.tasks import load_task
+    from dept_vl.tasks import load_task, register_task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "load_many",
     "load_task",
     "register_method",
+    "register_task",
     "train",
 ]
 
@@ -54,6 +55,7 @@ _MODULES = {
     "load_many": "inference.mixed",
     "load_task": "tasks",
     "register_method": "prompts.budget",
+    "register_task": "tasks",
     "train": "api",
 }
 """Name -> module of `dept_vl` that defines it."""

@@ -18,6 +18,7 @@ Import them from the package itself (`import dept_vl; dept_vl.load(...)`); each 
 | `attach`          | put a prompt on a ready-made model of transformers (BLIP-2, Florence-2, ...)  |
 | `Attached`        | what `attach` returns                                                         |
 | `load_task`       | read one split of a task                                                      |
+| `register_task`   | add a task of your own                                                        |
 | `register_method` | add a method of your own                                                      |
 """
 

@@ -3,4 +3,15 @@
 Internal; nothing here knows of models, tasks or runs.
 """
 
-__all__ = ["errors", "images", "io", "registry", "run_files", "stats", "tables", "tensors", "terminal"]
+__all__ = [
+    "errors",
+    "images",
+    "io",
+    "options",
+    "registry",
+    "run_files",
+    "stats",
+    "tables",
+    "tensors",
+    "terminal",
+]

@@ -3,4 +3,13 @@
 Nothing imports these but the command line.
 """
 
-__all__ = ["bench", "compare", "compare_report", "search", "transfer", "transfer_suite"]
+__all__ = [
+    "bench",
+    "compare",
+    "compare_report",
+    "compared",
+    "options",
+    "search",
+    "transfer",
+    "transfer_suite",
+]

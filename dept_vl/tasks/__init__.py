@@ -63,5 +63,19 @@ def register_task(task: Task) -> None:
 
     Raises:
         ValueError: If another task has the name.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from pathlib import Path
+        >>> import dept_vl
+        >>> from dept_vl.tasks import TASKS
+        >>> from dept_vl.tasks.vqav2 import VQAv2
+        >>> @dataclass(frozen=True)
+        ... class Signs(VQAv2):  # questions about street signs, in VQAv2's format
+        ...     name, prefix, dev_split = "signs", "sign: ", "val"
+        >>> dept_vl.register_task(Signs())
+        >>> len(dept_vl.load_task("signs", Path("data/vqav2"), "val")) > 0
+        True
+        >>> TASKS.unregister("signs")
     """
     TASKS.register(task.name, task)

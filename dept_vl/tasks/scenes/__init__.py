@@ -3,3 +3,5 @@
 The shipped backbone is pretrained on it (`scripts/pretrain_tiny.py`), with some phrasings kept out
 so that a prompt has something to learn.
 """
+
+__all__ = ["official", "questions", "render", "texts"]

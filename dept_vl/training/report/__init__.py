@@ -3,4 +3,4 @@
 `html` fills the page of a run, `page` draws it, `pictures` and `plots` draw images.
 """
 
-__all__ = ["html", "page", "pictures", "plots"]
+__all__ = ["html", "page", "pictures", "plots", "remake"]
