@@ -11,19 +11,21 @@ command goes on with the group of methods where an earlier one ended.
 
 from dataclasses import replace
 from pathlib import Path
-
-import tyro
+from typing import Any
 
 from dept_vl._utils.tables import markdown_table
-from dept_vl.studies.bench.figures import Measured, bar_rows, draw, tables
-from dept_vl.studies.bench.methods import has_peft
-from dept_vl.studies.bench.steps import Bench, BenchConfig, plan
+from dept_vl.cli import entry, parse_options
+from dept_vl.studies.options import BenchConfig
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 
 
-def main(config: BenchConfig) -> Measured:
+def main(config: BenchConfig) -> dict[str, Any]:
     """Measure, write, print; returns what bench.json holds."""
+    from dept_vl.studies.bench.figures import bar_rows, draw, tables
+    from dept_vl.studies.bench.methods import has_peft
+    from dept_vl.studies.bench.steps import Bench, plan
+
     if config.tiny:
         config = replace(config, rounds=1, batch_size=min(config.batch_size, 2))
     groups = plan(config)
@@ -49,4 +51,4 @@ def main(config: BenchConfig) -> Measured:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
+    entry(lambda arguments: main(parse_options(BenchConfig, arguments, "bench.py", __doc__)))

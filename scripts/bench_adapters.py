@@ -13,44 +13,40 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import tyro
-
+from dept_vl._utils.options import Options, Positive
 from dept_vl._utils.tables import markdown_table
-from dept_vl.adapters.adapter import Adapter
-from dept_vl.inference.mixed import ManyAdapters
-from dept_vl.inference.predictor import Predictor
-from dept_vl.models.backbone import Backbone
-from dept_vl.models.prompted import PromptedModel
-from dept_vl.studies.bench.measure import Ratio, in_turn
-from dept_vl.studies.bench.methods import SHAPES, SIZES, Inputs, build_backbone, build_prompt, draw_batch
-from dept_vl.tasks import TASKS
+from dept_vl.cli import entry, parse_options
+
+if TYPE_CHECKING:
+    from dept_vl.inference.mixed import ManyAdapters
+    from dept_vl.models.backbone import Backbone
+    from dept_vl.studies.bench.measure import Ratio
+    from dept_vl.studies.bench.methods import Inputs, Shape
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
 """Least throughput of mixed rows of equally long prompts, relative to a single adapter."""
-SHAPE = replace(SHAPES["vl"], spread=4.0)
-"""Questions are not all of one length: batches have padding in any case."""
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """What is measured, and how often."""
 
     model: str = "base"
     """Of T5's sizes: small, base or large; tiny is for tests."""
-    prompt_length: int = 40
+    prompt_length: Positive = 40
     """Vectors of each of the adapters that are equally long (m)."""
-    unequal: tuple[int, ...] = (10, 20, 40, 60)
+    unequal: tuple[Positive, ...] = (10, 20, 40, 60)
     """Vectors of those that are not; they are compared with the longest alone."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Questions answered together, the adapters one after the other."""
-    new_tokens: int = 4
+    new_tokens: Positive = 4
     """Tokens of every answer."""
-    rounds: int = 11
+    rounds: Positive = 11
     """Rounds of both ways."""
-    threads: int = 1
+    threads: Positive = 1
     """Of the processor."""
     device: str = "cpu"
     """Such as cpu or cuda."""
@@ -68,39 +64,61 @@ class Figures:
         milliseconds: Median of a batch with a single adapter, by the clock.
     """
 
-    clock: Ratio
-    processor: Ratio
+    clock: "Ratio"
+    processor: "Ratio"
     milliseconds: float
 
 
-def adapters_of(backbone: Backbone, lengths: tuple[int, ...]) -> ManyAdapters:
+def questions_shape() -> "Shape":
+    """Questions are not all of one length: batches have padding in any case."""
+    from dept_vl.studies.bench.methods import SHAPES
+
+    return replace(SHAPES["vl"], spread=4.0)
+
+
+def adapters_of(backbone: "Backbone", lengths: tuple[int, ...]) -> "ManyAdapters":
     """Adapters with prompts of these lengths, each with the parameters of 100 vectors."""
+    import torch
+
+    from dept_vl.adapters.adapter import Adapter
+    from dept_vl.inference.mixed import ManyAdapters
+    from dept_vl.inference.predictor import Predictor
+    from dept_vl.models.prompted import PromptedModel
+    from dept_vl.studies.bench.methods import build_prompt
+    from dept_vl.tasks import TASKS
+
+    shape = questions_shape()
     task, predictors = TASKS["vqav2"], {}
     for number, length in enumerate(lengths):
         own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
-        prompt = build_prompt(backbone.d_model, SHAPE, length).to(backbone.device)
+        prompt = build_prompt(backbone.d_model, shape, length).to(backbone.device)
         torch.nn.init.normal_(prompt.offset_b)  # as after training
         model = PromptedModel(own, prompt).eval()
         adapter = Adapter.of(model, task=task.name, metrics={})
-        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, SHAPE.longest)
+        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, shape.longest)
     return ManyAdapters(backbone, predictors)
 
 
-def measure(config: BenchConfig, backbone: Backbone, lengths: tuple[int, ...]) -> Figures:
+def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...]) -> Figures:
     """Rows of the adapters in turn, against all rows with the longest."""
+    import torch
+
+    from dept_vl.studies.bench.measure import Ratio, in_turn
+    from dept_vl.studies.bench.methods import draw_batch
+
     many = adapters_of(backbone, lengths)
     names = [name for name in many.predictors if name is not None]
     rows = [names[row % len(names)] for row in range(config.batch_size)]
     single = many.predictor(names[lengths.index(max(lengths))]).model
     options = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "do_sample": False}
 
-    def answer(way: str, batch: Inputs) -> None:
+    def answer(way: str, batch: "Inputs") -> None:
         model = single if way == "single" else many.model(rows)
         model.generate(**batch, **options)
 
     measured: dict[str, list[tuple[float, float]]] = {"single": [], "mixed": []}
     for number, order in enumerate(in_turn(list(measured), config.rounds + 1)):
-        batch = draw_batch(backbone, SHAPE, config.batch_size, number)
+        batch = draw_batch(backbone, questions_shape(), config.batch_size, number)
         del batch["labels"]
         batch = {name: tensor.to(config.device) for name, tensor in batch.items()}
         for way in order:
@@ -123,6 +141,10 @@ def measure(config: BenchConfig, backbone: Backbone, lengths: tuple[int, ...]) -
 
 def main(config: BenchConfig) -> dict[str, Figures]:
     """Measure equally long prompts, and unequal ones."""
+    import torch
+
+    from dept_vl.studies.bench.methods import SIZES, build_backbone
+
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)
     backbone = build_backbone(SIZES[config.model], TOKENIZER, vision=True).to(config.device).eval()
@@ -143,4 +165,4 @@ def main(config: BenchConfig) -> dict[str, Figures]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
+    entry(lambda arguments: main(parse_options(BenchConfig, arguments, "bench_adapters.py", __doc__)))

@@ -15,36 +15,32 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-import torch
-import tyro
-from safetensors.torch import save_file
-
+from dept_vl._utils.options import Options, Positive
+from dept_vl.cli import entry, parse_options
 from dept_vl.config import Precision
-from dept_vl.data.feature_store import DTYPES, shard_name
-from dept_vl.data.features import FeatureTable
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """Sizes and places."""
 
     output_dir: Path
     """Folder for the generated features; those that are there are used again."""
-    images: int = 16_384
+    images: Positive = 16_384
     """Images with features; 16,384 take 1.15 GiB."""
-    shard_images: int = 1024
+    shard_images: Positive = 1024
     """Images in a file."""
-    tokens: int = 49
+    tokens: Positive = 49
     """Visual tokens of an image."""
-    d_vision: int = 768
+    d_vision: Positive = 768
     """Width of a token."""
     dtype: Precision = "float16"
     """What features are stored in."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Images read at a time."""
-    batches: int = 500
+    batches: Positive = 500
     """Batches of a round."""
-    rounds: int = 5
+    rounds: Positive = 5
     """Rounds, the median of which is given."""
     json_out: Path | None = None
     """File for the figures."""
@@ -67,6 +63,11 @@ class Reading:
 
 def write(config: BenchConfig) -> list[Path]:
     """Write the generated features, unless they are there."""
+    import torch
+    from safetensors.torch import save_file
+
+    from dept_vl.data.feature_store import DTYPES, shard_name
+
     config.output_dir.mkdir(parents=True, exist_ok=True)
     files = []
     for number, first in enumerate(range(0, config.images, config.shard_images)):
@@ -80,6 +81,8 @@ def write(config: BenchConfig) -> list[Path]:
 
 def main(config: BenchConfig) -> Reading:
     """Write, warm up, read."""
+    from dept_vl.data.features import FeatureTable
+
     files = write(config)
     for file in files:
         file.read_bytes()
@@ -107,4 +110,4 @@ def main(config: BenchConfig) -> Reading:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
+    entry(lambda arguments: main(parse_options(BenchConfig, arguments, "bench_features.py", __doc__)))

@@ -22,14 +22,9 @@ from pathlib import Path
 from random import Random
 from typing import TextIO
 
-import tyro
-from transformers import AutoTokenizer
-
+from dept_vl._utils.options import Count, Options, Positive
 from dept_vl._utils.tables import markdown_table
-from dept_vl.data.lengths import source_lengths
-from dept_vl.data.sampling import TrainingBatches
-from dept_vl.data.splits import check_images
-from dept_vl.tasks.text.task import TextTask, read_rows
+from dept_vl.cli import entry, parse_options
 from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
 
 SUBTYPE = "train2014"
@@ -54,20 +49,20 @@ STARTS = ("what color is the", "is there a", "how many", "what is the", "where i
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class BenchConfig(Options):
     """Sizes and places."""
 
     output_dir: Path
     """Folder for the generated files; those that are there are used again."""
-    questions: int = 443_757
+    questions: Positive = 443_757
     """Questions, ten answers each: VQAv2's training split has so many."""
-    images: int = 82_783
+    images: Positive = 82_783
     """Different images."""
-    text_pairs: int = 0
+    text_pairs: Count = 0
     """Pairs of MNLI's form to load instead of VQAv2's files."""
     tokenizer: Path = Path("data/tiny-clip-t5/language")
     """Folder of the tokenizer of the pairs."""
-    rounds: int = 3
+    rounds: Count = 3
     """Loads from the converted columns."""
     json_out: Path | None = None
     """File for the figures."""
@@ -152,6 +147,12 @@ def write_pairs(config: BenchConfig) -> None:
 
 def load_pairs(config: BenchConfig) -> Load:
     """Read the pairs and count their tokens in this process; say how much of a batch is padding."""
+    from transformers import AutoTokenizer
+
+    from dept_vl.data.lengths import source_lengths
+    from dept_vl.data.sampling import TrainingBatches
+    from dept_vl.tasks.text.task import TextTask, read_rows
+
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
     started = time.perf_counter()
     task = TextTask("mnli", read_rows("mnli", config.output_dir, "train"))
@@ -168,6 +169,8 @@ def load_pairs(config: BenchConfig) -> Load:
 
 def load(root: Path) -> Load:
     """Load the split in this process."""
+    from dept_vl.data.splits import check_images
+
     started = time.perf_counter()
     task = check_images(VQAv2().load(root, "train"), "raise")
     seconds = time.perf_counter() - started
@@ -231,4 +234,4 @@ def main(config: BenchConfig) -> list[Load]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(BenchConfig, description=__doc__, use_underscores=True))
+    entry(lambda arguments: main(parse_options(BenchConfig, arguments, "bench_loading.py", __doc__)))

@@ -7,14 +7,23 @@ python scripts/capabilities.py --write README.md  # puts it there
 
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import tyro
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from dept_vl._utils.options import Options
+from dept_vl.cli import entry, parse_options
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the probes are test code
-from zoo.capabilities import failures, probe_all, split_at_marks, table
+TESTS = Path(__file__).parents[1] / "tests"
+
+
+@dataclass(frozen=True)
+class TableOptions(Options):
+    """What to do with the table."""
+
+    check: Path | None = None
+    """File whose table has to be the same."""
+    write: Path | None = None
+    """File whose table is replaced."""
 
 
 def main(check: Path | None = None, write: Path | None = None) -> int:
@@ -24,24 +33,32 @@ def main(check: Path | None = None, write: Path | None = None) -> int:
         check: File whose table has to be the same.
         write: File whose table is replaced.
     """
+    import torch
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    sys.path.insert(0, str(TESTS))  # the probes are test code
+    from zoo import capabilities as probes
+
     torch.set_num_threads(1)  # tiny models lose time to more
     warnings.simplefilter("ignore")
     disable_progress_bar()
     set_verbosity_error()
-    found = probe_all(tell=lambda architecture: print(f"{architecture} ...", file=sys.stderr, flush=True))
-    text = table(found)
+    found = probes.probe_all(
+        tell=lambda architecture: print(f"{architecture} ...", file=sys.stderr, flush=True)
+    )
+    text = probes.table(found)
     print(text)
-    failed = failures(found)
+    failed = probes.failures(found)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     if write is not None and not failed:
-        before, _, behind = split_at_marks(write.read_text())
+        before, _, behind = probes.split_at_marks(write.read_text())
         write.write_text(f"{before}\n\n{text}\n\n{behind}")
-    if check is not None and split_at_marks(check.read_text())[1].strip() != text:
+    if check is not None and probes.split_at_marks(check.read_text())[1].strip() != text:
         print(f"the table in {check} is another; make it anew by --write {check}", file=sys.stderr)
         return 1
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(tyro.cli(main, description=__doc__))
+    entry(lambda arguments: main(**vars(parse_options(TableOptions, arguments, "capabilities.py", __doc__))))

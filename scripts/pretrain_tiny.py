@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -41,6 +40,8 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
+from dept_vl._utils.options import Options, Positive, Rate, Seed
+from dept_vl.cli import entry, parse_options
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel
 from dept_vl.models.vision import VisionEncoder
@@ -70,42 +71,42 @@ from dept_vl.tasks.scenes.texts import WORDS, ask_text
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Options):
     """How the small backbone is made."""
 
     output_dir: Path = Path("data/tiny-clip-t5")
     """Folder the backbone is written to; must not exist yet."""
     evaluate_only: bool = False
     """Measure the backbone in output_dir again instead of making one."""
-    seed: int = 0
+    seed: Seed = 0
     """Of scenes, questions and weights."""
-    vision_steps: int = 2500
+    vision_steps: Positive = 2500
     """Steps of the vision tower."""
-    vision_batch: int = 80
+    vision_batch: Positive = 80
     """Scenes per vision step, each drawn afresh."""
-    vision_lr: float = 3e-3
+    vision_lr: Rate = 3e-3
     """Peak learning rate of the vision tower."""
-    scenes: int = 60_000
+    scenes: Positive = 60_000
     """Scenes whose features are cached for the language stage."""
-    language_steps: int = 5000
+    language_steps: Positive = 5000
     """Steps of the language model."""
-    language_batch: int = 64
+    language_batch: Positive = 64
     """Questions per step (fewer captions and pairs, which are longer)."""
-    language_lr: float = 1e-2
+    language_lr: Rate = 1e-2
     """Peak rate of language model and visual projection, relative to each tensor's own scale
     (Adafactor): AdamW stayed on the first plateau for far longer."""
-    affirmative_share: float = 0.2
+    affirmative_share: Rate = 0.2
     """Share of the steps, at the start, without negated and comparing questions. Yes and no mean the
     opposite in the two, and learning both at once from nothing stays at chance for long."""
     bf16: bool = True
     """Train the language model under bfloat16 autocast; 1.5 times as fast where the CPU has it."""
-    d_model: int = 256
+    d_model: Positive = 256
     """Width of the language model."""
-    encoder_layers: int = 3
+    encoder_layers: Positive = 3
     """Layers of its encoder."""
-    decoder_layers: int = 2
+    decoder_layers: Positive = 2
     """Layers of its decoder."""
-    evaluation_scenes: int = 1500
+    evaluation_scenes: Positive = 1500
     """Fresh scenes that the record's figures are measured on."""
 
 
@@ -438,4 +439,4 @@ def exact_match(model: PromptedModel, samples: list[Sample], features: Tensor) -
 
 
 if __name__ == "__main__":
-    main(tyro.cli(PretrainConfig, use_underscores=True))
+    entry(lambda arguments: main(parse_options(PretrainConfig, arguments, "pretrain_tiny.py", __doc__)))

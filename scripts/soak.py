@@ -14,14 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from dept_vl._utils.options import Options, Rate, Seed
 from dept_vl._utils.run_files import BEST, LAST
 from dept_vl._utils.tables import markdown_table
-from dept_vl.adapters.adapter import Adapter
+from dept_vl.cli import entry, parse_options
 from dept_vl.config import RunConfig, read_config, to_json
-from dept_vl.tasks.scenes.official import write_tasks
-from dept_vl.training.checkpoint import checkpoints, newest
 
 ROOT = Path(__file__).parents[1]
 FEWEST = 4
@@ -31,10 +28,10 @@ DAMAGED = 0.25
 
 
 @dataclass(frozen=True)
-class SoakOptions:
+class SoakOptions(Options):
     """What to do and for how long."""
 
-    minutes: float = 30.0
+    minutes: Rate = 30.0
     """Time in which runs are ended from outside, four times at least; the last is left to finish."""
     output_dir: Path = Path("runs/soak")
     """Folder for the runs and soak.json; must not be there yet."""
@@ -42,7 +39,7 @@ class SoakOptions:
     """What is trained; its data are made if they are missing."""
     tiny: bool = False
     """A few steps on a few images, made in output_dir."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the faults."""
 
 
@@ -71,6 +68,8 @@ def main(options: SoakOptions) -> SoakResult:
         FileExistsError: If the output folder is there.
         RuntimeError: If a run ends by anything but what was done to it.
     """
+    from dept_vl.training.checkpoint import checkpoints
+
     folder = options.output_dir.resolve()
     folder.mkdir(parents=True)
     config = _configuration(options, folder)
@@ -96,6 +95,8 @@ def main(options: SoakOptions) -> SoakResult:
 
 
 def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
+    from dept_vl.tasks.scenes.official import write_tasks
+
     config = read_config(options.config)
     if options.tiny:
         write_tasks(folder / "data", train=30, val=10, test=10)
@@ -156,6 +157,8 @@ def _ended(
 
 def damage(checkpoint: Path, rng: random.Random) -> None:
     """Cut a file of a checkpoint, change a byte of it, or remove it."""
+    from dept_vl.training.checkpoint import newest
+
     path = rng.choice(sorted(checkpoint.iterdir()))
     content = path.read_bytes()
     place = rng.randrange(len(content))
@@ -171,6 +174,8 @@ def damage(checkpoint: Path, rng: random.Random) -> None:
 
 def left_by(run: Path) -> dict[str, Any]:
     """What may not depend on what was done to a run: adapters, predictions, scores."""
+    from dept_vl.adapters.adapter import Adapter
+
     return {
         "predictions": next(run.glob("predictions.*")).read_bytes(),
         "scores": json.loads((run / "summary.json").read_text())["scores"],
@@ -191,4 +196,4 @@ def _report(result: SoakResult, folder: Path, started: float) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(not main(tyro.cli(SoakOptions, description=__doc__)).identical)
+    entry(lambda arguments: not main(parse_options(SoakOptions, arguments, "soak.py", __doc__)).identical)

@@ -11,45 +11,48 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from dept_vl._utils.io import write_atomically
+from dept_vl._utils.options import Count, Options, Positive, Seed
 from dept_vl._utils.stats import interval
 from dept_vl._utils.tables import markdown_table
+from dept_vl.cli import entry, parse_options
 from dept_vl.config import OptimOptions, RunConfig, read_config
-from dept_vl.studies.search import GRID, cost, grid, tune
-from dept_vl.training.extract import with_features
-from dept_vl.training.log import best_dev
-from dept_vl.training.summary import RunResult
+
+if TYPE_CHECKING:
+    from dept_vl.training.summary import RunResult
 
 
 @dataclass(frozen=True)
-class Options:
+class TuningConfig(Options):
     """What is searched, and for how long."""
 
     config: Path = Path("data/configs/scenes-gqa.json")
     """Configuration of the task, which has images."""
-    trials: int = 20
+    trials: Positive = 20
     """Of the search."""
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
     """One grid and one search for each."""
-    max_steps: int = 160
+    max_steps: Positive = 160
     """Steps of a whole run."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Examples of a step."""
-    dev_limit: int = 150
+    dev_limit: Count = 150
     """At most so many dev examples; 0 takes all."""
-    test_limit: int = 500
+    test_limit: Count = 500
     """At most so many test examples, the same for both; 0 takes all."""
     output_dir: Path = Path("runs/tuning")
     """Folder of all runs."""
 
 
-def main(options: Options) -> str:
+def main(options: TuningConfig) -> str:
     """Run what is missing, then write and return the table."""
+    import torch
+
+    from dept_vl.studies.search import GRID, grid, tune
+    from dept_vl.training.log import best_dev
+
     torch.set_num_threads(1)  # as `compare` does
     base = prepared(options)
     found = []
@@ -73,8 +76,10 @@ def main(options: Options) -> str:
     return table
 
 
-def prepared(options: Options) -> RunConfig:
+def prepared(options: TuningConfig) -> RunConfig:
     """The run of both, with visual features from files."""
+    from dept_vl.training.extract import with_features
+
     base = read_config(options.config)
     steps, default = options.max_steps, OptimOptions()
     base = replace(
@@ -99,19 +104,25 @@ def prepared(options: Options) -> RunConfig:
     return with_features(base, options.output_dir / "features")
 
 
-def steps_of(options: Options) -> int:
+def steps_of(options: TuningConfig) -> int:
     """Of one search."""
+    from dept_vl.studies.search import cost
+
     return cost(options.trials, options.max_steps)
 
 
-def figures(result: RunResult) -> dict[str, Any]:
+def figures(result: "RunResult") -> dict[str, Any]:
     """Name and figures of the run that was chosen."""
+    from dept_vl.training.log import best_dev
+
     dev, test = best_dev(result.output_dir), next(iter(result.scores.values()))
     return {"run": result.output_dir.name, "dev": dev, "test": test}
 
 
-def side_by_side(options: Options, found: list[Mapping[str, Any]]) -> str:
+def side_by_side(options: TuningConfig, found: list[Mapping[str, Any]]) -> str:
     """Both over the seeds, and their difference seed by seed."""
+    from dept_vl.studies.search import GRID
+
     rows = []
     for name, key, count in (
         ("best of the published grid", "grid", len(GRID) * options.max_steps),
@@ -125,4 +136,4 @@ def side_by_side(options: Options, found: list[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, use_underscores=True))
+    entry(lambda arguments: main(parse_options(TuningConfig, arguments, "tune_against_grid.py", __doc__)))

@@ -36,8 +36,9 @@ class UnknownNameError(UsageError):
 DEBUG_VARIABLE = "DEPT_VL_DEBUG"
 RAISED = (ValueError, RuntimeError, ImportError)
 """What our own `raise` statements report mistakes of users with, besides `OSError`."""
-MAIN_FIRST = 1.0
-"""Seconds for the main process to report an error that all processes have, before another one does."""
+MAIN_FIRST = 5.0
+"""Seconds that another process leaves the main one to report an error that all have: the first that fails
+ends the launch, and with it those that have said nothing yet."""
 LONGEST_LINE = 2000
 
 
@@ -92,9 +93,9 @@ def _report(error: BaseException, *, same_everywhere: bool) -> None:
     """Print the line; of several processes the main one prints what all of them have."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
+        time.sleep(MAIN_FIRST)  # the launcher ends this process if the main one fails meanwhile
         if same_everywhere:
             return
-        time.sleep(MAIN_FIRST)  # the launcher ends this process if the main one fails meanwhile
     where = "" if rank == "0" else f" (process {rank})"
     text = " ".join(str(error).split()) or type(error).__name__
     # Escape sequences may come from files of strangers.

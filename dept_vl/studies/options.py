@@ -149,3 +149,32 @@ class CompareConfig(Options):
         for task in self.tasks:
             if task not in COMPARED_TASKS and not Path(task).is_file():
                 raise UnknownNameError("task or configuration file", task, COMPARED_TASKS)
+
+
+@dataclass(frozen=True)
+class BenchConfig(Options):
+    """What is measured, and how often."""
+
+    output_dir: Path
+    """Folder for bench.json, bench.md and bench.png."""
+    models: str = "small,base,large"
+    """Of small, base and large, widths and depths of T5; tiny is for tests."""
+    shapes: str = "vl,glue,mrqa"
+    """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
+    methods: str = ""
+    """Methods of a training step, such as pt100,dept40,dept40+compiled; left out, those that the bars and
+    tables need."""
+    rounds: Positive = 9
+    """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
+    batch_size: Positive = 8
+    """Examples of a step; half of them at large, a quarter of mrqa's, eight times as many to be answered."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the computation: auto is bfloat16 where the machine computes in it."""
+    device: str = ""
+    """Such as cpu or cuda; left out, a GPU if there is one."""
+    backbone_dropout: bool = False
+    """Dropout in the frozen backbone."""
+    bars: bool = False
+    """Say of each bar which ratio was measured and whether it is met."""
+    tiny: bool = False
+    """The smallest: a tiny model, one round of every method; the figures mean nothing."""

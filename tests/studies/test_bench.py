@@ -27,7 +27,8 @@ from dept_vl.studies.bench.methods import (
     has_peft,
     needs_peft,
 )
-from dept_vl.studies.bench.steps import Bench, BenchConfig, plan
+from dept_vl.studies.bench.steps import Bench, plan
+from dept_vl.studies.options import BenchConfig
 from scripts import bench
 
 TINY = SIZES["tiny"]
@@ -309,7 +310,7 @@ def test_what_was_measured_is_kept_when_a_run_ends_early(
 def test_without_peft_its_methods_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (bench, steps):
+    for module in (methods, steps):
         monkeypatch.setattr(module, "has_peft", lambda: False)
     results = bench.main(
         BenchConfig(

@@ -262,9 +262,8 @@ def test_search_and_grid_are_put_side_by_side(
     base: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dept_vl.studies.search, "GRID", GRID[:2])
-    monkeypatch.setattr(tune_against_grid, "GRID", GRID[:2])
     (tmp_path / "base.json").write_text(json.dumps(to_json(base)))
-    options = tune_against_grid.Options(
+    options = tune_against_grid.TuningConfig(
         config=tmp_path / "base.json",
         trials=2,
         seeds=(1, 2),

@@ -16,6 +16,7 @@ from torch import nn
 from zoo.subjects import ANSWER, ARCHITECTURES, BASELINES, NotThere, Subject
 
 import dept_vl
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import OptimOptions
 from dept_vl.prompts import budget
@@ -279,10 +280,10 @@ def split_at_marks(text: str) -> tuple[str, str, str]:
     """What stands before, between and behind the marks of a table.
 
     Raises:
-        ValueError: If the marks are not there.
+        UsageError: If the marks are not there.
     """
     before, begin, rest = text.partition(BEGIN)
     inside, end, behind = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"expected a table between {BEGIN} and {END}, found no such marks")
+        raise UsageError(f"expected a table between {BEGIN} and {END}, found no such marks")
     return before + BEGIN, inside, END + behind

@@ -205,7 +205,7 @@ def test_writing_and_checking(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = dict.fromkeys(OPERATIONS, Cell(HELD))
-    monkeypatch.setattr(script, "probe_all", lambda tell: {("A", "pt"): cells})
+    monkeypatch.setattr(capabilities, "probe_all", lambda tell: {("A", "pt"): cells})
     page = tmp_path / "page.md"
     page.write_text(f"before\n{capabilities.BEGIN}\n{capabilities.END}\nbehind\n")
     assert script.main(check=page) == 1
@@ -223,6 +223,6 @@ def test_a_failure_is_a_failure_of_the_program(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = dict.fromkeys(OPERATIONS, Cell("FAILS", "no"))
-    monkeypatch.setattr(script, "probe_all", lambda tell: {("A", "pt"): cells})
+    monkeypatch.setattr(capabilities, "probe_all", lambda tell: {("A", "pt"): cells})
     assert script.main() == 1
     assert "failed: A, pt, train: no" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -34,6 +34,7 @@ from dept_vl.studies.bench.methods import (
     seeing,
     write_images,
 )
+from dept_vl.studies.options import BenchConfig
 
 RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8
@@ -56,35 +57,6 @@ PLAN: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("large", "vl", "train"): PAIR,
 }
 """What is measured unless the flags say otherwise, in this order: (model, shape, work) and methods."""
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What is measured, and how often."""
-
-    output_dir: Path
-    """Folder for bench.json, bench.md and bench.png."""
-    models: str = "small,base,large"
-    """Of small, base and large, widths and depths of T5; tiny is for tests."""
-    shapes: str = "vl,glue,mrqa"
-    """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
-    methods: str = ""
-    """Methods of a training step, such as pt100,dept40,dept40+compiled; left out, those that the bars and
-    tables need."""
-    rounds: int = 9
-    """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
-    batch_size: int = 8
-    """Examples of a step; half of them at large, a quarter of mrqa's, eight times as many to be answered."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the computation: auto is bfloat16 where the machine computes in it."""
-    device: str = ""
-    """Such as cpu or cuda; left out, a GPU if there is one."""
-    backbone_dropout: bool = False
-    """Dropout in the frozen backbone."""
-    bars: bool = False
-    """Say of each bar which ratio was measured and whether it is met."""
-    tiny: bool = False
-    """The smallest: a tiny model, one round of every method; the figures mean nothing."""
 
 
 @dataclass(frozen=True)
