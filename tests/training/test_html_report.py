@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,18 +29,16 @@ from dept_vl.tasks.text.task import SCHEMA, TextTask
 from dept_vl.tasks.vqav2 import SCHEMA as VQA_SCHEMA
 from dept_vl.training.report.html import (
     BEST_SHOWN,
-    LONGEST,
     SHOWN,
-    SIDE,
     Answered,
     Marks,
     _card,
     choose,
     mark,
     or_warn,
-    thumbnail,
 )
-from dept_vl.training.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, chart, page, table, text
+from dept_vl.training.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, SIDE, TOP, WIDTH, templates, thumbnail
+from dept_vl.training.report.page import chart as placed
 from dept_vl.training.report.remake import BROWSERS, draw, remake
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
@@ -205,10 +204,26 @@ def test_data_stay_data(config: RunConfig, tmp_path: Path) -> None:
     assert not [tag for tag, found_ in found.tags if tag == "img" and found_.get("src") == "x"]
 
 
+def text(value: object) -> str:
+    """What a template makes of a value."""
+    return templates().from_string("{{ value }}").render(value=value)
+
+
+def part(name: str, *given: Any, **options: Any) -> str:
+    """What a macro of the page makes of what it is given."""
+    return str(getattr(templates().get_template("parts.html.j2").module, name)(*given, **options))
+
+
+def chart(*given: Any, **options: Any) -> str:
+    drawn = placed(*given, **options)
+    return "" if drawn is None else part("chart", drawn)
+
+
 def test_half_characters_and_controls_do_no_harm() -> None:
     said = text("\ud800 \x1b[31m <a>\t\n")
     assert said == "? \N{REPLACEMENT CHARACTER}[31m &lt;a&gt;\t\n"
-    page("\udfff", [said]).encode()
+    empty = {"summary": None, "charts": [], "sections": [], "examples": 0, "about": said}
+    templates().get_template("report.html.j2").render(empty, title="\udfff").encode()
 
 
 def answered_vqa(*answers: list[str], predictions: list[str], root: Path = Path()) -> Answered:
@@ -292,18 +307,19 @@ def test_text_answers_are_marked(name: str, answers: list[str], prediction: str,
 
 def test_a_thumbnail_is_small_and_keeps_its_form(tmp_path: Path) -> None:
     Image.effect_noise((3000, 1500), 60).save(tmp_path / "large.png")
-    found = re.search(r"base64,([^\"]+)", thumbnail(tmp_path / "large.png"))
+    found = thumbnail(tmp_path / "large.png")
     assert found is not None
-    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+    assert f'src="data:image/jpeg;base64,{found}"' in part("picture", "large.png", found)
+    with Image.open(io.BytesIO(base64.b64decode(found))) as image:
         assert (image.format, image.size) == ("JPEG", (SIDE, SIDE // 2))
     # The most that 48 pairs of images can take, noise being what JPEG is worst at.
-    assert 2 * SHOWN * 2 * len(found[1]) < 3_000_000
+    assert 2 * SHOWN * 2 * len(found) < 3_000_000
 
 
 def test_an_image_that_is_gone_leaves_a_note(tmp_path: Path) -> None:
     (tmp_path / "broken <b>.jpg").write_bytes(b"no image")
     for name in ("missing.jpg", "broken <b>.jpg"):
-        assert f"{text(name)} could not be read" in thumbnail(tmp_path / name)
+        assert f"{text(name)} could not be read" in part("picture", name, thumbnail(tmp_path / name))
 
 
 def test_a_page_that_fails_takes_nothing_with_it(
@@ -324,8 +340,9 @@ def test_a_page_that_fails_takes_nothing_with_it(
 def test_long_texts_are_cut() -> None:
     task = task_of(["yes"] * 10)
     long = replace(task, rows=Rows.of([vqa_row(0, ["yes"] * 10, question="why " * 1000)], VQA_SCHEMA))
-    card = _card(Answered(long, "val", {0: "no " * 1000}, {}), 0, 0.0)
-    assert len(card) < 3 * LONGEST
+    card = part("card", _card(Answered(long, "val", {0: "no " * 1000}, {}), 0, 0.0))
+    longest = templates().get_template("parts.html.j2").module.longest  # type: ignore[attr-defined]
+    assert len(card) < 3 * longest
 
 
 def test_two_processes_write_one_page(config: RunConfig, finished: Path, tmp_path: Path) -> None:
@@ -393,7 +410,7 @@ def test_a_long_curve_is_thinned_and_ends_where_it_ended() -> None:
 
 
 def test_a_table_has_bars_of_the_shares() -> None:
-    found = Page(table(("type", "n"), [("<i>", "3"), ("b", "4")], share=[0.25, 1.5]))
+    found = Page(part("table", ("type", "n"), [("<i>", "3"), ("b", "4")], share=[0.25, 1.5]))
     assert [attributes.get("style") for tag, attributes in found.tags if tag == "div"] == [
         "width:25.0%",
         "width:100.0%",

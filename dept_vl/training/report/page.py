@@ -1,86 +1,68 @@
-"""Pieces of an HTML page that needs nothing but itself: no script, no file beside it, no address outside.
+"""The templates of an HTML page that needs nothing but itself, and the curves that are drawn on it.
 
-Whatever text comes from data goes through `text`, which leaves nothing of it that a browser would obey.
+Whatever text a template shows is escaped, and loses what a browser cannot show: see `shown`.
 """
 
-import html
+import base64
+import io
 import math
+import re
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dept_vl._utils.images import read_image
 
 Point = tuple[int | float, int | float]
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What the page may load, should anything slip through: pictures that it holds itself."""
-
-STYLE_FILE = Path(__file__).with_name("page.css")
 
 WIDTH, HEIGHT = 360, 190
 """Of a chart, in units of its own; it is as wide as there is room."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 """Around the curves, for the labels."""
-SERIES = 4
-"""Different colours of curves."""
 MOST_POINTS = 600
 """Of a curve: more would not be seen."""
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f]")
+SIDE, QUALITY = 240, 80
+"""Pixels of an image's longer side, and its JPEG quality: some 10 KB each."""
 
 
-def text(value: object) -> str:
-    """Text of any origin as text of a page: escaped, and without half characters and control characters."""
-    kept = "".join(
-        character if character in "\n\t" or character >= " " else "\N{REPLACEMENT CHARACTER}"
-        for character in str(value)
-    )
-    return html.escape(kept.encode("utf-8", "replace").decode())
+def shown(value: object) -> object:
+    """What a template shows of a value: text of any origin without half characters and control characters."""
+    if isinstance(value, Markup):
+        return value
+    kept = CONTROLS.sub("\N{REPLACEMENT CHARACTER}", str(value))
+    return kept.encode("utf-8", "replace").decode()
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document.
-
-    Args:
-        title: Of it, as text.
-        parts: What is in it, as HTML.
-    """
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{text(title)}</title>\n<style>\n{STYLE_FILE.read_text()}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+@cache
+def templates() -> Environment:
+    """The templates beside this file."""
+    return Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 
-def tiles(facts: Sequence[tuple[str, str]]) -> str:
-    """A row of numbers, each with what it is."""
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{text(v)}</b><span>{text(k)}</span></div>' for k, v in facts)
-        + "</div>"
-    )
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, share: Sequence[float] = ()) -> str:
-    """A table; all but its first column are numbers.
-
-    Args:
-        header: Of the columns.
-        rows: The cells.
-        share: Of each row, from 0 to 1, drawn as a bar; left out, there are none.
-    """
-
-    def line(cells: Sequence[str], tag: str, bar: str = "") -> str:
-        first, *others = map(text, cells)
-        numbers = "".join(f'<{tag} class="n">{cell}</{tag}>' for cell in others)
-        return f"<tr><{tag}>{first}</{tag}>{numbers}{bar}</tr>"
-
-    bars = [
-        f'<td class="bar"><div style="width:{100 * min(max(one, 0.0), 1.0):.1f}%"></div></td>'
-        for one in share
-    ]
-    body = "".join(line(row, "td", bar) for row, bar in zip(rows, bars or [""] * len(rows), strict=True))
-    head = line(header, "th", "<th></th>" if bars else "") if any(header) else ""
-    return f"<table>{head}{body}</table>"
+def thumbnail(path: Path) -> str | None:
+    """An image as a small JPEG in base 64; None if it cannot be read."""
+    try:
+        image = read_image(path)
+        image.thumbnail((SIDE, SIDE))
+        written = io.BytesIO()
+        image.save(written, "JPEG", quality=QUALITY, optimize=True)
+    # A page without one of its pictures is still a page.
+    except (OSError, ValueError):
+        return None
+    return base64.b64encode(written.getvalue()).decode()
 
 
 def chart(
@@ -90,8 +72,8 @@ def chart(
     logarithmic: bool = False,
     note: str = "by step",
     marked: Point | None = None,
-) -> str:
-    """Curves over the steps of a run; empty if there is no point.
+) -> dict[str, Any] | None:
+    """Curves over the steps of a run, for the template's `chart`; None if there is no point.
 
     Args:
         title: Above it.
@@ -106,45 +88,28 @@ def chart(
     }
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
-        return ""
-    xs = [x for points in kept.values() for x, _ in points]
-    ys = [y for points in kept.values() for _, y in points]
+        return None
+    xs, ys = zip(*chain.from_iterable(kept.values()), strict=True)
     x_ticks = _ticks(min(0.0, *xs), max(xs))
     y_ticks = _decades(min(ys), max(ys)) if logarithmic else _ticks(min(ys), max(ys))
     scale = math.log10 if logarithmic else float
-    low, high = scale(min(*ys, *y_ticks)), scale(max(*ys, *y_ticks))
+    right, low, high = max(*xs, *x_ticks), scale(min(*ys, *y_ticks)), scale(max(*ys, *y_ticks))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_ticks[0]) / (max(*xs, x_ticks[-1]) - x_ticks[0] or 1)
+        across = (x - x_ticks[0]) / (right - x_ticks[0] or 1)
         up = (scale(y) - low) / (high - low or 1)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        from_left, from_top = across * (WIDTH - LEFT - RIGHT), (1 - up) * (HEIGHT - TOP - BOTTOM)
+        return round(LEFT + from_left, 1), round(TOP + from_top, 1)
 
-    drawn = []
-    for tick in y_ticks:
-        _, y = place(x_ticks[0], tick)
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in x_ticks:
-        x, _ = place(tick, y_ticks[0])
-        drawn.append(f'<text x="{x:.1f}" y="{HEIGHT - 7}" text-anchor="middle">{tick:g}</text>')
-    for number, points in enumerate(kept.values()):
-        places = [place(*point) for point in _thinned(points)]
-        colour = f"s{number % SERIES}"
-        drawn.append(f'<path class="{colour}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
-        if len(places) == 1:
-            drawn.append(_dot(places[0], colour))
-    if marked is not None:
-        drawn.append(_dot(place(float(marked[0]), float(marked[1])), "s0"))
-    names = (f'<span><i class="s{i % SERIES}"></i>{text(name)}</span>' for i, name in enumerate(kept))
-    legend = f'<p class="legend">{"".join(names) if len(kept) > 1 else text(note)}</p>'
-    picture = (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(title)}">{"".join(drawn)}</svg>'
-    )
-    return f'<div class="chart"><h3>{text(title)}</h3>{legend}{picture}</div>'
-
-
-def _dot(place: tuple[float, float], colour: str) -> str:
-    return f'<circle class="dot {colour}" cx="{place[0]:.1f}" cy="{place[1]:.1f}" r="3.5"/>'
+    return {
+        "title": title,
+        "note": note,
+        "curves": {name: [place(*point) for point in _thinned(points)] for name, points in kept.items()},
+        "marked": marked and place(*marked),
+        "x_ticks": [(place(tick, y_ticks[0])[0], f"{tick:g}") for tick in x_ticks],
+        "y_ticks": [(place(x_ticks[0], tick)[1], f"{tick:g}") for tick in y_ticks],
+        "box": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
+    }
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
