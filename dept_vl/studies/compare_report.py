@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -13,9 +14,9 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.prompts.budget import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.bench.measure import Ratio
-from dept_vl.training.report.plots import scatter_plot
+from dept_vl.training.report.plots import score_plot
 
-MIB = 2**20
+MET = {True: "met", False: "not met"}
 CIDER_SCALE = 10
 """CIDEr goes to 1000, other figures to 100; so divided it has as much weight in a mean over tasks."""
 HEADER = ["method", "score", "trained", "rates", "CPU ms per step", "MiB of a step", "tokens"]
@@ -73,50 +74,51 @@ def report(
     print(f"\n{text}\n\nwritten to {folder / 'comparison.md'}", flush=True)
 
 
+def by_method(rows: Sequence[Row], *, everywhere: bool = False) -> dict[str, list[Row]]:
+    """The rows of each method; `everywhere` leaves out those that are not on all tasks.
+
+    A mean over other tasks could not be compared with those of the other methods.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.method, []).append(row)
+    count = len({row.task for row in rows}) if everywhere else 0
+    return {name: mine for name, mine in found.items() if len(mine) >= count}
+
+
 def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row]) -> str:
     """All methods on all tasks, their mean over the tasks, and what a step costs."""
-    tasks, names = _distinct(row.task for row in rows), _distinct(row.method for row in rows)
+    tasks = list(dict.fromkeys(row.task for row in rows))
     scores = {(row.task, row.method): str(row.score) for row in rows}
-    known = [found[1] if (found := usual[task]) else None for task in tasks]
-    lines: list[list[str]] = [
-        ["majority answer", *("" if one is None else f"{one:.2f}" for one in known), "", "", "", ""]
-    ]
-    for name in names:
-        mine = [row for row in rows if row.method == name]
-        means = means_over_tasks(mine) if len(mine) == len(tasks) else []
-        # A mean over other tasks could not be compared with those of the other rows.
-        costed = mine if len(mine) == len(tasks) else []
-        costs, seconds = [row.cost for row in costed if row.cost], step_seconds(costed)
+    known = (usual[task] for task in tasks)
+    lines = [["majority answer", *(f"{found[1]:.2f}" if found else "" for found in known), *[""] * 4]]
+    whole = by_method(rows, everywhere=True)
+    for name, mine in by_method(rows).items():
+        mean, costs = "", list[StepCost]()
+        if name in whole:
+            mean, costs = str(interval(means_over_tasks(mine))), [row.cost for row in mine if row.cost]
         lines.append(
             [
                 name,
                 *(scores.get((task, name), "") for task in tasks),
-                str(interval(means)) if means else "",
+                mean,
                 f"{mine[0].parameters:,}",
-                "" if seconds is None else f"{1000 * seconds:.0f}",
-                f"{fmean(cost.bytes for cost in costs) / MIB:.0f}" if costs else "",
+                f"{fmean(cost.milliseconds for cost in costs):.0f}" if costs else "",
+                f"{fmean(cost.mib for cost in costs):.0f}" if costs else "",
             ]
         )
     header = ["method", *tasks, "mean over tasks", "trained", "CPU ms per step", "MiB of a step"]
     return markdown_table(header, lines)
 
 
-def step_seconds(rows: Sequence[Row]) -> float | None:
-    """Processor time of a step, mean over tasks; None if nothing is trained."""
-    costs = [median(row.cost.seconds) for row in rows if row.cost]
-    return fmean(costs) if costs else None
-
-
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """The mean over the tasks against what a step costs, of methods that are on all of them."""
-    count = len(_distinct(row.task for row in rows))
-    points = {}
-    for name in _distinct(row.method for row in rows):
-        mine = [row for row in rows if row.method == name]
-        seconds = step_seconds(mine)
-        if seconds is not None and len(mine) == count:
-            points[name] = (1000 * seconds, interval(means_over_tasks(mine)))
-    return bool(points) and scatter_plot(points, path, x="CPU ms per step", y="mean over tasks")
+    points = {
+        name: {fmean(costs): interval(means_over_tasks(mine))}
+        for name, mine in by_method(rows, everywhere=True).items()
+        if (costs := [row.cost.milliseconds for row in mine if row.cost])
+    }
+    return bool(points) and score_plot(points, path, x="CPU ms per step", y="mean over tasks", points=True)
 
 
 def means_over_tasks(rows: Sequence[Row]) -> list[float]:
@@ -129,56 +131,40 @@ def means_over_tasks(rows: Sequence[Row]) -> list[float]:
 
 def bars(rows: Sequence[Row]) -> str:
     """What DePT has to reach, and whether it does; empty if it or plain prompt tuning is missing."""
-    by_name = {
-        name: [row for row in rows if row.method == name] for name in _distinct(r.method for r in rows)
-    }
-    if not {"dept", "pt"} <= by_name.keys():
+    whole = by_method(rows, everywhere=True)
+    if not {"dept", "pt"} <= whole.keys():
         return ""
-    means = {name: means_over_tasks(by_name[name]) for name in METHODS if name in by_name}
-    ours, theirs = means["dept"], means["pt"]
-    differences = interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    means = {name: means_over_tasks(mine) for name, mine in whole.items()}
+    ours = means["dept"]
+    # Methods with fewer seeds have the first ones.
+    differences = {
+        name: interval([a - b for a, b in zip(values, ours, strict=False)])
+        for name, values in means.items()
+        if name != "dept"
+    }
+    over_pt = interval([a - b for a, b in zip(ours, means["pt"], strict=True)])
     lines = [
-        f"- DePT's mean over tasks >= PT's: {interval(ours)} against {interval(theirs)}, difference "
-        f"{differences} over seeds: {_said(differences.mean >= 0)}."
+        f"- DePT's mean over tasks >= PT's: {interval(ours)} against {interval(means['pt'])}, difference "
+        f"{over_pt} over seeds: {MET[over_pt.mean >= 0]}."
     ]
-    pairs = [
-        (a.cost, b.cost)
-        for a, b in zip(by_name["dept"], by_name["pt"], strict=True)
-        if a.cost is not None and b.cost is not None
-    ]
-    if pairs:
-        time = [Ratio.of(a.seconds, b.seconds).median for a, b in pairs]
-        memory = [a.bytes / b.bytes for a, b in pairs]
-        lines += [
-            f"- {what} of a step, DePT over PT: {median(ratios):.2f} ({min(ratios):.2f} to "
-            f"{max(ratios):.2f} over tasks): {_said(max(ratios) < 1)}."
-            for what, ratios in (("Processor time", time), ("Memory", memory))
-        ]
-    others = {name: fmean(values) for name, values in means.items() if name not in ("dept", "pt")}
-    if others:
-        best = max(others, key=lambda name: others[name])
-        better = [name for name, value in others.items() if value >= fmean(ours)]
+    costs = [(a.cost, b.cost) for a, b in zip(whole["dept"], whole["pt"], strict=True) if a.cost and b.cost]
+    time = [Ratio.of(a.seconds, b.seconds).median for a, b in costs]
+    for what, ratios in {"Processor time": time, "Memory": [a.bytes / b.bytes for a, b in costs]}.items():
+        if ratios:
+            lines.append(
+                f"- {what} of a step, DePT over PT: {median(ratios):.2f} ({min(ratios):.2f} to "
+                f"{max(ratios):.2f} over tasks): {MET[max(ratios) < 1]}."
+            )
+    family = {name: fmean(means[name]) for name in METHODS if name in means and name not in ("dept", "pt")}
+    if family:
+        best = max(family, key=lambda name: family[name])
+        better = [name for name, value in family.items() if value >= fmean(ours)]
         lines.append(
             f"- Some other member of the family >= DePT: {', '.join(better) or 'none'}; the best is {best} "
-            f"with {interval(means[best])}: {_said(bool(better))}."
+            f"with {interval(means[best])}: {MET[bool(better)]}."
         )
-    everywhere = {
-        name: means_over_tasks(mine)
-        for name, mine in by_name.items()
-        if name != "dept" and len(mine) == len(by_name["dept"])
-    }
-    # Methods with fewer seeds have the first ones.
-    differences_of = {
-        name: interval([a - b for a, b in zip(values, ours, strict=False)])
-        for name, values in everywhere.items()
-    }
-    said = ", ".join(f"{name} {difference}" for name, difference in differences_of.items())
-    lines.append(f"- Difference to DePT, seed by seed: {said}.")
-    return "\n".join(lines)
-
-
-def _said(met: bool) -> str:
-    return "met" if met else "not met"
+    said = ", ".join(f"{name} {difference}" for name, difference in differences.items())
+    return "\n".join([*lines, f"- Difference to DePT, seed by seed: {said}."])
 
 
 def rates_table(rows: Sequence[Row]) -> str:
@@ -186,21 +172,18 @@ def rates_table(rows: Sequence[Row]) -> str:
     tried = {row.task: row.tried for row in rows if row.method == "dept" and row.tried}
     if not tried:
         return ""
-    labels = _distinct(label for figures in tried.values() for label in figures)
-    lines = []
-    for label in labels:
-        below = [max(figures.values()) - figures[label] for figures in tried.values()]
-        lines.append([label.replace(",", ", "), *(f"{one:.1f}" for one in below)])
-    return (
-        "DePT's dev figure below that of the best setting of its rates:\n\n"
-        + markdown_table(["rates", *tried], lines)
-    )  # fmt: skip
+    lines = [
+        [label.replace(",", ", "), *(f"{max(one.values()) - one[label]:.1f}" for one in tried.values())]
+        for label in dict.fromkeys(chain(*tried.values()))
+    ]
+    table = markdown_table(["rates", *tried], lines)
+    return f"DePT's dev figure below that of the best setting of its rates:\n\n{table}"
 
 
 def task_tables(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row]) -> list[str]:
     """A table for each task."""
     parts = []
-    for task in _distinct(row.task for row in rows):
+    for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]
         found = usual[task]
         first = [[f"majority answer ({found[0]})", f"{found[1]:.2f}", "0", *[""] * 4]] if found else []
@@ -215,11 +198,7 @@ def _cells(row: Row) -> list[str]:
         str(row.score),
         f"{row.parameters:,}",
         " / ".join(f"{rate:g}" for rate in row.rates.values()),
-        f"{1000 * median(row.cost.seconds):.0f}" if row.cost else "",
-        f"{row.cost.bytes / MIB:.1f}" if row.cost else "",
+        f"{row.cost.milliseconds:.0f}" if row.cost else "",
+        f"{row.cost.mib:.1f}" if row.cost else "",
         f"{row.tokens:.1f}",
     ]
-
-
-def _distinct(values: Any) -> list[str]:
-    return list(dict.fromkeys(values))

@@ -29,7 +29,7 @@ from dept_vl.data.splits import load_splits
 from dept_vl.studies.options import Start, TransferConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_model
-from dept_vl.training.report.plots import line_plot
+from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import RunResult
 
@@ -219,5 +219,5 @@ def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[flo
     lines = {
         NAMES[start]: {k: found[start, k] for k in config.k if (start, k) in found} for start in config.starts
     }
-    drawn = line_plot(lines, folder / "transfer.png", x="shots (k)", y=config.target)
+    drawn = score_plot(lines, folder / "transfer.png", x="shots (k)", y=config.target)
     print(f"\n{table}\n\ntable{' and plot' if drawn else ''}: {folder}")

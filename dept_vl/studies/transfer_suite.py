@@ -27,7 +27,7 @@ from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.studies.options import SOURCES, TARGETS, Start, SuiteConfig, TransferConfig
 from dept_vl.studies.transfer import NAMES, transfer
 from dept_vl.training.extract import with_features
-from dept_vl.training.report.plots import line_plot
+from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
 
 CELL = {
@@ -160,4 +160,4 @@ def draw(found: Mapping[str, Cells], shots: Sequence[int], path: Path) -> bool:
         for k in shots:
             by_target = [_scores(cells, k, start) for cells in found.values()]
             lines[name][k] = interval([fmean(of_seed) for of_seed in zip(*by_target, strict=True)])
-    return line_plot(lines, path, x="shots (k)", y=f"mean over {len(found)} targets")
+    return score_plot(lines, path, x="shots (k)", y=f"mean over {len(found)} targets")

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
+from statistics import median
 
 from accelerate import Accelerator
 from torch import nn
@@ -34,6 +35,16 @@ class StepCost:
 
     seconds: list[float]
     bytes: int
+
+    @property
+    def milliseconds(self) -> float:
+        """Of the processor, the median over the rounds."""
+        return 1000 * median(self.seconds)
+
+    @property
+    def mib(self) -> float:
+        """The bytes in MiB."""
+        return self.bytes / 2**20
 
 
 def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, StepCost]:

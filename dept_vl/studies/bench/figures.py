@@ -5,9 +5,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from dept_vl._utils.tables import markdown_table
 from dept_vl.studies.bench.measure import Ratio
 from dept_vl.studies.bench.methods import METHODS
+from dept_vl.training.report.plots import drawn
 
 WORKS = {
     "train": "a training step",
@@ -16,20 +19,19 @@ WORKS = {
     "images": "a training step on image files",
 }
 
+FIGURES = {"seconds": "step time", "memory": "activations"}
+
 Measured = dict[str, Any]
 
 
-def ratio(record: Measured, ours: str, theirs: str, figure: str) -> Ratio | None:
+def ratio(record: Measured | None, ours: str, theirs: str, figure: str) -> Ratio | None:
     """Ours over theirs; None if one was not measured."""
-    measured = record["measured"]
-    if ours not in measured or theirs not in measured:
+    measured = record["measured"] if record else {}
+    values = [measured[name][figure] for name in (ours, theirs) if name in measured]
+    if len(values) < 2 or not all(values):
         return None
-    values = [measured[name][figure] for name in (ours, theirs)]
-    if not all(values):
-        return None
-    if figure == "memory":  # the same in every round
-        values = [[float(value)] for value in values]
-    return Ratio.of(*values)
+    # Memory is the same in every round.
+    return Ratio.of(*([float(value)] if figure == "memory" else value for value in values))
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ BARS = (
     Bar(f"{PLAIN} over {OURS}, 20 tokens generated", LONG, "pt100", "dept40", TIME, 1.25, at_least=True),
     Bar("features looked up over images read, step time", FILES, "cached", "live", TIME, 0.75),
 )
+MET = {True: "met", False: "NOT met", None: ""}
 GROWTH = ("small", "base", "large")
 """The saving is to grow with the model."""
 
@@ -84,28 +87,17 @@ def bar_rows(results: Measured) -> list[tuple[str, str, str, str]]:
     rows = []
     for bar in BARS:
         record = groups.get(bar.group.replace("base", "tiny") if tiny else bar.group)
-        found = ratio(record, bar.ours, bar.theirs, bar.figure) if record else None
+        found = ratio(record, bar.ours, bar.theirs, bar.figure)
+        met = None if found is None else bar.met(found)
         asked = f"{'>=' if bar.at_least else '<='} {bar.limit:.2f}"
-        rows.append(
-            (bar.what, asked, str(found or "not measured"), _met(None if found is None else bar.met(found)))
-        )
-    for figure, word in (("seconds", "step time"), ("memory", "activations")):
-        of_models = [
-            ratio(groups[key], "dept40", "pt100", figure)
-            for key in (f"{model}/vl/train" for model in GROWTH)
-            if key in groups
-        ]
+        rows.append((bar.what, asked, str(found or "not measured"), MET[met]))
+    for figure, word in FIGURES.items():
+        of_models = [ratio(groups.get(f"{model}/vl/train"), "dept40", "pt100", figure) for model in GROWTH]
         whole = [one.median for one in of_models if one is not None]
         grows = whole == sorted(whole, reverse=True) if len(whole) == len(GROWTH) else None
         shown = ", ".join(f"{value:.3f}" for value in whole) if grows is not None else "not measured"
-        rows.append(
-            (f"DePT m=40 over PT l=100 at {', '.join(GROWTH)}, {word}", "falling", shown, _met(grows))
-        )
+        rows.append((f"{OURS} over {PLAIN} at {', '.join(GROWTH)}, {word}", "falling", shown, MET[grows]))
     return rows
-
-
-def _met(met: bool | None) -> str:
-    return {True: "met", False: "NOT met", None: ""}[met]
 
 
 HEADER = ("method", "trained", "tokens", "encoder GFLOPs", "ms", "time ratio", "MiB", "memory ratio")
@@ -141,7 +133,7 @@ def tables(results: Measured) -> str:
 def _row(record: Measured, name: str, base: str) -> list[str]:
     one = record["measured"][name]
     memory = one["memory"]
-    time_ratio, memory_ratio = (ratio(record, name, base, figure) for figure in ("seconds", "memory"))
+    time_ratio, memory_ratio = (ratio(record, name, base, figure) for figure in FIGURES)
     return [
         METHODS.get(name, name),
         f"{one['trained']:,}" if one["trained"] else "",
@@ -170,36 +162,29 @@ def share_lines(results: Measured) -> list[str]:
 
 def draw(results: Measured, path: Path) -> None:
     """Time and memory of training steps, of the group with most methods, next to plain prompt tuning's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     groups = [r for r in results["groups"].values() if "pt100" in r["measured"] and r["work"] == "train"]
     if not groups:
         return
     record = max(groups, key=lambda group: len(group["measured"]))
     names = [name for name in METHODS if name in record["measured"]][::-1]
-    figure, panes = pyplot.subplots(1, 2, figsize=(10, 1.5 + 0.35 * len(names)), sharey=True)
-    for pane, name_of_figure, title in zip(
-        panes, ("seconds", "memory"), ("step time", "activations"), strict=True
-    ):
-        ratios = [ratio(record, name, "pt100", name_of_figure) for name in names]
-        shown = [(place, one) for place, one in enumerate(ratios) if one is not None]
-        pane.barh(
-            [place for place, _ in shown],
-            [one.median for _, one in shown],
-            xerr=[[one.median - one.low for _, one in shown], [one.high - one.median for _, one in shown]],
-            color=[
-                "tab:blue" if names[place].startswith(("dept", "pt")) else "tab:gray" for place, _ in shown
-            ],
-        )
-        pane.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-        pane.set_xlabel(f"{title}, PT (l=100) = 1")
-    panes[0].set_yticks(range(len(names)), [METHODS[name] for name in names])
-    figure.suptitle(
-        f"T5-{record['model']}, {record['shape']}, batch {record['batch_size']}, {results['dtype']}"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    size = (10, 1.5 + 0.35 * len(names))
+    title = f"T5-{record['model']}, {record['shape']}, batch {record['batch_size']}, {results['dtype']}"
+    with drawn(path, len(FIGURES), figsize=size, dpi=120, layout="tight") as panes:
+        for pane, (figure, word) in zip(panes, FIGURES.items(), strict=True):
+            ratios = {
+                place: one
+                for place, name in enumerate(names)
+                if (one := ratio(record, name, "pt100", figure)) is not None
+            }
+            pane.barh(
+                list(ratios),
+                [one.median for one in ratios.values()],
+                xerr=np.transpose([(one.median - one.low, one.high - one.median) for one in ratios.values()]),
+                color=[
+                    "tab:blue" if names[place].startswith(("dept", "pt")) else "tab:gray" for place in ratios
+                ],
+            )
+            pane.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+            pane.set_xlabel(f"{word}, PT (l=100) = 1")
+        panes[0].set_yticks(range(len(names)), [METHODS[name] for name in names])
+        panes[0].figure.suptitle(title)
