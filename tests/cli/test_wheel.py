@@ -52,7 +52,8 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_what_is_not_code(wheel: Path) -> None:
     names = ZipFile(wheel).namelist()
-    assert {"dept_vl/py.typed", "dept_vl/training/report/page.css"} <= set(names)
+    report = {f"dept_vl/training/report/{name}" for name in ("page.css", "parts.html.j2", "report.html.j2")}
+    assert {"dept_vl/py.typed", "dept_vl/adapters/card.md.j2", *report} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"dept_vl"}
 
 
