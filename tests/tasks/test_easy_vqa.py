@@ -1,6 +1,5 @@
 """easy-VQA written as VQAv2: on a stand-in for the package, and on the package itself."""
 
-import importlib.util
 import json
 import sys
 from collections import Counter
@@ -12,9 +11,9 @@ import easy_vqa
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageStat, JpegImagePlugin
 
+from dept_vl.tasks.prepare import commands
 from dept_vl.tasks.prepare.easy_vqa import MARKER, QUESTION_TYPES, convert, question_type
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
 COLOURS = ["red", "teal", "blue"]
 """Of the shape in train images 0 and 1 and in test image 0."""
 
@@ -59,17 +58,6 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     )
     monkeypatch.setitem(sys.modules, "easy_vqa", stand_in)
     return stand_in
-
-
-@pytest.fixture
-def script() -> ModuleType:
-    """`scripts/prepare_data.py`, imported."""
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def read(path: Path) -> Any:
@@ -271,15 +259,10 @@ def test_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not list(tmp_path.iterdir())
 
 
-def test_script(
-    package: ModuleType,
-    script: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The command line writes the folder and prints what is in it."""
+def test_command(package: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command writes the folder and prints what is in it."""
     output_dir = tmp_path / "out"
-    script.main(["easy-vqa", "--output_dir", str(output_dir)])
+    commands.easy_vqa(output_dir)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{output_dir} holds:"
     assert {kind: int(count) for kind, count in map(str.split, lines[1:])} == COUNTS

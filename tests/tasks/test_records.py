@@ -14,15 +14,16 @@ from dept_vl.tasks.io import records
 from dept_vl.tasks.io.records import field, read_array, read_lines, read_list, read_mapping
 
 SOURCE = "https://example.org/data"
+DAMAGED = "cut short or damaged before byte"
 RECORDS: list[dict[str, Any]] = [
     {"id": 1, "text": 'a "quoted" \\ back/slash\n\tand } ] , : marks'},
-    {"id": -20, "text": "é ü 漢字 \U0001f600 \u2028", "half": "\ud83d", "": ""},
+    {"id": -20, "text": "é ü 漢字 \U0001f600 \u2028", "": ""},
     {
         "id": 3,
-        "numbers": [0, -0.5, 1.25, 1e5, 2.5e-7, 1e300, 10**30],
+        "numbers": [0, -0.5, 1.25, 1e5, 2.5e-7, 1e300, 2**63 - 1],
         "nested": {"a": [{}, [[]], {"b": None}]},
     },
-    {"words": [True, False, None], "infinite": [float("inf"), -float("inf")]},
+    {"words": [True, False, None]},
     {},
 ]
 READERS = (
@@ -39,7 +40,11 @@ each_reader = pytest.mark.parametrize(
 Read = Callable[[Path], Iterator[Any]]
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    st.none()
+    | st.booleans()
+    | st.integers(1 - 2**63, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=8,
 )
@@ -74,8 +79,7 @@ def refused(read: Read, path: Path) -> str:
 def test_same_as_json_load_wherever_chunks_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ascii_only: bool, layout: dict[str, Any]
 ) -> None:
-    # A lone surrogate can only be written as an escape.
-    rows = RECORDS if ascii_only else [{**row, "half": ""} for row in RECORDS]
+    rows = RECORDS
     document = {
         "info": {"a": [1.5, {}], "b": {}},
         "none": None,
@@ -131,7 +135,7 @@ def test_same_as_json_load_on_any_document(
 
 @pytest.mark.parametrize(
     "number",
-    ["0", "-0", "12", "-7", "1.5", "-1.25", "1e5", "1E+5", "2e-7", "1.5e+10", "-Infinity", "Infinity"],
+    ["0", "-0", "12", "-7", "1.5", "-1.25", "1e5", "1E+5", "2e-7", "1.5e+10"],
 )
 def test_number_at_the_end_of_a_chunk_goes_on_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: str
@@ -160,10 +164,23 @@ def test_byte_order_mark_is_no_content(tmp_path: Path) -> None:
 
 
 @each_reader
-def test_not_a_number_is_read_like_json_load_does(tmp_path: Path, read: Read, form: str) -> None:
-    (row,) = read(write(tmp_path, form % '{"x": NaN}'))
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_no_number_of_json_is_refused(tmp_path: Path, read: Read, form: str, number: str) -> None:
+    """But in lines, where `json.loads` takes it."""
+    path = write(tmp_path, form % f'{{"x": {number}}}')
+    if read is READERS[3][0]:
+        (row,) = read(path)
+        assert str(row["x"]) == str(float(number))
+    else:
+        assert SOURCE in refused(read, path)
+
+
+@each_reader
+def test_half_a_character_is_read(tmp_path: Path, read: Read, form: str) -> None:
+    """As it is, or, by ijson in C, as a question mark."""
+    (row,) = read(write(tmp_path, form % r'{"x": "a\ud83d"}'))
     row = row[1] if isinstance(row, tuple) else row
-    assert row["x"] != row["x"]
+    assert row in ({"x": "a\ud83d"}, {"x": "a?"})
 
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
@@ -225,7 +242,7 @@ def test_empty_file_is_refused(tmp_path: Path, read: Read, form: str, content: s
     ],
 )
 def test_no_records_are_refused(tmp_path: Path, read: Read, content: str) -> None:
-    assert "empty list" in refused(read, write(tmp_path, content))
+    assert "found none" in refused(read, write(tmp_path, content))
 
 
 @each_reader
@@ -237,30 +254,30 @@ def test_missing_file_is_told_with_its_source(tmp_path: Path, read: Read, form: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"other": [{"x": 1}], "more": {}}', "'rows', found no such key"),
-        ("{}", "'rows', found no such key"),
-        ('{"rows": {"x": 1}}', "list under 'rows' at character 9"),
-        ('{"rows": null}', "list under 'rows'"),
-        ('{"rows": "[{}]"}', "list under 'rows'"),
-        ('[{"rows": 1}]', "object with a list under 'rows'"),
-        ("3", "object with a list under 'rows'"),
-        ('{"rows": [1]}', r"rows[0]: expected an object, found 1"),
-        ('{"rows": [{}, [{}]]}', r"rows[1]: expected an object, found [{}]"),
-        ('{"rows": [{}, null]}', r"rows[1]: expected an object, found None"),
-        ('{"rows": [{},]}', "expected JSON"),
-        ('{"rows": [{} {}]}', "expected ',' or ']'"),
-        ('{"rows": [,{}]}', "expected JSON"),
-        ('{"rows": [{}],}', "a key in double quotes at character 14"),
-        ("{'rows': [{}]}", "a key in double quotes at character 1, found"),
-        ('{1: [], "rows": [{}]}', "a key in double quotes at character 1,"),
-        ('{"rows" [{}]}', "a colon behind a key"),
-        ('{"info": [1 2], "rows": [{}]}', "',' or ']'"),
-        ('{"info": {"a" 1}, "rows": [{}]}', "a colon behind a key"),
-        ('{"rows": [{"x": tru}]}', "at character 16, found 'tru}]}'"),
-        ('{"rows": [{"x": "a\nb"}]}', "Invalid control character"),
-        ('{"rows": [{"x": "\\q"}]}', "Invalid \\escape"),
-        ('{"rows": [{"x": 01}]}', "at character 17"),
-        ('{"rows": [{"x": .5}]}', "at character 16"),
+        ('{"other": [{"x": 1}], "more": {}}', "under 'rows', found none"),
+        ("{}", "under 'rows', found none"),
+        ('{"rows": {"x": 1}}', "under 'rows', found none"),
+        ('{"rows": null}', "under 'rows', found none"),
+        ('{"rows": "[{}]"}', "under 'rows', found none"),
+        ('[{"rows": 1}]', "under 'rows', found none"),
+        ("3", "under 'rows', found none"),
+        ('{"rows": [1]}', "entry 0: expected an object, found 1"),
+        ('{"rows": [{}, [{}]]}', "entry 1: expected an object, found [{}]"),
+        ('{"rows": [{}, null]}', "entry 1: expected an object, found None"),
+        ('{"rows": [{},]}', DAMAGED),
+        ('{"rows": [{} {}]}', DAMAGED),
+        ('{"rows": [,{}]}', DAMAGED),
+        ('{"rows": [{}],}', DAMAGED),
+        ("{'rows': [{}]}", DAMAGED),
+        ('{1: [], "rows": [{}]}', DAMAGED),
+        ('{"rows" [{}]}', DAMAGED),
+        ('{"info": [1 2], "rows": [{}]}', DAMAGED),
+        ('{"info": {"a" 1}, "rows": [{}]}', DAMAGED),
+        ('{"rows": [{"x": tru}]}', DAMAGED),
+        ('{"rows": [{"x": "a\nb"}]}', DAMAGED),
+        ('{"rows": [{"x": "\\q"}]}', DAMAGED),
+        ('{"rows": [{"x": 01}]}', DAMAGED),
+        ('{"rows": [{"x": .5}]}', DAMAGED),
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 6, 1 << 20])
@@ -275,10 +292,10 @@ def test_other_content_is_refused_with_its_place(
     ("read", "content", "message"),
     [
         (READERS[1][0], '[{"x": 1}]', "an object of objects"),
-        (READERS[1][0], '{"1": {}, "2": 5}', "entry 1: expected an object, found 5"),
+        (READERS[1][0], '{"1": {}, "2": 5}', "entry '2': expected an object, found 5"),
         (READERS[2][0], '{"rows": [{}]}', "a list of objects"),
         (READERS[2][0], "[{}, 5]", "entry 1: expected an object, found 5"),
-        (READERS[3][0], "{}\n\n[1, 2]\n", "line 3: expected a JSON object, found '[1, 2]"),
+        (READERS[3][0], "{}\n\n[1, 2]\n", "line 3: expected a JSON object, found"),
         (READERS[3][0], '{}\n{"a": 1} {"b": 2}\n', "line 2: expected a JSON object"),
     ],
 )
@@ -300,12 +317,14 @@ def test_deep_nesting_is_refused(tmp_path: Path, read: Read, form: str, mark: st
 
 
 @each_reader
-def test_huge_numbers(tmp_path: Path, read: Read, form: str) -> None:
-    """As big as Python reads them; one of more digits is refused as `json.load` refuses it."""
-    (row,) = read(write(tmp_path, form % ('{"x": 1' + 1000 * "0" + "}")))
-    row = row[1] if isinstance(row, tuple) else row
-    assert row == {"x": 10**1000}
-    assert "digits" in refused(read, write(tmp_path, form % ('{"x": ' + 5000 * "9" + "}")))
+@pytest.mark.parametrize("digits", [20, 5000])
+def test_huge_numbers_are_refused(tmp_path: Path, read: Read, form: str, digits: int) -> None:
+    """Of more than 64 bits; in lines, of more digits than `json.load` takes."""
+    path = write(tmp_path, form % f'{{"x": {digits * "9"}}}')
+    if read is READERS[3][0] and digits == 20:
+        assert list(read(path)) == [{"x": 10**20 - 1}]
+    else:
+        refused(read, path)
 
 
 def test_keys_that_repeat_are_all_told(tmp_path: Path) -> None:

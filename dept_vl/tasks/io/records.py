@@ -1,19 +1,25 @@
 """Read official annotation files a record at a time.
 
 VQAv2's training annotations are 4.4 million answers and GQA's questions 22 million: as Python objects
-they fill tens of GiB. Here one record lives at a time, whatever the size of the file.
+they fill tens of GiB. Here one record lives at a time, whatever the size of the file. NaN and Infinity,
+which JSON does not have, and whole numbers of more than 64 bits are refused; only `read_lines` takes them
+as Python's `json` does.
 """
 
+import codecs
 import json
+import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
-CHUNK = 1 << 20
-"""Characters read at a time."""
+import ijson
 
-_DECODER = json.JSONDecoder()
-_LONGEST_WORD = len("-Infinity")
+CHUNK = 1 << 14
+"""Bytes read at a time."""
+DEEPEST = 1000
+"""Lists and objects within each other that a chunk may open: ijson's memory grows by the square of them."""
 
 
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
@@ -30,21 +36,10 @@ def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no such object, is cut short, or holds no record under the key.
     """
-    with _Text(path, source) as text:
-        text.expect("{", f"an object with a list under {key!r}")
-        found = False
-        for name in text.member_names():
-            if name != key:
-                text.skip()
-                continue
-            found = True
-            text.expect("[", f"a non-empty list under {key!r}")
-            yield from text.objects(text.elements(), f"{key}[{{}}]")
-        text.expect_end()
-    if not found:
-        raise text.error(
-            f"expected a non-empty list under {key!r}, found no such key; is it another file renamed?"
-        )
+    with _json(path, source) as file:
+        records = enumerate(_items(file, f"{key}.item"))
+        for _, record in _checked(records, path, f"an object with a list of objects under {key!r}"):
+            yield record
 
 
 def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -54,18 +49,9 @@ def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]
         FileNotFoundError: If there is no such file.
         ValueError: If it is no such object, is cut short, or empty.
     """
-    with _Text(path, source) as text:
-        text.expect("{", "an object of objects")
-        names: list[str] = []
-
-        def values() -> Iterator[Any]:
-            for name in text.member_names():
-                names.append(name)
-                yield text.value()
-
-        for record in text.objects(values(), "entry {}"):
-            yield names.pop(), record
-        text.expect_end()
+    with _json(path, source) as file:
+        records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True)
+        yield from _checked(records, path, "an object of objects")
 
 
 def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
@@ -75,10 +61,9 @@ def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no list of objects, is cut short, or empty.
     """
-    with _Text(path, source) as text:
-        text.expect("[", "a list of objects")
-        yield from text.objects(text.elements(), "entry {}")
-        text.expect_end()
+    with _json(path, source) as file:
+        for _, record in _checked(enumerate(_items(file, "item")), path, "a list of objects"):
+            yield record
 
 
 def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
@@ -90,23 +75,20 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
     """
     found = False
     with _open(path, source) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}); "
-                        f"download the file again from {source}"
-                    ) from None
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
-                found = True
-                yield record
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text ({error}); download it again from {source}") from None
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}); "
+                    f"download the file again from {source}"
+                ) from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
+            found = True
+            yield record
     if not found:
         raise ValueError(f"{path} is empty: expected one JSON object a line; download it again from {source}")
 
@@ -127,146 +109,59 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
     return value
 
 
-def _open(path: Path, source: str) -> TextIO:
+def _open(path: Path, source: str) -> BinaryIO:
+    """The file behind a byte order mark."""
     try:
-        return path.open(encoding="utf-8-sig")
+        file = path.open("rb")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"expected {path.name} in {path.parent}, found no such file; it is published at {source}"
         ) from None
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    return file
 
 
-class _Text:
-    """A JSON text walked from left to right, a chunk in memory at a time."""
+class _Shallow:
+    """A file for ijson whose lists and objects are not nested without an end."""
 
-    def __init__(self, path: Path, source: str) -> None:
-        self.path, self.source = path, source
-        self.buffer, self.position, self.read_before = "", 0, 0
-        self.ended = False
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
 
-    def __enter__(self) -> "_Text":
-        self.file = _open(self.path, self.source)
-        return self
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        if sum(map(data.count, (b"[", b"{"))) - sum(map(data.count, (b"]", b"}"))) > DEEPEST:
+            raise ijson.JSONError(f"more than {DEEPEST} nested lists or objects")
+        return data
 
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
 
-    def error(self, problem: str) -> ValueError:
-        return ValueError(f"{self.path}: {problem}")
-
-    def objects(self, values: Iterable[Any], where: str) -> Iterator[dict[str, Any]]:
-        """The values, each checked to be an object, and at least one."""
-        count = 0
-        for value in values:
-            if not isinstance(value, dict):
-                raise self.error(f"{where.format(count)}: expected an object, found {value!r:.60}")
-            count += 1
-            yield value
-        if not count:
-            raise self.error("expected records, found an empty list; is it another file renamed?")
-
-    def member_names(self) -> Iterator[str]:
-        """Keys of the object at hand; whoever takes a key takes the value behind it too."""
-        for _ in self._items("}"):
-            if self._peek() != '"':
-                raise self._damaged("a key in double quotes")
-            name: str = self.value()
-            self.expect(":", "a colon behind a key")
-            yield name
-
-    def elements(self) -> Iterator[Any]:
-        """Values of the list at hand."""
-        for _ in self._items("]"):
-            yield self.value()
-
-    def _items(self, closing: str) -> Iterator[None]:
-        if self._peek() == closing:
-            self.position += 1
-            return
-        while True:
-            yield
-            mark = self._peek()
-            self.position += 1
-            if mark == closing:
-                return
-            if mark != ",":
-                raise self._damaged(f"',' or {closing!r}")
-
-    def expect(self, mark: str, what: str) -> None:
-        """Step over a mark."""
-        if self._peek() != mark:
-            raise self._damaged(what)
-        self.position += 1
-
-    def expect_end(self) -> None:
-        """See to it that nothing follows."""
-        if self._peek():
-            raise self._damaged("the end of the file")
-
-    def skip(self) -> None:
-        """Step over the value at hand, of a list or an object one value at a time."""
-        mark = self._peek()
-        if mark == "[":
-            self.position += 1
-            for _ in self.elements():
-                pass
-        elif mark == "{":
-            self.position += 1
-            for _ in self.member_names():
-                self.value()
-        else:
-            self.value()
-
-    def value(self) -> Any:
-        """Decode the value at hand, reading on until it is whole."""
-        self._peek()
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.buffer, self.position)
-            except json.JSONDecodeError as error:
-                # Only a string, or what stands at the very end, may be whole once more is read.
-                if self.ended or not (
-                    error.msg.startswith("Unterminated string")
-                    or error.pos + _LONGEST_WORD > len(self.buffer)
-                ):
-                    self.position = error.pos
-                    raise self._damaged(f"JSON ({error.msg})") from None
-            except ValueError as error:
-                raise self._damaged(f"a number of fewer digits ({error})") from None
-            except RecursionError:
-                raise self._damaged("no more than a few hundred nested lists or objects") from None
-            else:
-                # The 1 at the end of "1", "1." and "1e+" may go on as 1.5 or 1e+5.
-                if self.ended or end + 2 < len(self.buffer):
-                    self.position = end
-                    return value
-            # As much again, so that a long value is not decoded anew for every chunk.
-            self._read(max(CHUNK, len(self.buffer) - self.position))
-
-    def _peek(self) -> str:
-        """The next character that is no blank; empty at the end."""
-        while True:
-            while self.position < len(self.buffer) and self.buffer[self.position] in " \t\n\r":
-                self.position += 1
-            if self.position < len(self.buffer) or self.ended:
-                return self.buffer[self.position : self.position + 1]
-            self._read(CHUNK)
-
-    def _read(self, size: int) -> None:
+@contextmanager
+def _json(path: Path, source: str) -> Iterator[_Shallow]:
+    """The file, any damage of it told in one line."""
+    with _open(path, source) as file:
         try:
-            text = self.file.read(size)
-        except UnicodeDecodeError as error:
-            raise self.error(f"no UTF-8 text ({error}); download it again from {self.source}") from None
-        self.ended = not text
-        self.read_before += self.position
-        self.buffer = self.buffer[self.position :] + text
-        self.position = 0
+            yield _Shallow(file)
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            # Of ijson's lines the last points at a column of the one before.
+            problem = " ".join(str(error).removesuffix("(right here) ------^\n").split())
+            raise ValueError(
+                f"{path} is cut short or damaged before byte {file.tell():,}: {problem:.200}; download it "
+                f"again from {source}"
+            ) from None
 
-    def _damaged(self, expected: str) -> ValueError:
-        at = self.read_before + self.position
-        found = self.buffer[self.position : self.position + 40]
-        found = repr(found) if found else "the end of the file"
-        return self.error(
-            f"expected {expected} at character {at:,}, found {found}; the file is cut short or damaged: "
-            f"download it again from {self.source}"
-        )
+
+def _items(file: _Shallow, prefix: str) -> Iterator[Any]:
+    values: Iterator[Any] = ijson.items(file, prefix, buf_size=CHUNK, use_float=True)
+    return values
+
+
+def _checked(records: Iterable[tuple[Any, Any]], path: Path, expected: str) -> Iterator[tuple[Any, Any]]:
+    """The records with their names, each checked to be an object, and at least one."""
+    found = False
+    for name, record in records:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}, entry {name!r}: expected an object, found {reprlib.repr(record)}")
+        found = True
+        yield name, record
+    if not found:
+        raise ValueError(f"{path}: expected {expected}, found none; is it another file renamed?")
