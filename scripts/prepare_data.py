@@ -6,7 +6,6 @@ python scripts/prepare_data.py concepts --output_dir data/concepts
 python scripts/prepare_data.py snippets --output_dir data/snippets
 python scripts/prepare_data.py check --task vqav2 --root data/vqav2
 python scripts/prepare_data.py from-hub --task vqav2 --split val --output_dir data/vqav2
-python scripts/prepare_data.py karpathy --root data/vqav2 --output_dir data/vqav2-karpathy
 """
 
 from dept_vl.cli import data, entry

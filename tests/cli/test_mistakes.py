@@ -134,7 +134,6 @@ MISTAKES = {
     "data scene": (2, "closest: scenes"),
     "data check --task okvqa --root .": (2, "unknown task 'okvqa'"),
     "data check --task gqa --root nowhere": (1, "nowhere"),
-    "data karpathy --root nowhere --output_dir x": (1, "nowhere"),
     "data scenes --output_dir {data}": (1, "is there already"),
     "score vqa": (2, "closest: vqav2"),
     "score vqav2 --questions nowhere.json": (2, "--annotations"),

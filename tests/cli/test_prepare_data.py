@@ -1,7 +1,6 @@
 """The commands that prepare data: what they print, and with which status they end."""
 
 import io
-import json
 import runpy
 import shutil
 import sys
@@ -109,32 +108,11 @@ def test_a_long_list_is_cut_on_the_screen_and_whole_in_the_report(
     ]
 
 
-def test_karpathy_writes_its_files_and_counts_questions(
-    end: Callable[..., int | str], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = shutil.copytree(scenes / "vqav2", tmp_path / "vqav2")
-    shutil.copy(scenes / "coco" / "dataset_coco.json", root)
-    assert end("karpathy", "--root", root, "--output_dir", tmp_path / "out") == 0
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    counts = {
-        split: len(
-            json.loads(
-                (tmp_path / "out" / f"v2_OpenEnded_mscoco_karpathy-{split}_questions.json").read_text()
-            )["questions"]
-        )
-        for split in ("train", "val", "test")
-    }
-    assert said == [[f"karpathy-{split}", str(count), "questions"] for split, count in counts.items()]
-    assert sum(counts.values()) > 0
-    assert "is there already" in str(end("karpathy", "--root", root, "--output_dir", tmp_path / "out"))
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("check", "--task", "okvqa", "--root", "."), "unknown task 'okvqa'"),
         (("check", "--task", "gqa", "--root", "no-such-folder"), "no folder no-such-folder"),
-        (("karpathy", "--root", "no-such-folder", "--output_dir", "x"), "dataset_coco.json"),
         (("from-hub", "--task", "okvqa", "--split", "val", "--output_dir", "x"), "unknown task 'okvqa'"),
         (("from-hub", "--task", "vqav2", "--split", "minival", "--output_dir", "x"), "got 'minival'"),
     ],

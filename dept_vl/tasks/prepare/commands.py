@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
-from dept_vl.tasks.prepare import karpathy as karpathy_task
 from dept_vl.tasks.prepare import snippets as snippets_task
 from dept_vl.tasks.prepare.check import check as check_task
 from dept_vl.tasks.scenes.official import write_concepts, write_tasks
@@ -104,24 +103,12 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         print(f"{kind:<22}{count:>9,}")
 
 
-def karpathy(root: Path, output_dir: Path) -> None:
-    """Write VQAv2's Karpathy splits in the official form, from the official files and dataset_coco.json.
-
-    Args:
-        root: Folder with VQAv2's official files and dataset_coco.json.
-        output_dir: Folder to write.
-    """
-    for split, count in karpathy_task.write_splits(root, output_dir).items():
-        print(f"karpathy-{split:<6}{count:>9,} questions")
-
-
 COMMANDS: dict[str, Callable[..., bool | None]] = {
     "easy-vqa": easy_vqa,
     "scenes": scenes,
     "concepts": concepts,
     "snippets": snippets,
     "check": check,
-    "karpathy": karpathy,
     "from-hub": from_hub,
 }
 """By name; the arguments of each are its flags. `check` returns False if something is missing."""
