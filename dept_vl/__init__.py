@@ -7,39 +7,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dept_vl.adapters.adapter import Adapter
-    from dept_vl.adapters.attach import Attached, attach
-    from dept_vl.api import build_prompt, evaluate, train
-    from dept_vl.config import RunConfig
-    from dept_vl.inference.loading import load
-    from dept_vl.inference.mixed import load_many
-    from dept_vl.inference.predictor import Predictor
-    from dept_vl.models.backbone import Backbone
-    from dept_vl.models.prompted import PromptedModel
-    from dept_vl.prompts.budget import register_method
-    from dept_vl.prompts.dept import DePT
-    from dept_vl.tasks import load_task, register_task
+    from dept_vl.adapters.adapter import Adapter as Adapter
+    from dept_vl.adapters.attach import Attached as Attached
+    from dept_vl.adapters.attach import attach as attach
+    from dept_vl.api import build_prompt as build_prompt
+    from dept_vl.api import evaluate as evaluate
+    from dept_vl.api import train as train
+    from dept_vl.config import RunConfig as RunConfig
+    from dept_vl.inference.loading import load as load
+    from dept_vl.inference.mixed import load_many as load_many
+    from dept_vl.inference.predictor import Predictor as Predictor
+    from dept_vl.models.backbone import Backbone as Backbone
+    from dept_vl.models.prompted import PromptedModel as PromptedModel
+    from dept_vl.prompts.budget import register_method as register_method
+    from dept_vl.prompts.dept import DePT as DePT
+    from dept_vl.tasks import load_task as load_task
+    from dept_vl.tasks import register_task as register_task
 
 __version__ = "0.1.0"
-__all__ = [
-    "Adapter",
-    "Attached",
-    "Backbone",
-    "DePT",
-    "Predictor",
-    "PromptedModel",
-    "RunConfig",
-    "attach",
-    "build_prompt",
-    "evaluate",
-    "load",
-    "load_many",
-    "load_task",
-    "register_method",
-    "register_task",
-    "train",
-]
-
 _MODULES = {
     "Adapter": "adapters.adapter",
     "Attached": "adapters.attach",
@@ -59,6 +44,7 @@ _MODULES = {
     "train": "api",
 }
 """Name -> module of `dept_vl` that defines it."""
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

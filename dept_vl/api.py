@@ -156,37 +156,26 @@ def evaluate(
     """
     place = source.folder if isinstance(source, Trained) else source
     folder = None if isinstance(place, Predictor) else run_of(Path(place))
-    to = None if output_dir is None else Path(output_dir)
-    data = None if data_dir is None else Path(data_dir)
+    config = EvaluateConfig(
+        run=folder or Path(),
+        adapter=None if isinstance(place, Predictor) or Path(place) == folder else Path(place),
+        task=task,
+        data_dir=None if data_dir is None else Path(data_dir),
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        on_bad_image=on_bad_image,
+        output_dir=None if output_dir is None else Path(output_dir),
+    )
     with _restored():
-        if folder is None or isinstance(place, Predictor):
-            PartialState(cpu=not torch.accelerator.is_available())  # gives each process its device
-            predictor = place if isinstance(place, Predictor) else load(place, task=task or None)
-            if task and task != predictor.task.name:
-                raise UsageError(f"this predictor answers {predictor.task.name}, not {task!r}: load another")
-            return score_predictor(
-                predictor,
-                split=split,
-                data_dir=data,
-                limit_to=limit,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                on_bad_image=on_bad_image,
-                output_dir=to,
-            )
-        config = EvaluateConfig(
-            run=folder,
-            adapter=None if Path(place) == folder else Path(place),
-            task=task,
-            data_dir=data,
-            split=split,
-            limit=limit,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            on_bad_image=on_bad_image,
-            output_dir=to,
-        )
-        return score_run(config, write=to is not None)
+        if folder is not None:
+            return score_run(config, write=output_dir is not None)
+        PartialState(cpu=not torch.accelerator.is_available())  # gives each process its device
+        predictor = place if isinstance(place, Predictor) else load(place, task=task or None)
+        if task and task != predictor.task.name:
+            raise UsageError(f"this predictor answers {predictor.task.name}, not {task!r}: load another")
+        return score_predictor(predictor, config)
 
 
 def build_prompt(

@@ -5,14 +5,18 @@ all: AdamW, gradients clipped at 1.0, linear decay of both learning rates after 
 precision, evaluation every 1,000 steps with the best kept, 32 examples a step, seed 42.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
+from dept_vl._utils.options import Options
 from dept_vl.config import RunConfig
+
+OptionGroup = TypeVar("OptionGroup", bound=Options)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a released run was trained with.
+    """What a released run was trained with, by the options' own names.
 
     Attributes:
         prompt_length: Vectors of the soft prompt (m).
@@ -21,7 +25,7 @@ class Preset:
         offset_lr: Learning rate of the low-rank pair (alpha2).
         max_steps: Updates.
         max_source_length: Longest text, in tokens (s).
-        batch_size: Examples of a forward pass.
+        per_device_batch_size: Examples of a forward pass.
         gradient_accumulation_steps: Forward passes of an update.
         warmup_steps: Updates until the learning rates are reached.
     """
@@ -32,7 +36,7 @@ class Preset:
     offset_lr: float = 1e-4
     max_steps: int = 30_000
     max_source_length: int = 256
-    batch_size: int = 32
+    per_device_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     warmup_steps: int = 500
 
@@ -43,7 +47,7 @@ def _question_answering(prompt_lr: float, max_steps: int) -> Preset:
         prompt_lr=prompt_lr,
         max_steps=max_steps,
         max_source_length=512,
-        batch_size=16,
+        per_device_batch_size=16,
         gradient_accumulation_steps=2,
     )
 
@@ -88,25 +92,11 @@ def with_preset(config: RunConfig, name: str, task: str) -> RunConfig:
             f"the preset {name!r} has no hyper-parameters for {task!r}; it has them for "
             f"{', '.join(PRESETS[name])}. Leave it out, or give the options yourself"
         )
-    preset = PRESETS[name][task]
+    values = asdict(PRESETS[name][task])
+
+    def preset(group: OptionGroup) -> OptionGroup:
+        return replace(group, **{name: value for name, value in values.items() if hasattr(group, name)})  # type: ignore[type-var]
+
     return replace(
-        config,
-        prompt=replace(
-            config.prompt,
-            prompt_length=preset.prompt_length,
-            rank=preset.rank,
-            max_source_length=preset.max_source_length,
-        ),
-        optim=replace(
-            config.optim,
-            prompt_lr=preset.prompt_lr,
-            offset_lr=preset.offset_lr,
-            warmup_steps=preset.warmup_steps,
-        ),
-        train=replace(
-            config.train,
-            max_steps=preset.max_steps,
-            per_device_batch_size=preset.batch_size,
-            gradient_accumulation_steps=preset.gradient_accumulation_steps,
-        ),
+        config, prompt=preset(config.prompt), optim=preset(config.optim), train=preset(config.train)
     )

@@ -37,7 +37,7 @@ from dept_vl.adapters import authors
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
 from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.data.splits import read_candidates
-from dept_vl.models.backbone import BACKBONE_FILE, OPTIONS
+from dept_vl.models.backbone import BACKBONE_FILE, BackboneFile
 from dept_vl.models.language import load_language
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
@@ -47,7 +47,7 @@ from dept_vl.tasks.vqav2 import MINIVAL_FILE, VQAv2
 from dept_vl.training import checkpoint as state
 from dept_vl.training.checkpoint import TrainingState
 from dept_vl.training.progress import Progress
-from dept_vl.training.summary import SUMMARY
+from dept_vl.training.summary import Summary
 
 FEW, MANY = 14, 90
 """Cases of each kind of file: of the default suite, and of the slow one (over 2,000 in all)."""
@@ -252,7 +252,7 @@ def answer_kinds() -> dict[str, Kind]:
     summary = {
         "scores": {"overall": 61.5},
         "trainable_parameters": {"total": 7},
-        **{name: 1 for name in SUMMARY if name not in ("scores", "trainable_parameters")},
+        **{name: 1 for name in Summary.__annotations__ if name not in ("scores", "trainable_parameters")},
     }
 
     def kind(name: str, content: str, load: Callable[[Path], object]) -> Kind:
@@ -264,7 +264,7 @@ def answer_kinds() -> dict[str, Kind]:
         "nlvr2 predictions": kind("p.csv", lines, NLVR2.prediction_format.read),
         "candidates": kind("candidates.json", json.dumps(words), read_candidates),
         "config": kind("config.json", json.dumps(to_json(RunConfig())), read_config),
-        "summary": kind("summary.json", json.dumps(summary), lambda path: read_object(path, SUMMARY)),
+        "summary": kind("summary.json", json.dumps(summary), lambda path: read_object(path, Summary)),
     }
 
 
@@ -323,7 +323,7 @@ def model_kinds(folder: Path) -> dict[str, Kind]:
         return Kind(path.name, path.read_bytes(), lambda at: load(at / path.name))
 
     kinds = {
-        "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, OPTIONS)),
+        "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, BackboneFile)),
         "projection": one(folder / "projection.safetensors", read_tensors),
     }
     for part, load in (("adapter", Adapter.load), ("official", authors.read)):

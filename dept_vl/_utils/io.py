@@ -6,11 +6,12 @@ before it is checked, and nothing larger than the file itself.
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from dept_vl._utils.options import check
 
 LONGEST_JSON = 1 << 26
 """Bytes; descriptions and configurations have a few thousand."""
@@ -24,16 +25,30 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        with writing(path), partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(partial, content, path)
         partial.replace(path)
     except OSError:
         # A full disk has no room for a part either.
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_flushed(path: Path, content: bytes, name: Path | None = None) -> None:
+    """Write a file, and wait until it is on the disk; an error has the name, or the path."""
+    with writing(name or path), path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file: whole or not at all.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 @contextmanager
@@ -73,71 +88,16 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
 
 
-def read_object(path: Path, like: Any) -> dict[str, Any]:
-    """Read a JSON object with fields like those of an example (see `difference`).
+def read_object(path: Path, kind: Any) -> dict[str, Any]:
+    """Read a JSON object with the fields of a dataclass, or of another type that pydantic knows.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or has other fields; the first of them is named.
+        ValueError: If it is damaged, or has other fields; they are named.
     """
-    content = read_json(path)
-    problem = difference(content, like)
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
-    fields: dict[str, Any] = content
-    return fields
-
-
-def difference(found: Any, like: Any, name: str = "") -> str:
-    """Where a value of JSON differs in kind from an example; empty if nowhere.
-
-    In an example, an object is one with the same keys, a type any value of it (a finite number for float,
-    whole or not; True is no number), a tuple any of its members, `{str: x}` an object of any keys with
-    values like x, `[x]` a list of values like x, and anything else itself.
-    """
-    where = name or "the file"
-    if isinstance(like, tuple):
-        problems = [difference(found, one, name) for one in like]
-        if "" in problems:
-            return ""
-        # Of null or an object, what is wrong inside of the object.
-        said = problems[-1] if isinstance(found, dict | list) else ""
-        return said or f"expected {where} to be {_said(like)}, found {found!r:.60}"
-    if isinstance(like, dict):
-        if not isinstance(found, dict):
-            return f"expected {where} to be an object, found {found!r:.60}"
-        if like.keys() == {str}:
-            places = [(f"{name}[{key!r:.60}]", value, like[str]) for key, value in found.items()]
-        elif found.keys() == like.keys():
-            places = [(f"{name}.{key}" if name else key, found[key], like[key]) for key in like]
-        else:
-            missing, unknown = sorted(like.keys() - found.keys()), sorted(found.keys() - like.keys())
-            return (
-                f"expected {where} to have the fields {sorted(like)}, missing {missing}, unknown "
-                f"{unknown[:3]!r:.200}"
-            )
-    elif isinstance(like, list):
-        if not isinstance(found, list):
-            return f"expected {where} to be a list, found {found!r:.60}"
-        places = [(f"{name}[{place}]", value, like[0]) for place, value in enumerate(found)]
-    else:
-        fits = _is(found, like) if isinstance(like, type) else type(found) is type(like) and found == like
-        return "" if fits else f"expected {where} to be {_said(like)}, found {found!r:.60}"
-    return next(filter(None, (difference(value, kind, place) for place, value, kind in places)), "")
-
-
-def _is(value: Any, kind: type) -> bool:
-    if kind is float:
-        # An integer of JSON may have more digits than a float.
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is kind
-
-
-def _said(like: Any) -> str:
-    if isinstance(like, tuple):
-        return " or ".join(map(_said, like))
-    if isinstance(like, dict | list):
-        return "an object" if isinstance(like, dict) else "a list"
-    kinds = {float: "a finite number", int: "a whole number", str: "text", bool: "true or false"}
-    kinds |= {dict: "an object", list: "a list"}
-    return kinds[like] if isinstance(like, type) else json.dumps(like)
+    content: dict[str, Any] = read_json(path)
+    try:
+        check(content, kind)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return content

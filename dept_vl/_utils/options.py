@@ -5,7 +5,7 @@ from dataclasses import asdict
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from dept_vl._utils.errors import UsageError
 
@@ -26,6 +26,8 @@ class Options:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
 
+FILES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""How files are read into types that do not say it themselves."""
 T = TypeVar("T", bound=Options)
 
 
@@ -51,6 +53,24 @@ def build(kind: type[T], content: Any) -> T:
         except RecursionError:
             problems = ["the content is nested too deeply"]
     raise UsageError("; ".join(problems))
+
+
+def check(content: Any, kind: Any) -> Any:
+    """Return JSON as a dataclass, or as another type that pydantic knows; a field is required if it is there.
+
+    Raises:
+        ValueError: With what is missing, unknown, of another type or out of range, its value and what is
+            allowed.
+    """
+    try:
+        # In a list, which has no settings of its own: its members take those given here.
+        return TypeAdapter(list[kind], config=FILES).validate_json(json.dumps([content]))[0]
+    except ValidationError as error:
+        errors = error.errors(include_url=False)[:3]
+        problems = [_problem(kind, {**details, "loc": details["loc"][1:]}) for details in errors]
+    except RecursionError:
+        problems = ["the content is nested too deeply"]
+    raise ValueError("; ".join(problems))
 
 
 def validate(options: Options) -> None:
@@ -81,17 +101,20 @@ def _bad_text(content: Any) -> list[str]:
     return problems
 
 
-def _problem(kind: type[Options], details: Any) -> str:
-    """One line on one option."""
-    name, context = _name(details["loc"]), details.get("ctx", {})
+def _problem(kind: Any, details: Any) -> str:
+    """One line on one option, or one field of a file."""
+    name, context = f"{_name(details['loc']):.200}", details.get("ctx", {})
+    what = "option" if isinstance(kind, type) and issubclass(kind, Options) else "field"
     match details["type"]:
+        case "missing":
+            return f"{name} is missing"
         case "unexpected_keyword_argument":
             known = _names_beside(kind, details["loc"])
             closest = get_close_matches(str(details["loc"][-1]), known)
             meant = f"; closest: {', '.join(closest)}" if closest else ""
-            return f"unknown option {name:.200}; there are: {', '.join(known)}{meant}"
+            return f"unknown {what} {name}; there are: {', '.join(known)}{meant}"
         case "dataclass_type":
-            expected = f"an object with the options of {context['class_name']}"
+            expected = f"an object with the {what}s of {context['class_name']}"
         case "greater_than_equal":
             expected = f"{context['ge']:,} or more"
         case "less_than_equal":
@@ -106,12 +129,13 @@ def _problem(kind: type[Options], details: Any) -> str:
     return f"{name} is {_quoted(details['input'])}; expected {expected}"
 
 
-def _names_beside(kind: type[Options], place: tuple[str | int, ...]) -> list[str]:
-    """Return the options that exist where an unknown one was given."""
+def _names_beside(kind: Any, place: tuple[str | int, ...]) -> list[str]:
+    """Return the fields that exist where an unknown one was given."""
     schema = TypeAdapter(kind).json_schema()
-    level: Any = schema
-    for part in place[:-1]:
+    level: Any = {"properties": {"": schema}}
+    for part in ("", *place[:-1]):
         level = level["items"] if isinstance(part, int) else level["properties"][part]
+        level = level.get("anyOf", [level])[0]  # or null
         if "$ref" in level:
             level = schema["$defs"][level["$ref"].rsplit("/", 1)[-1]]
     return sorted(level["properties"])

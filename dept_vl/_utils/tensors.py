@@ -1,6 +1,6 @@
 """Tensors in files and modules: read, checked, and put in place."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -51,6 +51,16 @@ def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
+def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Return copies on the CPU, as files take them."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
     """Put tensors into all parameters of a module.
 
@@ -63,12 +73,12 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, pref
     Raises:
         ValueError: If some are missing, unknown, or of another shape.
     """
-    own = dict(module.named_parameters())
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    parameters = dict(module.named_parameters())
+    missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
     reshaped = [
-        f"{prefix}{name}: expected {tuple(own[name].shape)}, found {tuple(state[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
+        f"{prefix}{name}: expected {tuple(parameters[name].shape)}, found {tuple(state[name].shape)}"
+        for name in sorted(parameters.keys() & state.keys())
+        if parameters[name].shape != state[name].shape
     ]
     if missing or extra or reshaped:
         raise ValueError(
@@ -76,5 +86,5 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, pref
             f"other shapes {reshaped}"
         )
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             parameter.copy_(state[name])

@@ -16,16 +16,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dept_vl._utils.io import write_atomically
-from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl._utils.tensors import check_parameters, copies, load_exactly, read_tensors, under
 from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
 from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 from dept_vl.adapters.identity import check_backbone, describe_backbone
-from dept_vl.adapters.schema import (
-    FORMAT_VERSION,
-    described_method,
-    read_description,
-)
+from dept_vl.adapters.schema import FORMAT_VERSION, described_method, read_description
 from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
@@ -77,10 +73,7 @@ class Adapter:
             task=task,
             metrics=dict(metrics),
             trainable_parameters=count_trainable(model),
-            tensors={
-                name: tensor.detach().to("cpu", copy=True).contiguous()
-                for name, tensor in tensors_of(model).items()
-            },
+            tensors=copies(tensors_of(model).items()),
         )
 
     @classmethod
@@ -101,10 +94,7 @@ class Adapter:
             task=task,
             metrics=dict(metrics),
             trainable_parameters=count_parameters(prompt.parameter_groups()),
-            tensors={
-                "prompt." + name: parameter.detach().to("cpu", copy=True).contiguous()
-                for name, parameter in prompt.named_parameters()
-            },
+            tensors=copies(prompt.named_parameters("prompt")),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -269,7 +259,7 @@ class Adapter:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = authors.contents(
-            {name.removeprefix("prompt."): tensor for name, tensor in self.tensors.items()},
+            under("prompt.", self.tensors),
             self.prompt,
             self.backbone["name"],
             self.backbone.get("official_config", {}),
@@ -317,8 +307,7 @@ class Adapter:
             ValueError: If the tensors are not those described.
         """
         prompt = self.new_prompt()
-        state = {k.removeprefix("prompt."): v for k, v in self.tensors.items() if k.startswith("prompt.")}
-        load_exactly(prompt, state, "the adapter's", "prompt.")
+        load_exactly(prompt, under("prompt.", self.tensors), "the adapter's", "prompt.")
         return prompt
 
     def new_prompt(self) -> DePT:
@@ -338,7 +327,7 @@ class Adapter:
         if unknown:
             raise ValueError(f"the adapter holds tensors of no known part: {unknown[:3]}")
         for prefix, module in parts.items():
-            state = {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+            state = under(prefix, self.tensors)
             if module is None or (not state and module is model.backbone.language):
                 continue
             if module is model.backbone.language:  # of which a part may be trained

@@ -30,7 +30,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dept_vl._utils.tensors import load_exactly
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.ready_made import Parts, check_base, describe_base, model_name, special_tokens
 from dept_vl.models.padding import insert, packing, take
@@ -159,10 +158,7 @@ class Attached(nn.Module):
         """
         adapter = Adapter.from_pretrained(name_or_folder, revision=revision, token=token)
         check_base(adapter, model)
-        prompt = adapter.new_prompt()
-        tensors = {name.removeprefix("prompt."): tensor for name, tensor in adapter.tensors.items()}
-        load_exactly(prompt, tensors, "the adapter's", "prompt.")
-        return attach(model, prompt)
+        return attach(model, adapter.build_prompt())
 
     def save(self, folder: str | Path, *, task: str = "", metrics: Mapping[str, float] | None = None) -> None:
         """Write `adapter.safetensors` and `adapter.json`, the same files as of any other adapter.

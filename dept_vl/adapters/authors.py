@@ -7,16 +7,16 @@ their fork of PEFT. Source: the adapters and the code that came with Shi & Lipan
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dept_vl._utils.io import difference, read_json
 from dept_vl._utils.tensors import check_parameters
-from dept_vl.adapters.schema import BEFORE_VISION
-from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.adapters.schema import BEFORE_VISION, read_configuration
+from dept_vl.config import PositiveSize
 
 TENSORS_FILE = "adapter_model.bin"
 CONFIG_FILE = "adapter_config.json"
@@ -48,6 +48,24 @@ DEFAULTS: dict[str, Any] = {
 """What their configuration says besides sizes and names; their code reads no heads and no layers."""
 
 
+@dataclass(frozen=True)
+class PromptFields:
+    """What a configuration has to say of P."""
+
+    num_virtual_tokens: PositiveSize
+    token_dim: PositiveSize
+    max_length: PositiveSize
+    lora_alpha: float
+    base_model_name_or_path: str
+
+
+@dataclass(frozen=True)
+class AllFields(PromptFields):
+    """What it has to say of P, A and B."""
+
+    r: PositiveSize
+
+
 def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors, by our names, and the configuration.
 
@@ -63,7 +81,8 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter of the authors' at {folder}: {name} is missing there")
-    config = _read_config(folder / CONFIG_FILE, rank_counts=not prompt_only)
+    kind = PromptFields if prompt_only else AllFields
+    config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, kind)
     stored = _read_tensors(folder / TENSORS_FILE)
     names = {"soft_prompt": NAMES["soft_prompt"]} if prompt_only else NAMES
     if stored.keys() == {NAMES["soft_prompt"]} and not prompt_only:
@@ -131,32 +150,6 @@ def contents(
         TENSORS_FILE: pickled.getvalue(),
         CONFIG_FILE: json.dumps(described, indent=2, sort_keys=True).encode(),
     }
-
-
-def _read_config(path: Path, *, rank_counts: bool) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        peft_type = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(
-            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {peft_type!r:.60}"
-        )
-    sizes = ["num_virtual_tokens", "token_dim", "max_length"] + ["r"] * rank_counts
-    wrong = {key: config.get(key) for key in sizes if not _is_size(config.get(key))}
-    if not isinstance(config.get("base_model_name_or_path"), str):
-        wrong["base_model_name_or_path"] = config.get("base_model_name_or_path")
-    if difference(config.get("lora_alpha"), float):
-        wrong["lora_alpha"] = config.get("lora_alpha")
-    if wrong:
-        raise ValueError(
-            f"{path} does not describe the adapter: expected sizes of 1 to {LARGEST_SIZE:,}, a finite number "
-            f"for lora_alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
-        )
-    fields: dict[str, Any] = config
-    return fields
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST_SIZE
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

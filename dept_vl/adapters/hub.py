@@ -22,19 +22,9 @@ PEFT_CONFIG_FILE = "adapter_config.json"
 def adapter_folder(
     name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """The folder with an adapter's files: the one named, its `best/` if it is a run's, or the Hub's cache.
+    """Return the folder with an adapter's files: the one named, its `best/` if a run's, or the Hub's cache.
 
-    Args:
-        name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`); a folder that
-            is there goes first.
-        revision: Branch, tag or commit of the repository; None is its main branch.
-        token: For private and gated repositories; None takes the one of `hf auth login`.
-
-    Raises:
-        FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or the Hub
-            cannot be reached and the cache holds no copy.
-        PermissionError: If the repository is gated, or the token is not accepted.
-        ValueError: If a folder is asked for a revision.
+    A folder that is there goes before a repository. See `Adapter.from_pretrained`.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
@@ -61,23 +51,7 @@ def push(
     message: str,
     token: str | bool | None = None,
 ) -> str:
-    """Upload files in one commit; the repository, and the branch, are made if they are missing.
-
-    Args:
-        repository: Its name (`user/adapter`).
-        files: Contents by name.
-        private: Of a repository that is made; None is the owner's default.
-        revision: Branch; None is the main one.
-        message: Of the commit.
-        token: With the right to write; None takes the one of `hf auth login`.
-
-    Returns:
-        The commit's address.
-
-    Raises:
-        PermissionError: If the token may not write there.
-        ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
-    """
+    """Upload files, contents by name, in one commit; return its address. See `Adapter.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -1,57 +1,79 @@
-"""`adapter.json`: what it may say, read as if anybody could have written it."""
+"""`adapter.json`, and the configurations of others: what they may say, whoever has written them."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from dept_vl._utils.io import difference, read_json
+from dept_vl._utils.io import read_json
+from dept_vl._utils.options import Seed, check
+from dept_vl.config import PositiveSize, Size
 from dept_vl.models.choices import VisualPositionBias
-from dept_vl.prompts.budget import LARGEST_SIZE, Method, Shapes, sized
+from dept_vl.models.vision import VisionOptions
+from dept_vl.prompts.budget import Method, Shapes, sized
 
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
-LARGEST_SEED = 2**32 - 1
-
-SIZES = {
-    "method": str,
-    "prompt_length": int,
-    "rank": int,
-    "max_source_length": int,
-    "d_model": int,
-    "alpha": float,
-    "scale": float,
-    "seed": int,
-}
-VISION = {"layer": int, "class_token": bool, "pooled_grid": int}
-"""What is read of the image encoder; None where there is none, or in files that do not say."""
 BEFORE_VISION = {"vision": None}
 """What is left out where a backbone was described before that was kept."""
 BEFORE_METHODS = {"method": "dept", "seed": 0}
 """What is left out where a prompt was described before there was more than one method."""
-DESCRIPTION = {
-    "prompt": (None, SIZES),
-    "backbone": {
-        "name": str,
-        "fingerprint": {str: str},
-        "visual_position_bias": get_args(VisualPositionBias),
-        "vision": (None, VISION),
-    },
-    "task": str,
-    "metrics": {str: float},
-    "trainable_parameters": {str: int},
-    "format_version": int,
-}
-"""Fields of `adapter.json`, as `files.difference` has them."""
-AUTHORS_BACKBONE = {
-    "name": str,
-    "fingerprint": None,
-    "visual_position_bias": None,
-    "vision": None,
-    "official_config": dict,
-}
-"""Fields of `backbone` where the adapter was read from the authors' files (`Adapter.from_authors`)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The prompt, as `Method.describe` returns it."""
+
+    method: str
+    prompt_length: Size
+    rank: Size
+    max_source_length: PositiveSize
+    d_model: PositiveSize
+    alpha: float
+    scale: float
+    seed: Seed
+
+
+@dataclass(frozen=True)
+class BackboneFields:
+    """The backbone, as `identity.describe_backbone` returns it."""
+
+    name: str
+    fingerprint: dict[str, str]
+    visual_position_bias: VisualPositionBias
+    vision: VisionOptions | None
+
+
+@dataclass(frozen=True)
+class BackboneOfAuthors:
+    """The backbone of an adapter that was read from the authors' files (`Adapter.from_authors`)."""
+
+    name: str
+    fingerprint: None
+    visual_position_bias: None
+    vision: None
+    official_config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Description:
+    """The fields of `adapter.json`."""
+
+    prompt: Sizes | None
+    backbone: BackboneFields
+    task: str
+    metrics: dict[str, float]
+    trainable_parameters: dict[str, int]
+    format_version: int
+
+
+@dataclass(frozen=True)
+class DescriptionOfAuthors(Description):
+    """The same, of an adapter that was read from the authors' files."""
+
+    backbone: BackboneOfAuthors  # type: ignore[assignment]
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -72,34 +94,48 @@ def read_description(path: Path) -> dict[str, Any]:
     of_authors = isinstance(backbone, dict) and "official_config" in backbone
     if isinstance(description, dict) and isinstance(backbone, dict):
         description["backbone"] = backbone | {k: backbone.get(k) for k in BEFORE_VISION}
-    like = DESCRIPTION | {"backbone": AUTHORS_BACKBONE} if of_authors else DESCRIPTION
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         # Last, so that a file that says them is written again as it was.
         for name, value in BEFORE_METHODS.items():
             description["prompt"].setdefault(name, value)
-    problem = difference(description, like)
-    if not problem and isinstance(description["prompt"], dict):
-        problem = _wrong_size(description["prompt"])
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}")
-    fields: dict[str, Any] = description
-    return fields
-
-
-def _wrong_size(prompt: Mapping[str, Any]) -> str:
-    """What is wrong with the sizes of a prompt; empty if nothing is."""
-    for name, least in (("prompt_length", 0), ("rank", 0), ("max_source_length", 1), ("d_model", 1)):
-        if not least <= prompt[name] <= LARGEST_SIZE:
-            return f"expected prompt.{name} to be {least} to {LARGEST_SIZE:,}, found {prompt[name]!s:.60}"
-    if not 0 <= prompt["seed"] <= LARGEST_SEED:
-        return f"expected prompt.seed to be 0 to {LARGEST_SEED:,}, found {prompt['seed']!s:.60}"
     try:
-        scale = described_method(prompt).scale
+        check(description, DescriptionOfAuthors if of_authors else Description)
+        if description["prompt"] is not None:
+            _check_scale(description["prompt"])
     except ValueError as error:
-        return str(error)
+        raise ValueError(f"{path} is damaged: {error}") from None
+    checked: dict[str, Any] = description
+    return checked
+
+
+def read_configuration(path: Path, peft_type: str, kind: Any) -> dict[str, Any]:
+    """Read an `adapter_config.json` of PEFT, or of the authors' fork of it.
+
+    Args:
+        path: The file.
+        peft_type: The method that it has to be of.
+        kind: Dataclass of the fields that are needed; a missing one counts as null. There may be others.
+
+    Raises:
+        ValueError: If it is damaged, or of another method.
+    """
+    config: dict[str, Any] = read_json(path)
+    method = config.get("peft_type") if isinstance(config, dict) else config
+    if not isinstance(config, dict) or method != peft_type:
+        raise ValueError(
+            f"{path} describes no adapter of DePT: expected peft_type {peft_type}, found {method!r:.60}"
+        )
+    try:
+        check({field.name: config.get(field.name) for field in fields(kind)}, kind)
+    except ValueError as error:
+        raise ValueError(f"{path} does not describe the adapter: {error}") from None
+    return config
+
+
+def _check_scale(prompt: Mapping[str, Any]) -> None:
+    scale = described_method(prompt).scale
     if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
-        return f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}"
-    return ""
+        raise ValueError(f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}")
 
 
 def described_method(prompt: Mapping[str, Any]) -> Method:

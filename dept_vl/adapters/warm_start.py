@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dept_vl._utils.tensors import load_exactly
+from dept_vl._utils.tensors import load_exactly, under
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import InitParts
 from dept_vl.models.prompted import PromptedModel
@@ -43,8 +43,7 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     only = adapters[0]
     if len(adapters) == 1 and projection is not None and "visual_projection" in only.trainable_parameters:
         prefix = "visual_projection."
-        state = {k.removeprefix(prefix): v for k, v in only.tensors.items() if k.startswith(prefix)}
-        load_exactly(projection, state, "the source's", prefix)
+        load_exactly(projection, under(prefix, only.tensors), "the source's", prefix)
 
 
 def _vectors(prompt: DePT) -> Tensor:
@@ -84,16 +83,16 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts)
     if adapter.prompt is None or model.prompt is None:
         whose = f"the source at {path}" if adapter.prompt is None else "the model"
         raise ValueError(f"{whose} has no prompt, and init_from starts a prompt from a trained one")
-    own = model.prompt.describe()
+    sizes = model.prompt.describe()
     names = ["prompt_length", "d_model"]
     if parts == "all":
         names += ["method", "rank", "max_source_length", "alpha", "seed"]
     differing = [
-        f"{name}={adapter.prompt[name]} there, {own[name]} here"
+        f"{name}={adapter.prompt[name]} there, {sizes[name]} here"
         for name in names
-        if adapter.prompt[name] != own[name]
+        if adapter.prompt[name] != sizes[name]
     ]
-    if differing or own["prompt_length"] == 0:
+    if differing or sizes["prompt_length"] == 0:
         why = ", ".join(differing) or "it has no P"
         raise ValueError(
             f"the prompt at {path} is another than the one to start: {why}; give the run the same sizes"

@@ -7,42 +7,52 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dept_vl._utils.io import difference, read_json, write_atomically
+from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.options import check
 from dept_vl.config import Precision
 from dept_vl.data.features import EXTRACT
 from dept_vl.models.vision import VisionEncoder
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 1
-FINGERPRINT = {
-    "weights": str,
-    "architecture": str,
-    "preprocessing": str,
-    "vision_layer": int,
-    "class_token": bool,
-    "pooled_grid": int,
-    "dtype": get_args(Precision),
-}
-INDEX = {
-    "format_version": int,
-    "fingerprint": FINGERPRINT,
-    "shape": [int],
-    "shard_images": int,
-    "shard_bytes": (None, [int]),
-    "images": [str],
-    "image_bytes": [int],
-    "unreadable": {str: str},
-}
-"""Fields of `index.json`, as `io.difference` reads them; `shard_bytes` is null until all are there."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Fields of a configuration that change no feature."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What made the features."""
+
+    weights: str
+    architecture: str
+    preprocessing: str
+    vision_layer: int
+    class_token: bool
+    pooled_grid: int
+    dtype: Precision
+
+
+@dataclass(frozen=True)
+class Index:
+    """The fields of `index.json`; `shape` is tokens and width, `shard_bytes` is null until all are there."""
+
+    format_version: int
+    fingerprint: Fingerprint
+    shape: tuple[PositiveInt, PositiveInt]
+    shard_images: PositiveInt
+    shard_bytes: list[int] | None
+    images: Annotated[list[str], Field(min_length=1)]
+    image_bytes: list[int]
+    unreadable: dict[str, str]
 
 
 def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
@@ -86,9 +96,10 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{path} has format version {version}; this dept_vl reads {FORMAT_VERSION}: make the features "
             "again in another --features_dir"
         )
-    problem = difference(content, INDEX) or _impossible(content)
-    if problem:
-        raise ValueError(f"{path} is damaged: {problem}; remove it, and {EXTRACT} makes it again")
+    try:
+        _check_counts(check(content, Index))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it, and {EXTRACT} makes it again") from None
     index: dict[str, Any] = content
     return index
 
@@ -116,29 +127,24 @@ def check_encoder(stored: Mapping[str, Any], expected: Mapping[str, Any], folder
 
 
 def _text(fingerprint: Mapping[str, Any]) -> str:
-    return ", ".join(f"{part} {fingerprint[part]}" for part in FINGERPRINT)
+    return ", ".join(f"{part} {fingerprint[part]}" for part in Fingerprint.__annotations__)
 
 
-def _impossible(index: Mapping[str, Any]) -> str:
-    """Describe what no extraction can have written; an empty string if the index is possible."""
-    if len(index["shape"]) != 2 or min(index["shape"]) < 1:
-        return f"expected shape to be the tokens and width of an image, found {index['shape']!r:.60}"
-    if index["shard_images"] < 1:
-        return f"expected shard_images to be 1 or more, found {index['shard_images']}"
-    images = index["images"]
-    if not images or len(set(images)) != len(images):
-        return "expected images to name one or more, each once"
-    if len(index["image_bytes"]) != len(images):
-        return f"expected image_bytes of {len(images):,} images, found {len(index['image_bytes']):,}"
-    sizes, count = index["shard_bytes"], -(-len(images) // index["shard_images"])
+def _check_counts(index: Index) -> None:
+    """Refuse what no extraction can have written."""
+    images, sizes = index.images, index.shard_bytes
+    if len(set(images)) != len(images):
+        raise ValueError("expected images to name each once")
+    if len(index.image_bytes) != len(images):
+        raise ValueError(f"expected image_bytes of {len(images):,} images, found {len(index.image_bytes):,}")
+    count = -(-len(images) // index.shard_images)
     if sizes is not None and len(sizes) != count:
-        return f"expected shard_bytes of {count} shards, found {len(sizes)}"
-    return ""
+        raise ValueError(f"expected shard_bytes of {count} shards, found {len(sizes)}")
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Write the index, whole or not at all."""
-    write_atomically(folder / INDEX_FILE, (json.dumps(index, indent=1) + "\n").encode())
+    write_json(folder / INDEX_FILE, index)
 
 
 def file_size(path: Path) -> int:

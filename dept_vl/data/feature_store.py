@@ -24,7 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dept_vl._utils.images import confined
-from dept_vl._utils.io import difference, write_atomically
+from dept_vl._utils.io import write_atomically
+from dept_vl._utils.options import check
 from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
@@ -283,8 +284,8 @@ def _unreadable_of(path: Path, identity: Mapping[str, Any]) -> dict[str, str] | 
         features = read_shard(path)
         with safe_open(path, "pt") as file:
             content = json.loads(file.metadata()["dept_vl"])
-        unreadable: dict[str, str] = content["unreadable"]
+        unreadable: dict[str, str] = check(content["unreadable"], dict[str, str])
         expected = {**identity, "crc32": zlib.crc32(tensor_bytes(features)), "unreadable": unreadable}
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-    return unreadable if content == expected and not difference(unreadable, {str: str}) else None
+    return unreadable if content == expected else None

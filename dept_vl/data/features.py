@@ -152,11 +152,11 @@ class FeatureTable:
     def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images tokens d_vision"]:
         """Features of the images of some examples, each of which has as many."""
         places = [self.places[path] for paths in examples for path in paths]
-        found = self.shards[0].new_empty(len(places), *self.shards[0].shape[1:])
-        rows = found.view(torch.uint8).numpy()
+        features = self.shards[0].new_empty(len(places), *self.shards[0].shape[1:])
+        rows = features.view(torch.uint8).numpy()
         for place, (shard, row) in enumerate(places):
             rows[place] = self._rows[shard][row]
-        return found.view(len(examples), -1, *found.shape[1:])
+        return features.view(len(examples), -1, *features.shape[1:])
 
 
 def table_bytes(vision: VisionEncoder, image_count: int) -> int:

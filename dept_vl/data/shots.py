@@ -5,18 +5,17 @@ They are kept with a run as `shots.json`, so that another run can learn from the
     {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...]}
 """
 
-import json
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.options import check
 from dept_vl.tasks.base import Task
 
 YES_NO = 2
 """Different answers of a split that is all yes and no."""
-FIELDS = {"k": int, "seed": int, "classes": [str], "train": [int], "dev": [int]}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Shots:
 
     def write(self, path: Path) -> None:
         """Keep them for another run."""
-        write_atomically(path, (json.dumps(asdict(self)) + "\n").encode())
+        write_json(path, asdict(self), indent=None)
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
@@ -89,10 +88,10 @@ def _take(
             indices.append(index)
     for name, indices in taken.items():
         if len(indices) < k:
-            there = sum(task[index].answer == name or not name for index in range(len(task)))
+            count = sum(task[index].answer == name or not name for index in range(len(task)))
             raise ValueError(
                 f"{k} shots are {k} examples{f' of the class {name!r}' if name else ''} to learn and {k} "
-                f"with other images to choose on; the training split of {task.name} has {there}: choose a "
+                f"with other images to choose on; the training split of {task.name} has {count}: choose a "
                 "smaller k"
             )
     return tuple(sorted(index for indices in taken.values() for index in indices))
@@ -109,13 +108,12 @@ def read_shots(path: Path, count: int) -> Shots:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, or of another split.
     """
-    content = read_object(path, FIELDS)
-    train, dev = tuple(content["train"]), tuple(content["dev"])
-    places = [*train, *dev]
-    if not train or not dev or len(set(places)) < len(places):
+    shots: Shots = check(read_object(path, Shots), Shots)
+    places = [*shots.train, *shots.dev]
+    if not shots.train or not shots.dev or len(set(places)) < len(places):
         raise ValueError(f"{path} is damaged: expected different examples to learn and to choose on")
     if not all(0 <= place < count for place in places):
         raise ValueError(
             f"{path} is of another training split: expected places below {count:,}, found {max(places):,}"
         )
-    return Shots(content["k"], content["seed"], tuple(content["classes"]), train, dev)
+    return shots

@@ -253,8 +253,8 @@ def mapped_features(
         ValueError: If they must be used and are of another encoder, unfinished or damaged.
     """
     folders = [features_folder(options) for options, paths in wanted if paths]
-    there = all((folder / INDEX_FILE).is_file() for folder in folders)
-    if not folders or choice == "live" or (choice == "auto" and not there):
+    complete = all((folder / INDEX_FILE).is_file() for folder in folders)
+    if not folders or choice == "live" or (choice == "auto" and not complete):
         return None
     try:
         table = FeatureTable.joined(

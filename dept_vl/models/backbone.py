@@ -8,9 +8,9 @@ language model may also be decoder-only (see `language`).
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from dept_vl._utils.io import read_object
+from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.models.choices import TrainedPart, VisualPositionBias
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
-from dept_vl.models.vision import VisionEncoder
+from dept_vl.models.vision import VisionEncoder, VisionOptions
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
@@ -34,12 +34,13 @@ LORA = "lora_"
 """In the names that peft gives to the tensors of LoRA."""
 
 
-OPTIONS = {
-    "name": str,
-    "visual_position_bias": get_args(VisualPositionBias),
-    "vision": (None, {"layer": int, "class_token": bool, "pooled_grid": int}),
-}
-"""Fields of `backbone.json`, as `files.difference` has them."""
+@dataclass(frozen=True)
+class BackboneFile:
+    """The fields of `backbone.json`."""
+
+    name: str
+    visual_position_bias: VisualPositionBias
+    vision: VisionOptions | None
 
 
 class VisualProjection(nn.Module):
@@ -199,7 +200,7 @@ class Backbone(nn.Module):
                 f"no backbone at {folder}: expected {BACKBONE_FILE}, language/ and, for images, vision/ and "
                 f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
             )
-        options = read_object(folder / BACKBONE_FILE, OPTIONS)
+        options = read_object(folder / BACKBONE_FILE, BackboneFile)
         seen = options["vision"] or {}
         asked = {
             "vision": (vision, None),
@@ -244,7 +245,7 @@ class Backbone(nn.Module):
             self.vision.save_pretrained(folder / "vision")
             save_file(self.visual_projection.state_dict(), folder / PROJECTION_FILE)
             options["vision"] = self.vision.options()
-        (folder / BACKBONE_FILE).write_text(json.dumps(options, indent=2) + "\n")
+        write_json(folder / BACKBONE_FILE, options, indent=2)
 
     def with_projection(self, projection: nn.Module | None) -> "Backbone":
         """The same models, not copied, behind another visual projection.

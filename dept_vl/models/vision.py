@@ -6,6 +6,7 @@ models through transformers' own timm wrapper), with its own image processor bes
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,15 @@ CONVOLUTIONAL = 4
 
 SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
 """Image encoders, for messages."""
+
+
+@dataclass(frozen=True)
+class VisionOptions:
+    """What is read of an image encoder, as files have it; see `VisionEncoder`."""
+
+    layer: int
+    class_token: bool
+    pooled_grid: int
 
 
 class VisionEncoder(nn.Module):

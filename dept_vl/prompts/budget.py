@@ -32,6 +32,8 @@ class Method(ABC):
             spend the rest of the budget on their rank.
         has_rank: There is a rank to choose. At rank 0 such a method is plain prompt tuning.
         seeded: Something random is frozen, and files keep its seed.
+        needs_vectors: P is made of something, and cannot be empty.
+        compressed: P is a product of a rank, which is not above its width.
         d_model: Width of the embeddings that are prompted (d).
         prompt_length: Vectors of P (m).
         rank: See the table in `methods` (r).
@@ -44,6 +46,8 @@ class Method(ABC):
     keeps_length: ClassVar[bool] = False
     has_rank: ClassVar[bool] = True
     seeded: ClassVar[bool] = False
+    needs_vectors: ClassVar[bool] = False
+    compressed: ClassVar[bool] = False
 
     d_model: int
     prompt_length: int
@@ -85,6 +89,12 @@ class Method(ABC):
         check_sizes(self.d_model, self.prompt_length, self.rank, self.max_source_length)
         if self.rank and not self.has_rank:
             raise ValueError(f"{self.name} has no rank, and rank is {self.rank}; leave it out")
+        if self.needs_vectors and self.prompt_length < 1:
+            raise ValueError(
+                f"{self.name} makes a prompt and needs prompt_length >= 1; got {self.prompt_length}"
+            )
+        if self.compressed and not 1 <= self.rank <= self.d_model:
+            raise ValueError(f"{self.name} needs a rank of 1 to the width {self.d_model}; got {self.rank}")
 
     def trained(self) -> dict[str, Shapes]:
         """Return `shapes` of what exists, for each of `GROUPS`."""
@@ -221,9 +231,9 @@ def sized(method: str, **sizes: Any) -> Method:
         UnknownNameError: If there is no method of this name.
         ValueError: If the method cannot be built with these sizes.
     """
-    found = METHODS[method](**sizes)
-    found.check()
-    return METHODS["pt"](**sizes) if found.has_rank and found.rank == 0 else found
+    chosen = METHODS[method](**sizes)
+    chosen.check()
+    return METHODS["pt"](**sizes) if chosen.has_rank and chosen.rank == 0 else chosen
 
 
 def check_sizes(d_model: int, prompt_length: int, rank: int, max_source_length: int) -> None:

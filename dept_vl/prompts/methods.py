@@ -99,18 +99,12 @@ class ULPT(Method):
     """ULPT: a frozen random matrix, mixed, scaled and shifted. Trains m*r + 2*d parameters."""
 
     name = "ulpt"
-    keeps_length = True
-    seeded = True
+    keeps_length = seeded = needs_vectors = compressed = True
 
     @property
     def largest_rank(self) -> int:
         """See `Method.largest_rank`."""
         return self.d_model
-
-    def check(self) -> None:
-        """See `Method.check`."""
-        super().check()
-        _check_compressed(self)
 
     def shapes(self) -> dict[str, Shapes]:
         """See `Method.shapes`."""
@@ -127,17 +121,12 @@ class LoPT(Method):
     """LoPT: P is a product of two thin matrices. Trains (m + d)*r parameters."""
 
     name = "lopt"
-    keeps_length = True
+    keeps_length = needs_vectors = compressed = True
 
     @property
     def largest_rank(self) -> int:
         """See `Method.largest_rank`."""
         return min(self.prompt_length, self.d_model)
-
-    def check(self) -> None:
-        """See `Method.check`."""
-        super().check()
-        _check_compressed(self)
 
     def shapes(self) -> dict[str, Shapes]:
         """See `Method.shapes`."""
@@ -153,11 +142,7 @@ class ResidualPrompt(Method):
     """Residual prompt tuning: P plus a function of itself. Trains m*d + (2*d + 1)*r + d parameters."""
 
     name = "residual"
-
-    def check(self) -> None:
-        """See `Method.check`."""
-        super().check()
-        _check_vectors(self)
+    needs_vectors = True
 
     def shapes(self) -> dict[str, Shapes]:
         """See `Method.shapes`."""
@@ -174,19 +159,6 @@ def _bottleneck(name: str, method: Method) -> Shapes:
     d, r = method.d_model, method.rank
     down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
     return down | {f"{name}.up.weight": (d, r), f"{name}.up.bias": (d,)}
-
-
-def _check_vectors(method: Method) -> None:
-    if method.prompt_length < 1:
-        raise ValueError(
-            f"{method.name} makes a prompt and needs prompt_length >= 1; got {method.prompt_length}"
-        )
-
-
-def _check_compressed(method: Method) -> None:
-    _check_vectors(method)
-    if not 1 <= method.rank <= method.d_model:
-        raise ValueError(f"{method.name} needs a rank of 1 to the width {method.d_model}; got {method.rank}")
 
 
 def build(method: Method) -> DePT:

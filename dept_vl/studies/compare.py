@@ -12,7 +12,6 @@ those of the best dev figure. Test figures decide nothing. Finished runs are kep
 before the next one is begun, so that a comparison that was stopped is one of fewer seeds.
 """
 
-import json
 from collections import Counter
 from dataclasses import asdict, replace
 from itertools import product
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_json, read_object, write_json
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl.config import OptimOptions, RunConfig, read_config
@@ -34,7 +33,7 @@ from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run_once
-from dept_vl.training.summary import SUMMARY
+from dept_vl.training.summary import Summary
 
 STEPS_FILE = "steps.json"
 FEW_SEEDS = 3
@@ -183,15 +182,14 @@ def step_costs(
     rounds = 1 if config.smallest else config.rounds
     settings = {"batch_size": base.train.per_device_batch_size, "rounds": rounds}
     if path.is_file():
-        kept = read_object(path, {"settings": {str: int}, "costs": {str: {"seconds": [float], "bytes": int}}})
+        kept = read_json(path)  # written below
         costs = {name: StepCost(**cost) for name, cost in kept["costs"].items()}
         if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
             return costs
     seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
     configs = {name: compared()[name].configure(seeded) for name in names}
     costs = measure_steps(configs, rounds)
-    content = {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(path, {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}})
     return costs
 
 
@@ -207,7 +205,7 @@ def row_of(
     rates, tried = choose_rates(config, task, base, name)
     seeds = seeds[:FEW_SEEDS] if compared()[name].few_seeds else seeds
     runs = [seeded_run(config, task, base, name, seed) for seed in seeds]
-    summaries = [read_object(path / SUMMARY_FILE, SUMMARY) for path in runs]
+    summaries = [read_object(path / SUMMARY_FILE, Summary) for path in runs]
     figure = next(iter(summaries[0]["scores"]))
     scores = [summary["scores"][figure] for summary in summaries]
     return Row(

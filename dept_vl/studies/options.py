@@ -10,25 +10,17 @@ from dept_vl.studies.compared import compared
 from dept_vl.tasks import TASKS
 
 Start = Literal["scratch", "prompt", "all"]
-SOURCES = {
-    "scenes-vqav2": "data/configs/scenes-vqav2.json",
-    "scenes-gqa": "data/configs/scenes-gqa.json",
-    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
-}
-TARGETS = SOURCES | {
-    "relabelled": "data/configs/concept-relabelled.json",
-    "many-or-few": "data/configs/concept-many-or-few.json",
-}
-COMPARED_TASKS = {
-    "easy-vqa": "data/configs/easy-vqa.json",
-    "scenes-vqav2": "data/configs/scenes-vqav2.json",
-    "scenes-gqa": "data/configs/scenes-gqa.json",
-    "scenes-nlvr2": "data/configs/scenes-nlvr2.json",
-    "scenes-coco": "data/configs/scenes-coco.json",
-    "relabelled": "data/configs/concept-relabelled.json",
-    "many-or-few": "data/configs/concept-many-or-few.json",
-    "snippets": "data/configs/snippets.json",
-}
+
+
+def _files(*tasks: str, prefix: str = "") -> dict[str, str]:
+    """Return the shipped configuration of each task."""
+    return {task: f"data/configs/{prefix}{task}.json" for task in tasks}
+
+
+SOURCES = _files("scenes-vqav2", "scenes-gqa", "scenes-nlvr2")
+CONCEPTS = _files("relabelled", "many-or-few", prefix="concept-")
+TARGETS = SOURCES | CONCEPTS
+COMPARED_TASKS = _files("easy-vqa") | SOURCES | _files("scenes-coco") | CONCEPTS | _files("snippets")
 """Real questions on rendered images; the four forms on scenes and questions that pretraining kept out; a new
 labelling and a new judgement; text."""
 

@@ -10,7 +10,6 @@ to the end. Twenty trials so cost 8 whole runs, as much as the grid that the aut
 as it is. The dev split decides; the best trial is scored on the test split, as any run.
 """
 
-import json
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_object, write_atomically, write_json
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
@@ -251,10 +250,10 @@ def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState
         import optuna  # noqa: F401  # now, rather than when the first trial is to be proposed
     except ImportError:
         raise ImportError('--tune needs Optuna: pip install -e ".[tune]"') from None
-    there = (folder / STUDY_FILE).is_file()
-    if config.resume not in ("", "auto") and not there:
+    exists = (folder / STUDY_FILE).is_file()
+    if config.resume not in ("", "auto") and not exists:
         raise FileNotFoundError(f"--resume {folder}: expected a study ({STUDY_FILE}), found none there")
-    if there:
+    if exists:
         started = read_object(folder / CONFIG_FILE, dict)
         if not config.resume:
             done = len(list(folder.glob("trial-*/log.jsonl")))
@@ -276,7 +275,7 @@ def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState
     if not processes.is_main_process:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode())
+    write_json(folder / CONFIG_FILE, to_json(config), indent=2)
     return _Study(folder, config, space)
 
 
@@ -315,7 +314,7 @@ def _report(config: RunConfig, folder: Path, trials: list[Trial], best: Trial) -
     ]
     steps = sum(max(trial.scores) for trial in trials)
     grid = len(GRID) * config.train.max_steps
-    said = f"{steps:,} steps in all; the published grid of {len(GRID)} runs would take {grid:,}."
+    effort = f"{steps:,} steps in all; the published grid of {len(GRID)} runs would take {grid:,}."
     table = markdown_table(["trial", *names, *(f"dev at {step}" for step in reached)], rows)
     content = {
         "best": best.number,
@@ -324,9 +323,9 @@ def _report(config: RunConfig, folder: Path, trials: list[Trial], best: Trial) -
             {"number": trial.number, "values": trial.values, "scores": trial.scores} for trial in trials
         ],
     }
-    write_atomically(folder / "tuning.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomically(folder / "tuning.md", f"{table}\n\n{said}\n".encode())
-    print(f"\n{table}\n\n{said}")
+    write_json(folder / "tuning.json", content)
+    write_atomically(folder / "tuning.md", f"{table}\n\n{effort}\n".encode())
+    print(f"\n{table}\n\n{effort}")
 
 
 def grid(config: RunConfig, folder: Path) -> list[RunResult]:

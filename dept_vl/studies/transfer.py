@@ -10,7 +10,6 @@ Protocol: shots, sources and starts as ATTEMPT (Asai et al. 2022) and DePT have 
 large as the training set, so that nothing but the shots is used to choose.
 """
 
-import json
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_json, write_atomically, write_json
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
@@ -119,8 +118,8 @@ def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConf
     given = config.source_config
     if given and len(given) != len(names):
         raise ValueError(f"expected a source_config for each of {names}, found {len(given)}")
-    own = read_config(given[names.index(task)]) if given else replace(base, data=data_of(task, base))
-    return replace(own, output_dir=config.output_dir / f"source-{task}")
+    run = read_config(given[names.index(task)]) if given else replace(base, data=data_of(task, base))
+    return replace(run, output_dir=config.output_dir / f"source-{task}")
 
 
 def data_of(task: str, base: RunConfig) -> DataOptions:
@@ -150,7 +149,7 @@ def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
     processes = PartialState()
     if path.is_file():
-        losses = read_object(path, {"losses": {str: float}})["losses"]
+        losses = read_json(path)["losses"]  # written below
     else:
         losses = {}
         for source in sources:
@@ -159,7 +158,7 @@ def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     processes.wait_for_everyone()  # all have looked for the file
     if processes.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps({"losses": losses}, indent=1) + "\n").encode())
+        write_json(path, {"losses": losses})
     return min(sources, key=lambda source: losses[str(source)])
 
 
@@ -196,7 +195,7 @@ NAMES: dict[Start, str] = {"scratch": "from scratch", "prompt": "from P", "all":
 def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[float]]) -> None:
     """The table as JSON and Markdown, and as a plot where matplotlib is installed."""
     folder = config.output_dir
-    found: dict[tuple[Start, int], Interval] = {key: interval(values) for key, values in scores.items()}
+    intervals: dict[tuple[Start, int], Interval] = {key: interval(values) for key, values in scores.items()}
     rows = [
         [
             f"{k}",
@@ -206,18 +205,19 @@ def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[flo
             "" if one.half_width is None else f"± {one.half_width:.2f}",
             one.count,
         ]
-        for (start, k), one in found.items()
+        for (start, k), one in intervals.items()
     ]
     table = markdown_table(["k", "start", config.target, "deviation", "95% interval", "seeds"], rows)
     records = [
         {"k": k, "start": start, **asdict(one), "scores": scores[start, k]}
-        for (start, k), one in found.items()
+        for (start, k), one in intervals.items()
     ]
     content = {"source": config.source, "target": config.target, "cells": records}
-    write_atomically(folder / "transfer.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / "transfer.json", content)
     write_atomically(folder / "transfer.md", (table + "\n").encode())
     lines = {
-        NAMES[start]: {k: found[start, k] for k in config.k if (start, k) in found} for start in config.starts
+        NAMES[start]: {k: intervals[start, k] for k in config.k if (start, k) in intervals}
+        for start in config.starts
     }
     drawn = score_plot(lines, folder / "transfer.png", x="shots (k)", y=config.target)
     print(f"\n{table}\n\ntable{' and plot' if drawn else ''}: {folder}")

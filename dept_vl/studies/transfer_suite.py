@@ -10,7 +10,6 @@ steps and rates. Of the sources that are not the target itself the one is taken 
 the target's dev shots.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_json, write_atomically, write_json
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, read_config, to_json
@@ -30,18 +29,7 @@ from dept_vl.training.extract import with_features
 from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
 
-CELL = {
-    "k": int,
-    "start": str,
-    "mean": float,
-    "deviation": (None, float),
-    "half_width": (None, float),
-    "count": int,
-    "scores": [float],
-}
 INHERITED: tuple[Start, ...] = ("prompt", "all")
-TRANSFER = {"source": [str], "target": str, "cells": [CELL]}
-"""Fields of a target's `transfer.json`, as `files.difference` has them."""
 
 
 def transfer_suite(config: SuiteConfig) -> None:
@@ -60,13 +48,10 @@ def transfer_suite(config: SuiteConfig) -> None:
         run_once(_config(config, name, config.source_steps))
     for name in config.targets:
         transfer(_to(config, name), more_to_come=True)
-    cells = {
-        name: read_object(config.output_dir / name / "transfer.json", TRANSFER)["cells"]
-        for name in config.targets
-    }
+    # Written by the transfers above.
+    cells = {name: read_json(config.output_dir / name / "transfer.json")["cells"] for name in config.targets}
     text = table(cells) + "\n\n" + wins(cells, config.k)
-    content = json.dumps(cells, indent=1)
-    write_atomically(config.output_dir / "transfer.json", (content + "\n").encode())
+    write_json(config.output_dir / "transfer.json", cells)
     write_atomically(config.output_dir / "transfer.md", (text + "\n").encode())
     draw(cells, config.k, config.output_dir / "transfer.png")
     print(f"\n{text}\n\nwritten to {config.output_dir / 'transfer.md'}")
@@ -100,7 +85,7 @@ def _to(config: SuiteConfig, name: str) -> TransferConfig:
     folder = config.output_dir / name
     base = replace(_config(config, name, config.max_steps), output_dir=None)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "target.json", (json.dumps(to_json(base), indent=2) + "\n").encode())
+    write_json(folder / "target.json", to_json(base), indent=2)
     return TransferConfig(
         source=tuple(str(config.output_dir / f"source-{other}") for other in SOURCES if other != name),
         target=base.data.task,

@@ -38,8 +38,8 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
     """The prompt's sizes, and what of its budget is left over or overshot."""
     budget = options.reference_prompt_length * prompt.d_model
     sizes = prompt.describe()
-    left = budget - sum(parameter.numel() for parameter in prompt.parameters())
-    spent = f"{left:,} left over" if left >= 0 else f"warning: {-left:,} over it"
+    remainder = budget - sum(parameter.numel() for parameter in prompt.parameters())
+    spent = f"{remainder:,} left over" if remainder >= 0 else f"warning: {-remainder:,} over it"
     return (
         f"prompt: {sizes['method']}, m={prompt.prompt_length}, r={sizes['rank']}; of the {budget:,} "
         f"parameters of a {options.reference_prompt_length}-vector prompt {spent}"

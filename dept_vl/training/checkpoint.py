@@ -17,9 +17,9 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dept_vl._utils.io import difference, one_line, read_json, read_object, writing
+from dept_vl._utils.io import one_line, read_json, write_flushed
+from dept_vl._utils.options import check as check_fields
 from dept_vl._utils.run_files import CHECKPOINTS
-from dept_vl._utils.tensors import check_parameters, read_tensors
+from dept_vl._utils.tensors import check_parameters, copies, read_tensors
 from dept_vl.prompts.dept import current_name
 from dept_vl.training.progress import Progress
 
@@ -40,29 +41,20 @@ STATE_VERSION = 2
 """Version 1 names the parameters of the offset `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, STATE_VERSION)
 
-DESCRIPTION = {
-    "version": READABLE_VERSIONS,
-    "processes": int,
-    "progress": {
-        "steps": int,
-        "best_step": int,
-        "best_scores": {str: float},
-        "scores": {str: float},
-        "history": [[float]],
-        "evaluations_without_progress": int,
-        "examples": int,
-        "skipped": int,
-        "train_seconds": float,
-        "eval_seconds": float,
-        "stopped_by": int,
-    },
-    "optimizer": {str: [str]},
-    "rates": list,
-    "schedule": dict,
-}
-"""Fields of `state.json`, as `files.difference` has them."""
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 """What AdamW knows of a parameter."""
+
+
+@dataclass
+class State:
+    """The fields of `state.json`."""
+
+    version: Literal[1, 2]
+    processes: int
+    progress: Progress
+    optimizer: dict[str, list[str]]
+    rates: list[Any]
+    schedule: dict[str, Any]
 
 
 class TrainingState:
@@ -121,13 +113,13 @@ class TrainingState:
             partial.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
         rank = self.accelerator.process_index
-        _write(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
+        write_flushed(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
         if main:
-            _write(partial / "tensors.safetensors", save(tensors))
-            _write(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
+            write_flushed(partial / "tensors.safetensors", save(tensors))
+            write_flushed(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
         self.accelerator.wait_for_everyone()
         if main:
-            _write(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
+            write_flushed(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
             _sync(partial)
             shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
             partial.rename(place)
@@ -142,42 +134,48 @@ class TrainingState:
             ValueError: If the checkpoint is of another model or of another number of processes, or is
                 damaged.
         """
-        content = read_object(place / "state.json", DESCRIPTION)
+        state = self._read_state(place / "state.json")
         processes = self.accelerator.num_processes
-        if content["processes"] != processes:
+        if state.processes != processes:
             raise ValueError(
-                f"{place} is of {content['processes']} process(es), and this run has {processes}; go on with "
-                f"--num_processes {content['processes']}, or start a new run"
+                f"{place} is of {state.processes} process(es), and this run has {processes}; go on with "
+                f"--num_processes {state.processes}, or start a new run"
             )
-        # `rates` and `schedule` go into the optimizer's and the schedule's own attributes.
-        problem = (
-            _unlike(content["rates"], self._rates(), "rates")
-            or _unlike(content["schedule"], self.schedule.state_dict(), "schedule")
-            or _impossible(content["progress"])
-        )
-        if problem:
-            raise ValueError(f"{place / 'state.json'} is damaged: {problem}")
         tensors = read_tensors(place / "tensors.safetensors")
-        if content["version"] != STATE_VERSION:
+        if state.version != STATE_VERSION:
             tensors = {current_name(name): tensor for name, tensor in tensors.items()}
-            content["optimizer"] = {current_name(name): keys for name, keys in content["optimizer"].items()}
-        self._check_tensors(tensors, content["optimizer"], place)
+            state.optimizer = {current_name(name): keys for name, keys in state.optimizer.items()}
+        self._check_tensors(tensors, state.optimizer, place)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"model.{name}"])
                 self.optimizer.state[parameter] = {
                     # The count of steps is on the CPU unless the optimizer is fused.
                     key: value.to(parameter.device) if key != "step" or self.fused else value
-                    for key in content["optimizer"][name]
+                    for key in state.optimizer[name]
                     for value in [tensors[f"optimizer.{name}.{key}"]]
                 }
-        for group, rates in zip(self.optimizer.param_groups, content["rates"], strict=True):
+        for group, rates in zip(self.optimizer.param_groups, state.rates, strict=True):
             group.update(rates)
-        self.schedule.load_state_dict(content["schedule"])
-        saved = content["progress"]
-        saved["history"] = [(step, float(score)) for step, score in saved["history"]]
-        seconds = {name: float(saved[name]) for name in ("train_seconds", "eval_seconds")}
-        return Progress(**saved | seconds)
+        self.schedule.load_state_dict(state.schedule)
+        return state.progress
+
+    def _read_state(self, path: Path) -> State:
+        content = read_json(path)
+        try:
+            state: State = check_fields(content, State)
+            # These go into the attributes of the schedule and of the optimizer.
+            check_fields(state.schedule, _alike(self.schedule.state_dict()))
+            check_fields(state.rates, _alike(self._rates()))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        counts = [value for value in asdict(state.progress).values() if isinstance(value, int | float)]
+        if min(counts) < 0 or content["progress"].keys() != asdict(state.progress).keys():
+            raise ValueError(
+                f"{path} is damaged: expected all counts of a run's progress, 0 or more, found "
+                f"{content['progress']!s:.200}"
+            )
+        return state
 
     def load_random_state(self, place: Path) -> None:
         """Put this process's random generators back; last, since making a loader draws from them.
@@ -199,11 +197,11 @@ class TrainingState:
         self, tensors: Mapping[str, Tensor], moments: Mapping[str, list[str]], place: Path
     ) -> None:
         expected = {f"model.{name}" for name in self.trained}
-        found = {name for name in tensors if name.startswith("model.")}
-        if expected != found:
+        stored = {name for name in tensors if name.startswith("model.")}
+        if expected != stored:
             raise ValueError(
-                f"{place} is of another model: missing {sorted(expected - found)[:3]}, "
-                f"unknown {sorted(found - expected)[:3]}"
+                f"{place} is of another model: missing {sorted(expected - stored)[:3]}, "
+                f"unknown {sorted(stored - expected)[:3]}"
             )
         path = place / "tensors.safetensors"
         shapes = {f"model.{name}": tuple(p.shape) for name, p in self.trained.items()}
@@ -230,7 +228,7 @@ class TrainingState:
             tensors[f"model.{name}"] = parameter
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        return copies(tensors.items())
 
     def _description(self, progress: Progress) -> dict[str, Any]:
         return {
@@ -295,27 +293,13 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unlike(found: Any, own: Any, name: str) -> str:
-    """Where a state differs in kind from one's own; empty if nowhere."""
-    if isinstance(own, dict) and isinstance(found, dict) and found.keys() == own.keys():
-        places = [(found[key], own[key], f"{name}.{key}") for key in own]
-    elif isinstance(own, list) and isinstance(found, list) and len(found) == len(own):
-        places = [(found[place], own[place], f"{name}[{place}]") for place in range(len(own))]
-    elif isinstance(own, dict | list):
-        return f"expected {name} to be like {own!r:.200}, found {found!r:.200}"
-    else:
-        return difference(found, type(own), name)
-    return next(filter(None, (_unlike(*place) for place in places)), "")
-
-
-def _impossible(progress: Mapping[str, Any]) -> str:
-    """What no run can have counted; empty if nothing."""
-    negative = {name: value for name, value in progress.items() if type(value) in (int, float) and value < 0}
-    if negative:
-        return f"expected counts of 0 or more in progress, found {negative!s:.200}"
-    if any(len(pair) != 2 or type(pair[0]) is not int for pair in progress["history"]):
-        return "expected pairs of a step and a score in progress.history"
-    return ""
+def _alike(example: Any) -> Any:
+    """Return the type of values that differ from an example in numbers and texts alone."""
+    if isinstance(example, dict):
+        return make_dataclass("State", [(name, _alike(value)) for name, value in example.items()])
+    if isinstance(example, list):
+        return tuple[tuple(map(_alike, example))]  # type: ignore[misc]
+    return type(example)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
@@ -344,13 +328,6 @@ def _restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> 
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with writing(path), path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

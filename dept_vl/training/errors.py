@@ -61,9 +61,9 @@ def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
     if WORKER in text and "shared memory" in text:
         return "the processes that read images lack shared memory; enlarge /dev/shm or take --num_workers 0"
     if WORKER in text:
-        said = text[text.index(WORKER) :].split(". ")[0]
+        reason = text[text.index(WORKER) :].split(". ")[0]
         return (
-            f"a process that reads images has ended ({said}), most likely for want of memory or of open "
+            f"a process that reads images has ended ({reason}), most likely for want of memory or of open "
             "files; lower --num_workers (0 reads images in the training process)"
         )
     if any(lost in text for lost in LOST):

@@ -1,19 +1,26 @@
 """The folder of a run: claimed by a new run, or resumed with the same options."""
 
-import json
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, FEATURES_FILE, LOG_FILE
 from dept_vl.config import RENAMED, RunConfig, differences, to_json
 from dept_vl.training.checkpoint import newest, steps_of
 from dept_vl.training.errors import explained
+
+
+@dataclass(frozen=True)
+class FeaturesFile:
+    """The fields of `features.json`."""
+
+    dtype: str
 
 
 def open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
@@ -78,9 +85,7 @@ def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         with explained(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                output_dir / CONFIG_FILE, (json.dumps(to_json(config), indent=2) + "\n").encode()
-            )
+            write_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
     accelerator.wait_for_everyone()
     return output_dir
 
@@ -126,9 +131,9 @@ def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -
     """
     path = output_dir / FEATURES_FILE
     if accelerator.is_main_process and not path.is_file():
-        write_atomically(path, json.dumps({"dtype": precision}).encode())
+        write_json(path, {"dtype": precision})
     accelerator.wait_for_everyone()
-    began = read_object(path, {"dtype": str})["dtype"]
+    began = read_object(path, FeaturesFile)["dtype"]
     if began != precision:
         raise ValueError(
             f"{output_dir} began with visual features in {began} and would go on with {precision}, to "

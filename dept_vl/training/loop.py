@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,10 +21,10 @@ from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.lengths import source_lengths
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
+from dept_vl.data.splits import Splits
 from dept_vl.inference.evaluate import evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import average_gradients, is_spread
-from dept_vl.tasks.base import Decoding, Task
 from dept_vl.training.checkpoint import TrainingState
 from dept_vl.training.log import Log
 from dept_vl.training.optim import build_optimizer, build_schedule
@@ -32,23 +32,6 @@ from dept_vl.training.progress import Progress
 
 ECHO_SECONDS = 3.0
 """A second Ctrl-C within this time is the first one's echo."""
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """A task to learn.
-
-    Attributes:
-        train: The split to learn.
-        dev: The split to choose the best adapter on.
-        decoding: How answers are decoded.
-        batch_size: Examples per process and forward pass.
-    """
-
-    train: Task
-    dev: Task
-    decoding: Decoding
-    batch_size: int
 
 
 class Loop:
@@ -72,7 +55,7 @@ class Loop:
     def __init__(
         self,
         model: PromptedModel,
-        tasks: Sequence[TrainingTask],
+        tasks: Sequence[Splits],
         collator: Collator,
         dev_collator: Collator,
         accelerator: Accelerator,
@@ -141,7 +124,7 @@ class Loop:
             options.num_workers,
             batch_sampler=TrainingBatches(
                 [len(task.train) for task in self.tasks],
-                [task.batch_size for task in self.tasks],
+                [task.options.task_batch_size or options.per_device_batch_size for task in self.tasks],
                 seed=options.seed,
                 process=accelerator.process_index,
                 processes=accelerator.num_processes,
@@ -246,7 +229,7 @@ class Loop:
         Adapter.of(self.model, task=names, metrics=scores).save(self.output_dir / name)
 
 
-def _primary(tasks: Sequence[TrainingTask]) -> str:
+def _primary(tasks: Sequence[Splits]) -> str:
     """Name of the score that decides."""
     if len(tasks) == 1:
         return tasks[0].dev.primary

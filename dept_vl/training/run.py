@@ -4,7 +4,6 @@ Every training script is a `RunConfig` and a call of `run`.
 """
 
 import gc
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dept_vl._utils.io import write_atomically
+from dept_vl._utils.io import write_atomically, write_json
 from dept_vl._utils.run_files import BEST, CANDIDATES_FILE, SHOTS_FILE, SUMMARY_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
@@ -25,7 +24,7 @@ from dept_vl.config import DataOptions, RunConfig, validate
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import Splits, load_splits, read_features
+from dept_vl.data.splits import load_splits, read_features
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
@@ -34,12 +33,12 @@ from dept_vl.training.build import budget_line, build_model
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import check_unchanged, keep_precision, open_folder, release
-from dept_vl.training.loop import Loop, TrainingTask
+from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.training.progress import Progress
 from dept_vl.training.report.html import Answered, write_run_report
 from dept_vl.training.stages import Part, Stages
-from dept_vl.training.summary import RunResult, finished, summary, summary_table
+from dept_vl.training.summary import RunResult, Summary, finished, summary_table
 from dept_vl.training.trackers import check_tracker, start_tracker
 
 
@@ -138,12 +137,8 @@ class Run(Stages):
         super().__init__(
             accelerator, output_dir, batch_size=train.eval_batch_size, num_workers=train.num_workers
         )
-        self.config, self.task_options, self.checkpoint, self.started = (
-            config,
-            task_options,
-            checkpoint,
-            started,
-        )
+        self.config, self.task_options = config, task_options
+        self.checkpoint, self.started = checkpoint, started
         self.training: Progress | None = None
 
     def run(self) -> RunResult:
@@ -151,10 +146,10 @@ class Run(Stages):
         self.prepare()
         self.fit()
         if self._ended_early():
-            return self._result({}, 0.0, 0.0)
+            return RunResult(self.output_dir, {}, self.trainable, self.training)
         self.score()
         self.write()
-        return self.result
+        return RunResult(self.output_dir, self.summary.scores, self.trainable, self.training)
 
     def prepare(self) -> None:
         """Read the data, build the model and encode the images."""
@@ -226,7 +221,7 @@ class Run(Stages):
             )
         self.training = Loop(
             model,
-            [_training_task(splits, config) for splits in self.splits],
+            self.splits,
             replace(self.collator, on_bad_image=config.data.on_bad_image or "skip"),
             self.collator,
             accelerator,
@@ -243,24 +238,34 @@ class Run(Stages):
             evaluation.text_tokens + visual_tokens(self.model, part.task)
             for part, evaluation in zip(self.parts, self.evaluations, strict=True)
         )
-        self.result = self._result(
-            {
-                f"{part.task.name}/{name}" if self.config.also else name: value
-                for part, evaluation in zip(self.parts, self.evaluations, strict=True)
-                for name, value in evaluation.scores.items()
-            },
-            text_and_image + (self.model.prompt.prompt_length if self.model.prompt else 0),
-            text_and_image + self.config.prompt.reference_prompt_length,
+        scores = {
+            f"{part.task.name}/{name}" if self.config.also else name: value
+            for part, evaluation in zip(self.parts, self.evaluations, strict=True)
+            for name, value in evaluation.scores.items()
+        }
+        training = self.training or Progress()
+        prompt_length = self.model.prompt.prompt_length if self.model.prompt else 0
+        self.summary = Summary(
+            scores=scores,
+            trainable_parameters=self.trainable,
+            seconds=time.perf_counter() - self.started,
+            train_seconds=training.train_seconds,
+            steps=training.steps,
+            best_step=training.best_step,
+            skipped_examples=training.skipped,
+            unanswered_examples=sum(len(evaluation.skipped) for evaluation in self.evaluations),
+            tokens_per_example=text_and_image + prompt_length,
+            reference_tokens_per_example=text_and_image + self.config.prompt.reference_prompt_length,
         )
 
     def write(self) -> None:
         """Log the scores; write the best adapter with them, answers, summaries and the report."""
         if self.training is not None:
-            scores = {f"test/{name}": value for name, value in self.result.scores.items()}
+            scores = {f"test/{name}": value for name, value in self.summary.scores.items()}
             self.accelerator.log(scores, step=self.training.steps)
         if self.accelerator.is_main_process:
             name = "+".join(part.task.name for part in self.parts)
-            Adapter.of(self.model, task=name, metrics=self.result.scores).save(self.output_dir / BEST)
+            Adapter.of(self.model, task=name, metrics=self.summary.scores).save(self.output_dir / BEST)
         super().write()
 
     def write_scores(self) -> None:
@@ -268,18 +273,16 @@ class Run(Stages):
         folder = self.output_dir
         for splits in self.splits:
             if splits.options.candidate_floor:
-                candidates = json.dumps(splits.decoding.candidates) + "\n"
-                write_atomically(folder / CANDIDATES_FILE, candidates.encode())
-        table = summary_table(self.config, self.parts, self.result)
+                write_json(folder / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
+        table = summary_table(self.config, self.parts, self.summary)
         write_atomically(folder / "summary.md", (table + "\n").encode())
-        self.summary = summary(self.result, sum(len(one.skipped) for one in self.evaluations))
         # Last, and whole: this file marks the run as finished.
-        write_atomically(folder / SUMMARY_FILE, (json.dumps(self.summary, indent=2) + "\n").encode())
+        write_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
         print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
 
     def write_report(self, answered: Sequence[Answered]) -> Path:
         """Write the report of the run."""
-        return write_run_report(self.output_dir, self.config, self.summary, answered)
+        return write_run_report(self.output_dir, self.config, self.summary.content(), answered)
 
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that the language model has positions enough, and print how many texts are cut."""
@@ -308,17 +311,6 @@ class Run(Stages):
             return True
         return False
 
-    def _result(self, scores: dict[str, float], tokens: float, reference_tokens: float) -> RunResult:
-        return RunResult(
-            self.output_dir,
-            scores,
-            self.trainable,
-            self.training,
-            time.perf_counter() - self.started,
-            tokens,
-            reference_tokens,
-        )
-
 
 def _only_deterministic() -> None:
     """Raise on operations that do not repeat to the bit, for the rest of the process."""
@@ -332,11 +324,6 @@ def visual_tokens(model: PromptedModel, task: Task) -> int:
     """Visual tokens of an example."""
     vision = model.backbone.vision
     return 0 if vision is None else vision.token_count * len(task[0].images)
-
-
-def _training_task(task: Splits, config: RunConfig) -> TrainingTask:
-    size = task.options.task_batch_size or config.train.per_device_batch_size
-    return TrainingTask(task.train, task.dev, task.decoding, size)
 
 
 def _together(config: RunConfig) -> list[DataOptions]:

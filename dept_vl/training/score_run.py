@@ -1,6 +1,5 @@
 """Score a finished run on any split of any task: what `dept-vl evaluate` does."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl._utils.io import write_json
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import EvaluateConfig, OnBadImage, read_config
+from dept_vl.config import EvaluateConfig, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
@@ -80,12 +80,8 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
         cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
     )
     scoring = ScoreRun(config, accelerator)
-    # A run's own folder has predictions, of its test split.
-    if write and holds_predictions(scoring.output_dir):
-        raise FileExistsError(
-            f"{scoring.output_dir} already holds predictions; nothing was changed there. Choose another "
-            "--output_dir"
-        )
+    if write:
+        _check_unused(scoring.output_dir)
     scoring.prepare()
     scoring.score()
     if write:
@@ -95,25 +91,16 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
     return Evaluated(scoring.evaluations[0], scoring.output_dir if write else None, scoring.submission)
 
 
-def score_predictor(
-    predictor: Predictor,
-    *,
-    split: str,
-    data_dir: Path | None,
-    limit_to: int,
-    batch_size: int,
-    num_workers: int,
-    on_bad_image: OnBadImage,
-    output_dir: Path | None,
-) -> Evaluated:
-    """Answer and score a split with a predictor; see `api.evaluate`."""
-    if output_dir is not None and holds_predictions(output_dir):
-        raise FileExistsError(f"{output_dir} already holds predictions; choose another output_dir")
-    split = split or predictor.task.test_split
+def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
+    """Answer and score a split with a predictor; of the configuration its run is not looked at."""
+    output_dir = config.output_dir
+    if output_dir is not None:
+        _check_unused(output_dir)
+    split = config.split or predictor.task.test_split
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     with accelerator.local_main_process_first():
-        task = load_task(predictor.task.name, data_dir, split)
-    task = check_images(limit(task, limit_to, 0), on_bad_image)
+        task = load_task(predictor.task.name, config.data_dir, split)
+    task = check_images(limit(task, config.limit, 0), config.on_bad_image)
     evaluation = evaluate(
         predictor.model,
         task,
@@ -122,24 +109,27 @@ def score_predictor(
             predictor.decoding.max_new_tokens,
             max_source_length=predictor.max_source_length,
             images=predictor.model.backbone.vision,
-            on_bad_image=on_bad_image,
+            on_bad_image=config.on_bad_image,
             device=accelerator.device,
         ),
         accelerator,
-        batch_size=batch_size,
+        batch_size=config.batch_size,
         decoding=predictor.decoding,
-        num_workers=num_workers,
+        num_workers=config.num_workers,
     )
     if output_dir is not None and accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_answers(task, evaluation, output_dir)
-        (output_dir / SCORES_FILE).write_text(json.dumps(evaluation.scores, indent=2) + "\n")
+        write_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
     return Evaluated(evaluation, output_dir)
 
 
-def holds_predictions(folder: Path) -> bool:
-    """Whether a folder holds the files of an evaluation or a run."""
-    return (folder / SCORES_FILE).exists() or any(folder.glob("predictions*"))
+def _check_unused(folder: Path) -> None:
+    """Refuse a folder with the files of an evaluation, or of a run, which has predictions of its own."""
+    if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
+        raise FileExistsError(
+            f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
+        )
 
 
 class ScoreRun(Stages):
@@ -196,7 +186,7 @@ class ScoreRun(Stages):
     def write_scores(self) -> None:
         """Write `scores.json` and the submission, and print the table."""
         (part,), (evaluation,), folder = self.parts, self.evaluations, self.output_dir
-        (folder / SCORES_FILE).write_text(json.dumps(evaluation.scores, indent=2) + "\n")
+        write_json(folder / SCORES_FILE, evaluation.scores, indent=2)
         if evaluation.scores:
             rows = score_rows(evaluation.scores, f"{part.task.name} {part.name}", [part.task])
             print(f"\n{markdown_table(['', 'score'], [*rows, ('examples scored', f'{len(part.task):,}')])}\n")

@@ -1,7 +1,7 @@
 """What a finished run produced: `summary.json`, `summary.md`, and the same as an object."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,47 @@ from dept_vl.tasks.base import score_rows
 from dept_vl.training.progress import Progress
 from dept_vl.training.stages import Part
 
-SUMMARY = {
-    "scores": {str: float},
-    "trainable_parameters": {str: int},
-    "seconds": float,
-    "train_seconds": float,
-    "steps": int,
-    "best_step": int,
-    "skipped_examples": int,
-    "unanswered_examples": int,
-    "tokens_per_example": float,
-    "reference_tokens_per_example": float,
+DIGITS = {
+    "seconds": 1,
+    "train_seconds": 4,
+    "tokens_per_example": 2,
+    "reference_tokens_per_example": 2,
 }
-"""Fields of `summary.json`, as `files.difference` has them."""
+"""Digits behind the point that are written."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The fields of `summary.json`.
+
+    Attributes:
+        scores: Scores on the test split, of several tasks each under its name; empty if no answers are
+            published.
+        trainable_parameters: Trained parameters, as `count_trainable` gives them.
+        seconds: From start to end.
+        train_seconds: Spent in training steps.
+        steps: Optimizer steps; 0 if nothing was trained.
+        best_step: When the best evaluation was made.
+        skipped_examples: Left out of training because their image could not be read.
+        unanswered_examples: Test examples whose image could not be read.
+        tokens_per_example: Encoder tokens of a mean test example.
+        reference_tokens_per_example: The same with a plain prompt of `reference_prompt_length` vectors.
+    """
+
+    scores: dict[str, float]
+    trainable_parameters: dict[str, int]
+    seconds: float
+    train_seconds: float
+    steps: int
+    best_step: int
+    skipped_examples: int
+    unanswered_examples: int
+    tokens_per_example: float
+    reference_tokens_per_example: float
+
+    def content(self) -> dict[str, Any]:
+        """Return the content of the file."""
+        return asdict(self) | {name: round(getattr(self, name), digits) for name, digits in DIGITS.items()}
 
 
 @dataclass(frozen=True)
@@ -38,18 +66,12 @@ class RunResult:
             interrupted or no answers are published.
         trainable: Trained parameters, as `count_trainable` gives them.
         training: What the loop reports; None if nothing was trained, or not now.
-        seconds: From start to end.
-        tokens: Encoder tokens of a mean test example.
-        reference_tokens: The same with a plain prompt of `reference_prompt_length` vectors.
     """
 
     output_dir: Path
     scores: dict[str, float]
     trainable: dict[str, int]
-    training: Progress | None
-    seconds: float
-    tokens: float
-    reference_tokens: float
+    training: Progress | None = None
 
     @property
     def exit_status(self) -> int:
@@ -58,64 +80,35 @@ class RunResult:
         return 128 + stopped_by if stopped_by else 0
 
 
-def summary(result: RunResult, unanswered: int) -> dict[str, Any]:
-    """Return the content of `summary.json`.
-
-    Args:
-        result: Result of the run.
-        unanswered: Test examples whose image could not be read.
-    """
-    training = result.training
-    return {
-        "scores": result.scores,
-        "trainable_parameters": result.trainable,
-        "seconds": round(result.seconds, 1),
-        "train_seconds": round(training.train_seconds, 4) if training else 0.0,
-        "steps": training.steps if training else 0,
-        "best_step": training.best_step if training else 0,
-        "skipped_examples": training.skipped if training else 0,
-        "unanswered_examples": unanswered,
-        "tokens_per_example": round(result.tokens, 2),
-        "reference_tokens_per_example": round(result.reference_tokens, 2),
-    }
-
-
 def finished(output_dir: Path) -> RunResult:
     """Read the result of a finished run from its summary."""
-    summary = read_object(output_dir / SUMMARY_FILE, SUMMARY)
-    return RunResult(
-        output_dir,
-        summary["scores"],
-        summary["trainable_parameters"],
-        None,
-        summary["seconds"],
-        summary["tokens_per_example"],
-        summary["reference_tokens_per_example"],
-    )
+    summary = read_object(output_dir / SUMMARY_FILE, Summary)
+    return RunResult(output_dir, summary["scores"], summary["trainable_parameters"])
 
 
-def summary_table(config: RunConfig, parts: Sequence[Part], result: RunResult) -> str:
+def summary_table(config: RunConfig, parts: Sequence[Part], summary: Summary) -> str:
     """Scores, parameters, time and length, as a Markdown table."""
-    trainable, training = result.trainable, result.training
+    trainable = summary.trainable_parameters
+    tokens, reference = summary.tokens_per_example, summary.reference_tokens_per_example
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}
     splits = ", ".join(f"{part.task.name} {part.name}" for part in parts)
     rows: list[tuple[str, str]] = [
-        *score_rows(result.scores, splits, [part.task for part in parts]),
+        *score_rows(summary.scores, splits, [part.task for part in parts]),
         ("examples scored", f"{sum(len(part.task) for part in parts):,}"),
         ("trainable parameters", f"{trainable['total']:,}"),
         *[(f"  {name}", f"{count:,}") for name, count in groups.items()],
         ("  without the visual projection", f"{trainable['without_projection']:,}"),
-        ("encoder tokens per example", f"{result.tokens:.1f}"),
+        ("encoder tokens per example", f"{tokens:.1f}"),
         (
             f"  with a {config.prompt.reference_prompt_length}-vector prompt instead",
-            f"{result.reference_tokens:.1f} ({1 - result.tokens / result.reference_tokens:.0%} saved)",
+            f"{reference:.1f} ({1 - tokens / reference:.0%} saved)",
         ),
     ]
-    if training is not None:
+    if summary.steps:
         rows += [
-            (f"seconds of training ({training.steps} steps)", f"{training.train_seconds:.0f}"),
-            ("seconds in all", f"{result.seconds:.0f}"),
+            (f"seconds of training ({summary.steps} steps)", f"{summary.train_seconds:.0f}"),
+            ("seconds in all", f"{summary.seconds:.0f}"),
         ]
-    if training is not None and training.skipped:
-        rows.append(("training examples skipped, image not readable", f"{training.skipped:,}"))
+    if summary.skipped_examples:
+        rows.append(("training examples skipped, image not readable", f"{summary.skipped_examples:,}"))
     return markdown_table(["", "this run"], rows)

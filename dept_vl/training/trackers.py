@@ -1,8 +1,8 @@
 """The tracker beside a run's own log: TensorBoard, W&B, trackio, or another that accelerate has."""
 
-import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from dept_vl._utils.io import read_object, write_atomically
+from dept_vl._utils.io import read_object, write_json
 from dept_vl.config import RunConfig, flat, to_json
 
 PROJECT = "dept_vl"
@@ -18,6 +18,13 @@ TRACKER_FILE = "tracker.json"
 """Of a run: by what W&B and trackio know it, so that it goes on there when it goes on here."""
 EXTRAS = ("tensorboard", "trackio", "wandb")
 """Trackers for which the package has an extra, by the name of both."""
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """The fields of `tracker.json`."""
+
+    id: str
 
 
 def check_tracker(name: str | None) -> None:
@@ -42,7 +49,7 @@ def start_tracker(
     accelerator: Accelerator,
     config: RunConfig,
     output_dir: Path,
-    found: Mapping[str, int | str],
+    facts: Mapping[str, int | str],
     steps: int,
 ) -> None:
     """Begin to log, or go on where a run goes on; on the main process alone.
@@ -51,7 +58,7 @@ def start_tracker(
         accelerator: Of the run, made with the configuration's `log_with`.
         config: Of the run; told to the tracker as flat hyper-parameters.
         output_dir: Folder of the run; TensorBoard's and W&B's files go there too.
-        found: What else is to be told: sizes that were solved, what is trained.
+        facts: What else is to be told: sizes that were solved, what is trained.
         steps: Optimizer steps done before. What was logged of later ones is logged again: TensorBoard then
             hides the first, W&B keeps it, trackio has both.
     """
@@ -68,8 +75,8 @@ def start_tracker(
         options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
     chosen = {name: option for name, option in options.items() if name == config.log_with}
     # TensorBoard would have them a second time, as of another run.
-    told = None if begun else hyper_parameters(config) | dict(found)
-    accelerator.init_trackers(PROJECT, config=told, init_kwargs=chosen)
+    values = None if begun else hyper_parameters(config) | dict(facts)
+    accelerator.init_trackers(PROJECT, config=values, init_kwargs=chosen)
 
 
 def hyper_parameters(config: RunConfig) -> dict[str, Any]:
@@ -86,6 +93,6 @@ def hyper_parameters(config: RunConfig) -> dict[str, Any]:
 def _key(path: Path) -> str:
     if not path.is_file():
         # Not by a generator whose state the run depends on.
-        write_atomically(path, json.dumps({"id": secrets.token_hex(4)}).encode())
-    key: str = read_object(path, {"id": str})["id"]
+        write_json(path, {"id": secrets.token_hex(4)})
+    key: str = read_object(path, Tracker)["id"]
     return key

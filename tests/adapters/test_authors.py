@@ -321,12 +321,12 @@ def test_other_tensors_are_listed(tmp_path: Path, prompt_only: bool) -> None:
         ({"r": 2}, r"lora_embedding_A has the shape \(12, 2\); found \(12, 3\)"),
         ({"token_dim": 31}, r"prompt_embeddings has the shape \(4, 31\); found \(4, 32\)"),
         ({"peft_type": "LORA"}, "expected peft_type PROMPT_TUNING_LORA, found 'LORA'"),
-        ({"r": None}, "'r': None"),
-        ({"r": 0}, "'r': 0"),
-        ({"max_length": "12"}, "'max_length': '12'"),
-        ({"lora_alpha": "8"}, "'lora_alpha': '8'"),
-        ({"lora_alpha": float("nan")}, "'lora_alpha': nan"),
-        ({"base_model_name_or_path": None}, "'base_model_name_or_path': None"),
+        ({"r": None}, "r is None"),
+        ({"r": 0}, "r is 0"),
+        ({"max_length": "12"}, "max_length is '12'"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"base_model_name_or_path": None}, "base_model_name_or_path is None"),
     ],
 )
 def test_configuration_that_does_not_fit_is_refused(

@@ -666,12 +666,12 @@ def test_what_the_other_side_cannot_run_is_refused(
     [
         ({"peft_type": "LORA"}, "expected peft_type DEPT, found 'LORA'"),
         ({"rank": 2}, r"do not belong together.*'offset_a': \(12, 2\).*found .*'offset_a': \(12, 3\)"),
-        ({"rank": None}, "'rank': None"),
-        ({"prompt_length": -1}, "'prompt_length': -1"),
-        ({"max_source_length": 10**9}, "'max_source_length': 1000000000"),
-        ({"alpha": "8"}, "'alpha': '8'"),
+        ({"rank": None}, "rank is None"),
+        ({"prompt_length": -1}, "prompt_length is -1"),
+        ({"max_source_length": 10**9}, "max_source_length is 1000000000"),
+        ({"alpha": "8"}, "alpha is '8'"),
         ({"base_model_name_or_path": "google-t5/t5-base"}, "was trained on google-t5/t5-base"),
-        ({"base_model_name_or_path": 3}, "'base_model_name_or_path': 3"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3"),
     ],
 )
 def test_files_of_peft_are_checked(

@@ -40,7 +40,7 @@ def test_there_are_17_of_them() -> None:
 
 
 def test_every_update_sees_32_examples() -> None:
-    assert {p.batch_size * p.gradient_accumulation_steps for p in PAPER.values()} == {32}
+    assert {p.per_device_batch_size * p.gradient_accumulation_steps for p in PAPER.values()} == {32}
 
 
 def test_multirc_alone_is_over_the_budget() -> None:

@@ -253,7 +253,7 @@ def test_adapter_without_a_method_is_of_dept(make_backbone: Callable[..., Backbo
     ("change", "expected"),
     [
         ({"method": "magic"}, "unknown method 'magic'"),
-        ({"seed": -1}, "prompt.seed to be 0 to"),
+        ({"seed": -1}, "prompt.seed is -1; expected 0 or more"),
         ({"rank": D_MODEL + 1}, "rank of 1 to the width"),
         ({"method": "lopt"}, "has the tensors"),
     ],

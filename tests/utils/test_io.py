@@ -1,9 +1,9 @@
 """Our own files, read with care, and what was let through before."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dept_vl._utils import io as files
-from dept_vl._utils.io import difference, one_line, read_json, read_object
+from dept_vl._utils.io import one_line, read_json, read_object
+from dept_vl._utils.options import check
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.adapters import authors
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
@@ -37,10 +38,25 @@ from dept_vl.training.run import run
 # JSON
 
 
+@dataclass
+class Pair:
+    a: int
+    b: list[float]
+
+
+@dataclass
+class Lone:
+    b: int
+
+
 def test_a_good_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1, "b": [2.5, 3]}')
     assert read_json(tmp_path / "x.json") == {"a": 1, "b": [2.5, 3]}
-    assert read_object(tmp_path / "x.json", {"a": int, "b": [float]}) == {"a": 1, "b": [2.5, 3]}
+    assert read_object(tmp_path / "x.json", Pair) == {"a": 1, "b": [2.5, 3]}
+    with pytest.raises(
+        ValueError, match=r"x\.json is damaged: b is \[2.5, 3\]; .*; unknown field a; there are: b"
+    ):
+        read_object(tmp_path / "x.json", Lone)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"\x00"])
@@ -62,40 +78,42 @@ def test_missing_and_overlong_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("found", "like", "problem"),
+    ("found", "kind", "problem"),
     [
         (1, int, ""),
-        (True, int, "expected the file to be a whole number, found True"),
-        (1.0, int, "found 1.0"),
+        (True, int, "the content is True; expected a valid integer"),
+        (1.0, int, "is 1.0; expected a valid integer"),
         (1, float, ""),
-        (float("nan"), float, "a finite number, found nan"),
-        (float("-inf"), float, "found -inf"),
-        (10**400, float, "a finite number"),
+        (True, float, "is True; expected a valid number"),
+        (float("nan"), float, "is nan; expected a finite number"),
+        (float("-inf"), float, "is -inf; expected a finite number"),
+        (10**400, float, "expected a finite number"),
         ("x", str, ""),
-        (None, str, "to be text, found None"),
-        ({"a": 1}, {"a": int}, ""),
-        ({"b": 1}, {"a": int}, r"missing \['a'\], unknown \['b'\]"),
-        ({"a": {"b": "x"}}, {"a": {"b": int}}, r"expected a\.b to be a whole number, found 'x'"),
-        ([], {"a": int}, "to be an object"),
-        ({"any": 1}, {str: int}, ""),
-        ({"a\nb": "x"}, {str: int}, r"expected \['a\\nb'\] to be"),
-        ([1, "x"], [int], r"expected \[1\] to be a whole number"),
-        ({}, [int], "to be a list"),
-        (None, (None, {"a": int}), ""),
-        ({"a": "x"}, (None, {"a": int}), "expected a to be a whole number"),
-        (3, (None, {"a": int}), "to be null or an object, found 3"),
-        ("none", ("none", "relative"), ""),
-        ("x", ("none", "relative"), 'to be "none" or "relative"'),
-        (True, 1, "to be 1, found True"),
+        (None, str, "is None; expected a valid string"),
+        ({"a": 1, "b": []}, Pair, ""),
+        ({"b": []}, Pair, "a is missing"),
+        ({"a": 1, "b": [], "c": 2}, Pair, "unknown field c; there are: a, b"),
+        ({"a": {"a": "x", "b": []}}, dict[str, Pair], "a.a is 'x'; expected a valid integer"),
+        ([], Pair, "is \\[\\]; expected an object"),
+        ({"any": 1}, dict[str, int], ""),
+        ({"a\nb": "x"}, dict[str, int], r"'a\\nb' is 'x'"),
+        ([1, "x"], list[int], r"\[1\] is 'x'; expected a valid integer"),
+        ({}, list[int], "is {}; expected a valid array"),
+        (None, Pair | None, ""),
+        ({"a": "x", "b": []}, Pair | None, "a is 'x'; expected a valid integer"),
+        ({"a": 1, "b": [], "c": 2}, Pair | None, "unknown field c"),
+        (3, Pair | None, "is 3; expected an object"),
+        ("none", Literal["none", "relative"], ""),
+        ("x", Literal["none", "relative"], "expected 'none' or 'relative'"),
+        (2, Literal[1], "is 2; expected 1"),
     ],
 )
-def test_difference(found: Any, like: Any, problem: str) -> None:
-    said = difference(found, like)
+def test_fields_are_checked(found: Any, kind: Any, problem: str) -> None:
     if not problem:
-        assert said == ""
+        check(found, kind)
     else:
         with pytest.raises(ValueError, match=problem):
-            raise ValueError(said)
+            check(found, kind)
 
 
 # Tensors
@@ -162,14 +180,14 @@ def test_a_frozen_projection_is_not_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("prompt_length", 10**9, "prompt_length to be 0 to 1,000,000, found 1000000000"),
-        ("prompt_length", -1, "prompt_length to be 0 to"),
-        ("d_model", 0, "d_model to be 1 to"),
+        ("prompt_length", 10**9, "prompt_length is 1000000000; expected at most 1,000,000"),
+        ("prompt_length", -1, "prompt_length is -1; expected 0 or more"),
+        ("d_model", 0, "d_model is 0; expected 1 or more"),
         ("prompt_length", 900_000, r"by its sizes the prompt has the tensors .*\(900000, 8\)"),
         ("max_source_length", 6, r"\(6, 4\)"),
-        ("alpha", float("nan"), r"prompt\.alpha to be a finite number"),
+        ("alpha", float("nan"), r"prompt\.alpha is nan; expected a finite number"),
         ("scale", 3.0, r"prompt\.scale to be 4\.0, found 3\.0"),
-        ("rank", True, r"prompt\.rank to be a whole number"),
+        ("rank", True, r"prompt\.rank is True; expected a valid integer"),
     ],
 )
 def test_sizes_of_an_adapter_are_those_of_its_tensors(
@@ -186,10 +204,13 @@ def test_sizes_of_an_adapter_are_those_of_its_tensors(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": None}, "task to be text"),
-        ({"metrics": {"overall": "high"}}, r"metrics\['overall'\] to be a finite number"),
-        ({"metrics": {"overall": float("inf")}}, "found inf"),
-        ({"backbone": {"name": "tiny"}}, r"missing \['fingerprint', 'visual_position_bias'\]"),
+        ({"task": None}, "task is None; expected a valid string"),
+        ({"metrics": {"overall": "high"}}, r"metrics\.overall is 'high'; expected a valid number"),
+        ({"metrics": {"overall": float("inf")}}, "is inf; expected a finite number"),
+        (
+            {"backbone": {"name": "tiny"}},
+            r"backbone\.fingerprint is missing; backbone\.visual_position_bias is missing",
+        ),
         ({"trainable_parameters": {"total": 7}}, "have .* parameters, and trainable_parameters says"),
         ({"tensors": {"head.weight": torch.ones(1)}}, r"alone, found \['head\.weight'\]"),
         ({"tensors": {}}, "by its sizes the prompt has the tensors"),
@@ -228,7 +249,7 @@ def test_sizes_in_the_authors_files(tmp_path: Path, change: dict[str, Any]) -> N
     config = authors.DEFAULTS | sizes | {"base_model_name_or_path": "t5"} | change
     (tmp_path / authors.CONFIG_FILE).write_text(json.dumps(config))
     (tmp_path / authors.TENSORS_FILE).write_bytes(b"")
-    with pytest.raises(ValueError, match=f"found .*{next(iter(change))}"):
+    with pytest.raises(ValueError, match=f"{next(iter(change))} is .*; expected"):
         authors.read(tmp_path)
 
 

@@ -7,6 +7,7 @@ there. `adapter_config.json` is a `peft_plugin.DeptConfig`.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dept_vl._utils.io import difference, read_json, write_atomically
-from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl._utils.io import write_atomically
+from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.identity import check_name
+from dept_vl.adapters.schema import read_configuration
+from dept_vl.config import PositiveSize, Size
 from dept_vl.models.backbone import Backbone, fingerprint
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import LARGEST_SIZE
 from dept_vl.prompts.dept import DePT, current_name
 
 TENSORS_FILE = "adapter_model.safetensors"
@@ -29,6 +31,17 @@ CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "DEPT"
 CONTAINER = "dept_prompt"
 """Name of the prompts in the wrapped encoder."""
+
+
+@dataclass(frozen=True)
+class ConfigFields:
+    """What `adapter_config.json` has to say."""
+
+    prompt_length: Size
+    rank: Size
+    max_source_length: PositiveSize
+    alpha: float
+    base_model_name_or_path: str | None
 
 
 def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
@@ -45,12 +58,9 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
     _check_positions(backbone)
     prompt = adapter.build(backbone).prompt
     names = [name for name, _ in prompt.named_parameters()] if prompt is not None else []
-    tensors = {name.removeprefix("prompt."): tensor for name, tensor in adapter.tensors.items()}
-    if (
-        prompt is None
-        or tensors.keys() != set(names)
-        or not set(names) <= {"soft_prompt", "offset_a", "offset_b"}
-    ):
+    tensors = under("prompt.", adapter.tensors)
+    whole = len(tensors) == len(adapter.tensors) and tensors.keys() == set(names)
+    if prompt is None or not whole or not set(names) <= {"soft_prompt", "offset_a", "offset_b"}:
         raise ValueError(
             f"PEFT's files hold the tensors of a text prompt (P, A, B) and nothing else; this adapter has "
             f"{sorted(adapter.tensors)}: keep it in its own format"
@@ -94,11 +104,14 @@ def from_peft(
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
-    config = _read_config(folder / CONFIG_FILE)
-    if config["base_model_name_or_path"]:
-        check_name(
-            config["base_model_name_or_path"], backbone, [backbone.name, backbone.language.name_or_path]
+    config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, ConfigFields)
+    if config.get("modules_to_save"):
+        raise ValueError(
+            f"the adapter at {folder} trained {config['modules_to_save']!s:.100} beside the prompt "
+            "(modules_to_save), which an adapter of ours cannot hold: run it in PEFT"
         )
+    if base := config.get("base_model_name_or_path"):
+        check_name(base, backbone, [backbone.name, backbone.language.name_or_path])
     problem = another_base(config.get("embedding_fingerprint"), backbone.language.get_encoder())
     if problem:
         raise ValueError(f"the adapter at {folder} {problem}")
@@ -110,7 +123,7 @@ def from_peft(
     with torch.device("meta"):  # compared before anything of the claimed size is made
         shapes = {
             name: tuple(p.shape)
-            for name, p in DePT(backbone.d_model, **sizes, alpha=config["alpha"]).named_parameters()
+            for name, p in DePT(backbone.d_model, **sizes, alpha=float(config["alpha"])).named_parameters()
         }
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if given != shapes:
@@ -118,7 +131,7 @@ def from_peft(
             f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
             f"tensors {shapes}, found {given!s:.300}"
         )
-    prompt = DePT(backbone.d_model, **sizes, alpha=config["alpha"])
+    prompt = DePT(backbone.d_model, **sizes, alpha=float(config["alpha"]))
     load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
 
@@ -172,34 +185,3 @@ def _check_positions(backbone: Backbone) -> None:
             "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load "
             "the backbone with visual_position_bias='relative'"
         )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
-        peft_type = config.get("peft_type") if isinstance(config, dict) else config
-        raise ValueError(
-            f"{path} describes no adapter of DePT: expected peft_type {PEFT_TYPE}, found {peft_type!r:.60}"
-        )
-    least = {"prompt_length": 0, "rank": 0, "max_source_length": 1}
-    wrong = {
-        name: config.get(name)
-        for name, smallest in least.items()
-        if type(config.get(name)) is not int or not smallest <= config[name] <= LARGEST_SIZE
-    }
-    if difference(config.get("alpha"), float):
-        wrong["alpha"] = config.get("alpha")
-    if not isinstance(config.setdefault("base_model_name_or_path", None), str | None):
-        wrong["base_model_name_or_path"] = config["base_model_name_or_path"]
-    if wrong:
-        raise ValueError(
-            f"{path} does not describe the adapter: expected sizes up to {LARGEST_SIZE:,}, a finite number "
-            f"for alpha and a name for base_model_name_or_path; found {wrong!s:.300}"
-        )
-    if config.get("modules_to_save"):
-        raise ValueError(
-            f"the adapter at {path.parent} trained {config['modules_to_save']!s:.100} beside the prompt "
-            "(modules_to_save), which an adapter of ours cannot hold: run it in PEFT"
-        )
-    fields: dict[str, Any] = config | {"alpha": float(config["alpha"])}
-    return fields

@@ -52,50 +52,41 @@ class DeptType(str, enum.Enum):  # noqa: UP042  PEFT takes the name from str()
     DEPT = PEFT_TYPE
 
 
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DeptConfig(PeftConfig):  # type: ignore[misc]
-    """What `get_peft_model` makes a DePT of.
-
-    Attributes:
-        prompt_length: Vectors in the soft prompt (m); 0 for the offset alone.
-        rank: Of the offset (r); 0 is plain prompt tuning, None takes what `reference_prompt_length` leaves.
-        max_source_length: Longest text in tokens (s); padding counts.
-        alpha: The offset is scaled by `alpha / sqrt(rank)`.
-        reference_prompt_length: Where rank is None: the plain prompt whose parameters may be spent.
-        prompt_init: Start from random words of the `vocabulary`, from a `text`, or `random`.
-        prompt_init_text: The text, repeated or cut to the prompt's length.
-        tokenizer_name_or_path: Its tokenizer.
-        init_weights: False starts B away from zero, so that the offset is there before any training; for
-            tests, as with PEFT's other methods.
-        modules_to_save: Modules of the base model that are trained and saved as well.
-        target_modules: Not for DePT, which wraps the encoder.
-        embedding_fingerprint: Of the base's word embeddings; taken from the base, and compared on loading.
+    """What `get_peft_model` makes a DePT of; the fields say in their metadata what they are.
 
     Raises:
         ValueError: If a value is out of range, or does not go with the others.
     """
 
-    prompt_length: int = field(default=60, metadata={"help": "Vectors in the soft prompt (m)."})
-    rank: int | None = field(
-        default=None, metadata={"help": "Rank of the offset (r); None spends what the budget leaves."}
+    prompt_length: int = _option(60, "Vectors in the soft prompt (m); 0 for the offset alone.")
+    rank: int | None = _option(
+        None, "Rank of the offset (r); 0 is plain prompt tuning, None takes what the budget leaves."
     )
-    max_source_length: int = field(default=256, metadata={"help": "Longest text in tokens (s)."})
-    alpha: float = field(default=8.0, metadata={"help": "The offset is scaled by alpha / sqrt(rank)."})
-    reference_prompt_length: int = field(
-        default=100, metadata={"help": "Where rank is None: the plain prompt whose parameters may be spent."}
+    max_source_length: int = _option(256, "Longest text in tokens (s); padding counts.")
+    alpha: float = _option(8.0, "The offset is scaled by alpha / sqrt(rank).")
+    reference_prompt_length: int = _option(
+        100, "Where rank is None: the plain prompt whose parameters may be spent."
     )
-    prompt_init: str = field(default="vocabulary", metadata={"help": "vocabulary, text or random."})
-    prompt_init_text: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
-    tokenizer_name_or_path: str | None = field(default=None, metadata={"help": "For prompt_init=text."})
-    init_weights: bool = field(default=True, metadata={"help": "False starts B away from zero; for tests."})
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules of the base model that are trained and saved as well."}
+    prompt_init: str = _option(
+        "vocabulary", "Start from random words of the vocabulary, from a text, or random."
     )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Not for DePT, which wraps the encoder."}
+    prompt_init_text: str | None = _option(None, "The text, repeated or cut to the prompt's length.")
+    tokenizer_name_or_path: str | None = _option(None, "Tokenizer of the text.")
+    init_weights: bool = _option(
+        True, "False starts B away from zero, so that the offset is there before any training; for tests."
     )
-    embedding_fingerprint: str | None = field(
-        default=None, metadata={"help": "Of the base's word embeddings; taken from the base."}
+    modules_to_save: list[str] | None = _option(
+        None, "Modules of the base model that are trained and saved as well."
+    )
+    target_modules: list[str] | str | None = _option(None, "Not for DePT, which wraps the encoder.")
+    embedding_fingerprint: str | None = _option(
+        None, "Of the base's word embeddings; taken from the base, and compared on loading."
     )
 
     def __post_init__(self) -> None:

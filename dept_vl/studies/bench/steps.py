@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import json
 import os
 import platform
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from dept_vl._utils.io import read_json, write_atomically
+from dept_vl._utils.io import read_json, write_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
 from dept_vl.studies.bench.measure import encoder_flops, in_turn, saved_bytes
@@ -326,8 +325,7 @@ class Bench:
 
     def save(self) -> None:
         """Write bench.json."""
-        content = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.config.output_dir / RESULTS_FILE, content.encode())
+        write_json(self.config.output_dir / RESULTS_FILE, self.results)
 
 
 def _conditions(results: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dept_vl.config import ReportConfig, read_config
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import limit
 from dept_vl.training.report.html import Answered, write_run_report
-from dept_vl.training.summary import SUMMARY
+from dept_vl.training.summary import Summary
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -26,7 +26,7 @@ def remake(config: ReportConfig) -> Path:
         ValueError: If a file of the run is damaged.
     """
     trained = read_config(config.run / CONFIG_FILE)
-    summary = read_object(config.run / SUMMARY_FILE, SUMMARY)
+    summary = read_object(config.run / SUMMARY_FILE, Summary)
     answered = []
     for options in (trained.data, *trained.also):
         split = options.splits()[-1]
