@@ -16,13 +16,13 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
+from dept_vl.tasks.prepare.staging import staging_for
 
 logger = logging.getLogger(__name__)
 
@@ -130,12 +130,7 @@ def convert(output_dir: Path) -> dict[str, int]:
     train_images = easy_vqa.get_train_image_paths()
     # Ids run from 0 without a gap, so this is the number of train images.
     offset = max(train_images) + 1
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays within one file system.
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        # One level down: the temporary folder itself is readable to its owner only.
-        staging = Path(temporary) / output_dir.name
-        staging.mkdir()
+    with staging_for(output_dir) as staging:
         _write_split(staging, "train2014", easy_vqa.get_train_questions(), train_images, offset=0)
         _write_split(
             staging,

@@ -12,13 +12,12 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.prepare.parquet import Part, Source, open_source
-from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing
+from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, staging_for
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +60,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
     files = (*copy.files(name), note)
     refuse_existing(output_dir, files)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays within one file system.
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        # One level down: the temporary folder itself is readable to its owner only.
-        staging = Path(temporary) / output_dir.name
-        staging.mkdir()
+    with staging_for(output_dir) as staging:
         output = Output(staging, output_dir)
         examples = copy.write(opened, output, name, copy.parts[name])
         counts = {copy.examples: examples, **output.counts()}

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY, confined, read_image
@@ -98,6 +99,18 @@ def publish(staging: Path, folder: Path, files: Sequence[str]) -> None:
         target = folder / path.relative_to(staging)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
+
+
+@contextmanager
+def staging_for(output_dir: Path) -> Iterator[Path]:
+    """An empty folder to fill and then rename; what is left of it is removed."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # A sibling, so that the rename stays within one file system.
+    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+        # One level down: the temporary folder itself is readable to its owner only.
+        staging = Path(temporary) / output_dir.name
+        staging.mkdir()
+        yield staging
 
 
 @contextmanager

@@ -8,14 +8,13 @@ something to learn. Figures on it say nothing about the real data sets.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from dept_vl.tasks.metrics.vqa import normalise_answer
+from dept_vl.tasks.prepare.staging import staging_for
 from dept_vl.tasks.scenes.questions import (
     NUMBERS,
     QA,
@@ -63,10 +62,11 @@ def write_tasks(
         split: [Drawn(next(numbers), sample_scene(rng)) for _ in range(count)]
         for split, count in zip(SPLITS, (train, val, test), strict=True)
     }
-    with _staged(output_dir) as staging:
+    with staging_for(output_dir) as staging:
         for task, write in (("vqav2", _vqav2), ("gqa", _gqa), ("nlvr2", _nlvr2), ("coco", _coco)):
             (staging / task).mkdir(parents=True)
             write(staging / task, splits, rng)
+        staging.rename(output_dir)
 
 
 def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed: int = 0) -> None:
@@ -87,7 +87,7 @@ def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed:
     """
     _check(output_dir, {"train": train, "val": val})
     rng = Random(seed)
-    with _staged(output_dir) as staging:
+    with staging_for(output_dir) as staging:
         for name, ask, most in (("relabelled", ask_code, 1), ("many-or-few", ask_many_or_few, 4)):
             numbers = iter(range(1, 1 + train + val))
             splits = {
@@ -96,6 +96,7 @@ def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed:
             }
             (staging / name).mkdir(parents=True)
             _vqav2(staging / name, splits, rng, ask, per_image=1)
+        staging.rename(output_dir)
 
 
 def _check(output_dir: Path, counts: dict[str, int]) -> None:
@@ -104,16 +105,6 @@ def _check(output_dir: Path, counts: dict[str, int]) -> None:
             raise ValueError(f"expected at least one image in each split, found {split}={count}")
     if output_dir.exists():
         raise FileExistsError(f"{output_dir} is there already; choose another folder, or remove it")
-
-
-@contextmanager
-def _staged(output_dir: Path) -> Iterator[Path]:
-    """A folder that takes its place when all is written."""
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        staging = Path(temporary) / output_dir.name
-        yield staging
-        staging.rename(output_dir)
 
 
 def _vqav2(

@@ -230,11 +230,7 @@ def _exists(words: Callable[[bool], str]) -> Family:
 
 
 def _absent(words: Callable[[bool], str]) -> Family:
-    def ask_absent(scene: Scene, rng: Random) -> Fact:
-        phrase, wanted = random_phrase(scene, rng)
-        return Fact((phrase,), words(not any(matches(o, wanted) for o in scene.objects)))
-
-    return ask_absent
+    return _exists(lambda found: words(not found))
 
 
 def statement(scene: Scene, rng: Random) -> tuple[str, bool]:
@@ -272,14 +268,12 @@ def _elsewhere(rng: Random) -> Object:
     return Object("", "", "", rng.uniform(0, IMAGE_SIZE - 1), rng.uniform(0, IMAGE_SIZE - 1), 0.0, 0.0)
 
 
-def _statement(scene: Scene, rng: Random) -> Fact:
-    text, truth = statement(scene, rng)
-    return Fact((text,), _true(truth))
+def _statement(words: Callable[[bool], str]) -> Family:
+    def ask_statement(scene: Scene, rng: Random) -> Fact:
+        text, truth = statement(scene, rng)
+        return Fact((text,), words(truth))
 
-
-def _tag(scene: Scene, rng: Random) -> Fact:
-    text, truth = statement(scene, rng)
-    return Fact((text,), _yes(truth))
+    return ask_statement
 
 
 def _count(scene: Scene, rng: Random) -> Fact:
@@ -371,8 +365,8 @@ FAMILIES: dict[str, tuple[Family, float]] = {
     "place": (_place, 1.0),
     "exists": (_exists(_true), 4.0),
     "absent": (_absent(_true), 4.0),
-    "statement": (_statement, 1.0),
-    "tag": (_tag, 2.0),
+    "statement": (_statement(_true), 1.0),
+    "tag": (_statement(_yes), 2.0),
     "count": (_count, 1.5),
     "relation": (_relation, 1.5),
     "neighbour": (_neighbour, 0.7),
