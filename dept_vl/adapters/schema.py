@@ -145,7 +145,8 @@ def described_method(prompt: Mapping[str, Any]) -> Method:
         UnknownNameError: If there is no method of this name.
         ValueError: If the method cannot be built with these sizes.
     """
-    sizes = {**BEFORE_METHODS, **prompt}
+    # A whole number may stand without its point in JSON.
+    sizes = {**BEFORE_METHODS, **prompt, "alpha": float(prompt["alpha"])}
     del sizes["scale"]  # follows from the others
     return sized(**sizes)
 
