@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dept_vl.inference.predictor import Predictor as Predictor
     from dept_vl.models.backbone import Backbone as Backbone
     from dept_vl.models.prompted import PromptedModel as PromptedModel
-    from dept_vl.prompts.budget import register_method as register_method
+    from dept_vl.prompts.base import register_method as register_method
     from dept_vl.prompts.dept import DePT as DePT
     from dept_vl.tasks import load_task as load_task
     from dept_vl.tasks import register_task as register_task
@@ -39,7 +39,7 @@ _MODULES = {
     "load": "inference.loading",
     "load_many": "inference.mixed",
     "load_task": "tasks",
-    "register_method": "prompts.budget",
+    "register_method": "prompts.base",
     "register_task": "tasks",
     "train": "api",
 }

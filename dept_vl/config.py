@@ -24,8 +24,8 @@ from dept_vl._utils.options import (
 )
 from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
-from dept_vl.models.choices import LARGEST_GRID, TrainedPart, VisualPositionBias
-from dept_vl.prompts.budget import LARGEST_SIZE, METHODS, Init
+from dept_vl.models.options import LARGEST_GRID, TrainedPart, VisualPositionBias
+from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.tasks import TASKS
 
 Features = Literal["auto", "cached", "live"]

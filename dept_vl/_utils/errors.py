@@ -4,9 +4,9 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from dis import opmap
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -73,20 +73,18 @@ def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return whether an error was raised on purpose, or comes from the file system or the network.
+    """Return whether an error was raised in this package, or comes from the file system or the network.
 
-    Exceptions that an expression of ours or another library raised are bugs, and keep their traceback.
+    Errors that another library raised in the middle of its work keep their traceback.
     """
     if isinstance(error, UsageError | OSError):
         return True
-    trace = error.__traceback__
-    if not isinstance(error, RAISED) or trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    by_statement = code.co_code[trace.tb_lasti] == opmap["RAISE_VARARGS"]
-    return by_statement and Path(code.co_filename).resolve().is_relative_to(PACKAGE)
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        isinstance(error, RAISED)
+        and bool(frames)
+        and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+    )
 
 
 def _report(error: BaseException, *, same_everywhere: bool) -> None:

@@ -19,8 +19,8 @@ from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, copies, load_exactly, read_tensors, under
 from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
+from dept_vl.adapters.fingerprint import check_backbone, describe_backbone
 from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
-from dept_vl.adapters.identity import check_backbone, describe_backbone
 from dept_vl.adapters.schema import FORMAT_VERSION, described_method, read_description
 from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
 from dept_vl.models.backbone import Backbone

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.ready_made import Parts, check_base, describe_base, model_name, special_tokens
+from dept_vl.adapters.families import Parts, check_base, describe_base, model_name, special_tokens
 from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise

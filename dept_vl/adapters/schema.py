@@ -9,9 +9,9 @@ from typing import Any
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
 from dept_vl.config import PositiveSize, Size
-from dept_vl.models.choices import VisualPositionBias
+from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.vision import VisionOptions
-from dept_vl.prompts.budget import Method, Shapes, sized
+from dept_vl.prompts.base import Method, Shapes, sized
 
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
@@ -38,7 +38,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class BackboneFields:
-    """The backbone, as `identity.describe_backbone` returns it."""
+    """The backbone, as `fingerprint.describe_backbone` returns it."""
 
     name: str
     fingerprint: dict[str, str]

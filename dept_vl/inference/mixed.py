@@ -13,7 +13,7 @@ from dept_vl.inference.loading import LONGEST_TEXT, find_backbone, load, run_of
 from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, as_images, line_up
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.rows import PromptTable, RowProjections, RowPrompts
+from dept_vl.models.row_prompts import PromptTable, RowProjections, RowPrompts
 from dept_vl.tasks import TASKS
 
 Names = Sequence[str | None]

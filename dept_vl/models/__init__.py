@@ -1,18 +1,18 @@
 """Frozen models with a prompt on them: vision tower, visual projection, language model.
 
-`backbone` joins them, `prompted` puts a prompt in front (`rows`: another for every row); `tokens` turns
-answers into tokens.
+`backbone` joins them, `prompted` puts a prompt in front (`row_prompts`: another for every row), and `tokens`
+turns answers into tokens.
 """
 
 __all__ = [
     "backbone",
-    "choices",
     "language",
+    "options",
     "padding",
     "positions",
     "precision",
     "prompted",
-    "rows",
+    "row_prompts",
     "sharding",
     "tokens",
     "vision",

@@ -23,8 +23,8 @@ from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
-from dept_vl.models.choices import TrainedPart, VisualPositionBias
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
+from dept_vl.models.options import TrainedPart, VisualPositionBias
 from dept_vl.models.vision import VisionEncoder, VisionOptions
 
 BACKBONE_FILE = "backbone.json"

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import one_line
-from dept_vl.models.choices import VisualPositionBias
+from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
 from dept_vl.models.positions import TextPositions
 from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 
 from dept_vl._utils.images import to_rgb
 from dept_vl._utils.io import one_line
-from dept_vl.models.choices import LARGEST_GRID
+from dept_vl.models.options import LARGEST_GRID
 
 CONVOLUTIONAL = 4
 """Dimensions of a convolutional tower's output, (batch, channels, height, width)."""

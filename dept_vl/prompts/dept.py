@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dept_vl.prompts.budget import METHODS, Method, check_sizes
+from dept_vl.prompts.base import METHODS, Method, check_sizes
 
 RENAMED = {"lora_a": "offset_a", "lora_b": "offset_b"}
 """Parameters by the names that older files have for them."""

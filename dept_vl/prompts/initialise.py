@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dept_vl.prompts.budget import Init
+from dept_vl.prompts.base import Init
 from dept_vl.prompts.dept import DePT
 
 COMMON_TOKENS = 5000

@@ -15,7 +15,7 @@ The encoder reads `[P ; E + g]` in all of them:
 r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
 trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.
 A', a, B' and b, like A and B, start so that the method is plain prompt tuning with m vectors. Each method is
-one class here and a line of `budget.METHODS`; `budget.register_method` adds others.
+one class here and a line of `base.METHODS`; `base.register_method` adds others.
 """
 
 import math
@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dept_vl.prompts.budget import Method, Shapes
+from dept_vl.prompts.base import Method, Shapes
 from dept_vl.prompts.dept import DePT
-from dept_vl.prompts.sources import Bottleneck, LowRank, Residual, ScaledRandom
+from dept_vl.prompts.reparameterized import Bottleneck, LowRank, Residual, ScaledRandom
 
 
 class PromptTuning(Method):
@@ -162,7 +162,7 @@ def _bottleneck(name: str, method: Method) -> Shapes:
 
 
 def build(method: Method) -> DePT:
-    """Build the untrained prompt of a method at its sizes, as `budget.sized` gives them."""
+    """Build the untrained prompt of a method at its sizes, as `base.sized` gives them."""
     prompt: DePT = method.build()
     prompt.method = method
     return prompt

@@ -6,8 +6,8 @@ Nothing imports these but the command line.
 __all__ = [
     "bench",
     "compare",
+    "compare_methods",
     "compare_report",
-    "compared",
     "options",
     "search",
     "transfer",

@@ -25,8 +25,8 @@ from dept_vl._utils.stats import interval
 from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.data.splits import load_splits
 from dept_vl.studies.bench.costs import StepCost, measure_steps
+from dept_vl.studies.compare_methods import Rates, compared
 from dept_vl.studies.compare_report import Row, report
-from dept_vl.studies.compared import Rates, compared
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.extract import with_features

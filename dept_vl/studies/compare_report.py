@@ -11,7 +11,7 @@ from typing import Any
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
-from dept_vl.prompts.budget import METHODS
+from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.bench.measure import Ratio
 from dept_vl.training.report.plots import score_plot

@@ -6,7 +6,7 @@ from typing import Literal
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.options import Count, Options, Positive, Seed
-from dept_vl.studies.compared import compared
+from dept_vl.studies.compare_methods import compared
 from dept_vl.tasks import TASKS
 
 Start = Literal["scratch", "prompt", "all"]

@@ -23,7 +23,7 @@ from dept_vl._utils.io import read_object, write_atomically, write_json
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
-from dept_vl.prompts.budget import METHODS
+from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import TASKS
 from dept_vl.training.folder import existing
 from dept_vl.training.log import best_dev

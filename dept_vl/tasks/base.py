@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
-    from dept_vl.tasks.io.published import Published
+    from dept_vl.tasks.io.official_files import Published
     from dept_vl.tasks.io.rows import Rows
     from dept_vl.tasks.prepare.hub import Copy
 

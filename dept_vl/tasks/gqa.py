@@ -22,8 +22,8 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Example, Task
+from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.published import Published, find, find_folder
 from dept_vl.tasks.io.records import field, read_mapping
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa

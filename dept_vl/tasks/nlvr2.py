@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.published import Published, find, find_folder
 from dept_vl.tasks.io.records import field, read_lines
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from dept_vl.tasks.base import Example, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
+from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
-from dept_vl.tasks.io.published import Published, find, find_folder
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.records import read_array, read_list
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert

@@ -6,7 +6,7 @@ from dept_vl.adapters.warm_start import inherit
 from dept_vl.config import PromptOptions, RunConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import METHODS, sized
+from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 from dept_vl.prompts.methods import build

@@ -38,7 +38,7 @@ from zoo.ready_made import (
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import Attached, attach, new_prompt
-from dept_vl.adapters.ready_made import SUPPORTED
+from dept_vl.adapters.families import SUPPORTED
 from dept_vl.config import OptimOptions
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.padding import insert

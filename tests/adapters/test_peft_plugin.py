@@ -37,7 +37,7 @@ from dept_vl.adapters.peft.files import from_peft, to_peft  # noqa: E402
 from dept_vl.adapters.peft.plugin import DeptConfig, DeptLayer, DeptModel, create_dept_optimizer  # noqa: E402
 from dept_vl.models.backbone import Backbone  # noqa: E402
 from dept_vl.models.prompted import PromptedModel  # noqa: E402
-from dept_vl.prompts.budget import sized  # noqa: E402
+from dept_vl.prompts.base import sized  # noqa: E402
 from dept_vl.prompts.dept import DePT  # noqa: E402
 
 M, R, S, ALPHA = 4, 3, 12, 5.0

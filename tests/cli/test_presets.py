@@ -3,7 +3,7 @@
 import pytest
 
 from dept_vl.presets import PAPER, Preset
-from dept_vl.prompts.budget import METHODS, sized
+from dept_vl.prompts.base import METHODS, sized
 
 D_MODEL, BUDGET, REFERENCE = 768, 76_800, 100
 

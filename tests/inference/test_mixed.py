@@ -19,7 +19,7 @@ from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import sized
+from dept_vl.prompts.base import sized
 from dept_vl.prompts.methods import build
 from scripts import bench_adapters
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dept_vl.models.padding import pack
-from dept_vl.prompts.budget import METHODS, sized
+from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import sample_vocabulary
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.models.backbone import Backbone
-from dept_vl.models.choices import TrainedPart
+from dept_vl.models.options import TrainedPart
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import METHODS, Method, sized
+from dept_vl.prompts.base import METHODS, Method, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build
-from dept_vl.prompts.sources import Bottleneck
+from dept_vl.prompts.reparameterized import Bottleneck
 
 LONGEST, LENGTH, RANK = 12, 4, 3
 

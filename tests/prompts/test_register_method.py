@@ -15,7 +15,7 @@ import dept_vl
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.prompts.budget import METHODS, Method, Shapes
+from dept_vl.prompts.base import METHODS, Method, Shapes
 from dept_vl.prompts.dept import DePT
 from dept_vl.studies.compare import CompareConfig, compare
 from dept_vl.training.run import run

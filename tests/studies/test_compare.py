@@ -15,11 +15,11 @@ from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
-from dept_vl.prompts.budget import METHODS
+from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.compare import compare, task_config
+from dept_vl.studies.compare_methods import compared
 from dept_vl.studies.compare_report import Row, bars, report
-from dept_vl.studies.compared import compared
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.scenes.official import write_concepts

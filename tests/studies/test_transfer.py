@@ -21,7 +21,7 @@ from dept_vl.data.shots import draw_shots, read_shots
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.budget import sized
+from dept_vl.prompts.base import sized
 from dept_vl.prompts.methods import build
 from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.transfer import transfer

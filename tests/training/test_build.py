@@ -8,7 +8,7 @@ from conftest import D_MODEL
 
 from dept_vl.config import PromptOptions
 from dept_vl.models.backbone import Backbone
-from dept_vl.prompts.budget import METHODS
+from dept_vl.prompts.base import METHODS
 from dept_vl.training.build import budget_line, build_prompt
 
 

@@ -19,10 +19,10 @@ import dept_vl
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import OptimOptions
-from dept_vl.prompts import budget
+from dept_vl.prompts.base import METHODS as PROMPTS
 from dept_vl.training.optim import build_optimizer
 
-METHODS = (*budget.METHODS, *BASELINES)
+METHODS = (*PROMPTS, *BASELINES)
 PACKAGE = Path(dept_vl.__file__).resolve().parent
 HELD = "✓"
 BEGIN, END = "<!-- capabilities -->", "<!-- /capabilities -->"

@@ -17,11 +17,11 @@ from zoo.ready_made import inputs_of, ready_made
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import Attached, attach
 from dept_vl.models.backbone import Backbone
-from dept_vl.models.choices import VisualPositionBias
+from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.precision import recompute_activations
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.rows import PromptTable, RowPrompts
-from dept_vl.prompts.budget import sized
+from dept_vl.models.row_prompts import PromptTable, RowPrompts
+from dept_vl.prompts.base import sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build
 
@@ -44,7 +44,7 @@ class Subject(ABC):
     Each kind takes a method and the names of its base; made anew of them it is the same to the bit.
 
     Args:
-        method: Of `budget.METHODS` or `BASELINES`.
+        method: Of `base.METHODS` or `BASELINES`.
         names: Of the base.
         bare: The base, with nothing trained on it.
         inputs: A batch of texts of different lengths, each with its image if there are images.

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.identity import check_name
+from dept_vl.adapters.fingerprint import check_name
 from dept_vl.adapters.schema import read_configuration
 from dept_vl.config import PositiveSize, Size
 from dept_vl.models.backbone import Backbone, fingerprint

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 from dept_vl.adapters.peft.files import CONTAINER
 from dept_vl.models.language import LanguageModel
 from dept_vl.models.padding import packing, take
-from dept_vl.models.rows import PromptTable, RowPrompts
+from dept_vl.models.row_prompts import PromptTable, RowPrompts
 from dept_vl.prompts.dept import DePT
 
 BASE = "__base__"

@@ -39,7 +39,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, another_base, embedding_fingerprint
 from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
 from dept_vl.models.language import LanguageModel
-from dept_vl.prompts.budget import LARGEST_SIZE, METHODS, Init
+from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.initialise import initialise
 

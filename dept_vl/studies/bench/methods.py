@@ -31,7 +31,7 @@ from dept_vl.data.features import load_pixels
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.prompts.budget import METHODS as PROMPT_METHODS
+from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.dept import DePT
 from dept_vl.training.optim import build_optimizer
 

@@ -3,4 +3,4 @@
 Files come from strangers, so everything is checked as it is read.
 """
 
-__all__ = ["predictions", "published", "records", "rows", "submission"]
+__all__ = ["official_files", "predictions", "records", "rows", "submission"]

@@ -11,7 +11,7 @@ from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.published import Published
+from dept_vl.tasks.io.official_files import Published
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dept_vl.config import RunConfig
-from dept_vl.models.choices import TrainedPart
-from dept_vl.prompts.budget import METHODS
+from dept_vl.models.options import TrainedPart
+from dept_vl.prompts.base import METHODS
 
 Rates = dict[str, float]
 """Learning rates, by their options."""

@@ -207,7 +207,7 @@ def register_method(method: M) -> M:
 
     Example:
         >>> import dept_vl
-        >>> from dept_vl.prompts.budget import METHODS, Method
+        >>> from dept_vl.prompts.base import METHODS, Method
         >>> @dept_vl.register_method
         ... class Shifted(Method):
         ...     name, has_rank = "shifted", False

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dept_vl.models.padding import take
-from dept_vl.prompts.budget import LARGEST_SIZE
+from dept_vl.prompts.base import LARGEST_SIZE
 from dept_vl.prompts.dept import DePT
 
 
