@@ -1,6 +1,6 @@
 """Several adapters on one backbone, a different one for every row of a batch if needed.
 
-Rows with different adapters go through the model together (see `models.rows`).
+Rows with different adapters go through the model together (see `models.row_prompts`).
 """
 
 from collections.abc import Mapping, Sequence
