@@ -23,7 +23,7 @@ from zoo.ready_made import ready_made
 import dept_vl
 import dept_vl.api
 from dept_vl._utils.errors import UsageError
-from dept_vl.config import DataOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.training.run import run
 
@@ -100,6 +100,18 @@ def test_importing_the_package_costs_nothing() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
+
+
+def test_the_readme_trains_from_python(beside: Path, make_run: Callable[..., RunConfig]) -> None:
+    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1:]
+    (block,) = [block.split("```")[0] for block in blocks if "dept_vl.train(" in block.split("```")[0]]
+    config = make_run(DataOptions(data_dir=Path("data/vqav2"), dev_split="val", dev_limit=4))
+    Path("data/configs").mkdir()
+    Path("data/configs/easy-vqa.json").write_text(json.dumps(to_json(config)))
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["trained"].folder == Path("runs/python")
+    assert 0 <= names["trained"].scores["overall"] <= 100
 
 
 def test_training_twice_as_in_a_notebook(
