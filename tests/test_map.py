@@ -60,6 +60,13 @@ def test_the_map_names_every_room_and_links_to_what_exists() -> None:
             assert (PACKAGE / room / f"{name}.py").exists(), f"{room}/{name}"
 
 
+def test_documents_link_to_what_exists() -> None:
+    root = PACKAGE.parent
+    for document in (root / "README.md", root / "CHANGELOG.md", root / "data" / "README.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            assert link.startswith("http") or (document.parent / link).exists(), f"{document.name}: {link}"
+
+
 def test_the_import_rule_is_the_one_that_is_checked() -> None:
     contract = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]
     layers = [set(re.split(r"\s*[|:]\s*", layer)) for layer in contract["contracts"][0]["layers"]]
