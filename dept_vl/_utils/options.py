@@ -134,7 +134,10 @@ def _names_beside(kind: Any, place: tuple[str | int, ...]) -> list[str]:
     schema = TypeAdapter(kind).json_schema()
     level: Any = {"properties": {"": schema}}
     for part in ("", *place[:-1]):
-        level = level["items"] if isinstance(part, int) else level["properties"][part]
+        if isinstance(part, int):
+            level = level["prefixItems"][part] if "prefixItems" in level else level["items"]
+        else:
+            level = level["properties"][part] if "properties" in level else level["additionalProperties"]
         level = level.get("anyOf", [level])[0]  # or null
         if "$ref" in level:
             level = schema["$defs"][level["$ref"].rsplit("/", 1)[-1]]

@@ -19,8 +19,8 @@ from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
+from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
-from dept_vl.tasks.io.records import read_list
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.caption import CaptionScore, check_installed, score_captions
 from dept_vl.tasks.metrics.text import squad
@@ -88,7 +88,7 @@ def _copied_record(row: dict[str, Any], split: str, where: str) -> dict[str, Any
         for sentence in required(row, "sentences", list, where)
     ]
     if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where}: expected captions under 'sentences', found {row['sentences']!r:.60}")
+        raise ValueError(f"{where}: expected captions under 'sentences', found {brief(row['sentences'])}")
     carried = {name: row[name] for name in ("imgid", "sentids") if row.get(name) is not None}
     sentences = [{"raw": caption} for caption in captions]
     if len(carried.get("sentids", ())) == len(sentences):
@@ -270,12 +270,12 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], *, meteor: bool
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(read_list(path, "images", KARPATHY_SOURCE)):
-        where = f"{path}, images[{number}] (cocoid {row.get('cocoid')!r:.60})"
+        where = f"{path}, images[{number}] (cocoid {brief(row.get('cocoid'))})"
         sentences = required(row, "sentences", list, where)
         captions = []
         for sentence in sentences:
             if not isinstance(sentence, dict):
-                raise ValueError(f"{where}: expected each sentence to be an object, found {sentence!r:.60}")
+                raise ValueError(f"{where}: expected each sentence to be an object, found {brief(sentence)}")
             captions.append(" ".join(required(sentence, "raw", str, where).split()))
         captions = [caption for caption in captions if caption]
         if not captions:

@@ -24,7 +24,7 @@ from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Example, Task
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.records import field, read_mapping
+from dept_vl.tasks.io.records import brief, field, read_mapping
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa
 from dept_vl.tasks.prepare.hub import Copy, structs
@@ -116,7 +116,7 @@ def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part
 def _copied_record(row: dict[str, Any], where: str, answered: bool) -> dict[str, Any]:
     record = {name: field(row, name, str, where) for name in ("imageId", "question")}
     if not isinstance(row["isBalanced"], bool):
-        raise ValueError(f"{where}: expected 'isBalanced' to be bool, found {row['isBalanced']!r:.60}")
+        raise ValueError(f"{where}: expected 'isBalanced' to be bool, found {brief(row['isBalanced'])}")
     record["isBalanced"] = row["isBalanced"]
     if not answered:
         return record
@@ -140,7 +140,7 @@ def _ids(value: Any, where: str) -> list[str]:
         return []
     ids = NO_PUNCTUATION.findall(value) if isinstance(value, str) else value
     if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-        raise ValueError(f"{where}: expected a list of ids, or one as text, found {value!r:.60}")
+        raise ValueError(f"{where}: expected a list of ids, or one as text, found {brief(value)}")
     return ids
 
 
@@ -303,7 +303,7 @@ def read_choices(path: Path) -> Choices:
         answers = {kind: tuple(field(record, kind, list, where)) for kind in ("valid", "plausible")}
         other = [one for values in answers.values() for one in values if not isinstance(one, str)]
         if other:
-            raise ValueError(f"{where}: expected answers of text, found {other[0]!r:.60}")
+            raise ValueError(f"{where}: expected answers of text, found {brief(other[0])}")
         # The same lists come again and again; each is kept once.
         content[question_id] = {
             kind: known.setdefault(json.dumps(values), values) for kind, values in answers.items()

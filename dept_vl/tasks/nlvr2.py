@@ -20,7 +20,7 @@ from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.records import field, read_lines
+from dept_vl.tasks.io.records import brief, field, read_lines
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 from dept_vl.tasks.prepare.hub import Copy
@@ -91,7 +91,7 @@ def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part
             label = str(row["answer"])
             if label not in VERBALIZER:
                 raise ValueError(
-                    f"{where} ({identifier}): expected the answer 'True' or 'False', found {label!r:.60}"
+                    f"{where} ({identifier}): expected the answer 'True' or 'False', found {brief(label)}"
                 )
             for side, number in (("left_image", 0), ("right_image", 1)):
                 output.image(f"{split}/{'-'.join(names[:3])}-img{number}.png", row[side], where)
@@ -213,13 +213,13 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         parts = identifier.split("-")
         if len(parts) != 4 or "/" in identifier:
             raise ValueError(
-                f"{where}: expected an identifier split-set-pair-sentence, found {identifier!r:.60}"
+                f"{where}: expected an identifier split-set-pair-sentence, found {brief(identifier)}"
             )
         shown = repr(identifier)[1:61].rstrip("'")  # escaped: it may hold half of a surrogate pair
         label = row.get("label")
         # A tuple: a list or an object, which no dictionary looks up, is refused as well.
         if label not in (None, *VERBALIZER):
-            raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {label!r:.60}")
+            raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {brief(label)}")
         if labelled is None:
             labelled = label is not None
         if labelled != (label is not None):

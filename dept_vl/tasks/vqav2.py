@@ -23,8 +23,8 @@ from dept_vl.tasks.base import Example, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
+from dept_vl.tasks.io.records import brief, read_array, read_list
 from dept_vl.tasks.io.records import field as required
-from dept_vl.tasks.io.records import read_array, read_list
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.vqa import (
     Normalisation,
@@ -339,7 +339,7 @@ def _records(questions_file: Path, annotations_file: Path | None, subtype: str) 
     asked: set[int] = set()
     unanswered: list[int] = []
     for row in read_list(questions_file, "questions", SOURCE):
-        where = f"{questions_file}, question {row.get('question_id')!r:.60}"
+        where = f"{questions_file}, question {brief(row.get('question_id'))}"
         question_id = required(row, "question_id", int, where)
         if annotations_file and question_id not in annotations:
             unanswered.append(question_id)
@@ -365,7 +365,7 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     # The same few thousand answers come again and again; each is kept once.
     known: dict[str, str] = {}
     for row in read_list(path, "annotations", SOURCE):
-        where = f"{path}, question {row.get('question_id')!r:.60}"
+        where = f"{path}, question {brief(row.get('question_id'))}"
         question_id = required(row, "question_id", int, where)
         answers = required(row, "answers", list, where)
         if len(answers) != ANSWERS:
@@ -376,7 +376,7 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         texts = []
         for answer in answers:
             if not isinstance(answer, dict):
-                raise ValueError(f"{where}: expected each answer to be an object, found {answer!r:.60}")
+                raise ValueError(f"{where}: expected each answer to be an object, found {brief(answer)}")
             text = required(answer, "answer", str, where)
             texts.append(known.setdefault(text, text))
         types = {name: required(row, name, str, where) for name in ("answer_type", "question_type")}

@@ -18,7 +18,7 @@ import ijson
 
 CHUNK = 1 << 14
 """Bytes read at a time."""
-DEEPEST = 1000
+DEEPEST = 200
 """Lists and objects within each other that a chunk may open: ijson's memory grows by the square of them."""
 
 
@@ -104,9 +104,17 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(one.__name__ for one in kinds)
-        found = f"{value!r:.60}" if name in record else "no such field"
+        found = brief(value) if name in record else "no such field"
         raise ValueError(f"{where}: expected {name!r} to be {expected}, found {found}")
     return value
+
+
+def brief(value: Any) -> str:
+    """Return the beginning of a value of a stranger's file, for messages."""
+    try:
+        return f"{value!r:.60}"
+    except RecursionError:
+        return "a value that is nested too deeply"
 
 
 def _open(path: Path, source: str) -> BinaryIO:
