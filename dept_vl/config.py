@@ -375,9 +375,12 @@ class DemoConfig(Options):
     backbone: Path | None = None
     """What they were trained on, if it is not where the first says: a folder, or VISION+LANGUAGE."""
     host: str = "127.0.0.1"
-    """Address to listen at; anyone who reaches it can ask."""
+    """Address to listen at; whoever reaches another than the default has to know a password."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     """Port to listen at."""
+    password: str | None = None
+    """That visitors have to know, with any user name. Others on this machine can read it in the list of
+    processes: rather set DEPT_VL_PASSWORD in the environment. Left out, one is made up where it is needed."""
     device: str | None = None
     """Such as cpu or cuda; left out, a GPU if there is one."""
 

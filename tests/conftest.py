@@ -124,7 +124,7 @@ def _loaded(
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_backbone(_loaded: Callable[[str, str | None, str], Backbone]) -> Callable[..., Backbone]:
     """Makes a fresh backbone, in evaluation mode, that a test may change as it likes."""
 

@@ -8,6 +8,7 @@ __all__ = [
     "images",
     "io",
     "options",
+    "printable",
     "registry",
     "run_files",
     "stats",

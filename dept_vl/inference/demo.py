@@ -1,23 +1,44 @@
 """A page on which images are uploaded, questions asked and adapters picked."""
 
+import atexit
+import ipaddress
 import os
+import secrets
+import shutil
+import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from dept_vl._utils.images import ImageSource
+from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import FORMATS, ImageSource, read_image
 from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import markdown_text, printable
 from dept_vl.config import DemoConfig
+from dept_vl.inference.gate import MOST_UPLOADED, Gate, upload_at
 from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 
 BASE = "no adapter (the backbone alone)"
-MOST_BYTES = 20 * 2**20
-"""Of an upload."""
+PASSWORD_VARIABLE = "DEPT_VL_PASSWORD"
+FOLDER_VARIABLE = "GRADIO_TEMP_DIR"
+"""Where Gradio keeps uploads."""
+MOST_CHARACTERS = 1000
+"""Of a question."""
+MOST_WAITING = 16
+"""Questions in the queue; more are turned away at once."""
+LONGEST_ANSWER = 60.0
+"""Seconds that a visitor waits for an answer whose turn has come."""
+MOST_SESSIONS = 1000
+"""Visitors whose last question Gradio remembers."""
 KEPT = 3600
 """Seconds after which an upload is deleted."""
 STYLE = """
@@ -50,58 +71,101 @@ def describe(predictor: Predictor) -> str:
     """Describe an adapter in Markdown."""
     adapter, backbone = predictor.adapter, predictor.model.backbone
     if adapter is None:
-        return f"**{backbone.name}** as it was before any adapter, asked as *{predictor.task.name}*."
-    lines = [f"Task *{predictor.task.name}*, on **{backbone.name}**."]
+        name = markdown_text(backbone.name)
+        return f"**{name}** as it was before any adapter, asked as *{predictor.task.name}*."
+    lines = [f"Task *{predictor.task.name}*, on **{markdown_text(backbone.name)}**."]
     if adapter.prompt is not None:
         prompt = adapter.prompt
         lines.append(
-            f"{prompt['method']}: {prompt['prompt_length']} vectors, rank {prompt['rank']}, texts of at most "
-            f"{prompt['max_source_length']} tokens."
+            f"{markdown_text(prompt['method'])}: {prompt['prompt_length']} vectors, rank {prompt['rank']}, "
+            f"texts of at most {prompt['max_source_length']} tokens."
         )
     lines.append(f"{adapter.trainable_parameters['total']:,} trained parameters.")
     figures = list(adapter.metrics.items())[:1]
-    lines += [f"{name}: {value:.2f}." for name, value in figures]
+    lines += [f"{markdown_text(name)}: {value:.2f}." for name, value in figures]
     return "  \n".join(lines)
 
 
 def respond(
-    many: ManyAdapters, name: str, uploads: Sequence[dict[str, Any] | None], question: str
+    many: ManyAdapters, name: str, uploads: Sequence[dict[str, Any] | None], question: str, folder: Path
 ) -> tuple[str, str]:
     """The answer, and what is wrong or noteworthy; either may be empty.
+
+    Whatever is no image that was uploaded gets one and the same answer, so that nothing is to be learnt
+    of this machine's files.
 
     Args:
         many: The adapters.
         name: Of the one that is picked.
-        uploads: What Gradio says of each uploaded file, `path` and `orig_name`; None for none.
+        uploads: What a request says of each uploaded file, `path` and `orig_name`; None for none.
         question: As typed.
+        folder: Where uploads are; nothing else is read.
     """
     adapter = None if name == BASE else name
-    shown: dict[str, str] = {}
     try:
         task = many.predictor(adapter).task
+        if len(question) > MOST_CHARACTERS:
+            raise ValueError(
+                f"the question has {len(question):,} characters; at most {MOST_CHARACTERS:,} are read"
+            )
         images: list[ImageSource] = []
         for upload in uploads[: task.image_count]:
-            path = (upload or {}).get("path")
-            if upload is None or path is None:
+            if upload is None:
                 each = "an image" if task.image_count == 1 else f"{task.image_count} images"
                 raise ValueError(f"{task.name} asks about {each}: upload {each}")
-            shown[str(path)] = str(upload.get("orig_name") or "the upload")
-            images.append(Path(path))
+            images.append(_read_upload(upload, folder))
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
             answers = many.answer(
                 [tuple(images)], question if task.asks else "", adapters=adapter, batch_size=1
             )
-        return answers[0], " ".join(str(note.message) for note in noted)
+        return printable(answers[0]), printable(" ".join(str(note.message) for note in noted))
     except (ValueError, OSError) as error:
-        problem = one_line(error)
-        for path, own_name in shown.items():
-            problem = problem.replace(path, own_name)
-        return "", problem
+        return "", printable(one_line(error))
 
 
-def build(many: ManyAdapters) -> Any:
+def _read_upload(upload: dict[str, Any], folder: Path) -> Image.Image:
+    """Read an upload.
+
+    Raises:
+        ValueError: If it is none, or no image; which of the two is not said.
+    """
+    found = upload_at(str(upload.get("path")), folder)
+    try:
+        if found is not None:
+            return read_image(found)
+    except (ValueError, OSError):
+        pass
+    own_name = str(upload.get("orig_name") or "the upload")[:80]
+    raise ValueError(f"{own_name} is no readable image: upload one of {', '.join(FORMATS)}")
+
+
+def answer_in_time(
+    worker: ThreadPoolExecutor,
+    many: ManyAdapters,
+    name: str,
+    uploads: Sequence[dict[str, Any] | None],
+    question: str,
+    folder: Path,
+) -> tuple[str, str]:
+    """As `respond`, but nobody waits for ever, and a fault of ours ends neither the page nor its secrets."""
+    answering = worker.submit(respond, many, name, uploads, question, folder)
+    try:
+        return answering.result(LONGEST_ANSWER)
+    except TimeoutError:
+        answering.cancel()
+        return "", f"no answer within {LONGEST_ANSWER:.0f} seconds: ask something shorter, or later"
+    except Exception:
+        print(printable(traceback.format_exc(), lines=True), file=sys.stderr, flush=True)
+        return "", "this question could not be answered; whoever serves the page finds the reason there"
+
+
+def build(many: ManyAdapters, folder: Path) -> Any:
     """The page, a `gradio.Blocks`.
+
+    Args:
+        many: The adapters.
+        folder: Where uploads are.
 
     Raises:
         ImportError: If Gradio is not installed.
@@ -110,6 +174,8 @@ def build(many: ManyAdapters) -> Any:
     names = [name for name in many.predictors if name is not None]
     most_images = max(predictor.task.image_count for predictor in many.predictors.values())
     first = many.predictor(names[0])
+    # One model, which one question at a time goes through.
+    worker = ThreadPoolExecutor(max_workers=1)
 
     def looks(name: str) -> list[Any]:
         """What is shown for an adapter: images as many as it asks about, a question if it has one."""
@@ -118,8 +184,8 @@ def build(many: ManyAdapters) -> Any:
         about = describe(many.predictor(None if name == BASE else name))
         return [*boxes, gradio.update(visible=task.asks), about, "", gradio.update(visible=False)]
 
-    def ask(name: str, question: str, *uploads: dict[str, Any] | None) -> list[Any]:
-        answer, problem = respond(many, name, uploads, question or "")
+    def ask(name: Any, question: Any, *uploads: dict[str, Any] | None) -> list[Any]:
+        answer, problem = answer_in_time(worker, many, str(name), uploads, str(question or ""), folder)
         box = f'<div class="problem" role="alert">{escape(problem)}</div>'
         return [answer, gradio.update(value=box, visible=bool(problem))]
 
@@ -139,6 +205,7 @@ def build(many: ManyAdapters) -> Any:
                     label="Question",
                     placeholder="what colour is the car?",
                     visible=first.task.asks,
+                    max_length=MOST_CHARACTERS,
                     elem_id="question",
                 )
                 button = gradio.Button("Ask", variant="primary", elem_id="ask")
@@ -150,7 +217,6 @@ def build(many: ManyAdapters) -> Any:
             # Gradio would open an image by itself, and say nothing useful of one that is broken. That an
             # upload is one is still checked.
             "preprocess": False,
-            # One model, which one question at a time goes through.
             "concurrency_limit": 1,
             "concurrency_id": "model",
             "api_visibility": "private",
@@ -159,7 +225,7 @@ def build(many: ManyAdapters) -> Any:
         question.submit(ask, **asked)
         shown = [*uploads, question, about, answer, problem]
         adapter.change(looks, adapter, shown, api_visibility="private", show_progress="hidden")
-    return page
+    return page.queue(max_size=MOST_WAITING)
 
 
 def _upload(place: int, most_images: int, shown: int) -> Any:
@@ -176,13 +242,22 @@ def _upload(place: int, most_images: int, shown: int) -> Any:
     )
 
 
-def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> str:
+def launch(
+    many: ManyAdapters,
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = 7860,
+    password: str | None = None,
+    wait: bool = True,
+) -> str:
     """Serve the page: to this machine alone, unless another host is named; with no link to share it.
 
     Args:
         many: The adapters.
         host: Address to listen at; 0.0.0.0 is every one of this machine's.
         port: To listen at; None takes a free one.
+        password: That visitors have to know, with any user name. None asks for none on this machine, and
+            where others reach the page makes one up and prints it.
         wait: Until it is interrupted. Else it is served in the background.
 
     Returns:
@@ -190,9 +265,21 @@ def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 78
 
     Raises:
         ImportError: If Gradio is not installed.
+        UsageError: If the password is empty.
     """
-    page = build(many)
+    if password is not None and not password.strip():
+        raise UsageError("the password is empty; leave it out for none on this machine")
     gradio = _gradio()
+    if password is None and not is_loopback(host):
+        password = secrets.token_urlsafe(9)
+        print(
+            f"warning: everyone who reaches {host} can open this page, and it is not encrypted. The password "
+            f"is {password} (any user name); set your own in the environment as {PASSWORD_VARIABLE}",
+            file=sys.stderr,
+            flush=True,
+        )
+    folder = uploads_folder()
+    page = build(many, folder)
     fonts = ["system-ui", "sans-serif"]  # the page's own would come from a server of Google's
     _, address, _ = page.launch(
         share=False,
@@ -200,7 +287,9 @@ def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 78
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
-        max_file_size=MOST_BYTES,
+        max_file_size=MOST_UPLOADED,
+        state_session_capacity=MOST_SESSIONS,
+        app_kwargs={"middleware": [(Gate, (), {"folder": folder, "password": password})]},
         footer_links=[],
         ssr_mode=False,
         theme=gradio.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
@@ -212,13 +301,31 @@ def launch(many: ManyAdapters, *, host: str = "127.0.0.1", port: int | None = 78
     return str(address)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a page at this address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def uploads_folder() -> Path:
+    """The folder of this page's uploads, which no other program has: it goes when this one ends."""
+    given = os.environ.get(FOLDER_VARIABLE)
+    if given is None:
+        given = os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="dept-vl-uploads-")
+        atexit.register(shutil.rmtree, given, ignore_errors=True)
+    return Path(given).resolve()
+
+
 def serve(config: DemoConfig) -> str:
     """Load the adapters and serve until interrupted; returns the page's address."""
     _gradio()  # now, rather than after loading
     disable_progress_bar()
     set_verbosity_error()
     many = load_many(names_of(config.adapters), backbone=config.backbone, device=config.device)
-    return launch(many, host=config.host, port=config.port)
+    password = config.password or os.environ.get(PASSWORD_VARIABLE)
+    return launch(many, host=config.host, port=config.port, password=password)
 
 
 def _gradio() -> Any:

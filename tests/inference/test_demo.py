@@ -1,25 +1,23 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
-import json
 import shutil
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import random_image
+from pages import Visitor, many_of
 
-from dept_vl.adapters.adapter import Adapter
-from dept_vl.inference.demo import BASE, launch, names_of, respond
-from dept_vl.inference.loading import load
+from dept_vl._utils.errors import UsageError
+from dept_vl.inference import demo
+from dept_vl.inference.demo import BASE, is_loopback, launch, names_of
 from dept_vl.inference.mixed import ManyAdapters
 from dept_vl.models.backbone import Backbone
-from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.dept import DePT
 
-TASKS = {"colours": "vqav2", "pairs": "nlvr2", "captions": "coco"}
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 PATIENCE = 60
@@ -29,16 +27,7 @@ PATIENCE = 60
 @pytest.fixture
 def many(make_backbone: Callable[..., Backbone], tmp_path: Path) -> ManyAdapters:
     """An adapter of each kind of task, with the answers of random weights."""
-    backbone = make_backbone("t5")
-    predictors = {}
-    for name, task in TASKS.items():
-        own = backbone.with_projection(backbone.visual_projection)
-        prompt = DePT(own.d_model, prompt_length=3, rank=2, max_source_length=12)
-        for parameter in prompt.parameters():
-            torch.nn.init.normal_(parameter)
-        Adapter.of(PromptedModel(own, prompt), task=task, metrics={"overall": 61.5}).save(tmp_path / name)
-        predictors[name] = load(tmp_path / name, backbone=backbone)
-    return ManyAdapters(backbone, predictors)
+    return many_of(make_backbone("t5"), tmp_path)
 
 
 @pytest.fixture
@@ -55,6 +44,11 @@ def broken(tmp_path: Path) -> Path:
 
 def upload(path: Path) -> dict[str, Any]:
     return {"path": str(path), "orig_name": path.name}
+
+
+def respond(many: ManyAdapters, name: str, uploads: list[Any], question: str) -> tuple[str, str]:
+    folder = next((Path(one["path"]).parent for one in uploads if one), Path("nowhere"))
+    return demo.respond(many, name, uploads, question, folder)
 
 
 def test_what_the_page_says(many: ManyAdapters, picture: Path, broken: Path) -> None:
@@ -216,26 +210,74 @@ def test_the_page_is_for_this_machine_and_reads_uploads_alone(
     assert '"analytics_enabled":false' in page.replace(" ", "")
     assert "fonts.googleapis.com" not in page
 
-    def send(path: str, content: bytes, kind: str) -> bytes:
-        request = urllib.request.Request(f"{address}gradio_api/{path}", content, {"Content-Type": kind})
-        body: bytes = urllib.request.urlopen(request).read()
-        return body
+    visitor = Visitor(address)
+    answer, problem = visitor.ask({"path": visitor.upload(picture.read_bytes())}, "what?")
+    assert (answer, problem) == (many.answer(picture, "what?", adapters="colours"), "")
+    assert visitor.ask({"path": str(picture)}, "what?")[0] == ""
 
-    def ask(path: str) -> dict[str, Any]:
-        """As the page does it, about any file of this machine."""
-        shown = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        question = {"data": ["colours", "what?", shown, None], "fn_index": 0, "session_hash": "one"}
-        send("queue/join", json.dumps(question).encode(), "application/json")
-        events = urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=one")
-        lines = (json.loads(line.removeprefix(b"data:")) for line in events if line.startswith(b"data:"))
-        found: dict[str, Any] = next(event for event in lines if event["msg"] == "process_completed")
-        return found
 
-    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-    (uploaded,) = json.loads(
-        send("upload", form + picture.read_bytes() + b"\r\n--x--", "multipart/form-data; boundary=x")
+def test_an_address_that_others_reach_has_a_password(
+    many: ManyAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gradio = pytest.importorskip("gradio")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr("dept_vl.inference.gate.AFTER_WRONG_PASSWORD", 0.0)
+    launch(many, host="0.0.0.0", port=None, wait=False)
+    said = capsys.readouterr().err
+    assert said.startswith("warning: everyone who reaches 0.0.0.0")
+    made_up = said.split("The password is ")[1].split()[0]
+    address = launch(many, password="p:ä", port=None, wait=False)
+    assert capsys.readouterr().err == ""
+    try:
+        for path in ("", "config", "gradio_api/queue/data?session_hash=x", "gradio_api/heartbeat/x", "x"):
+            for password in (None, "", "p", made_up):
+                assert Visitor(address, password).status(path) == 401
+        assert Visitor(address, "p:ä").status("") == 200
+    finally:
+        gradio.close_all()
+    with pytest.raises(UsageError):
+        launch(many, password=" ", port=None, wait=False)
+
+
+def test_which_addresses_are_of_this_machine_alone() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]")))
+    assert not any(
+        map(is_loopback, ("0.0.0.0", "::", "", "10.0.0.1", "example.org", "localhost.example.org"))
     )
-    answered = ask(uploaded)
-    assert answered["success"]
-    assert answered["output"]["data"][0] == many.answer(picture, "what?", adapters="colours")
-    assert not ask(str(picture))["success"]
+
+
+def test_nobody_waits_for_ever_and_a_bug_stays_on_this_side(
+    many: ManyAdapters,
+    picture: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "LONGEST_ANSWER", 0.05)
+    ended = threading.Event()
+    asked = ("colours", [upload(picture)], "what?", picture.parent)
+    with ThreadPoolExecutor(1) as worker:
+        monkeypatch.setattr(ManyAdapters, "answer", lambda *_, **__: str(ended.wait(PATIENCE)))
+        answer, problem = demo.answer_in_time(worker, many, *asked)
+        ended.set()
+        assert answer == ""
+        assert problem.startswith("no answer within")
+    monkeypatch.setattr(demo, "LONGEST_ANSWER", PATIENCE)
+    monkeypatch.setattr(ManyAdapters, "answer", lambda *_, **__: {}["/secret/\x1b"])
+    with ThreadPoolExecutor(1) as worker:
+        answer, problem = demo.answer_in_time(worker, many, *asked)
+    assert (answer, "secret" in problem) == ("", False)
+    assert "KeyError" in (said := capsys.readouterr().err)
+    assert "\x1b" not in said
+
+
+def test_texts_of_strangers_are_no_markup(many: ManyAdapters) -> None:
+    predictor = many.predictor("colours")
+    assert predictor.adapter is not None
+    odd = "![x](http://example.org/a)\n# <script>alert(1)</script>\x1b[31m"
+    predictor.adapter.metrics.clear()
+    predictor.adapter.metrics[odd] = 1.0
+    predictor.model.backbone.name = odd
+    said = demo.describe(predictor)
+    assert not set("<>[]\x1b#!") & set(said.replace("&#", ""))
+    assert "http://" not in said
+    assert len(said.splitlines()) == 4
