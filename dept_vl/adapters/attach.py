@@ -104,7 +104,8 @@ class Attached(nn.Module):
     `model(...)` and `model.generate(...)` read the prompt until `detach`, and so does this module, which
     passes its arguments on. Give this module, which holds the prompt's parameters, to `accelerator.prepare`
     or DistributedDataParallel: of the bare model they would find nothing to train. In a `with` statement
-    it detaches itself at the end. One thread at a time may call the model.
+    it detaches itself at the end. One thread at a time may call the model. Its generation settings stay the
+    model's own, whoever calls: say what you want (`generate(..., num_beams=1, do_sample=False)`).
 
     Attributes:
         model: The ready-made model, frozen until `detach`.

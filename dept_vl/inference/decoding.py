@@ -12,7 +12,10 @@ from dept_vl.tasks.base import Decoding
 
 
 def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
-    """What `PromptedModel.generate` is told.
+    """What `PromptedModel.generate` is told of every answer; the ids of the model it knows by itself.
+
+    What is not said here is greedy search or plain beam search: a checkpoint's own settings do not count
+    (see `models.generation`).
 
     Among candidates, greedy search walks down their trie, which for two words compares the logits of
     the first token in which they differ (NLVR2). With beams the candidate of the highest total
@@ -21,8 +24,7 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
     if decoding.candidates:
         trie = Trie(tokenizer, decoding.candidates)
-        # A checkpoint's own habits (BART's: three tokens never twice) rule no candidate out.
-        options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth, "no_repeat_ngram_size": 0}
+        options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth}
         if decoding.num_beams > 1:
             # The plain sum, or long candidates would be favoured; and on while a better one may come.
             options |= {"length_penalty": 0.0, "early_stopping": False}

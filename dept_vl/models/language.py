@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import one_line
+from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
 from dept_vl.models.positions import TextPositions
@@ -78,6 +79,7 @@ class LanguageModel:
 
     Attributes:
         counts_text: Positions are columns counted from the text's first, whatever is before it.
+        special_tokens: Of `generation.special_tokens`; `wrap_language_model` sets them.
     """
 
     def __init__(self, model: PreTrainedModel, text_model: PreTrainedModel, name: str) -> None:
@@ -86,6 +88,7 @@ class LanguageModel:
         self.name = name
         self.word_embeddings = text_model.get_input_embeddings()
         self.counts_text = False
+        self.special_tokens: dict[str, Any] = {}
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the model uses them (BART's scale included)."""
@@ -172,8 +175,8 @@ class EncoderDecoder(LanguageModel):
         self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], **options: Any
     ) -> Int[Tensor, "sequences target"]:
         """Decode; the first token is the decoder's start."""
-        tokens: Tensor = self.model.generate(encoder_outputs=encoded, attention_mask=mask, **options)
-        return tokens
+        inputs = {"encoder_outputs": encoded, "attention_mask": mask}
+        return generate(self.model, self.special_tokens, options, inputs)
 
 
 class DecoderOnly(LanguageModel):
@@ -210,10 +213,6 @@ class DecoderOnly(LanguageModel):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.special_tokens = {
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
         """See `Backbone.check_length`. There are no visual tokens."""
@@ -266,10 +265,8 @@ class DecoderOnly(LanguageModel):
         source = encoded.last_hidden_state
         self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens", 0))
         # Positions are counted from the mask, and kept, by `generate` itself.
-        tokens: Tensor = self.model.generate(
-            inputs_embeds=source, attention_mask=mask.long(), **self.special_tokens | options
-        )
-        return tokens
+        inputs = {"inputs_embeds": source, "attention_mask": mask.long()}
+        return generate(self.model, self.special_tokens, options, inputs)
 
 
 def wrap_language_model(
@@ -292,6 +289,7 @@ def wrap_language_model(
             f"{type(model).__name__} needs a tokenizer that {expected} with a special token; that of {name} "
             f"makes {pieces} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
         )
+    wrapper.special_tokens = special_tokens(model, tokenizer)
     return wrapper
 
 
