@@ -11,6 +11,7 @@ __all__ = [
     "families",
     "fingerprint",
     "hub",
+    "offload",
     "peft",
     "schema",
     "tensors",

@@ -18,7 +18,9 @@ Three hooks do it: on the word embeddings (which tokens are text?), before the t
 decoder (its mask). They are entered by `forward` and `generate` alike.
 """
 
+import functools
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +33,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.families import Parts, check_base, describe_base, model_name, special_tokens
+from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, special_tokens
+from dept_vl.adapters.offload import device_of
 from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
+
+_MODEL = re.compile(r"(?<![^.])model\.")
 
 
 def new_prompt(
@@ -59,7 +64,7 @@ def new_prompt(
         prompt,
         "vocabulary",
         # Through the module, which may scale (T5Gemma 2).
-        lambda ids: embedding(ids.to(embedding.weight.device)).cpu().float(),
+        lambda ids: embedding(ids.to(device_of(embedding))).cpu().float(),
         vocabulary_size=embedding.weight.shape[0],
         special_tokens=(*parts.image_tokens, *special_tokens(parts.encoder)),
         generator=torch.Generator().manual_seed(seed),
@@ -72,7 +77,7 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
 
     Args:
         model: Of a class in `SUPPORTED`; not yet wrapped or compiled.
-        prompt: Moved to the device of the model's word embeddings. `new_prompt` makes one.
+        prompt: Moved to the device that the model's word embeddings run on. `new_prompt` makes one.
 
     Raises:
         ValueError: If the model is not supported, or the prompt does not fit its width or positions.
@@ -95,7 +100,8 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
             f"{parts.positions} positions for prompt, image and text together; shorten the prompt "
             "(prompt_length)"
         )
-    return Attached(model, prompt.to(parts.embedding.weight.device), parts)
+    kind: Any = type(model)
+    return _attached_to(kind)(model, prompt.to(device_of(parts.embedding)), parts)
 
 
 class Attached(nn.Module):
@@ -106,6 +112,13 @@ class Attached(nn.Module):
     or DistributedDataParallel: of the bare model they would find nothing to train. In a `with` statement
     it detaches itself at the end. One thread at a time may call the model. Its generation settings stay the
     model's own, whoever calls: say what you want (`generate(..., num_beams=1, do_sample=False)`).
+
+    transformers' trainers take it as a model. Their checkpoints, and `state_dict`, hold the prompt alone:
+
+        trainer = Trainer(model=attached, args=TrainingArguments("run", learning_rate=0.3),
+                          train_dataset=rows, data_collator=collate)  # rows as the processor makes them
+        trainer.train()
+        attached.save("adapters/blip2")
 
     Attributes:
         model: The ready-made model, frozen until `detach`.
@@ -129,6 +142,9 @@ class Attached(nn.Module):
         self._unfrozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
+        # A state is what is trained: the model is written and read by itself.
+        self.register_state_dict_post_hook(_forget_model)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_miss_no_model)  # type: ignore[no-untyped-call]
         self._hooks = [
             parts.embedding.register_forward_hook(self._see_tokens, with_kwargs=True),
             parts.encoder.register_forward_pre_hook(self._prompt_encoder, with_kwargs=True),
@@ -158,7 +174,7 @@ class Attached(nn.Module):
             ValueError: If it is damaged, or was trained on another base.
         """
         adapter = Adapter.from_pretrained(name_or_folder, revision=revision, token=token)
-        check_base(adapter, model)
+        check_model(adapter, model)
         return attach(model, adapter.build_prompt())
 
     def save(self, folder: str | Path, *, task: str = "", metrics: Mapping[str, float] | None = None) -> None:
@@ -169,8 +185,40 @@ class Attached(nn.Module):
             task: What it was trained on.
             metrics: Figures to keep with it.
         """
-        base = describe_base(self.model)
-        Adapter.of_prompt(self.prompt, base, task=task, metrics=metrics or {}).save(folder)
+        self.adapter(task=task, metrics=metrics).save(folder)
+
+    def adapter(self, *, task: str = "", metrics: Mapping[str, float] | None = None) -> Adapter:
+        """Copy the prompt into an adapter; see `save`."""
+        return Adapter.of_prompt(self.prompt, describe_model(self.model), task=task, metrics=metrics or {})
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Write the adapter, and not the model; what transformers passes besides does not change that."""
+        self.save(folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload the adapter, and not the model; see `Adapter.push_to_hub`."""
+        return self.adapter().push_to_hub(repo_id, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a trainer asks a model for, such as its configuration, is the model's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet, as in unpickling
+                raise
+            return getattr(self.model, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (type(self.model),), self.__dict__
+
+    @property
+    def base_model(self) -> Any:
+        """Refused: trainers of decoder-only models look for it, to compute a loss of their own."""
+        raise ValueError(
+            f"{model_name(self.model)} is an encoder-decoder, whose loss is its own: what computes a loss of "
+            "hidden states, as TRL's SFTTrainer does, is made for decoder-only models. Derive from it: "
+            "class Seq2SeqSFTTrainer(SFTTrainer): compute_loss = transformers.Trainer.compute_loss"
+        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by learning rate: prompt, low_rank; for `optim.build_optimizer`."""
@@ -319,3 +367,34 @@ class Attached(nn.Module):
         # Shorter rows are filled up with what is no text.
         shifted = shifted.where(is_text[..., None], together)
         return prompt, embeddings.scatter(1, columns[..., None].expand_as(shifted), shifted)
+
+
+@functools.cache
+def _attached_to(kind: Any) -> type[Attached]:
+    """`Attached` with the signature of a model's `forward`, by which trainers choose columns and labels."""
+
+    def forward(self: Attached, *inputs: Any, **named: Any) -> Any:
+        return self.model(*inputs, **named)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    content = {"forward": forward, "__doc__": Attached.__doc__, "__module__": __name__}
+    return type(Attached.__name__, (Attached,), content)
+
+
+def _empty(kind: Any) -> Attached:
+    """A copy of an attached model, about to be filled."""
+    cls = _attached_to(kind)
+    return cls.__new__(cls)
+
+
+def _forget_model(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}model.")]:
+        del state[name]
+
+
+def _miss_no_model(module: nn.Module, keys: Any) -> None:
+    names = {f"model.{name}" for name in module.get_submodule("model").state_dict()}
+    # With the names of modules around this one in front.
+    keys.missing_keys[:] = [
+        key for key in keys.missing_keys if not any(key[m.start() :] in names for m in _MODEL.finditer(key))
+    ]

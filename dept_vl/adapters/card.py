@@ -7,6 +7,7 @@ from typing import Any
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
+from dept_vl.adapters.fingerprint import shown
 from dept_vl.config import current_names, flat
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, scale_of, shown_metrics
@@ -85,7 +86,7 @@ def model_card(
         known=_known(tasks[:1]),
         prompt=adapter["prompt"],
         base=adapter["backbone"],
-        fingerprint=adapter["backbone"]["fingerprint"] or {},
+        fingerprint=shown(adapter["backbone"]["fingerprint"]),
         counts=counts,
         parameters=[(part, f"{count:,}") for part, count in parameters.items()],
         figures=[

@@ -1,6 +1,5 @@
 """Ready-made vision-language models that a prompt can be attached to: their parts, and their identity."""
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.models.backbone import fingerprint
+from dept_vl.adapters.fingerprint import check_base, describe_base
 
 SUPPORTED = {
     "Blip2ForConditionalGeneration": "Salesforce/blip2-flan-t5-xl",
@@ -100,41 +99,23 @@ def special_tokens(encoder: nn.Module) -> list[int]:
     return [token for token in ids if isinstance(token, int)]
 
 
-def describe_base(model: PreTrainedModel) -> dict[str, Any]:
+def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Return what an adapter records of the model that it belongs to."""
-    # Offloaded weights are on no device and cannot be read.
-    weights = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
-    embedding = model.get_input_embeddings().state_dict()
+    weights = describe_base(model, model.get_input_embeddings())
     return {
         "name": model_name(model),
-        "fingerprint": {
-            "class": type(model).__name__,
-            "embeddings": fingerprint(embedding.items()),
-            "all": fingerprint(weights),
-        },
+        "fingerprint": {"class": type(model).__name__, **weights},
         "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
         "vision": None,
     }
 
 
-def check_base(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Compare a model with the one that an adapter was trained on; warn if only other weights differ.
+def check_model(adapter: Adapter, model: PreTrainedModel) -> None:
+    """Compare a model with the one that an adapter was trained on; warn of what differs and may.
 
     Raises:
         ValueError: If the model is of another class, or has other word embeddings.
     """
-    given, expected = describe_base(model), adapter.backbone
-    trained_on = expected["fingerprint"] or {}
-    if any(given["fingerprint"][key] != trained_on.get(key) for key in ("class", "embeddings")):
-        raise ValueError(
-            f"this adapter was trained on {expected['name']} (fingerprint {expected['fingerprint']}) and "
-            f"does not fit {given['name']} (fingerprint {given['fingerprint']}); load the model it was "
-            "trained on, in float32 or bfloat16: float16 rounds otherwise"
-        )
-    if given["fingerprint"]["all"] != trained_on["all"]:
-        warnings.warn(
-            f"this adapter was trained on {expected['name']} (fingerprint {trained_on['all']}); "
-            f"{given['name']} (fingerprint {given['fingerprint']['all']}) has the same word embeddings, but "
-            "other weights: quantised, fine-tuned, or another checkpoint",
-            stacklevel=3,
-        )
+    known = adapter.backbone
+    record = known["fingerprint"] or {}
+    check_base({"class": "", **record}, model, model.get_input_embeddings(), trained_on=known["name"])

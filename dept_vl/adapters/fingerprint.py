@@ -1,12 +1,282 @@
-"""Which backbone an adapter belongs to: what is recorded of it, and what is compared before it is used."""
+"""Which base an adapter belongs to: what is recorded of it, and what is compared before it is used.
 
+A base of our own (`Backbone`) has to be the same to the last weight. Models of others come in several
+precisions and vocabulary sizes, so `check_base` compares them, for `attach` and PEFT's plugin alike, by
+hashes and by samples of their values:
+
+| what differs                                  | what happens                                    |
+|-----------------------------------------------|-------------------------------------------------|
+| the precision (float32, bfloat16, float16)    | nothing, if the values are the same but for it  |
+| the number of word embeddings                 | a warning, if the rows that both have are alike |
+| the last word embeddings (tokens were added)  | a warning                                       |
+| other word embeddings                         | an error                                        |
+| other weights (fine-tuned, quantised)         | a warning                                       |
+"""
+
+import base64
+import binascii
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.backbone import Backbone, fingerprint
+
+ROWS = 512
+"""Word embeddings that are sampled, one value of each."""
+TOLERANCE = 2**-7
+"""Of bfloat16: a value rounded to float16 in between may be the next one."""
+SMALLEST = 2**-24
+"""Of float16, which has no smaller numbers."""
+
+_PEFT_TENSORS = re.compile(r"(^|\.)(dept_prompt|modules_to_save|trainable_tokens_\w+|token_indices)(\.|$)")
+_PEFT_WRAPPERS = re.compile(r"(^|(?<=\.))(base_layer|original_module|token_adapter)\.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Values of a base, in bfloat16.
+
+    Attributes:
+        vocabulary: Number of word embeddings.
+        dtype: What the word embeddings were in.
+        rows: One value of each sampled word embedding (see `_rows`).
+        others: One value of each tensor that has no row for every word.
+    """
+
+    vocabulary: int
+    dtype: str
+    rows: Tensor
+    others: Tensor
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, str]) -> "Sample | None":
+        """Read it from a fingerprint; None if an older version wrote that.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        if "rows" not in record:
+            return None
+        try:
+            vocabulary = int(record["vocabulary"])
+            rows, others = (_decoded(record[name]) for name in ("rows", "others"))
+            if not 0 < vocabulary < 2**31 or len(rows) != len(_rows(vocabulary)):
+                raise ValueError(f"{len(rows)} sampled rows of {vocabulary}")
+        except (KeyError, ValueError, TypeError, binascii.Error) as error:
+            raise ValueError(f"the adapter's fingerprint of its base is damaged: {error!s:.100}") from None
+        return cls(vocabulary, record.get("dtype", ""), rows, others)
+
+
+def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
+    """Return the fingerprint of a model of transformers; empty if its word embeddings have no values.
+
+    Args:
+        model: With prompts of PEFT on it or without: they do not count.
+        embedding: Its word embeddings.
+    """
+    words, weights = _base_weights(embedding), _base_weights(model)
+    if "weight" not in words:
+        return {}
+    weight = words["weight"]
+    record = {
+        "embeddings": fingerprint(words.items()),
+        "all": fingerprint(weights.items()),
+        "vocabulary": str(len(weight)),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+    if not weight.is_floating_point():  # quantised
+        return record
+    others = [
+        t.flatten()[t.numel() // 2 :][:1] for _, t in sorted(weights.items()) if not _of_words(t, weight)
+    ]
+    return record | {
+        "rows": _encoded([_values(weight, _rows(len(weight)))]),
+        "others": _encoded(others),
+    }
+
+
+def check_base(
+    record: Mapping[str, str],
+    model: nn.Module,
+    embedding: nn.Module,
+    *,
+    adapter: str = "this adapter",
+    trained_on: str | None = None,
+    strict: bool = True,
+) -> None:
+    """Compare a model of transformers with the one that an adapter was trained on.
+
+    Args:
+        record: As `describe_base` returned it for the latter.
+        model: The one at hand.
+        embedding: Its word embeddings.
+        adapter: What the messages call the adapter.
+        trained_on: Name of its base.
+        strict: Raise for another base; False warns.
+
+    Raises:
+        ValueError: If it is another base, or the record is damaged.
+    """
+    here = describe_base(model, embedding)
+    problem, note = _compare(record, here, model, embedding)
+    if not problem and not note:
+        return
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    bases = f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
+    if not problem:
+        warnings.warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
+        return
+    message = (
+        f"{adapter} was trained on another base and does not fit: {bases}: {problem}; load the base it was "
+        "trained on"
+    )
+    if strict:
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=3)
+
+
+def shown(record: Mapping[str, str] | None) -> dict[str, str]:
+    """Return what a person can compare of a fingerprint: the samples are long."""
+    return {name: value for name, value in (record or {}).items() if name not in ("rows", "others")}
+
+
+def _compare(
+    record: Mapping[str, str], here: Mapping[str, str], model: nn.Module, embedding: nn.Module
+) -> tuple[str, str]:
+    """Return why a model is another base, and what else differs; both empty if nothing does."""
+    if not record:
+        return "", ""
+    if record.get("class", type(model).__name__) != type(model).__name__:
+        return f"it is a {type(model).__name__}", ""
+    sample = Sample.recorded(record)
+    if not here:
+        return "", "its word embeddings have no values yet, so that they were not compared"
+    problem, note = _compare_words(record, sample, here, embedding)
+    if problem:
+        return problem, ""
+    mine = Sample.recorded(here)
+    if sample is None or mine is None:
+        same = bool(note) or record.get("all", here["all"]) == here["all"]
+    elif _exact(sample.dtype, mine.dtype) and not note:
+        same = record.get("all") == here["all"]
+    else:
+        same = not len(_different(sample.others, mine.others, _exact(sample.dtype, mine.dtype)))
+    if same:
+        return "", note
+    words = f"{note}; and it has" if note else "it has the same word embeddings, but"
+    return "", f"{words} other weights: quantised, fine-tuned, or another checkpoint"
+
+
+def _compare_words(
+    record: Mapping[str, str], sample: Sample | None, here: Mapping[str, str], embedding: nn.Module
+) -> tuple[str, str]:
+    """Return why word embeddings are others, and what is to be noted of them."""
+    words = _base_weights(embedding)
+    hashes = (here["embeddings"], fingerprint([("embeddings", words["weight"])]))  # the latter: older files
+    if record.get("embeddings") in hashes:
+        return "", ""
+    mine = Sample.recorded(here)
+    if sample is None or mine is None:
+        return _compare_older(record, here, words)
+    rows = _rows(sample.vocabulary)
+    both = rows < mine.vocabulary
+    rows, exact = rows[both], _exact(sample.dtype, mine.dtype)
+    different = _different(sample.rows[both], _decoded(_encoded([_values(words["weight"], rows)])), exact)
+    if not len(different):
+        if sample.vocabulary != mine.vocabulary:
+            return "", (
+                f"it has {mine.vocabulary:,} word embeddings and the adapter was trained with "
+                f"{sample.vocabulary:,}; those that both have are the same"
+            )
+        # Within one precision the hash decides, which is of more values.
+        return ("it has other word embeddings, though few", "") if exact else ("", "")
+    first = int(different[0])
+    # Tokens are added at the end, where resizing makes new rows at random.
+    if 2 * first > len(rows) and len(different) == len(rows) - first:
+        return "", (
+            f"its last word embeddings, after row {int(rows[first - 1]):,}, are others (tokens were added?): "
+            "texts with these tokens are read otherwise, unless the adapter brings their embeddings along"
+        )
+    return f"it has other word embeddings ({len(different)} of {len(rows)} sampled rows differ)", ""
+
+
+def _compare_older(
+    record: Mapping[str, str], here: Mapping[str, str], words: Mapping[str, Tensor]
+) -> tuple[str, str]:
+    """The same with a record of hashes alone, which float16 changes."""
+    if here["dtype"] == "float16":
+        return "", "its word embeddings were not compared: an older version recorded none for float16"
+    if record.get("embeddings") == fingerprint((name, tensor.half()) for name, tensor in words.items()):
+        return "", ""
+    return "it has other word embeddings", ""
+
+
+def _different(one: Tensor, other: Tensor, exact: bool) -> Tensor:
+    """Return where two samples differ; everywhere if they are of other models."""
+    if len(one) != len(other):
+        return torch.arange(max(len(one), len(other)))
+    same = one == other
+    if not exact:
+        a, b = one.float(), other.float()
+        same |= (a - b).abs() <= TOLERANCE * torch.maximum(a.abs(), b.abs()) + SMALLEST
+    return (~same).nonzero().flatten()
+
+
+def _exact(one: str, other: str) -> bool:
+    """Whether both precisions have the same values in bfloat16: float16 rounds on the way."""
+    return (one == "float16") == (other == "float16")
+
+
+def _base_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights by the names that they have without PEFT, which wraps modules and adds its own."""
+    return {
+        _PEFT_WRAPPERS.sub("", name): tensor
+        for name, tensor in weights_of(module).items()
+        # Of quantised weights in classes of their own the values cannot be looked at one by one.
+        if not _PEFT_TENSORS.search(name) and not is_traceable_wrapper_subclass(tensor)
+    }
+
+
+def _of_words(tensor: Tensor, embedding: Tensor) -> bool:
+    """Whether a tensor has one row for every word, or one column (BART's `final_logits_bias`)."""
+    return len(embedding) in tensor.shape
+
+
+def _rows(vocabulary: int) -> Tensor:
+    """Word embeddings that are sampled: the first, the last, and those between at even steps."""
+    count = min(vocabulary, ROWS)
+    return torch.arange(count) * (vocabulary - 1) // max(count - 1, 1)
+
+
+def _values(weight: Tensor, rows: Tensor) -> Tensor:
+    """One value of each of these rows, from all columns in turn."""
+    rows = rows.to(weight.device)
+    return weight.detach()[rows, rows * 7 % weight.shape[1]]
+
+
+def _encoded(values: Sequence[Tensor]) -> str:
+    """Values in bfloat16, as text."""
+    flat = [tensor.detach().to("cpu", torch.bfloat16) for tensor in values]
+    content = torch.cat(flat) if flat else torch.empty(0, dtype=torch.bfloat16)
+    return base64.b64encode(content.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def _decoded(text: str) -> Tensor:
+    content = bytearray(base64.b64decode(text, validate=True))
+    if len(content) % 2:
+        raise ValueError(f"{len(content)} bytes of values of two bytes")
+    return (
+        torch.frombuffer(content, dtype=torch.bfloat16) if content else torch.empty(0, dtype=torch.bfloat16)
+    )
 
 
 def describe_backbone(backbone: Backbone) -> dict[str, Any]:
@@ -77,4 +347,5 @@ def _check_backbone_of_authors(name: str, backbone: Backbone) -> None:
 
 
 def _text(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return f"{identity['name']} ({', '.join(f'{key} {identity[key]}' for key in keys)})"
+    values = {**identity, "fingerprint": shown(identity["fingerprint"])}
+    return f"{identity['name']} ({', '.join(f'{key} {values[key]}' for key in keys)})"

@@ -513,12 +513,12 @@ def test_another_base_is_refused(make: Callable[[str], PreTrainedModel], tmp_pat
     other = make("blip2")
     nn.init.normal_(other.get_input_embeddings().weight)
     hooks = hooks_of(other)
-    with pytest.raises(ValueError, match=f"{mine}.*does not fit.*float32 or bfloat16") as error:
+    with pytest.raises(ValueError, match=mine) as error:
         Attached.load(tmp_path, other)
     theirs = re.findall(r"'embeddings': '(\w+)'", str(error.value))
     assert len(set(theirs)) == 2
     assert hooks_of(other) == hooks
-    with pytest.raises(ValueError, match=r"Blip2ForConditional.*does not fit.*Instruct"):
+    with pytest.raises(ValueError, match=r"Blip2ForConditional.*Instruct"):
         Attached.load(tmp_path, make("instructblip"))
 
 

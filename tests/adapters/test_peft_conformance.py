@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,21 @@ def test_a_model_card_with_its_base(folder: Path, tmp_path: Path) -> None:
     assert (data.library_name, data.base_model) == ("peft", str(folder))
 
 
+def test_the_card_runs_without_the_plugin_imported(folder: Path, tmp_path: Path) -> None:
+    """In a fresh process, where nothing has imported the plugin yet."""
+    get_peft_model(load(folder), config()).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (code,) = [part.split("```")[0] for part in card.split("```python")[1:] if "dept_vl" in part]
+    code += "print(type(model.active_peft_config).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "DeptConfig"
+    get_peft_model(load(folder), config()).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().count("## Use\n") == 1
+    config().save_pretrained(tmp_path / "alone")
+    assert not (tmp_path / "alone" / "README.md").exists()
+
+
 # Another base.
 
 
@@ -203,7 +220,7 @@ def test_another_base_is_refused_and_left_alone(folder: Path, tmp_path: Path) ->
     get_peft_model(load(folder), config()).save_pretrained(tmp_path)
     other = changed(folder)
     before = logits(other)
-    with pytest.raises(ValueError, match="this adapter was trained on another base: its"):
+    with pytest.raises(ValueError, match="this adapter was trained on another base"):
         PeftModel.from_pretrained(other, tmp_path)
     assert not any(isinstance(module, DeptLayer) for module in other.modules())
     assert torch.equal(logits(other), before)

@@ -9,20 +9,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.fingerprint import check_name
+from dept_vl.adapters.card import CARD_FILE
+from dept_vl.adapters.fingerprint import check_base, check_name, describe_base
 from dept_vl.adapters.schema import read_configuration
 from dept_vl.config import PositiveSize, Size
-from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
 
@@ -31,6 +31,21 @@ CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "DEPT"
 CONTAINER = "dept_prompt"
 """Name of the prompts in the wrapped encoder."""
+PLUGIN = "dept_vl.adapters.peft.plugin"
+USE = f"""
+## Use
+
+PEFT knows this method (DEPT) once the plugin of `dept_vl` is imported. Install `dept_vl` with its extra for
+PEFT (`pip install ".[peft]"` in its source), then:
+
+```python
+import {PLUGIN}
+from peft import AutoPeftModelForSeq2SeqLM
+
+model = AutoPeftModelForSeq2SeqLM.from_pretrained(".")  # this folder, or its name on the Hub
+```
+"""
+"""For the model card beside an adapter of PEFT's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,8 @@ class ConfigFields:
     max_source_length: PositiveSize
     alpha: float
     base_model_name_or_path: str | None
+    embedding_fingerprint: str | None
+    base_fingerprint: dict[str, str] | None
 
 
 def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
@@ -74,7 +91,7 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
         "rank": prompt.rank,
         "max_source_length": prompt.max_source_length,
         "alpha": prompt.alpha,
-        "embedding_fingerprint": embedding_fingerprint(backbone.language.get_encoder()),
+        "base_fingerprint": describe_base(backbone.language, encoder_words(backbone.language)),
     }
     prefix = f"base_model.model.{encoder_name(backbone.language)}.{CONTAINER}."
     named = {prefix + name: tensor for name, tensor in tensors.items()}
@@ -82,6 +99,15 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS_FILE, save(named, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode())
+    add_use(folder)
+
+
+def add_use(folder: Path) -> None:
+    """Say in the model card of an adapter what to install and import, unless it does."""
+    path = folder / CARD_FILE
+    card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
+    if PLUGIN not in card:
+        write_atomically(path, (card.rstrip("\n") + "\n" + USE).encode())
 
 
 def from_peft(
@@ -105,16 +131,22 @@ def from_peft(
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
     config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, ConfigFields)
-    if config.get("modules_to_save"):
-        raise ValueError(
-            f"the adapter at {folder} trained {config['modules_to_save']!s:.100} beside the prompt "
-            "(modules_to_save), which an adapter of ours cannot hold: run it in PEFT"
-        )
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if config.get(name):
+            raise ValueError(
+                f"the adapter at {folder} trained {config[name]!s:.100} beside the prompt ({name}), which an "
+                "adapter of ours cannot hold: run it in PEFT"
+            )
     if base := config.get("base_model_name_or_path"):
         check_name(base, backbone, [backbone.name, backbone.language.name_or_path])
-    problem = another_base(config.get("embedding_fingerprint"), backbone.language.get_encoder())
-    if problem:
-        raise ValueError(f"the adapter at {folder} {problem}")
+    record = base_record(config.get("base_fingerprint"), config.get("embedding_fingerprint"))
+    check_base(
+        record,
+        backbone.language,
+        encoder_words(backbone.language),
+        adapter=f"the adapter at {folder}",
+        trained_on=base,
+    )
     _check_positions(backbone)
     tensors = read_tensors(folder / TENSORS_FILE)
     check_parameters(tensors, folder / TENSORS_FILE)
@@ -136,27 +168,17 @@ def from_peft(
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
 
 
-def embedding_fingerprint(encoder: PreTrainedModel) -> str | None:
-    """Names the word embeddings that a prompt was trained in front of.
-
-    None where they are not at hand (on no device) or rounded otherwise (float16, integers).
-    """
-    words = encoder.get_input_embeddings()
-    weight = getattr(words, "original_module", words).weight  # PEFT's copy for training has one
-    if weight.is_meta or weight.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    return fingerprint([("embeddings", weight)])
+def base_record(base: Mapping[str, str] | None, embedding: str | None) -> dict[str, str]:
+    """What a configuration records of its base: an older one has a hash of the words alone, or nothing."""
+    if base:
+        return dict(base)
+    return {"embeddings": embedding} if embedding else {}
 
 
-def another_base(trained_on: Any, encoder: PreTrainedModel) -> str:
-    """What is wrong with a base whose word embeddings are others than on record; empty if nothing is."""
-    here = embedding_fingerprint(encoder)
-    if None in (trained_on, here) or trained_on == here:
-        return ""
-    return (
-        f"was trained on another base: its word embeddings have the fingerprint {trained_on!s:.60}, those of "
-        f"{encoder.name_or_path or type(encoder).__name__} {here}; load the base it was trained on"
-    )
+def encoder_words(model: PreTrainedModel) -> nn.Module:
+    """The word embeddings that a prompt is put in front of."""
+    words: nn.Module = model.get_encoder().get_input_embeddings()
+    return words
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

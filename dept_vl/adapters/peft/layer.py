@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import CONTAINER
 from dept_vl.models.language import LanguageModel
 from dept_vl.models.padding import packing, take
@@ -167,8 +168,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         columns = packing(mask | of_base[:, None])
         prompt = prompts[0]
         if prompt is None or len(prompts) > 1:
-            words = cast(PreTrainedModel, self.base_layer).get_input_embeddings()
-            prompt = RowPrompts(PromptTable(prompts, words.weight), rows)
+            prompt = RowPrompts(PromptTable(prompts, embeddings[0]), rows)
         with_prompt, with_mask = prompt(take(embeddings, columns), take(mask, columns))
         longest = prompt.prompt_length
         missing = longest + mask.shape[1] - with_mask.shape[1]
@@ -183,8 +183,8 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _get_base_layer_device_and_dtype(
         self, base_layer: PreTrainedModel
     ) -> tuple[torch.device, torch.dtype]:
-        weight = base_layer.get_input_embeddings().weight
-        return weight.device, weight.dtype
+        words = base_layer.get_input_embeddings()
+        return device_of(words), words.weight.dtype
 
 
 def _rearranged(output: ModelOutput, columns: Int[Tensor, "batch column"]) -> ModelOutput:

@@ -17,11 +17,11 @@ of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
 
 import enum
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
 import torch
@@ -36,7 +36,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, another_base, embedding_fingerprint
+from dept_vl.adapters.fingerprint import check_base, describe_base
+from dept_vl.adapters.offload import device_of
+from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, add_use, base_record, encoder_words
 from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
 from dept_vl.models.language import LanguageModel
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
@@ -84,10 +86,14 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
     modules_to_save: list[str] | None = _option(
         None, "Modules of the base model that are trained and saved as well."
     )
-    target_modules: list[str] | str | None = _option(None, "Not for DePT, which wraps the encoder.")
-    embedding_fingerprint: str | None = _option(
-        None, "Of the base's word embeddings; taken from the base, and compared on loading."
+    trainable_token_indices: dict[str, list[int]] | None = _option(
+        None, "Tokens whose embeddings are trained and saved as well, by module: of the decoder."
     )
+    target_modules: list[str] | str | None = _option(None, "Not for DePT, which wraps the encoder.")
+    base_fingerprint: dict[str, str] | None = _option(
+        None, "Of the base's weights; taken from the base, and compared on loading."
+    )
+    embedding_fingerprint: str | None = _option(None, "The same, as older versions wrote it.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +132,13 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
                 f"{self.target_modules!r:.100})"
             )
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and what to import into the model card of an adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        if any(folder.glob("adapter_model.*")):
+            add_use(folder)
+
 
 class DeptModel(BaseTuner):  # type: ignore[misc]
     """PEFT's tuner: puts prompts on the encoder of a model, and takes them off again."""
@@ -159,11 +172,16 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         LanguageModel(encoder, encoder, type(self.model).__name__).check_positions(
             "encoder", prompt=config.prompt_length, text=1
         )
-        problem = another_base(config.embedding_fingerprint, encoder)
-        if problem and config.inference_mode:
-            raise ValueError(f"this adapter {problem}")
-        if problem:  # trained on, or a configuration that is used a second time
-            warnings.warn(f"the adapter of this configuration {problem}", stacklevel=2)
+        # One to be trained on, or a configuration that is used a second time, may be on another base.
+        strict = config.inference_mode
+        check_base(
+            base_record(config.base_fingerprint, config.embedding_fingerprint),
+            self.model,
+            encoder_words(self.model),
+            trained_on=config.base_model_name_or_path,
+            adapter="this adapter" if strict else "the adapter of this configuration",
+            strict=strict,
+        )
 
     def _prepare_adapter_config(self, peft_config: DeptConfig, model_config: dict[str, Any]) -> DeptConfig:
         if peft_config.rank is None:
@@ -197,9 +215,8 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     ) -> None:
         encoder = text_encoder(self.model)
         prompt = _new_prompt(peft_config, encoder)
-        peft_config.embedding_fingerprint = (
-            embedding_fingerprint(encoder) or peft_config.embedding_fingerprint
-        )
+        if fingerprint := describe_base(self.model, encoder_words(self.model)):
+            peft_config.base_fingerprint, peft_config.embedding_fingerprint = fingerprint, None
         layer = target
         if not isinstance(layer, DeptLayer):
             layer = DeptLayer(target, self.model.get_decoder())
@@ -343,7 +360,7 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
     initialise(
         prompt,
         cast(Init, config.prompt_init),
-        lambda ids: language.embed(ids[None].to(words.weight.device))[0],
+        lambda ids: language.embed(ids[None].to(device_of(words)))[0],
         vocabulary_size=words.num_embeddings,
         special_tokens=[token for token in special if isinstance(token, int)],
         tokenizer=tokenizer,
