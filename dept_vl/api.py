@@ -187,6 +187,7 @@ def build_prompt(
     reference_prompt_length: int = 100,
     max_source_length: int = 20,
     alpha: float = 8.0,
+    visual_offset: bool = False,
     init: PromptInit = "vocabulary",
     init_text: str = "",
     seed: int = 0,
@@ -194,7 +195,8 @@ def build_prompt(
     """Make a prompt for a backbone, with its initial vectors.
 
     Args:
-        method: Name of the method: pt, dept, adept, hybrid, ulpt, lopt, residual, or a registered one.
+        method: Name of the method: pt, dept, adept, hybrid, ulpt, lopt, residual, memory, or a registered
+            one.
         backbone: Gives the width, and the embeddings to start from: a `Backbone`, or for `attach` a
             ready-made model of transformers, which takes method dept with a rank of its own.
         prompt_length: Vectors of the prompt (m); methods of full length have `reference_prompt_length`.
@@ -202,6 +204,7 @@ def build_prompt(
         reference_prompt_length: Length of the plain prompt (l) whose parameters are the budget.
         max_source_length: Longest text in tokens (s).
         alpha: The offset is scaled by alpha / sqrt(rank).
+        visual_offset: Shift visual tokens too (adept, hybrid).
         init: Start from embeddings of common tokens, of `init_text`, or from noise.
         init_text: Words to start from.
         seed: Seed of all that is drawn.
@@ -229,6 +232,7 @@ def build_prompt(
         reference_prompt_length=reference_prompt_length,
         max_source_length=max_source_length,
         alpha=alpha,
+        visual_offset=visual_offset,
         prompt_init=init,
         init_text=init_text,
     )

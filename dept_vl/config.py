@@ -132,8 +132,6 @@ class BackboneOptions(Options):
     """Keep the image encoder's class token."""
     pooled_grid: Annotated[int, Field(ge=0, le=LARGEST_GRID)] = 0
     """Max-pool the patches to a square of this side; 0 keeps them all."""
-    exif: bool = True
-    """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
     visual_position_bias: VisualPositionBias = "none"
     """none: visual tokens have no position in the language model (published); relative: stock."""
     backbone_dropout: bool = True
@@ -150,7 +148,7 @@ class BackboneOptions(Options):
 
     def loading(self) -> dict[str, Any]:
         """Return the arguments of `Backbone.from_pretrained`."""
-        names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid", "exif")
+        names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid")
         return {name: getattr(self, name) for name in (*names, "visual_position_bias")}
 
 
@@ -159,8 +157,8 @@ class PromptOptions(Options):
     """The prompt."""
 
     method: MethodName = "dept"
-    """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts) or
-    residual; see prompts/methods.py."""
+    """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts),
+    residual, or memory (an adapter behind the encoder, no prompt); see prompts/methods.py."""
     prompt_length: Size = 40
     """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
     reference_prompt_length instead."""
@@ -173,6 +171,8 @@ class PromptOptions(Options):
     """Longest text, in tokens, task prefix included (s)."""
     alpha: Finite = 8.0
     """The offset is scaled by alpha / sqrt(rank)."""
+    visual_offset: bool = False
+    """Shift each visual token by a function of itself too, of the same rank (adept, hybrid)."""
     prompt_init: Init = "vocabulary"
     """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
     init_text: str = ""
@@ -423,7 +423,7 @@ def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: The same.
     """
     usual = flat(to_json(RunConfig()))
-    old = usual | flat(_with_splits(_before_exif(current_names(started))))
+    old = usual | flat(_with_splits(current_names(started)))
     new = usual | flat(_with_splits(now))
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
@@ -478,26 +478,13 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
     content = read_json(path)
     if isinstance(content, dict):
-        of_run = "output_dir" in content
         content.pop("output_dir", None)
         content.pop("resume", None)
-        content = current_names(content)
-        # That of a run says all; another one may leave out anything.
-        content = _before_exif(content) if of_run else content
-        content = _over(content, to_json(base or RunConfig()))
+        content = _over(current_names(content), to_json(base or RunConfig()))
     try:
         return build(RunConfig, content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _before_exif(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run; one about images that says nothing of EXIF took pixels as stored."""
-    backbone = options.get("backbone")
-    tasks = [part.get("task") for part in (options.get("data", {}), *options.get("also", []))]
-    if not isinstance(backbone, dict) or not any(name in TASKS and TASKS[name].image_count for name in tasks):
-        return options
-    return options | {"backbone": {"exif": False} | backbone}
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

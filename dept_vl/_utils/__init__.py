@@ -4,7 +4,6 @@ Internal; nothing here knows of models, tasks or runs.
 """
 
 __all__ = [
-    "checksums",
     "errors",
     "images",
     "io",

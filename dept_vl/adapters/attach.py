@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, special_tokens
 from dept_vl.adapters.offload import device_of
@@ -93,6 +94,11 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
         raise ValueError(
             f"the prompt is {prompt.d_model} wide and {model_name(model)} is {parts.width} wide; build the "
             f"prompt with d_model={parts.width}"
+        )
+    if prompt.needs_encoder or prompt.visual_offset is not None:
+        raise UsageError(
+            "a ready-made model takes what changes its text alone: pt, dept, adept and the like, without "
+            f"visual_offset; this prompt is of method {prompt.describe()['method']}"
         )
     if parts.positions is not None and prompt.prompt_length >= parts.positions:
         raise ValueError(

@@ -29,7 +29,7 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     """
     adapters = [Adapter.from_pretrained(path) for path in paths]
     for path, adapter in zip(paths, adapters, strict=True):
-        _check(model, adapter, path, parts)
+        _check(model, adapter, path, parts, len(adapters))
     prompt = model.prompt
     assert prompt is not None
     sources = [adapter.build_prompt() for adapter in adapters]
@@ -66,7 +66,7 @@ def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
     prompt.offset_b[:rank] = roots[:rank, None] * right[:rank]
 
 
-def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts) -> None:
+def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts, sources: int) -> None:
     """Refuse a source that the model's prompt cannot start from."""
     backbone, trained_on = model.backbone, adapter.backbone
     # P was learnt in front of this language model's words; what it sees with is no part of that.
@@ -86,14 +86,15 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts)
     sizes = model.prompt.describe()
     names = ["prompt_length", "d_model"]
     if parts == "all":
-        names += ["method", "rank", "max_source_length", "alpha", "seed"]
+        names += ["method", "rank", "max_source_length", "alpha", "seed", "visual_offset"]
     differing = [
         f"{name}={adapter.prompt[name]} there, {sizes[name]} here"
         for name in names
         if adapter.prompt[name] != sizes[name]
     ]
-    if differing or sizes["prompt_length"] == 0:
-        why = ", ".join(differing) or "it has no P"
+    alone = parts == "all" and sources == 1
+    if differing or (sizes["prompt_length"] == 0 and not alone):
+        why = ", ".join(differing) or "it has no P, whose mean could be taken"
         raise ValueError(
             f"the prompt at {path} is another than the one to start: {why}; give the run the same sizes"
             + (", or take P alone (--init_parts prompt)" if parts == "all" else "")

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import sys
-import uuid
+import os
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
-from dept_vl._utils.checksums import open_sealed, seal
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
 
@@ -29,12 +27,14 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         OSError: If the cache folder cannot be written.
     """
     texts = source_texts(task)
-    path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.bin"
+    path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.npy"
     if path.is_file():
         try:
-            return np.frombuffer(open_sealed(path), dtype=np.int32)
-        except ValueError as error:
-            print(f"note: {error}; it is made again", file=sys.stderr)
+            kept: Lengths = np.load(path)
+        except (ValueError, EOFError):
+            path.unlink(missing_ok=True)  # damaged: made anew
+        else:
+            return kept
     counted = [
         len(ids)
         for start in range(0, len(texts), CHUNK_ROWS)
@@ -44,12 +44,11 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         ).input_ids
     ]
     lengths = np.array(counted, dtype=np.int32)
-    # A name of its own: several processes may count at a time, and the last one's file is as good.
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
+    # The process's own name: several may count at a time, and the last one's file is as good.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(lengths.tobytes())
-        seal(partial)
+        np.save(partial, lengths)
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -155,7 +155,6 @@ class Backbone(nn.Module):
         vision_layer: int = -1,
         class_token: bool = False,
         pooled_grid: int = 0,
-        exif: bool = True,
         visual_position_bias: VisualPositionBias = "none",
     ) -> "Backbone":
         """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
@@ -167,7 +166,6 @@ class Backbone(nn.Module):
             vision_layer: See `VisionEncoder`.
             class_token: See `VisionEncoder`.
             pooled_grid: See `VisionEncoder`.
-            exif: See `VisionEncoder`; it belongs to no folder.
             visual_position_bias: See `VisualPositionBias`.
 
         Raises:
@@ -187,7 +185,7 @@ class Backbone(nn.Module):
             tower = None
             if vision is not None:
                 tower = VisionEncoder.from_pretrained(
-                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid, exif=exif
+                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid
                 )
             return cls(
                 tower,
@@ -218,7 +216,7 @@ class Backbone(nn.Module):
                 f"{', '.join(other)} besides: leave that out, or join two models by --vision and --language"
             )
         self = cls(
-            VisionEncoder.from_pretrained(folder / "vision", **options["vision"], exif=exif)
+            VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
             if options["vision"] is not None
             else None,
             load_language(folder / "language"),

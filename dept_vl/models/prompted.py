@@ -42,6 +42,16 @@ class PromptedModel(nn.Module):
                 f"the prompt is {prompt.d_model} wide and {backbone.name} is {backbone.d_model} wide; "
                 "build the prompt with the backbone's d_model"
             )
+        if prompt is not None and prompt.needs_encoder and not backbone.language.config.is_encoder_decoder:
+            raise ValueError(
+                f"method memory changes an encoder's output, and {backbone.name} has no encoder "
+                f"({type(backbone.language).__name__}); take adept, which changes the input, or LoRA "
+                "(--train_backbone --train_only lora)"
+            )
+        if prompt is not None and prompt.visual_offset is not None and backbone.vision is None:
+            raise ValueError(
+                f"visual_offset shifts visual tokens, and {backbone.name} reads no images; leave it out"
+            )
         self.backbone = backbone
         self.prompt = prompt
         self.backbone_dropout = backbone_dropout
@@ -106,7 +116,12 @@ class PromptedModel(nn.Module):
             prompt_length = self.prompt.prompt_length
             embeddings, mask = self.prompt(embeddings, mask)
         visual = self.backbone.project(pixel_values=pixel_values, visual_features=visual_features)
-        return self.backbone.encode(embeddings, mask, visual, prompt_length=prompt_length)
+        if visual is not None and self.prompt is not None:
+            visual = self.prompt.shift_visual(visual)
+        encoded, mask = self.backbone.encode(embeddings, mask, visual, prompt_length=prompt_length)
+        if self.prompt is not None and self.prompt.needs_encoder:
+            encoded.last_hidden_state = self.prompt.shift_memory(encoded.last_hidden_state)
+        return encoded, mask
 
     def forward(
         self,

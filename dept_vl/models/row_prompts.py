@@ -32,6 +32,8 @@ class PromptTable:
             None if there is none.
         limits: Longest text of each, in tokens.
         token_offsets: Of each; None is none.
+        visual_offsets: The same.
+        memory_offsets: The same.
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class PromptTable:
             if offset is not None and self.offsets is not None:
                 self.offsets[place, : len(offset)] = offset
         self.token_offsets = [None if prompt is None else prompt.token_offset for prompt in prompts]
+        self.visual_offsets = [None if prompt is None else prompt.visual_offset for prompt in prompts]
+        self.memory_offsets = [None if prompt is None else prompt.memory_offset for prompt in prompts]
 
 
 class RowPrompts(DePT):
@@ -125,11 +129,37 @@ class RowPrompts(DePT):
             column = torch.arange(embeddings.shape[1], device=embeddings.device)
             position = column.clamp(max=offsets.shape[1] - 1)
             embeddings = embeddings + offsets[self.rows[:, None], position].to(embeddings.dtype)
-        for place, token_offset in enumerate(self.table.token_offsets):
-            if token_offset is not None:
-                rows = (self.rows == place).nonzero().squeeze(1)
-                embeddings = embeddings.index_add(0, rows, token_offset(token_embeddings[rows]))
-        return embeddings
+        return self._shifted(embeddings, token_embeddings, self.table.token_offsets)
+
+    @property
+    def needs_encoder(self) -> bool:
+        """See `DePT.needs_encoder`."""
+        return any(offset is not None for offset in self.table.memory_offsets)
+
+    def shift_visual(
+        self, visual: Float[Tensor, "batch visual d_model"]
+    ) -> Float[Tensor, "batch visual d_model"]:
+        """See `DePT.shift_visual`."""
+        return self._shifted(visual, visual, self.table.visual_offsets)
+
+    def shift_memory(
+        self, memory: Float[Tensor, "batch source d_model"]
+    ) -> Float[Tensor, "batch source d_model"]:
+        """See `DePT.shift_memory`."""
+        return self._shifted(memory, memory, self.table.memory_offsets)
+
+    def _shifted(
+        self,
+        vectors: Float[Tensor, "batch tokens d_model"],
+        read: Float[Tensor, "batch tokens d_model"],
+        offsets: Sequence[nn.Module | None],
+    ) -> Float[Tensor, "batch tokens d_model"]:
+        """Return the vectors, each row's shifted by its own function of what is read."""
+        for place, offset in enumerate(offsets):
+            rows = (self.rows == place).nonzero().squeeze(1)
+            if offset is not None and len(rows):
+                vectors = vectors.index_add(0, rows, offset(read[rows]))
+        return vectors
 
 
 class RowProjections(nn.Module):

@@ -34,12 +34,15 @@ class Method(ABC):
         seeded: Something random is frozen, and files keep its seed.
         needs_vectors: P is made of something, and cannot be empty.
         compressed: P is a product of a rank, which is not above its width.
+        has_prompt: There is a P to choose the length of; other methods spend the whole budget on their rank.
+        shifts_images: The offset can be applied to the visual tokens too (`visual_offset`).
         d_model: Width of the embeddings that are prompted (d).
         prompt_length: Vectors of P (m).
         rank: See the table in `methods` (r).
         max_source_length: Longest text in tokens (s).
         alpha: Of the offset by position, see `DePT`.
         seed: Of what is random and frozen.
+        visual_offset: Shift each visual token by a function of itself too, of the same rank.
     """
 
     name: ClassVar[str]
@@ -48,6 +51,8 @@ class Method(ABC):
     seeded: ClassVar[bool] = False
     needs_vectors: ClassVar[bool] = False
     compressed: ClassVar[bool] = False
+    has_prompt: ClassVar[bool] = True
+    shifts_images: ClassVar[bool] = False
 
     d_model: int
     prompt_length: int
@@ -55,6 +60,7 @@ class Method(ABC):
     max_source_length: int
     alpha: float = 8.0
     seed: int = 0
+    visual_offset: bool = False
 
     @abstractmethod
     def shapes(self) -> dict[str, Shapes]:
@@ -93,6 +99,11 @@ class Method(ABC):
             raise ValueError(
                 f"{self.name} makes a prompt and needs prompt_length >= 1; got {self.prompt_length}"
             )
+        if self.prompt_length and not self.has_prompt:
+            raise ValueError(f"{self.name} has no prompt, and prompt_length is {self.prompt_length}; give 0")
+        if self.visual_offset and not self.shifts_images:
+            able = ", ".join(name for name in METHODS if METHODS[name].shifts_images)
+            raise ValueError(f"{self.name} does not shift visual tokens; these methods can: {able}")
         if self.compressed and not 1 <= self.rank <= self.d_model:
             raise ValueError(f"{self.name} needs a rank of 1 to the width {self.d_model}; got {self.rank}")
 
@@ -119,12 +130,14 @@ class Method(ABC):
             "alpha": self.alpha,
             "scale": self.scale,
             "seed": self.seed if self.seeded else 0,
+            "visual_offset": self.visual_offset,
         }
 
     @classmethod
     def groups(cls) -> set[str]:
         """Return those of `GROUPS` of which the method trains anything."""
-        smallest = cls(d_model=1, prompt_length=1, rank=int(cls.has_rank), max_source_length=1)
+        length, rank = int(cls.has_prompt), int(cls.has_rank)
+        smallest = cls(d_model=1, prompt_length=length, rank=rank, max_source_length=1)
         return {group for group, shapes in smallest.trained().items() if shapes}
 
     @classmethod
@@ -136,6 +149,7 @@ class Method(ABC):
         reference_prompt_length: int,
         prompt_length: int,
         rank: int | None = None,
+        visual_offset: bool = False,
     ) -> tuple[int, int]:
         """Return the prompt length and rank with no more parameters than a plain prompt of l vectors.
 
@@ -146,16 +160,23 @@ class Method(ABC):
             d_model: Width of the model (d).
             max_source_length: Longest text in tokens (s).
             reference_prompt_length: Vectors of the plain prompt (l), and of methods that keep its length.
-            prompt_length: Vectors of the other methods (m).
+            prompt_length: Vectors of the other methods (m); methods without a prompt have none.
             rank: Taken as it is; None solves for the largest.
+            visual_offset: Spend the budget on the offset of visual tokens too.
 
         Raises:
             ValueError: If the prompt alone is over the budget, or the method has no rank and is given one.
         """
-        length = reference_prompt_length if cls.keeps_length else prompt_length
+        length = reference_prompt_length if cls.keeps_length else prompt_length * cls.has_prompt
 
         def at(rank: int) -> Method:
-            return cls(d_model=d_model, prompt_length=length, rank=rank, max_source_length=max_source_length)
+            return cls(
+                d_model=d_model,
+                prompt_length=length,
+                rank=rank,
+                max_source_length=max_source_length,
+                visual_offset=visual_offset,
+            )
 
         if rank is not None or not cls.has_rank:
             at(rank or 0).check()
@@ -169,7 +190,7 @@ class Method(ABC):
         one, two = (at(rank).parameter_count() for rank in (1, 2))
         # All counts are straight lines in the rank.
         solved = max(0, (budget - one) // (two - one) + 1)
-        if solved == 0 and cls.keeps_length:
+        if solved == 0 and (cls.keeps_length or not cls.has_prompt):
             raise ValueError(
                 f"a budget of {budget:,} parameters buys no rank of {cls.name} at width {d_model}; raise "
                 "reference_prompt_length"
@@ -187,6 +208,7 @@ METHODS: Registry[type[Method]] = Registry(
         "ulpt": "dept_vl.prompts.methods:ULPT",
         "lopt": "dept_vl.prompts.methods:LoPT",
         "residual": "dept_vl.prompts.methods:ResidualPrompt",
+        "memory": "dept_vl.prompts.methods:MemoryOffset",
     },
 )
 """Every method, by name."""
@@ -233,7 +255,9 @@ def sized(method: str, **sizes: Any) -> Method:
     """
     chosen = METHODS[method](**sizes)
     chosen.check()
-    return METHODS["pt"](**sizes) if chosen.has_rank and chosen.rank == 0 else chosen
+    if not chosen.has_rank or chosen.rank:
+        return chosen
+    return METHODS["pt"](**{**sizes, "visual_offset": False})
 
 
 def check_sizes(d_model: int, prompt_length: int, rank: int, max_source_length: int) -> None:

@@ -17,8 +17,9 @@ an untrained DePT is plain prompt tuning with m vectors; r = 0 *is* plain prompt
 the offset alone. A prompt of l vectors has l*d parameters; DePT spends them as m*d + (s + d)*r and
 saves l - m positions in every encoder layer and every decoder cross-attention.
 
-Other methods compute P from something else (`source`) or shift each token by its own embedding
-(`token_offset`); `methods` has them.
+Other methods compute P from something else (`source`), or shift each text token (`token_offset`), each
+visual token (`visual_offset`) or each vector of the encoder's output (`memory_offset`) by a function of
+itself; `methods` has them.
 """
 
 import math
@@ -64,7 +65,9 @@ class DePT(nn.Module):
         alpha: The offset is scaled by `alpha / sqrt(rank)`. The paper does not mention a scale; the
             authors' code has alpha = 8 and the square root.
         source: Computes the m vectors of P; None makes them parameters.
-        token_offset: Computes a further shift of each token from its embedding; None for no shift.
+        token_offset: Computes a further shift of each text token from its embedding; None for no shift.
+        visual_offset: The same for each visual token, at the encoder's input.
+        memory_offset: The same for each vector of the encoder's output, which the decoder reads.
 
     Attributes:
         method: That built the prompt, for its description; None for P, A and B alone.
@@ -91,6 +94,8 @@ class DePT(nn.Module):
         alpha: float = 8.0,
         source: PromptSource | None = None,
         token_offset: nn.Module | None = None,
+        visual_offset: nn.Module | None = None,
+        memory_offset: nn.Module | None = None,
     ) -> None:
         super().__init__()
         check_sizes(d_model, prompt_length, rank, max_source_length)
@@ -102,6 +107,8 @@ class DePT(nn.Module):
         self.scale = alpha / math.sqrt(rank) if rank else 0.0
         self.source = source
         self.token_offset = token_offset
+        self.visual_offset = visual_offset
+        self.memory_offset = memory_offset
         self.method: Method | None = None
 
         self.soft_prompt: nn.Parameter | None = None
@@ -146,6 +153,23 @@ class DePT(nn.Module):
             torch.cat([prompt, embeddings], dim=1),
             torch.cat([mask.new_ones(batch, self.prompt_length), mask], dim=1),
         )
+
+    def shift_visual(
+        self, visual: Float[Tensor, "batch visual d_model"]
+    ) -> Float[Tensor, "batch visual d_model"]:
+        """Return the visual tokens that the encoder is to read."""
+        return visual if self.visual_offset is None else visual + self.visual_offset(visual)
+
+    def shift_memory(
+        self, memory: Float[Tensor, "batch source d_model"]
+    ) -> Float[Tensor, "batch source d_model"]:
+        """Return the encoder's output that the decoder is to read."""
+        return memory if self.memory_offset is None else memory + self.memory_offset(memory)
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether the prompt acts on an encoder's output."""
+        return self.memory_offset is not None
 
     def vectors(self) -> Float[Tensor, "prompt d_model"] | None:
         """Return P; None if m = 0."""
@@ -214,10 +238,13 @@ class DePT(nn.Module):
         `prompt` has what moves P by about its own step, `low_rank` all that multiplies it or shifts the text.
         """
         of_source = {} if self.source is None else self.source.parameter_groups()
-        of_token = [] if self.token_offset is None else list(self.token_offset.parameters())
+        offsets = (self.token_offset, self.visual_offset, self.memory_offset)
+        of_tokens = [
+            parameter for offset in offsets if offset is not None for parameter in offset.parameters()
+        ]
         groups = {
             "prompt": [self.soft_prompt, *of_source.get("prompt", [])],
-            "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_token],
+            "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_tokens],
         }
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 

@@ -11,6 +11,11 @@ The encoder reads `[P ; E + g]` in all of them:
 | ulpt     | (Z P~) * s + b, m = l | 0; P~ is random and frozen   | Wu et al., 2025                     |
 | lopt     | U V, m = l            | 0                            | Xiao et al., 2023; Guo et al., 2024 |
 | residual | P' + f(P'), m < l     | 0; f as ADePT's              | Razdaibiedina et al., 2023          |
+| memory   | none                  | 0                            | this project, see below             |
+
+With `visual_offset`, `adept` and `hybrid` shift each visual token by a second f of the same rank. `memory` is
+an adapter between encoder and decoder, and no prompt: the decoder reads `H + f(H)` of the encoder's output H.
+What it trains is behind the encoder, which so runs without gradients where nothing else is trained.
 
 r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
 trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.
@@ -19,6 +24,7 @@ one class here and a line of `base.METHODS`; `base.register_method` adds others.
 """
 
 import math
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
@@ -66,33 +72,37 @@ class Decomposed(Method):
 
 
 class ADePT(Method):
-    """ADePT: P, and an offset by token. Trains m*d + (2*d + 1)*r + d parameters."""
+    """ADePT: P, and an offset by token. Trains m*d + (2*d + 1)*r + d parameters, and as many for images."""
 
     name = "adept"
+    shifts_images = True
 
     def shapes(self) -> dict[str, Shapes]:
         """See `Method.shapes`."""
         vectors = {"soft_prompt": (self.prompt_length, self.d_model)}
-        return {"prompt": vectors, "low_rank": _bottleneck("token_offset", self)}
+        return {"prompt": vectors, "low_rank": _of_tokens(self)}
 
     def build(self) -> DePT:
         """See `Method.build`."""
-        return DePT(**self.common, token_offset=Bottleneck(self.d_model, self.rank))
+        token, visual = _bottlenecks(self)
+        return DePT(**self.common, token_offset=token, visual_offset=visual)
 
 
 class Hybrid(Decomposed):
     """P, and both offsets. Trains m*d + (s + 3*d + 1)*r + d parameters."""
 
     name = "hybrid"
+    shifts_images = True
 
     def shapes(self) -> dict[str, Shapes]:
         """See `Method.shapes`."""
         by_position = super().shapes()
-        return by_position | {"low_rank": {**by_position["low_rank"], **_bottleneck("token_offset", self)}}
+        return by_position | {"low_rank": {**by_position["low_rank"], **_of_tokens(self)}}
 
     def build(self) -> DePT:
         """See `Method.build`."""
-        return DePT(**self.common, rank=self.rank, token_offset=Bottleneck(self.d_model, self.rank))
+        token, visual = _bottlenecks(self)
+        return DePT(**self.common, rank=self.rank, token_offset=token, visual_offset=visual)
 
 
 class ULPT(Method):
@@ -154,6 +164,33 @@ class ResidualPrompt(Method):
         return DePT(**self.common, source=Residual(self.d_model, self.prompt_length, self.rank))
 
 
+class MemoryOffset(Method):
+    """An adapter between encoder and decoder: H + f(H). Trains (2*d + 1)*r + d parameters."""
+
+    name = "memory"
+    has_prompt = False
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        return {"low_rank": _bottleneck("memory_offset", self)}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, memory_offset=Bottleneck(self.d_model, self.rank))
+
+
+def _of_tokens(method: Method) -> Shapes:
+    """Return the shapes of the offsets of text tokens and, if asked for, of visual tokens."""
+    visual = _bottleneck("visual_offset", method) if method.visual_offset else {}
+    return {**_bottleneck("token_offset", method), **visual}
+
+
+def _bottlenecks(method: Method) -> tuple[Bottleneck, Bottleneck | None]:
+    """Return these offsets, untrained; None for the one that is not asked for."""
+    token = Bottleneck(method.d_model, method.rank)
+    return token, Bottleneck(method.d_model, method.rank) if method.visual_offset else None
+
+
 def _bottleneck(name: str, method: Method) -> Shapes:
     """Return the shapes of a `Bottleneck`."""
     d, r = method.d_model, method.rank
@@ -174,6 +211,8 @@ def fold(
 ) -> tuple[DePT, Float[Tensor, "words d_model"]]:
     """Return the prompt for inference: P as one tensor, and a word table with the token offset in it.
 
+    Offsets of visual tokens and of the encoder's output depend on the image, and stay as they are.
+
     Args:
         prompt: Of any method.
         word_embeddings: Of the whole vocabulary; not changed.
@@ -184,6 +223,8 @@ def fold(
         rank=prompt.rank,
         max_source_length=prompt.max_source_length,
         alpha=prompt.alpha,
+        visual_offset=deepcopy(prompt.visual_offset),
+        memory_offset=deepcopy(prompt.memory_offset),
     ).to(word_embeddings.device)
     for ours, theirs in (
         (folded.soft_prompt, prompt.vectors()),

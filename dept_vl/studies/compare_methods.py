@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dept_vl.config import RunConfig
 from dept_vl.models.options import TrainedPart
@@ -37,14 +38,17 @@ class Compared:
         """The learning rates that are tried."""
         if not self.method:
             return self.tried
-        return BOTH_RATES if "low_rank" in METHODS[self.method].groups() else LONG_RATES
+        groups = METHODS[self.method].groups()
+        if "prompt" not in groups:
+            return OFFSET_RATES
+        return BOTH_RATES if "low_rank" in groups else LONG_RATES
 
 
-def prompted(method: str, *, projection: bool = False) -> Callable[[RunConfig], RunConfig]:
-    """A prompt of the family at the configuration's budget."""
+def prompted(method: str, *, projection: bool = False, **options: Any) -> Callable[[RunConfig], RunConfig]:
+    """A prompt of the family at the configuration's budget, with options of `PromptOptions`."""
 
     def configure(config: RunConfig) -> RunConfig:
-        prompt = replace(config.prompt, method=method, rank=None)
+        prompt = replace(config.prompt, method=method, rank=None, **options)
         return replace(bare(config, projection=projection), prompt=prompt)
 
     return configure
@@ -76,6 +80,12 @@ def with_lora(config: RunConfig) -> RunConfig:
     return replace(config, backbone=replace(config.backbone, lora_rank=rank))
 
 
+def with_lora_and_projection(config: RunConfig) -> RunConfig:
+    """The same, and the visual projection is trained, as published rows do."""
+    config = with_lora(config)
+    return replace(config, backbone=replace(config.backbone, train_projection=True))
+
+
 def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
     """One set of rates from each place of all options."""
     return tuple(dict(zip(options, values, strict=True)) for values in zip(*options.values(), strict=True))
@@ -83,6 +93,7 @@ def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
 
 LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.3))
 BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), offset_lr=(0.02, 0.005, 0.02, 0.001))
+OFFSET_RATES = _rates(offset_lr=(0.01, 0.003, 0.03, 0.001))
 PROJECTION_RATES = _rates(projection_lr=(1e-3, 3e-4, 3e-3, 1e-2))
 PART_RATES = _rates(backbone_lr=(3e-3, 1e-3, 1e-2, 3e-2))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
@@ -99,6 +110,16 @@ def compared() -> dict[str, Compared]:
         "LoRA": Compared(with_lora, PART_RATES),
         "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
         **{name: Compared(prompted(name), method=name, few_seeds=False) for name in METHODS},
+        "adept + images": Compared(
+            prompted("adept", visual_offset=True), method="adept", reads_images=True, few_seeds=False
+        ),
+        "adept + images, m = 0": Compared(
+            prompted("adept", visual_offset=True, prompt_length=0),
+            method="adept",
+            reads_images=True,
+            few_seeds=False,
+        ),
         "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
         "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
+        "LoRA + projection": Compared(with_lora_and_projection, like="LoRA", reads_images=True),
     }

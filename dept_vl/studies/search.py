@@ -143,10 +143,11 @@ def _space(config: RunConfig) -> Space:
     """What is searched: a range for each rate that trains something, and the prompt's lengths."""
     prompt, backbone = config.prompt, config.backbone
     method = METHODS[prompt.method]
-    bare = prompt.prompt_length == 0 and prompt.rank == 0 and not method.keeps_length
+    has_prompt = method.keeps_length or (method.has_prompt and prompt.prompt_length > 0)
+    bare = not has_prompt and prompt.rank == 0
     images = any(TASKS[options.task].image_count for options in (config.data, *config.also))
     used = {
-        "prompt_lr": not bare and (method.keeps_length or prompt.prompt_length > 0),
+        "prompt_lr": has_prompt,
         "offset_lr": not bare and "low_rank" in method.groups() and (prompt.rank != 0 or not method.has_rank),
         "projection_lr": images and backbone.train_projection,
         "backbone_lr": backbone.train_backbone,

@@ -53,11 +53,12 @@ def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT 
         reference_prompt_length=options.reference_prompt_length,
         prompt_length=options.prompt_length,
         rank=options.rank,
+        visual_offset=options.visual_offset,
         **widths,
     )
     if prompt_length == 0 and rank == 0:
         return None
-    sizes = widths | {"prompt_length": prompt_length, "rank": rank}
+    sizes = widths | {"prompt_length": prompt_length, "rank": rank, "visual_offset": options.visual_offset}
     prompt = build(sized(options.method, **sizes, alpha=options.alpha, seed=seed))
     initialise(
         prompt,

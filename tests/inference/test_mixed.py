@@ -31,6 +31,14 @@ SIZES: dict[str, dict[str, Any] | None] = {
     "by token": {"method": "adept", "prompt_length": 3, "rank": 2, "max_source_length": 9},
     "both": {"method": "hybrid", "prompt_length": 5, "rank": 2, "max_source_length": 11},
     "compressed": {"method": "lopt", "prompt_length": 6, "rank": 2, "max_source_length": 9},
+    "images": {
+        "method": "adept",
+        "prompt_length": 1,
+        "rank": 2,
+        "max_source_length": 9,
+        "visual_offset": True,
+    },
+    "memory": {"method": "memory", "prompt_length": 0, "rank": 2, "max_source_length": 9},
     "projection": None,
 }
 """Of each adapter's prompt; None trains the visual projection alone."""
@@ -44,6 +52,7 @@ ROWS: list[tuple[str | None, ...]] = [
     ("by token", "both", "offset", "compressed", "projection"),
     ("offset", None, "projection"),
     ("long", "long"),
+    ("memory", "images", None, "memory", "short"),
 ]
 LENGTHS = (9, 4, 7, 2, 5)
 
@@ -68,8 +77,10 @@ def predictors(
     usual = "vqav2" if backbone.vision is not None else "sst2"
     loaded = {}
     for seed, (name, wanted) in enumerate((sizes or SIZES).items()):
-        if wanted is None and backbone.vision is None:
+        if backbone.vision is None and (wanted is None or wanted.get("visual_offset")):
             continue  # nothing would be trained
+        if wanted and wanted["method"] == "memory" and not backbone.language.config.is_encoder_decoder:
+            continue
         model = train(backbone, wanted, seed)
         Adapter.of(model, task=(tasks or {}).get(name, usual), metrics={}).save(folder / name)
         loaded[name] = load(folder / name, backbone=backbone)

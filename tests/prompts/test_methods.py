@@ -23,9 +23,13 @@ from dept_vl.prompts.reparameterized import Bottleneck
 LONGEST, LENGTH, RANK = 12, 4, 3
 
 
+def length_of(method: str) -> int:
+    return LENGTH if METHODS[method].has_prompt else 0
+
+
 def untrained(method: str, **sizes: int) -> DePT:
     rank = 0 if method == "pt" else RANK
-    given = {"prompt_length": LENGTH, "rank": rank, "max_source_length": LONGEST} | sizes
+    given = {"prompt_length": length_of(method), "rank": rank, "max_source_length": LONGEST} | sizes
     return build(sized(method, d_model=D_MODEL, **given))
 
 
@@ -52,6 +56,8 @@ def literal(method: str, prompt: DePT, text: Tensor) -> Tensor:
         m = source.u @ source.v
     elif method == "residual":
         m = source.soft_prompt + shift(source.soft_prompt, source.residual)
+    elif method == "memory":
+        m = text.new_zeros(0, D_MODEL)
     g = torch.zeros_like(text)
     if method in ("dept", "hybrid"):
         g = g + 8 / math.sqrt(RANK) * prompt.offset_a[: text.shape[1]] @ prompt.offset_b
@@ -66,7 +72,7 @@ def test_forward_is_the_formula(method: str) -> None:
     text = torch.randn(2, 5, D_MODEL, dtype=torch.float64)
     prompted, mask = prompt(text, torch.ones(2, 5, dtype=torch.bool))
     torch.testing.assert_close(prompted, literal(method, prompt, text))
-    assert mask.shape == (2, LENGTH + 5)
+    assert mask.shape == (2, length_of(method) + 5)
 
 
 @pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual"])
@@ -102,6 +108,7 @@ COUNTS = {
     "ulpt": (100, 752, 100 * 752 + 2 * 768),
     "lopt": (100, 88, 88 * 868),
     "residual": (60, 19, 76_051),
+    "memory": (0, 49, 49 * (2 * 768 + 1) + 768),
 }
 
 
@@ -139,10 +146,10 @@ def test_dept_is_solved_as_ever() -> None:
 def test_parameters_are_those_of_the_formula(method: str) -> None:
     prompt = trained(method)
     rank = 0 if method == "pt" else RANK
-    groups = at(method, D_MODEL, LONGEST, LENGTH, rank).trained()
+    groups = at(method, D_MODEL, LONGEST, length_of(method), rank).trained()
     named = {name: tuple(p.shape) for name, p in prompt.named_parameters()}
     assert named == groups["prompt"] | groups["low_rank"]
-    count = at(method, D_MODEL, LONGEST, LENGTH, rank).parameter_count()
+    count = at(method, D_MODEL, LONGEST, length_of(method), rank).parameter_count()
     assert count == sum(p.numel() for p in prompt.parameters())
     by_id = {id(p): name for name, p in prompt.named_parameters()}
     for group, parameters in prompt.parameter_groups().items():
@@ -161,6 +168,12 @@ def test_what_no_method_can_be_is_refused() -> None:
         sized("ulpt", d_model=8, prompt_length=2, rank=9, max_source_length=4)
     with pytest.raises(ValueError, match="prompt_length >= 1; got 0"):
         sized("residual", d_model=8, prompt_length=0, rank=2, max_source_length=4)
+    with pytest.raises(ValueError, match="has no prompt, and prompt_length is 2"):
+        sized("memory", d_model=8, prompt_length=2, rank=2, max_source_length=4)
+    with pytest.raises(ValueError, match="these methods can: adept, hybrid"):
+        sized("dept", d_model=8, prompt_length=2, rank=2, max_source_length=4, visual_offset=True)
+    with pytest.raises(ValueError, match="buys no rank of memory"):
+        solve("memory", 8, 4, 2, 0)
     with pytest.raises(ValueError, match="needs prompt_length >= 0, rank >= 0"):
         sized("adept", d_model=8, prompt_length=2, rank=-1, max_source_length=4)
     with pytest.raises(UnknownNameError, match=r"unknown method 'residul'; .*closest: residual"):
@@ -174,7 +187,7 @@ def test_rank_0_is_plain_prompt_tuning(method: str) -> None:
     assert prompt.state_dict().keys() == {"soft_prompt"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].has_prompt])
 def test_prompt_starts_at_the_words(method: str) -> None:
     # Two different words have rank 2, within the rank of the compressed prompts.
     words = torch.randn(2, D_MODEL)
@@ -213,7 +226,7 @@ def test_folded_is_the_same(make_backbone: Callable[..., Backbone], language: st
     torch.testing.assert_close(ours, theirs)
     assert torch.equal(*(one.generate(**inputs, max_new_tokens=5) for one in (model, folded)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-    assert (folded is model) == (method in ("pt", "dept"))
+    assert (folded is model) == (method in ("pt", "dept", "memory"))
     if method in ("adept", "hybrid"):
         assert folded.prompt.token_offset is None
         assert folded.word_table.weight.shape == (VOCABULARY, D_MODEL)

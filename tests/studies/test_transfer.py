@@ -134,9 +134,8 @@ def test_interval_of_one_and_of_none() -> None:
 
 
 def model_of(backbone: Backbone, method: str = "dept", **sizes: int) -> PromptedModel:
-    prompt = build(
-        sized(method, d_model=D_MODEL, **(SIZES | ({"rank": 0} if method == "pt" else {}) | sizes))
-    )
+    of_method = {"pt": {"rank": 0}, "memory": {"prompt_length": 0}}.get(method, {})
+    prompt = build(sized(method, d_model=D_MODEL, **(SIZES | of_method | sizes)))
     model = PromptedModel(backbone, prompt)
     for parameter in prompt.parameters():
         torch.nn.init.normal_(parameter)
@@ -148,7 +147,7 @@ def saved(model: PromptedModel, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual", "lopt", "ulpt"])
+@pytest.mark.parametrize("method", ["dept", "adept", "hybrid", "residual", "lopt", "ulpt", "memory"])
 def test_all_of_one_source_is_taken_exactly(
     make_backbone: Callable[..., Backbone], tmp_path: Path, method: str
 ) -> None:

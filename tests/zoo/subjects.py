@@ -21,7 +21,7 @@ from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.precision import recompute_activations
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowPrompts
-from dept_vl.prompts.base import sized
+from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build
 
@@ -182,7 +182,10 @@ def new_prompt(method: str) -> DePT:
     if method in BASELINES:
         raise NotThere
     torch.manual_seed(0)
-    prompt = build(sized(method, d_model=D_MODEL, **SIZES | ({"rank": 0} if method == "pt" else {})))
+    sizes = SIZES | ({"rank": 0} if method == "pt" else {})
+    if not METHODS[method].has_prompt:
+        sizes |= {"prompt_length": 0}
+    prompt = build(sized(method, d_model=D_MODEL, **sizes))
     train_at_random(prompt.parameters(), 1.0)
     return prompt.eval()
 
