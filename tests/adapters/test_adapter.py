@@ -317,7 +317,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
     assert json.loads((tmp_path / ADAPTER_FILE).read_text()) == {
         "prompt": {
             **{"method": "dept", "seed": 0},
-            **{**SIZES, "d_model": D_MODEL, "alpha": 5.0, "scale": 5.0 / 3**0.5},
+            **{**SIZES, "d_model": D_MODEL, "alpha": 5.0, "scale": 5.0 / 3**0.5, "visual_offset": False},
         },
         "backbone": {
             "name": t5.name,
