@@ -132,6 +132,8 @@ class BackboneOptions(Options):
     """Keep the image encoder's class token."""
     pooled_grid: Annotated[int, Field(ge=0, le=LARGEST_GRID)] = 0
     """Max-pool the patches to a square of this side; 0 keeps them all."""
+    exif: bool = True
+    """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
     visual_position_bias: VisualPositionBias = "none"
     """none: visual tokens have no position in the language model (published); relative: stock."""
     backbone_dropout: bool = True
@@ -148,7 +150,7 @@ class BackboneOptions(Options):
 
     def loading(self) -> dict[str, Any]:
         """Return the arguments of `Backbone.from_pretrained`."""
-        names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid")
+        names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid", "exif")
         return {name: getattr(self, name) for name in (*names, "visual_position_bias")}
 
 
@@ -423,7 +425,7 @@ def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: The same.
     """
     usual = flat(to_json(RunConfig()))
-    old = usual | flat(_with_splits(current_names(started)))
+    old = usual | flat(_with_splits(_before_exif(current_names(started))))
     new = usual | flat(_with_splits(now))
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
@@ -478,13 +480,26 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
     content = read_json(path)
     if isinstance(content, dict):
+        of_run = "output_dir" in content
         content.pop("output_dir", None)
         content.pop("resume", None)
-        content = _over(current_names(content), to_json(base or RunConfig()))
+        content = current_names(content)
+        # That of a run says all; another one may leave out anything.
+        content = _before_exif(content) if of_run else content
+        content = _over(content, to_json(base or RunConfig()))
     try:
         return build(RunConfig, content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+def _before_exif(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a run; one about images that says nothing of EXIF took pixels as stored."""
+    backbone = options.get("backbone")
+    tasks = [part.get("task") for part in (options.get("data", {}), *options.get("also", []))]
+    if not isinstance(backbone, dict) or not any(name in TASKS and TASKS[name].image_count for name in tasks):
+        return options
+    return options | {"backbone": {"exif": False} | backbone}
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Internal; nothing here knows of models, tasks or runs.
 """
 
 __all__ = [
+    "checksums",
     "errors",
     "images",
     "io",

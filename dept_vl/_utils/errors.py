@@ -16,6 +16,10 @@ class UsageError(ValueError):
     """Options that are unknown, out of range, or do not fit each other. The command line exits with 2."""
 
 
+class DamagedFileError(ValueError):
+    """A file of ours that is not as it was written."""
+
+
 class UnknownNameError(UsageError):
     """A name that nothing is registered under.
 

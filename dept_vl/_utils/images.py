@@ -1,14 +1,16 @@
 """Image files, read with care: they come by the hundred thousand, and some are broken."""
 
 import errno
+import math
 import os
 import warnings
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dept_vl._utils.io import one_line
 
@@ -28,14 +30,44 @@ JPEG_QUALITY = 95
 FULL_CHROMA = 0
 """Of images that are written. Pillow's code for 4:4:4: halved chroma would bleed colours of small shapes."""
 
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation."""
+STRIP_ROWS = 256
+"""Rows of a 16-bit image that are converted at a time."""
+EXIF_BYTES = 1 << 16
+"""Of the start of a file, where its orientation usually stands."""
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+
+LARGEST_RATIO = 200
+"""Of the longer to the shorter side of an image. No photograph has more, and towers that resize the shorter
+side to 224 would make 44,800 of the longer one."""
+LARGEST_RESIZED = 1 << 26
+"""Pixels of an image after a tower has resized it: 192 MiB in RGB."""
+
 ImageSource = str | Path | bytes | Image.Image
 """An image file, its content, or an image that Pillow has opened."""
 
 
-def read_image(source: ImageSource) -> Image.Image:
+def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
     """Read an image as RGB: grey, palette, CMYK and 16-bit images too, of an animation the first frame.
 
-    The pixels are as stored: transparency is dropped, and no rotation noted beside them is made.
+    Transparency is dropped: hidden colours show. A JPEG of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
+    up to twice as many, is decoded at half its size or less.
+
+    Args:
+        source: The image.
+        exif: Turn and mirror it as its EXIF orientation says, as `transformers.image_utils.load_image` does;
+            otherwise pixels come as stored (Pillow turns TIFF files all the same).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,17 +77,17 @@ def read_image(source: ImageSource) -> Image.Image:
     """
     try:
         if isinstance(source, Image.Image):
-            return to_rgb(source)
-        file = BytesIO(source) if isinstance(source, bytes) else Path(source)
+            return _upright(source, exif)
         if (len(source) if isinstance(source, bytes) else Path(source).stat().st_size) == 0:
             raise EOFError("the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # What Pillow says of odd metadata is no fault of the pixels.
-            warnings.simplefilter("ignore", UserWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                image.load()
-                return to_rgb(image)
+        try:
+            return _read(BytesIO(source) if isinstance(source, bytes) else Path(source), exif)
+        except ValueError:
+            # Pillow refuses texts of more than a megabyte, which say nothing of the pixels.
+            content = source if isinstance(source, bytes) else _png_content(Path(source))
+            if not content.startswith(PNG_SIGNATURE):
+                raise
+            return _read(BytesIO(_without_texts(content)), exif)
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {source!s}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -77,6 +109,101 @@ def read_image(source: ImageSource) -> Image.Image:
         raise ValueError(f"{_called(source)} is no readable image: {problem}{advice}") from None
 
 
+def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
+    """Decode a file."""
+    with warnings.catch_warnings():
+        # What Pillow says of odd metadata is no fault of the pixels; of its size see below.
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file, formats=FORMATS) as image:
+            limit, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
+            if limit is not None and pixels > limit:
+                # The decoder of JPEG makes it smaller as it goes; others would need memory for all of it.
+                image.draft(None, (image.width // 2, image.height // 2))
+                if math.prod(image.size) > limit:
+                    raise Image.DecompressionBombWarning(
+                        f"Image size ({pixels} pixels) exceeds limit of {limit} pixels."
+                    )
+            image.load()
+            return _upright(image, exif)
+
+
+def _upright(image: Image.Image, exif: bool) -> Image.Image:
+    """An image in RGB, turned as its metadata says."""
+    rgb = to_rgb(image)
+    turn = TURNS.get(orientation_of(image)) if exif else None
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image that is loaded: 1, upright, where it says none."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # odd metadata is no fault of the pixels
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def is_turned(path: Path) -> bool:
+    """Return whether the EXIF orientation of an image file turns it; False if it is no image."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(EXIF_BYTES)
+            # The usual photograph of a data set has no EXIF, and no decoder needs to look.
+            if start.startswith(b"\xff\xd8") and b"Exif" not in start and b"tiff:Orientation" not in start:
+                return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                if image.format == "PNG":  # its EXIF may stand behind the pixels
+                    image.load()
+                return orientation_of(image) in TURNS and image.format != "TIFF"
+    except Exception:  # of whatever kind: `read_image` says what is wrong with it
+        return False
+
+
+def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
+    """Check what an image becomes before anything is made of it.
+
+    Args:
+        width: Of the image, in pixels.
+        height: Likewise.
+        shortest_edge: What its shorter side is resized to; None if both sides are.
+
+    Raises:
+        ValueError: If it is too long for its width, or too large after resizing.
+    """
+    short, long = sorted((width, height))
+    if short < 1 or long > LARGEST_RATIO * short:
+        raise ValueError(
+            f"expected the longer side to be at most {LARGEST_RATIO} times the shorter, found "
+            f"{width:,} x {height:,} pixels"
+        )
+    if shortest_edge is not None and shortest_edge**2 * long > LARGEST_RESIZED * short:
+        raise ValueError(
+            f"expected at most {LARGEST_RESIZED:,} pixels after resizing the shorter side to "
+            f"{shortest_edge}, found {width:,} x {height:,} pixels"
+        )
+
+
+def _png_content(path: Path) -> bytes:
+    """A PNG file's content; nothing of another file."""
+    with path.open("rb") as file:
+        start = file.read(len(PNG_SIGNATURE))
+        return start + file.read() if start == PNG_SIGNATURE else b""
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG file without its text chunks."""
+    kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while place + 12 <= len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4])
+        if png[place + 4 : place + 8] not in PNG_TEXTS:
+            kept.append(png[place:end])
+        place = end
+    return b"".join(kept)
+
+
 def _called(source: ImageSource) -> str:
     """Name of an image in messages."""
     if isinstance(source, bytes):
@@ -90,15 +217,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0, posinf=0, neginf=0)
-    largest = values.max()
-    if image.mode == "F" and largest <= 1:
-        values = values * 255  # fractions of white
-    elif largest > 0xFFFF:
-        values = values * (255 / largest)
-    elif largest > 0xFF:
-        values = values // 256  # the upper of two bytes; 8-bit values kept in a wider mode stay
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    stored = np.asarray(image)
+    # Strips: in double precision all of it would take eight times the memory.
+    strips = [slice(row, row + STRIP_ROWS) for row in range(0, len(stored), STRIP_ROWS)]
+    largest = max(_finite(stored[strip]).max() for strip in strips)
+    pixels = np.empty(stored.shape, np.uint8)
+    for strip in strips:
+        values = _finite(stored[strip])
+        if image.mode == "F" and largest <= 1:
+            values = values * 255  # fractions of white
+        elif largest > 0xFFFF:
+            values = values * (255 / largest)
+        elif largest > 0xFF:
+            values = values // 256  # the upper of two bytes; 8-bit values kept in a wider mode stay
+        pixels[strip] = np.clip(np.rint(values), 0, 255)
+    return Image.fromarray(pixels)
+
+
+def _finite(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0, posinf=0, neginf=0)
 
 
 def confined(name: str, what: str) -> str:

@@ -286,6 +286,7 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "fingerprint": backbone.fingerprint,
         "visual_position_bias": backbone.visual_position_bias,
         "vision": None if backbone.vision is None else backbone.vision.options(),
+        "exif": None if backbone.vision is None else backbone.vision.exif,
     }
 
 

@@ -16,7 +16,7 @@ from dept_vl.prompts.base import Method, Shapes, sized
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
-BEFORE_VISION = {"vision": None}
+BEFORE_VISION = {"vision": None, "exif": None}
 """What is left out where a backbone was described before that was kept."""
 BEFORE_METHODS = {"method": "dept", "seed": 0, "visual_offset": False}
 """What is left out where a prompt was described before there was more than one method, or an option of it."""
@@ -45,6 +45,7 @@ class BackboneFields:
     fingerprint: dict[str, str]
     visual_position_bias: VisualPositionBias
     vision: VisionOptions | None
+    exif: bool | None
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class BackboneOfAuthors:
     fingerprint: None
     visual_position_bias: None
     vision: None
+    exif: None
     official_config: dict[str, Any]
 
 

@@ -6,6 +6,7 @@
 __all__ = [
     "collate",
     "feature_index",
+    "feature_shards",
     "feature_store",
     "features",
     "lengths",

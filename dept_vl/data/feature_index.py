@@ -7,15 +7,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dept_vl._utils.checksums import checksum
+from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.images import is_turned
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl.config import Precision
@@ -23,7 +27,10 @@ from dept_vl.data.features import EXTRACT
 from dept_vl.models.vision import VisionEncoder
 
 INDEX_FILE = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 keeps neither times of images nor a checksum, and its images were read as they are stored."""
+LOOKED_AT, LOOKERS = 1000, 16
+"""Files that a thread looks at before the next look, and threads."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Fields of a configuration that change no feature."""
 
@@ -38,21 +45,46 @@ class Fingerprint:
     vision_layer: int
     class_token: bool
     pooled_grid: int
+    orientation: Literal["exif", "stored"]
     dtype: Precision
 
 
 @dataclass(frozen=True)
-class Index:
-    """The fields of `index.json`; `shape` is tokens and width, `shard_bytes` is null until all are there."""
+class Fingerprint1:
+    """The same, of format version 1."""
+
+    weights: str
+    architecture: str
+    preprocessing: str
+    vision_layer: int
+    class_token: bool
+    pooled_grid: int
+    dtype: Precision
+
+
+@dataclass(frozen=True)
+class Index1:
+    """The fields of `index.json` of format version 1.
+
+    `shape` is tokens and width; `shard_bytes` is null until all are there.
+    """
 
     format_version: int
-    fingerprint: Fingerprint
+    fingerprint: Fingerprint1
     shape: tuple[PositiveInt, PositiveInt]
     shard_images: PositiveInt
     shard_bytes: list[int] | None
     images: Annotated[list[str], Field(min_length=1)]
     image_bytes: list[int]
     unreadable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Index(Index1):
+    """The fields of `index.json`: sizes and times, in nanoseconds, of all images too."""
+
+    fingerprint: Fingerprint  # type: ignore[assignment]
+    image_times: list[int]
 
 
 def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
@@ -73,15 +105,17 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
         "vision_layer": vision.layer,
         "class_token": vision.class_token,
         "pooled_grid": vision.pooled_grid,
+        "orientation": "exif" if vision.exif else "stored",
     }
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a folder of features.
+    """Read the index of a folder of features; one of version 1 has no `image_times`.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or of another format version.
+        DamagedFileError: If it is damaged.
+        ValueError: If it is of another format version.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
@@ -89,19 +123,32 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"no visual features at {folder}: expected {INDEX_FILE} there; {EXTRACT} makes them, with the "
             "run's --task, --data_dir, and --backbone or --vision (or its --config)"
         )
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise DamagedFileError(f"{error}; {EXTRACT} makes it again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
+    sealed = content.pop("checksum", None) if isinstance(content, dict) else None
+    if version != 1 and sealed != _seal(content):
+        raise DamagedFileError(
+            f"{path} is damaged: its content has another checksum; {EXTRACT} makes it again"
+        )
+    if type(version) is int and version not in (1, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {version}; this dept_vl reads {FORMAT_VERSION}: make the features "
-            "again in another --features_dir"
+            f"{path} has format version {version}; this dept_vl reads 1 and {FORMAT_VERSION}: make the "
+            "features again in another --features_dir"
         )
     try:
-        _check_counts(check(content, Index))
+        _check_counts(check(content, Index1 if version == 1 else Index))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it, and {EXTRACT} makes it again") from None
+        raise DamagedFileError(f"{path} is damaged: {error}; {EXTRACT} makes it again") from None
     index: dict[str, Any] = content
     return index
+
+
+def _seal(content: Any) -> str:
+    """The checksum of an index."""
+    return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
@@ -127,24 +174,26 @@ def check_encoder(stored: Mapping[str, Any], expected: Mapping[str, Any], folder
 
 
 def _text(fingerprint: Mapping[str, Any]) -> str:
-    return ", ".join(f"{part} {fingerprint[part]}" for part in Fingerprint.__annotations__)
+    return ", ".join(f"{part} {value}" for part, value in fingerprint.items())
 
 
-def _check_counts(index: Index) -> None:
+def _check_counts(index: Index1) -> None:
     """Refuse what no extraction can have written."""
     images, sizes = index.images, index.shard_bytes
     if len(set(images)) != len(images):
         raise ValueError("expected images to name each once")
     if len(index.image_bytes) != len(images):
         raise ValueError(f"expected image_bytes of {len(images):,} images, found {len(index.image_bytes):,}")
+    if isinstance(index, Index) and len(index.image_times) != len(images):
+        raise ValueError(f"expected image_times of {len(images):,} images, found {len(index.image_times):,}")
     count = -(-len(images) // index.shard_images)
     if sizes is not None and len(sizes) != count:
         raise ValueError(f"expected shard_bytes of {count} shards, found {len(sizes)}")
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write the index, whole or not at all."""
-    write_json(folder / INDEX_FILE, index)
+    """Write the index with its checksum, whole or not at all."""
+    write_json(folder / INDEX_FILE, {**index, "checksum": _seal(index)})
 
 
 def file_size(path: Path) -> int:
@@ -153,6 +202,31 @@ def file_size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
+
+
+def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """Size in bytes and time of change in nanoseconds of files; zeros for one that is missing."""
+
+    def look(some: Sequence[Path]) -> list[tuple[int, int]]:
+        found = []
+        for path in some:
+            try:
+                stat = os.stat(path)
+                found.append((stat.st_size, stat.st_mtime_ns))
+            except FileNotFoundError:
+                found.append((0, 0))
+        return found
+
+    parts = [paths[start : start + LOOKED_AT] for start in range(0, len(paths), LOOKED_AT)]
+    # Threads: a network disk answers many at a time, and each of them after a while.
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        return [stat for part in pool.map(look, parts) for stat in part]
+
+
+def turned_images(paths: Sequence[Path]) -> list[Path]:
+    """The images that their EXIF orientation turns."""
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        return [path for path, turned in zip(paths, pool.map(is_turned, paths), strict=True) if turned]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

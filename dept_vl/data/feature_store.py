@@ -5,12 +5,12 @@
     features-00001.safetensors    of the next
 
 A shard is written whole or not at all and says itself what it holds, so that a stopped extraction can be
-resumed. The index has its own file, `feature_index`.
+resumed. The index has its own module, `feature_index`, as has a shard, `feature_shards`.
 """
 
-import json
-import zlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,33 +18,39 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import confined
 from dept_vl._utils.io import write_atomically
-from dept_vl._utils.options import check
 from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
     INDEX_FILE,
     check_encoder,
-    digest,
-    file_size,
+    file_stats,
     fingerprint,
     image_keys,
     read_index,
-    tensor_bytes,
+    turned_images,
     write_index,
 )
-from dept_vl.data.features import EXTRACT, FeatureTable, batches_of, encode_images, read_shard
+from dept_vl.data.feature_shards import (
+    check_shard,
+    identity_of,
+    rows_of,
+    shard_content,
+    shard_name,
+    unreadable_of,
+)
+from dept_vl.data.features import EXTRACT, FeatureTable, batches_of, encode_images
 from dept_vl.models.vision import VisionEncoder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-LOOKED_AT = 100
-"""Images that are compared in size with those that were encoded, before their features are used."""
+LOCK_SECONDS = 10.0
+"""Seconds after which processes that wait for another extraction tell each other so."""
 
 
 def write_features(
@@ -62,9 +68,9 @@ def write_features(
 ) -> int:
     """Encode images into a folder, every process its share of the shards; what is there already stays.
 
-    A folder that was left unfinished is gone on with; further images are added to a finished one. Shards
-    that are damaged, or of whose images one has another size by now, are made again. The files are the same
-    on any number of processes.
+    Another extraction into the folder is waited for. A folder that was left unfinished is gone on with;
+    further images are added to a finished one. Shards that are damaged, or of whose images one has another
+    size or time by now, are made again. The files are the same on any number of processes.
 
     Args:
         vision: The frozen encoder, on the device of this process.
@@ -87,13 +93,66 @@ def write_features(
         FileNotFoundError: If images that are in the folder already are not in the data folder any more.
         OSError: If a file cannot be written; what was written before is untouched.
     """
-    made_by = {**fingerprint(vision), "dtype": dtype}
-    index = _plan(vision, root, paths, folder, made_by, shard_images)
+    with _only_writer(folder, accelerator):
+        made_by = {**fingerprint(vision), "dtype": dtype}
+        index = _plan(vision, root, paths, folder, made_by, shard_images)
+        return _write(
+            vision,
+            root,
+            folder,
+            accelerator,
+            index,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            skip_unreadable=skip_unreadable,
+        )
+
+
+@contextmanager
+def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other extractions out of a folder.
+
+    The lock is the system's own (`flock`), which a network disk passes on and a killed process loses.
+    """
+    place = folder.resolve()
+    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    waited = False
+    if accelerator.is_main_process:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        taken = False
+        if accelerator.is_main_process:
+            with suppress(Timeout):
+                lock.acquire(timeout=LOCK_SECONDS if waited else 0)
+                taken = True
+        if any(gather_object([taken])):
+            break
+        if not waited:
+            accelerator.print(f"another extraction writes to {folder}; waiting for it to end")
+        waited = True
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write(
+    vision: VisionEncoder,
+    root: Path,
+    folder: Path,
+    accelerator: Accelerator,
+    index: dict[str, Any],
+    *,
+    batch_size: int,
+    num_workers: int,
+    skip_unreadable: bool,
+) -> int:
+    """Write what of an index is not there yet, and the index; see `write_features`."""
     images, per_shard = index["images"], index["shard_images"]
     shards = range(accelerator.process_index, -(-len(images) // per_shard), accelerator.num_processes)
-    of = {n: slice(n * per_shard, min((n + 1) * per_shard, len(images))) for n in shards}
-    contents = {n: _identity(index, of[n]) for n in shards}
-    stored = {n: _unreadable_of(folder / shard_name(n), contents[n]) for n in shards}
+    of = {n: rows_of(index, n) for n in shards}
+    contents = {n: identity_of(index, of[n]) for n in shards}
+    stored = {n: unreadable_of(folder / shard_name(n), contents[n]) for n in shards}
     unreadable = {n: errors for n, errors in stored.items() if errors is not None}
     todo = [n for n in shards if n not in unreadable or (unreadable[n] and not skip_unreadable)]
     if not any(gather_object([bool(todo) or index["shard_bytes"] is None])):
@@ -114,8 +173,8 @@ def write_features(
             if errors and not skip_unreadable:
                 raise ValueError(f"{next(iter(errors.values()))}. --on_bad_image skip goes on without it")
             unreadable[n] |= errors
-            parts.append(_stored(features, dtype, files[rows.start]))
-        write_atomically(folder / shard_name(n), _shard(torch.cat(parts), contents[n], unreadable[n]))
+            parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
+        write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n]))
     ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
     whole = sorted(gather_object(ours))
     if accelerator.is_main_process:
@@ -129,6 +188,8 @@ def write_features(
 def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], folder: Path) -> FeatureTable:
     """Map the features of images from a folder that `write_features` made.
 
+    Shards are compared with their checksums, once in a process.
+
     Args:
         vision: The encoder that a run has.
         root: The data folder.
@@ -137,23 +198,20 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
 
     Raises:
         FileNotFoundError: If there are no features, or some of the images are not among them.
-        ValueError: If they are of another encoder, unfinished, or damaged.
+        ValueError: If they are of another encoder, unfinished, damaged, or images have changed since.
     """
     index = read_index(folder)
     dtype = index["fingerprint"]["dtype"]
-    check_encoder(index["fingerprint"], {**fingerprint(vision), "dtype": dtype}, folder)
+    made_by = {**fingerprint(vision), "dtype": dtype}
+    if index["format_version"] == 1:
+        _check_orientation(vision, paths, folder)
+        made_by = {part: value for part, value in made_by.items() if part in index["fingerprint"]}
+    check_encoder(index["fingerprint"], made_by, folder)
     shape = [vision.token_count, vision.d_vision]
     if index["shape"] != shape:
         raise ValueError(f"{folder / INDEX_FILE} is damaged: expected shape {shape}, found {index['shape']}")
     if index["shard_bytes"] is None:
         raise ValueError(f"the visual features at {folder} are not finished; {EXTRACT} goes on with them")
-    shards = [folder / shard_name(n) for n in range(len(index["shard_bytes"]))]
-    for shard, expected in zip(shards, index["shard_bytes"], strict=True):
-        size = file_size(shard)
-        if size != expected:
-            raise ValueError(
-                f"{shard} is damaged: expected {expected:,} bytes, found {size:,}; {EXTRACT} makes it again"
-            )
     rows = {image: row for row, image in enumerate(index["images"])}
     keys = image_keys(paths, root)
     missing = [path for path, key in zip(paths, keys, strict=True) if key not in rows]
@@ -162,33 +220,65 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
             f"{len(missing):,} of {len(paths):,} images have no visual features in {folder} (first: "
             f"{missing[0]}); {EXTRACT} adds them, with --splits for splits besides a run's own"
         )
-    for place in range(0, len(paths), -(-len(paths) // LOOKED_AT)):
-        expected, size = index["image_bytes"][rows[keys[place]]], file_size(paths[place])
-        if size not in (0, expected):
-            raise ValueError(
-                f"{paths[place]} is not the image whose visual features are in {folder}: expected "
-                f"{expected:,} bytes, found {size:,}; {EXTRACT} encodes changed images anew, or name the "
-                "--features_dir of these"
-            )
+    places = {path: rows[key] for path, key in zip(paths, keys, strict=True)}
+    _check_unchanged(index, places, folder)
     per_shard = index["shard_images"]
+    used = sorted({row // per_shard for row in places.values()})
+    for number in used:
+        check_shard(index, number, folder)
     table = FeatureTable.map(
-        shards,
-        {path: divmod(rows[key], per_shard) for path, key in zip(paths, keys, strict=True)},
+        [folder / shard_name(number) for number in used],
+        {path: (used.index(row // per_shard), row % per_shard) for path, row in places.items()},
         {root / image: error for image, error in index["unreadable"].items()},
     )
-    for number, (shard, features) in enumerate(zip(shards, table.shards, strict=True)):
+    for number, features in zip(used, table.shards, strict=True):
         expected_shape = (min(per_shard, len(rows) - number * per_shard), *shape)
         if tuple(features.shape) != expected_shape or table.dtype != dtype:
             raise ValueError(
-                f"{shard} is damaged: expected {dtype} {expected_shape}, found {table.dtype} "
-                f"{tuple(features.shape)}; {EXTRACT} makes it again"
+                f"{folder / shard_name(number)} is damaged: expected {dtype} {expected_shape}, found "
+                f"{table.dtype} {tuple(features.shape)}; {EXTRACT} makes it again"
             )
     return table
 
 
-def shard_name(number: int) -> str:
-    """File of a shard."""
-    return f"features-{number:05d}.safetensors"
+def _check_orientation(vision: VisionEncoder, paths: Sequence[Path], folder: Path) -> None:
+    """Note that features are of format version 1, whose images were read as they are stored.
+
+    Raises:
+        ValueError: If some of the images are read otherwise today.
+    """
+    print(
+        f"note: the visual features at {folder} have no times of images: changes besides their size go "
+        f"unnoticed; {EXTRACT} makes them again",
+        file=sys.stderr,
+    )
+    if turned := turned_images(paths) if vision.exif else []:
+        raise ValueError(
+            f"the EXIF orientation of {len(turned):,} of {len(paths):,} images turns them (first: "
+            f"{turned[0]}), and the visual features at {folder} are of images as they are stored; "
+            f"{EXTRACT} makes them again, or give --no_exif"
+        )
+
+
+def _check_unchanged(index: Mapping[str, Any], places: Mapping[Path, int], folder: Path) -> None:
+    """Compare size and time of all images with those that were encoded; one that is gone since may be.
+
+    Raises:
+        ValueError: If some have changed; with their number and examples.
+    """
+    sizes, times = index["image_bytes"], index.get("image_times")
+    changed = [
+        path
+        for (path, row), (size, time) in zip(places.items(), file_stats(list(places)), strict=True)
+        if size and (size != sizes[row] or (times is not None and time != times[row]))
+    ]
+    if changed:
+        examples = ", ".join(map(str, changed[:3]))
+        raise ValueError(
+            f"{len(changed):,} of {len(places):,} images have changed in size or time since their visual "
+            f"features in {folder} were made ({examples}); {EXTRACT} encodes them again, or name the "
+            "--features_dir of these"
+        )
 
 
 def _plan(
@@ -203,13 +293,18 @@ def _plan(
     shape = [vision.token_count, vision.d_vision]
     known: list[str] = []
     whole = None
-    if (folder / INDEX_FILE).is_file():
-        before = read_index(folder)
+    before = _index_before(folder)
+    if before is not None:
+        if before["format_version"] == 1:
+            # Of the same encoder otherwise, it is made again.
+            before["fingerprint"]["orientation"] = made_by["orientation"]
+            before["shard_bytes"] = None
         check_encoder(before["fingerprint"], made_by, folder)
         known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
         whole, shard_images = before["shard_bytes"], before["shard_images"]
         _check_images(root, before, folder)
     images = list(dict.fromkeys([*known, *image_keys(paths, root)]))
+    stats = file_stats([root / image for image in images])
     return {
         "format_version": FORMAT_VERSION,
         "fingerprint": made_by,
@@ -217,9 +312,21 @@ def _plan(
         "shard_images": shard_images,
         "shard_bytes": whole if len(images) == len(known) else None,
         "images": images,
-        "image_bytes": [file_size(root / image) for image in images],
+        "image_bytes": [size for size, _ in stats],
+        "image_times": [time for _, time in stats],
         "unreadable": {},
     }
+
+
+def _index_before(folder: Path) -> dict[str, Any] | None:
+    """The index that is there; None without one, or with one that is damaged, which is made again."""
+    if not (folder / INDEX_FILE).is_file():
+        return None
+    try:
+        return read_index(folder)
+    except DamagedFileError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return None
 
 
 def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
@@ -231,10 +338,11 @@ def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
     images, per_shard = before["images"], before["shard_images"]
     shards = range(-(-len(images) // per_shard))
     written = {number for number in shards if (folder / shard_name(number)).is_file()}
+    now = file_stats([root / image for image in images])
     gone = [
         image
         for row, (image, size) in enumerate(zip(images, before["image_bytes"], strict=True))
-        if size and row // per_shard in written and not file_size(root / image)
+        if size and row // per_shard in written and not now[row][0]
     ]
     if gone:
         raise FileNotFoundError(
@@ -242,12 +350,6 @@ def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
             f"{root} (first: {gone[0]}); nothing was changed. Put them back, or give other images another "
             "--features_dir"
         )
-
-
-def _identity(index: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """What a shard says of itself: by what it was made, of which images, by name and size."""
-    images = [index["images"][rows], index["image_bytes"][rows]]
-    return {"fingerprint": index["fingerprint"], "images": digest(images)}
 
 
 def _stored(
@@ -265,27 +367,3 @@ def _stored(
             "bfloat16 and float32 hold larger numbers: choose another --dtype"
         )
     return stored
-
-
-def _shard(
-    features: Float[Tensor, "images tokens d_vision"],
-    identity: Mapping[str, Any],
-    unreadable: Mapping[str, str],
-) -> bytes:
-    """A shard's file."""
-    content = {**identity, "crc32": zlib.crc32(tensor_bytes(features)), "unreadable": unreadable}
-    file: bytes = save({"features": features}, metadata={"dept_vl": json.dumps(content)})
-    return file
-
-
-def _unreadable_of(path: Path, identity: Mapping[str, Any]) -> dict[str, str] | None:
-    """Unreadable images of a stored shard that is whole and of these images; None without such a shard."""
-    try:
-        features = read_shard(path)
-        with safe_open(path, "pt") as file:
-            content = json.loads(file.metadata()["dept_vl"])
-        unreadable: dict[str, str] = check(content["unreadable"], dict[str, str])
-        expected = {**identity, "crc32": zlib.crc32(tensor_bytes(features)), "unreadable": unreadable}
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None
-    return unreadable if content == expected else None

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dept_vl._utils.images import ImageSource, read_image
+from dept_vl._utils.io import one_line
 from dept_vl._utils.tensors import read_tensors
 from dept_vl._utils.terminal import is_live
 from dept_vl.data import workers as readers
@@ -27,9 +28,14 @@ def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no readable image.
+        ValueError: If it is no readable image, of no usable shape, or needs more memory than there is.
     """
-    return vision.preprocess([read_image(source)])[0]
+    image = read_image(source, exif=vision.exif)
+    try:
+        return vision.preprocess([image])[0]
+    except (ValueError, MemoryError) as error:
+        name = source if isinstance(source, str | Path) else "what was given"
+        raise ValueError(f"{name!s} is no usable image: {one_line(error)}") from None
 
 
 class _Pixels(Dataset[tuple[Tensor, str]]):

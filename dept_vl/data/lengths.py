@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import os
+import sys
+import uuid
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
+from dept_vl._utils.checksums import open_sealed, seal
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
 
@@ -27,14 +29,12 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         OSError: If the cache folder cannot be written.
     """
     texts = source_texts(task)
-    path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.npy"
+    path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.bin"
     if path.is_file():
         try:
-            kept: Lengths = np.load(path)
-        except (ValueError, EOFError):
-            path.unlink(missing_ok=True)  # damaged: made anew
-        else:
-            return kept
+            return np.frombuffer(open_sealed(path), dtype=np.int32)
+        except ValueError as error:
+            print(f"note: {error}; it is made again", file=sys.stderr)
     counted = [
         len(ids)
         for start in range(0, len(texts), CHUNK_ROWS)
@@ -44,11 +44,12 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         ).input_ids
     ]
     lengths = np.array(counted, dtype=np.int32)
-    # The process's own name: several may count at a time, and the last one's file is as good.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    # A name of its own: several processes may count at a time, and the last one's file is as good.
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(partial, lengths)
+        partial.write_bytes(lengths.tobytes())
+        seal(partial)
         partial.replace(path)
     except OSError as error:
         with suppress(OSError):

@@ -5,6 +5,7 @@ model.answer("street.jpg", "what colour is the car?")
 """
 
 import copy
+import warnings
 from pathlib import Path
 
 import torch
@@ -61,6 +62,8 @@ def load(
         raise ValueError(
             f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
         )
+    if shared.vision is not None and chosen.image_count:
+        _note_orientation(adapter, shared.vision.exif)
     base = _copy_changed(shared, adapter)
     model = adapter.build(base).to(base.device).eval().folded()
     decoding, longest = chosen.decoding, LONGEST_TEXT
@@ -118,7 +121,7 @@ def find_backbone(
         if backbone is None and run is not None:
             loaded = Backbone.from_pretrained(**read_config(run / CONFIG_FILE).backbone.loading())
         elif (Path(name) / BACKBONE_FILE).is_file():
-            loaded = Backbone.from_pretrained(name)
+            loaded = Backbone.from_pretrained(name, exif=bool(known.get("exif")))
         else:
             vision, language = _two(name) if "vision" in fingerprint else (None, name)
             options = {
@@ -128,6 +131,7 @@ def find_backbone(
                 vision=vision,
                 language=language,
                 visual_position_bias=known["visual_position_bias"] or "none",
+                exif=bool(known.get("exif")),
                 **options,
             )
     # transformers says so of models that are neither on the disk nor on the Hub.
@@ -139,6 +143,18 @@ def find_backbone(
         ) from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return loaded.to(device or accelerator or "cpu").eval()
+
+
+def _note_orientation(adapter: Adapter, exif: bool) -> None:
+    """Warn where images are turned, or left, that the training left, or turned."""
+    trained = bool(adapter.backbone.get("exif"))
+    if adapter.backbone["fingerprint"] is not None and trained != exif:
+        read = {True: "turned as their EXIF orientation says", False: "as they are stored"}
+        warnings.warn(
+            f"this adapter was trained on images {read[trained]}, and this backbone reads them {read[exif]}: "
+            f"load the backbone with exif={trained} where that matters",
+            stacklevel=3,
+        )
 
 
 def _two(name: str) -> tuple[str, str]:

@@ -155,6 +155,7 @@ class Backbone(nn.Module):
         vision_layer: int = -1,
         class_token: bool = False,
         pooled_grid: int = 0,
+        exif: bool = True,
         visual_position_bias: VisualPositionBias = "none",
     ) -> "Backbone":
         """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
@@ -166,6 +167,7 @@ class Backbone(nn.Module):
             vision_layer: See `VisionEncoder`.
             class_token: See `VisionEncoder`.
             pooled_grid: See `VisionEncoder`.
+            exif: See `VisionEncoder`; it belongs to no folder.
             visual_position_bias: See `VisualPositionBias`.
 
         Raises:
@@ -185,7 +187,7 @@ class Backbone(nn.Module):
             tower = None
             if vision is not None:
                 tower = VisionEncoder.from_pretrained(
-                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid
+                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid, exif=exif
                 )
             return cls(
                 tower,
@@ -216,7 +218,7 @@ class Backbone(nn.Module):
                 f"{', '.join(other)} besides: leave that out, or join two models by --vision and --language"
             )
         self = cls(
-            VisionEncoder.from_pretrained(folder / "vision", **options["vision"])
+            VisionEncoder.from_pretrained(folder / "vision", **options["vision"], exif=exif)
             if options["vision"] is not None
             else None,
             load_language(folder / "language"),

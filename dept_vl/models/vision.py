@@ -6,6 +6,7 @@ models through transformers' own timm wrapper), with its own image processor bes
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
-from dept_vl._utils.images import to_rgb
+from dept_vl._utils.images import check_shape, to_rgb
 from dept_vl._utils.io import one_line
 from dept_vl.models.options import LARGEST_GRID
 
@@ -46,6 +47,7 @@ class VisionEncoder(nn.Module):
         class_token: Keep the class token (and registers) in front of the patch tokens.
         pooled_grid: Adaptively max-pool the patch grid to `pooled_grid` x `pooled_grid` tokens
             (published for CLIP RN101: 7x7 to 6x6); 0 keeps every patch.
+        exif: Turn images as their EXIF orientation says where they are read.
 
     Raises:
         ValueError: If there is no such layer or grid.
@@ -59,12 +61,14 @@ class VisionEncoder(nn.Module):
         layer: int = -1,
         class_token: bool = False,
         pooled_grid: int = 0,
+        exif: bool = True,
     ) -> None:
         super().__init__()
         self.model = model.eval()
         self.processor = processor
         self.layer = layer
         self.class_token = class_token
+        self.exif = exif
         if not 0 <= pooled_grid <= LARGEST_GRID:
             raise ValueError(f"expected pooled_grid to be 0 to {LARGEST_GRID}, got {pooled_grid}")
         self.pooled_grid = pooled_grid
@@ -81,7 +85,7 @@ class VisionEncoder(nn.Module):
 
         Args:
             name_or_path: Such as `openai/clip-vit-base-patch32`, `timm/resnet50.a1_in1k` or a folder.
-            **options: `layer`, `class_token`, `pooled_grid` of the constructor.
+            **options: `layer`, `class_token`, `pooled_grid`, `exif` of the constructor.
 
         Raises:
             OSError: If there is no such model, as transformers says it.
@@ -116,7 +120,7 @@ class VisionEncoder(nn.Module):
         self.processor.save_pretrained(folder)
 
     def options(self) -> dict[str, int | bool]:
-        """The constructor's options, as `from_pretrained` takes them."""
+        """The constructor's options that belong to a backbone, as `from_pretrained` takes them."""
         return {
             "layer": self.layer,
             "class_token": self.class_token,
@@ -124,7 +128,15 @@ class VisionEncoder(nn.Module):
         }
 
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Resize, crop and normalise as the encoder was trained, in RGB whatever the images are in."""
+        """Resize, crop and normalise as the encoder was trained, in RGB whatever the images are in.
+
+        Raises:
+            ValueError: If an image is too long for its width, or too large after resizing.
+        """
+        edge = getattr(self.processor, "size", None)
+        shortest = edge.get("shortest_edge") if isinstance(edge, Mapping) else None
+        for image in images:
+            check_shape(*image.size, shortest)
         rgb = [to_rgb(image) for image in images]
         pixels: Tensor = self.processor(images=rgb, return_tensors="pt")["pixel_values"]
         return pixels

@@ -99,13 +99,14 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
         ValueError: If there is none.
     """
     if options.backbone is not None:
-        vision = Backbone.from_pretrained(options.backbone).vision
+        vision = Backbone.from_pretrained(options.backbone, exif=options.exif).vision
     elif options.vision is not None:
         vision = VisionEncoder.from_pretrained(
             options.vision,
             layer=options.vision_layer,
             class_token=options.class_token,
             pooled_grid=options.pooled_grid,
+            exif=options.exif,
         )
     else:
         vision = None

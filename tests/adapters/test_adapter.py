@@ -324,6 +324,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
             "fingerprint": t5.fingerprint,
             "visual_position_bias": "none",
             "vision": {"layer": -1, "class_token": False, "pooled_grid": 0},
+            "exif": True,
         },
         "task": "vqav2",
         "metrics": {"overall": 61.5},

@@ -1,8 +1,13 @@
 """Visual features in files; files that are damaged, unfinished, or of another encoder."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +16,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import random_image
+from PIL import Image
 from runs import files
+from safetensors.torch import load_file, save_file
 
+from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import write_atomically
 from dept_vl.data import feature_store as feature_files
 from dept_vl.data.collate import Collator, Draw
-from dept_vl.data.feature_index import fingerprint, image_keys, read_index
+from dept_vl.data.feature_index import digest, fingerprint, image_keys, read_index, write_index
 from dept_vl.data.feature_store import DTYPES, open_features, write_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.models.backbone import Backbone
@@ -170,9 +178,9 @@ def test_a_damaged_shard_is_made_again_and_never_read(
     else:
         kinds = {"truncated": whole[:-100], "a bit": bytes(damaged), "empty": b""}
         shard.write_bytes(kinds.get(damage, (folder / SHARDS[0]).read_bytes()))
-    if damage in ("truncated", "gone", "empty"):
-        with pytest.raises(ValueError, match=rf"{shard} is damaged: expected {len(whole):,} bytes, found .*"):
-            opened(vision, paths, folder)
+    with pytest.raises(DamagedFileError, match=rf"{shard} is damaged"):
+        opened(vision, paths, folder)
+    opened(vision, paths[:2], folder)  # of the first shard alone
     untouched = (folder / SHARDS[0]).stat().st_mtime_ns
     assert write(vision, paths, folder) == 2
     assert files(folder) == before
@@ -190,8 +198,8 @@ def test_a_shard_that_says_another_size_is_not_read(
     index = read_index(folder)
     shutil.copy(folder / SHARDS[2], folder / SHARDS[1])
     index["shard_bytes"][1] = index["shard_bytes"][2]
-    (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=rf"{SHARDS[1]} is damaged: expected float32 \(2, .*found .*\(1, "):
+    write_index(folder, index)
+    with pytest.raises(DamagedFileError, match=rf"{SHARDS[1]} is damaged, or of other images"):
         opened(vision, paths, folder)
 
 
@@ -258,7 +266,7 @@ def test_an_image_that_changes_is_encoded_anew(
     folder = tmp_path / "features"
     write(vision, paths, folder)
     random_image((64, 64), 99).save(paths[3])
-    with pytest.raises(ValueError, match=rf"{paths[3]} is not the image whose visual features are in"):
+    with pytest.raises(ValueError, match=rf"1 of 5 images have changed .*\({paths[3]}\)"):
         opened(vision, paths, folder)
     assert write(vision, paths, folder) == 2
     table = FeatureTable.encode(vision, paths, progress=False)
@@ -321,8 +329,8 @@ def test_a_worker_that_is_spawned_maps_the_files(
     ("change", "said"),
     [
         (b"{", "is not valid JSON"),
-        (b"[]", r"is \[\]; expected an object"),
-        ({"format_version": 2}, "has format version 2; this dept_vl reads 1"),
+        (b"[]", "another checksum"),
+        ({"format_version": 3}, "has format version 3; this dept_vl reads 1 and 2"),
         ({"format_version": None}, "format_version is None; expected a valid integer"),
         ({"fingerprint": {}}, r"fingerprint\.weights is missing"),
         ({"shape": [16]}, r"shape\[1\] is missing"),
@@ -335,6 +343,7 @@ def test_a_worker_that_is_spawned_maps_the_files(
         ({"shard_bytes": "all"}, "shard_bytes is 'all'; expected a valid array"),
         ({"images": []}, r"images is \[\]"),
         ({"images": ["a.png"] * 5}, "expected images to name each once"),
+        ({"image_times": [1]}, "expected image_times of 5 images, found 1"),
         ({"image_bytes": [1]}, "expected image_bytes of 5 images, found 1"),
         ({"unreadable": {"a.png": 3}}, r"unreadable\.a\.png is 3"),
         ({"more": 1}, "unknown field more"),
@@ -347,7 +356,11 @@ def test_a_damaged_index_is_refused(
     write(vision, paths, folder)
     path = folder / "index.json"
     index = json.loads(path.read_text())
-    path.write_bytes(change if isinstance(change, bytes) else json.dumps(index | change).encode())
+    index.pop("checksum")
+    if isinstance(change, bytes):
+        path.write_bytes(change)
+    else:  # as if it had been written so
+        write_index(folder, index | change)
     with pytest.raises(ValueError, match=said) as error:
         opened(vision, paths, folder)
     assert str(path) in str(error.value)
@@ -361,9 +374,155 @@ def test_an_index_leads_to_no_file_outside_the_data(
     write(vision, paths, folder)
     index = read_index(folder)
     index["images"][0] = "../secret.png"
-    (folder / "index.json").write_text(json.dumps(index))
+    write_index(folder, index)
     with pytest.raises(ValueError, match="expected the name of an image inside its folder"):
         write(vision, paths, folder)
+
+
+@pytest.mark.parametrize("change", ["size", "time"])
+def test_each_of_many_images_is_compared(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, change: str
+) -> None:
+    """Not a sample of them: every one, wherever it stands."""
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    for path in paths:
+        content, stat = path.read_bytes(), path.stat()
+        if change == "size":
+            path.write_bytes(content + b"\0")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + (change == "time")))
+        with pytest.raises(ValueError, match=rf"1 of 5 images have changed .*\({path}\)"):
+            opened(vision, paths, folder)
+        path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        opened(vision, paths, folder)
+
+
+def as_version_1(folder: Path) -> None:
+    """Rewrite features as they were before their index kept times and a checksum."""
+    index = read_index(folder)
+    index["format_version"] = 1
+    index["fingerprint"].pop("orientation")
+    index.pop("image_times")
+    for number in range(len(index["shard_bytes"])):
+        shard = folder / SHARDS[number]
+        features = load_file(shard)["features"]
+        rows = slice(2 * number, 2 * number + 2)
+        content = {
+            "fingerprint": index["fingerprint"],
+            "images": digest([index["images"][rows], index["image_bytes"][rows]]),
+            "crc32": zlib.crc32(features.numpy().tobytes()),
+            "unreadable": {},
+        }
+        save_file({"features": features}, shard, metadata={"dept_vl": json.dumps(content)})
+        index["shard_bytes"][number] = shard.stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_features_of_version_1_are_of_pixels_as_stored(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    whole = opened(vision, paths, folder)([[path] for path in paths])
+    as_version_1(folder)
+    assert torch.equal(opened(vision, paths, folder)([[path] for path in paths]), whole)
+    assert f"note: the visual features at {folder}" in capsys.readouterr().err
+    damaged = bytearray((folder / SHARDS[1]).read_bytes())
+    damaged[-7] ^= 4
+    (folder / SHARDS[1]).write_bytes(damaged)
+    with pytest.raises(DamagedFileError, match=SHARDS[1]):
+        opened(vision, paths, folder)
+    # An image that would be turned today: refused, made again, and read as stored where that is asked for.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(paths[0]) as image:
+        image.save(paths[0], exif=exif.tobytes())
+    index = json.loads((folder / "index.json").read_text())
+    index["image_bytes"][0] = paths[0].stat().st_size
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"EXIF orientation of 1 of 5 .*{paths[0]}"):
+        opened(vision, paths, folder)
+    assert write(vision, paths, folder) == 5
+    turned = opened(vision, paths, folder)([[path] for path in paths])
+    assert torch.equal(turned[1:], whole[1:])
+    assert not torch.equal(turned[0], whole[0])
+    vision.exif = False
+    with pytest.raises(ValueError, match=r"of another encoder.* differ in orientation"):
+        opened(vision, paths, folder)
+    assert write(vision, paths, tmp_path / "stored") == 5
+    assert torch.equal(opened(vision, paths, tmp_path / "stored")([[path] for path in paths]), whole)
+
+
+def test_a_damaged_index_is_made_again(
+    vision: VisionEncoder, paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "features"
+    write(vision, paths, folder)
+    before = files(folder)
+    path = folder / "index.json"
+    damaged = bytearray(before["index.json"])
+    damaged[damaged.index(b"train")] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DamagedFileError, match=str(path)):
+        opened(vision, paths, folder)
+    assert write(vision, paths, folder) == 0  # the shards are whole
+    assert f"note: {path}" in capsys.readouterr().err
+    assert files(folder) == before
+
+
+EXTRACTION = """
+import sys, time
+from pathlib import Path
+from accelerate import Accelerator
+from dept_vl.data import feature_store
+from dept_vl.data.feature_store import write_features
+from dept_vl.models.vision import VisionEncoder
+
+root, folder, tower, half, flag = (*map(Path, sys.argv[1:4]), sys.argv[4], Path(sys.argv[5]))
+vision = VisionEncoder.from_pretrained(tower)
+paths = sorted(root.rglob("*.png"))
+write = feature_store.write_atomically
+
+def slowly(path, content):
+    flag.touch()
+    time.sleep(0.4)
+    write(path, content)
+
+feature_store.write_atomically = slowly
+flag.with_suffix(".ready").touch()
+while sys.argv[6:] and not Path(sys.argv[6]).exists():
+    time.sleep(0.01)
+mine = paths[:3] if half == "first" else paths[2:]
+sizes = {"shard_images": 2, "batch_size": 2}
+write_features(vision, root, mine, folder, Accelerator(cpu=True), dtype="float32", **sizes)
+"""
+
+
+def test_two_extractions_into_one_folder_follow_each_other(
+    vision: VisionEncoder, vision_folders: dict[str, Path], paths: list[Path], tmp_path: Path
+) -> None:
+    """Two processes, each slow enough to be in the middle when the other comes; and one that is killed."""
+    folder, root = tmp_path / "features", paths[0].parents[1]
+
+    def start(half: str, *other: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", EXTRACTION, root, folder, vision_folders["clip"], half]
+        return subprocess.Popen([*map(str, command), str(tmp_path / half), *other], stdout=subprocess.PIPE)
+
+    killed = start("killed")
+    while not (tmp_path / "killed").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    ready = [str(tmp_path / f"{half}.ready") for half in ("first", "second")]
+    both = [start("first", ready[1]), start("second", ready[0])]
+    said = b"".join(process.communicate(timeout=100)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert b"another extraction writes to" in said
+    table = FeatureTable.encode(vision, paths, batch_size=1, progress=False)
+    examples = [[path] for path in paths]
+    torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))
 
 
 def test_an_image_is_known_by_its_path_below_the_data_folder() -> None:

@@ -1,10 +1,13 @@
 """Visual features in memory: each image encoded once, and what is said of images that cannot be read."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from transformers import AutoTokenizer
 
 from dept_vl.data import features
@@ -88,3 +91,28 @@ def test_missing_image_is_named(vision: VisionEncoder, tmp_path: Path) -> None:
 def test_table_bytes_is_what_the_table_takes(vision: VisionEncoder, paths: list[Path]) -> None:
     table = FeatureTable.encode(vision, paths, progress=False)
     assert table_bytes(vision, len(paths)) == sum(shard.nbytes for shard in table.shards)
+
+
+@pytest.mark.parametrize("width", [20_000, 60_000, 1_000_000])
+@pytest.mark.parametrize("content", [False, True])
+def test_a_line_is_no_usable_image(vision: VisionEncoder, tmp_path: Path, width: int, content: bool) -> None:
+    path = tmp_path / "line.png"
+    Image.new("RGB", (width, 1)).save(path)
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=f"found {width:,} x 1 pixels") as error:
+        load_pixels(vision, path.read_bytes() if content else path)
+    assert time.perf_counter() - started < 2
+    assert (str(path) in str(error.value)) == (not content)
+    table = FeatureTable.encode(vision, [path], progress=False)
+    assert table.errors.keys() == {path}
+
+
+def test_an_image_without_memory_is_a_bad_image(
+    vision: VisionEncoder, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(vision, "processor", exhausted)
+    with pytest.raises(ValueError, match="is no usable image: MemoryError"):
+        load_pixels(vision, paths[0])

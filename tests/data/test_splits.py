@@ -1,6 +1,5 @@
 """The splits of a run: candidates, images that are missing or broken, and features that fit or do not."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from dept_vl.config import DataOptions, OnBadImage
+from dept_vl.data.feature_index import read_index, write_index
 from dept_vl.data.feature_store import write_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.data.splits import GIB, Splits, load_splits, read_features
@@ -296,8 +296,7 @@ def test_files_that_do_not_serve_are_refused_or_left_with_a_warning(
     elif damage == "truncated":
         (folder / "features-00001.safetensors").write_bytes(b"short")
     elif damage == "unfinished":
-        index = json.loads((folder / "index.json").read_text())
-        (folder / "index.json").write_text(json.dumps(index | {"shard_bytes": None}))
+        write_index(folder, read_index(folder) | {"shard_bytes": None})
     said = {
         "encoder": r"of another encoder.* differ in vision_layer",
         "truncated": r"features-00001\.safetensors is damaged: expected [\d,]+ bytes, found 5",

@@ -174,7 +174,7 @@ def test_records_are_read_once(source: Path, cache: Path) -> None:
     assert first.files[0].name.startswith("task-split-")
 
 
-@pytest.mark.parametrize("change", ["size", "time", "path", "schema", "converter", "second source"])
+@pytest.mark.parametrize("change", ["size", "middle", "path", "schema", "converter", "second source"])
 def test_changed_source_is_converted_anew(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -183,8 +183,10 @@ def test_changed_source_is_converted_anew(
     if change == "size":
         source.write_text("{ }")
         os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    elif change == "time":
-        os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1000))
+    elif change == "middle":  # which neither size nor time tell
+        source.write_text("[]")
+        os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (source.stat().st_size, source.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     elif change == "path":
         sources = [source.rename(tmp_path / "moved.json")]
     elif change == "schema":
@@ -198,6 +200,42 @@ def test_changed_source_is_converted_anew(
     assert rows.files != (old,)
 
 
+def test_a_source_of_another_time_is_not_converted_again(source: Path) -> None:
+    first = made(source)
+    os.utime(source, ns=(1, 1))
+    assert convert("task-split", [source], SCHEMA, unread(), unique="id").files == first.files
+
+
+FLIPS = """
+import random, sys
+from pathlib import Path
+from dept_vl._utils.errors import DamagedFileError
+from dept_vl.tasks.io.rows import Rows
+
+path, generator = Path(sys.argv[1]), random.Random(0)
+whole = path.read_bytes()
+for number in range(100):
+    damaged = bytearray(whole)
+    damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+    other = path.with_name(f"{number}.arrow")
+    other.write_bytes(damaged)
+    try:
+        Rows.open([other])
+    except DamagedFileError as error:
+        assert str(other) in str(error)
+        continue
+    raise SystemExit(f"damage {number} was not noticed")
+"""
+
+
+def test_a_flipped_bit_never_reaches_arrow(source: Path) -> None:
+    (path,) = made(source).files
+    done = subprocess.run(
+        [sys.executable, "-c", FLIPS, str(path)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_same_source_by_another_path_is_not_converted_again(tmp_path: Path, source: Path) -> None:
     first = made(source)
     (tmp_path / "link").symlink_to(tmp_path)
@@ -206,7 +244,9 @@ def test_same_source_by_another_path_is_not_converted_again(tmp_path: Path, sour
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeros", "text", "metadata"])
-def test_damaged_cache_is_made_anew(source: Path, cache: Path, damage: str) -> None:
+def test_damaged_cache_is_made_anew(
+    source: Path, cache: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (path,) = made(source).files
     content = path.read_bytes()
     # What Arrow says of a footer that leads nowhere is an OSError, of other damage an ArrowInvalid.
@@ -223,6 +263,7 @@ def test_damaged_cache_is_made_anew(source: Path, cache: Path, damage: str) -> N
     rows = made(source, records(5))
     assert list(rows) == records(5)
     assert files_in(cache) == [path]
+    assert str(path) in capsys.readouterr().err
 
 
 def test_duplicate_ids_are_refused(source: Path, cache: Path) -> None:

@@ -1,12 +1,14 @@
 """Annotation files as Arrow columns: converted once, memory-mapped by every process from then on.
 
 The converted file lies in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`) under a name
-made from the paths, sizes and times of its sources, so that a changed source is converted anew.
+made from the paths and the content of its sources, so that a changed source is converted anew, and ends in
+a checksum, which is compared before Arrow sees the columns: damaged ones would crash it.
 """
 
 import hashlib
 import json
 import os
+import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +19,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from dept_vl._utils.checksums import file_checksum, open_sealed, seal
+from dept_vl._utils.errors import DamagedFileError
 
 CONVERTER_VERSION = 1
 """Raised whenever the same sources would give other columns."""
@@ -49,8 +54,13 @@ class Rows:
 
     @classmethod
     def open(cls, files: Sequence[Path], indices: Indices | None = None) -> "Rows":
-        """Map Arrow files of one schema into memory."""
-        tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in files]
+        """Map sealed Arrow files of one schema into memory.
+
+        Raises:
+            FileNotFoundError: If one is missing.
+            DamagedFileError: If one is not as it was written.
+        """
+        tables = [pa.ipc.open_file(pa.BufferReader(open_sealed(path))).read_all() for path in files]
         return cls(pa.concat_tables(tables), indices, files)
 
     @classmethod
@@ -145,17 +155,23 @@ def convert(
         ValueError: If an id stands there twice, or a record does not fit the columns.
         OSError: If the cache folder cannot be written.
     """
-    stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    # All of the content: a sample, size and time would miss an edit, and parsing takes far longer.
+    stats = [(str(path.resolve()), path.stat().st_size, file_checksum(path)) for path in sources]
     key = hashlib.sha256(json.dumps([CONVERTER_VERSION, str(schema), stats]).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{key}.arrow"
-    # Not there yet, or damaged: made anew.
-    with suppress(OSError, pa.ArrowInvalid):
+    try:
         return Rows.open([path])
+    except DamagedFileError as error:
+        print(f"note: {error}; it is made again from {sources[0].name}", file=sys.stderr)
+    except OSError:
+        pass  # not there yet
     # A name of its own: several processes, of several machines, may convert at a time, and the last
     # one's file is as good.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write(partial, schema, records, sources[0])
+        with _writing(path.parent, sources[0]):
+            seal(partial)
         _check_unique(Rows.open([partial]).column(unique), unique, sources)
         with _writing(path.parent, sources[0]):
             partial.replace(path)

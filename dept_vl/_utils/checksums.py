@@ -1,0 +1,79 @@
+"""Checksums of files that are trusted later: caches end in one, which is compared before they are used.
+
+XXH3 reads some 15 GB a second, six times as fast as zlib's CRC-32 and ten times as fast as SHA-256; it finds
+damage, and keeps no forger out.
+"""
+
+import mmap
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import xxhash
+
+from dept_vl._utils.errors import DamagedFileError
+
+SEAL = b"XXH3"
+"""In front of the checksum at the end of a file."""
+DIGEST_BYTES = 16
+CHUNK_BYTES = 1 << 24
+
+_compared: dict[Path, tuple[int, ...]] = {}
+"""Files whose checksum this process has compared, and what the system said of them then."""
+
+
+def checksum(content: bytes | memoryview | mmap.mmap | pa.Buffer) -> str:
+    """32 hexadecimal digits of some bytes."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def file_checksum(path: Path) -> str:
+    """32 hexadecimal digits of a file's content."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append its checksum to a file."""
+    digest = bytes.fromhex(file_checksum(path))
+    with path.open("ab") as file:
+        file.write(SEAL + digest)
+
+
+def open_sealed(path: Path) -> pa.Buffer:
+    """Map a sealed file into memory, without its seal; it is compared once in a process.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedFileError: If the content is not what was sealed.
+    """
+    size = path.stat().st_size - len(SEAL) - DIGEST_BYTES
+    if size < 0:
+        raise DamagedFileError(f"{path} is damaged: it is cut short")
+    with pa.memory_map(str(path)) as file:
+        whole = file.read_buffer()
+    content = whole.slice(0, size)
+    if not was_compared(path):
+        digest = bytes.fromhex(checksum(content))
+        if whole.slice(size).to_pybytes() != SEAL + digest:
+            raise DamagedFileError(f"{path} is damaged: its content has another checksum")
+        note_compared(path)
+    return content
+
+
+def was_compared(path: Path) -> bool:
+    """Return whether the checksum of a file as it is now was compared in this process."""
+    return _compared.get(path) == _identity(path)
+
+
+def note_compared(path: Path) -> None:
+    """Note that a file's checksum was compared."""
+    _compared[path] = _identity(path)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
