@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-from dept_vl._utils.options import Options, Positive
+from dept_vl._utils.options import Count, Options, Positive
 from dept_vl.cli import entry, parse_options
 from dept_vl.config import Precision
 
@@ -42,6 +42,8 @@ class BenchConfig(Options):
     """Batches of a round."""
     rounds: Positive = 5
     """Rounds, the median of which is given."""
+    files: Count = 120_000
+    """Image files whose size and time are looked at; 0 leaves this out."""
     json_out: Path | None = None
     """File for the figures."""
 
@@ -54,11 +56,18 @@ class Reading:
         rows_per_second: Images whose features were read a second, median of the rounds.
         slowest: Of the rounds.
         cores: Of the machine; one process reads.
+        checksum_over_mapping: Time to compare checksums of the files as they are opened, over that of reading
+            all rows once after mapping them; median of the rounds, both in turn.
+        checksum_gib_per_second: Compared, median of the rounds.
+        look_seconds: To look at size and time of the image files; the system may remember them.
     """
 
     rows_per_second: int
     slowest: int
     cores: int
+    checksum_over_mapping: float
+    checksum_gib_per_second: float
+    look_seconds: float | None
 
 
 def write(config: BenchConfig) -> list[Path]:
@@ -77,6 +86,48 @@ def write(config: BenchConfig) -> list[Path]:
             drawn = torch.randn(count, config.tokens, config.d_vision).to(DTYPES[config.dtype])
             save_file({"features": drawn}, files[-1])
     return files
+
+
+def checksums(files: list[Path], rounds: int) -> tuple[float, float]:
+    """Ratio of comparing checksums to reading all rows once, and GiB compared a second."""
+    from dept_vl._utils.checksums import checksum
+    from dept_vl.data.feature_index import tensor_bytes
+    from dept_vl.data.features import read_shard
+
+    ratios, rates = [], []
+    size = sum(file.stat().st_size for file in files)
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for file in files:
+            read_shard(file).clone()
+        read = time.perf_counter()
+        for file in files:
+            checksum(tensor_bytes(read_shard(file)))
+        compared = time.perf_counter()
+        ratios.append((compared - read) / (read - started))
+        rates.append(size / 2**30 / (compared - read))
+    return median(ratios), median(rates)
+
+
+def look(folder: Path, count: int) -> float:
+    """Seconds to look at size and time of so many files, made if they are not there.
+
+    Raises:
+        RuntimeError: If one was not found.
+    """
+    from dept_vl.data.feature_index import file_stats
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:012d}.jpg" for number in range(count)]
+    for path in paths:
+        if not path.exists():
+            path.write_bytes(b"x")
+    started = time.perf_counter()
+    found = file_stats(paths)
+    seconds = time.perf_counter() - started
+    if not all(size for size, _ in found):
+        raise RuntimeError(f"files in {folder} have gone")
+    return seconds
 
 
 def main(config: BenchConfig) -> Reading:
@@ -99,11 +150,23 @@ def main(config: BenchConfig) -> Reading:
             table(batch)
         rates.append(config.batches * config.batch_size / (time.perf_counter() - started))
     counted = rates[1:]  # the first maps the pages
-    reading = Reading(round(median(counted)), round(min(counted)), os.cpu_count() or 1)
+    ratio, rate = checksums(files, config.rounds)
+    seconds = look(config.output_dir / "images", config.files) if config.files else None
+    reading = Reading(
+        round(median(counted)),
+        round(min(counted)),
+        os.cpu_count() or 1,
+        round(ratio, 3),
+        round(rate, 2),
+        None if seconds is None else round(seconds, 2),
+    )
     print(
         f"{reading.rows_per_second:,} rows of {config.tokens} x {config.d_vision} {config.dtype} a second, "
         f"one process of a machine of {reading.cores} cores (slowest round {reading.slowest:,})"
     )
+    print(f"checksums: {rate:.2f} GiB a second, {ratio:.2f} times reading all rows once")
+    if seconds is not None:
+        print(f"size and time of {config.files:,} files: {seconds:.2f} s")
     if config.json_out is not None:
         config.json_out.write_text(json.dumps(asdict(reading), indent=2) + "\n")
     return reading

@@ -270,9 +270,11 @@ def test_flags_go_before_the_configuration_of_a_run(tmp_path: Path) -> None:
 
 def test_reading_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = bench_features.BenchConfig(
-        tmp_path, images=7, shard_images=3, tokens=2, d_vision=4, batches=2, batch_size=5, rounds=1
+        tmp_path, images=7, shard_images=3, tokens=2, d_vision=4, batches=2, batch_size=5, rounds=1, files=20
     )
     found = bench_features.main(replace(config, json_out=tmp_path / "bench.json"))
     assert found.rows_per_second > 0
+    assert found.checksum_gib_per_second >= 0
+    assert found.look_seconds is not None
     assert json.loads((tmp_path / "bench.json").read_text())["rows_per_second"] == found.rows_per_second
     assert "rows of 2 x 4 float16 a second" in capsys.readouterr().out
