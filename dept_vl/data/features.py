@@ -11,12 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dept_vl._utils.images import ImageSource, read_image
 from dept_vl._utils.io import one_line
 from dept_vl._utils.tensors import read_tensors
-from dept_vl._utils.terminal import is_live
+from dept_vl._utils.terminal import Count
 from dept_vl.data import workers as readers
 from dept_vl.models.vision import VisionEncoder
 
@@ -100,7 +99,7 @@ class FeatureTable:
             paths: The images; each is encoded once however often it is named.
             batch_size: Images encoded at a time.
             num_workers: Processes that read and preprocess images; 0 uses this one.
-            progress: Show a bar.
+            progress: Tell how far it is.
         """
         distinct = list(dict.fromkeys(paths))
         batches = batches_of(0, len(distinct), batch_size)
@@ -184,10 +183,10 @@ def encode_images(
         _Pixels(vision, paths), num_workers, batch_sampler=[list(batch) for batch in batches]
     )
     total = sum(map(len, batches))
-    with tqdm(total=total, desc="encoding images", disable=not (progress and is_live()), leave=False) as bar:
+    with Count("encoding images", total, show=progress) as count:
         for rows, (pixels, messages) in zip(batches, loader, strict=True):
             yield rows, vision(pixels.to(device)).cpu(), messages
-            bar.update(len(rows))
+            count.add(len(rows))
 
 
 def read_shard(path: Path) -> Float[Tensor, "images tokens d_vision"]:

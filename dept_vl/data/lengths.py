@@ -12,6 +12,7 @@ import pyarrow as pa
 from accelerate import Accelerator
 
 from dept_vl._utils.checksums import open_sealed, seal
+from dept_vl._utils.terminal import counted
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
 
@@ -35,15 +36,16 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
             return np.frombuffer(open_sealed(path), dtype=np.int32)
         except ValueError as error:
             print(f"note: {error}; it is made again", file=sys.stderr)
-    counted = [
+    starts = range(0, len(texts), CHUNK_ROWS)
+    found = [
         len(ids)
-        for start in range(0, len(texts), CHUNK_ROWS)
+        for start in counted("counting tokens", starts, len(starts))
         # Not verbose: it would warn of texts that are longer than the model is used to.
         for ids in tokenizer(
             texts.slice(start, CHUNK_ROWS).to_pylist(), return_attention_mask=False, verbose=False
         ).input_ids
     ]
-    lengths = np.array(counted, dtype=np.int32)
+    lengths = np.array(found, dtype=np.int32)
     # A name of its own: several processes may count at a time, and the last one's file is as good.
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
     try:
@@ -107,8 +109,8 @@ def check_source_lengths(
         )
     cut = int((lengths > max_source_length).sum())
     if cut:
-        counted = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
+        which = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
         accelerator.print(
-            f"warning: max_source_length={max_source_length} cuts {cut:,} of {counted}; the longest has "
+            f"warning: max_source_length={max_source_length} cuts {cut:,} of {which}; the longest has "
             f"{lengths.max():,} tokens"
         )

@@ -3,4 +3,4 @@
 The same question gets the same answer in evaluation, prediction and the demo.
 """
 
-__all__ = ["decoding", "demo", "evaluate", "gate", "loading", "mixed", "predict", "predictor"]
+__all__ = ["decoding", "demo", "evaluate", "gate", "given", "loading", "mixed", "predict", "predictor"]

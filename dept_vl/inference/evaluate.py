@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm import tqdm
 
-from dept_vl._utils.terminal import is_live
+from dept_vl._utils.terminal import counted
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator
 from dept_vl.data.sampling import EvaluationDraws
@@ -67,7 +66,7 @@ def evaluate(
     batch_size: int,
     decoding: Decoding | None = None,
     num_workers: int = 0,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Evaluation:
     """Decode a split, each process its share without padding it, and score the whole.
 
@@ -79,7 +78,7 @@ def evaluate(
         batch_size: Examples decoded at a time by one process.
         decoding: How answers are decoded; None as the task says.
         num_workers: Processes that load images.
-        progress: Show a bar on the main process.
+        progress: Tell on the main process how far it is.
     """
     was_training = model.training
     model.eval()
@@ -98,7 +97,8 @@ def evaluate(
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
     skipped: list[ExampleId] = []
-    for batch in tqdm(loader, desc="evaluating", disable=not (progress and is_live()), leave=False):
+    show = progress and accelerator.is_main_process
+    for batch in counted("evaluating", loader, len(mine), size=_rows, show=show):
         skipped.extend(batch.skipped)
         if not batch.ids:
             if spread:
@@ -124,3 +124,7 @@ def evaluate(
         sum(dict(gather_object(lengths)).values()) / max(1, len(task)),
         tuple(dict.fromkeys(gather_object(skipped))),
     )
+
+
+def _rows(batch: Batch) -> int:
+    return len(batch.ids) + len(batch.skipped)

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.inference.given import as_images
 from dept_vl.inference.loading import LONGEST_TEXT, find_backbone, load, run_of
-from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, as_images, line_up
+from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, line_up
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowProjections, RowPrompts

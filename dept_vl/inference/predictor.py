@@ -16,11 +16,13 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from dept_vl._utils.images import ImageSource
+from dept_vl._utils.terminal import Count, counted
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.inference.decoding import generation_options, spellings
 from dept_vl.inference.evaluate import decode
+from dept_vl.inference.given import as_images
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
@@ -30,7 +32,7 @@ ENCODED_AT_ONCE = 32
 """Images that go through the vision tower together."""
 
 Images = Any
-"""One image (`ImageSource`) or several; where a question is about two (NLVR2), one pair or several."""
+"""One image (see `given.as_image`) or several; where a question is about two (NLVR2), one pair or several."""
 T = TypeVar("T")
 
 
@@ -68,9 +70,13 @@ class Predictor:
         of several images; of as many of both each goes with its own.
 
         Args:
-            image: A file, its content or a Pillow image, or several; None for a task without images. A
+            image: A path, the bytes of a file, an open file, a data URL, a Pillow image, an array or a
+                tensor of shape (height, width), (height, width, channels) or (channels, height, width) with
+                whole numbers from 0 to 255 or floats from 0 to 1, or a row of `datasets`; or several of
+                them, also as an array or a tensor of four dimensions. None for a task without images. A
                 task about two images (NLVR2) takes a pair of them, or several pairs.
-            question: One or several; none for a caption. Of a task without images it may come first.
+            question: One, or a sequence of several; none for a caption. Of a task without images it may come
+                first.
             batch_size: Questions answered at a time.
 
         Returns:
@@ -136,24 +142,6 @@ class Ask:
         return text
 
 
-def as_images(image: Images, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]], bool]:
-    """The images of each question, and whether they are one question's.
-
-    Args:
-        image: See `Predictor.answer`; in a sequence for several questions None stands for no image.
-        pairs: A sequence of two images is of one question.
-    """
-
-    def is_one(given: Any) -> bool:
-        return given is None or isinstance(given, ImageSource)
-
-    if is_one(image):
-        return [() if image is None else (image,)], True
-    if pairs and len(image) > 0 and all(is_one(one) for one in image):
-        return [tuple(image)], True
-    return [(() if one is None else (one,)) if is_one(one) else tuple(one) for one in image], False
-
-
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     """Lists of one length, a single item repeated; and whether all were single.
 
@@ -193,15 +181,20 @@ def answer_all(
         groups.setdefault((len(ask.images), ask.predictor.decoding), []).append(place)
     answers = [""] * len(asks)
     device = backbone.device
-    for alike in groups.values():
-        options, spelled = asks[alike[0]].predictor.generation
-        for start in range(0, len(alike), batch_size):
-            places = alike[start : start + batch_size]
+    batches = [
+        alike[start : start + batch_size]
+        for alike in groups.values()
+        for start in range(0, len(alike), batch_size)
+    ]
+    with Count("answering", len(asks), show=len(batches) > 1) as count:
+        for places in batches:
+            options, spelled = asks[places[0]].predictor.generation
             rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
             batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
             texts = decode(model_of([asks[n] for n in places]), batch, options, spelled)
             for n, text in zip(places, texts, strict=True):
                 answers[n] = asks[n].predictor.task.written(text)
+            count.add(len(places))
     return answers
 
 
@@ -237,7 +230,8 @@ def encode_images(
         return None, names
     device = next(vision.parameters()).device
     parts = []
-    for start in range(0, len(distinct), ENCODED_AT_ONCE):
+    starts = range(0, len(distinct), ENCODED_AT_ONCE)
+    for start in counted("encoding images", starts, len(starts), show=len(starts) > 1):
         some = enumerate(distinct[start : start + ENCODED_AT_ONCE], start + 1)
         pixels = [_read(vision, image, number, len(distinct)) for number, image in some]
         parts.append(vision(torch.stack(pixels).to(device)).float().cpu())

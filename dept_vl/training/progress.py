@@ -9,10 +9,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from dept_vl._utils.terminal import duration, is_live
+from dept_vl._utils.terminal import PLAIN_SECONDS, duration, is_live
 
-PLAIN_SECONDS = 10.0
-"""Least time between two lines where they stay: in a pipe, a file, a batch job."""
 USUAL_COLUMNS = 100
 """Taken where the width is not known, as in a notebook."""
 BAR = 6

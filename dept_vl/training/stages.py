@@ -77,7 +77,6 @@ class Stages(ABC):
                 batch_size=self.batch_size,
                 decoding=part.decoding,
                 num_workers=self.num_workers,
-                progress=self.accelerator.is_main_process,
             )
             for part in self.parts
         ]

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from dept_vl._utils.terminal import Count
+
 CHUNK = 1 << 14
 """Bytes read at a time."""
 DEEPEST = 200
@@ -133,22 +135,26 @@ def _open(path: Path, source: str) -> BinaryIO:
 class _Shallow:
     """A file for ijson whose lists and objects are not nested without an end."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, count: Count) -> None:
+        self.file, self.count = file, count
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
         if sum(map(data.count, (b"[", b"{"))) - sum(map(data.count, (b"]", b"}"))) > DEEPEST:
             raise ijson.JSONError(f"more than {DEEPEST} nested lists or objects")
+        self.count.add(len(data))
         return data
 
 
 @contextmanager
 def _json(path: Path, source: str) -> Iterator[_Shallow]:
     """The file, any damage of it told in one line."""
-    with _open(path, source) as file:
+    with (
+        _open(path, source) as file,
+        Count(f"reading {path.name}", path.stat().st_size, ("MiB", 1 << 20)) as count,
+    ):
         try:
-            yield _Shallow(file)
+            yield _Shallow(file, count)
         except (ijson.JSONError, UnicodeDecodeError) as error:
             # Of ijson's lines the last points at a column of the one before.
             problem = " ".join(str(error).removesuffix("(right here) ------^\n").split())

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import missing_files, read_image
+from dept_vl._utils.terminal import counted
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.official_files import Published
@@ -98,7 +99,7 @@ def _split(
     there = [path for path in files if path not in gone]
     opened = there if not 0 < sample < len(there) else Random(seed).sample(there, sample)
     broken = []
-    for path in opened:
+    for path in counted(f"opening images of {name}", opened, len(opened)):
         try:
             read_image(path)
         except (ValueError, FileNotFoundError) as error:
