@@ -108,12 +108,13 @@ def respond(
             raise ValueError(
                 f"the question has {len(question):,} characters; at most {MOST_CHARACTERS:,} are read"
             )
+        vision = many.backbone.vision
         images: list[ImageSource] = []
         for upload in uploads[: task.image_count]:
             if upload is None:
                 each = "an image" if task.image_count == 1 else f"{task.image_count} images"
                 raise ValueError(f"{task.name} asks about {each}: upload {each}")
-            images.append(_read_upload(upload, folder))
+            images.append(_read_upload(upload, folder, exif=vision is None or vision.exif))
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
             answers = many.answer(
@@ -124,8 +125,8 @@ def respond(
         return "", printable(one_line(error))
 
 
-def _read_upload(upload: dict[str, Any], folder: Path) -> Image.Image:
-    """Read an upload.
+def _read_upload(upload: dict[str, Any], folder: Path, *, exif: bool) -> Image.Image:
+    """Read an upload, turned by its EXIF orientation or not as the backbone does it.
 
     Raises:
         ValueError: If it is none, or no image; which of the two is not said.
@@ -133,7 +134,7 @@ def _read_upload(upload: dict[str, Any], folder: Path) -> Image.Image:
     found = upload_at(str(upload.get("path")), folder)
     try:
         if found is not None:
-            return read_image(found)
+            return read_image(found, exif=exif)
     except (ValueError, OSError):
         pass
     own_name = str(upload.get("orig_name") or "the upload")[:80]

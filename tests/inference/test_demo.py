@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import random_image
 from pages import Visitor, many_of
+from PIL import Image
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.inference import demo
@@ -60,6 +61,27 @@ def test_what_the_page_says(many: ManyAdapters, picture: Path, broken: Path) -> 
     assert respond(many, BASE, [shown, None], "what colour?") == (base, "")
     assert respond(many, "captions", [shown, shown], "of another adapter")[1] == ""
     assert respond(many, "pairs", [shown, shown], "both are red")[0] in ("true", "false")
+
+
+@pytest.mark.parametrize("exif", [True, False])
+def test_an_upload_is_turned_as_the_backbone_turns_images(
+    many: ManyAdapters, tmp_path: Path, exif: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert many.backbone.vision is not None
+    monkeypatch.setattr(many.backbone.vision, "exif", exif)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    path = tmp_path / "turned.jpg"
+    random_image((64, 48), 3).save(path, exif=turned)
+    asked: list[Any] = []
+
+    def answer(_: ManyAdapters, images: list[Any], *__: Any, **___: Any) -> list[str]:
+        asked.extend(images[0])
+        return ["x"]
+
+    monkeypatch.setattr(ManyAdapters, "answer", answer)
+    respond(many, "colours", [upload(path), None], "what?")
+    assert [image.size for image in asked] == [(48, 64) if exif else (64, 48)]
 
 
 def test_what_is_wrong_is_said_on_the_page(many: ManyAdapters, picture: Path, broken: Path) -> None:
