@@ -6,6 +6,7 @@ turns answers into tokens.
 
 __all__ = [
     "backbone",
+    "checks",
     "generation",
     "language",
     "options",

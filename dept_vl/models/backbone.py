@@ -18,11 +18,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
 from dept_vl.models.options import TrainedPart, VisualPositionBias
 from dept_vl.models.vision import VisionEncoder, VisionOptions
@@ -130,6 +132,7 @@ class Backbone(nn.Module):
                 "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
             )
         self.language_model = wrap_language_model(language, tokenizer, name, visual_position_bias)
+        check_tokenizer(tokenizer, language, name)
         self.d_model: int = self.language_model.word_embeddings.embedding_dim
         self.visual_projection: nn.Module | None = None
         if vision is not None:
@@ -192,7 +195,7 @@ class Backbone(nn.Module):
             return cls(
                 tower,
                 load_language(language),
-                AutoTokenizer.from_pretrained(language, trust_remote_code=False),
+                load_tokenizer(language),
                 name="+".join(str(part) for part in (vision, language) if part is not None),
                 visual_position_bias=visual_position_bias,
             )
@@ -222,8 +225,8 @@ class Backbone(nn.Module):
             if options["vision"] is not None
             else None,
             load_language(folder / "language"),
-            AutoTokenizer.from_pretrained(folder / "language", trust_remote_code=False),
-            name=options["name"],
+            load_tokenizer(folder / "language"),
+            name=printable(options["name"]),
             visual_position_bias=options["visual_position_bias"],
         )
         if self.visual_projection is not None:

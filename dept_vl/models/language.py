@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import one_line
+from dept_vl.models.checks import check_weights, loading
 from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
@@ -44,16 +45,18 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
     """An encoder-decoder or a decoder-only model of the Hub or the disk, in full precision.
 
     Raises:
-        ValueError: If its configuration is of neither class, or it brings code of its own.
+        ValueError: If its configuration is of neither class, it brings code of its own, or its files are
+            damaged.
     """
     # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except ValueError as error:  # a type of which transformers knows nothing
-        problem = one_line(error).partition(". ")[0]
-        raise ValueError(
-            f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
-        ) from None
+    with loading(name_or_path, "a language model"):
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except ValueError as error:  # a type of which transformers knows nothing
+            problem = one_line(error).partition(". ")[0]
+            raise ValueError(
+                f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
+            ) from None
     encoder_decoder = config.is_encoder_decoder
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:
@@ -63,9 +66,12 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
             f"openai-community/gpt2: supported are {SUPPORTED}"
         )
     loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel = loader.from_pretrained(
-        name_or_path, dtype=torch.float32, trust_remote_code=False
-    )
+    model: PreTrainedModel
+    with loading(name_or_path, "a language model"):
+        model, info = loader.from_pretrained(
+            name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    check_weights(name_or_path, info)
     return model
 
 

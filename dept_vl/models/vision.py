@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 
 from dept_vl._utils.images import check_shape, to_rgb
 from dept_vl._utils.io import one_line
+from dept_vl.models.checks import check_processor, check_weights, loading
 from dept_vl.models.options import LARGEST_GRID
 
 CONVOLUTIONAL = 4
@@ -92,18 +93,24 @@ class VisionEncoder(nn.Module):
             ValueError: If it brings code of its own, or has no such layer.
         """
         # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except ValueError as error:  # a type of which transformers knows nothing
-            problem = one_line(error).partition(". ")[0]
-            raise ValueError(
-                f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
-            ) from None
+        with loading(name_or_path, "an image encoder"):
+            try:
+                config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+            except ValueError as error:  # a type of which transformers knows nothing
+                problem = one_line(error).partition(". ")[0]
+                raise ValueError(
+                    f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
+                ) from None
         # A two-tower checkpoint (CLIP, SigLIP) names its image half; the rest is never loaded.
         config = getattr(config, "vision_config", config)
-        model = AutoModel.from_pretrained(
-            name_or_path, config=config, dtype=torch.float32, trust_remote_code=False
-        )
+        with loading(name_or_path, "an image encoder"):
+            model, info = AutoModel.from_pretrained(
+                name_or_path,
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         if model.main_input_name != "pixel_values":
             raise ValueError(
                 f"{name_or_path} is no image encoder: {type(model).__name__} reads {model.main_input_name}. "
@@ -111,8 +118,11 @@ class VisionEncoder(nn.Module):
             )
         # timm's processor exists for one backend; asking for another makes transformers warn.
         backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}
-        processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)
-        return cls(model, processor, **options)
+        check_weights(name_or_path, info, unused="pooler")
+        with loading(name_or_path, "an image encoder"):
+            processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)
+            check_processor(processor, name_or_path)
+            return cls(model, processor, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model and processor in the standard layout."""

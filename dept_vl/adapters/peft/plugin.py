@@ -34,12 +34,13 @@ from peft.mapping import (
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dept_vl.adapters.fingerprint import check_base, describe_base
 from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, add_use, base_record, encoder_words
 from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
+from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import LanguageModel
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.prompts.dept import DePT, current_name
@@ -355,7 +356,8 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
     if config.prompt_init == "text":
         if config.inference_mode:  # an adapter that is about to be loaded needs no tokenizer
             return prompt
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False)
+        tokenizer = load_tokenizer(str(config.tokenizer_name_or_path))
+        check_tokenizer(tokenizer, encoder, str(config.tokenizer_name_or_path))
     special = (getattr(encoder.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     initialise(
         prompt,

@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -29,6 +28,7 @@ from dept_vl.config import OptimOptions
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.data.features import load_pixels
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.checks import load_tokenizer
 from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.base import METHODS as PROMPT_METHODS
@@ -172,7 +172,7 @@ def build_backbone(size: Size, tokenizer: Path, *, vision: bool) -> Backbone:
     backbone = Backbone(
         tower,
         language,
-        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False),
+        load_tokenizer(tokenizer),
         name="T5, random weights",
     )
     backbone.freeze(visual_projection=True)

@@ -1,0 +1,371 @@
+"""Models of strangers, checked where they are loaded: damaged, hostile, or with another tokenizer.
+
+transformers makes up a tokenizer where a folder has none, starts missing weights at random, and believes what
+a file says about its size. Here each of these is one error, before much is read; nothing in a folder is run.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from dept_vl._utils.errors import is_user_error
+from dept_vl._utils.io import one_line, read_json
+from dept_vl._utils.printable import printable
+
+CHECKED_FILES = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+"""JSON objects; `tokenizer.json` is read by its own library, which is quick."""
+TERSE_FILES = CHECKED_FILES[:4]
+"""Of these, texts have no control characters: transformers logs them as they are."""
+LARGEST_SIZE = 1 << 27
+"""Above any size in a configuration (the longest contexts are of 10 million)."""
+MOST_LAYERS = 1 << 10
+MOST_EXPERTS = 1 << 10
+TENSORS_ANYWAY = 5_000
+TENSORS_PER_LAYER = 64
+HEADER_PER_TENSOR = 400
+"""Bytes of a safetensors header; about 100 are usual."""
+WIDTHS = ("d_model", "hidden_size", "n_embd")
+TABLES = (
+    *WIDTHS,
+    *("vocab_size", "d_ff", "intermediate_size", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
+)
+LARGEST_HEADER = 1 << 25
+PIXELS = 4096
+"""Edge of the largest image that an image processor may make."""
+CHANNELS = 3
+PLAIN_WORDS = ("the", "what", "red", "is", "no", "two")
+
+
+@contextmanager
+def loading(name: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises over files of strangers into one error with their place.
+
+    Args:
+        name: Name on the Hub, or folder; the files of a folder are checked first.
+        what: Is loaded, such as "a language model".
+
+    Raises:
+        ValueError: If the files are damaged, or are not what is loaded.
+        OSError: If there are none, as transformers says it.
+    """
+    if Path(name).is_dir():
+        _check_folder(Path(name))
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"{name} cannot be loaded as {what}: it does not fit the memory") from error
+    except Exception as error:
+        if is_user_error(error):
+            raise
+        raise ValueError(
+            f"{name} cannot be loaded as {what}; its files are damaged or of something else: "
+            f"{type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Check a folder's files by what they say of themselves, in milliseconds.
+
+    Raises:
+        ValueError: If they are damaged or hostile.
+    """
+    for name in CHECKED_FILES:
+        path = folder / name
+        if path.exists():
+            content = read_json(path)
+            if not isinstance(content, dict):
+                raise ValueError(
+                    f"{path} is damaged: expected a JSON object, found a {type(content).__name__}"
+                )
+            for place, value in _values(content):
+                bad_text = isinstance(value, str) and not value.isprintable() and name in TERSE_FILES
+                if bad_text or not printable(place) == place:
+                    raise ValueError(
+                        f"{path} is damaged: expected text without control characters, found "
+                        f"{printable(value)!r:.80} at {printable(place):.80}"
+                    )
+    config_path = folder / "config.json"
+    config = read_json(config_path) if config_path.exists() else {}
+    layers, experts = _check_sizes(config, config_path)
+    _check_tables(config, config_path, sum(p.stat().st_size for p in folder.glob("*.safetensors")))
+    most = TENSORS_ANYWAY + TENSORS_PER_LAYER * layers * max(1, experts)
+    for path in sorted(folder.glob("*.index.json")):
+        _check_index(path)
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_header(path, most)
+
+
+def _values(content: Any) -> Iterator[tuple[str, Any]]:
+    """All values of JSON content that hold no others, and their dotted names."""
+    open_ = [("", content)]
+    while open_:
+        place, value = open_.pop()
+        if isinstance(value, dict):
+            open_ += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            open_ += [(f"{place}[{n}]", inner) for n, inner in enumerate(value)]
+        else:
+            yield place, value
+
+
+def _check_sizes(config: dict[str, Any], path: Path) -> tuple[int, int]:
+    """Return how many layers and experts a configuration asks for.
+
+    Raises:
+        ValueError: If a size is out of all proportion, or a length or number is negative.
+    """
+    layers = experts = 0
+    for place, value in _values(config):
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        key = place.rpartition(".")[2]
+        if re.search(r"theta|seed|length|param", key):
+            continue
+        counted = re.fullmatch(r"(num_|n_)?(\w+_)?layers?", key)
+        expert = re.fullmatch(r"(num_|n_)(\w+_)?experts", key)
+        sized = counted or re.search(r"size$|^d_|dim$|_heads$|positions$|^n_|channels$", key)
+        highest = MOST_LAYERS if counted else MOST_EXPERTS if expert else LARGEST_SIZE
+        if abs(value) > highest or (sized and value < -1 and "feature_layer" not in key):
+            found = f"{value:,}" if value.bit_length() < 256 else "a number of hundreds of digits"
+            raise ValueError(
+                f"{path} is damaged: expected {printable(place)!r:.80} to be 0 to {highest:,}, found {found}"
+            )
+        layers += value if counted and value > 0 else 0
+        experts = max(experts, value) if expert else experts
+    return layers, experts
+
+
+def _check_tables(config: dict[str, Any], path: Path, stored: int) -> None:
+    """Check that the files hold enough for the largest tables of a configuration.
+
+    transformers fills a table of any size at random before it says that the file's differs.
+
+    Raises:
+        ValueError: If a table would be larger than all files (which may pack two numbers to a byte).
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        sizes = {key: part[key] for key in TABLES if type(part.get(key)) is int}
+        width = max((sizes[key] for key in WIDTHS if key in sizes), default=1)
+        for key, size in sizes.items():
+            if stored and key not in WIDTHS and size * width > 2 * stored:
+                raise ValueError(
+                    f"{path} is damaged: it asks for a table of {size:,} ({key}) by {width:,}, "
+                    f"and the weights beside it are {stored:,} bytes"
+                )
+
+
+def _check_index(path: Path) -> None:
+    """Check that an index names shards beside it.
+
+    Raises:
+        ValueError: If it is damaged, or names something else.
+    """
+    content = read_json(path)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} is damaged: expected 'weight_map' to name a file for every tensor")
+    for name in dict.fromkeys(names.values()):
+        if Path(name).name != name or not name.isprintable() or "\\" in name:
+            raise ValueError(
+                f"{path} is damaged or hostile: expected names of files beside it, found "
+                f"{printable(name)!r:.120}"
+            )
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path} names a file that is not beside it: {name!r:.120}; download it again")
+
+
+def _check_header(path: Path, most: int) -> None:
+    """Check the header of a safetensors file against what the configuration can need.
+
+    Raises:
+        ValueError: If it is damaged or far too large.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            raise ValueError(
+                f"{path} is damaged or no safetensors file: expected a header of at most {size - 8:,} bytes, "
+                f"found {length:,}"
+            )
+        if length > min(LARGEST_HEADER, HEADER_PER_TENSOR * most):
+            raise ValueError(
+                f"{path} is no model of this configuration: expected a header for at most {most:,} tensors, "
+                f"found one of {length:,} bytes"
+            )
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: its header is no JSON: {one_line(error)}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is damaged: expected its header to be a JSON object")
+    if len(header) > most:
+        raise ValueError(
+            f"{path} is no model of this configuration: expected at most {most:,} tensors, "
+            f"found {len(header):,}"
+        )
+    odd = next((name for name in header if not name.isprintable()), None)
+    if odd is not None:
+        raise ValueError(
+            f"{path} is damaged: a tensor has control characters in its name, {printable(odd)!r:.80}"
+        )
+
+
+def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | None = None) -> None:
+    """Refuse weights that transformers made up because the files lack them.
+
+    Args:
+        name: Of the model, for the message.
+        info: What `from_pretrained(..., output_loading_info=True)` says.
+        unused: Part of the names of those that are never used.
+
+    Raises:
+        ValueError: If some are missing, with the first.
+    """
+    missing = sorted(key for key in info["missing_keys"] if unused is None or unused not in key)
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"the weights of {name} are not those of its configuration: expected {missing[0]!r:.120}{more}, "
+            "found none; download or save the model again"
+        )
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a tokenizer from its own files; `check_tokenizer` says whether it is the model's.
+
+    Raises:
+        ValueError: If there are no files of one, or they are damaged.
+        OSError: If there is no such model, as transformers says it.
+    """
+    with loading(name, "a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    files = ["tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()]
+    # A tokenizer of bytes has no vocabulary to store.
+    needed = bool(getattr(tokenizer, "vocab_files_names", {}))
+    if needed and not any(_has(name, file) for file in dict.fromkeys(files)):
+        raise ValueError(
+            f"{name} holds a model without its tokenizer: expected one of {', '.join(dict.fromkeys(files))}, "
+            "found none; save it there too (tokenizer.save_pretrained)"
+        )
+    return tokenizer
+
+
+def _has(name: str | Path, file: str) -> bool:
+    if Path(name).is_dir():
+        return (Path(name) / file).is_file()
+    found = cached_file(
+        str(name),
+        file,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return found is not None
+
+
+def check_tokenizer(tokenizer: Any, model: nn.Module, name: str | Path) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Args:
+        tokenizer: Of transformers.
+        model: Its word embeddings have a row for each token.
+        name: Of the model, for messages.
+
+    Raises:
+        ValueError: If a token has no row in the word embeddings, the configuration names other special
+            tokens, or plain words are lost.
+    """
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    # bart-large-cnn is published without a row for `<mask>`, which no text has.
+    mask = getattr(tokenizer, "mask_token_id", None)
+    largest, token = max((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ != mask)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer of {name} is not its model's, or tokens were added to it alone: expected token "
+            f"ids below {rows:,} (the rows of the word embeddings), found {largest:,} "
+            f"({printable(token)!r:.60}); resize the model (resize_token_embeddings) and save both"
+        )
+    _check_special_tokens(tokenizer, getattr(model, "config", None), name)
+    if not any(_comes_back(tokenizer, word) for word in PLAIN_WORDS):
+        raise ValueError(
+            f"the tokenizer of {name} knows no words: expected some of {', '.join(PLAIN_WORDS)} to come "
+            f"back, found {tokenizer.convert_ids_to_tokens(tokenizer(' '.join(PLAIN_WORDS)).input_ids)[:8]}; "
+            "put the tokenizer beside the model that it was trained with"
+        )
+
+
+def _check_special_tokens(tokenizer: Any, config: Any, name: str | Path) -> None:
+    """Compare the special tokens that tokenizer and configuration both name.
+
+    A decoder-only model that was tuned to chat may end with another of its special tokens.
+    """
+    special = set(tokenizer.all_special_ids) | {
+        id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    for role in ("pad", "bos", "eos"):
+        found = getattr(tokenizer, f"{role}_token_id", None)
+        named = getattr(config, f"{role}_token_id", None)
+        expected = [i for i in (named if isinstance(named, list) else [named]) if i is not None and i >= 0]
+        allowed = {*expected} if getattr(config, "is_encoder_decoder", True) else {*expected} | special
+        known = getattr(config, "is_encoder_decoder", True) or special.issuperset(expected)
+        if found is None or not expected or (found in allowed and known):
+            continue
+        raise ValueError(
+            f"the tokenizer of {name} is not its model's: expected the {role} token to be {expected[0]}, "
+            f"as in config.json, found {found} ({printable(getattr(tokenizer, f'{role}_token'))!r:.60}); put "
+            "the tokenizer beside the model that it was trained with"
+        )
+
+
+def _comes_back(tokenizer: Any, word: str) -> bool:
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if not ids or tokenizer.unk_token_id in ids:
+        return False
+    text: str = tokenizer.decode(ids)
+    return text.replace(" ", "").lower() == word
+
+
+def check_processor(processor: Any, name: str | Path) -> None:
+    """Refuse an image processor whose images are of absurd size, or that are not of three channels.
+
+    Raises:
+        ValueError: If it is so; nothing was made of it yet.
+    """
+    for field in ("size", "crop_size"):
+        given = getattr(processor, field, None)
+        edges = (
+            given.values() if isinstance(given, Mapping) else getattr(given, "__dict__", {0: given}).values()
+        )
+        for edge in edges:
+            if edge is not None and not (isinstance(edge, int) and 1 <= edge <= PIXELS):
+                raise ValueError(
+                    f"the image processor of {name} is damaged: expected {field!r} to be 1 to {PIXELS:,} "
+                    f"pixels, found {edge!r:.60}"
+                )
+    for field, lowest in (("image_mean", None), ("image_std", 0.0)):
+        values = getattr(processor, field, None)
+        if isinstance(values, Iterable) and not _per_channel(list(values), lowest):
+            raise ValueError(
+                f"the image processor of {name} is damaged: expected {field!r} to be {CHANNELS} finite "
+                f"numbers{' above 0' if lowest is not None else ''}, found {values!r:.80}"
+            )
+
+
+def _per_channel(values: list[Any], lowest: float | None) -> bool:
+    if len(values) != CHANNELS or not all(isinstance(value, int | float) for value in values):
+        return False
+    numbers = torch.tensor(values, dtype=torch.float64)
+    return bool(torch.isfinite(numbers).all()) and (lowest is None or bool((numbers > lowest).all()))
