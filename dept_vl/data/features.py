@@ -180,12 +180,15 @@ def encode_images(
     """The batches, each with its features and, for every image, what is wrong with it or nothing."""
     device = next(vision.parameters()).device
     loader = readers.load(
-        _Pixels(vision, paths), num_workers, batch_sampler=[list(batch) for batch in batches]
+        _Pixels(vision, paths),
+        num_workers,
+        batch_sampler=[list(batch) for batch in batches],
+        pin_memory=device.type == "cuda",
     )
     total = sum(map(len, batches))
     with Count("encoding images", total, show=progress) as count:
         for rows, (pixels, messages) in zip(batches, loader, strict=True):
-            yield rows, vision(pixels.to(device)).cpu(), messages
+            yield rows, vision(pixels.to(device, non_blocking=True)).cpu(), messages
             count.add(len(rows))
 
 

@@ -8,6 +8,7 @@ __all__ = [
     "compare",
     "compare_methods",
     "compare_report",
+    "gpu_check",
     "options",
     "search",
     "transfer",

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.options import Count, Options, Positive, Seed
@@ -170,3 +172,19 @@ class BenchConfig(Options):
     """Say of each bar which ratio was measured and whether it is met."""
     tiny: bool = False
     """The smallest: a tiny model, one round of every method; the figures mean nothing."""
+
+
+@dataclass(frozen=True)
+class GpuCheckConfig(Options):
+    """What is checked, and in how much time."""
+
+    output_dir: Path
+    """Folder for gpu_check.json and gpu_check.log; parts that are finished there are not repeated."""
+    minutes: Annotated[float, Field(gt=0)] = 10.0
+    """Minutes in all, shared among the parts."""
+    dry_run: bool = False
+    """The smallest sizes, on any device: to see that every part runs; the numbers mean nothing."""
+    parts: tuple[str, ...] = ()
+    """Parts to run; left out, all."""
+    part: str = ""
+    """Measure this part in this process, in all the minutes; for the script itself."""

@@ -10,6 +10,7 @@ __all__ = [
     "errors",
     "extract",
     "folder",
+    "graphs",
     "log",
     "loop",
     "optim",

@@ -26,6 +26,7 @@ from dept_vl.inference.evaluate import evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import average_gradients, is_spread
 from dept_vl.training.checkpoint import TrainingState
+from dept_vl.training.graphs import Backward, GraphedStep, Inputs, why_not
 from dept_vl.training.log import Log
 from dept_vl.training.optim import build_optimizer, build_schedule
 from dept_vl.training.progress import Progress
@@ -76,6 +77,7 @@ class Loop:
         self.wrapped = model if self.spread else accelerator.prepare_model(model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.backward = self._graphed() if options.cuda_graphs else self._backward
         self.batches = iter(self._loader(collator))
         if checkpoint is not None:
             self.state.load_random_state(checkpoint)
@@ -172,10 +174,7 @@ class Loop:
         batch = batch.to(accelerator.device)
         _check_readable(batch, self.progress.steps + 1)
         with accelerator.accumulate(*(() if self.spread else (self.wrapped,))):
-            with accelerator.autocast():
-                loss: Tensor = self.wrapped(**batch.training_inputs()).loss
-            # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
-            (loss / options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
+            loss = self.backward(batch.training_inputs())
             if accelerator.sync_gradients:
                 if self.spread:
                     average_gradients(self.trained, accelerator)
@@ -183,7 +182,30 @@ class Loop:
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.log.note(batch, tokens, loss)
+        return loss
+
+    def _backward(self, inputs: Inputs) -> Tensor:
+        """Run forward and backward on a batch; its loss."""
+        with self.accelerator.autocast():
+            loss: Tensor = self.wrapped(**inputs).loss
+        # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
+        (loss / self.options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _graphed(self) -> Backward:
+        """The same as CUDA graphs; where they cannot be, report why and return the plain one."""
+        options, accelerator = self.options, self.accelerator
+        reason = why_not(
+            accelerator.device,
+            processes=accelerator.num_processes,
+            accumulation=options.gradient_accumulation_steps,
+            checkpointing=options.gradient_checkpointing,
+        )
+        if reason:
+            accelerator.print(f"steps are not recorded as CUDA graphs: {reason}")
+            return self._backward
+        sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
+        return GraphedStep(self._backward, self.trained, sizes, accelerator.device, accelerator.print)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.options.patience <= self.progress.evaluations_without_progress

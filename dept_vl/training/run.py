@@ -33,6 +33,7 @@ from dept_vl.training.build import budget_line, build_model
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import check_unchanged, keep_precision, open_folder, release
+from dept_vl.training.graphs import padding_multiple
 from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.training.progress import Progress
@@ -198,6 +199,9 @@ class Run(Stages):
             on_bad_image=config.data.on_bad_image or "raise",
             device=accelerator.device,
         )
+        if config.train.cuda_graphs and accelerator.device.type == "cuda":
+            multiple = padding_multiple(self.collator.max_source_length)
+            self.collator = replace(self.collator, pad_to_multiple_of=multiple)
 
     def fit(self) -> None:
         """Train what is trainable; nothing if nothing is."""

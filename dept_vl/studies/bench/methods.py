@@ -300,15 +300,18 @@ def build_prompt(d_model: int, shape: Shape, prompt_length: int) -> DePT:
 
 
 def _ours(backbone: Backbone, shape: Shape, prompt_length: int) -> Runner:
-    device = backbone.device
-    prompt = build_prompt(backbone.d_model, shape, prompt_length).to(device)
+    return ours(backbone, build_prompt(backbone.d_model, shape, prompt_length).to(backbone.device))
+
+
+def ours(backbone: Backbone, prompt: DePT) -> Runner:
+    """The backbone with a prompt, which is on its device."""
     model = PromptedModel(backbone, prompt, backbone_dropout=backbone.training).train()
 
     def forward(batch: Inputs) -> Tensor:
         loss: Tensor = model(**batch).loss
         return loss
 
-    return Runner(forward, [model], list(prompt.parameters()), prompt_length)
+    return Runner(forward, [model], list(prompt.parameters()), prompt.prompt_length)
 
 
 def pad_text(batch: Inputs, length: int) -> Inputs:

@@ -1,0 +1,102 @@
+"""From JPEG files to features: where the time goes, with how many workers, and what cached features cost."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from dept_vl._utils.images import read_image
+from dept_vl.data.feature_store import open_features, write_features
+from dept_vl.data.features import FeatureTable, load_pixels
+from dept_vl.models.precision import hold_frozen_in_bfloat16
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.studies.bench.methods import (
+    SHAPES,
+    SIZES,
+    build_backbone,
+    build_runners,
+    draw_batch,
+    write_images,
+)
+from dept_vl.studies.gpu_check.results import Entry, Measuring
+
+PLANNED = 120_000
+"""Images, about those of COCO's splits that VQAv2 uses for training and validation."""
+
+
+def measure(measuring: Measuring, tokenizer: Path) -> None:
+    """Measure all entries."""
+    small = measuring.small
+    backbone = build_backbone(SIZES["tiny" if small else "base"], tokenizer, vision=True)
+    backbone = backbone.to(measuring.device).train(False)
+    vision = backbone.vision
+    assert vision is not None
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_images(Path(folder), 8 if small else 1024)
+        measuring.entry("an image, ms", lambda: _stages(measuring, vision, paths))
+        for workers in (0, 2) if small else (4, 2, 0):
+            measuring.entry(
+                f"{workers} workers",
+                lambda workers=workers: _encode(vision, paths, workers),  # type: ignore[misc]
+            )
+        measuring.entry("cached features", lambda: _cached(measuring, backbone, paths))
+
+
+def _stages(measuring: Measuring, vision: VisionEncoder, paths: list[Path]) -> Entry:
+    device, few = measuring.device, paths[:64]
+    images = [read_image(path) for path in few]
+    pixels = torch.stack([load_pixels(vision, path) for path in few])
+    moved = pixels.to(device)
+    whole = {
+        "decode": lambda: [read_image(path).convert("RGB") for path in few],
+        "resize and normalise": lambda: [vision.preprocess([image]) for image in images],
+        "copy": lambda: pixels.to(device),
+        "tower": lambda: vision(moved),
+    }
+    if device.type == "cuda":
+        pinned = pixels.pin_memory()
+        whole["copy, pinned"] = lambda: pinned.to(device, non_blocking=True)
+    return {name: measuring.milliseconds(step)["ms"] / len(few) for name, step in whole.items()}
+
+
+def _encode(vision: VisionEncoder, paths: list[Path], workers: int) -> Entry:
+    count = len(paths) if workers else max(1, len(paths) // 4)
+    started = time.perf_counter()
+    FeatureTable.encode(vision, paths[:count], num_workers=workers, progress=False)
+    rate = count / (time.perf_counter() - started)
+    return {"images_per_second": rate, "images": count, "planned_120000_minutes": PLANNED / rate / 60}
+
+
+def _cached(measuring: Measuring, backbone: torch.nn.Module, paths: list[Path]) -> Entry:
+    """Steps with features looked up and copied before each, against steps on the same tensors."""
+    device, batch_size = measuring.device, 2 if measuring.small else 256
+    few = paths[:512]
+    features = few[0].parent / "features"
+    write_features(backbone.vision, few[0].parent, few, features, Accelerator(cpu=device.type == "cpu"))
+    table = open_features(backbone.vision, few[0].parent, few, features)
+    runner = build_runners(["dept40"], backbone, SHAPES["vl"])["dept40"]  # type: ignore[arg-type]
+    if device.type == "cuda":
+        hold_frozen_in_bfloat16(backbone.language)
+    drawn = draw_batch(backbone, SHAPES["vl"], batch_size, 0, multiple=8)  # type: ignore[arg-type]
+    batch = {name: tensor.to(device) for name, tensor in drawn.items()}
+    named = [[few[number % len(few)]] for number in range(batch_size)]
+
+    def step(**given: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = runner.forward(batch | given)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert runner.optimizer is not None
+        runner.optimizer.step()
+        runner.optimizer.zero_grad()
+
+    held = measuring.milliseconds(step)["ms"]
+    looked_up = measuring.milliseconds(lambda: step(visual_features=table(named).to(device)))["ms"]
+    alone = measuring.milliseconds(lambda: table(named).to(device))["ms"]
+    return {
+        "step_ms": held,
+        "step_with_look_up_ms": looked_up,
+        "look_up_and_copy_ms": alone,
+        "waiting": max(0.0, 1 - held / looked_up),
+    }

@@ -1,0 +1,174 @@
+"""Steps that launches bound: eager, as CUDA graphs, and with compiled layers, at several batch sizes."""
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
+from dept_vl.prompts.base import METHODS as PROMPT_METHODS
+from dept_vl.prompts.base import sized
+from dept_vl.prompts.dept import DePT
+from dept_vl.studies.bench.methods import (
+    SHAPES,
+    SIZES,
+    Inputs,
+    Runner,
+    build_backbone,
+    build_runners,
+    draw_batch,
+    has_peft,
+    ours,
+)
+from dept_vl.studies.gpu_check.results import Entry, Measuring
+from dept_vl.training.graphs import GraphedStep
+
+BATCHES = (64, 256, 16)
+METHODS = ("dept40", "pt100", "constant", "floor", "lora8")
+EARLIER = frozenset({"pt", "dept", "adept", "hybrid", "ulpt", "lopt", "residual"})
+"""Methods whose steps are like those of `METHODS`; any other one is measured too."""
+
+
+def measure(measuring: Measuring, tokenizer: Path) -> None:
+    """Measure all entries: batch, way and method."""
+    device, small = measuring.device, measuring.small
+    torch.manual_seed(0)
+    shape, size = SHAPES["vl"], SIZES["tiny" if small else "base"]
+    backbone = build_backbone(size, tokenizer, vision=True).to(device).train(False)
+    names = [name for name in METHODS if has_peft() or name != "lora8"]
+    stock = copy.deepcopy(backbone.language) if has_peft() else None
+    runners = build_runners(names, backbone, shape, stock=stock)
+    runners |= {name: ours(backbone, _prompt(name, backbone)) for name in _later_methods()}
+    bfloat16 = device.type == "cuda"
+    if bfloat16:
+        hold_frozen_in_bfloat16(backbone.language)
+    choose_attention(backbone.language, device, bfloat16=bfloat16)
+    batches = [2] if small else list(BATCHES)
+    drawn = {
+        number: {
+            name: tensor.to(device)
+            for name, tensor in draw_batch(backbone, shape, number, 0, multiple=8).items()
+        }
+        for number in batches
+    }
+    for number, batch in drawn.items():
+        for name, runner in runners.items():
+            measuring.entry(
+                f"{number}/{name}/eager",
+                lambda runner=runner, batch=batch: _eager(measuring, runner, batch),  # type: ignore[misc]
+            )
+        for name, runner in runners.items():
+            measuring.entry(
+                f"{number}/{name}/graphs",
+                lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
+            )
+    _compiled(measuring, backbone, drawn)
+
+
+def _later_methods() -> list[str]:
+    return [name for name in PROMPT_METHODS if name not in EARLIER]
+
+
+def _prompt(name: str, backbone: Backbone) -> DePT:
+    sizes = {"d_model": backbone.d_model, "max_source_length": SHAPES["vl"].longest}
+    length, rank = PROMPT_METHODS[name].solve(
+        reference_prompt_length=100, prompt_length=40, rank=None, **sizes
+    )
+    return sized(name, prompt_length=length, rank=rank, **sizes).build().to(backbone.device)
+
+
+def _forward(measuring: Measuring, runner: Runner, given: Inputs) -> Tensor:
+    cuda = measuring.device.type == "cuda"
+    with torch.autocast(measuring.device.type, torch.bfloat16, enabled=cuda):
+        return runner.forward(given)
+
+
+def _finish(runner: Runner) -> None:
+    if runner.optimizer is not None:
+        nn.utils.clip_grad_norm_(runner.trained, 1.0)
+        runner.optimizer.step()
+        runner.optimizer.zero_grad()
+
+
+def _eager(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
+    given = runner.prepare(batch)
+
+    def step() -> None:
+        _forward(measuring, runner, given).backward()  # type: ignore[no-untyped-call]
+        _finish(runner)
+
+    return measuring.milliseconds(step) | {"peak_mib": measuring.peak_mib(step)}
+
+
+def _graphs(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
+    if measuring.device.type != "cuda":
+        return {"skipped": "graphs need a CUDA device"}
+    given = runner.prepare(batch)
+    # The bare backbone's embeddings stand for a prompt: they get the gradient.
+    leaf = given.get("embeddings")
+    parameters = runner.trained or [leaf]
+    inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and x is not leaf}
+
+    def backward(seen: dict[str, Tensor | None]) -> Tensor:
+        loss = _forward(measuring, runner, given | seen)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    graphed = GraphedStep(backward, parameters, [len(given["labels"])], measuring.device, print)
+    gap = _gap(backward, graphed, parameters, dict(inputs))
+    if graphed.failure:
+        return {"error": graphed.failure}
+
+    def step() -> None:
+        graphed(dict(inputs))
+        _finish(runner)
+
+    return measuring.milliseconds(step) | {"peak_mib": measuring.peak_mib(step), "gradient_distance": gap}
+
+
+def _gap(
+    plain: Callable[[dict[str, Tensor | None]], Tensor],
+    graphed: GraphedStep,
+    parameters: list[nn.Parameter],
+    inputs: dict[str, Tensor | None],
+) -> float:
+    """Largest distance of a gradient of the graph from the plain step's."""
+    for parameter in parameters:
+        parameter.grad = None
+    plain(inputs)
+    expected = [parameter.grad for parameter in parameters]
+    graphed(inputs)
+    pairs = [(p.grad, e) for p, e in zip(parameters, expected, strict=True) if e is not None]
+    gaps = [float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in pairs]
+    for parameter in parameters:
+        parameter.grad = None
+    return max(gaps)
+
+
+def _compiled(measuring: Measuring, backbone: Backbone, drawn: dict[int, Inputs]) -> None:
+    if measuring.device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        measuring.entry("compiled", lambda: {"skipped": "Triton is not installed"})
+        return
+    if measuring.small:
+        return  # tests compile
+    copied = copy.deepcopy(backbone).train(False)
+    try:
+        prepare_step(copied.language, measuring.device, bfloat16=True, compiled=True)
+    except (ValueError, RuntimeError) as error:
+        print(f"compiled: {error}")
+        return
+    runners = build_runners(["dept40+compiled", "pt100+compiled"], backbone, SHAPES["vl"], compiled=copied)
+    for number, batch in drawn.items():
+        for name, runner in runners.items():
+            measuring.entry(
+                f"{number}/{name}",
+                lambda runner=runner, batch=batch: _eager(measuring, runner, batch),  # type: ignore[misc]
+            )
+            measuring.entry(
+                f"{number}/{name}/graphs",
+                lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
+            )

@@ -1,0 +1,165 @@
+"""The parts of the check, each in a process of its own with a time limit of its own."""
+
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dept_vl._utils.io import read_json, write_json
+from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring
+from dept_vl.studies.options import GpuCheckConfig
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "bitsandbytes", "torchao")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured in one process.
+
+    Attributes:
+        name: On the command line.
+        share: Of the minutes.
+        gib: Memory of the device that it needs.
+    """
+
+    name: str
+    share: float
+    gib: float
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("tests", 0.14, 2),
+        Part("launches", 0.24, 40),
+        Part("blip2-flan-t5-xl", 0.12, 30),
+        Part("florence-2-large", 0.09, 30),
+        Part("qwen2.5-vl-3b", 0.11, 30),
+        Part("runs", 0.20, 4),
+        Part("images", 0.10, 20),
+    )
+}
+"""In the order of their worth."""
+
+
+def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
+    """Run every part that is not finished yet; returns what the file of results holds.
+
+    Args:
+        config: What is run.
+        script: That measures one part when it is called with `--part`.
+    """
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / RESULTS_FILE
+    results = read_json(path) if path.is_file() else {}
+    results["machine"] = describe()
+    write_json(path, results)
+    for name in config.parts or PARTS:
+        if read_json(path).get(name, {}).get("status") == "finished":
+            print(f"{name}: finished before")
+            continue
+        status = why_skipped(PARTS[name], dry_run=config.dry_run)
+        started = time.monotonic()
+        if not status:
+            limit = 60 * config.minutes * PARTS[name].share
+            status = _in_a_process(config, script, name, limit)
+        results = read_json(path)
+        results[name] = {
+            **results.get(name, {}),
+            "status": status,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        write_json(path, results)
+        print(f"{name}: {status}", flush=True)
+    return results
+
+
+def why_skipped(part: Part, *, dry_run: bool) -> str:
+    """Return in one line why a part cannot be run here; empty if it can."""
+    if dry_run:
+        return ""
+    if not torch.cuda.is_available():
+        return f"skipped: torch {torch.__version__} finds no CUDA device, or its driver is too old"
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < part.gib:
+        return f"skipped: {free:.0f} GiB of the device are free, and {part.gib:.0f} are needed"
+    return ""
+
+
+def _in_a_process(config: GpuCheckConfig, script: Path, name: str, limit: float) -> str:
+    command = [sys.executable, str(script), "--part", name, "--output_dir", str(config.output_dir)]
+    command += ["--minutes", str(limit / 60), *(["--dry_run"] if config.dry_run else [])]
+    with (config.output_dir / "gpu_check.log").open("a") as log:
+        log.write(f"\n== {name}\n")
+        log.flush()
+        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = child.wait(timeout=limit + GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)  # it and what it started
+            child.wait()
+            return f"stopped after {limit + GRACE:.0f} s"
+    return "finished" if status == 0 else f"failed with status {status}"
+
+
+GRACE = 8.0
+"""Seconds for the entry at hand, once a part's time is up."""
+
+
+def measure_part(config: GpuCheckConfig, root: Path) -> None:
+    """Measure one part in this process.
+
+    Args:
+        config: What is run; `part` names it.
+        root: Of the project, where data and tests are stored.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    path = config.output_dir / RESULTS_FILE
+    measuring = Measuring(path, config.part, 60 * config.minutes, device, config.dry_run)
+    tokenizer = root / "data" / "tiny-clip-t5" / "language"
+    if config.part == "tests":
+        from dept_vl.studies.gpu_check.runs import run_tests
+
+        run_tests(measuring, root)
+    elif config.part == "launches":
+        from dept_vl.studies.gpu_check import launches
+
+        launches.measure(measuring, tokenizer)
+    elif config.part == "runs":
+        from dept_vl.studies.gpu_check import runs
+
+        runs.measure(measuring, root)
+    elif config.part == "images":
+        from dept_vl.studies.gpu_check import images
+
+        images.measure(measuring, tokenizer)
+    else:
+        from dept_vl.studies.gpu_check import ready_made
+
+        ready_made.measure(measuring, config.part)
+
+
+def describe() -> dict[str, Any]:
+    """Return the device, its driver and the versions that numbers depend on."""
+    machine: dict[str, Any] = {"device": "cpu", "processors": len(os.sched_getaffinity(0))}
+    if torch.cuda.is_available():
+        machine["device"] = torch.cuda.get_device_name(0)
+        machine["gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            machine["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            machine["driver"] = "unknown"
+    for name in PACKAGES:
+        try:
+            machine[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            machine[name] = "not installed"
+    return machine

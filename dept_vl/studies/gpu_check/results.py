@@ -1,0 +1,83 @@
+"""What a part has measured so far, on disk after every entry, and how it is timed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dept_vl._utils.io import one_line, read_json, write_json
+
+RESULTS_FILE = "gpu_check.json"
+Entry = dict[str, Any]
+
+
+@dataclass
+class Measuring:
+    """One part being measured.
+
+    Attributes:
+        path: File of all parts.
+        part: Name of this one.
+        seconds: That it may take; entries that would begin later are left out.
+        device: Where it is measured.
+        small: Sizes are the smallest; the numbers mean nothing.
+    """
+
+    path: Path
+    part: str
+    seconds: float
+    device: torch.device
+    small: bool
+    started: float = field(default_factory=time.monotonic)
+
+    def entry(self, name: str, measure: Callable[[], Entry]) -> None:
+        """Measure and record an entry, unless it is there or time is up; an error is recorded too."""
+        content = read_json(self.path) if self.path.is_file() else {}
+        before = content.get(self.part, {}).get("entries", {}).get(name, {})
+        if before and "error" not in before:
+            return
+        if time.monotonic() - self.started > self.seconds:
+            print(f"{self.part}: no time for {name}", flush=True)
+            return
+        try:
+            measured = measure()
+        except Exception as error:  # whatever it is, the other entries are worth having
+            measured = {"error": f"{type(error).__name__}: {one_line(error)}"}
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(f"{self.part}: {name}: {measured}", flush=True)
+        content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
+        write_json(self.path, content)
+
+    def milliseconds(self, step: Callable[[], object]) -> Entry:
+        """Time a step: rounds of several, each ended by one wait for the device; the median and the range."""
+        for _ in range(1 if self.small else 3):
+            step()
+        once = self._timed(step, 1)
+        count = 1 if self.small else max(1, min(20, round(0.25 / once)))
+        rounds = [1000 * self._timed(step, count) for _ in range(1 if self.small else 5)]
+        return {"ms": median(rounds), "low": min(rounds), "high": max(rounds), "steps": count}
+
+    def peak_mib(self, step: Callable[[], object]) -> float | None:
+        """MiB of the device at most during a step, all that is there before included."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.reset_peak_memory_stats(self.device)
+        step()
+        return float(torch.cuda.max_memory_allocated(self.device)) / 2**20
+
+    def _timed(self, step: Callable[[], object], count: int) -> float:
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            step()
+        self._wait()
+        return (time.perf_counter() - started) / count
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

@@ -1,0 +1,96 @@
+"""Whole runs by the command, and the tests that are marked `gpu`."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dept_vl._utils.io import read_json
+from dept_vl.studies.gpu_check.results import Entry, Measuring
+from dept_vl.tasks.scenes.official import write_tasks
+
+LONG = ("--max_steps", "3000", "--eval_every", "3000", "--warmup_steps", "300", "--log_every", "100")
+
+
+def measure(measuring: Measuring, root: Path) -> None:
+    """Measure the main job as it is, and a run of 3,000 steps, plain and on graphs."""
+    folder = measuring.path.parent / "runs"
+    name, data = "easy-vqa", root / "data" / "easy-vqa"
+    if not data.is_dir() and not measuring.small and importlib.util.find_spec("easy_vqa"):
+        prepare = [sys.executable, str(root / "scripts" / "prepare_data.py"), "easy-vqa"]
+        subprocess.run([*prepare, "--output_dir", str(data)], check=True)
+    if measuring.small or not data.is_dir():
+        name, data = "scenes-vqav2", folder / "scenes"
+        if not data.is_dir():
+            counts = {"train": 12, "val": 6, "test": 6} if measuring.small else {}
+            write_tasks(data, **counts)
+        data = data / "vqav2"
+    options = ["--config", str(root / "data" / "configs" / f"{name}.json"), "--data_dir", str(data)]
+    options += ["--backbone", str(root / "data" / "tiny-clip-t5")]
+    few = ["--max_steps", "2", "--eval_every", "2", "--dev_limit", "4", "--test_limit", "4"]
+    few += ["--holdout_images", "2"]
+    if measuring.small:
+        options += [*few, "--per_device_batch_size", "4"]
+    long = () if measuring.small else LONG
+    jobs = {
+        "main job": [],
+        "3,000 steps on graphs": [*long, "--cuda_graphs"],
+        "3,000 steps": [*long],
+    }
+    for job, more in jobs.items():
+        output = folder / re.sub(r"\W+", "-", job)
+        command = [sys.executable, "-m", "dept_vl", "train", *options, *more]
+        command += ["--output_dir", str(output), "--resume", "auto"]
+        measuring.entry(
+            f"{name}: {job}",
+            lambda command=command, output=output: _run(command, output, measuring),  # type: ignore[misc]
+        )
+
+
+def _run(command: list[str], output: Path, measuring: Measuring) -> Entry:
+    left = max(5.0, measuring.seconds - (time.monotonic() - measuring.started))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
+    summary = read_json(output / "summary.json")
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    rates = sorted(line["samples_per_second"] for line in log if "samples_per_second" in line)
+    names = ("scores", "seconds", "train_seconds", "steps", "best_step")
+    figures: Entry = {key: summary[key] for key in names}
+    fallen_back = [line for line in done.stdout.splitlines() if "not recorded" in line]
+    return figures | {"examples_per_second": rates[len(rates) // 2], "fell_back": fallen_back}
+
+
+def run_tests(measuring: Measuring, root: Path) -> None:
+    """Run the tests that are marked `gpu`; without a GPU, rehearse them on the CPU."""
+    rehearsal = {"DEPT_VL_REHEARSE_GPU_TESTS": "1"} if measuring.device.type == "cpu" else {}
+
+    def tests() -> Entry:
+        report = measuring.path.parent / "tests.txt"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs"]
+        command += [
+            f"--basetemp={measuring.path.parent / 'pytest'}",
+            "--tb=short",
+            str(root / "tests" / "gpu"),
+        ]
+        environment = {**os.environ, **rehearsal, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        try:
+            done = subprocess.run(
+                command, cwd=root, env=environment, capture_output=True, text=True, timeout=measuring.seconds
+            )
+            output = done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            output = (error.stdout or b"").decode() + "\nout of time"
+        report.write_text(output)
+        lines = output.splitlines()
+        return {
+            "result": lines[-1] if lines else "nothing",
+            "failed": [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))],
+            "why": [line.strip()[:200] for line in lines if line.startswith("E   ")][:40],
+        }
+
+    measuring.entry("tests marked gpu", tests)
