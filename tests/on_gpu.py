@@ -12,6 +12,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 MARKS = [
     pytest.mark.gpu,
     pytest.mark.skipif(DEVICE.type == "cpu" and not REHEARSAL, reason="there is no CUDA device"),
+    pytest.mark.usefixtures("full_precision"),
 ]
 NEAR = 1e-4
 """Distance of what two devices compute in full precision."""

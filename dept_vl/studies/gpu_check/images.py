@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from dept_vl._utils.images import read_image
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.data.features import FeatureTable, load_pixels
+from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.studies.bench.methods import (
@@ -36,7 +38,7 @@ def measure(measuring: Measuring, tokenizer: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), 8 if small else 1024)
         measuring.entry("an image, ms", lambda: _stages(measuring, vision, paths))
-        for workers in (0, 2) if small else (4, 2, 0):
+        for workers in (0, 2) if small else (8, 4, 0):
             measuring.entry(
                 f"{workers} workers",
                 lambda workers=workers: _encode(vision, paths, workers),  # type: ignore[misc]
@@ -52,13 +54,26 @@ def _stages(measuring: Measuring, vision: VisionEncoder, paths: list[Path]) -> E
     whole = {
         "decode": lambda: [read_image(path).convert("RGB") for path in few],
         "resize and normalise": lambda: [vision.preprocess([image]) for image in images],
+        "resize and normalise, one thread": lambda: _on_one_thread(vision, images),
         "copy": lambda: pixels.to(device),
         "tower": lambda: vision(moved),
     }
     if device.type == "cuda":
         pinned = pixels.pin_memory()
         whole["copy, pinned"] = lambda: pinned.to(device, non_blocking=True)
-    return {name: measuring.milliseconds(step)["ms"] / len(few) for name, step in whole.items()}
+    figures: Entry = {name: measuring.milliseconds(step)["ms"] / len(few) for name, step in whole.items()}
+    return figures | {"processor": type(vision.processor).__name__, "threads": torch.get_num_threads()}
+
+
+def _on_one_thread(vision: VisionEncoder, images: list[Image.Image]) -> None:
+    """As a worker of a loader works."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for image in images:
+            vision.preprocess([image])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _encode(vision: VisionEncoder, paths: list[Path], workers: int) -> Entry:
@@ -69,17 +84,18 @@ def _encode(vision: VisionEncoder, paths: list[Path], workers: int) -> Entry:
     return {"images_per_second": rate, "images": count, "planned_120000_minutes": PLANNED / rate / 60}
 
 
-def _cached(measuring: Measuring, backbone: torch.nn.Module, paths: list[Path]) -> Entry:
+def _cached(measuring: Measuring, backbone: Backbone, paths: list[Path]) -> Entry:
     """Steps with features looked up and copied before each, against steps on the same tensors."""
     device, batch_size = measuring.device, 2 if measuring.small else 256
-    few = paths[:512]
+    few, vision = paths[:512], backbone.vision
+    assert vision is not None
     features = few[0].parent / "features"
-    write_features(backbone.vision, few[0].parent, few, features, Accelerator(cpu=device.type == "cpu"))
-    table = open_features(backbone.vision, few[0].parent, few, features)
-    runner = build_runners(["dept40"], backbone, SHAPES["vl"])["dept40"]  # type: ignore[arg-type]
+    write_features(vision, few[0].parent, few, features, Accelerator(cpu=device.type == "cpu"))
+    table = open_features(vision, few[0].parent, few, features)
+    runner = build_runners(["dept40"], backbone, SHAPES["vl"])["dept40"]
     if device.type == "cuda":
         hold_frozen_in_bfloat16(backbone.language)
-    drawn = draw_batch(backbone, SHAPES["vl"], batch_size, 0, multiple=8)  # type: ignore[arg-type]
+    drawn = draw_batch(backbone, SHAPES["vl"], batch_size, 0, multiple=8)
     batch = {name: tensor.to(device) for name, tensor in drawn.items()}
     named = [[few[number % len(few)]] for number in range(batch_size)]
 

@@ -14,6 +14,7 @@ from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.studies.bench.methods import (
+    COMPILED,
     SHAPES,
     SIZES,
     Inputs,
@@ -35,10 +36,8 @@ EARLIER = frozenset({"pt", "dept", "adept", "hybrid", "ulpt", "lopt", "residual"
 
 def measure(measuring: Measuring, tokenizer: Path) -> None:
     """Measure all entries: batch, way and method."""
-    device, small = measuring.device, measuring.small
-    torch.manual_seed(0)
-    shape, size = SHAPES["vl"], SIZES["tiny" if small else "base"]
-    backbone = build_backbone(size, tokenizer, vision=True).to(device).train(False)
+    device, shape = measuring.device, SHAPES["vl"]
+    backbone = _backbone(measuring, tokenizer)
     names = [name for name in METHODS if has_peft() or name != "lora8"]
     stock = copy.deepcopy(backbone.language) if has_peft() else None
     runners = build_runners(names, backbone, shape, stock=stock)
@@ -47,15 +46,7 @@ def measure(measuring: Measuring, tokenizer: Path) -> None:
     if bfloat16:
         hold_frozen_in_bfloat16(backbone.language)
     choose_attention(backbone.language, device, bfloat16=bfloat16)
-    batches = [2] if small else list(BATCHES)
-    drawn = {
-        number: {
-            name: tensor.to(device)
-            for name, tensor in draw_batch(backbone, shape, number, 0, multiple=8).items()
-        }
-        for number in batches
-    }
-    for number, batch in drawn.items():
+    for number, batch in _batches(measuring, backbone).items():
         for name, runner in runners.items():
             measuring.entry(
                 f"{number}/{name}/eager",
@@ -66,7 +57,20 @@ def measure(measuring: Measuring, tokenizer: Path) -> None:
                 f"{number}/{name}/graphs",
                 lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
             )
-    _compiled(measuring, backbone, drawn)
+
+
+def _backbone(measuring: Measuring, tokenizer: Path) -> Backbone:
+    torch.manual_seed(0)
+    size = SIZES["tiny" if measuring.small else "base"]
+    return build_backbone(size, tokenizer, vision=True).to(measuring.device).train(False)
+
+
+def _batches(measuring: Measuring, backbone: Backbone) -> dict[int, Inputs]:
+    def moved(size: int) -> Inputs:
+        drawn = draw_batch(backbone, SHAPES["vl"], size, 0, multiple=8)
+        return {name: tensor.to(measuring.device) for name, tensor in drawn.items()}
+
+    return {size: moved(size) for size in ((2,) if measuring.small else BATCHES)}
 
 
 def _later_methods() -> list[str]:
@@ -149,26 +153,20 @@ def _gap(
     return max(gaps)
 
 
-def _compiled(measuring: Measuring, backbone: Backbone, drawn: dict[int, Inputs]) -> None:
-    if measuring.device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        measuring.entry("compiled", lambda: {"skipped": "Triton is not installed"})
+def measure_compiled(measuring: Measuring, tokenizer: Path) -> None:
+    """Measure steps with compiled layers, eager and as graphs."""
+    if measuring.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        why = "tests compile on a CPU" if measuring.device.type != "cuda" else "Triton is not installed"
+        measuring.entry("compiled", lambda: {"skipped": why})
         return
-    if measuring.small:
-        return  # tests compile
-    copied = copy.deepcopy(backbone).train(False)
-    try:
-        prepare_step(copied.language, measuring.device, bfloat16=True, compiled=True)
-    except (ValueError, RuntimeError) as error:
-        print(f"compiled: {error}")
-        return
-    runners = build_runners(["dept40+compiled", "pt100+compiled"], backbone, SHAPES["vl"], compiled=copied)
-    for number, batch in drawn.items():
-        for name, runner in runners.items():
-            measuring.entry(
-                f"{number}/{name}",
-                lambda runner=runner, batch=batch: _eager(measuring, runner, batch),  # type: ignore[misc]
-            )
-            measuring.entry(
-                f"{number}/{name}/graphs",
-                lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
-            )
+    backbone = _backbone(measuring, tokenizer)
+    prepare_step(backbone.language, measuring.device, bfloat16=True, compiled=True)
+    names = [name + COMPILED for name in ("dept40", "pt100", "floor")]
+    runners = build_runners(names, backbone, SHAPES["vl"], compiled=backbone)
+    for number, batch in _batches(measuring, backbone).items():
+        for way, measure_way in (("eager", _eager), ("graphs", _graphs)):
+            for name, runner in runners.items():
+                measuring.entry(
+                    f"{number}/{name}/{way}",
+                    lambda way=measure_way, runner=runner, batch=batch: way(measuring, runner, batch),  # type: ignore[misc]
+                )

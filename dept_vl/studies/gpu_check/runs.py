@@ -4,10 +4,12 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 from dept_vl._utils.io import read_json
 from dept_vl.studies.gpu_check.results import Entry, Measuring
@@ -53,40 +55,46 @@ def measure(measuring: Measuring, root: Path) -> None:
 
 def _run(command: list[str], output: Path, measuring: Measuring) -> Entry:
     left = max(5.0, measuring.seconds - (time.monotonic() - measuring.started))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left)
+    except subprocess.TimeoutExpired:
+        return {"stopped_after_seconds": left, **_rate(output)}
     if done.returncode:
         raise RuntimeError(f"status {done.returncode}: {' '.join(done.stderr.split())[-400:]}")
     summary = read_json(output / "summary.json")
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    rates = sorted(line["samples_per_second"] for line in log if "samples_per_second" in line)
     names = ("scores", "seconds", "train_seconds", "steps", "best_step")
-    figures: Entry = {key: summary[key] for key in names}
     fallen_back = [line for line in done.stdout.splitlines() if "not recorded" in line]
-    return figures | {"examples_per_second": rates[len(rates) // 2], "fell_back": fallen_back}
+    return {key: summary[key] for key in names} | _rate(output) | {"fell_back": fallen_back}
+
+
+def _rate(output: Path) -> Entry:
+    """Median over the log's lines."""
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    rates = [line["samples_per_second"] for line in log if "samples_per_second" in line]
+    return {"examples_per_second": median(rates), "logged": len(rates)} if rates else {"logged": 0}
 
 
 def run_tests(measuring: Measuring, root: Path) -> None:
     """Run the tests that are marked `gpu`; without a GPU, rehearse them on the CPU."""
     rehearsal = {"DEPT_VL_REHEARSE_GPU_TESTS": "1"} if measuring.device.type == "cpu" else {}
+    environment = {**os.environ, **rehearsal, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
+    report = measuring.path.parent / "tests.txt"
+    command = [sys.executable, "-m", "pytest", "-v", "--durations=8", "-m", "gpu", "-p", "no:cacheprovider"]
+    command += ["-rfEs", "--tb=short", f"--basetemp={measuring.path.parent / 'pytest'}"]
+    command += [str(root / "tests" / "gpu")]
 
     def tests() -> Entry:
-        report = measuring.path.parent / "tests.txt"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs"]
-        command += [
-            f"--basetemp={measuring.path.parent / 'pytest'}",
-            "--tb=short",
-            str(root / "tests" / "gpu"),
-        ]
-        environment = {**os.environ, **rehearsal, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-        try:
-            done = subprocess.run(
-                command, cwd=root, env=environment, capture_output=True, text=True, timeout=measuring.seconds
-            )
-            output = done.stdout + done.stderr
-        except subprocess.TimeoutExpired as error:
-            output = (error.stdout or b"").decode() + "\nout of time"
-        report.write_text(output)
-        lines = output.splitlines()
+        with report.open("w") as output:
+            child = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
+            try:
+                child.wait(timeout=measuring.seconds)
+            except subprocess.TimeoutExpired:
+                child.send_signal(signal.SIGINT)  # it still says what has failed
+                try:
+                    child.wait(timeout=5)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+        lines = report.read_text().splitlines()
         return {
             "result": lines[-1] if lines else "nothing",
             "failed": [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))],
