@@ -160,7 +160,7 @@ class GraphedStep:
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
     """A stream of its own, for what comes before a recording."""
-    stream = torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
@@ -190,7 +190,7 @@ def record(step: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple
     except RuntimeError:
         # A recording that broke off leaves the generator and the allocator as if it went on.
         with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index or 0, pool)  # type: ignore[attr-defined]
+            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         fresh = torch.Generator(device)
         fresh.set_state(state)
         generator.graphsafe_set_state(fresh.graphsafe_get_state())

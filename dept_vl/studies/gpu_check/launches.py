@@ -4,6 +4,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,8 @@ def _prompt(name: str, backbone: Backbone) -> DePT:
     length, rank = PROMPT_METHODS[name].solve(
         reference_prompt_length=100, prompt_length=40, rank=None, **sizes
     )
-    return sized(name, prompt_length=length, rank=rank, **sizes).build().to(backbone.device)
+    prompt: DePT = sized(name, prompt_length=length, rank=rank, **sizes).build()
+    return prompt.to(backbone.device)
 
 
 def _forward(measuring: Measuring, runner: Runner, given: Inputs) -> Tensor:
@@ -114,7 +116,7 @@ def _graphs(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
     given = runner.prepare(batch)
     # The bare backbone's embeddings stand for a prompt: they get the gradient.
     leaf = given.get("embeddings")
-    parameters = runner.trained or [leaf]
+    parameters: list[Any] = runner.trained or [leaf]
     inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and x is not leaf}
 
     def backward(seen: dict[str, Tensor | None]) -> Tensor:
@@ -146,8 +148,12 @@ def _gap(
     plain(inputs)
     expected = [parameter.grad for parameter in parameters]
     graphed(inputs)
-    pairs = [(p.grad, e) for p, e in zip(parameters, expected, strict=True) if e is not None]
-    gaps = [float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30)) for a, b in pairs]
+    gaps = []
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        if wanted is not None:
+            assert parameter.grad is not None
+            gap = (parameter.grad.double() - wanted.double()).norm()
+            gaps.append(float(gap / wanted.double().norm().clamp(min=1e-30)))
     for parameter in parameters:
         parameter.grad = None
     return max(gaps)
