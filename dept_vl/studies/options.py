@@ -179,12 +179,14 @@ class GpuCheckConfig(Options):
     """What is checked, and in how much time."""
 
     output_dir: Path
-    """Folder for gpu_check.json and gpu_check.log; parts that are finished there are not repeated."""
+    """Folder for gpu_check.json, .md and .log; parts that are finished there are not repeated."""
     minutes: Annotated[float, Field(gt=0)] = 10.0
     """Minutes in all, shared among the parts."""
     dry_run: bool = False
     """The smallest sizes, on any device: to see that every part runs; the numbers mean nothing."""
     parts: tuple[str, ...] = ()
     """Parts to run; left out, all."""
+    report_only: bool = False
+    """Write gpu_check.md of the results that output_dir holds, and measure nothing."""
     part: str = ""
     """Measure this part in this process, in all the minutes; for the script itself."""

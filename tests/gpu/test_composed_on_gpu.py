@@ -30,7 +30,8 @@ def prompted(backbone: Backbone, method: str = "dept", seed: int = 1, **sizes: i
     """A model whose trained parts are far from where training starts."""
     own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
     rank = 2 if METHODS[method].has_rank else 0
-    given: dict[str, Any] = {"prompt_length": 3, "rank": rank, "max_source_length": 12} | sizes
+    length = 3 if METHODS[method].has_prompt else 0
+    given: dict[str, Any] = {"prompt_length": length, "rank": rank, "max_source_length": 12} | sizes
     model = PromptedModel(
         own, build(sized(method, d_model=backbone.d_model, **given)), backbone_dropout=False
     )
@@ -38,7 +39,7 @@ def prompted(backbone: Backbone, method: str = "dept", seed: int = 1, **sizes: i
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(std=0.3, generator=generator)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model
 
 

@@ -3,4 +3,4 @@
 `parts` runs one part after the other in processes of their own; each of the others is what a part measures.
 """
 
-__all__ = ["images", "launches", "parts", "ready_made", "results", "runs"]
+__all__ = ["images", "launches", "parts", "ready_made", "report", "results", "runs"]

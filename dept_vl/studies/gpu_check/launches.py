@@ -79,11 +79,13 @@ def _later_methods() -> list[str]:
 
 
 def _prompt(name: str, backbone: Backbone) -> DePT:
-    sizes = {"d_model": backbone.d_model, "max_source_length": SHAPES["vl"].longest}
+    width, longest = backbone.d_model, SHAPES["vl"].longest
     length, rank = PROMPT_METHODS[name].solve(
-        reference_prompt_length=100, prompt_length=40, rank=None, **sizes
+        reference_prompt_length=100, prompt_length=40, d_model=width, max_source_length=longest
     )
-    prompt: DePT = sized(name, prompt_length=length, rank=rank, **sizes).build()
+    prompt: DePT = sized(
+        name, prompt_length=length, rank=rank, d_model=width, max_source_length=longest
+    ).build()
     return prompt.to(backbone.device)
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from dept_vl._utils.io import read_json, write_json
+from dept_vl.studies.gpu_check.report import markdown
 from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring
 from dept_vl.studies.options import GpuCheckConfig
 
+REPORT_FILE = "gpu_check.md"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "bitsandbytes", "torchao")
 
 
@@ -60,6 +62,9 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
     config.output_dir.mkdir(parents=True, exist_ok=True)
     path = config.output_dir / RESULTS_FILE
     results = read_json(path) if path.is_file() else {}
+    if config.report_only:
+        (config.output_dir / REPORT_FILE).write_text(markdown(results))
+        return dict(results)
     results["machine"] = describe()
     write_json(path, results)
     for name in config.parts or PARTS:
@@ -79,6 +84,7 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
         }
         write_json(path, results)
         print(f"{name}: {status}", flush=True)
+        (config.output_dir / REPORT_FILE).write_text(markdown(results))
     return results
 
 
