@@ -24,7 +24,14 @@ from dept_vl._utils.options import (
 )
 from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
-from dept_vl.models.options import LARGEST_GRID, TrainedPart, VisualPositionBias
+from dept_vl.models.options import (
+    BEFORE_ORDER,
+    LARGEST_GRID,
+    ObjectOrder,
+    TrainedPart,
+    VisualNorm,
+    VisualPositionBias,
+)
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.tasks import TASKS
 
@@ -136,6 +143,13 @@ class BackboneOptions(Options):
     """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
     visual_position_bias: VisualPositionBias = "none"
     """none: visual tokens have no position in the language model (published); relative: stock."""
+    object_order: ObjectOrder | Literal["auto"] = "auto"
+    """Vector of each visual token's place. frozen: random, not trained (published); trained: with the visual
+    projection; none: the language model reads a set of patches; auto: the backbone folder's own, else
+    frozen."""
+    visual_norm: VisualNorm | Literal["auto"] = "auto"
+    """once: visual tokens bypass BART's norm of embeddings, having their own (published); twice: they pass
+    through both, as in older runs; auto: the backbone folder's own, else once. T5 has no such norm."""
     backbone_dropout: bool = True
     """Dropout in the frozen language model while training."""
     train_projection: bool = True
@@ -151,7 +165,8 @@ class BackboneOptions(Options):
     def loading(self) -> dict[str, Any]:
         """Return the arguments of `Backbone.from_pretrained`."""
         names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid", "exif")
-        return {name: getattr(self, name) for name in (*names, "visual_position_bias")}
+        given = {name: getattr(self, name) for name in (*names, "visual_position_bias")}
+        return given | {k: None if getattr(self, k) == "auto" else getattr(self, k) for k in BEFORE_ORDER}
 
 
 @dataclass(frozen=True)
@@ -461,10 +476,17 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def current_names(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an older configuration, in groups or not, by their names of today."""
+    """Return the options of an older configuration, in groups or not, by their names of today.
+
+    Two models that an older run joined are joined as they were then.
+    """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
+    joined = named.get("backbone")
+    # A run writes every option, so what is missing beside these was no option yet.
+    if isinstance(joined, dict) and joined.get("vision") and {"vision_layer", "pooled_grid"} <= joined.keys():
+        named["backbone"] = {**BEFORE_ORDER, **joined}
     return named
 
 

@@ -96,7 +96,7 @@ def test_a_backbone_is_added_as_the_map_says(
     options = {"backbone": tmp_path / "my-backbone", "vision": None, "language": None}
     result = run(with_(config, backbone=options, output_dir=tmp_path / "run"))
     assert result.trainable["visual_projection"] == sum(
-        parameter.numel() for parameter in backbone.visual_projection.parameters()
+        p.numel() for p in backbone.visual_projection.parameters() if p.requires_grad
     )
     assert isinstance(dept_vl.load(tmp_path / "run").answer(write_image(tmp_path), "what colour?"), str)
 

@@ -6,7 +6,7 @@ before it is checked, and nothing larger than the file itself.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -88,14 +88,21 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
 
 
-def read_object(path: Path, kind: Any) -> dict[str, Any]:
+def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Read a JSON object with the fields of a dataclass, or of another type that pydantic knows.
+
+    Args:
+        path: The file.
+        kind: The dataclass.
+        earlier: What an older file leaves out.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged, or has other fields; they are named.
     """
     content: dict[str, Any] = read_json(path)
+    if earlier and isinstance(content, dict):
+        content = {**earlier, **content}
     try:
         check(content, kind)
     except ValueError as error:

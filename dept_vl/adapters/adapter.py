@@ -37,9 +37,9 @@ class Adapter:
         prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
             `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
             `DePT.describe` gives them; None if only the backbone's own parts were trained.
-        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, and what is read of the
-            image encoder (`vision`, as `VisionEncoder.options`). The authors' files tell the name alone: of
-            theirs the rest is None, and `official_config` is kept.
+        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, `object_order`,
+            `visual_norm`, and what is read of the image encoder (`vision`, as `VisionEncoder.options`). The
+            authors' files tell the name alone: of theirs the rest is None, and `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.
@@ -184,7 +184,8 @@ class Adapter:
             description["format_version"] = FORMAT_VERSION
         adapter = cls(**description, tensors=tensors)
         try:
-            check_described(tensors, adapter.prompt, adapter.trainable_parameters)
+            order = adapter.backbone.get("object_order")
+            check_described(tensors, adapter.prompt, adapter.trainable_parameters, order)
         except ValueError as error:
             raise ValueError(f"the adapter at {folder} is damaged: {error}") from None
         return adapter

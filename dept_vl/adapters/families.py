@@ -106,6 +106,8 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         "name": model_name(model),
         "fingerprint": {"class": type(model).__name__, **weights},
         "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
+        "object_order": "none",
+        "visual_norm": None,
         "vision": None,
     }
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
 from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.models.options import BEFORE_ORDER
 
 ROWS = 512
 """Word embeddings that are sampled, one value of each."""
@@ -285,6 +286,8 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "name": backbone.name,
         "fingerprint": backbone.fingerprint,
         "visual_position_bias": backbone.visual_position_bias,
+        "object_order": backbone.object_order,
+        "visual_norm": backbone.visual_norm,
         "vision": None if backbone.vision is None else backbone.vision.options(),
         "exif": None if backbone.vision is None else backbone.vision.exif,
     }
@@ -306,8 +309,10 @@ def check_backbone(recorded: Mapping[str, Any], backbone: Backbone) -> None:
     if recorded["fingerprint"] is None:
         _check_backbone_of_authors(recorded["name"], backbone)
         return
-    given, expected = describe_backbone(backbone), {**BEFORE_VISION, **recorded}
-    compared = ["fingerprint", "visual_position_bias"]
+    given, expected = describe_backbone(backbone), {**BEFORE_VISION, **BEFORE_ORDER, **recorded}
+    compared = ["fingerprint", "visual_position_bias", "object_order"]
+    if given["visual_norm"] is not None:
+        compared.append("visual_norm")
     if expected["vision"] is not None:
         compared.append("vision")
     if any(expected[key] != given[key] for key in compared):

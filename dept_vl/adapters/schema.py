@@ -9,14 +9,14 @@ from typing import Any
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
 from dept_vl.config import PositiveSize, Size
-from dept_vl.models.options import VisualPositionBias
+from dept_vl.models.options import BEFORE_ORDER, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
 from dept_vl.prompts.base import Method, Shapes, sized
 
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
-BEFORE_VISION = {"vision": None, "exif": None}
+BEFORE_VISION: dict[str, Any] = {"vision": None, "exif": None}
 """What is left out where a backbone was described before that was kept."""
 BEFORE_METHODS = {"method": "dept", "seed": 0, "visual_offset": False}
 """What is left out where a prompt was described before there was more than one method, or an option of it."""
@@ -44,6 +44,8 @@ class BackboneFields:
     name: str
     fingerprint: dict[str, str]
     visual_position_bias: VisualPositionBias
+    object_order: ObjectOrder
+    visual_norm: VisualNorm | None
     vision: VisionOptions | None
     exif: bool | None
 
@@ -96,7 +98,8 @@ def read_description(path: Path) -> dict[str, Any]:
     backbone = description.get("backbone") if isinstance(description, dict) else None
     of_authors = isinstance(backbone, dict) and "official_config" in backbone
     if isinstance(description, dict) and isinstance(backbone, dict):
-        description["backbone"] = backbone | {k: backbone.get(k) for k in BEFORE_VISION}
+        earlier = BEFORE_VISION if of_authors else BEFORE_VISION | BEFORE_ORDER
+        description["backbone"] = backbone | {k: backbone.get(k, v) for k, v in earlier.items()}
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         # Last, so that a file that says them is written again as it was.
         for name, value in BEFORE_METHODS.items():

@@ -6,12 +6,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from dept_vl.adapters.schema import tensor_shapes
+from dept_vl.models.options import ObjectOrder
+from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.prompted import PromptedModel
 
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Of the names of tensors, one for each module that an adapter may hold."""
 GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
 """Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
+FROZEN_ORDER = f"visual_projection.{OBJECT_ORDER}.weight"
+"""Kept with the projection, trained or not: without it the places of the tokens are lost."""
 
 
 def count_trainable(model: PromptedModel) -> dict[str, int]:
@@ -48,7 +52,10 @@ def tensors_of(model: PromptedModel) -> dict[str, Tensor]:
 
 
 def check_described(
-    tensors: Mapping[str, Tensor], prompt: Mapping[str, Any] | None, trainable_parameters: Mapping[str, int]
+    tensors: Mapping[str, Tensor],
+    prompt: Mapping[str, Any] | None,
+    trainable_parameters: Mapping[str, int],
+    object_order: ObjectOrder | None = None,
 ) -> None:
     """Compare tensors with their description.
 
@@ -58,6 +65,7 @@ def check_described(
         tensors: By their names in the file.
         prompt: See `Adapter`.
         trainable_parameters: See `Adapter`.
+        object_order: Of the backbone; frozen vectors are kept and not counted.
 
     Raises:
         ValueError: If there are others, of other shapes, or more or fewer parameters than described.
@@ -72,6 +80,8 @@ def check_described(
         raise ValueError(f"by its sizes the prompt has the tensors {shapes}; found {prompt_shapes!s:.200}")
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
+        if name == FROZEN_ORDER and object_order == "frozen":
+            continue
         low_rank = name in expected.get("low_rank", {})
         groups.setdefault("low_rank" if low_rank else GROUPS[name.split(".")[0]], []).append(tensor)
     if "visual_projection" not in trainable_parameters:

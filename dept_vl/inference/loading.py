@@ -132,6 +132,8 @@ def find_backbone(
                 language=language,
                 visual_position_bias=known["visual_position_bias"] or "none",
                 exif=bool(known.get("exif")),
+                object_order=known.get("object_order"),
+                visual_norm=known.get("visual_norm"),
                 **options,
             )
     # transformers says so of models that are neither on the disk nor on the Hub.

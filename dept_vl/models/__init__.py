@@ -13,6 +13,7 @@ __all__ = [
     "padding",
     "positions",
     "precision",
+    "projection",
     "prompted",
     "row_prompts",
     "sharding",

@@ -1,9 +1,8 @@
 """A vision tower and an encoder-decoder language model, joined by a visual projection; or text alone.
 
 The language model's encoder reads `[text ; visual]`, with a prompt in front of the text when there
-is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). Their box embedding is
-a constant under grid features and is therefore left to the image-order embedding. For text alone the
-language model may also be decoder-only (see `language`).
+is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). For text alone the language
+model may also be decoder-only (see `language`).
 """
 
 import copy
@@ -26,12 +25,17 @@ from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
-from dept_vl.models.options import TrainedPart, VisualPositionBias
+from dept_vl.models.options import BEFORE_ORDER, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
+from dept_vl.models.projection import (
+    MAX_IMAGES,
+    OBJECT_ORDER,
+    embedding_norm,
+    new_projection,
+)
 from dept_vl.models.vision import VisionEncoder, VisionOptions
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
-MAX_IMAGES = 2
 LORA = "lora_"
 """In the names that peft gives to the tensors of LoRA."""
 
@@ -42,36 +46,9 @@ class BackboneFile:
 
     name: str
     visual_position_bias: VisualPositionBias
+    object_order: ObjectOrder
+    visual_norm: VisualNorm | None
     vision: VisionOptions | None
-
-
-class VisualProjection(nn.Module):
-    """LayerNorm(Linear(visual features)) + image-order embedding; trained in every published row.
-
-    Args:
-        d_vision: Width of the visual features.
-        d_model: Width of the language model.
-        norm: The norm that the language model uses: RMSNorm for T5, LayerNorm for BART.
-    """
-
-    def __init__(self, d_vision: int, d_model: int, norm: nn.Module) -> None:
-        super().__init__()
-        self.linear = nn.Linear(d_vision, d_model)
-        self.norm = norm
-        self.image_order = nn.Embedding(MAX_IMAGES, d_model)
-        nn.init.normal_(self.linear.weight, std=d_vision**-0.5)
-        nn.init.zeros_(self.linear.bias)
-        nn.init.zeros_(self.image_order.weight)
-
-    def forward(
-        self, features: Float[Tensor, "batch images tokens d_vision"]
-    ) -> Float[Tensor, "batch images*tokens d_model"]:
-        """Visual tokens of all images of an example, one after the other."""
-        order = self.image_order.weight[: features.shape[1], None]
-        # Features from files may be of half precision. The norm is in full under autocast too, as T5's own.
-        linear: Tensor = self.linear(features.to(self.linear.weight.dtype))
-        tokens: Tensor = self.norm(linear.float()) + order
-        return tokens.flatten(1, 2)
 
 
 class Backbone(nn.Module):
@@ -85,6 +62,8 @@ class Backbone(nn.Module):
         tokenizer: Its tokenizer; padding is put on the right.
         name: What an adapter calls this backbone.
         visual_position_bias: See `VisualPositionBias`.
+        object_order: See `ObjectOrder`.
+        visual_norm: See `VisualNorm`.
 
     Attributes:
         language_model: `language` in the wrapper that reads and answers with it.
@@ -109,12 +88,17 @@ class Backbone(nn.Module):
         *,
         name: str,
         visual_position_bias: VisualPositionBias = "none",
+        object_order: ObjectOrder = "frozen",
+        visual_norm: VisualNorm = "once",
     ) -> None:
         super().__init__()
-        if visual_position_bias not in get_args(VisualPositionBias):
-            raise ValueError(
-                f"visual_position_bias is one of {get_args(VisualPositionBias)}; got {visual_position_bias!r}"
-            )
+        for option, value, values in (
+            ("visual_position_bias", visual_position_bias, get_args(VisualPositionBias)),
+            ("object_order", object_order, get_args(ObjectOrder)),
+            ("visual_norm", visual_norm, get_args(VisualNorm)),
+        ):
+            if value not in values:
+                raise ValueError(f"{option} is one of {values}; got {value!r}")
         self.name = name
         self.vision = vision
         self.language = language
@@ -131,12 +115,19 @@ class Backbone(nn.Module):
                 f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
                 "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
             )
-        self.language_model = wrap_language_model(language, tokenizer, name, visual_position_bias)
+        self.object_order: ObjectOrder = "none" if vision is None else object_order
+        self.visual_norm: VisualNorm | None = None
+        if vision is not None and embedding_norm(language) is not None:
+            self.visual_norm = "twice" if visual_position_bias == "relative" else visual_norm
+        self.language_model = wrap_language_model(
+            language, tokenizer, name, visual_position_bias, self.visual_norm == "once"
+        )
         check_tokenizer(tokenizer, language, name)
         self.d_model: int = self.language_model.word_embeddings.embedding_dim
         self.visual_projection: nn.Module | None = None
         if vision is not None:
-            self.visual_projection = VisualProjection(vision.d_vision, self.d_model, _norm(language))
+            places = 0 if object_order == "none" else vision.token_count
+            self.visual_projection = new_projection(language, vision.d_vision, places)
         # Taken before any training, so that it names the frozen weights even after fine-tuning.
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
@@ -160,6 +151,8 @@ class Backbone(nn.Module):
         pooled_grid: int = 0,
         exif: bool = True,
         visual_position_bias: VisualPositionBias = "none",
+        object_order: ObjectOrder | None = None,
+        visual_norm: VisualNorm | None = None,
     ) -> "Backbone":
         """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
 
@@ -172,6 +165,8 @@ class Backbone(nn.Module):
             pooled_grid: See `VisionEncoder`.
             exif: See `VisionEncoder`; it belongs to no folder.
             visual_position_bias: See `VisualPositionBias`.
+            object_order: See `ObjectOrder`; None takes the folder's own, else frozen.
+            visual_norm: See `VisualNorm`; None takes the folder's own, else once.
 
         Raises:
             ValueError: If both or neither of `backbone` and `language` are given, or options besides a folder
@@ -198,6 +193,8 @@ class Backbone(nn.Module):
                 load_tokenizer(language),
                 name="+".join(str(part) for part in (vision, language) if part is not None),
                 visual_position_bias=visual_position_bias,
+                object_order=object_order or "frozen",
+                visual_norm=visual_norm or "once",
             )
         folder = Path(backbone)
         if not (folder / BACKBONE_FILE).is_file():
@@ -205,7 +202,7 @@ class Backbone(nn.Module):
                 f"no backbone at {folder}: expected {BACKBONE_FILE}, language/ and, for images, vision/ and "
                 f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
             )
-        options = read_object(folder / BACKBONE_FILE, BackboneFile)
+        options = read_object(folder / BACKBONE_FILE, BackboneFile, BEFORE_ORDER)
         seen = options["vision"] or {}
         asked = {
             "vision": (vision, None),
@@ -213,6 +210,8 @@ class Backbone(nn.Module):
             "class_token": (class_token, False, seen.get("class_token")),
             "pooled_grid": (pooled_grid, 0, seen.get("pooled_grid")),
             "visual_position_bias": (visual_position_bias, "none", options["visual_position_bias"]),
+            "object_order": (object_order, None, options["object_order"]),
+            "visual_norm": (visual_norm, None, options["visual_norm"]),
         }
         other = [f"{name}={value}" for name, (value, *taken) in asked.items() if value not in taken]
         if other:
@@ -228,6 +227,8 @@ class Backbone(nn.Module):
             load_tokenizer(folder / "language"),
             name=printable(options["name"]),
             visual_position_bias=options["visual_position_bias"],
+            object_order=options["object_order"],
+            visual_norm=options["visual_norm"] or "once",
         )
         if self.visual_projection is not None:
             tensors = read_tensors(folder / PROJECTION_FILE)
@@ -244,6 +245,8 @@ class Backbone(nn.Module):
         options: dict[str, Any] = {
             "name": self.name,
             "visual_position_bias": self.visual_position_bias,
+            "object_order": self.object_order,
+            "visual_norm": self.visual_norm,
             "vision": None,
         }
         if self.vision is not None and self.visual_projection is not None:
@@ -256,7 +259,7 @@ class Backbone(nn.Module):
         """The same models, not copied, behind another visual projection.
 
         Args:
-            projection: Of the interface of `VisualProjection`.
+            projection: Of the interface of `projection.VisualProjection`.
         """
         other = copy.copy(self)
         # `nn.Module` would share the table of its parts too.
@@ -279,6 +282,9 @@ class Backbone(nn.Module):
         if self.vision is not None and self.visual_projection is not None:
             self.vision.requires_grad_(False)
             self.visual_projection.requires_grad_(not visual_projection)
+            order = getattr(self.visual_projection, OBJECT_ORDER, None)
+            if order is not None and self.object_order == "frozen":
+                order.requires_grad_(False)
 
     def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
         named = list(self.language.named_parameters())
@@ -397,10 +403,3 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
         values = values[:: max(1, math.ceil(len(values) / samples))]
         digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _norm(language: PreTrainedModel) -> nn.Module:
-    """A new norm of the class that the language model uses."""
-    width: int = language.get_input_embeddings().embedding_dim
-    eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
-    return nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)

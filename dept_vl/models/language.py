@@ -127,16 +127,23 @@ class EncoderDecoder(LanguageModel):
         model: Of transformers.
         name: Of the backbone, for messages.
         visual_position_bias: See `VisualPositionBias`.
+        visual_normed: Visual tokens bypass the encoder's norm of embeddings.
 
     Raises:
         ValueError: If the encoder has neither T5's nor BART's positions.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, visual_position_bias: VisualPositionBias) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        visual_position_bias: VisualPositionBias,
+        visual_normed: bool = False,
+    ) -> None:
         super().__init__(model, model.get_encoder(), name)
         self.visual_position_bias = visual_position_bias
         if visual_position_bias == "none":
-            self.counts_text = TextPositions(self.text_model).counts_text
+            self.counts_text = TextPositions(self.text_model, visual_normed).counts_text
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
         """See `Backbone.check_length`. The decoder has positions of its own for the answer."""
@@ -276,7 +283,11 @@ class DecoderOnly(LanguageModel):
 
 
 def wrap_language_model(
-    model: PreTrainedModel, tokenizer: Any, name: str, visual_position_bias: VisualPositionBias
+    model: PreTrainedModel,
+    tokenizer: Any,
+    name: str,
+    visual_position_bias: VisualPositionBias,
+    visual_normed: bool = False,
 ) -> EncoderDecoder | DecoderOnly:
     """Wrap a language model of transformers in the class that fits it.
 
@@ -285,7 +296,7 @@ def wrap_language_model(
     """
     wrapper: EncoderDecoder | DecoderOnly
     if model.config.is_encoder_decoder:
-        wrapper = EncoderDecoder(model, name, visual_position_bias)
+        wrapper = EncoderDecoder(model, name, visual_position_bias, visual_normed)
     else:
         wrapper = DecoderOnly(model, tokenizer, name)
     if continues_text(tokenizer) == model.config.is_encoder_decoder:

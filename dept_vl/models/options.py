@@ -10,6 +10,22 @@ learned positions count the text alone (the prompt has none either).
 `relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted.
 """
 
+ObjectOrder = Literal["frozen", "trained", "none"]
+"""The vector that is added to each visual token for its place in the image.
+
+`frozen`: random and never trained, as published. `trained`: with the visual projection, and counted with it.
+`none`: no such vector; with `visual_position_bias` none the language model then reads a set of patches.
+"""
+
+VisualNorm = Literal["once", "twice"]
+"""Whether visual tokens, which the projection has normed, pass through BART's `layernorm_embedding` as well.
+
+`once`: they do not, as published. `twice`: they do, as in the stock encoder, in everything that was trained
+before there was a choice, and always with `visual_position_bias` relative. T5 has no such norm.
+"""
+BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice"}
+"""What older files leave out: what was built before there was a choice."""
+
 
 TrainedPart = Literal["all", "biases", "lora"]
 """What of the language model is trained where it is not frozen."""

@@ -17,14 +17,15 @@ class TextPositions:
     """Hooks that leave prompt and visual columns of `[prompt ; text ; visual]` without position signal.
 
     T5's relative bias becomes zero for every pair with a visual column; BART's learned positions count the
-    text alone. The hooks are on the encoder's position modules, which see one sequence, so the segments
-    travel beside it: as the keyword argument `segments` of the encoder's call.
+    text alone, and its norm of embeddings may leave visual columns as they are. The hooks are on parts of the
+    encoder, which see one sequence, so the segments travel beside it: as the keyword argument `segments` of
+    the encoder's call.
 
     Invariants of `_segments`, which nothing outside this class reads or writes:
 
     - Set before each call of the encoder, from its `segments`, which the encoder itself never gets; a call
       without them sets `STOCK`. A call therefore never sees the segments of another.
-    - Read by the hooks on the position modules, during the call only, except for gradient checkpointing:
+    - Read by the hooks on these modules, during the call only, except for gradient checkpointing:
       it runs the layers again in the backward pass, after other calls perhaps. The gradient of a call's
       output comes first there, and sets that call's segments again.
     - Not cleared after a call: the next one sets them.
@@ -32,6 +33,7 @@ class TextPositions:
 
     Args:
         encoder: Hooked in place, for good.
+        visual_normed: Visual columns bypass the norm of embeddings, having a norm of their own.
 
     Attributes:
         counts_text: Positions are columns counted from the text's first (BART), whatever is before it.
@@ -40,7 +42,7 @@ class TextPositions:
         ValueError: If the encoder has neither T5's nor BART's positions.
     """
 
-    def __init__(self, encoder: PreTrainedModel) -> None:
+    def __init__(self, encoder: PreTrainedModel, visual_normed: bool = False) -> None:
         self._segments = STOCK
         self.counts_text = False
         hooked = False
@@ -51,6 +53,8 @@ class TextPositions:
             elif name == "embed_positions":
                 module.register_forward_hook(self._positions_of_text)
                 hooked = self.counts_text = True
+            elif name == "layernorm_embedding" and visual_normed:
+                module.register_forward_hook(self._without_visual_norm)
         if not hooked:
             raise ValueError(
                 f"{type(encoder).__name__} has neither T5's relative_attention_bias nor BART's "
@@ -86,3 +90,13 @@ class TextPositions:
         prompt, visual = self._segments
         text = positions.shape[1] - prompt - visual
         return nn.functional.pad(positions[:, :text], (0, 0, prompt, visual))
+
+    def _without_visual_norm(
+        self,
+        module: nn.Module,
+        inputs: tuple[Float[Tensor, "batch source d_model"]],
+        normed: Float[Tensor, "batch source d_model"],
+    ) -> Float[Tensor, "batch source d_model"]:
+        _, visual = self._segments
+        text = normed.shape[1] - visual
+        return torch.cat([normed[:, :text], inputs[0][:, text:].to(normed.dtype)], dim=1)

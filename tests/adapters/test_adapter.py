@@ -260,7 +260,8 @@ def test_files_are_small_and_alone(backbone: Backbone, tmp_path: Path) -> None:
     adapter_of(model).save(tmp_path / "deep" / "adapter")
     files = {path.name: path.stat().st_size for path in (tmp_path / "deep" / "adapter").iterdir()}
     assert files.keys() == {TENSORS_FILE, ADAPTER_FILE}
-    assert files[TENSORS_FILE] < 4 * count_trainable(model)["total"] + 2048
+    order = backbone.visual_projection.object_order.weight.numel()  # type: ignore[union-attr]
+    assert files[TENSORS_FILE] < 4 * (count_trainable(model)["total"] + order) + 2048
     assert files[ADAPTER_FILE] < 2048
     assert all(
         name.startswith(("prompt.", "visual_projection."))
@@ -323,6 +324,8 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
             "name": t5.name,
             "fingerprint": t5.fingerprint,
             "visual_position_bias": "none",
+            "object_order": "frozen",
+            "visual_norm": None,
             "vision": {"layer": -1, "class_token": False, "pooled_grid": 0},
             "exif": True,
         },
@@ -334,6 +337,8 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
     assert t5.fingerprint.keys() == {"language", "vision"}
     tensors = load_file(tmp_path / TENSORS_FILE)
     assert tensors["prompt.soft_prompt"].shape == (4, D_MODEL)
+    order = tensors.pop("visual_projection.object_order.weight")
+    assert order.shape == (16, D_MODEL)
     assert sum(tensor.numel() for tensor in tensors.values()) == count_trainable(model)["total"]
 
 

@@ -88,6 +88,17 @@ def test_an_older_configuration_is_read(tmp_path: Path) -> None:
     assert differences(stored, to_json(changed)) == ["optim.offset_lr=0.02 -> 0.1"]
 
 
+def test_models_that_an_older_run_joined_are_joined_as_then(tmp_path: Path) -> None:
+    stored = json.loads(OLDER.read_text())
+    stored["backbone"] |= {"vision": "x/clip", "language": "x/t5"}
+    older = read_config(write(tmp_path / "config.json", stored)).backbone
+    assert (older.object_order, older.visual_norm) == ("none", "twice")
+    assert differences(stored, to_json(read_config(tmp_path / "config.json"))) == []
+    new = read_config(write(tmp_path / "new.json", {"backbone": {"vision": "x/clip", "language": "x/t5"}}))
+    assert (new.backbone.object_order, new.backbone.visual_norm) == ("auto", "auto")
+    assert new.backbone.loading()["object_order"] is None
+
+
 @pytest.mark.parametrize("flags", [["--lora_lr", "0.5"], ["--lora_lr=0.5"], ["--lora-lr", "0.5"]])
 def test_the_older_name_of_a_flag_is_taken_with_a_note(
     flags: list[str], capsys: pytest.CaptureFixture[str]

@@ -21,8 +21,9 @@ from transformers import (
 )
 from zoo.models import language_model
 
-from dept_vl.models.backbone import Backbone, VisualProjection, fingerprint
+from dept_vl.models.backbone import Backbone, fingerprint
 from dept_vl.models.padding import pack
+from dept_vl.models.projection import VisualProjection
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.dept import DePT
@@ -129,7 +130,7 @@ def t5_encoder(model: PreTrainedModel, states: Tensor, positioned: int) -> Tenso
 
 
 def bart_encoder(model: PreTrainedModel, states: Tensor, first: int, positioned: int) -> Tensor:
-    """BART's encoder, with learned positions on tokens `first` to `first + positioned` alone."""
+    """BART's encoder: positions on tokens `first` to `first + positioned`, no norm on what follows."""
     weights = model.get_encoder().state_dict()
 
     def norm(states: Tensor, name: str) -> Tensor:
@@ -143,7 +144,8 @@ def bart_encoder(model: PreTrainedModel, states: Tensor, first: int, positioned:
     states = states.clone()
     for position in range(positioned):
         states[first + position] += weights["embed_positions.weight"][2 + position]
-    states = norm(states, "layernorm_embedding")
+    read = first + positioned
+    states = torch.cat([norm(states[:read], "layernorm_embedding"), states[read:]])
     for layer in range(2):
         name = f"layers.{layer}"
         q, k, v = (heads(linear(states, f"{name}.self_attn.{part}_proj")) for part in "qkv")
@@ -424,7 +426,7 @@ def test_projection_is_norm_of_linear_plus_order(backbone: Backbone) -> None:
         centred = projected - projected.mean(-1, keepdim=True)
         normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         expected = normed * projection.norm.weight + projection.norm.bias
-    expected = expected + projection.image_order.weight[None, :, None]
+    expected = expected + projection.image_order.weight[None, :, None] + projection.object_order.weight
     torch.testing.assert_close(
         backbone.project(visual_features=features), torch.cat([expected[:, 0], expected[:, 1]], dim=1)
     )
@@ -594,7 +596,8 @@ def trained(backbone: Backbone) -> set[str]:
 
 def test_only_the_projection_is_trained_unless_told(backbone: Backbone) -> None:
     assert trained(backbone) == {"visual_projection"}
-    assert all(p.requires_grad for p in backbone.visual_projection.parameters())
+    names = {name for name, p in backbone.visual_projection.named_parameters() if not p.requires_grad}
+    assert names == {"object_order.weight"}
 
 
 @pytest.mark.parametrize(
