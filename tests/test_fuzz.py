@@ -39,6 +39,7 @@ from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.data.splits import read_candidates
 from dept_vl.models.backbone import BACKBONE_FILE, BackboneFile
 from dept_vl.models.language import load_language
+from dept_vl.models.options import BEFORE_ORDER
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.gqa import GQA
@@ -323,7 +324,7 @@ def model_kinds(folder: Path) -> dict[str, Kind]:
         return Kind(path.name, path.read_bytes(), lambda at: load(at / path.name))
 
     kinds = {
-        "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, BackboneFile)),
+        "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, BackboneFile, BEFORE_ORDER)),
         "projection": one(folder / "projection.safetensors", read_tensors),
     }
     for part, load in (("adapter", Adapter.load), ("official", authors.read)):

@@ -146,7 +146,7 @@ def test_an_example_without_image_is_answered_with_nothing_and_counted(
 
 
 def test_candidates_are_all_that_is_answered(answer: Callable[..., Evaluation]) -> None:
-    candidates = ("red", "two green circles", "no")
+    candidates = ("red", "green circles", "no")  # of words that the task writes as they are
     found = answer(decoding=Decoding(10, candidates=candidates)).predictions
     assert set(found.values()) <= set(candidates)
     (only,) = set(answer(decoding=Decoding(10, candidates=("blue",))).predictions.values())
