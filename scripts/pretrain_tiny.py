@@ -1,22 +1,26 @@
-"""Pretrain the small backbone that the project ships, from nothing, on 2 CPU cores in under an hour.
+"""Pretrain the small backbones that the project ships, from nothing.
 
-    python scripts/pretrain_tiny.py --output_dir data/tiny-clip-t5
+    python scripts/pretrain_tiny.py --vision_only --output_dir runs/tower
+    python scripts/pretrain_tiny.py --vision_from runs/tower --output_dir data/tiny-clip-t5
+    python scripts/pretrain_tiny.py --vision_from runs/tower --language bart --output_dir data/tiny-clip-bart
 
 First the vision tower, supervised cell by cell on rendered scenes; then, with the tower frozen and
-its features cached, a T5 on questions, captions, statements about pairs and text alone. Both parts
+its features cached, a T5 or BART on questions, captions, statements about pairs and text alone. All parts
 are stock classes saved in the standard layout, so the result loads like any other backbone.
 """
 
+import copy
 import json
 import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
+import jinja2
 import numpy as np
 import torch
 from tokenizers import (
@@ -31,6 +35,9 @@ from tokenizers import (
 from torch import Tensor, nn
 from transformers import (
     Adafactor,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -40,11 +47,24 @@ from transformers import (
 )
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
-from dept_vl._utils.options import Options, Positive, Rate, Seed
+from dept_vl._utils.options import Options, Positive, Rate, Seed, Workers, to_json
 from dept_vl.cli import entry, parse_options
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.options import ObjectOrder
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.scenes.batches import (
+    CELL_CLASSES,
+    DrawnBatches,
+    DrawnCells,
+    Pixels,
+    Sample,
+    cells,
+    encoded,
+    loader,
+    on_device,
+    with_prefix,
+)
 from dept_vl.tasks.scenes.questions import (
     AFFIRMATIVE,
     CAPTION_PHRASINGS,
@@ -58,13 +78,10 @@ from dept_vl.tasks.scenes.questions import (
     caption,
 )
 from dept_vl.tasks.scenes.render import (
-    COLOURS,
     GRID,
     IMAGE_SIZE,
     SHAPES,
-    SIZES,
     Scene,
-    render,
     sample_scene,
 )
 from dept_vl.tasks.scenes.texts import WORDS, ask_text
@@ -72,14 +89,24 @@ from dept_vl.tasks.scenes.texts import WORDS, ask_text
 
 @dataclass(frozen=True)
 class PretrainConfig(Options):
-    """How the small backbone is made."""
+    """How a small backbone is made."""
 
     output_dir: Path = Path("data/tiny-clip-t5")
-    """Folder the backbone is written to; must not exist yet."""
+    """Folder the backbone is written to, and its name; must not exist yet."""
+    language: Literal["t5", "bart"] = "t5"
+    """What the language model is."""
+    object_order: ObjectOrder = "frozen"
+    """Of the backbone that is written; frozen: the places are learnt here, and frozen from then on."""
+    vision_only: bool = False
+    """Make the vision tower alone, for backbones to start from."""
+    vision_from: Path | None = None
+    """Folder with a finished vision tower (--vision_only)."""
     evaluate_only: bool = False
     """Measure the backbone in output_dir again instead of making one."""
     seed: Seed = 0
     """Of scenes, questions and weights."""
+    num_workers: Workers = 0
+    """Processes that draw scenes and questions."""
     vision_steps: Positive = 2500
     """Steps of the vision tower."""
     vision_batch: Positive = 80
@@ -90,16 +117,20 @@ class PretrainConfig(Options):
     """Scenes whose features are cached for the language stage."""
     language_steps: Positive = 5000
     """Steps of the language model."""
+    language_minutes: Rate = 0.0
+    """Instead take as many steps as this time is enough for, by the speed of the first; 0 takes the steps."""
     language_batch: Positive = 64
     """Questions per step (fewer captions and pairs, which are longer)."""
     language_lr: Rate = 1e-2
     """Peak rate of language model and visual projection, relative to each tensor's own scale
     (Adafactor): AdamW stayed on the first plateau for far longer."""
-    affirmative_share: Rate = 0.2
+    spatial_share: Rate = 0.5
+    """Share of the questions that are about places and comparisons of them."""
+    affirmative_share: Rate = 0.15
     """Share of the steps, at the start, without negated and comparing questions. Yes and no mean the
     opposite in the two, and learning both at once from nothing stays at chance for long."""
     bf16: bool = True
-    """Train the language model under bfloat16 autocast; 1.5 times as fast where the CPU has it."""
+    """Train the language model under bfloat16 autocast on a CPU; 1.5 times as fast where it has that."""
     d_model: Positive = 256
     """Width of the language model."""
     encoder_layers: Positive = 3
@@ -109,7 +140,13 @@ class PretrainConfig(Options):
     evaluation_scenes: Positive = 1500
     """Fresh scenes that the record's figures are measured on."""
 
+    @property
+    def device(self) -> torch.device:
+        """A GPU if there is one."""
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
+
+EVALUATE_EVERY = 2000
 WATCHED_SCENES = 200
 """Scenes that progress is measured on."""
 RECORD_FILE = "pretraining.json"
@@ -124,16 +161,50 @@ PIXELS = {
     "crop_pct": 1.0,
     "interpolation": "bilinear",
 }
-CELL_CLASSES = {"shape": [*SHAPES, "nothing"], "colour": list(COLOURS), "size": list(SIZES)}
+WARMUP_STEPS = 200
+"""Of the language model; then its speed is known."""
+UNFINISHED = "unfinished"
+"""Folder with the backbone as it was at the last evaluation, while it is trained."""
+CARD = "README.md"
+OFFSET_WEIGHT = 5.0
+"""Of the error of the offset in a cell, in cells."""
 
 
 def main(config: PretrainConfig) -> None:
-    """Make the backbone, then measure what was written."""
+    """Make the backbone, then measure what was written, and write its card."""
+    torch.set_float32_matmul_precision("high")
     record_file = config.output_dir / RECORD_FILE
     record = json.loads(record_file.read_text()) if config.evaluate_only else pretrain(config)
-    record["exact_match"] = measure(config)
-    record_file.write_text(json.dumps(record, indent=2) + "\n")
+    if not config.vision_only:
+        record["exact_match"] = measure(config)
+        record_file.write_text(json.dumps(record, indent=2) + "\n")
+        write_card(config.output_dir, record)
     print(json.dumps(record, indent=2))
+
+
+def write_card(folder: Path, record: dict[str, Any]) -> None:
+    """Write what the backbone is, how it was made and what it scores."""
+    backbone = Backbone.from_pretrained(folder)
+    modules = {
+        "vision": backbone.vision,
+        "language": backbone.language,
+        "projection": backbone.visual_projection,
+    }
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module}
+    template = jinja2.Template(Path(__file__).with_suffix(".md.j2").read_text(), trim_blocks=True)
+    families = sorted(
+        record["exact_match"].items(), key=lambda pair: (pair[0].startswith("kept out"), pair[0])
+    )
+    card = template.render(
+        name=folder.name,
+        language=type(backbone.language).__name__,
+        tower=type(backbone.vision.model).__name__ if backbone.vision else "",
+        sizes=sizes,
+        families=families,
+        backbone=backbone,
+        **record,
+    )
+    (folder / CARD).write_text(card.rstrip() + "\n")
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -142,31 +213,62 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     Returns:
         What to keep on record.
     """
-    record_file, vision_dir = config.output_dir / RECORD_FILE, config.output_dir / "vision"
-    started = time.perf_counter()
-    if record_file.is_file() and not (config.output_dir / "language").exists():
-        record: dict[str, Any] = json.loads(record_file.read_text())
-    elif config.output_dir.exists():
-        raise FileExistsError(f"{config.output_dir} exists; choose another --output_dir or remove it")
-    else:
-        torch.manual_seed(config.seed)
-        vision, scores = pretrain_vision(config)
-        vision.half().save_pretrained(vision_dir)
-        record = {
-            "vision_accuracy": {name: round(value, 4) for name, value in scores.items()},
-            "minutes": {"vision": minutes_since(started)},
-        }
-        record_file.write_text(json.dumps(record, indent=2) + "\n")
+    record = tower_of(config)
+    if config.vision_only:
+        return record
     started = time.perf_counter()
     torch.manual_seed(config.seed + 1)
     # The language model learns from the tower as it is stored.
-    vision = VisionEncoder.from_pretrained(vision_dir)
-    backbone = Backbone(vision, build_language(config), build_tokenizer(), name="tiny-clip-t5")
-    pretrain_language(config, backbone)
-    backbone.half().save_pretrained(config.output_dir)
+    vision = VisionEncoder.from_pretrained(config.output_dir / "vision")
+    # While the language model learns, so do the places.
+    order: ObjectOrder = "none" if config.object_order == "none" else "trained"
+    backbone = Backbone(
+        vision, build_language(config), build_tokenizer(), name=config.output_dir.name, object_order=order
+    )
+    places = backbone.visual_projection.object_order if backbone.visual_projection else None
+    if isinstance(places, nn.Embedding):
+        nn.init.normal_(places.weight)
+    steps = pretrain_language(config, backbone.to(config.device))
+    backbone.object_order = config.object_order
+    backbone.cpu().half().save_pretrained(config.output_dir)
+    shutil.rmtree(config.output_dir / UNFINISHED, ignore_errors=True)
     record["minutes"]["language"] = minutes_since(started)
-    record["config"] = asdict(config) | {"output_dir": config.output_dir.name}
+    taken = {"language_steps": steps, "language_minutes": 0.0, "output_dir": config.output_dir.name}
+    record["config"] = to_json(config) | taken | {"vision_from": None}
+    record["device"] = device_name(config)
     return record
+
+
+def tower_of(config: PretrainConfig) -> dict[str, Any]:
+    """Make the vision tower, or take a finished one; return what to keep on record of it."""
+    record_file = config.output_dir / RECORD_FILE
+    if record_file.is_file() and not (config.output_dir / "language").exists():
+        record: dict[str, Any] = json.loads(record_file.read_text())
+        return record
+    if config.output_dir.exists():
+        raise FileExistsError(f"{config.output_dir} exists; choose another --output_dir or remove it")
+    if config.vision_from is not None:
+        shutil.copytree(config.vision_from / "vision", config.output_dir / "vision")
+        shutil.copy(config.vision_from / RECORD_FILE, record_file)
+        return tower_of(config)
+    started = time.perf_counter()
+    torch.manual_seed(config.seed)
+    vision, scores = pretrain_vision(config)
+    vision.cpu().half().save_pretrained(config.output_dir / "vision")
+    record = {
+        "vision_accuracy": {name: round(value, 4) for name, value in scores.items()},
+        "vision_scenes": config.vision_steps * config.vision_batch,
+        "minutes": {"vision": minutes_since(started)},
+    }
+    record_file.write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
+def device_name(config: PretrainConfig) -> str:
+    """What it was trained on, for the card."""
+    if config.device.type == "cpu":
+        return f"a CPU ({torch.get_num_threads()} threads)"
+    return f"an {torch.cuda.get_device_name()}" if config.device.type == "cuda" else config.device.type
 
 
 def minutes_since(started: float) -> float:
@@ -176,15 +278,16 @@ def minutes_since(started: float) -> float:
 
 def measure(config: PretrainConfig) -> dict[str, float]:
     """Scores of the stored backbone on scenes that it never saw."""
-    backbone = Backbone.from_pretrained(config.output_dir)
+    backbone = Backbone.from_pretrained(config.output_dir).to(config.device)
     rng = Random(config.seed + 2)
     scenes = [sample_scene(rng) for _ in range(config.evaluation_scenes)]
-    return evaluate(PromptedModel(backbone), scenes, encode_scenes(backbone, scenes))
+    features = encode_scenes(backbone, scenes, config.num_workers)
+    return evaluate(PromptedModel(backbone), scenes, features)
 
 
 def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, float]]:
-    """Train the tower to name what has its centre in each cell, and the cell's own place."""
-    rng = Random(config.seed)
+    """Train the tower to name what has its centre in each cell and where in it, and the cell's own place."""
+    device = config.device
     tower = TimmWrapperModel(
         TimmWrapperConfig(
             architecture=VISION_ARCHITECTURE,
@@ -193,57 +296,54 @@ def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, fl
             num_labels=0,
             pretrained_cfg=PIXELS,
         )
-    )
+    ).to(device)
     sizes = [len(classes) for classes in CELL_CLASSES.values()]
-    heads = nn.Linear(VISION_ARGS["channels"][-1], sum(sizes) + GRID**2)
+    heads = nn.Linear(VISION_ARGS["channels"][-1], sum(sizes) + GRID**2 + 2).to(device)
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.vision_lr, weight_decay=0.05)
     schedule = get_cosine_schedule_with_warmup(optimizer, config.vision_steps // 10, config.vision_steps)
     # Most cells are empty.
-    shape_weights = torch.tensor([1.0] * len(SHAPES) + [0.3])
-    places = torch.arange(GRID**2)
+    shape_weights = torch.tensor([1.0] * len(SHAPES) + [0.3], device=device)
+    places = torch.arange(GRID**2, device=device)
 
     def logits(pixels: Tensor) -> list[Tensor]:
         tokens = tower(pixel_values=pixels).last_hidden_state.flatten(2).transpose(1, 2)
-        return list(heads(tokens).split([*sizes, GRID**2], dim=-1))
+        return list(heads(tokens).split([*sizes, GRID**2, 2], dim=-1))
 
+    drawn = iter(loader(DrawnCells(config.seed, config.vision_batch), config.num_workers))
+    started = time.perf_counter()
     for step in range(config.vision_steps):
-        pixels, targets = cells([sample_scene(rng) for _ in range(config.vision_batch)])
-        *named, placed = logits(pixels)
+        pixels, targets, offsets = on_device(next(drawn), device)
+        *named, placed, found = logits(pixels)
         loss = nn.functional.cross_entropy(placed.flatten(0, 1), places.repeat(len(pixels)))
+        filled = targets[:, 1] != IGNORE_INDEX
+        # The offset in the cell, without which a third of the image or a comparison cannot be told.
+        loss = loss + OFFSET_WEIGHT * nn.functional.smooth_l1_loss(found[filled], offsets[filled], beta=0.1)
         for scores, target, weight in zip(named, targets.unbind(1), [shape_weights, None, None], strict=True):
             loss = loss + nn.functional.cross_entropy(
                 scores.flatten(0, 1), target.flatten(), weight=weight, ignore_index=IGNORE_INDEX
             )
-        take_step(loss, parameters, optimizer, schedule)
+        take_step(loss, parameters, optimizer)
+        schedule.step()
         if step % 250 == 0:
-            print(f"vision {step}/{config.vision_steps} loss {loss.item():.3f}", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"vision {step}/{config.vision_steps} loss {loss.item():.3f} {seconds:.0f}s", flush=True)
 
     tower.eval()
-    pixels, targets = cells([sample_scene(rng) for _ in range(config.evaluation_scenes)])
+    rng = Random(config.seed + 3)
+    fresh = [sample_scene(rng) for _ in range(config.evaluation_scenes)]
+    pixels, targets, offsets = on_device(cells(fresh), device)
     with torch.no_grad():
-        *named, _ = logits(pixels)
+        *named, _, found = logits(pixels)
     filled = targets[:, 1] != IGNORE_INDEX
     scores = {
         attribute: (scores.argmax(-1) == target)[filled].float().mean().item()
         for attribute, scores, target in zip(CELL_CLASSES, named, targets.unbind(1), strict=True)
     }
+    scores["pixels off"] = (found - offsets)[filled].abs().mean().item() * IMAGE_SIZE / GRID
     print(f"vision accuracy on fresh scenes: {scores}", flush=True)
     processor = TimmWrapperImageProcessor(pretrained_cfg=PIXELS, architecture=VISION_ARCHITECTURE)
-    return VisionEncoder(tower, processor), scores
-
-
-def cells(scenes: list[Scene]) -> tuple[Tensor, Tensor]:
-    """Pixels in -1..1 and, for each attribute and cell, the class of the object centred there."""
-    pixels = torch.from_numpy(np.stack([np.asarray(render(scene)) for scene in scenes]))
-    targets = torch.full((len(scenes), len(CELL_CLASSES), GRID**2), IGNORE_INDEX)
-    targets[:, 0] = len(SHAPES)
-    for row, scene in enumerate(scenes):
-        for item in scene.objects:
-            cell = item.cell[0] * GRID + item.cell[1]
-            for column, (attribute, classes) in enumerate(CELL_CLASSES.items()):
-                targets[row, column, cell] = classes.index(getattr(item, attribute))
-    return pixels.permute(0, 3, 1, 2) / 127.5 - 1, targets
+    return VisionEncoder(tower.cpu(), processor), scores
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -279,11 +379,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_language(config: PretrainConfig) -> T5ForConditionalGeneration:
-    """A small T5 with random weights."""
+def build_language(config: PretrainConfig) -> PreTrainedModel:
+    """A small T5 or BART with random weights."""
+    vocabulary = math.ceil(len(build_tokenizer()) / 8) * 8
+    if config.language == "bart":
+        return BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=vocabulary,
+                d_model=config.d_model,
+                max_position_embeddings=256,
+                encoder_layers=config.encoder_layers,
+                decoder_layers=config.decoder_layers,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=2 * config.d_model,
+                decoder_ffn_dim=2 * config.d_model,
+                dropout=0.0,
+                # As large as T5's are when new; steps are relative to a tensor's own scale.
+                init_std=config.d_model**-0.5,
+                scale_embedding=True,
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=1,
+                decoder_start_token_id=0,
+                forced_eos_token_id=None,
+            )
+        )
     return T5ForConditionalGeneration(
         T5Config(
-            vocab_size=math.ceil(len(build_tokenizer()) / 8) * 8,
+            vocab_size=vocabulary,
             d_model=config.d_model,
             d_kv=config.d_model // 4,
             d_ff=2 * config.d_model,
@@ -296,107 +420,78 @@ def build_language(config: PretrainConfig) -> T5ForConditionalGeneration:
     )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Text, target and the rows of the scenes that they are about."""
-
-    qa: QA
-    rows: tuple[int, ...]
-
-
-def draw_batches(
-    scenes: list[Scene], rng: Random, size: int, families: Sequence[str] = tuple(FAMILIES)
-) -> Iterator[list[Sample]]:
-    """Batches of one kind each, without end, so that long targets keep to themselves."""
-    rows = range(len(scenes))
-    while True:
-        kind = rng.choices(["questions", "captions", "pairs", "text"], [74, 8, 12, 6])[0]
-        if kind == "questions":
-            yield [
-                Sample(with_prefix(ask(scenes[row], rng, families), rng), (row,))
-                for row in rng.choices(rows, k=size)
-            ]
-        elif kind == "captions":
-            yield [Sample(caption(scenes[row], rng), (row,)) for row in rng.choices(rows, k=size // 3)]
-        elif kind == "pairs":
-            chosen = [(rng.choice(rows), rng.choice(rows)) for _ in range(size // 2)]
-            yield [Sample(ask_pair(*(scenes[row] for row in pair), rng), pair) for pair in chosen]
-        else:
-            yield [Sample(ask_text(rng), ()) for _ in range(size)]
-
-
-def with_prefix(qa: QA, rng: Random) -> QA:
-    """Half of the questions carry a task prefix, as the tasks' own source texts do."""
-    prefix = rng.choices(["", "vqa: ", "gqa: "], [5, 4, 1])[0]
-    return QA(prefix + qa.source_text, qa.target_text)
-
-
-def pretrain_language(config: PretrainConfig, backbone: Backbone) -> None:
-    """Train language model and visual projection on cached features."""
+def pretrain_language(config: PretrainConfig, backbone: Backbone) -> int:
+    """Train language model and visual projection on cached features; return how many steps were taken."""
     rng = Random(config.seed + 1)
     scenes = [sample_scene(rng) for _ in range(config.scenes + config.evaluation_scenes)]
-    features = encode_scenes(backbone, scenes)
+    features = encode_scenes(backbone, scenes, config.num_workers)
     scenes, watched = scenes[: config.scenes], scenes[config.scenes :][:WATCHED_SCENES]
     model = PromptedModel(backbone)
     backbone.freeze(language=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = Adafactor(parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
-    schedule = get_cosine_schedule_with_warmup(optimizer, config.language_steps // 30, config.language_steps)
-    first = draw_batches(scenes, rng, config.language_batch, AFFIRMATIVE)
-    later = draw_batches(scenes, rng, config.language_batch)
-    started = time.perf_counter()
-    for step in range(config.language_steps):
-        batch = next(first if step < config.affirmative_share * config.language_steps else later)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-            loss = model(**tensors(backbone, batch, features)).loss
-        take_step(loss, parameters, optimizer, schedule)
-        if step % 250 == 0:
-            seconds = time.perf_counter() - started
-            print(
-                f"language {step}/{config.language_steps} loss {loss.item():.3f} {seconds:.0f}s", flush=True
-            )
-        if step % 1000 == 999:
+    asked = (scenes, backbone.tokenizer, config.seed + 1, config.language_batch)
+    first = DrawnBatches(*asked, AFFIRMATIVE)
+    later = DrawnBatches(*asked, spatial_share=config.spatial_share)
+    batches, alone = iter(loader(first, config.num_workers)), True
+    started, steps, step = time.perf_counter(), config.language_steps, 0
+    while step < steps:
+        if alone and step >= config.affirmative_share * steps:
+            batches, alone = iter(loader(later, config.num_workers)), False
+        arguments = tensors(next(batches), features)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16 and config.device.type == "cpu"):
+            loss = model(**arguments).loss
+        for group in optimizer.param_groups:
+            group["lr"] = config.language_lr * rate(step, steps)
+        take_step(loss, parameters, optimizer)
+        step += 1
+        seconds = time.perf_counter() - started
+        if step == WARMUP_STEPS // 2:
+            halfway = seconds
+        if config.language_minutes and step == WARMUP_STEPS:
+            per_step = (seconds - halfway) / (WARMUP_STEPS - WARMUP_STEPS // 2)
+            steps = step + max(1, int((60 * config.language_minutes - seconds) / per_step))
+        if step % 250 == 1:
+            print(f"language {step}/{steps} loss {loss.item():.3f} {seconds:.0f}s", flush=True)
+        if step % EVALUATE_EVERY == 0:
             print(evaluate(model, watched, features[config.scenes :]), flush=True)
+            copy.deepcopy(backbone).cpu().half().save_pretrained(config.output_dir / UNFINISHED)
+    return steps
+
+
+def rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if step < WARMUP_STEPS < steps:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def take_step(
     loss: Tensor,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
     """One clipped step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
-    schedule.step()
 
 
 @torch.no_grad()
-def encode_scenes(backbone: Backbone, scenes: list[Scene], batch: int = 500) -> Tensor:
+def encode_scenes(backbone: Backbone, scenes: list[Scene], workers: int) -> Tensor:
     """Visual features of every scene, (scenes, 1, tokens, d_vision), in half precision."""
     assert backbone.vision is not None
-    parts = [
-        backbone.vision(cells(scenes[start : start + batch])[0]).half()
-        for start in range(0, len(scenes), batch)
-    ]
-    return torch.cat(parts)[:, None]
+    device = backbone.device
+    drawn = loader(Pixels(scenes), workers)
+    return torch.cat([backbone.vision(on_device(part, device)[0]).half() for part in drawn])[:, None]
 
 
-def tensors(backbone: Backbone, batch: list[Sample], features: Tensor) -> dict[str, Tensor | None]:
-    """The model's arguments for a batch."""
-    source = backbone.tokenizer([s.qa.source_text for s in batch], padding=True, return_tensors="pt")
-    target = backbone.tokenizer([s.qa.target_text for s in batch], padding=True, return_tensors="pt")
-    labels = target.input_ids.masked_fill(target.attention_mask == 0, IGNORE_INDEX)
-    rows = torch.tensor([s.rows for s in batch])
-    visual = features[rows].flatten(1, 2).float() if rows.numel() else None
-    return {
-        "input_ids": source.input_ids,
-        "attention_mask": source.attention_mask,
-        "labels": labels,
-        "visual_features": visual,
-    }
+def tensors(batch: dict[str, np.ndarray], features: Tensor) -> dict[str, Tensor | None]:
+    """The model's arguments for an encoded batch."""
+    found = {name: torch.from_numpy(part).to(features.device) for name, part in batch.items()}
+    rows = found.pop("rows")
+    return found | {"visual_features": features[rows].flatten(1, 2).float() if rows.numel() else None}
 
 
 def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor) -> dict[str, float]:
@@ -428,9 +523,9 @@ def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor) -> dic
 def exact_match(model: PromptedModel, samples: list[Sample], features: Tensor) -> float:
     """Share of samples whose greedy answer equals the target."""
     right = 0
-    for start in range(0, len(samples), 256):
-        batch = samples[start : start + 256]
-        arguments = tensors(model.backbone, batch, features)
+    for start in range(0, len(samples), 1024):
+        batch = samples[start : start + 1024]
+        arguments = tensors(encoded(model.backbone.tokenizer, batch), features)
         del arguments["labels"]
         tokens = model.generate(**arguments, max_new_tokens=48)
         answers = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)

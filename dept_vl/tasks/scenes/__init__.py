@@ -4,4 +4,4 @@ The shipped backbone is pretrained on it (`scripts/pretrain_tiny.py`), with some
 so that a prompt has something to learn.
 """
 
-__all__ = ["official", "questions", "render", "texts"]
+__all__ = ["batches", "official", "questions", "render", "texts"]
