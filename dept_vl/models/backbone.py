@@ -92,13 +92,13 @@ class Backbone(nn.Module):
         visual_norm: VisualNorm = "once",
     ) -> None:
         super().__init__()
-        for option, value, values in (
-            ("visual_position_bias", visual_position_bias, get_args(VisualPositionBias)),
-            ("object_order", object_order, get_args(ObjectOrder)),
-            ("visual_norm", visual_norm, get_args(VisualNorm)),
+        for option, value, allowed in (
+            ("visual_position_bias", visual_position_bias, VisualPositionBias),
+            ("object_order", object_order, ObjectOrder),
+            ("visual_norm", visual_norm, VisualNorm),
         ):
-            if value not in values:
-                raise ValueError(f"{option} is one of {values}; got {value!r}")
+            if value not in get_args(allowed):
+                raise ValueError(f"{option} is one of {get_args(allowed)}; got {value!r}")
         self.name = name
         self.vision = vision
         self.language = language
