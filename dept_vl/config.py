@@ -142,7 +142,7 @@ class BackboneOptions(Options):
     exif: bool = True
     """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
     visual_position_bias: VisualPositionBias = "none"
-    """none: visual tokens have no position in the language model (published); relative: stock."""
+    """none: the language model's own positions leave visual tokens out (published); relative: stock."""
     object_order: ObjectOrder | Literal["auto"] = "auto"
     """Vector of each visual token's place. frozen: random, not trained (published); trained: with the visual
     projection; none: the language model reads a set of patches; auto: the backbone folder's own, else

@@ -78,7 +78,7 @@ def test_released_adapter_is_read_exactly(task: str) -> None:
     adapter = Adapter.from_authors(RELEASED / task, task=task)
     preset = PAPER[task]
     assert adapter.prompt == {
-        **{"method": "dept", "seed": 0},
+        **{"method": "dept", "seed": 0, "visual_offset": False},
         "prompt_length": preset.prompt_length,
         "rank": preset.rank,
         "max_source_length": 256,
