@@ -26,12 +26,7 @@ from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
 from dept_vl.models.options import BEFORE_ORDER, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
-from dept_vl.models.projection import (
-    MAX_IMAGES,
-    OBJECT_ORDER,
-    embedding_norm,
-    new_projection,
-)
+from dept_vl.models.projection import MAX_IMAGES, OBJECT_ORDER, embedding_norm, new_projection
 from dept_vl.models.vision import VisionEncoder, VisionOptions
 
 BACKBONE_FILE = "backbone.json"
