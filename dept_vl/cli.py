@@ -78,6 +78,8 @@ def evaluate(arguments: list[str]) -> None:
     config = parse_options(EvaluateConfig, arguments, "dept-vl evaluate", evaluate.__doc__)
     _check_task(config.task)
     _check_exists("--run", config.run / CONFIG_FILE, config.adapter, config.data_dir, config.candidates)
+    if config.own.data is not None:
+        _check_data(config.own.data)
     from dept_vl.training.score_run import score_run
 
     score_run(config)
@@ -390,6 +392,10 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
     validate(config)
     for options in (config.data, *config.also):
         _check_task(options.task)
+        if options.own.data is not None:
+            _check_data(options.own.data)
+            _check_exists("--images", options.own.images)
+            continue
         folder = data_folder(options.task, options.data_dir)
         if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
             raise FileNotFoundError(
@@ -414,6 +420,14 @@ def _check_exists(option: str, *paths: Path | None) -> None:
     for path in paths:
         if path is not None and not path.exists():
             raise FileNotFoundError(f"{option}: no such file or folder: {path}")
+
+
+def _check_data(data: str) -> None:
+    """Check a file or a folder; other names are of the Hub."""
+    if not Path(data).exists() and (
+        data.count("/") != 1 or data.startswith((".", "~", "/")) or Path(data).suffix
+    ):
+        raise FileNotFoundError(f"--data: no such file or folder: {data}")
 
 
 def _check_source(option: str, name: str | None) -> None:

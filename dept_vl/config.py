@@ -34,6 +34,7 @@ from dept_vl.models.options import (
 )
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.tasks import TASKS
+from dept_vl.tasks.own.options import OwnOptions
 
 Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
@@ -55,6 +56,9 @@ MethodName = Annotated[
     ),
 ]
 """Name of a method in the registry, which users may add to."""
+Own = Annotated[OwnOptions, tyro.conf.arg(name="")]
+OWN_TASK = "vqa"
+"""Task that reads data of your own."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class DataOptions(Options):
 
     task: str = "vqav2"
     """Name of the task."""
+    own: Own = field(default_factory=OwnOptions)
     data_dir: Path | None = None
     """Folder with the task's files; left out, data/TASK, and for a text task without it the Hub."""
     train_split: str | None = None
@@ -89,6 +94,11 @@ class DataOptions(Options):
     """Examples of this task per process and forward pass; 0 takes per_device_batch_size."""
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Beams of the search for an answer; 0 takes the task's own: 5 for captions, else 1 (greedy)."""
+    max_answer_tokens: Count = 0
+    """Longest answer that is learnt and given, in tokens, end included; 0 takes the task's own (10, captions
+    40), and of your own data the longest answer there is."""
+    max_lost_answers: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Largest share of the training answers that may be cut, or that the tokenizer cannot write back."""
     candidate_floor: Count = 0
     """Choose among the answers that are the usual one of at least so many training questions (VQAv2:
     9 in the literature); 0 generates freely."""
@@ -107,6 +117,11 @@ class DataOptions(Options):
     feature_memory: Annotated[float, Field(ge=0)] = 4.0
     """GiB of memory for visual features that are encoded once before training. Of several tasks the first
     says it for all images together."""
+
+    def __post_init__(self) -> None:
+        """Data of your own are read by task vqa, unless another task is named."""
+        if self.own.data is not None and self.task == DataOptions.task:
+            object.__setattr__(self, "task", OWN_TASK)
 
     def splits(self) -> tuple[str, str, str]:
         """Return the training, dev and test split: the given ones, else the task's own.
@@ -344,10 +359,12 @@ class EvaluateConfig(Options):
     """Folder of another adapter of the same backbone."""
     task: str = ""
     """Task to score on; left out, the run's first."""
+    own: Own = field(default_factory=OwnOptions)
     data_dir: Path | None = None
     """Folder with the task's official files; left out, the run's."""
     split: str = ""
-    """Split to score on; left out, the run's test split."""
+    """Split to score on; left out, the run's test split, of other data of your own those named test, else
+    all."""
     limit: Count = 0
     """At most so many examples, drawn with the run's seed; 0 takes all."""
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0

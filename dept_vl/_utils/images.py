@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.io import one_line
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -76,6 +77,8 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         OSError: If the process may open no more files, or a network disk is gone.
     """
     try:
+        if isinstance(source, str | Path) and is_embedded(source):
+            return read_image(embedded_bytes(source))
         if isinstance(source, Image.Image):
             return _upright(source, exif)
         if (len(source) if isinstance(source, bytes) else Path(source).stat().st_size) == 0:
@@ -271,6 +274,6 @@ def missing_files(paths: Iterable[Path]) -> list[Path]:
         if folder not in listings:
             here = folder or "."
             listings[folder] = set(os.listdir(here)) if os.path.isdir(here) else set()
-        if name not in listings[folder]:
+        if name not in listings[folder] and not is_embedded(path):
             missing.append(path)
     return missing

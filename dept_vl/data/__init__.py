@@ -4,6 +4,7 @@
 """
 
 __all__ = [
+    "answers",
     "collate",
     "feature_index",
     "feature_shards",

@@ -23,7 +23,8 @@ from dept_vl.tasks.io.predictions import ExampleId
 class Batch:
     """Tensors of one batch; text and targets are padded on the right, to the longest here.
 
-    `skipped` names the examples that were left out because their image could not be read.
+    `skipped` names the examples that were left out because their image could not be read; `choices` are
+    the only answers to each, of questions that have them.
     """
 
     ids: tuple[ExampleId, ...]
@@ -34,6 +35,7 @@ class Batch:
     pixel_values: Float[Tensor, "batch images 3 height width"] | None = None
     visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None
     skipped: tuple[ExampleId, ...] = ()
+    choices: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -152,7 +154,10 @@ class Collator:
         further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
         input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
         mask = nn.functional.pad(source.attention_mask, (0, further))
-        batch = Batch(ids, input_ids, mask, skipped=skipped, **visual)
+        choices = tuple(draw.example.choices for draw in draws)
+        batch = Batch(
+            ids, input_ids, mask, skipped=skipped, choices=choices if any(choices) else (), **visual
+        )
         answers = [draw.target for draw in draws if draw.target is not None]
         if not answers:
             return batch

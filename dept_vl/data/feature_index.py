@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from dept_vl._utils.checksums import checksum
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import is_turned
+from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl.config import Precision
@@ -197,7 +198,9 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def file_size(path: Path) -> int:
-    """Size of a file in bytes; 0 if it is missing."""
+    """Size of a file, or of an image in a table, in bytes; 0 if it is missing."""
+    if is_embedded(path):
+        return len(embedded_bytes(path))
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files
-from dept_vl._utils.io import read_json
-from dept_vl._utils.run_files import CANDIDATES_FILE
-from dept_vl.config import DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
+from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
+from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
 from dept_vl.data.feature_index import INDEX_FILE
 from dept_vl.data.feature_store import open_features
 from dept_vl.data.features import FeatureTable, table_bytes
@@ -18,6 +18,8 @@ from dept_vl.data.shots import Shots, draw_shots, read_shots
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
+from dept_vl.tasks.io.rows import cache_folder
+from dept_vl.tasks.own.options import OwnOptions
 
 GIB = 2**30
 
@@ -80,8 +82,47 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     )
 
 
+def load_split(options: DataOptions, split: str) -> Task:
+    """Read a split of the task that the options name; the errors are those of `load_task`."""
+    own = {} if options.own.data is None and options.own == OwnOptions() else vars(options.own)
+    return load_task(options.task, options.data_dir, split, **own)
+
+
+def image_root(options: DataOptions) -> Path:
+    """Return the folder below which images are named."""
+    own = options.own.images or options.own.folder()
+    if own is None and options.own.data is not None:
+        return hub_folder(options.own.data)
+    return own or data_folder(options.task, options.data_dir)
+
+
+def hub_folder(name: str) -> Path:
+    """Return the folder of what was fetched of a data set of the Hub."""
+    from dept_vl.tasks.own.files import fetch
+
+    return fetch(name)
+
+
+def read_facts(run: Path, task: Task) -> tuple[Task, int]:
+    """Return a blank task with what a run learnt of its data, and its longest answer, or 0."""
+    path = run / TASK_FILE
+    if not path.is_file():
+        return task, 0
+    known = read_json(path).get(task.loaded_as, {})
+    return task.with_facts(known.get("facts", {})), int(known.get("max_new_tokens", 0))
+
+
+def write_facts(folder: Path, splits: Sequence[Splits]) -> None:
+    """Write what `read_facts` reads."""
+    content = {
+        one.train.loaded_as: {"max_new_tokens": one.decoding.max_new_tokens, "facts": one.train.facts()}
+        for one in splits
+    }
+    write_json(folder / TASK_FILE, content)
+
+
 def _load(options: DataOptions, split: str) -> Task:
-    task = load_task(options.task, options.data_dir, split)
+    task = load_split(options, split).answered()
     return task if options.meteor else task.without_slow_metrics()
 
 
@@ -106,17 +147,20 @@ def _check_answered(task: Task, option: str, split: str) -> None:
         raise ValueError(f"{option}={split} of {task.name} has no published answers; choose another")
 
 
-def choose_decoding(task: Task, options: DataOptions, candidates: Sequence[str] | None = None) -> Decoding:
+def choose_decoding(
+    task: Task, options: DataOptions, candidates: Sequence[str] | None = None, longest: int = 0
+) -> Decoding:
     """Return the task's own decoding, as the options change it.
 
     Args:
         task: Whose answers are decoded.
         options: Of the task.
         candidates: The only answers there are; None takes the task's own.
+        longest: Longest answer in tokens; 0 takes that of the options, else the task's own.
     """
     default = task.decoding
     return Decoding(
-        default.max_new_tokens,
+        options.max_answer_tokens or longest or default.max_new_tokens,
         options.num_beams or default.num_beams,
         default.candidates if candidates is None else tuple(candidates),
     )
@@ -259,9 +303,7 @@ def mapped_features(
     try:
         table = FeatureTable.joined(
             [
-                open_features(
-                    vision, data_folder(options.task, options.data_dir), paths, features_folder(options)
-                )
+                open_features(vision, image_root(options), paths, features_folder(options))
                 for options, paths in wanted
                 if paths
             ]
@@ -277,7 +319,11 @@ def mapped_features(
 
 def features_folder(options: DataOptions) -> Path:
     """Where the visual features of a task are."""
-    return options.features_dir or data_folder(options.task, options.data_dir) / "features"
+    own = options.own
+    if own.data is not None and own.folder() is None and options.features_dir is None:
+        return cache_folder() / "features" / own.data.replace("/", "--")
+    folder = own.folder() or data_folder(options.task, options.data_dir)
+    return options.features_dir or folder / "features"
 
 
 def check_readable(table: FeatureTable, task: Task) -> None:
@@ -298,15 +344,18 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
         ValueError: If the task is one of images, new to the run, and its folder or split is not said.
     """
     known = {options.task: options for options in (trained.data, *trained.also)}
-    name = config.task or trained.data.task
-    if name not in known and TASKS[name].image_count and not (config.data_dir and config.split):
+    given = config.own.data is not None
+    name = TASKS[config.task or (OWN_TASK if given else trained.data.task)].loaded_as
+    if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
     options = known.get(name, DataOptions(task=name))
+    if given:
+        options = replace(options, own=config.own, features_dir=None, test_split=TASKS[name].other_split)
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,
         # The run's features are of the images of its own folder.
-        features_dir=config.features_dir or (None if config.data_dir else options.features_dir),
+        features_dir=config.features_dir or (None if config.data_dir or given else options.features_dir),
         test_split=config.split or options.splits()[-1],
         num_beams=config.num_beams or options.num_beams,
     )

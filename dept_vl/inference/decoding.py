@@ -31,6 +31,26 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
     return options
 
 
+def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str, Any]:
+    """What `PromptedModel.generate` is told where every row has choices of its own.
+
+    As many beams as there are choices at most: so the one of the highest total log-probability wins.
+    """
+    tries = [Trie(tokenizer, of_row) for of_row in choices]
+
+    def allowed(batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
+        return tries[batch_id](batch_id, tokens)
+
+    return {
+        "num_beams": max(map(len, choices)),
+        "max_new_tokens": max(trie.depth for trie in tries),
+        "prefix_allowed_tokens_fn": allowed,
+        "no_repeat_ngram_size": 0,
+        "length_penalty": 0.0,
+        "early_stopping": False,
+    }
+
+
 class Trie:
     """The tokens that may follow those decoded so far; `generate`'s `prefix_allowed_tokens_fn`.
 

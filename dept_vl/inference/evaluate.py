@@ -12,7 +12,7 @@ from dept_vl._utils.terminal import counted
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator
 from dept_vl.data.sampling import EvaluationDraws
-from dept_vl.inference.decoding import generation_options, spellings
+from dept_vl.inference.decoding import choice_options, generation_options, spellings
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import is_spread
 from dept_vl.models.tokens import target_texts
@@ -52,8 +52,16 @@ def decode(
         spelled: Of `decoding.spellings`.
     """
     inputs: dict[str, Any] = batch.inputs()
+    tokenizer = model.backbone.tokenizer
+    if batch.choices:
+        ranked = {**options, **choice_options(batch.choices, tokenizer)}
+        texts = target_texts(tokenizer, model.generate(**inputs, **ranked))
+        return [
+            spellings(tokenizer, of_row).get(text, text)
+            for text, of_row in zip(texts, batch.choices, strict=True)
+        ]
     tokens = model.generate(**inputs, **options)
-    return [spelled.get(text, text) for text in target_texts(model.backbone.tokenizer, tokens)]
+    return [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
 
 
 @torch.no_grad()

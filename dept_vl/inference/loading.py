@@ -15,7 +15,7 @@ from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.config import EvaluateConfig, RunConfig, read_config
-from dept_vl.data.splits import choose_decoding, data_options, run_candidates
+from dept_vl.data.splits import choose_decoding, data_options, read_facts, run_candidates
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
 from dept_vl.tasks import TASKS
@@ -70,10 +70,14 @@ def load(
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
         longest = trained.prompt.max_source_length
-        if chosen.name in _tasks_of(trained):
-            config = EvaluateConfig(run, task=chosen.name)
+        if chosen.loaded_as in _tasks_of(trained):
+            config = EvaluateConfig(run, task=chosen.loaded_as)
+            chosen, longest_answer = read_facts(run, chosen)
             decoding = choose_decoding(
-                chosen, data_options(config, trained), run_candidates(config, chosen.name)
+                chosen,
+                data_options(config, trained),
+                run_candidates(config, chosen.loaded_as),
+                longest_answer,
             )
     if model.prompt is not None:
         longest = model.prompt.max_source_length

@@ -1,6 +1,7 @@
 """The tasks, one file each; the text tasks in one table."""
 
 from pathlib import Path
+from typing import Any
 
 from dept_vl._utils.registry import Registry
 from dept_vl.tasks.base import Task
@@ -15,19 +16,24 @@ TASKS: Registry[Task] = Registry(
         "gqa": "dept_vl.tasks.gqa:TASK",
         "nlvr2": "dept_vl.tasks.nlvr2:TASK",
         "coco": "dept_vl.tasks.coco:TASK",
+        "vqa": "dept_vl.tasks.own.task:VQA",
+        "captions": "dept_vl.tasks.own.task:CAPTIONS",
+        "labels": "dept_vl.tasks.own.task:LABELS",
         **{name: f"dept_vl.tasks.text.task:{name}" for name in TEXT_TASKS},
     },
 )
 """Name -> the blank task, imported when first used."""
 
 
-def load_task(name: str, root: Path | None = None, split: str = "") -> Task:
+def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) -> Task:
     """Read a split of a task.
 
     Args:
         name: Name of the task.
         root: Folder with its files; None for `data/NAME`, and for a text task without it for the Hub.
         split: Name of the split, as the task calls it; empty for the training split.
+        **own: Of your own data, for task vqa: `data` (file, folder, or name on the Hub), `images`, `columns`
+            and the other fields of `OwnOptions`.
 
     Raises:
         FileNotFoundError: If a file or an image folder is missing.
@@ -42,7 +48,14 @@ def load_task(name: str, root: Path | None = None, split: str = "") -> Task:
         >>> 0 <= scores["overall"] <= 100
         True
     """
-    return TASKS[name].load(root, split)
+    if not own:
+        return TASKS[name].load(root, split)
+    from dept_vl.tasks.own.options import OwnOptions
+
+    own |= {key: str(own[key]) for key in ("data",) if own.get(key) is not None}
+    own |= {key: Path(own[key]) for key in ("images",) if own.get(key) is not None}
+    own |= {key: tuple(own[key]) for key in ("columns",) if key in own}
+    return TASKS[name].with_options(OwnOptions(**own)).load(root, split)
 
 
 def register_task(task: Task) -> None:

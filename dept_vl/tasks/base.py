@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
     from dept_vl.tasks.io.official_files import Published
     from dept_vl.tasks.io.rows import Rows
+    from dept_vl.tasks.own.options import OwnOptions
     from dept_vl.tasks.prepare.hub import Copy
 
 
@@ -34,6 +36,7 @@ class Example:
         question: The bare question, to show.
         answer: The most usual human answer, to show; empty where none is published.
         answers: All human answers, each as often as it was given, to show.
+        choices: The only answers to this question; empty where any may be given.
         kinds: What it is one of, by kind of kind: `("answer type", "yes/no")`. Accuracies are shown for each.
     """
 
@@ -46,6 +49,7 @@ class Example:
     answer: str = ""
     answers: tuple[str, ...] = ()
     kinds: tuple[tuple[str, str], ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,51 @@ class Task(ABC):
     """Arguments of `Predictor.answer`, for the model card."""
     pipeline = "image-text-to-text"
     """The Hub's name for what a model of the task does."""
+    other_split = ""
+    """Split to score on of other data than a run's; empty for `test_split`."""
+    fits_answers = False
+    """Whether the longest answer that may be learnt is as long as the data have it, not `max_new_tokens`."""
+    notes: tuple[str, ...] = ()
+    """What was noticed while reading, to be printed once."""
+
+    @property
+    def loaded_as(self) -> str:
+        """Name by which options ask for the task."""
+        return self.name
+
+    def with_options(self, options: "OwnOptions") -> "Task":
+        """Return the task that reads your own data.
+
+        Raises:
+            UsageError: If the task has its own files.
+        """
+        raise UsageError(
+            f"{self.name} reads its official files; --data is read by task vqa: leave out --task"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the blank task does not know and answering needs, in JSON types."""
+        return {}
+
+    def with_facts(self, facts: Mapping[str, Any]) -> "Task":
+        """Return the blank task with the facts of a run."""
+        return self
+
+    def answered(self) -> "Task":
+        """Return the examples that can be learnt and scored."""
+        return self
+
+    def target_counts(self, examples: int) -> tuple[Counter[str], int]:
+        """Count the answers to learn, of so many examples spread over the split.
+
+        Returns:
+            How often each occurs, and how many examples were looked at.
+        """
+        step = max(1, len(self) // examples)
+        counts: Counter[str] = Counter()
+        for index in range(0, len(self), step):
+            counts.update(text for text, _ in self[index].targets)
+        return counts, len(range(0, len(self), step))
 
     def load(self, root: Path | None = None, split: str = "") -> "Task":
         """Read a split.

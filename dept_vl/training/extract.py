@@ -10,11 +10,9 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import DTYPES, write_features
-from dept_vl.data.splits import GIB, check_images, features_folder
+from dept_vl.data.splits import GIB, check_images, features_folder, image_root, load_split
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks import load_task
-from dept_vl.tasks.base import data_folder
 from dept_vl.training.errors import explained
 
 
@@ -48,7 +46,7 @@ def extract(config: ExtractConfig) -> list[Path]:
         ):
             encoded = write_features(
                 vision,
-                data_folder(options.task, options.data_dir),
+                image_root(options),
                 paths,
                 folder,
                 accelerator,
@@ -85,7 +83,7 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
     names = splits or options.splits()
     paths: dict[Path, None] = {}
     for name in dict.fromkeys(filter(None, names)):
-        task = load_task(options.task, options.data_dir, name)
+        task = load_split(options, name)
         paths |= dict.fromkeys(check_images(task, options.on_bad_image or "raise").image_files())
     if not paths:
         raise ValueError(f"{options.task} has no images to encode")

@@ -21,10 +21,11 @@ from dept_vl._utils.run_files import BEST, CANDIDATES_FILE, SHOTS_FILE, SUMMARY_
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, validate
+from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import load_splits, read_features
+from dept_vl.data.splits import load_splits, read_features, write_facts
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
@@ -161,10 +162,6 @@ class Run(Stages):
         with accelerator.local_main_process_first():  # the first to read converts the files for all
             self.splits = [load_splits(options, config.train.seed) for options in self.task_options]
         suffixes = [f"-{splits.test.name}" if config.also else "" for splits in self.splits]
-        self.parts = [
-            Part(splits.test, splits.options.splits()[-1], splits.decoding, suffix)
-            for splits, suffix in zip(self.splits, suffixes, strict=True)
-        ]
         if accelerator.is_main_process:
             for splits in self.splits:
                 if splits.shots is not None:
@@ -172,6 +169,11 @@ class Run(Stages):
                     splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
         self.model = build_model(config)
         place_model(self.model, accelerator)
+        self._fit_answers()
+        self.parts = [
+            Part(splits.test, splits.options.splits()[-1], splits.decoding, suffix)
+            for splits, suffix in zip(self.splits, suffixes, strict=True)
+        ]
         max_target_length = max(splits.decoding.max_new_tokens for splits in self.splits)
         self._check_lengths(max_target_length)
         images = read_features(
@@ -287,6 +289,19 @@ class Run(Stages):
     def write_report(self, answered: Sequence[Answered]) -> Path:
         """Write the report of the run."""
         return write_run_report(self.output_dir, self.config, self.summary.content(), answered)
+
+    def _fit_answers(self) -> None:
+        """Set the longest answer, print what is lost and what was noticed, and keep what answering needs."""
+        for place, splits in enumerate(self.splits):
+            self.splits[place], lines = fit_answers(splits, self.model.backbone.tokenizer)
+            lines += [f"note: {note}" for note in splits.train.notes]
+            lines += (
+                [f"{splits.train.name}: {splits.train.primary} decides"] if splits.train.fits_answers else []
+            )
+            for line in lines:
+                self.accelerator.print(line)
+        if self.accelerator.is_main_process:
+            write_facts(self.output_dir, self.splits)
 
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that the language model has positions enough, and print how many texts are cut."""

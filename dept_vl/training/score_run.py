@@ -13,7 +13,7 @@ from dept_vl._utils.io import write_json
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import EvaluateConfig, read_config
+from dept_vl.config import DataOptions, EvaluateConfig, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
@@ -21,7 +21,9 @@ from dept_vl.data.splits import (
     check_readable,
     choose_decoding,
     data_options,
+    load_split,
     mapped_features,
+    read_facts,
     run_candidates,
 )
 from dept_vl.inference.evaluate import Evaluation, evaluate
@@ -30,7 +32,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.sharding import place_model
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks import load_task
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.submission import Submission, write_submission
@@ -96,10 +98,12 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
     output_dir = config.output_dir
     if output_dir is not None:
         _check_unused(output_dir)
-    split = config.split or predictor.task.test_split
+    other = predictor.task.other_split if config.own.data is not None else ""
+    split = config.split or other or predictor.task.test_split
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     with accelerator.local_main_process_first():
-        task = load_task(predictor.task.name, config.data_dir, split)
+        options = DataOptions(task=predictor.task.loaded_as, data_dir=config.data_dir, own=config.own)
+        task = load_split(options, split)
     task = check_images(limit(task, config.limit, 0), config.on_bad_image)
     evaluation = evaluate(
         predictor.model,
@@ -155,12 +159,20 @@ class ScoreRun(Stages):
         """Read the split, load the model, and find its visual features."""
         config, options, accelerator = self.config, self.options, self.accelerator
         with accelerator.local_main_process_first():
-            task = load_task(options.task, options.data_dir, self.split)
+            task = load_split(options, self.split)
             if task.server_split and not config.limit and not task[0].targets:
                 # Now, or a missing file would be noticed when all is answered.
-                self.whole = load_task(task.name, options.data_dir, task.server_split)
+                self.whole = load_split(options, task.server_split)
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
-        decoding = choose_decoding(task, options, run_candidates(config, task.name))
+        blank, longest = read_facts(config.run, TASKS[options.task])
+        candidates = run_candidates(config, options.task)
+        if candidates is None and blank.decoding.candidates:
+            candidates = (
+                blank.decoding.candidates
+            )  # the labels that were learnt, not those that these data have
+        decoding = choose_decoding(task, options, candidates, longest)
+        for note in task.notes:
+            accelerator.print(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         backbone = Backbone.from_pretrained(**self.trained.backbone.loading())

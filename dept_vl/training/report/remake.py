@@ -7,7 +7,7 @@ from pathlib import Path
 from dept_vl._utils.io import read_object
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl.config import ReportConfig, read_config
-from dept_vl.tasks import load_task
+from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
 from dept_vl.training.report.html import Answered, write_run_report
 from dept_vl.training.summary import Summary
@@ -30,7 +30,7 @@ def remake(config: ReportConfig) -> Path:
     answered = []
     for options in (trained.data, *trained.also):
         split = options.splits()[-1]
-        task = load_task(options.task, options.data_dir, split)
+        task = load_split(options, split).answered()
         task = limit(task, options.test_limit, trained.train.seed)
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
         predictions = task.prediction_format.read(

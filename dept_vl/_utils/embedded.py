@@ -1,0 +1,102 @@
+"""Images whose bytes are in a column of a Parquet or Arrow file, named like files below it.
+
+    photos.parquet/image/17      row 17 of the column `image`
+    photos.parquet/images/17/0   the first of several images of row 17
+
+So they are read when they are needed, and never written out.
+"""
+
+import os
+from bisect import bisect_right
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+SUFFIXES = (".parquet", ".arrow")
+KEPT_GROUPS = 4
+"""Row groups of Parquet files that stay decoded: neighbours are usually read one after the other."""
+
+
+def embedded_path(file: str, column: str, row: int, item: int | None = None) -> str:
+    """Name the image of a row, or one of several."""
+    end = "" if item is None else f"/{item}"
+    return f"{file}/{quote(column, safe='')}/{row}{end}"
+
+
+def is_embedded(path: str | Path) -> bool:
+    """Return whether a path leads into a Parquet or Arrow file."""
+    return _parts(os.fspath(path)) is not None
+
+
+def embedded_bytes(path: str | Path) -> bytes:
+    """Read the bytes of an embedded image.
+
+    Raises:
+        FileNotFoundError: If the file is gone, or has no such row.
+        ValueError: If there are no bytes.
+    """
+    parts = _parts(os.fspath(path))
+    if parts is None:
+        raise FileNotFoundError(f"no image at {path}")
+    file, column, row, item = parts
+    try:
+        value = _value(file, unquote(column), row)
+        value = value[item] if item is not None else value
+    except (KeyError, IndexError, TypeError):
+        raise FileNotFoundError(f"no image at {path}: {file} has no such row") from None
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(content, bytes):
+        raise ValueError(f"{path} is no readable image: the row holds no bytes")
+    return content
+
+
+def _parts(path: str) -> tuple[str, str, int, int | None] | None:
+    for suffix in SUFFIXES:
+        file, mark, rest = path.rpartition(suffix + "/")
+        names = rest.split("/")
+        if mark and len(names) in (2, 3) and all(name.isdecimal() for name in names[1:]):
+            file += suffix
+            if os.path.isfile(file):
+                item = int(names[2]) if len(names) == 3 else None
+                return file, names[0], int(names[1]), item
+    return None
+
+
+def _value(file: str, column: str, row: int) -> Any:
+    if file.endswith(".arrow"):
+        return open_arrow(file, os.stat(file).st_mtime_ns).column(column)[row].as_py()
+    changed = os.stat(file).st_mtime_ns
+    starts = _parquet(file, changed)[1]
+    group = bisect_right(starts, row) - 1
+    return _group(file, changed, group, column)[row - starts[group]].as_py()
+
+
+@lru_cache(maxsize=64)
+def open_arrow(file: str, changed: int) -> Any:
+    """Map an Arrow file, of the file or of the stream format, into memory."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(file)
+    try:
+        return pa.ipc.open_file(mapped).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_stream(pa.memory_map(file)).read_all()
+
+
+@lru_cache(maxsize=64)
+def _parquet(file: str, changed: int) -> tuple[Any, list[int]]:
+    import pyarrow.parquet as pq
+
+    opened = pq.ParquetFile(file, memory_map=True)
+    starts, row = [], 0
+    for number in range(opened.num_row_groups):
+        starts.append(row)
+        row += opened.metadata.row_group(number).num_rows
+    return opened, starts
+
+
+@lru_cache(maxsize=KEPT_GROUPS)
+def _group(file: str, changed: int, number: int, column: str) -> Any:
+    opened, _ = _parquet(file, changed)
+    return opened.read_row_group(number, columns=[column]).column(0)

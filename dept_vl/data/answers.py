@@ -1,0 +1,107 @@
+"""Answers that a tokenizer cannot write back, or that are cut: counted before anything is learnt."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.data.splits import Splits
+from dept_vl.models.tokens import target_ids, target_texts
+from dept_vl.tasks.base import Task
+
+EXAMPLES = 20_000
+"""Examples whose answers are looked at, spread over the training split."""
+AT_ONCE = 5_000
+SHOWN = 3
+LONGEST = 256
+"""Tokens of the longest answer that is learnt without being asked for."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What of the answers is lost.
+
+    Attributes:
+        answers: Answers looked at, each as often as it is learnt.
+        unwritable: Those that come back different from the tokenizer, by how often.
+        cut: Those that are longer than the limit, likewise.
+        longest: Tokens of the longest answer, end included.
+    """
+
+    answers: int
+    unwritable: Counter[str]
+    cut: Counter[str]
+    longest: int
+
+    @property
+    def share(self) -> float:
+        """Share of the answers that are lost."""
+        return (self.unwritable | self.cut).total() / max(1, self.answers)
+
+
+def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
+    """Tokenise the answers to learn, and back.
+
+    Args:
+        task: Training split.
+        tokenizer: Of the language model.
+        limit: Longest answer in tokens, end included; 0 cuts none.
+    """
+    counts, _ = task.target_counts(EXAMPLES)
+    texts = list(counts)
+    unwritable, cut = Counter[str](), Counter[str]()
+    longest = 0
+    for start in range(0, len(texts), AT_ONCE):
+        some = texts[start : start + AT_ONCE]
+        ids = target_ids(tokenizer, some)
+        back = [target_texts(tokenizer, torch.tensor([one]))[0] for one in ids]
+        for text, tokens, again in zip(some, ids, back, strict=True):
+            longest = max(longest, len(tokens))
+            if limit and len(tokens) > limit:
+                cut[text] = counts[text]
+            # Spaces apart: some tokenizers put them around punctuation.
+            elif "".join(again.split()) != "".join(text.split()):
+                unwritable[text] = counts[text]
+    return Lost(counts.total(), unwritable, cut, longest)
+
+
+def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
+    """Set the length of the answers, and say what is lost.
+
+    Returns:
+        The splits with the longest answer in their decoding, and lines to print.
+
+    Raises:
+        UsageError: If more than `max_lost_answers` of the answers are lost.
+    """
+    options, decoding, task = splits.options, splits.decoding, splits.train
+    limit = options.max_answer_tokens
+    if decoding.candidates:
+        return splits, []  # chosen among, and given back as they are
+    if not limit:
+        fits = task.fits_answers
+        limit = min(look_at_answers(task, tokenizer, 0).longest, LONGEST) if fits else decoding.max_new_tokens
+    lost = look_at_answers(task, tokenizer, limit)
+    lines = [
+        f"warning: {counts.total():,} of {lost.answers:,} training answers of {task.name} looked at {what}, "
+        f"such as {', '.join(repr(text)[:60] for text, _ in counts.most_common(SHOWN))}{cure}"
+        for counts, what, cure in (
+            (
+                lost.cut,
+                f"have more than {limit} tokens and are cut",
+                "; --max_answer_tokens takes longer ones",
+            ),
+            (lost.unwritable, "cannot be written back by the tokenizer", ""),
+        )
+        if counts
+    ]
+    if lost.share > options.max_lost_answers:
+        raise UsageError(
+            f"{lost.share:.0%} of the training answers of {task.name} are lost, more than "
+            f"--max_lost_answers {options.max_lost_answers}: "
+            f"{'; '.join(line.removeprefix('warning: ') for line in lines)}. Take a language "
+            "model whose tokenizer knows them, raise --max_answer_tokens, or raise --max_lost_answers"
+        )
+    return replace(splits, decoding=replace(decoding, max_new_tokens=limit)), lines

@@ -1,0 +1,265 @@
+"""From a record of anybody's table to a row: columns are found by their usual names, or by those given."""
+
+import json
+import posixpath
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.io.records import brief
+from dept_vl.tasks.own.conversations import pairs_of, turns_of
+from dept_vl.tasks.own.tables import EMBEDDED, Record
+
+INLINE = "data:"
+"""Begins a data URL."""
+NAMES: dict[str, tuple[str, ...]] = {
+    "image": (
+        *("images", "image", "image_path", "file_path", "file_name", "filename", "img", "img_path"),
+        *("image_file", "image_name", "imageId", "image_id"),
+    ),
+    "question": ("question", "prompt", "query", "instruction", "sentence", "text"),
+    "answer": ("direct_answers", "answers", "answer", "label", "completion", "captions", "caption"),
+    "choices": ("choices", "options", "multiple_choices"),
+    "id": ("id", "question_id", "questionId", "sample_id", "identifier", "uid"),
+    "split": ("split", "set_name"),
+    "type": ("answer_type", "question_type"),
+}
+"""What a row has -> the usual names of its column, the first that is there."""
+CAPTIONS = ("captions", "caption", "text")
+PARTS = ("answer", "text", "raw", "caption", "value")
+"""Fields of an answer that is an object."""
+
+
+def read_mapping(columns: Sequence[str]) -> dict[str, str]:
+    """Read `image=photo` and the like.
+
+    Raises:
+        UsageError: If one is of another form, or its first part nothing that a row has.
+    """
+    mapping = {}
+    for given in columns:
+        role, equals, name = given.partition("=")
+        if role not in NAMES or not equals or not name:
+            raise UsageError(
+                f"--columns {given!r:.80}: expected ROLE=COLUMN, and ROLE one of {', '.join(NAMES)}"
+            )
+        mapping[role] = name
+    return mapping
+
+
+class Columns:
+    """Finds what a row has in a record.
+
+    Args:
+        mapping: Role -> column, where that has another name than the usual ones.
+        all_turns: Make an example of every question of a conversation.
+    """
+
+    def __init__(self, mapping: Mapping[str, str], *, all_turns: bool = False) -> None:
+        self.mapping, self.all_turns = mapping, all_turns
+        self._known: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def rows(self, record: Record, where: str, *, text_cells: bool) -> Iterator[dict[str, Any]]:
+        """Make the rows of a record: one, or of a conversation one for every question.
+
+        Args:
+            record: By the names of its columns.
+            where: Names it in messages.
+            text_cells: All cells are text, in which lists are written as JSON.
+
+        Raises:
+            UsageError: If there is no image, or something is of a type that cannot be understood.
+        """
+        turns = turns_of(record)
+        found = self._find(record, where)
+        base = self._base(record, found, where)
+        if turns is None:
+            yield base | self._one(record, found, where, text_cells=text_cells)
+            return
+        pairs, inside = pairs_of(turns, where)
+        base["images"] = base["images"] or [self._image(one, where) for one in inside]
+        self._check_images(base["images"], record, where)
+        for number, (question, answer) in enumerate(pairs if self.all_turns else pairs[:1]):
+            identity = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
+            answers = [] if answer is None else [answer]
+            yield base | {
+                "id": identity if self.all_turns else base["id"],
+                "form": "question",
+                "question": question,
+                "answers": answers,
+            }
+
+    def _find(self, record: Record, where: str) -> dict[str, str]:
+        """Return the column of each role; worked out once for records of the same columns."""
+        key = tuple(record)
+        found = self._known.get(key)
+        if found is None:
+            found = {
+                role: name for role, names in NAMES.items() for name in reversed(names) if name in record
+            }
+            for role, name in self.mapping.items():
+                if name in record:
+                    found[role] = name
+                elif role in ("image", "question"):
+                    raise UsageError(
+                        f"{where}: --columns {role}={name}: found no such column; there are {', '.join(key)}"
+                    )
+            if found.get("question") == "text" and "answer" not in found and "question" not in self.mapping:
+                found["answer"] = found.pop("question")  # as folders of images with captions have it
+            if found.get("question") == "prompt" and isinstance(record["prompt"], list):
+                del found["question"]
+            self._known[key] = found
+        return found
+
+    def _base(self, record: Record, found: Mapping[str, str], where: str) -> dict[str, Any]:
+        images = self._images(record, found, where)
+        if turns_of(record) is None:
+            self._check_images(images, record, where)
+        split, kind = (record.get(found.get(role, "")) for role in ("split", "type"))
+        return {
+            "id": _identity(record.get(found["id"])) if "id" in found else "",
+            "images": images,
+            "split": split if isinstance(split, str) else "",
+            "type": kind if isinstance(kind, str) else "",
+            "choices": [],
+        }
+
+    def _images(self, record: Record, found: Mapping[str, str], where: str) -> list[str]:
+        if "image" not in found:
+            pair = record.get("identifier")
+            if isinstance(pair, str) and "sentence" in record:  # NLVR2, with all its images in one folder
+                return [f"{pair.rpartition('-')[0]}-img{side}.png" for side in (0, 1)]
+            return []
+        value = record[found["image"]]
+        given = value if isinstance(value, list) else [] if value in (None, "") else [value]
+        return [self._image(one, f"{where}, column {found['image']!r}") for one in given]
+
+    def _check_images(self, images: Sequence[str], record: Record, where: str) -> None:
+        if not images:
+            raise UsageError(
+                f"{where}: expected an image, found none; the columns are "
+                f"{', '.join(map(str, record)) or 'none'}. Understood are {', '.join(NAMES['image'])}; "
+                "--columns image=NAME takes another"
+            )
+
+    def _image(self, value: Any, where: str) -> str:
+        """Return the reference to an image: a path, an embedded one, or a data URL."""
+        if isinstance(value, dict):
+            value = value.get("path") or value.get("url") or value.get("image")
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str) or not value:
+            raise UsageError(f"{where}: expected the path of an image, found {brief(value)}")
+        if value.startswith((EMBEDDED, INLINE)):
+            return value
+        if "://" in value:
+            raise UsageError(
+                f"{where}: {value!r:.80} is an address; put the image into a folder and name its path"
+            )
+        if "\0" in value:
+            raise UsageError(f"{where}: expected the path of an image, found {value!r:.60}")
+        return value.replace("\\", "/")
+
+    def _one(
+        self, record: Record, found: Mapping[str, str], where: str, *, text_cells: bool
+    ) -> dict[str, Any]:
+        """Return question, answers and choices of a record that is no conversation."""
+        question = record.get(found.get("question", ""))
+        if question is not None and not isinstance(question, str):
+            raise UsageError(f"{where}, column {found['question']!r}: expected text, found {brief(question)}")
+        column = found.get("answer", "")
+        answers = _answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
+        choices: list[str] = []
+        if found.get("choices") and record.get(found["choices"]) is not None:
+            at = f"{where}, column {found['choices']!r}"
+            choices = _answers(record[found["choices"]], at, text_cells=text_cells)
+            if text_cells and len(choices) == 1:
+                choices = [one.strip() for one in choices[0].split("|")]
+            answers, choices = _of_choices(record, column, answers, choices, at)
+        if "question" in found:
+            form = "question"
+        elif column in CAPTIONS:
+            form = "caption"
+        elif column:
+            form = "label"
+        else:
+            raise UsageError(
+                f"{where}: expected a question, a caption or a label, found the columns {', '.join(record)}. "
+                f"Understood are {', '.join((*NAMES['question'], *NAMES['answer']))}; --columns "
+                "question=NAME answer=NAME takes others"
+            )
+        return {"form": form, "question": (question or "").strip(), "answers": answers, "choices": choices}
+
+
+def _of_choices(
+    record: Record, column: str, answers: list[str], choices: list[str], where: str
+) -> tuple[list[str], list[str]]:
+    """Return the right choice and all choices, the right one found by its number or its text."""
+    number = record.get("correct_choice_idx", record.get(column))
+    if column == "answer" and "multiple_choices" in record and answers and answers[0] not in choices:
+        choices = sorted([*choices, answers[0]])  # Visual7W lists the wrong ones
+    elif isinstance(number, int) and not isinstance(number, bool) and str(number) not in choices:
+        if not 0 <= number < len(choices):
+            raise UsageError(f"{where}: expected the number of one of {len(choices)} choices, found {number}")
+        return [choices[number]], choices
+    if answers and len(answers) == 1 and answers[0] not in choices:
+        raise UsageError(f"{where}: the answer {answers[0]!r:.60} is none of the choices {choices!r:.200}")
+    return answers, choices
+
+
+def _identity(value: Any) -> str:
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _answers(value: Any, where: str, *, text_cells: bool) -> list[str]:
+    """Return the answers in a cell: text, a number, a boolean, an object with one, or a list of these."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        text = value.strip()
+        if text_cells and text.startswith("[") and text.endswith("]"):
+            try:
+                return _answers(json.loads(text), where, text_cells=False)
+            except ValueError:
+                pass
+        return [text] if text else []
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, int):
+        return [str(value)]
+    if isinstance(value, float):
+        if value != value:  # what tables have for nothing
+            return []
+        return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
+    if isinstance(value, list):
+        return [text for one in value for text in _answers(one, where, text_cells=False)]
+    if isinstance(value, dict):
+        for name in PARTS:
+            if name in value:
+                return _answers(value[name], where, text_cells=False)
+    raise UsageError(f"{where}: expected an answer or a list of answers, found {brief(value)}")
+
+
+def confine(reference: str, root: Path, where: str) -> str:
+    """Return the path of an image below its folder.
+
+    Raises:
+        UsageError: If it leads outside.
+    """
+    if reference.startswith((EMBEDDED, INLINE)):
+        return reference
+    path = posixpath.normpath(reference)
+    if posixpath.isabs(path):
+        try:
+            path = Path(path).relative_to(root.absolute()).as_posix()
+        except ValueError:
+            try:
+                path = Path(path).relative_to(root.resolve()).as_posix()
+            except ValueError:
+                path = ".."
+    if path == ".." or path.startswith("../") or ":" in path.split("/")[0][1:2]:
+        raise UsageError(
+            f"{where}: the image {reference!r:.100} is outside of {root}; --images FOLDER says where they are"
+        )
+    return path

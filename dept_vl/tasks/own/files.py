@@ -1,0 +1,107 @@
+"""Which files hold the data, and of which split each is."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.own.formats import is_annotations
+from dept_vl.tasks.own.tables import TABLES
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What a split is called -> our name of it."""
+OURS = (
+    "index.json",
+    "config.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "dataset_info.json",
+)
+"""Files beside data that are none."""
+FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg", "*.png", "*.webp")
+"""What is downloaded of a data set on the Hub; never code."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A table.
+
+    Attributes:
+        path: The file.
+        split: Of its rows by the name of the file or its folder; empty if that says none.
+        folder: Below which its images are named, unless the folder of the images is said.
+    """
+
+    path: Path
+    split: str
+    folder: Path
+
+
+def find_tables(data: str) -> tuple[Path, list[TableFile]]:
+    """Find the tables of a file, a folder, or a data set on the Hub; with the folder that they are in.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder, and no such data set on the Hub.
+        UsageError: If a folder holds no table.
+    """
+    path = Path(data)
+    if path.is_file():
+        return path.parent, [TableFile(path, "", path.parent)]
+    if not path.is_dir():
+        path = fetch(data)
+    tables = []
+    for folder, folders, files in os.walk(path):
+        below = Path(folder).relative_to(path)
+        folders[:] = sorted(name for name in folders if name != "features" and not name.startswith("."))
+        if len(below.parts) >= 2:
+            folders.clear()
+        for name in sorted(files):
+            file = Path(folder) / name
+            is_table = (
+                file.suffix.lower() in TABLES and name not in OURS and not name.startswith((".", "cache-"))
+            )
+            if is_table and not is_annotations(file):
+                tables.append(TableFile(file, _split_of(below / name), file.parent))
+    if not tables:
+        raise UsageError(
+            f"{path} holds no table: expected files that end in {', '.join(TABLES)}; an image folder needs a "
+            "metadata.csv or metadata.jsonl with file_name and question, answer, caption or label"
+        )
+    named = [table for table in tables if table.split]
+    # Beside split files, one of another name (all of them together, say) is not read twice.
+    return path, named or tables
+
+
+def _split_of(path: Path) -> str:
+    """Return the split that the name of a file says, else that of its folder."""
+    for name in (path.stem, *reversed(path.parent.parts)):
+        for word in re.split(r"[^a-z]+", name.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
+    return ""
+
+
+def fetch(name: str) -> Path:
+    """Download the tables and images of a data set on the Hub, or find what was downloaded before.
+
+    Raises:
+        FileNotFoundError: If there is none of this name, or no network.
+    """
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in TABLES:
+        raise FileNotFoundError(f"no such file or folder: {name}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=list(FETCHED)))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = str(error).split("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no file, no folder, and no data set that can be fetched from the Hub ({reason:.200})"
+        ) from None

@@ -1,0 +1,186 @@
+"""Files of other data sets, read as they are: their records in the columns that `columns` understands.
+
+VQA v1 and v2, OK-VQA (questions and annotations in two files), COCO's `captions_*.json`, Karpathy's file of
+COCO and Flickr, Visual7W, GQA (an object of objects), and any object with a list of records in it (TextVQA,
+ST-VQA). VizWiz and A-OKVQA are plain lists.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.own.tables import (
+    Numbered,
+    json_lists,
+    place,
+    read_arrow,
+    read_csv,
+    read_json,
+    read_lines,
+    read_objects,
+    read_parquet,
+    read_record,
+    text_of,
+)
+
+QUESTIONS, ANNOTATIONS, IMAGES = "questions", "annotations", "images"
+SPLIT_NAMES = {"restval": "train"}
+"""Karpathy's further training images."""
+
+
+def read_records(path: Path) -> Numbered:
+    """Read the records of a file of any known format.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UsageError: If it is damaged, or of no known format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    match path.suffix.lower():
+        case ".csv" | ".tsv":
+            return read_csv(path)
+        case ".jsonl" | ".ndjson":
+            return read_json(path) if _begins_with_list(path) else read_lines(path)
+        case ".parquet":
+            return read_parquet(path)
+        case ".arrow":
+            return read_arrow(path)
+        case ".json":
+            return _read_json(path)
+    raise UsageError(
+        f"{path}: expected a table (.json, .jsonl, .csv, .tsv, .parquet, .arrow), found {path.suffix!r}"
+    )
+
+
+def _begins_with_list(path: Path) -> bool:
+    with text_of(path) as file:
+        return next((line for line in file if line.strip()), "").lstrip().startswith("[")
+
+
+def _read_json(path: Path) -> Numbered:
+    shape = json_lists(path)
+    if shape == "lines":
+        return read_lines(path)
+    if shape == "list":
+        return read_json(path)
+    if shape == "objects":
+        return read_objects(path)
+    if shape == "record":
+        return read_record(path)
+    if shape == QUESTIONS:
+        answers = annotations_of(path)
+        return _joined(path, answers) if answers is not None else read_json(path, QUESTIONS)
+    if shape == IMAGES:
+        first = next(read_json(path, IMAGES), (0, {}))[1]
+        if "sentences" in first:
+            return _karpathy(path)
+        if "qa_pairs" in first:
+            return _visual7w(path)
+        return _coco_captions(path)
+    if shape == ANNOTATIONS:
+        first = next(read_json(path, ANNOTATIONS), (0, {}))[1]
+        if "caption" in first:
+            return _coco_captions(path)
+    return read_json(path, shape)
+
+
+def annotations_of(questions: Path) -> Path | None:
+    """Return the file of the answers to a file of questions, such as VQAv2's; None if it has none."""
+    key = _pair_key(questions.name)
+    for path in sorted(questions.parent.glob("*.json")):
+        if path != questions and "annotation" in path.name and _pair_key(path.name) == key:
+            return path
+    return None
+
+
+def is_annotations(path: Path) -> bool:
+    """Return whether a file holds the answers to the questions of a file beside it."""
+    if path.suffix != ".json" or "annotation" not in path.name:
+        return False
+    return any(
+        "question" in other.name and _pair_key(other.name) == _pair_key(path.name)
+        for other in path.parent.glob("*.json")
+    )
+
+
+def _pair_key(name: str) -> str:
+    return re.sub(r"OpenEnded_|MultipleChoice_|questions?|annotations?|[_.-]", "", name)
+
+
+def _joined(questions: Path, annotations: Path) -> Numbered:
+    answers: dict[Any, dict[str, Any]] = {}
+    known: dict[str, str] = {}
+    for number, row in read_json(annotations, ANNOTATIONS):
+        if "question_id" not in row:
+            raise UsageError(f"{place(annotations, number)}: expected a question_id, found {', '.join(row)}")
+        given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in _as_list(given)]
+        # The same few thousand answers come again and again; each is kept once.
+        kept: dict[str, Any] = {
+            "answers": [known.setdefault(text, text) if isinstance(text, str) else text for text in texts]
+        }
+        if isinstance(row.get("answer_type"), str):
+            kept["answer_type"] = known.setdefault(row["answer_type"], row["answer_type"])
+        answers[row["question_id"]] = kept
+    for number, row in read_json(questions, QUESTIONS):
+        yield number, {**row, **answers.get(row.get("question_id"), {})}
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _karpathy(path: Path) -> Numbered:
+    for number, row in read_json(path, IMAGES):
+        captions = [one.get("raw") if isinstance(one, dict) else one for one in row.get("sentences", [])]
+        folder = f"{row['filepath']}/" if isinstance(row.get("filepath"), str) else ""
+        split = row.get("split")
+        yield (
+            number,
+            {
+                "image": f"{folder}{row.get('filename')}",
+                "captions": captions,
+                "id": row.get("cocoid", row.get("imgid")),
+                "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else None,
+            },
+        )
+
+
+def _visual7w(path: Path) -> Numbered:
+    for number, row in read_json(path, IMAGES):
+        for pair in row.get("qa_pairs", []):
+            yield (
+                number,
+                {
+                    "image": row.get("filename"),
+                    "question": pair.get("question"),
+                    "answer": pair.get("answer"),
+                    "multiple_choices": pair.get("multiple_choices", []),
+                    "id": pair.get("qa_id"),
+                    "answer_type": pair.get("type"),
+                    "split": row.get("split"),
+                },
+            )
+
+
+def _coco_captions(path: Path) -> Numbered:
+    captions: dict[Any, list[Any]] = {}
+    for number, row in read_json(path, ANNOTATIONS):
+        if "caption" not in row or "image_id" not in row:
+            raise UsageError(
+                f"{place(path, number)}: expected captions with image_id and caption in 'annotations', found "
+                f"{', '.join(row)}"
+            )
+        captions.setdefault(row["image_id"], []).append(row["caption"])
+    for number, row in _image_records(path):
+        yield (
+            number,
+            {"image": row.get("file_name"), "id": row.get("id"), "captions": captions.get(row.get("id"), [])},
+        )
+
+
+def _image_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    return read_json(path, IMAGES)

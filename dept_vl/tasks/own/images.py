@@ -1,0 +1,116 @@
+"""A folder of images in which they are found by name, whatever their extension and its case."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from dept_vl._utils.errors import UsageError
+
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
+    | {".jp2", ".avif"}
+)
+DEEPEST = 3
+"""Folders below each other that are searched for an image which is not where its name says."""
+NUMBER_DIGITS = 12
+"""Of COCO's image numbers in its file names."""
+
+
+class ImageFolder:
+    """Lists folders once, when a name is first looked for.
+
+    Args:
+        root: The folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._start = os.path.join(root, "") if root != Path() else ""
+        self._real = os.path.realpath(root)
+        self._listings: dict[str, dict[str, bool]] = {}
+        self._index: dict[str, list[str]] | None = None
+
+    def __reduce__(self) -> tuple[type["ImageFolder"], tuple[Path]]:
+        return ImageFolder, (self.root,)
+
+    def find(self, name: str) -> Path:
+        """Return the file of an image; where there is none, what its name says.
+
+        Raises:
+            UsageError: If several files may be meant, or a link leads out of the folder.
+        """
+        folder, _, base = name.rpartition("/")
+        listing = self._list(folder)
+        if base in listing:
+            return self._inside(name, listing[base])
+        if self._index is None:
+            self._index = self._search()
+        for key in _keys(name):
+            files = self._index.get(key, [])
+            here = [file for file in files if file.rpartition("/")[0] == folder]
+            if len(here or files) > 1:
+                raise UsageError(
+                    f"the image {name!r:.100} may be {' or '.join((here or files)[:3])} in {self.root}; "
+                    "write 
+                    "the whole path into the data"
+                )
+            if files:
+                return self._inside((here or files)[0], True)
+        return Path(self._start + name)
+
+    def _list(self, folder: str) -> dict[str, bool]:
+        """Return the names in a folder, and whether each is a link."""
+        if folder not in self._listings:
+            try:
+                with os.scandir(os.path.join(self.root, folder)) as entries:
+                    listing = {entry.name: entry.is_symlink() for entry in entries}
+            except OSError:
+                listing = {}
+            linked = bool(listing) and not self._holds(os.path.join(self.root, folder))
+            self._listings[folder] = dict.fromkeys(listing, True) if linked else listing
+        return self._listings[folder]
+
+    def _holds(self, path: str) -> bool:
+        return os.path.commonpath([self._real, os.path.realpath(path)]) == self._real
+
+    def _inside(self, name: str, is_link: bool) -> Path:
+        if is_link and not self._holds(self._start + name):
+            raise UsageError(
+                f"the image {self._start}{name} is a link to {os.path.realpath(self._start + name)}, outside "
+                f"of {self.root}; --images FOLDER says where images are"
+            )
+        return Path(self._start + name)
+
+    def _search(self) -> dict[str, list[str]]:
+        """Return the images below the folder by all that they may be called."""
+        index: defaultdict[str, list[str]] = defaultdict(list)
+        for folder, folders, files in os.walk(self.root):
+            below = os.path.relpath(folder, self.root).replace(os.sep, "/")
+            below = "" if below == "." else below + "/"
+            if below.count("/") >= DEEPEST:
+                folders.clear()
+            folders.sort()
+            for file in sorted(files):
+                stem, suffix = os.path.splitext(file)
+                if suffix.lower() not in SUFFIXES:
+                    continue
+                for key in {*_keys(below + file), *_keys(file), *_numbers(stem)}:
+                    index[key].append(below + file)
+        return dict(index)
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    """Return what a name is looked up by, the most exact first."""
+    lower = name.lower()
+    stem, suffix = os.path.splitext(lower)
+    stem = stem if suffix in SUFFIXES else lower
+    base = stem.rpartition("/")[2]
+    number = (f"#{int(base)}",) if base.isascii() and base.isdecimal() else ()
+    return tuple(dict.fromkeys((lower, stem, *number)))
+
+
+def _numbers(stem: str) -> tuple[str, ...]:
+    """Return the number that ends COCO's names: COCO_train2014_000000000009, 000000000009."""
+    digits = stem.rpartition("_")[2]
+    is_number = digits.isascii() and digits.isdecimal() and len(digits) in (len(stem), NUMBER_DIGITS)
+    return (f"#{int(digits)}",) if is_number else ()

@@ -1,0 +1,41 @@
+"""What may be said of your own data; imports no engine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dept_vl._utils.options import Options, Seed
+
+Turns = Literal["first", "all"]
+OwnMetric = Literal["auto", "vqa_accuracy", "exact_match", "f1", "anls", "accuracy"]
+
+
+@dataclass(frozen=True)
+class OwnOptions(Options):
+    """Your own images and questions."""
+
+    data: str | None = None
+    """Your own data: a file (JSON, JSON Lines, CSV, TSV, Parquet, Arrow), a folder of them, or a data set's
+    name on the Hub. Takes task vqa; captions and labels follow from the columns."""
+    images: Path | None = None
+    """Folder of the images that the data name; left out, the folder of the data."""
+    columns: tuple[str, ...] = ()
+    """Columns of other names than the usual ones: image=photo question=ask answer=truth; also choices, id
+    and split."""
+    turns: Turns = "first"
+    """Of a conversation, take the first question with its answer, or all, each as an example of its own."""
+    metric: OwnMetric = "auto"
+    """Metric that decides; auto: VQA accuracy of several answers to a question, exact match of one, accuracy
+    of choices and labels. anls is added to the report only where it is asked for."""
+    holdout_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
+    """Share of the training images held out for each of validation and test that the data do not have."""
+    split_seed: Seed = 0
+    """Of the draw of the held-out images."""
+
+    def folder(self) -> Path | None:
+        """Return the folder of the data; None if they are on the Hub, or not given."""
+        if self.data is None or not Path(self.data).exists():
+            return None
+        return Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent

@@ -1,0 +1,119 @@
+"""Splits that the data have, and those that are held out of the training images."""
+
+from collections.abc import Sequence
+from random import Random
+
+import numpy as np
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.io.rows import Indices, Rows
+from dept_vl.tasks.own.files import SPLITS
+
+TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto"
+NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
+
+
+def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
+    """Return the rows of a split.
+
+    Args:
+        rows: All, whose column `split` says what the data say, or nothing.
+        split: One of `NAMES`, or another that the data have; auto is the test split if there is one, else
+            all.
+        share: Of the training images, held out for each of validation and test that the data do not have.
+        seed: Of the draw.
+
+    Raises:
+        UsageError: If there is no such split, or there are too few images.
+    """
+    column = [SPLITS.get(name.lower(), name) for name in rows.column("split").to_pylist()]
+    present = dict.fromkeys(column)
+    split = SPLITS.get(split.lower(), split)
+    if split == AUTO:
+        split = TEST if TEST in present else ALL
+    everything: Indices = np.arange(len(rows))
+    if split == ALL:
+        return everything
+    names = np.array([name or TRAIN for name in column])
+
+    def of(name: str) -> Indices:
+        places: Indices = everything[names == name]
+        return places
+
+    if split not in (TRAIN, VALIDATION, TEST) and split not in present:
+        raise UsageError(f"the data have the splits {', '.join(filter(None, present))}; got {split!r}")
+    missing = [name for name in (VALIDATION, TEST) if name not in present]
+    if split in present and split != TRAIN:
+        return of(split)
+    train = of(TRAIN)
+    if not len(train):
+        raise UsageError(
+            f"the data have no rows to train on: found the splits {', '.join(filter(None, present))}"
+        )
+    if not missing:
+        return train
+    sides = hold_out(rows, train, len(missing), share, seed)
+    held = dict(zip((*missing, TRAIN), sides, strict=True))
+    return held[split]
+
+
+def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int) -> list[Indices]:
+    """Split rows by image, so that no image is on two sides: the parts held out, then the rest.
+
+    Raises:
+        UsageError: If there are fewer images than sides.
+    """
+    groups = image_groups(rows, places)
+    count = int(groups.max()) + 1
+    if count <= parts:
+        raise UsageError(
+            f"cannot hold out validation and test images of {count}; give more images, or name the splits in "
+            "a column `split` or in files train, validation and test"
+        )
+    size = max(1, min(round(share * count), (count - 1) // parts))
+    order = Random(seed).sample(range(count), parts * size)
+    side = np.full(count, parts)
+    for number in range(parts):
+        side[order[number * size : (number + 1) * size]] = number
+    return [places[side[groups] == number] for number in range(parts + 1)]
+
+
+def image_groups(rows: Rows, places: Sequence[int] | Indices) -> Indices:
+    """Return a number for each row; rows that share an image, also by way of others, have the same."""
+    images = rows.subset(places).column("images").combine_chunks()
+    starts = images.offsets.to_numpy()
+    codes = images.flatten().dictionary_encode().indices.to_numpy()
+    codes = codes.astype(np.int64)
+    first = codes[starts[:-1] - starts[0]]
+    parent = np.arange(int(codes.max()) + 1)
+    if len(codes) > len(first):  # some have several
+
+        def root(code: int) -> int:
+            while parent[code] != code:
+                parent[code] = code = parent[parent[code]]
+            return code
+
+        for place in np.flatnonzero(np.diff(starts) > 1):
+            for code in codes[starts[place] - starts[0] : starts[place + 1] - starts[0]]:
+                parent[root(int(code))] = root(int(first[place]))
+        first = np.array([root(int(code)) for code in first])
+    numbers: Indices = np.unique(first, return_inverse=True)[1]
+    return numbers
+
+
+def leaks(rows: Rows) -> list[str]:
+    """Return a line for each pair of named splits that share images."""
+    column = rows.column("split").to_pylist()
+    present = [name for name in dict.fromkeys(column) if name]
+    images = {}
+    for name in present:
+        places = [place for place, of_row in enumerate(column) if of_row == name]
+        images[name] = set(
+            rows.subset(places).column("images").combine_chunks().flatten().unique().to_pylist()
+        )
+    return [
+        f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
+        for place, name in enumerate(present)
+        for other in present[place + 1 :]
+        if (shared := images[name] & images[other])
+    ]

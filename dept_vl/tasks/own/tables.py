@@ -1,0 +1,362 @@
+"""Records of one table, whatever its format, each with the number by which an editor finds it."""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import ijson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dept_vl._utils.embedded import embedded_path, open_arrow
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.io.records import brief
+
+Record = dict[str, Any]
+Numbered = Iterator[tuple[int, Record]]
+
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""Suffixes of tables."""
+UNITS = {".csv": "line", ".tsv": "line", ".jsonl": "line", ".ndjson": "line"}
+"""What the numbers count; elsewhere rows, from 1."""
+DELIMITERS = ",\t;|"
+LONGEST_CELL = 1 << 27
+"""Characters of a cell of CSV: a data URL of an image may be long."""
+LONGEST_PARSED = 1 << 26
+"""Bytes of a damaged JSON file that is parsed again to find the line of the fault."""
+BATCH_ROWS = 1000
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+CHUNK = 1 << 16
+EMBEDDED = "embedded:"
+"""Begins the reference to an image whose bytes are in the table."""
+
+
+def place(path: Path, number: int) -> str:
+    """Name a record for messages."""
+    return f"{path}, {UNITS.get(path.suffix.lower(), 'row')} {number}"
+
+
+def encoding_of(path: Path) -> str:
+    """Return the encoding of a text file by its byte order mark; without one UTF-8."""
+    with path.open("rb") as file:
+        start = file.read(3)
+    return next((name for bom, name in BOMS.items() if start.startswith(bom)), "utf-8")
+
+
+def text_of(path: Path) -> TextIOWrapper:
+    """Open a text file, its line ends as they are."""
+    return path.open(encoding=encoding_of(path), newline="")
+
+
+def read_lines(path: Path) -> Numbered:
+    """Read JSON Lines; blank lines are passed over, and a comma at the end of a line does no harm.
+
+    Raises:
+        UsageError: If a line is no JSON object.
+    """
+    number = 0
+    try:
+        with text_of(path) as file:
+            for number, line in enumerate(file, start=1):
+                text = line.strip().removesuffix(",")
+                if text:
+                    yield number, _object(path, number, text)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{place(path, _undecodable(path))}: {_not_text(error)}") from None
+
+
+def _object(path: Path, number: int, text: str) -> Record:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UsageError(
+            f"{place(path, number)}{column}: expected one JSON object a line, found {text[:60]!r} "
+            f"({_reason(error, text)})"
+        ) from None
+    if not isinstance(record, dict):
+        raise UsageError(f"{place(path, number)}: expected a JSON object, found {brief(record)}")
+    return record
+
+
+def _reason(error: Exception, text: str) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        if text[: error.pos].rstrip().endswith(","):
+            return "a comma stands before the closing bracket, or a value is missing behind it"
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _undecodable(path: Path) -> int:
+    """Return the number of the first line that is no UTF-8; 1 of a file in another encoding."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 1
+
+
+def _not_text(error: UnicodeDecodeError) -> str:
+    return (
+        f"the byte 0x{error.object[error.start]:02x} is no UTF-8; save the file as UTF-8 (in a spreadsheet "
+        '"CSV UTF-8"), or with a byte order mark as UTF-16'
+    )
+
+
+def read_csv(path: Path) -> Numbered:
+    """Read a table with a header; the delimiter is the character of `DELIMITERS` that the header has most of.
+
+    Raises:
+        UsageError: If there is no header, a row has other cells than it, or quotes are not closed.
+    """
+    csv.field_size_limit(LONGEST_CELL)
+    rows = None
+    try:
+        with text_of(path) as file:
+            first = file.readline()
+            file.seek(0)
+            if not first.strip():
+                raise UsageError(f"{path}: expected a line with the names of the columns, found none")
+            usual = "\t" if path.suffix.lower() == ".tsv" else ","
+            delimiter = max(DELIMITERS, key=lambda mark: (first.count(mark), mark == usual))
+            rows = csv.reader(file, delimiter=delimiter, strict=True)
+            header = _header(path, next(rows))
+            for cells in rows:
+                if len(cells) == len(header):
+                    yield rows.line_num, dict(zip(header, cells, strict=True))
+                elif any(cells):
+                    raise UsageError(
+                        f"{place(path, rows.line_num)}: expected {len(header)} cells ({', '.join(header)}), "
+                        f"found {len(cells)}; text that holds {delimiter!r} needs double quotes around it"
+                    )
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{place(path, _undecodable(path))}: {_not_text(error)}") from None
+    except csv.Error as error:
+        line = 1 if rows is None else rows.line_num
+        raise UsageError(f"{place(path, line)}: {error}; a quote inside of quotes is written twice") from None
+
+
+def _header(path: Path, cells: Sequence[str]) -> list[str]:
+    header = [cell.strip() for cell in cells]
+    repeated = sorted({name for name in header if name and header.count(name) > 1})
+    if repeated:
+        raise UsageError(f"{path}, line 1: the columns {', '.join(repeated)} stand there more than once")
+    return header
+
+
+def json_lists(path: Path) -> str:
+    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of the list that holds records.
+
+    Raises:
+        UsageError: If it is none of these.
+    """
+    try:
+        with text_of(path) as file:
+            first = next((line for line in file if line.strip()), "")
+            second = next((line for line in file if line.strip()), "")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: {_not_text(error)}") from None
+    if first.lstrip().startswith("[") or not first:
+        return "list"
+    if first.lstrip().startswith("{") and (second.lstrip().startswith("{") or first.rstrip().endswith("},")):
+        return "lines"
+    with _Utf8(path) as raw, _json_errors(path):
+        key = ""
+        for prefix, event, value in ijson.parse(raw, buf_size=CHUNK):
+            if prefix == "" and event == "map_key":
+                key = value
+            elif event == "start_map" and prefix == f"{key}.item" and key not in ("licenses", "categories"):
+                return str(key)
+            elif event == "start_map" and key and prefix == key and key not in ("info", "license"):
+                return "objects"
+    if not second:
+        return "lines"  # one record alone
+    return "record"
+
+
+def read_json(path: Path, key: str = "") -> Numbered:
+    """Read the objects of a JSON list, or of the list under a key, one at a time.
+
+    Raises:
+        UsageError: If it is damaged, or holds something else than objects.
+    """
+    with _Utf8(path) as raw, _json_errors(path):
+        items = ijson.items(raw, f"{key}.item" if key else "item", buf_size=CHUNK, use_float=True)
+        for number, record in enumerate(items, start=1):
+            if not isinstance(record, dict):
+                raise UsageError(f"{place(path, number)}: expected an object, found {brief(record)}")
+            yield number, record
+
+
+def read_record(path: Path) -> Numbered:
+    """Read one object, over several lines."""
+    with text_of(path) as file:
+        yield 1, _object(path, 1, file.read())
+
+
+def read_objects(path: Path) -> Numbered:
+    """Read an object of objects: each gets its key as `id`.
+
+    Raises:
+        UsageError: If it is damaged, or holds something else than objects.
+    """
+    with _Utf8(path) as raw, _json_errors(path):
+        items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True)
+        for number, (name, record) in enumerate(items, start=1):
+            if not isinstance(record, dict):
+                raise UsageError(f"{path}, entry {name!r:.60}: expected an object, found {brief(record)}")
+            yield number, {"id": name, **record}
+
+
+class _Utf8:
+    """A JSON file as UTF-8 without a byte order mark, for ijson."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = text_of(path)
+
+    def __enter__(self) -> "_Utf8":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def read(self, size: int) -> bytes:
+        return self.file.read(size).encode("utf-8", errors="surrogatepass")
+
+
+class _json_errors:  # used like a function
+    """Turns a fault of a JSON file into one line with its line and column."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UnicodeDecodeError):
+            raise UsageError(f"{self.path}: {_not_text(error)}") from None
+        if not isinstance(error, ijson.JSONError):
+            return
+        where, reason = f"{self.path}", " ".join(str(error).split())[:120]
+        if self.path.stat().st_size <= LONGEST_PARSED:
+            with text_of(self.path) as file:
+                text = file.read()
+            try:
+                json.loads(text)
+            except (ValueError, RecursionError) as again:
+                reason = _reason(again, text)
+                if isinstance(again, json.JSONDecodeError):
+                    where = f"{self.path}, line {again.lineno}, column {again.colno}"
+        raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
+
+
+def read_parquet(path: Path) -> Numbered:
+    """Read a Parquet file; images in it become references, and their bytes stay where they are.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=True) as file:
+            leaves = [file.schema.column(n).path for n in range(len(file.schema))]
+            types = {field.name: field.type for field in file.schema_arrow}
+            names = _class_names(file.schema_arrow.metadata)
+            read = [leaf for leaf in leaves if not _holds_bytes(leaf, types, leaves)]
+            paths = [name for name in types if _is_image(types[name]) and not _is_list(types[name])]
+            start = 0
+            for batch in file.iter_batches(BATCH_ROWS, columns=read):
+                rows = batch.to_pylist()
+                for offset, row in enumerate(rows):
+                    for name in paths:
+                        row[name] = EMBEDDED + embedded_path(str(path.absolute()), name, start + offset)
+                    yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
+                start += len(rows)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is no whole Parquet file: {str(error).splitlines()[0][:120]}") from None
+
+
+def read_arrow(path: Path) -> Numbered:
+    """Read an Arrow file, as `save_to_disk` writes them, likewise.
+
+    Raises:
+        UsageError: If it is damaged.
+    """
+    try:
+        table = open_arrow(str(path), path.stat().st_mtime_ns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UsageError(f"{path} is no whole Arrow file: {str(error).splitlines()[0][:120]}") from None
+    types = {field.name: field.type for field in table.schema}
+    names = _class_names(table.schema.metadata)
+    embedded = [name for name, kind in types.items() if _is_image(kind)]
+    plain = table.drop_columns(embedded)
+    flat = [name for name in embedded if not _is_list(types[name])]
+    lists = [name for name in embedded if _is_list(types[name])]
+    for start in range(0, table.num_rows, BATCH_ROWS):
+        size = min(BATCH_ROWS, table.num_rows - start)
+        rows = plain.slice(start, size).to_pylist() if plain.num_columns else [{} for _ in range(size)]
+        for offset, row in enumerate(rows):
+            for name in flat:
+                row[name] = EMBEDDED + embedded_path(str(path.absolute()), name, start + offset)
+            for name in lists:
+                row[name] = [None] * len(table.column(name)[start + offset])
+            yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    """Return whether a column holds images: bytes, or structs of bytes and path, one or several."""
+    if _is_list(kind):
+        return _is_image(kind.value_type)
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]) -> bool:
+    """Return whether a leaf of a Parquet file is the bytes of images, which are not read with the table."""
+    name = next(name for name in types if leaf == name or leaf.startswith(f"{name}."))
+    if not _is_image(types[name]):
+        return False
+    # Of several images in a row the lists are needed, to see how many there are.
+    return not _is_list(types[name]) or leaf.endswith(".bytes")
+
+
+def _listed(row: Record, types: dict[str, pa.DataType], path: Path, number: int) -> Record:
+    """Return a row whose lists of images are references."""
+    for name, value in row.items():
+        if isinstance(value, list) and _is_image(types[name]):
+            row[name] = [
+                EMBEDDED + embedded_path(str(path.absolute()), name, number, item)
+                for item in range(len(value))
+            ]
+    return row
+
+
+def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names of classes that `datasets` keeps beside columns of numbers."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            name: feature["names"]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _named(row: Record, names: dict[str, list[str]]) -> Record:
+    for column, of_column in names.items():
+        number = row.get(column)
+        if isinstance(number, int):
+            row[column] = of_column[number] if 0 <= number < len(of_column) else None  # -1: unlabelled
+    return row

@@ -1,0 +1,349 @@
+"""Your own images and questions as a task; captions and labels follow from the columns."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dept_vl._utils.embedded import embedded_path
+from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.base import Decoding, Example, Task, most_usual
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.rows import NO_ROWS, Rows
+from dept_vl.tasks.metrics.caption import check_installed, score_captions
+from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy
+from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
+from dept_vl.tasks.metrics.vqa import soft_scores
+from dept_vl.tasks.own import split as splits
+from dept_vl.tasks.own.convert import INLINE_NUMBER, rows_of
+from dept_vl.tasks.own.files import find_tables
+from dept_vl.tasks.own.images import ImageFolder
+from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.tasks.own.tables import EMBEDDED
+
+NO_OPTIONS = OwnOptions()
+FORMS = {"question": "vqa", "caption": "captions", "label": "labels"}
+"""What an example asks for -> the name of the task."""
+PREFIXES = {"question": "vqa: ", "caption": "caption:", "label": "label:"}
+MOST_LABELS = 1000
+"""Different labels that are chosen among; if there are more, labels are generated freely."""
+CAPTION_SCORES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
+
+
+@dataclass(frozen=True)
+class OwnTask(Task):
+    """One split of your own data.
+
+    Attributes:
+        rows: As in `convert.SCHEMA`.
+        form: What an example asks for: see `FORMS`.
+        options: What was said of the data.
+        folder: Of the images; None while blank.
+        root: Folder of the data.
+        scoring: Of questions: `one` answer each, `several`, or `choices`.
+        labels: The only answers there are, of labels.
+        image_count: Images of an example.
+        meteor: Score captions by METEOR too.
+        notes: What was noticed in the data.
+    """
+
+    rows: Rows = NO_ROWS
+    form: str = "question"
+    options: OwnOptions = NO_OPTIONS
+    folder: ImageFolder | None = None
+    root: Path = Path()
+    scoring: str = "one"
+    labels: tuple[str, ...] = ()
+    image_count: int = 1
+    meteor: bool = True
+    notes: tuple[str, ...] = ()
+
+    scales: ClassVar = {"CIDEr": "x100"}
+    id_column = "id"
+    prediction_format = PredictionFormat("id", "answer", "str")
+    dev_split = "validation"
+    test_split = "test"
+    other_split = splits.AUTO
+    example_call = '"photo.jpg", "..."'
+    pipeline = "visual-question-answering"
+    fits_answers = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # nobody writes it
+        """By what the examples ask for."""
+        return FORMS[self.form]
+
+    @property
+    def loaded_as(self) -> str:
+        """Name by which options ask for all of these."""
+        return VQA.name
+
+    @property
+    def prefix(self) -> str:  # type: ignore[override]  # nobody writes it
+        """What the encoder reads before a question."""
+        return PREFIXES[self.form]
+
+    @property
+    def asks(self) -> bool:  # type: ignore[override]  # nobody writes it
+        """Whether there is a question."""
+        return self.form == "question"
+
+    @property
+    def primary(self) -> str:  # type: ignore[override]  # nobody writes it
+        """The metric that decides."""
+        if self.options.metric != "auto" and self.form == "question":
+            return self.options.metric
+        of_questions = {"one": "exact_match", "several": "vqa_accuracy", "choices": "accuracy"}
+        return {"caption": "CIDEr", "label": "accuracy"}.get(self.form) or of_questions[self.scoring]
+
+    @property
+    def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
+        """What `mark` measures."""
+        if self.form == "caption":
+            return "word F1 with the closest human caption"
+        several = self.form == "question" and self.scoring == "several"
+        return "VQA accuracy" if several else "right or wrong"
+
+    @property
+    def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
+        """Captions by beam search, labels among those there are, questions greedily."""
+        if self.form == "caption":
+            return Decoding(max_new_tokens=40, num_beams=5)
+        return Decoding(max_new_tokens=10, candidates=self.labels)
+
+    def with_options(self, options: OwnOptions) -> "OwnTask":
+        """Return the task that reads the data which the options name."""
+        return replace(self, options=options)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the task learnt of its data, for the folder of a run."""
+        return {
+            "form": self.form,
+            "scoring": self.scoring,
+            "labels": list(self.labels),
+            "image_count": self.image_count,
+        }
+
+    def with_facts(self, facts: Mapping[str, Any]) -> "OwnTask":
+        """Return the blank task as it was with the data of a run."""
+        known = {name: facts[name] for name in self.facts() if name in facts}
+        return replace(self, **known | {"labels": tuple(known.get("labels", ()))})
+
+    def read(self, root: Path, split: str) -> "OwnTask":
+        """Read a split.
+
+        Args:
+            root: File or folder with the data, unless the options name them.
+            split: Train, validation or test; all, or auto (the test split if the data name one, else all).
+
+        Raises:
+            FileNotFoundError: If there is no such file or folder.
+            UsageError: If something cannot be understood; the message says where, and what is expected.
+        """
+        data = self.options.data or str(root)
+        base, tables = find_tables(data)
+        folder = self.options.images or base
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder of images: {folder}")
+        rows = rows_of(tables, folder, base, self.options)
+        chosen = rows.subset(splits.choose(rows, split, self.options.holdout_share, self.options.split_seed))
+        if not len(chosen):
+            raise UsageError(f"{data} has no rows of the split {split!r}")
+        forms = rows.column("form").unique().to_pylist()
+        form = self.form if self.form != "question" else next(f for f in FORMS if f in forms)
+        counts = pc.list_value_length(rows.column("images")).unique().to_pylist()
+        if len(counts) > 1:
+            raise UsageError(
+                f"{data}: expected as many images in every row, found {min(counts)} to {max(counts)}"
+            )
+        return replace(
+            self,
+            rows=chosen,
+            form=form,
+            folder=ImageFolder(folder),
+            root=base,
+            scoring=_scoring(rows),
+            labels=_labels(rows) if form == "label" else (),
+            image_count=counts[0],
+            notes=tuple(_notes(rows, chosen, split)),
+        )
+
+    def answered(self) -> "OwnTask":
+        """Return the examples that have an answer."""
+        known = pc.list_value_length(self.rows.column("answers")).to_numpy(zero_copy_only=False) > 0
+        return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        answers = tuple(row["answers"])
+        kinds = (("class", answers[0]),) if answers and self.form == "label" else ()
+        return Example(
+            example_id=row["id"],
+            source_text=self.source(row["question"]) if self.form == "question" else self.prefix,
+            images=self._paths(row["images"], row["place"]),
+            targets=_targets(answers, self.form, self.scoring),
+            in_turn=self.form == "caption",
+            question=row["question"] or (answers[0] if answers and self.form == "caption" else ""),
+            answer="" if self.form == "caption" else most_usual(answers),
+            answers=answers,
+            kinds=(("answer type", row["type"]),) if answers and row["type"] else kinds,
+            choices=tuple(row["choices"]),
+        )
+
+    def source(self, question: str) -> str:
+        """What the encoder reads; of captions and labels the same for every image.
+
+        Raises:
+            ValueError: If a question is asked where there is none.
+        """
+        if self.form == "question":
+            return super().source(question)
+        if question.strip():
+            raise ValueError(f"{self.name} answer no question, and {question!r:.60} is one; leave it out")
+        return self.prefix
+
+    def images(self, index: int) -> tuple[Path, ...]:
+        """The images of an example."""
+        return self._paths(self.rows.value("images", index), self.rows.value("place", index))
+
+    def image_files(self) -> list[Path]:
+        """The different images."""
+        names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
+        if any(name.startswith(INLINE_NUMBER) for name in names):
+            return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
+        return list(self._paths(names, 0))
+
+    def _paths(self, references: list[str], row: int) -> tuple[Path, ...]:
+        return tuple(self._path(reference, row) for reference in references)
+
+    def _path(self, reference: str, row: int) -> Path:
+        if reference.startswith(EMBEDDED):
+            path, start = reference[len(EMBEDDED) :], f"{self.root.absolute()}/"
+            return self.root / path[len(start) :] if path.startswith(start) else Path(path)
+        if reference.startswith(INLINE_NUMBER):
+            number = int(reference[len(INLINE_NUMBER) :])
+            return Path(embedded_path(str(self.rows.files[0]), "embedded", row, number))
+        return Path(reference) if self.folder is None else self.folder.find(reference)
+
+    def written(self, answer: str) -> str:
+        """A decoded answer on one line."""
+        return " ".join(answer.split())
+
+    def mark(self, example: Example, prediction: str) -> float:
+        """Rate one answer as `marked_by` says."""
+        if self.form == "caption":
+            return squad([prediction], [example.answers])["f1"] / 100
+        if self.form == "question" and self.scoring == "several":
+            return general_vqa_accuracy(prediction, example.answers)
+        if self.form == "label" or example.choices:
+            return float(prediction == example.answer)
+        return float(normalise_text(prediction) in map(normalise_text, example.answers))
+
+    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute the metrics of the examples that have answers; the one that decides first."""
+        check_ids(self.example_ids(), predictions, self.name)
+        known = self.answered()
+        return known.metrics(predictions) if len(known) else {}
+
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute all metrics that fit what is there."""
+        answers = self.rows.column("answers").to_pylist()
+        said = [predictions[key] for key in self.example_ids()]
+        if self.form == "caption":
+            figures = score_captions(
+                dict(enumerate(answers)), dict(enumerate(said)), meteor=self.meteor
+            ).to_json()
+            return {name: float(figures[name]) for name in CAPTION_SCORES if name in figures}
+        if self.form == "label":
+            right = [one[0] for one in answers]
+            return {"accuracy": _percent([a == b for a, b in zip(said, right, strict=True)])} | {
+                "macro_f1": macro_f1(said, right, classes=sorted(set(right)))
+            }
+        scores = self._question_scores(said, answers)
+        return {self.primary: scores.pop(self.primary), **scores}
+
+    def _question_scores(self, said: list[str], answers: list[list[str]]) -> dict[str, float]:
+        words = squad(said, answers)
+        scores = {"exact_match": words["em"], "f1": words["f1"]}
+        if self.scoring == "choices" or self.options.metric == "accuracy":
+            scores["accuracy"] = _percent([one == right[0] for one, right in zip(said, answers, strict=True)])
+        if self.scoring == "several" or self.options.metric == "vqa_accuracy":
+            marks = [general_vqa_accuracy(*pair) for pair in zip(said, answers, strict=True)]
+            scores["vqa_accuracy"] = round(_percent(marks), 2)
+        if self.options.metric == "anls":
+            scores["anls"] = _percent([anls(*pair) for pair in zip(said, answers, strict=True)])
+        return scores
+
+    def target_counts(self, examples: int) -> tuple[Counter[str], int]:
+        """Count the answers to learn, of all examples."""
+        counts: Counter[str] = Counter()
+        for answers in self.rows.column("answers").to_pylist():
+            for text, share in _targets(tuple(answers), self.form, self.scoring):
+                counts[text] += share > 0
+        return counts, len(self)
+
+    def without_slow_metrics(self) -> "OwnTask":
+        """Return the task without METEOR."""
+        return replace(self, meteor=False)
+
+    def check_requirements(self) -> None:
+        """Check that what scores captions is installed."""
+        if self.form == "caption":
+            check_installed()
+
+
+def _percent(marks: list[Any]) -> float:
+    return 100 * float(sum(marks)) / len(marks)
+
+
+@lru_cache(maxsize=100_000)
+def _targets(answers: tuple[str, ...], form: str, scoring: str) -> tuple[tuple[str, float], ...]:
+    """Return answers to learn, each with its score."""
+    if not answers:
+        return ()
+    if form == "caption":
+        return tuple((caption, 1.0) for caption in dict.fromkeys(answers))
+    if scoring == "several" and form == "question" and len(answers) > 1:
+        if len(answers) >= OFFICIAL_ANSWERS:
+            return tuple((soft_scores(answers) or {most_usual(answers): 1.0}).items())
+        marks = {answer: general_vqa_accuracy(answer, answers) for answer in dict.fromkeys(answers)}
+        return tuple((answer, mark) for answer, mark in marks.items() if mark)
+    return ((answers[0], 1.0),)
+
+
+def _scoring(rows: Rows) -> str:
+    if (pc.min(pc.list_value_length(rows.column("choices"))).as_py() or 0) > 1:
+        return "choices"
+    return "several" if (pc.max(pc.list_value_length(rows.column("answers"))).as_py() or 0) > 1 else "one"
+
+
+def _labels(rows: Rows) -> tuple[str, ...]:
+    labels = sorted(pc.list_flatten(rows.column("answers")).unique().to_pylist())
+    return tuple(labels) if len(labels) <= MOST_LABELS else ()
+
+
+def _notes(rows: Rows, chosen: Rows, split: str) -> Iterator[str]:
+    renamed = pc.sum(rows.column("renamed")).as_py() or 0
+    if renamed:
+        yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
+    answers = pc.list_value_length(chosen.column("answers")).to_numpy()
+    unanswered = int((answers == 0).sum())
+    if 0 < unanswered < len(chosen):
+        yield f"{unanswered:,} of {len(chosen):,} rows of {split} have no answer and are not learnt or scored"
+    yield from splits.leaks(rows)
+    asked = "question" in rows.column("form").unique().to_pylist()
+    if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
+        yield (
+            f"VQA accuracy is the official one of {OFFICIAL_ANSWERS} human answers; of fewer it is its "
+            "general form, in which a third of the others have to agree and a lone answer counts 1"
+        )
+
+
+VQA = OwnTask()
+CAPTIONS = OwnTask(form="caption")
+LABELS = OwnTask(form="label")

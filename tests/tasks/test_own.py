@@ -1,0 +1,265 @@
+"""Your own images and questions: every usual form of a table is read, scored and refused where it is damaged.
+
+Images of `fixtures/own` are rendered; its tables are written by hand in the forms that people have.
+"""
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from runs import with_
+
+import dept_vl
+from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import missing_files, read_image
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.tasks import load_task
+from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
+from dept_vl.tasks.metrics.vqa import vqa_accuracy
+from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.training.run import run
+from dept_vl.training.score_run import score_run
+
+OWN = Path(__file__).parents[1] / "fixtures" / "own"
+PHOTOS = OWN / "photos"
+CAPTIONS = {"a green square": 1.0, "one square that is green": 1.0}
+QUESTION = {"image": "IMG_0001.JPG", "question": "what color is it?", "answer": "blue"}
+
+
+def own(file: Path | str, split: str = "all", **options: Any) -> Any:
+    return load_task("vqa", split=split, **{"data": file, "images": PHOTOS, **options})
+
+
+def written(folder: Path, content: str | bytes, name: str = "data.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def lines(*records: dict[str, Any]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "primary", "size", "image", "targets"),
+    [
+        ("qa.jsonl", "vqa", "exact_match", 24, "IMG_0001.JPG", {"circle": 1.0}),
+        ("qa.csv", "vqa", "exact_match", 24, "IMG_0001.JPG", {"circle": 1.0}),
+        ("captions.jsonl", "captions", "CIDEr", 8, "holiday 2.jpeg", CAPTIONS),
+        ("llava_like.json", "vqa", "exact_match", 8, "holiday 2.jpeg", {"green": 1.0}),
+        ("messages.jsonl", "vqa", "exact_match", 8, "holiday 2.jpeg", {"square": 1.0}),
+        ("aokvqa_like.json", "vqa", "accuracy", 8, "holiday 2.jpeg", {"green": 1.0}),
+        ("textvqa_like.json", "vqa", "vqa_accuracy", 8, "holiday 2.jpeg", {"green": 1.0}),
+        ("vizwiz_like.json", "vqa", "vqa_accuracy", 16, "IMG_0001.JPG", {"unanswerable": 0.3, "circle": 1.0}),
+        ("test_without_answers.jsonl", "vqa", "exact_match", 8, "holiday 2.jpeg", {}),
+    ],
+)  # fmt: skip
+def test_usual_forms_are_read(
+    file: str, name: str, primary: str, size: int, image: str, targets: dict[str, float]
+) -> None:
+    task = own(OWN / file)
+    assert (task.name, task.primary, len(task)) == (name, primary, size)
+    assert task[1].images == (PHOTOS / image,)
+    assert dict(task[1].targets) == targets
+    assert not missing_files(task.image_files())
+    ids = task.example_ids()
+    assert len(set(ids)) == size
+    answers = {key: task[place].answer for place, key in enumerate(ids)}
+    if name == "vqa" and targets:
+        perfect = task.score(answers)
+        assert next(iter(perfect)) == primary
+        assert perfect[primary] == 100
+    elif not targets:
+        assert task.score(answers) == {}
+
+
+def test_choices_and_all_turns() -> None:
+    assert own(OWN / "aokvqa_like.json")[0].choices == ("red", "blue", "green", "yellow")
+    turns = own(OWN / "llava_like.json", turns="all")
+    assert len(turns) == 16
+    assert turns[1].question == "and which shape?"
+    assert turns.example_ids()[:2] == ["a0-1", "a0-2"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(3, "3"), (3.0, "3"), (2.5, "2.5"), (True, "yes"), (False, "no"), ({"answer": "a dog"}, "a dog")],
+)
+def test_answers_of_any_type(tmp_path: Path, answer: Any, text: str) -> None:
+    file = written(tmp_path, lines(QUESTION, QUESTION | {"answer": answer}))
+    assert own(file)[1].answers == (text,)
+
+
+def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
+    row = {"photo": "img_0001", "ask": "which?", "truth": "blue", "id": 7}
+    task = own(written(tmp_path, lines(row, row)), columns=("image=photo", "question=ask", "answer=truth"))
+    assert task.example_ids() == ["7", "7#2"]
+    assert "1 of 2 rows have an id that came before" in task.notes[0]
+    assert task[0].images == (PHOTOS / "IMG_0001.JPG",)  # of any case, and without its extension
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + lines(QUESTION).encode(),
+        lines(QUESTION).encode("utf-16"),
+        lines(QUESTION).replace("\n", "\r\n").encode(),
+        lines(QUESTION).replace("}\n", "},\n").encode(),
+        json.dumps([QUESTION]).encode(),
+        json.dumps(QUESTION, indent=1).encode(),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_unambiguous_oddities_are_read(tmp_path: Path, content: bytes, name: str) -> None:
+    if name == "data.jsonl" and content.startswith(b"{\n "):
+        pytest.skip("one object over several lines is no JSON Lines")
+    assert own(written(tmp_path, content, name))[0].answers == ("blue",)
+
+
+def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:
+    text = 'image;question;answer\nIMG_0001.JPG;"red; or ""blue""?\nsay";blue\n'
+    assert own(written(tmp_path, text, "data.csv"))[0].question == 'red; or "blue"?\nsay'
+    listed = "image\tquestion\tchoices\tanswer\nIMG_0001.JPG\tq\tred|blue\tblue\n"
+    assert own(written(tmp_path, listed, "data.tsv"))[0].choices == ("red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("data.jsonl", lines(QUESTION, {"question": "q", "answer": "a"}), "line 2"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"image": "../secret.png"}), "line 2"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"image": "/etc/passwd"}), "line 2"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"question": 5}), "line 2, column 'question'"),
+        ("data.jsonl", lines(QUESTION, {"image": "x.png", "blob": 1}), "line 2"),
+        ("data.jsonl", lines(QUESTION) + '{"image": "a.png",}\n', "line 2, column 19"),
+        ("data.jsonl", lines(QUESTION) + "[1]\n", "line 2"),
+        ("data.json", '[{"image": "a.png", "question": "q",}]', "line 1, column 37"),
+        ("data.csv", "image,question\na.png,one,two\n", "line 2"),
+        ("data.csv", b"image,question\na.png,caf\xe9\n", "line 2"),
+        ("data.csv", "image,image\na,b\n", "line 1"),
+        ("data.parquet", "no parquet", "data.parquet"),
+        ("data.jsonl", lines(QUESTION | {"choices": ["red", "green"]}), "line 1, column 'choices'"),
+        ("data.jsonl", "", "data.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, name: str, content: str | bytes, where: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        own(written(tmp_path, content, name))
+    assert where in str(caught.value)
+    assert "download" not in str(caught.value)
+
+
+def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
+    content = [(PHOTOS / name).read_bytes() for name in ("IMG_0001.JPG", "scan-3.png")]
+    images = pa.array([{"bytes": one, "path": None} for one in content])
+    features = {"label": {"names": ["blue", "red"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image": images, "label": pa.array([0, 1])}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1)
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    lists = pa.table(
+        {"images": pa.array([[{"bytes": one, "path": "x"}] * 2 for one in content]), "question": ["a", "b"]}
+    )
+    pq.write_table(lists, tmp_path / "c.parquet")
+    url = f"data:image/png;base64,{base64.b64encode(content[1]).decode()}"
+    inline = written(tmp_path, lines(QUESTION, QUESTION | {"image": url}), "d.jsonl")
+    for name, count in (("a.parquet", 1), ("b.arrow", 1), ("c.parquet", 2)):
+        task = load_task("vqa", data=tmp_path / name, split="all")
+        assert task.image_count == count
+        assert not missing_files(task.image_files())
+        for place, one in enumerate(content):
+            pixels = [read_image(path).tobytes() for path in task[place].images]
+            assert pixels == [read_image(one).tobytes()] * count
+    labels = load_task("vqa", data=tmp_path / "a.parquet", split="all")
+    assert (labels.name, labels.labels, labels[1].answer) == ("labels", ("blue", "red"), "red")
+    assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes((PHOTOS / "scan-3.png").read_bytes())
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.png").symlink_to(tmp_path / "secret.png")
+    task = load_task("vqa", data=written(folder, lines(QUESTION | {"image": "a.png"})), split="all")
+    with pytest.raises(UsageError, match="outside"):
+        task.image_files()
+
+
+def test_splits_of_files_columns_and_held_out_images(tmp_path: Path) -> None:
+    shutil.copytree(PHOTOS, tmp_path / "photos")
+    for split, image in (("train", "scan-3"), ("val", "scan-7"), ("test", "scan-3")):
+        written(tmp_path, lines(QUESTION | {"image": f"photos/{image}.png"}), f"{split}.jsonl")
+    task = load_task("vqa", data=tmp_path, split="validation")
+    assert [path.name for path in task.image_files()] == ["scan-7.png"]
+    assert task.notes == ("1 of the 1 images of train are in test too",)
+    sides = {split: own(OWN / "qa.jsonl", split) for split in ("train", "validation", "test")}
+    images = {split: set(side.image_files()) for split, side in sides.items()}
+    assert {split: len(some) for split, some in images.items()} == {"train": 6, "validation": 1, "test": 1}
+    assert len(set().union(*images.values())) == 8
+    other = own(OWN / "qa.jsonl", "test", split_seed=1).image_files()
+    assert other != sides["test"].image_files()
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "accuracy"),
+    [
+        ("Blue.", ["blue"], 1.0),
+        ("red", ["blue"], 0.0),
+        ("blue", ["blue", "red"], 0.5),
+        ("blue", ["blue", "red", "green"], 2 / 3),
+        ("blue", ["blue"] * 2 + ["red"] * 2, 1.0),
+        ("blue", ["blue"] + ["red"] * 4, 0.6),
+        ("blue", ["blue"] * 9, 1.0),
+    ],
+)
+def test_vqa_accuracy_of_fewer_than_ten_answers(prediction: str, answers: list[str], accuracy: float) -> None:
+    assert general_vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_of_ten_answers_is_the_official_one() -> None:
+    for matches in range(11):
+        answers = ["blue"] * matches + [f"other {number}" for number in range(10 - matches)]
+        assert general_vqa_accuracy("blue", answers) == vqa_accuracy("blue", answers)
+
+
+def test_anls() -> None:
+    assert edit_distance("kitten", "sitting") == 3
+    assert anls("Hello  world", ["hello world"]) == 1
+    assert anls("helo", ["hello", "x"]) == pytest.approx(0.8)
+    assert anls("abcd", ["wxyz"]) == 0
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("file", ["qa.csv", "aokvqa_like.json", "labels.jsonl"])
+def test_own_data_are_trained_scored_and_asked(
+    file: str, tmp_path: Path, make_run: Callable[..., RunConfig]
+) -> None:
+    rows = [json.loads(line) for line in (OWN / "qa.jsonl").read_text().splitlines()][::3]
+    labels = [{"file_name": row["image"], "label": row["answer"]} for row in rows]
+    data = written(tmp_path, lines(*labels), file) if file == "labels.jsonl" else OWN / file
+    options = DataOptions(own=OwnOptions(data=str(data), images=PHOTOS), max_lost_answers=1.0)
+    assert options.task == "vqa"
+    config = with_(make_run(options), output_dir=tmp_path / "run")
+    scores = run(config).scores
+    found = score_run(EvaluateConfig(run=tmp_path / "run", output_dir=tmp_path / "again"))
+    assert found.scores == scores
+    other = score_run(EvaluateConfig(run=tmp_path / "run", own=options.own, output_dir=tmp_path / "other"))
+    assert len(other.predictions) == len(own(data))
+    task = own(data)
+    if file != "qa.csv":
+        allowed = task.labels or task[0].choices
+        assert set(other.predictions.values()) <= set(allowed)
+    predictor = dept_vl.load(tmp_path / "run")
+    question = "" if file == "labels.jsonl" else "what color is the shape?"
+    answer = predictor.answer(PHOTOS / "scan-3.png", question)
+    assert isinstance(answer, str)
+    assert not task.labels or answer in task.labels
