@@ -67,7 +67,6 @@ class DataOptions(Options):
 
     task: str = "vqav2"
     """Name of the task."""
-    own: Own = field(default_factory=OwnOptions)
     data_dir: Path | None = None
     """Folder with the task's files; left out, data/TASK, and for a text task without it the Hub."""
     train_split: str | None = None
@@ -117,6 +116,7 @@ class DataOptions(Options):
     feature_memory: Annotated[float, Field(ge=0)] = 4.0
     """GiB of memory for visual features that are encoded once before training. Of several tasks the first
     says it for all images together."""
+    own: Own = field(default_factory=OwnOptions)
 
     def __post_init__(self) -> None:
         """Data of your own are read by task vqa, unless another task is named."""
@@ -359,7 +359,6 @@ class EvaluateConfig(Options):
     """Folder of another adapter of the same backbone."""
     task: str = ""
     """Task to score on; left out, the run's first."""
-    own: Own = field(default_factory=OwnOptions)
     data_dir: Path | None = None
     """Folder with the task's official files; left out, the run's."""
     split: str = ""
@@ -386,6 +385,7 @@ class EvaluateConfig(Options):
     """bf16 computes the backbone in bfloat16."""
     output_dir: Path | None = None
     """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
+    own: Own = field(default_factory=OwnOptions)
 
 
 @dataclass(frozen=True)

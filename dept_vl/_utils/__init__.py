@@ -5,6 +5,7 @@ Internal; nothing here knows of models, tasks or runs.
 
 __all__ = [
     "checksums",
+    "embedded",
     "errors",
     "images",
     "io",

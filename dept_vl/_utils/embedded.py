@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from dept_vl._utils.checksums import open_sealed
+
 SUFFIXES = (".parquet", ".arrow")
+ARROW_MAGIC = b"ARROW1"
 KEPT_GROUPS = 4
 """Row groups of Parquet files that stay decoded: neighbours are usually read one after the other."""
 
@@ -74,14 +77,17 @@ def _value(file: str, column: str, row: int) -> Any:
 
 @lru_cache(maxsize=64)
 def open_arrow(file: str, changed: int) -> Any:
-    """Map an Arrow file, of the file or of the stream format, into memory."""
+    """Map an Arrow file into memory: of the file format, sealed by us or not, or of the stream format."""
     import pyarrow as pa
 
-    mapped = pa.memory_map(file)
-    try:
-        return pa.ipc.open_file(mapped).read_all()
-    except pa.ArrowInvalid:
+    with open(file, "rb") as opened:
+        is_file = opened.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+    if not is_file:
         return pa.ipc.open_stream(pa.memory_map(file)).read_all()
+    try:
+        return pa.ipc.open_file(pa.memory_map(file)).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(pa.BufferReader(open_sealed(Path(file)))).read_all()
 
 
 @lru_cache(maxsize=64)

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dept_vl._utils.checksums import checksum
+from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import is_turned
-from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl.config import Precision
@@ -218,6 +218,8 @@ def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
                 found.append((stat.st_size, stat.st_mtime_ns))
             except FileNotFoundError:
                 found.append((0, 0))
+            except NotADirectoryError:  # an image in a table
+                found.append((file_size(path), 0))
         return found
 
     parts = [paths[start : start + LOOKED_AT] for start in range(0, len(paths), LOOKED_AT)]

@@ -370,8 +370,8 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         answers = required(row, "answers", list, where)
         if len(answers) != ANSWERS:
             raise ValueError(
-                f"{where}: expected {ANSWERS} human answers, found {len(answers)}; download the file again "
-                f"from {SOURCE}"
+                f"{where}: expected {ANSWERS} human answers, found {len(answers)}; --data FILE reads "
+                "questions of your own, with any number of answers"
             )
         texts = []
         for answer in answers:

@@ -300,7 +300,7 @@ class Run(Stages):
             )
             for line in lines:
                 self.accelerator.print(line)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and any(splits.train.fits_answers for splits in self.splits):
             write_facts(self.output_dir, self.splits)
 
     def _check_lengths(self, max_target_length: int) -> None:

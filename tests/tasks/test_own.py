@@ -18,11 +18,12 @@ from runs import with_
 import dept_vl
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
-from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, RunConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.training.extract import extract
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 
@@ -263,3 +264,19 @@ def test_own_data_are_trained_scored_and_asked(
     answer = predictor.answer(PHOTOS / "scan-3.png", question)
     assert isinstance(answer, str)
     assert not task.labels or answer in task.labels
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_features_of_embedded_images_are_kept(
+    tmp_path: Path, make_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("IMG_0001.JPG", "scan-3.png", "scan-7.png", "000000000004.jpg")
+    images = pa.array([{"bytes": (PHOTOS / name).read_bytes(), "path": None} for name in names])
+    pq.write_table(pa.table({"image": images, "label": ["a", "b", "a", "b"]}), tmp_path / "a.parquet")
+    config = make_run(DataOptions(own=OwnOptions(data=str(tmp_path / "a.parquet"))))
+    (folder,) = extract(ExtractConfig(data=config.data, backbone=config.backbone))
+    assert folder == tmp_path / "features"
+    cached = with_(config, data={"features": "cached"}, output_dir=tmp_path / "run")
+    assert set(run(cached).scores) == {"accuracy", "macro_f1"}
+    assert extract(ExtractConfig(data=config.data, backbone=config.backbone)) == [folder]
+    assert "0 images encoded, 4 were there" in capsys.readouterr().out

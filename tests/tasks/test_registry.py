@@ -96,7 +96,10 @@ def test_a_new_task_takes_part_in_everything(
     folder: Path, scenes: Path, tmp_path: Path, make_run: Callable[..., RunConfig]
 ) -> None:
     # Trained and scored on the splits that the task names.
-    config = with_(make_run(DataOptions(task="squares", data_dir=folder)), output_dir=tmp_path / "run")
+    config = with_(
+        make_run(DataOptions(task="squares", data_dir=folder, max_lost_answers=1.0)),
+        output_dir=tmp_path / "run",
+    )
     result = run(config)
     assert list(result.scores) == ["accuracy"]
     predictions = json.loads((tmp_path / "run" / "predictions.json").read_text())

@@ -51,8 +51,7 @@ class ImageFolder:
             if len(here or files) > 1:
                 raise UsageError(
                     f"the image {name!r:.100} may be {' or '.join((here or files)[:3])} in {self.root}; "
-                    "write 
-                    "the whole path into the data"
+                    "write the whole path into the data"
                 )
             if files:
                 return self._inside((here or files)[0], True)

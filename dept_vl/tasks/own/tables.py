@@ -151,7 +151,7 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
 
 
 def json_lists(path: Path) -> str:
-    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of the list that holds records.
+    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of its list.
 
     Raises:
         UsageError: If it is none of these.
