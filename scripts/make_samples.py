@@ -1,4 +1,4 @@
-"""Render the images of data/samples and write its ten rows: your own images and questions in the smallest form.
+"""Render the images of data/samples and write its ten rows: your own images and questions at their smallest.
 
 python scripts/make_samples.py --output_dir data/samples
 """

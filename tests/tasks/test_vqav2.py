@@ -196,7 +196,7 @@ def test_unknown_split(folder: Path) -> None:
 
 def test_unknown_task(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown task 'vqa'; there are: vqav2, gqa, nlvr2, coco"):
-        load_task("vqa", folder, "train")
+        load_task("vqa3", folder, "train")
 
 
 @pytest.mark.parametrize("find", [questions_path, annotations_path])
