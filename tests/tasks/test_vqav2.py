@@ -195,7 +195,7 @@ def test_unknown_split(folder: Path) -> None:
 
 
 def test_unknown_task(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown task 'vqa'; there are: vqav2, gqa, nlvr2, coco"):
+    with pytest.raises(ValueError, match=r"unknown task 'vqa3'; there are: vqav2, gqa, nlvr2, coco"):
         load_task("vqa3", folder, "train")
 
 
