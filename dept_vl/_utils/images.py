@@ -78,7 +78,7 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
     """
     try:
         if isinstance(source, str | Path) and is_embedded(source):
-            return read_image(embedded_bytes(source))
+            return read_image(embedded_bytes(source), exif=exif)
         if isinstance(source, Image.Image):
             return _upright(source, exif)
         if (len(source) if isinstance(source, bytes) else Path(source).stat().st_size) == 0:
