@@ -15,6 +15,8 @@ EXAMPLES = 20_000
 """Examples whose answers are looked at, spread over the training split."""
 AT_ONCE = 5_000
 SHOWN = 3
+FEWEST = 10
+"""Answers from which on a share of them means something."""
 LONGEST = 256
 """Tokens of the longest answer that is learnt without being asked for."""
 
@@ -74,7 +76,7 @@ def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
         The splits with the longest answer in their decoding, and lines to print.
 
     Raises:
-        UsageError: If more than `max_lost_answers` of the answers are lost.
+        UsageError: If more than `max_lost_answers` of the answers are lost, and there are ten or more.
     """
     options, decoding, task = splits.options, splits.decoding, splits.train
     limit = options.max_answer_tokens
@@ -97,7 +99,7 @@ def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
         )
         if counts
     ]
-    if lost.share > options.max_lost_answers:
+    if lost.answers >= FEWEST and lost.share > options.max_lost_answers:
         raise UsageError(
             f"{lost.share:.0%} of the training answers of {task.name} are lost, more than "
             f"--max_lost_answers {options.max_lost_answers}: "

@@ -50,7 +50,7 @@ def test_the_longest_answer_is_that_of_the_data(splits: Callable[..., Splits], t
 
 
 def test_too_many_lost_answers_are_an_error(splits: Callable[..., Splits], t5: Backbone) -> None:
-    made = splits("red", "日本", "{x}")
+    made = splits(*["red", "日本", "{x}"] * 4)
     with pytest.raises(UsageError, match="max_lost_answers"):
         fit_answers(made, t5.tokenizer)
     allowed = replace(made, options=replace(made.options, max_lost_answers=1.0))

@@ -26,15 +26,15 @@ def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
     Raises:
         UsageError: If there is no such split, or there are too few images.
     """
-    column = [SPLITS.get(name.lower(), name) for name in rows.column("split").to_pylist()]
-    present = dict.fromkeys(column)
+    encoded = rows.column("split").combine_chunks().dictionary_encode()
+    present = [SPLITS.get(name.lower(), name) for name in encoded.dictionary.to_pylist()]
     split = SPLITS.get(split.lower(), split)
     if split == AUTO:
         split = TEST if TEST in present else ALL
     everything: Indices = np.arange(len(rows))
     if split == ALL:
         return everything
-    names = np.array([name or TRAIN for name in column])
+    names = np.array([name or TRAIN for name in present])[encoded.indices.to_numpy()]
 
     def of(name: str) -> Indices:
         places: Indices = everything[names == name]
@@ -103,14 +103,11 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices) -> Indices:
 
 def leaks(rows: Rows) -> list[str]:
     """Return a line for each pair of named splits that share images."""
-    column = rows.column("split").to_pylist()
-    present = [name for name in dict.fromkeys(column) if name]
+    present = [name for name in rows.column("split").unique().to_pylist() if name]
     images = {}
     for name in present:
-        places = [place for place, of_row in enumerate(column) if of_row == name]
-        images[name] = set(
-            rows.subset(places).column("images").combine_chunks().flatten().unique().to_pylist()
-        )
+        column = rows.where("split", [name]).column("images").combine_chunks()
+        images[name] = set(column.flatten().unique().to_pylist())
     return [
         f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
         for place, name in enumerate(present)
