@@ -3,6 +3,8 @@
 `cli` makes flags of these dataclasses, and pydantic reads them from files.
 """
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +26,7 @@ from dept_vl._utils.options import (
 )
 from dept_vl._utils.options import to_json as to_json
 from dept_vl._utils.options import validate as validate
+from dept_vl._utils.run_files import find_again
 from dept_vl.models.options import (
     BEFORE_ORDER,
     LARGEST_GRID,
@@ -233,7 +236,8 @@ class TrainOptions(Options):
     """Examples decoded at a time, per process."""
     checkpoint_every: Count = 1000
     """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
-    three times what is trained, the last two are kept); 0 writes one only when the run is stopped."""
+    three times what is trained, the last two are kept); 0 writes one only when the run is stopped and, until
+    the test split is scored, after the last step."""
     pause_at: Count = 0
     """Stop at this step, with an evaluation and a checkpoint, to go on by --resume; 0 goes through."""
     patience: Count = 0
@@ -321,6 +325,10 @@ class RunConfig(Options):
     resume: str = ""
     """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
     to begin one if not (the same command may then be started again and again)."""
+    accept_changes: bool = False
+    """Go on with a run although options or data differ from those that it began with."""
+    wait: bool = False
+    """Wait while another process has the folder, rather than leave it."""
     tune: Annotated[int, Field(ge=0, le=10_000)] = 0
     """Search the learning rates and the split between prompt and rank first, in so many trials."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -386,6 +394,8 @@ class EvaluateConfig(Options):
     output_dir: Path | None = None
     """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
     own: Own = field(default_factory=OwnOptions)
+    wait: bool = False
+    """Wait while another process has that folder, rather than leave it."""
 
 
 @dataclass(frozen=True)
@@ -435,39 +445,69 @@ class ReportConfig(Options):
     """PNG file to draw the page into, by Chromium."""
     size: tuple[Positive, Positive] = (1200, 1800)
     """Pixels of that picture across and down."""
+    wait: bool = False
+    """Wait while another process has the folder, rather than leave it."""
 
 
 FREE_TO_CHANGE = (
     "output_dir",
     "resume",
+    "accept_changes",
+    "wait",
     "log_with",
     "train.num_workers",
     "train.pause_at",
     "train.log_every",
+    "data.meteor",  # a figure more, which decides nothing
     "data.features",  # `run` sees to it that their precision stays
     "data.features_dir",
     "data.feature_memory",
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
+LOCATIONS = ("data.data_dir", "data.shots_file", "backbone.backbone", "backbone.vision", "backbone.language")
+"""Options that may change as long as there is the same at the new place."""
+BATCHES = ("data.task_batch_size", "train.per_device_batch_size", "train.gradient_accumulation_steps")
+"""Options that may change as long as their product with the number of processes stays."""
 RENAMED = {"lora_lr": "offset_lr", "lora_weight_decay": "offset_weight_decay"}
 """Options by the names that older configurations and commands have for them."""
 
 
-def differences(started: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(
+    started: dict[str, Any], now: dict[str, Any], free: Collection[str] = (), folder: Path = Path()
+) -> list[str]:
     """Options on which a run's result depends and that were changed, as `name=old -> new`.
 
     Args:
         started: As `to_json` gives them; options that came later had their defaults.
         now: The same.
+        free: Names of more options that may change; those of `data` hold for the other tasks too.
+        folder: Of the run, beside which its paths are.
     """
-    usual = flat(to_json(RunConfig()))
-    old = usual | flat(_with_splits(_before_exif(current_names(started))))
-    new = usual | flat(_with_splits(now))
+    usual, more = flat(to_json(RunConfig())), flat(to_json(DataOptions()), "data.")
+    found = []
+    for options in (_before_exif(current_names(started)), now):
+        options = _located(_with_splits(options), folder)
+        also = {f"also[{place}]": data for place, data in enumerate(options.pop("also"))}
+        usual |= {name.replace("data", task, 1): value for task in also for name, value in more.items()}
+        found.append({name: _comparable(name, value) for name, value in flat(options | also).items()})
+    old, new = (usual | options for options in found)
     return [
         f"{name}={old.get(name)!r} -> {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if name not in FREE_TO_CHANGE and old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and _general(name) not in {*FREE_TO_CHANGE, *free}
     ]
+
+
+def _general(name: str) -> str:
+    """Return the name that an option has of the first task."""
+    return f"data.{name.partition('.')[2]}" if name.startswith("also[") else name
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """Return a value, a path as the place that it means."""
+    if _general(name) in LOCATIONS and isinstance(value, str) and os.path.exists(value):
+        return os.path.realpath(value)
+    return value
 
 
 def _with_splits(options: dict[str, Any]) -> dict[str, Any]:
@@ -507,8 +547,37 @@ def current_names(options: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
+def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return options with the paths that are found again; `folder` is that of their file."""
+
+    def again(group: Any, *names: str) -> Any:
+        if not isinstance(group, dict):
+            return group
+        found = {name: find_again(group[name], folder) for name in names if isinstance(group.get(name), str)}
+        task = group.get("task", DataOptions.task)
+        if "data_dir" in names and group.get("data_dir") is None and isinstance(task, str):
+            usual = str(Path("data", task))
+            if find_again(usual, folder) != usual:
+                found["data_dir"] = find_again(usual, folder)
+        return group | found
+
+    paths = ("data_dir", "features_dir", "shots_file")
+    also, prompt = options.get("also", []), options.get("prompt")
+    options = options | {
+        "data": again(options.get("data", {}), *paths),
+        "also": [again(task, *paths) for task in also] if isinstance(also, list) else also,
+        "backbone": again(options.get("backbone", {}), "backbone", "vision", "language"),
+    }
+    if isinstance(prompt, dict) and isinstance(prompt.get("init_from"), list):
+        names = [find_again(name, folder) if isinstance(name, str) else name for name in prompt["init_from"]]
+        options["prompt"] = prompt | {"init_from": names}
+    return options
+
+
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
+
+    Paths are those that are found now, see `find_again`.
 
     Args:
         path: The file.
@@ -524,12 +593,12 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     content = read_json(path)
     if isinstance(content, dict):
         of_run = "output_dir" in content
-        content.pop("output_dir", None)
-        content.pop("resume", None)
+        for name in ("output_dir", "resume", "accept_changes", "wait"):
+            content.pop(name, None)
         content = current_names(content)
         # That of a run says all; another one may leave out anything.
         content = _before_exif(content) if of_run else content
-        content = _over(content, to_json(base or RunConfig()))
+        content = _over(_located(content, path.parent), to_json(base or RunConfig()))
     try:
         return build(RunConfig, content)
     except UsageError as error:

@@ -249,6 +249,14 @@ def make_run(language_folders: dict[str, Path], vision_folders: dict[str, Path])
     return partial(tiny_run, vision=vision_folders["clip"], language=language_folders["t5"])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_trial_of_meteor() -> Iterator[None]:
+    """Runs on captions do not start METEOR beforehand, which takes seconds; its own tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dept_vl.tasks.coco.check_meteor", lambda: None)
+        yield
+
+
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Graphs since the test began, run as they are; shapes go unchecked: the checker cannot be compiled."""

@@ -37,6 +37,10 @@ class UnknownNameError(UsageError):
         self.category, self.name, self.known, self.closest = category, name, known, closest
 
 
+class InUseError(RuntimeError):
+    """A folder that another process writes to."""
+
+
 DEBUG_VARIABLE = "DEPT_VL_DEBUG"
 RAISED = (ValueError, RuntimeError, ImportError)
 """What our own `raise` statements report mistakes of users with, besides `OSError`."""

@@ -20,7 +20,10 @@ METRICS = {"overall": "accuracy", "em": "exact_match", "f1a": "f1", "macro_f1": 
 METRICS |= {"matthews": "matthews_correlation", "ROUGE_L": "rouge"}
 METRICS |= {f"Bleu_{n}": "bleu" for n in range(1, 5)}
 """The Hub's name of a figure, where it is another than the figure's own in small letters."""
-LOCAL = ("data_dir", "own", "features_dir", "shots_file", "output_dir", "resume", "log_with", "init_from")
+LOCAL = (
+    *("data_dir", "own", "features_dir", "shots_file", "init_from"),
+    *("output_dir", "resume", "accept_changes", "wait", "log_with"),
+)
 """Options that tell of one machine alone."""
 MODELS = ("backbone", "vision", "language")
 """Options that name a model of the Hub, or a folder of this machine."""

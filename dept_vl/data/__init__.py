@@ -6,6 +6,7 @@
 __all__ = [
     "answers",
     "collate",
+    "content",
     "feature_index",
     "feature_shards",
     "feature_store",

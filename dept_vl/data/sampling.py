@@ -100,8 +100,9 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
                 self._grouped(stream, lengths, size * self.processes)
                 for stream, lengths, size in zip(numbers, self.lengths, self.batch_sizes, strict=True)
             ]
+        # Whole batches, so that no rounding makes the order depend on the number of processes.
         pairs = zip(self.example_counts, self.batch_sizes, strict=True)
-        shares = [count / size for count, size in pairs]
+        shares = [count / (size * self.processes) for count, size in pairs]
         choices = Random(f"{self.seed} tasks")
         for place in itertools.count():
             task = choices.choices(range(len(shares)), shares)[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dept_vl._utils.io import one_line
-from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST
+from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.config import EvaluateConfig, RunConfig, read_config
@@ -57,7 +57,7 @@ def load(
     adapter = Adapter.from_pretrained(source, revision=revision)
     run = run_of(Path(source))
     chosen = _choose_task(adapter, task)
-    shared = find_backbone(adapter, run, backbone, device)
+    shared = find_backbone(adapter, run, backbone, device, Path(source))
     if chosen.image_count and shared.vision is None:
         raise ValueError(
             f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
@@ -96,6 +96,7 @@ def find_backbone(
     run: Path | None,
     backbone: Backbone | str | Path | None = None,
     device: str | torch.device | None = None,
+    place: Path = Path(),
 ) -> Backbone:
     """The backbone that an adapter was trained on, loaded.
 
@@ -106,6 +107,7 @@ def find_backbone(
             names or folders of two models, `VISION+LANGUAGE`, or of the `LANGUAGE` model alone. None takes
             that of the run, else the one that the adapter names.
         device: Such as `cuda`; None takes the accelerator if there is one.
+        place: Of the adapter, beside which a relative path that it names is looked for too.
 
     Raises:
         FileNotFoundError: If it cannot be found; the message says what may be given.
@@ -121,6 +123,8 @@ def find_backbone(
             "dept_vl.adapters.attach.Attached.load"
         )
     name = known["name"] if backbone is None else str(backbone)
+    if backbone is None:
+        name = "+".join(find_again(part, place) for part in name.split("+"))
     try:
         if backbone is None and run is not None:
             loaded = Backbone.from_pretrained(**read_config(run / CONFIG_FILE).backbone.loading())

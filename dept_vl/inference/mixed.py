@@ -169,6 +169,6 @@ def load_many(
     if not sources:
         raise ValueError("expected one adapter or more, found none")
     first = next(iter(sources.values()))
-    shared = find_backbone(Adapter.from_pretrained(first), run_of(Path(first)), backbone, device)
+    shared = find_backbone(Adapter.from_pretrained(first), run_of(Path(first)), backbone, device, Path(first))
     predictors = {name: load(source, backbone=shared) for name, source in sources.items()}
     return ManyAdapters(shared, predictors, base_task=base_task)

@@ -22,7 +22,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
-from dept_vl.tasks.metrics.caption import CaptionScore, check_installed, score_captions
+from dept_vl.tasks.metrics.caption import CaptionScore, check_installed, check_meteor, score_captions
 from dept_vl.tasks.metrics.text import squad
 from dept_vl.tasks.prepare.hub import Copy
 from dept_vl.tasks.prepare.parquet import Part, Source
@@ -209,8 +209,10 @@ class COCOCaptions(Task):
         return replace(self, meteor=False)
 
     def check_requirements(self) -> None:
-        """Check that `pycocoevalcap` and Java are installed; the errors say what is missing."""
+        """Check that `pycocoevalcap` and Java are installed and METEOR runs; the errors say what is wrong."""
         check_installed()
+        if self.meteor:
+            check_meteor()
 
     def written(self, answer: str) -> str:
         """A decoded caption on one line."""

@@ -73,7 +73,7 @@ class TrainingState:
         folder: Path,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
+        schedule: torch.optim.lr_scheduler.LambdaLR,
         accelerator: Accelerator,
     ) -> None:
         self.folder = folder / CHECKPOINTS
@@ -130,17 +130,13 @@ class TrainingState:
     def load(self, place: Path) -> Progress:
         """Put model, optimizer and schedule back to a checkpoint.
 
+        Learning rates are the optimizer's own, at their place in the schedule: as stored, unless the run was
+        told to go on with others.
+
         Raises:
-            ValueError: If the checkpoint is of another model or of another number of processes, or is
-                damaged.
+            ValueError: If the checkpoint is of another model, or is damaged.
         """
         state = self._read_state(place / "state.json")
-        processes = self.accelerator.num_processes
-        if state.processes != processes:
-            raise ValueError(
-                f"{place} is of {state.processes} process(es), and this run has {processes}; go on with "
-                f"--num_processes {state.processes}, or start a new run"
-            )
         tensors = read_tensors(place / "tensors.safetensors")
         if state.version != STATE_VERSION:
             tensors = {current_name(name): tensor for name, tensor in tensors.items()}
@@ -155,9 +151,15 @@ class TrainingState:
                     for key in state.optimizer[name]
                     for value in [tensors[f"optimizer.{name}.{key}"]]
                 }
+        peaks = [group["initial_lr"] for group in self.optimizer.param_groups]
         for group, rates in zip(self.optimizer.param_groups, state.rates, strict=True):
             group.update(rates)
         self.schedule.load_state_dict(state.schedule)
+        for number, (group, peak) in enumerate(zip(self.optimizer.param_groups, peaks, strict=True)):
+            if group["initial_lr"] != peak:
+                now = self.schedule.lr_lambdas[number](self.schedule.last_epoch) * peak
+                self.schedule.base_lrs[number] = peak
+                group.update({"lr": now, "initial_lr": peak})
         return state.progress
 
     def _read_state(self, path: Path) -> State:
@@ -180,10 +182,14 @@ class TrainingState:
     def load_random_state(self, place: Path) -> None:
         """Put this process's random generators back; last, since making a loader draws from them.
 
+        A process that there was none of before takes those of the first.
+
         Raises:
             ValueError: If the file is damaged.
         """
         path = place / f"rng-{self.accelerator.process_index}.safetensors"
+        if not path.is_file():
+            path = place / "rng-0.safetensors"
         tensors = read_tensors(path)
         try:
             _restore_random_state(tensors, self.accelerator.device)
@@ -249,6 +255,12 @@ def checkpoints(run: Path) -> list[Path]:
 def steps_of(checkpoint: Path) -> int:
     """The optimizer steps after which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def processes_of(checkpoint: Path) -> int:
+    """The processes of the run that wrote a whole checkpoint."""
+    processes: int = read_json(checkpoint / "state.json")["processes"]
+    return processes
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:

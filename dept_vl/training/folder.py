@@ -10,10 +10,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import read_object, write_json
-from dept_vl._utils.run_files import BEST, CONFIG_FILE, FEATURES_FILE, LOG_FILE
-from dept_vl.config import RENAMED, RunConfig, differences, to_json
+from dept_vl._utils.run_files import (
+    BEST,
+    CONFIG_FILE,
+    FEATURES_FILE,
+    IDENTITY_FILE,
+    LOG_FILE,
+    REPORT_FILE,
+    SUMMARY_FILE,
+)
+from dept_vl.config import RENAMED, RunConfig, to_json
 from dept_vl.training.checkpoint import newest, steps_of
 from dept_vl.training.errors import explained
+from dept_vl.training.identity import changed_options
 
 
 @dataclass(frozen=True)
@@ -23,27 +32,91 @@ class FeaturesFile:
     dtype: str
 
 
-def open_folder(config: RunConfig, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """Return the run's folder, claimed or resumed, and the checkpoint to resume from."""
+@dataclass(frozen=True)
+class Opened:
+    """The folder of a run, as this process found it.
+
+    Attributes:
+        path: The folder.
+        checkpoint: Where to go on; None begins at the beginning.
+        claimed: Whether this process made the run.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    claimed: bool
+
+
+def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
+    """Return the folder of the run to begin or to go on with.
+
+    Raises:
+        FileExistsError: If it holds a run that is not to go on.
+        FileNotFoundError: If it holds none that could go on.
+        ValueError: If it is not said.
+    """
     if config.resume not in ("", "auto"):
         output_dir = Path(config.resume)
         if not _holds_run(output_dir):
             raise FileNotFoundError(f"--resume {output_dir}: expected the folder of a run, found none there")
-        return output_dir, _resume(config, output_dir, accelerator)
+        return output_dir
     if config.resume == "auto" and config.output_dir is None:
         raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
-    if config.resume == "auto" and _holds_run(Path(config.output_dir or "")):
-        return Path(config.output_dir or ""), _resume(config, Path(config.output_dir or ""), accelerator)
-    return _claim_output_dir(config, accelerator), None
+    chosen = [str(config.output_dir or "")]
+    if config.output_dir is None and accelerator.is_main_process:
+        chosen = [str(_new_folder(config.data.task))]
+    output_dir = Path(broadcast_object_list(chosen)[0])
+    if not config.resume:
+        _check_free(output_dir)
+    return output_dir
+
+
+def is_complete(output_dir: Path) -> bool:
+    """Whether a run has ended and left all that it leaves."""
+    return all((output_dir / name).is_file() for name in (SUMMARY_FILE, REPORT_FILE))
+
+
+def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Opened:
+    """Claim the folder for a new run, or find the newest whole checkpoint of the one there.
+
+    Args:
+        config: Of the run.
+        output_dir: Which nobody else writes to meanwhile.
+        accelerator: Of the run.
+
+    Raises:
+        FileExistsError: If it holds a run that is not to go on.
+        UsageError: If that has ended with other options.
+    """
+    holds_run = _holds_run(output_dir)
+    # Every process looks before one writes, so that all of them raise together.
+    accelerator.wait_for_everyone()
+    if holds_run and config.resume:
+        if (output_dir / SUMMARY_FILE).is_file():
+            check_unchanged(output_dir, config)
+            return Opened(output_dir, None, claimed=False)
+        return Opened(output_dir, _newest(output_dir, accelerator), claimed=False)
+    _check_free(output_dir)
+    if accelerator.is_main_process:
+        with explained(output_dir):
+            write_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
+    accelerator.wait_for_everyone()
+    return Opened(output_dir, None, claimed=True)
 
 
 def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
 
 
-def _resume(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Path | None:
-    """Return the newest whole checkpoint of a run that was started with the same options."""
-    check_unchanged(output_dir, config)
+def _check_free(output_dir: Path) -> None:
+    if _holds_run(output_dir):
+        raise FileExistsError(
+            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
+            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
+        )
+
+
+def _newest(output_dir: Path, accelerator: Accelerator) -> Path | None:
     checkpoint, damaged = newest(output_dir)
     for problem in damaged:
         accelerator.print(f"warning: {problem}; the one before is taken")
@@ -55,39 +128,17 @@ def _resume(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Pa
 
 
 def check_unchanged(folder: Path, config: RunConfig) -> None:
-    """Check that a run was started with these options.
+    """Check that a run that has ended had these options.
 
     Raises:
         ValueError: If options differ on which the result depends; the message lists them.
     """
-    changed = differences(read_object(folder / CONFIG_FILE, dict), to_json(config))
+    changed = changed_options(folder, config)
     if changed:
         raise ValueError(
-            f"{folder} was started with other options ({'; '.join(changed)}); resume it with its own, by "
-            f"--config {folder / CONFIG_FILE}, or start a new run in another --output_dir"
+            f"{folder} was started with other options ({'; '.join(changed)}) and has ended; start a new run "
+            "in another --output_dir"
         )
-
-
-def _claim_output_dir(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Create the run's folder and write its configuration there."""
-    chosen = [str(config.output_dir or "")]
-    if config.output_dir is None and accelerator.is_main_process:
-        chosen = [str(_new_folder(config.data.task))]
-    output_dir = Path(broadcast_object_list(chosen)[0])
-    holds_run = _holds_run(output_dir)
-    # Every process looks before one writes, so that all of them raise together.
-    accelerator.wait_for_everyone()
-    if holds_run:
-        raise FileExistsError(
-            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
-            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
-        )
-    if accelerator.is_main_process:
-        with explained(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            write_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
-    accelerator.wait_for_everyone()
-    return output_dir
 
 
 def _new_folder(task: str) -> Path:
@@ -110,17 +161,17 @@ def existing(folder: Path) -> Path:
     return older if older.is_dir() else folder
 
 
-def release(output_dir: Path, accelerator: Accelerator) -> None:
+def release(opened: Opened, accelerator: Accelerator) -> None:
     """Remove the config of a run that failed validation, so that the corrected command can use the folder.
 
     Args:
-        output_dir: Folder of the run.
+        opened: Folder of the run; nothing is removed of one that this process did not make.
         accelerator: Accelerator of the run.
     """
-    if accelerator.is_main_process and not (output_dir / LOG_FILE).exists():
-        for name in (CONFIG_FILE, FEATURES_FILE):
+    if opened.claimed and accelerator.is_main_process and not (opened.path / LOG_FILE).exists():
+        for name in (CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE):
             with suppress(OSError):  # the error that failed the run is the one to report
-                (output_dir / name).unlink()
+                (opened.path / name).unlink()
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:

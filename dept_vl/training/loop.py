@@ -147,8 +147,7 @@ class Loop:
         self.log.advance()
         step, last = progress.steps, progress.steps == end
         evaluating = last or step % options.eval_every == 0
-        saving = options.checkpoint_every > 0 and (last or step % options.checkpoint_every == 0)
-        saving = saving or (last and end < options.max_steps)
+        saving = last or (options.checkpoint_every > 0 and step % options.checkpoint_every == 0)
         agreed = evaluating or step % options.log_every == 0
         progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
         logging = agreed or saving
@@ -162,7 +161,8 @@ class Loop:
         if evaluating:
             self._evaluate()
             progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
-        if saving or progress.stopped_by:
+        # The test split comes after the last step, and takes long: a run that is stopped there goes on there.
+        if saving or progress.stopped_by or self._out_of_patience():
             self.state.save(replace(progress, stopped_by=0))
 
     def _learn(self) -> Tensor:

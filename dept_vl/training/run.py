@@ -5,8 +5,10 @@ Every training script is a `RunConfig` and a call of `run`.
 
 import gc
 import os
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -17,7 +19,14 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_atomically, write_json
-from dept_vl._utils.run_files import BEST, CANDIDATES_FILE, SHOTS_FILE, SUMMARY_FILE
+from dept_vl._utils.run_files import (
+    BEST,
+    CANDIDATES_FILE,
+    CHECKPOINTS,
+    REPORT_FILE,
+    SHOTS_FILE,
+    SUMMARY_FILE,
+)
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, validate
@@ -33,12 +42,23 @@ from dept_vl.tasks.base import Task
 from dept_vl.training.build import budget_line, build_model
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
-from dept_vl.training.folder import check_unchanged, keep_precision, open_folder, release
+from dept_vl.training.folder import (
+    Opened,
+    check_unchanged,
+    choose_folder,
+    is_complete,
+    keep_precision,
+    open_folder,
+    release,
+)
 from dept_vl.training.graphs import padding_multiple
+from dept_vl.training.identity import keep_identity
 from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
+from dept_vl.training.owner import owning
 from dept_vl.training.progress import Progress
-from dept_vl.training.report.html import Answered, write_run_report
+from dept_vl.training.report.html import Answered, or_warn, write_run_report
+from dept_vl.training.report.remake import remake_page
 from dept_vl.training.stages import Part, Stages
 from dept_vl.training.summary import RunResult, Summary, finished, summary_table
 from dept_vl.training.trackers import check_tracker, start_tracker
@@ -54,6 +74,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     Raises:
         FileExistsError: If the output folder already holds a run.
         FileNotFoundError: If data or images are missing.
+        InUseError: If another process has the folder.
         ValueError: If options are out of range, or do not fit the data or the backbone; the message names
             the option.
         ImportError: If the tracker's package is not installed.
@@ -72,18 +93,14 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         project_dir=str(config.output_dir or "runs"),
     )
     task_options = _together(config)
-    output_dir, checkpoint = open_folder(config, accelerator)
-    if (output_dir / SUMMARY_FILE).is_file():
-        accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
-        result = finished(output_dir)
-    else:
-        with explained(output_dir):
-            try:
-                result = Run(config, task_options, accelerator, output_dir, checkpoint, started).run()
-            except (ValueError, FileNotFoundError):
-                release(output_dir, accelerator)
-                raise
-    accelerator.wait_for_everyone()
+    output_dir = choose_folder(config, accelerator)
+    # What is complete is only looked at: its disk may be read-only.
+    complete = is_complete(output_dir) and bool(config.resume)
+    with nullcontext() if complete else owning(output_dir, accelerator, wait=config.wait):
+        result = _run_in(
+            open_folder(config, output_dir, accelerator), config, task_options, accelerator, started
+        )
+        accelerator.wait_for_everyone()
     if more_to_come:
         for tracker in accelerator.trackers:
             tracker.finish()
@@ -91,6 +108,27 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     else:
         accelerator.end_training()  # closes the trackers and the process group, so last
     return result
+
+
+def _run_in(
+    opened: Opened,
+    config: RunConfig,
+    task_options: Sequence[DataOptions],
+    accelerator: Accelerator,
+    started: float,
+) -> RunResult:
+    output_dir = opened.path
+    if (output_dir / SUMMARY_FILE).is_file():
+        accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
+        if accelerator.is_main_process and not (output_dir / REPORT_FILE).is_file():
+            or_warn(lambda: remake_page(output_dir))
+        return finished(output_dir)
+    with explained(output_dir):
+        try:
+            return Run(config, task_options, accelerator, output_dir, opened.checkpoint, started).run()
+        except (ValueError, FileNotFoundError):
+            release(opened, accelerator)
+            raise
 
 
 def run_once(config: RunConfig) -> RunResult:
@@ -168,6 +206,7 @@ class Run(Stages):
                     suffix = f"-{splits.options.task}" if config.also else ""
                     splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
         self.model = build_model(config)
+        keep_identity(self.output_dir, config, self.splits, self.model.backbone, accelerator, self.checkpoint)
         place_model(self.model, accelerator)
         self._fit_answers()
         self.parts = [
@@ -284,6 +323,8 @@ class Run(Stages):
         write_atomically(folder / "summary.md", (table + "\n").encode())
         # Last, and whole: this file marks the run as finished.
         write_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
+        if not self.config.train.checkpoint_every:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # kept for the case of a stop
         print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
 
     def write_report(self, answered: Sequence[Answered]) -> Path:

@@ -1,6 +1,7 @@
 """Score a finished run on any split of any task: what `dept-vl evaluate` does."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.submission import Submission, write_submission
+from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_evaluation_report
 from dept_vl.training.stages import Part, Stages, write_answers
 
@@ -75,6 +77,7 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
     Raises:
         FileNotFoundError: If the run, the data or images are missing.
         FileExistsError: If the output folder already holds predictions.
+        InUseError: If another process has that folder.
         ValueError: If options do not fit each other; the message names them.
     """
     disable_progress_bar()
@@ -82,25 +85,27 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
         cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
     )
     scoring = ScoreRun(config, accelerator)
-    if write:
-        _check_unused(scoring.output_dir)
-    scoring.prepare()
-    scoring.score()
-    if write:
-        scoring.write()
-    accelerator.wait_for_everyone()
+    with _writing(scoring.output_dir if write else None, accelerator, config):
+        scoring.prepare()
+        scoring.score()
+        if write:
+            scoring.write()
+        accelerator.wait_for_everyone()
     accelerator.end_training()
     return Evaluated(scoring.evaluations[0], scoring.output_dir if write else None, scoring.submission)
 
 
 def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
     """Answer and score a split with a predictor; of the configuration its run is not looked at."""
+    accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
+    with _writing(config.output_dir, accelerator, config):
+        return _score_predictor(predictor, config, accelerator)
+
+
+def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: Accelerator) -> Evaluated:
     output_dir = config.output_dir
-    if output_dir is not None:
-        _check_unused(output_dir)
     other = predictor.task.other_split if config.own.data is not None else ""
     split = config.split or other or predictor.task.test_split
-    accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     with accelerator.local_main_process_first():
         options = DataOptions(task=predictor.task.loaded_as, data_dir=config.data_dir, own=config.own)
         task = load_split(options, split)
@@ -126,6 +131,19 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
         write_answers(task, evaluation, output_dir)
         write_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
     return Evaluated(evaluation, output_dir)
+
+
+@contextmanager
+def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConfig) -> Iterator[None]:
+    """Have a folder for the files of an evaluation, which holds none; None writes nothing."""
+    if folder is None:
+        yield
+        return
+    _check_unused(folder)
+    with owning(folder, accelerator, wait=config.wait):
+        _check_unused(folder)
+        accelerator.wait_for_everyone()  # all have looked
+        yield
 
 
 def _check_unused(folder: Path) -> None:
@@ -163,6 +181,7 @@ class ScoreRun(Stages):
             if task.server_split and not config.limit and not task[0].targets:
                 # Now, or a missing file would be noticed when all is answered.
                 self.whole = load_split(options, task.server_split)
+        task.check_requirements()  # now, rather than when all is answered
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         blank, longest = read_facts(config.run, TASKS[options.task])
         candidates = run_candidates(config, options.task)

@@ -181,7 +181,8 @@ def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     def make(script: str) -> None:
         folder = tmp_path / "bin"
         folder.mkdir()
-        (folder / "java").write_text(f"#!{sys.executable}\nimport json, sys\n{script}\n")
+        arguments = "sys.argv = [one for one in sys.argv if not one.startswith('-D')]"
+        (folder / "java").write_text(f"#!{sys.executable}\nimport json, sys\n{arguments}\n{script}\n")
         (folder / "java").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder))
 
@@ -262,6 +263,34 @@ def test_interrupted_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         caption_module._meteor({1: ["a dog"]}, {1: ["a dog"]})
     assert java_children() == []
+
+
+@needs_java
+def test_neither_a_locale_nor_a_path_changes_meteor(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a decimal comma, below a folder with a space and what URLs and class paths write otherwise."""
+    from pycocoevalcap.meteor import meteor as package
+
+    odd = tmp_path / "my environment, 50%20 #1: é+" / "meteor"
+    odd.parent.mkdir()
+    odd.symlink_to(Path(package.__file__).parent)
+    monkeypatch.setattr(package, "__file__", str(odd / "meteor.py"))
+    # As Java has it where LANG is de_DE.UTF-8 and that locale is installed.
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
+    monkeypatch.setenv("LC_ALL", "C")
+    caption_module.check_meteor.cache_clear()
+    caption_module.check_meteor()
+    references = caption_module._tokenise({key: list(texts) for key, texts in REFERENCES.items()})
+    predictions = caption_module._tokenise({key: [text] for key, text in PREDICTIONS.items()})
+    assert 100 * caption_module._meteor(references, predictions) == run.score.meteor
+
+
+def test_a_meteor_that_does_not_run_is_found_beforehand(fake_java: Callable[[str], None]) -> None:
+    fake_java("sys.exit('no memory')")
+    caption_module.check_meteor.cache_clear()
+    with pytest.raises(RuntimeError, match=r"no memory.*--no_meteor"):
+        caption_module.check_meteor()
 
 
 @needs_java

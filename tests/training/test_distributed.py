@@ -19,6 +19,7 @@ import dept_vl.models.precision
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.data.collate import Collator
 from dept_vl.training import checkpoint as state
+from dept_vl.training.identity import DifferentError
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -138,11 +139,45 @@ def test_killed_and_resumed_is_bit_identical(whole: RunConfig, tmp_path: Path) -
     ]
     in_two_processes(run, again)
     assert result_of(tmp_path / "killed") == result_of(Path(whole.output_dir or ""))
-    # Of another number of processes each would have another share.
+    # Of another number of processes a step would have half of the examples, and dropout other numbers.
     reset_accelerate()
     (tmp_path / "killed" / "summary.json").unlink()
-    with pytest.raises(ValueError, match=r"is of 2 process\(es\), and this run has 1"):
+    with pytest.raises(DifferentError, match=r"batches=8 .* -> 4 .*processes=2 -> 1"):
         run(again)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(
+    whole: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str], processes: int
+) -> None:
+    """From two to one and from one to two, as the run that was never stopped, but for rounding."""
+
+    def of(processes: int, **train: Any) -> RunConfig:
+        train = {"max_steps": 6, "gradient_accumulation_steps": 2 // processes, **train}
+        return replace(
+            whole,
+            resume="auto",
+            backbone=replace(whole.backbone, backbone_dropout=False),
+            train=replace(whole.train, per_device_batch_size=4, **train),
+        )
+
+    def start(processes: int, config: RunConfig) -> None:
+        reset_accelerate()
+        run(config) if processes == 1 else in_two_processes(run, config)
+
+    other = 3 - processes
+    start(processes, replace(of(processes), output_dir=tmp_path / "whole"))
+    start(processes, replace(of(processes, pause_at=4), output_dir=tmp_path / "run"))
+    capfd.readouterr()
+    start(other, replace(of(other), output_dir=tmp_path / "run"))
+    assert "the result is the same to rounding" in capfd.readouterr().out
+    assert_same(tmp_path / "run", tmp_path / "whole", atol=1e-6)
+    results = [result_of(tmp_path / name) for name in ("run", "whole")]
+    assert results[0]["predictions"] == results[1]["predictions"]
+    for one, two in zip(results[0]["log"], results[1]["log"], strict=True):
+        assert one == pytest.approx(two, abs=1e-6)
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert written["train"]["gradient_accumulation_steps"] == 2 // other
 
 
 @pytest.mark.parametrize("failing", [0, 1])

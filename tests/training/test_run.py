@@ -49,6 +49,7 @@ FILES = {
     *(
         "config.json",
         "features.json",
+        "identity.json",
         "log.jsonl",
         "predictions.json",
         "answers.png",
@@ -473,7 +474,9 @@ def test_ctrl_c_ends_the_run_after_the_step_and_saves_the_adapter(
     assert (result.training.steps, result.training.best_step) == (step, best_step)
     assert result.scores == {}
     left = files(result.output_dir).keys()
-    assert left == {name for name in FILES if name.startswith(("best", "last", "log", "config", "features"))}
+    assert left == {
+        name for name in FILES if name.startswith(("best", "last", "log", "config", "features", "identity"))
+    }
     assert f"stopped at step {step}" in capsys.readouterr().out
     Adapter.load(result.output_dir / "best").build(pristine(config))
     assert_trained(result.output_dir, config)

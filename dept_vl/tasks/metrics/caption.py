@@ -3,17 +3,20 @@
 The figures are those of `pycocoevalcap.eval.COCOEvalCap` (Chen et al. 2015, "Microsoft COCO Captions:
 Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. What is done
 here is to start and stop Java, to keep one caption on one line, and to write nothing into the folder of
-the package, which may be read-only.
+the package, which may be read-only; and to let no locale or path of the machine change a figure.
 """
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from threading import Lock
 from typing import Any
 
 PERCENT = 100
@@ -25,6 +28,19 @@ JAVA_HINT = (
     "install one: `apt install default-jre-headless` (Debian, Ubuntu), `conda install -c conda-forge "
     "openjdk`, or `brew install openjdk` (macOS)"
 )
+
+# A figure is written with a point, and text read as UTF-8, whatever the machine's locale is.
+JAVA = (
+    "java",
+    "-Dfile.encoding=UTF-8",
+    *(
+        f"-Duser.{name}{use}={value}"
+        for name, value in (("language", "en"), ("country", "US"))
+        for use in ("", ".format")
+    ),
+)
+METEOR_OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")
+NEUTRAL_LOCALE = {"LC_ALL": "C.UTF-8"}
 
 Captions = dict[int, list[str]]
 """Captions by image id; of a prediction, one."""
@@ -160,6 +176,22 @@ def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any
             raise ValueError(f"expected one predicted caption of image {image_id}, found {caption!r}")
 
 
+@cache
+def check_meteor() -> None:
+    """Score a caption by METEOR, once in a process: what stops it is known before anything slow.
+
+    Raises:
+        ImportError, FileNotFoundError: As `check_installed`.
+        RuntimeError: If it does not run here, or its figure is another one than everywhere.
+    """
+    if os.environ.get("RANK", "0") != "0":  # the main process alone scores
+        return
+    check_installed()
+    figure = _meteor({0: ["two dogs run"]}, {0: ["two dogs run"]})
+    if not 0.9 < figure <= 1:
+        raise RuntimeError(f"METEOR does not work here: of a caption and itself it says {figure}")
+
+
 def check_installed(spice: bool = False) -> None:
     """Everything that will be needed, before anything slow."""
     try:
@@ -189,7 +221,7 @@ def _tokenise(captions: Captions) -> Captions:
     # The tokeniser reads a caption a line, and for it U+2028 and its like end a line too.
     lines = [" ".join(caption.splitlines()) for group in captions.values() for caption in group]
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    command = ["java", "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     text = "".join(f"{line}\n" for line in lines)
     # Half a surrogate pair cannot be written in UTF-8; as "?" it is punctuation, and dropped.
@@ -211,16 +243,30 @@ def _drop_punctuation(line: str, punctuation: Sequence[str]) -> str:
 
 def _meteor(references: Captions, predictions: Captions) -> float:
     """METEOR from 0 to 1; its Java process is gone on return, however that comes about."""
-    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.meteor import meteor as package
 
-    meteor = Meteor()
-    process = meteor.meteor_p
+    meteor = package.Meteor.__new__(package.Meteor)  # not its constructor, which starts Java as it comes
+    meteor.lock = Lock()
+    folder = Path(package.__file__).parent
+    # Named, since the program finds its own table at no path with a space; and from within, since a
+    # class path ends at a colon.
+    table = folder / "data" / "paraphrase-en.gz"
+    process = meteor.meteor_p = subprocess.Popen(
+        [*JAVA, "-Xmx2G", "-jar", package.METEOR_JAR, *METEOR_OPTIONS, "-a", str(table)],
+        cwd=folder,
+        env=os.environ | NEUTRAL_LOCALE,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         score, _ = meteor.compute_score(references, predictions)
     except (OSError, ValueError) as error:  # a broken pipe, or no line where a figure should be
         process.kill()
-        said = process.stderr.read().decode("utf-8", errors="replace").strip()
-        raise RuntimeError(f"METEOR failed, a Java program; it said: {said or 'nothing'}") from error
+        said = process.stderr.read().decode("utf-8", errors="replace").strip() if process.stderr else ""
+        raise RuntimeError(
+            f"METEOR failed, a Java program; it said: {said[-2000:] or 'nothing'}. --no_meteor leaves it out"
+        ) from error
     finally:
         process.kill()
         process.communicate()  # closes the pipes, and waits for the end
@@ -241,19 +287,25 @@ def _spice(references: Captions, predictions: Captions) -> float:
     with TemporaryDirectory() as folder:
         asked, scored = Path(folder) / "captions.json", Path(folder) / "scores.json"
         asked.write_text(json.dumps(rows), encoding="ascii")
-        command = ["java", "-Xmx8G", "-jar", str(jar), str(asked), "-out", str(scored), "-subset", "-silent"]
+        command = ["-Xmx8G", "-jar", str(jar), str(asked), "-out", str(scored), "-subset", "-silent"]
         _run_java(command, b"", "SPICE (which needs Java 8 to 14: later ones have no JavaScript engine)")
         results = json.loads(scored.read_text(encoding="utf-8"))
     return fmean(float(result["scores"]["All"]["f"]) for result in results)
 
 
-def _run_java(command: list[str], text: bytes, program: str) -> bytes:
+def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
     """What a Java program prints.
 
     Raises:
         RuntimeError: If it fails, with the end of what it said.
     """
-    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    done = subprocess.run(
+        [*JAVA, *arguments],
+        input=text,
+        capture_output=True,
+        check=False,
+        env=os.environ | NEUTRAL_LOCALE,
+    )
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", errors="replace").strip()[-2000:]
         raise RuntimeError(

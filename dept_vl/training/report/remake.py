@@ -9,6 +9,7 @@ from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl.config import ReportConfig, read_config
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
+from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_run_report
 from dept_vl.training.summary import Summary
 
@@ -23,29 +24,40 @@ def remake(config: ReportConfig) -> Path:
 
     Raises:
         FileNotFoundError: If something of the run or of its data is missing, or Chromium is.
+        InUseError: If another process has the folder.
         ValueError: If a file of the run is damaged.
     """
-    trained = read_config(config.run / CONFIG_FILE)
-    summary = read_object(config.run / SUMMARY_FILE, Summary)
+    with owning(config.run, wait=config.wait):
+        path = remake_page(config.run)
+    if config.picture is not None:
+        draw(path, config.picture, config.size)
+    return path
+
+
+def remake_page(run: Path) -> Path:
+    """Write the page of a run that has ended.
+
+    Raises:
+        FileNotFoundError: If something of the run or of its data is missing.
+        ValueError: If a file of the run is damaged.
+    """
+    trained = read_config(run / CONFIG_FILE)
+    summary = read_object(run / SUMMARY_FILE, Summary)
     answered = []
     for options in (trained.data, *trained.also):
         split = options.splits()[-1]
         task = load_split(options, split).answered()
         task = limit(task, options.test_limit, trained.train.seed)
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
-        predictions = task.prediction_format.read(
-            config.run / f"predictions{suffix}{task.prediction_format.suffix}"
-        )
+        predictions = task.prediction_format.read(run / f"predictions{suffix}{task.prediction_format.suffix}")
         scores = {
             name.removeprefix(start): value
             for name, value in summary["scores"].items()
             if name.startswith(start)
         }
         answered.append(Answered(task, split, predictions, scores))
-    path = write_run_report(config.run, trained, summary, answered)
+    path = write_run_report(run, trained, summary, answered)
     print(f"report: {path}")
-    if config.picture is not None:
-        draw(path, config.picture, config.size)
     return path
 
 

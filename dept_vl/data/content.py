@@ -1,0 +1,82 @@
+"""What a split holds, in a few digits: its rows as they were read, and the sizes of its images."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dept_vl.tasks.io.rows import Rows
+
+ROWS = 65_536
+"""Rows that are hashed at a time; a part of what the digits mean."""
+MISSING = -1
+"""Size of an image that is not there."""
+READERS = 16
+"""Threads that ask for sizes: on a network disk each waits for its answer."""
+ASKED = 1024
+"""Sizes that one of them asks for at a time."""
+
+
+def rows_content(rows: Rows) -> str:
+    """Return 16 hexadecimal digits that name these rows, in their order, however they are kept."""
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), ROWS):
+        if rows.indices is None:
+            part = rows.table.slice(start, ROWS)
+        else:
+            part = rows.table.take(pa.array(rows.indices[start : start + ROWS]))
+        for name in sorted(part.column_names):
+            column = part.column(name).combine_chunks()
+            digest.update(f"{name} {len(column)} ".encode())
+            for piece in _pieces(column):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def _pieces(array: Any) -> Iterator[Any]:
+    """The bytes of an Arrow column: what it says, and not how it says it."""
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array = array.dictionary_decode()
+        kind = array.type
+    if array.null_count:
+        yield np.packbits(array.is_valid().to_numpy(zero_copy_only=False))
+    if pa.types.is_large_string(kind) or pa.types.is_string(kind) or pa.types.is_binary(kind):
+        array = pc.fill_null(array, b"" if pa.types.is_binary(kind) else "").cast(pa.large_binary())
+        _, ends, text = array.buffers()
+        offsets = np.frombuffer(ends, np.int64)[array.offset : array.offset + len(array) + 1]
+        yield np.diff(offsets)
+        yield memoryview(text or b"")[offsets[0] : offsets[-1]]
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        yield pc.fill_null(pc.list_value_length(array), 0).to_numpy().astype(np.int64)
+        yield from _pieces(array.flatten())
+    elif pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+        zero = pc.fill_null(array, pa.scalar(0).cast(kind))
+        wide = np.float64 if pa.types.is_floating(kind) else np.int64
+        yield zero.to_numpy(zero_copy_only=False).astype(wide)
+    else:  # none of this package's tasks
+        yield repr(array.to_pylist()).encode()
+
+
+def sizes_content(paths: Sequence[Path]) -> str:
+    """Return 16 hexadecimal digits that name the sizes of files, in their order."""
+    parts = [paths[start : start + ASKED] for start in range(0, len(paths), ASKED)]
+    with ThreadPoolExecutor(READERS) as pool:
+        sizes = [size for part in pool.map(_sizes, parts) for size in part]
+    return hashlib.sha256(np.array(sizes, np.int64).tobytes()).hexdigest()[:16]
+
+
+def _sizes(paths: Iterable[Path]) -> list[int]:
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError:
+            sizes.append(MISSING)
+    return sizes

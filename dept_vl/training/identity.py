@@ -1,0 +1,182 @@
+"""What a run is made of, in `identity.json`: a run that goes on is compared with what it began with.
+
+Its data by their content, so that files may be moved or written otherwise; its backbone by its weights; the
+examples of a step; and what changes the last bits of a result, which is only remarked on.
+"""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.options import check
+from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
+from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
+from dept_vl.data.content import rows_content, sizes_content
+from dept_vl.data.lengths import tokenizer_description
+from dept_vl.data.splits import Splits
+from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.training.checkpoint import processes_of
+
+PACKAGES = ("torch", "transformers", "numpy")
+"""Whose versions may change the last bits of a result."""
+
+
+@dataclass
+class Identity:
+    """The fields of `identity.json`.
+
+    Attributes:
+        started_in: The folder in which relative paths were typed.
+        content: What the result depends on, by name.
+        setup: What changes its last bits.
+        changes: What was changed since the start, in the order in which it was.
+    """
+
+    started_in: str
+    content: dict[str, str]
+    setup: dict[str, str]
+    changes: list[str] = field(default_factory=list)
+
+
+class DifferentError(ValueError):
+    """A run would go on with something else than it began with."""
+
+
+def changed_options(folder: Path, config: RunConfig) -> list[str]:
+    """Options that differ from those of the start of a run, but for what is compared otherwise."""
+    free = (*BATCHES, *LOCATIONS) if (folder / IDENTITY_FILE).is_file() else BATCHES
+    return differences(read_object(folder / CONFIG_FILE, dict), to_json(config), free, folder)
+
+
+def keep_identity(
+    folder: Path,
+    config: RunConfig,
+    splits: Sequence[Splits],
+    backbone: Backbone,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+) -> None:
+    """Note what a new run is made of, and compare one that goes on.
+
+    Args:
+        folder: Of the run, with its configuration.
+        config: What it is to go on with.
+        splits: Of every task.
+        backbone: As it was loaded.
+        accelerator: Of the run.
+        checkpoint: From which it goes on, if any.
+
+    Raises:
+        DifferentError: If it differs, and changes are not accepted; on every process.
+    """
+    problem = [""]
+    if accelerator.is_main_process:
+        content = {
+            **_content(splits),
+            **_weights(backbone, folder_too=config.backbone.backbone is not None),
+            "batches": batches(config, accelerator.num_processes),
+        }
+        now = Identity(str(Path.cwd()), content, _setup(accelerator))
+        problem = [_keep(folder, config, now, checkpoint)]
+    problem = broadcast_object_list(problem)
+    if problem[0]:
+        raise DifferentError(problem[0])
+
+
+def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> str:
+    """Write the identity and the configuration that hold from now on; or what is against it."""
+    path = folder / IDENTITY_FILE
+    then = check(read_object(path, Identity), Identity) if path.is_file() else None
+    options = changed_options(folder, config)
+    if then is None:
+        if checkpoint is not None:
+            print(f"note: {folder} has no {IDENTITY_FILE}: that its data are the same cannot be checked")
+        then = _older(folder, now, checkpoint)
+    changed = options + _differences(then.content, now.content)
+    setup = _differences(then.setup, now.setup)
+    processes = [change for change in setup if change.startswith("processes=")]
+    if checkpoint is not None and config.backbone.backbone_dropout:
+        changed += [f"{change} (dropout draws other numbers)" for change in processes]
+    if changed and not config.accept_changes:
+        return (
+            f"{folder} was started with other options or data ({'; '.join(changed)}); go on with its own, by "
+            f"--config {folder / CONFIG_FILE}, with these by --accept_changes, or start a new run in another "
+            "--output_dir"
+        )
+    if changed:
+        print(f"accepted: {'; '.join(changed)}")
+    if setup and checkpoint is not None:
+        print(f"note: {'; '.join(setup)}: the result is the same to rounding, not to the bit")
+    everything = differences(read_object(folder / CONFIG_FILE, dict), to_json(config), folder=folder)
+    if everything:
+        write_json(folder / CONFIG_FILE, to_json(config), indent=2)
+    changes = [*then.changes, *dict.fromkeys(everything + changed + setup)]
+    write_json(path, asdict(Identity(then.started_in, now.content, now.setup, changes)))
+    return ""
+
+
+def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:
+    """What is known of a run that has no identity yet: what it is made of now, but for its processes."""
+    processes = now.setup["processes"] if checkpoint is None else str(processes_of(checkpoint))
+    started = read_config(folder / CONFIG_FILE)
+    content = now.content | {"batches": batches(started, int(processes))}
+    return Identity(now.started_in, content, now.setup | {"processes": processes})
+
+
+def batches(config: RunConfig, processes: int) -> str:
+    """Which examples are learnt in a step: as many, in the same order, on any number of processes."""
+    train = config.train
+    sizes = [
+        (data.task_batch_size or train.per_device_batch_size) * processes
+        for data in (config.data, *config.also)
+    ]
+    parts = train.gradient_accumulation_steps
+    if len(sizes) == 1 and not train.group_by_length:
+        return f"{sizes[0] * parts} examples a step"
+    # Each part is of one task, or of texts of one length.
+    return f"{parts} batches a step of {' or '.join(map(str, sizes))} examples"
+
+
+def _content(splits: Sequence[Splits]) -> dict[str, str]:
+    found = {}
+    for part in splits:
+        for name, task in (("train", part.train), ("dev", part.dev), ("test", part.test)):
+            found[f"{task.name}.{name}"] = f"{len(task)} rows {rows_content(task.rows)}"
+            images = task.image_files() if task.image_count else []
+            if images:
+                found[f"{task.name}.{name}.images"] = f"{len(images)} files, sizes {sizes_content(images)}"
+    return found
+
+
+def _weights(backbone: Backbone, *, folder_too: bool) -> dict[str, str]:
+    tokenizer = hashlib.sha256(tokenizer_description(backbone.tokenizer).encode()).hexdigest()[:16]
+    found = {f"backbone.{name} weights": digits for name, digits in backbone.fingerprint.items()}
+    found["backbone.tokenizer"] = tokenizer
+    if folder_too and backbone.visual_projection is not None:
+        found["backbone.projection"] = fingerprint(backbone.visual_projection.state_dict().items())
+    return found
+
+
+def _setup(accelerator: Accelerator) -> dict[str, str]:
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "processes": str(accelerator.num_processes),
+        "threads": str(torch.get_num_threads()),
+        "device": f"{device.type} ({name})",
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What both know and has changed."""
+    return [f"{name}={then[name]} -> {now[name]}" for name in then if name in now and then[name] != now[name]]

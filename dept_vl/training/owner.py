@@ -1,0 +1,107 @@
+"""One folder, one writer: a lock that ends with its process, and a note of who has it.
+
+The lock is the system's (`flock`), which goes when the process goes, however that ends. It holds between
+hosts on NFS and on cluster disks that have such locks; on a disk without any, a file stands for it, which
+another host cannot tell from one that was left behind: the message says whose it is, and what to remove.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from dept_vl._utils.errors import InUseError
+from dept_vl._utils.io import read_object, write_json, writing
+from dept_vl._utils.run_files import LOCK_FILE, OWNER_FILE
+from dept_vl.training.errors import explained
+
+TURN = 20.0
+"""Seconds after which the other processes of a run that waits hear of it, or they would give up."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The fields of `.owner.json`."""
+
+    host: str
+    process: int
+    since: str
+
+
+@contextmanager
+def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool = False) -> Iterator[None]:
+    """Let nobody else write to a folder meanwhile; of several processes the main one holds it for all.
+
+    Args:
+        folder: Made if it is not there, and removed if it is then left empty.
+        accelerator: Of a run; None for a single process.
+        wait: Wait for the one who has it.
+
+    Raises:
+        InUseError: If another process has it, on every process.
+        OSError: If nothing can be written there.
+    """
+    main = accelerator is None or accelerator.is_main_process
+    lock = FileLock(folder / LOCK_FILE, thread_local=False)
+    made = main and not folder.exists()
+    said = False
+    while True:
+        holder = [_take(lock, folder, TURN if said else 0.0) if main else ""]
+        if accelerator is not None:
+            holder = broadcast_object_list(holder)
+        if not holder[0]:
+            break
+        if not wait:
+            raise InUseError(f"{folder} is in use {holder[0]}; wait for its end, by --wait if you like")
+        if main and not said:
+            print(f"{folder} is in use {holder[0]}; waiting for its end", flush=True)
+        said = True
+    process = os.getpid()
+    try:
+        yield
+    finally:
+        if main and process == os.getpid():  # not in a reader that was forked meanwhile
+            _leave(lock, folder)
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+
+
+def _take(lock: FileLock, folder: Path, seconds: float) -> str:
+    """Take the lock; who has it if that is another, else nothing."""
+    with explained(folder), writing(folder / LOCK_FILE):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=seconds, poll_interval=0.2)
+        except Timeout:
+            return _holder(folder)
+        owner = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+        write_json(folder / OWNER_FILE, asdict(owner))
+    return ""
+
+
+def _leave(lock: FileLock, folder: Path) -> None:
+    # Before the lock is given back: whoever waits for it sees that its file is gone, and makes another.
+    for name in (OWNER_FILE, LOCK_FILE):
+        with suppress(OSError):
+            (folder / name).unlink()
+    lock.release()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        owner = read_object(folder / OWNER_FILE, Owner)
+    except (OSError, ValueError):
+        return "by another process"
+    where = ""
+    if owner["host"] != socket.gethostname():
+        gone = f"if that is gone and this disk has no locks, remove {folder / LOCK_FILE}"
+        where = f" of the host {owner['host']} ({gone})"
+    return f"by process {owner['process']}{where} since {owner['since']}"
