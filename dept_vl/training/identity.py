@@ -101,14 +101,17 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         if checkpoint is not None:
             print(f"note: {folder} has no {IDENTITY_FILE}: that its data are the same cannot be checked")
         then = _older(folder, now, checkpoint)
-    changed = options + _differences(then.content, now.content)
+    content = _differences(then.content, now.content)
     setup = _differences(then.setup, now.setup)
     processes = [change for change in setup if change.startswith("processes=")]
     if checkpoint is not None and config.backbone.backbone_dropout:
-        changed += [f"{change} (dropout draws other numbers)" for change in processes]
+        content += [f"{change} (dropout draws other numbers)" for change in processes]
+    changed = options + content
     if changed and not config.accept_changes:
+        kinds = (("options", options), ("contents", content))
+        found = " and ".join(f"other {kind} ({'; '.join(which)})" for kind, which in kinds if which)
         return (
-            f"{folder} was started with other options or data ({'; '.join(changed)}); go on with its own, by "
+            f"{folder} was started with {found}; go on with its own, by "
             f"--config {folder / CONFIG_FILE}, with these by --accept_changes, or start a new run in another "
             "--output_dir"
         )

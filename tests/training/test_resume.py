@@ -14,16 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import write_vqa
+from helpers import annotations_path, questions_path, read_rows, write_rows, write_vqa
 from runs import reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import dept_vl.training.loop
+import dept_vl.training.stages
+from dept_vl import load
 from dept_vl.cli import parse
-from dept_vl.config import DataOptions, RunConfig, differences, to_json
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, read_config, to_json
 from dept_vl.inference.evaluate import evaluate
 from dept_vl.training import checkpoint as state
+from dept_vl.training.identity import DifferentError
 from dept_vl.training.run import run
+from dept_vl.training.score_run import score_run
 from dept_vl.training.summary import RunResult
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -239,6 +243,180 @@ def test_other_options_are_refused_by_name(config: RunConfig, tmp_path: Path) ->
     changed = replace(again, train=replace(again.train, max_steps=10))
     with pytest.raises(ValueError, match=r"other options \(train\.max_steps=9 -> 10\)"):
         run(changed)
+
+
+def test_other_options_may_be_accepted(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=5)
+    optim = replace(again.optim, prompt_lr=again.optim.prompt_lr / 2)
+    run(replace(again, optim=optim, accept_changes=True))
+    accepted = "optim.prompt_lr=0.05 -> 0.025"
+    assert f"accepted: {accepted}" in capsys.readouterr().out
+    log = result_of(tmp_path / "run")["log"]
+    # Linear decay over nine steps, from 0.05 and then from 0.025.
+    rates = {line["step"]: line["lr/prompt"] for line in log if "lr/prompt" in line}
+    assert [rates[step] for step in (3, 6, 9)] == pytest.approx([0.05 * 7 / 9, 0.025 * 4 / 9, 0.025 / 9])
+    assert json.loads((tmp_path / "run" / "identity.json").read_text())["changes"] == [accepted]
+    assert read_config(tmp_path / "run" / "config.json").optim == optim
+
+
+def copied_data(config: RunConfig, folder: Path) -> RunConfig:
+    data_dir = shutil.copytree(config.data.data_dir, folder)
+    return replace(config, data=replace(config.data, data_dir=data_dir))
+
+
+def change_an_answer(data_dir: Path) -> None:
+    path = annotations_path(data_dir)
+    path.write_text(path.read_text().replace('"answer": "red"', '"answer": "rad"', 1))
+
+
+def drop_a_question(data_dir: Path) -> None:
+    path = questions_path(data_dir)
+    write_rows(path, "questions", read_rows(path, "questions")[:-1])
+    path = annotations_path(data_dir)
+    write_rows(path, "annotations", read_rows(path, "annotations")[:-1])
+
+
+def replace_an_image(data_dir: Path) -> None:
+    path = next((data_dir / "train2014").iterdir())
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize("change", [change_an_answer, drop_a_question, replace_an_image])
+def test_other_data_are_refused_by_name(
+    config: RunConfig, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    again = stopped_at(copied_data(config, tmp_path / "data"), tmp_path / "run", steps=3)
+    change(again.data.data_dir)  # type: ignore[arg-type]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(DifferentError, match=r"vqav2\.(train|dev)(\.images)?=\d+ ") as error:
+        run(again)
+    assert "--accept_changes" in str(error.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    reset_accelerate()
+    assert run(replace(again, accept_changes=True)).exit_status == 0
+
+
+def test_data_may_move_and_be_written_otherwise(config: RunConfig, whole: RunResult, tmp_path: Path) -> None:
+    again = stopped_at(copied_data(config, tmp_path / "data"), tmp_path / "run", steps=5)
+    there = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    path = annotations_path(there)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    moved = replace(again, data=replace(again.data, data_dir=there))
+    assert run(moved).exit_status == 0
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+    assert read_config(tmp_path / "run" / "config.json").data.data_dir == there
+
+
+def test_another_machine_is_remarked_on(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = stopped_at(config, tmp_path / "run", steps=5)
+    path = tmp_path / "run" / "identity.json"
+    content = json.loads(path.read_text())
+    content["setup"] |= {"threads": "64", "torch": "2.6.0"}
+    path.write_text(json.dumps(content))
+    run(again)
+    assert "note: threads=64 -> 1; torch=2.6.0 -> " in capsys.readouterr().out
+    assert json.loads(path.read_text())["setup"]["threads"] == "1"
+
+
+def test_a_run_without_an_identity_goes_on(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an older version; that its data were moved cannot be checked, and is accepted or not."""
+    again = stopped_at(copied_data(config, tmp_path / "data"), tmp_path / "run", steps=5)
+    (tmp_path / "run" / "identity.json").unlink()
+    there = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    moved = replace(again, data=replace(again.data, data_dir=there))
+    with pytest.raises(DifferentError, match=r"data\.data_dir="):
+        run(moved)
+    there.rename(tmp_path / "data")
+    reset_accelerate()
+    run(again)
+    assert "has no identity.json" in capsys.readouterr().out
+    assert result_of(tmp_path / "run") == result_of(whole.output_dir)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stop_while_the_test_split_is_scored_loses_nothing(
+    config: RunConfig, whole: RunResult, tmp_path: Path, number: int
+) -> None:
+    """Whatever is said of checkpoints; afterwards none is left where none was asked for."""
+    again = replace(config, output_dir=tmp_path / "run", resume="auto")
+    again = replace(again, train=replace(again.train, checkpoint_every=0))
+    process = CONTEXT.Process(target=run_and_stop_in_scoring, args=(again, torch.get_num_threads(), number))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -number
+    assert [path.name for path in state.checkpoints(tmp_path / "run")] == ["step-00000009"]
+    assert run(again).exit_status == 0
+    assert not (tmp_path / "run" / state.CHECKPOINTS).exists()
+    ours, theirs = result_of(tmp_path / "run"), result_of(whole.output_dir)
+    assert ours["tensors"] == theirs["tensors"]
+    assert ours["scores"] == theirs["scores"]
+
+
+def run_and_stop_in_scoring(config: RunConfig, threads: int, number: int) -> None:
+    torch.set_num_threads(threads)
+    dept_vl.training.stages.evaluate = lambda *_, **__: os.kill(os.getpid(), number)
+    run(config)
+
+
+def test_a_page_that_is_missing_is_made(config: RunConfig, whole: RunResult, tmp_path: Path) -> None:
+    folder = shutil.copytree(whole.output_dir, tmp_path / "run")
+    (folder / "report.html").unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    again = replace(config, output_dir=folder, resume="auto")
+    assert run(again).scores == whole.scores
+    page = folder / "report.html"
+    assert "</html>" in page.read_text()
+    assert {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path != page
+    } == before
+
+
+def test_a_refused_resume_leaves_the_run_as_it_is(config: RunConfig, tmp_path: Path) -> None:
+    """Before its first line of log, when there was nothing to tell it from a new one."""
+    again = stopped_at(config, tmp_path / "run", steps=1)
+    (tmp_path / "run" / "log.jsonl").unlink()
+    with pytest.raises(FileNotFoundError):
+        run(replace(again, data=replace(again.data, features="cached")))
+    for name in ("config.json", "features.json", "identity.json"):
+        assert (tmp_path / "run" / name).is_file()
+
+
+def test_a_run_is_found_from_elsewhere(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with relative paths; its folder lies beside them, then somewhere else."""
+    copied_data(config, tmp_path / "project" / "data" / "vqa")
+    for name in ("vision", "language"):
+        shutil.copytree(getattr(config.backbone, name), tmp_path / "project" / "models" / name)
+    monkeypatch.chdir(tmp_path / "project")
+    relative = replace(
+        config,
+        data=replace(config.data, data_dir=Path("data/vqa")),
+        backbone=replace(config.backbone, vision="models/vision", language="models/language"),
+        output_dir=Path("runs/one"),
+        train=replace(config.train, max_steps=2, pause_at=1, eval_every=1),
+    )
+    run(relative)
+    assert json.loads(Path("runs/one/config.json").read_text())["backbone"]["language"] == "models/language"
+    shutil.copytree("runs/one", tmp_path / "shelf" / "far" / "one")
+    shutil.copytree("runs/one/best", "adapters/mine")
+    monkeypatch.chdir(tmp_path)
+    image = next(Path("project/data/vqa/train2014").iterdir())
+    for source in ("project/runs/one", "shelf/far/one", "shelf/far/one/best", "project/adapters/mine"):
+        assert isinstance(load(source).answer(image, "what colour is the shape?"), str)
+    for folder in ("project/runs/one", "shelf/far/one"):
+        reset_accelerate()
+        resumed = parse(RunConfig(), "", ["--resume", folder])
+        assert run(resumed).exit_status == 0
+        assert json.loads(Path(folder, "config.json").read_text())["data"]["data_dir"] == "data/vqa"
+        reset_accelerate()
+        assert score_run(EvaluateConfig(Path(folder), output_dir=tmp_path / Path(folder).parent.name)).scores
 
 
 def test_options_that_change_nothing_may_change(config: RunConfig) -> None:
