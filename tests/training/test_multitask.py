@@ -179,7 +179,15 @@ def test_each_task_is_answered_in_its_own_way(finished: Finished) -> None:
 
 def test_every_task_has_its_files(finished: Finished) -> None:
     names = {
-        *("config.json", "features.json", "log.jsonl", "summary.json", "summary.md", "report.html"),
+        *(
+            "config.json",
+            "features.json",
+            "identity.json",
+            "log.jsonl",
+            "summary.json",
+            "summary.md",
+            "report.html",
+        ),
         *(f"{which}/adapter.{kind}" for which in ("best", "last") for kind in ("json", "safetensors")),
         *(f"predictions-{task}.{'csv' if task == 'nlvr2' else 'json'}" for task in TASKS),
         *(f"answers-{task}.png" for task in TASKS),

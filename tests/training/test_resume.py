@@ -380,7 +380,7 @@ def test_a_page_that_is_missing_is_made(config: RunConfig, whole: RunResult, tmp
 def test_a_refused_resume_leaves_the_run_as_it_is(config: RunConfig, tmp_path: Path) -> None:
     """Before its first line of log, when there was nothing to tell it from a new one."""
     again = stopped_at(config, tmp_path / "run", steps=1)
-    (tmp_path / "run" / "log.jsonl").unlink()
+    (tmp_path / "run" / "log.jsonl").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError):
         run(replace(again, data=replace(again.data, features="cached")))
     for name in ("config.json", "features.json", "identity.json"):
