@@ -44,9 +44,8 @@ class PromptedModel(nn.Module):
             )
         if prompt is not None and prompt.needs_encoder and not backbone.language.config.is_encoder_decoder:
             raise ValueError(
-                f"method memory changes an encoder's output, and {backbone.name} has no encoder "
-                f"({type(backbone.language).__name__}); take adept, which changes the input, or LoRA "
-                "(--train_backbone --train_only lora)"
+                f"method memory changes an encoder's output, and {type(backbone.language).__name__} has no "
+                "encoder; take adept, which changes the input, or LoRA (--train_backbone --train_only lora)"
             )
         if prompt is not None and prompt.visual_offset is not None and backbone.vision is None:
             raise ValueError(
