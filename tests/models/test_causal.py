@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from conftest import CORPUS, D_MODEL, DECODERS, VOCABULARY, random_labels, random_text
@@ -40,6 +41,7 @@ from dept_vl.models.tokens import continues_text, target_ids, target_texts
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
+from dept_vl.tasks.io.rows import Rows
 
 M, R, S, ALPHA = 4, 3, 12, 8.0
 LENGTHS, ANSWERS = (7, 4, 5), (4, 2, 3)
@@ -659,6 +661,10 @@ class Sizes(Task):
     image_count = 0
     decoding = Decoding(4)
     prediction_format = PredictionFormat("id", "answer", "int")
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(pa.table({"id": list(range(self.count))}))
 
     def read(self, root: Path, split: str) -> "Sizes":
         return self
