@@ -298,7 +298,7 @@ def small_adapter() -> Adapter:
     }
     counts = {"prompt": 16, "low_rank": 52, "visual_projection": 8, "total": 76, "without_projection": 68}
     sizes = {"prompt_length": 2, "rank": 4, "max_source_length": 5, "d_model": 8, "alpha": 8.0, "scale": 4.0}
-    sizes |= {"method": "dept", "seed": 0}
+    sizes |= {"method": "dept", "seed": 0, "visual_offset": False}
     backbone = {"name": "tiny", "fingerprint": {"language": "0" * 16}, "visual_position_bias": "none"}
     return Adapter(sizes, backbone, "vqav2", {"overall": 61.5}, counts, tensors)
 

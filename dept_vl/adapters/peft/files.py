@@ -42,7 +42,7 @@ PEFT (`pip install ".[peft]"` in its source), then:
 import {PLUGIN}
 from peft import AutoPeftModelForSeq2SeqLM
 
-model = AutoPeftModelForSeq2SeqLM.from_pretrained(".")  # this folder, or its name on the Hub
+model = AutoPeftModelForSeq2SeqLM.from_pretrained(".", trust_remote_code=False)  # or its name
 ```
 """
 """For the model card beside an adapter of PEFT's."""
