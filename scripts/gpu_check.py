@@ -1,7 +1,7 @@
 """Everything that only a GPU can tell, in ten minutes: tests, launches, large models, runs, images.
 
-    python scripts/gpu_check.py --output_dir /tmp/gpu --minutes 10
-    python scripts/gpu_check.py --output_dir /tmp/gpu --dry_run
+    python scripts/gpu_check.py --output_dir runs/gpu --minutes 10
+    python scripts/gpu_check.py --output_dir runs/gpu --dry_run
 
 Parts are run in the order of their worth, each in a process and within a time of its own; what one measures
 is written at once to gpu_check.json, and the same command goes on where an earlier one ended. It needs no
