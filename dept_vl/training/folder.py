@@ -66,8 +66,8 @@ def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
     if config.output_dir is None and accelerator.is_main_process:
         chosen = [str(_new_folder(config.data.task))]
     output_dir = Path(broadcast_object_list(chosen)[0])
-    if not config.resume:
-        _check_free(output_dir)
+    if not config.resume and _holds_run(output_dir):
+        raise _taken(output_dir)
     return output_dir
 
 
@@ -96,7 +96,8 @@ def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -
             check_unchanged(output_dir, config)
             return Opened(output_dir, None, claimed=False)
         return Opened(output_dir, _newest(output_dir, accelerator), claimed=False)
-    _check_free(output_dir)
+    if holds_run:
+        raise _taken(output_dir)
     if accelerator.is_main_process:
         with explained(output_dir):
             write_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
@@ -108,12 +109,11 @@ def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
 
 
-def _check_free(output_dir: Path) -> None:
-    if _holds_run(output_dir):
-        raise FileExistsError(
-            f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
-            f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
-        )
+def _taken(output_dir: Path) -> FileExistsError:
+    return FileExistsError(
+        f"{output_dir} already holds a run; nothing was changed there. Go on with it by --resume "
+        f"{output_dir}, choose another --output_dir, or leave it out for a new folder under runs/"
+    )
 
 
 def _newest(output_dir: Path, accelerator: Accelerator) -> Path | None:
