@@ -49,7 +49,8 @@ def build(kind: type[T], content: Any) -> T:
         try:
             return TypeAdapter(kind).validate_json(json.dumps(content))
         except ValidationError as error:
-            problems = [_problem(kind, details) for details in error.errors(include_url=False)]
+            listed: set[str] = set()
+            problems = [_problem(kind, details, listed) for details in error.errors(include_url=False)]
         except RecursionError:
             problems = ["the content is nested too deeply"]
     raise UsageError("; ".join(problems))
@@ -67,7 +68,8 @@ def check(content: Any, kind: Any) -> Any:
         return TypeAdapter(list[kind], config=FILES).validate_json(json.dumps([content]))[0]
     except ValidationError as error:
         errors = error.errors(include_url=False)[:3]
-        problems = [_problem(kind, {**details, "loc": details["loc"][1:]}) for details in errors]
+        listed: set[str] = set()
+        problems = [_problem(kind, {**details, "loc": details["loc"][1:]}, listed) for details in errors]
     except RecursionError:
         problems = ["the content is nested too deeply"]
     raise ValueError("; ".join(problems))
@@ -101,8 +103,14 @@ def _bad_text(content: Any) -> list[str]:
     return problems
 
 
-def _problem(kind: Any, details: Any) -> str:
-    """One line on one option, or one field of a file."""
+def _problem(kind: Any, details: Any, listed: set[str]) -> str:
+    """Describe what is wrong with one option, or one field of a file.
+
+    Args:
+        kind: The dataclass.
+        details: What pydantic reports.
+        listed: Groups whose options an earlier line names, so that this one need not.
+    """
     name, context = f"{_name(details['loc']):.200}", details.get("ctx", {})
     what = "option" if isinstance(kind, type) and issubclass(kind, Options) else "field"
     match details["type"]:
@@ -112,7 +120,11 @@ def _problem(kind: Any, details: Any) -> str:
             known = _names_beside(kind, details["loc"])
             closest = get_close_matches(str(details["loc"][-1]), known)
             meant = f"; closest: {', '.join(closest)}" if closest else ""
-            return f"unknown {what} {name}; there are: {', '.join(known)}{meant}"
+            group = _name(details["loc"][:-1])
+            if group not in listed:
+                listed.add(group)
+                meant = f"; there are: {', '.join(known)}{meant}"
+            return f"unknown {what} {name}{meant}"
         case "dataclass_type":
             expected = f"an object with the {what}s of {context['class_name']}"
         case "greater_than_equal":
