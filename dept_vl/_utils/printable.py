@@ -5,7 +5,6 @@ Markdown a tag or a link would be one.
 """
 
 import re
-from typing import Any
 
 MARKDOWN = re.compile(r"[\\`*\[\]<>&|$~#]|(?<!\w)_|_(?!\w)|!(?=\[)|(?<=:)//|www\.", re.IGNORECASE)
 """What makes markup anywhere in a line: code, emphasis, links, tags, entities, cells, mathematics."""
@@ -22,20 +21,6 @@ def printable(text: object, *, lines: bool = False) -> str:
     return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in str(text))
 
 
-def printable_all(content: Any) -> Any:
-    """Content of JSON with all of its texts printable, names too."""
-    if isinstance(content, dict):
-        return {printable_all(name): printable_all(value) for name, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [printable_all(value) for value in content]
-    return printable(content) if isinstance(content, str) else content
-
-
 def markdown_text(text: object) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     return MARKDOWN.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), printable(text))
-
-
-def markdown_code(text: object) -> str:
-    """Text between backticks, on one line."""
-    return f"`{printable(text).replace('`', chr(39)) or ' '}`"

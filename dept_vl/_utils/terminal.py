@@ -51,7 +51,7 @@ class Count:
         self.bar.close()
 
     def add(self, more: int) -> None:
-        """So much more is done."""
+        """Add to the count, and print a line if ten seconds have passed since the last."""
         self.done += more
         self.bar.update(more)
         now = monotonic()

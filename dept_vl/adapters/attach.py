@@ -212,19 +212,17 @@ class Attached(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet, as in unpickling
                 raise
+            if name == "base_model":  # trainers of decoder-only models compute a loss of their own from it
+                raise AttributeError(
+                    f"{model_name(self.model)} is an encoder-decoder, whose loss is its own: a trainer that "
+                    "computes it from hidden states, as TRL's SFTTrainer does, is for decoder-only models. "
+                    "Derive from it: class Seq2SeqSFTTrainer(SFTTrainer): "
+                    "compute_loss = transformers.Trainer.compute_loss"
+                ) from None
             return getattr(self.model, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self.model),), self.__dict__
-
-    @property
-    def base_model(self) -> Any:
-        """Refused: trainers of decoder-only models look for it, to compute a loss of their own."""
-        raise ValueError(
-            f"{model_name(self.model)} is an encoder-decoder, whose loss is its own: what computes a loss of "
-            "hidden states, as TRL's SFTTrainer does, is made for decoder-only models. Derive from it: "
-            "class Seq2SeqSFTTrainer(SFTTrainer): compute_loss = transformers.Trainer.compute_loss"
-        )
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """What is trained, by learning rate: prompt, low_rank; for `optim.build_optimizer`."""

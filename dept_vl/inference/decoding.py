@@ -45,7 +45,6 @@ def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str
         "num_beams": max(map(len, choices)),
         "max_new_tokens": max(trie.depth for trie in tries),
         "prefix_allowed_tokens_fn": allowed,
-        "no_repeat_ngram_size": 0,
         "length_penalty": 0.0,
         "early_stopping": False,
     }

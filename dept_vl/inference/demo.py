@@ -325,7 +325,7 @@ def serve(config: DemoConfig) -> str:
     disable_progress_bar()
     set_verbosity_error()
     many = load_many(names_of(config.adapters), backbone=config.backbone, device=config.device)
-    password = config.password or os.environ.get(PASSWORD_VARIABLE)
+    password = os.environ.get(PASSWORD_VARIABLE) if config.password is None else config.password
     return launch(many, host=config.host, port=config.port, password=password)
 
 

@@ -74,7 +74,6 @@ def evaluate(
     batch_size: int,
     decoding: Decoding | None = None,
     num_workers: int = 0,
-    progress: bool = True,
 ) -> Evaluation:
     """Decode a split, each process its share without padding it, and score the whole.
 
@@ -86,7 +85,6 @@ def evaluate(
         batch_size: Examples decoded at a time by one process.
         decoding: How answers are decoded; None as the task says.
         num_workers: Processes that load images.
-        progress: Tell on the main process how far it is.
     """
     was_training = model.training
     model.eval()
@@ -105,8 +103,7 @@ def evaluate(
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
     skipped: list[ExampleId] = []
-    show = progress and accelerator.is_main_process
-    for batch in counted("evaluating", loader, len(mine), size=_rows, show=show):
+    for batch in counted("evaluating", loader, len(mine), size=_rows, show=accelerator.is_main_process):
         skipped.extend(batch.skipped)
         if not batch.ids:
             if spread:

@@ -77,9 +77,10 @@ class Gate:
         except _Refused as refused:
             if refused.status == 413:
                 # Whoever is still sending would lose the connection instead of hearing why.
-                async with asyncio.timeout(LONGEST_REQUEST):
-                    while (await receive()).get("more_body"):
-                        pass
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LONGEST_REQUEST):
+                        while (await receive()).get("more_body"):
+                            pass
             await _refuse(send, refused)
         except TimeoutError:
             if answer.begun:

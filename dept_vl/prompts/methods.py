@@ -15,7 +15,7 @@ The encoder reads `[P ; E + g]` in all of them:
 
 With `visual_offset`, `adept` and `hybrid` shift each visual token by a second f of the same rank. `memory` is
 an adapter between encoder and decoder, and no prompt: the decoder reads `H + f(H)` of the encoder's output H.
-What it trains is behind the encoder, which so runs without gradients where nothing else is trained.
+The encoder runs without gradients if nothing else is trained, because the offset comes after it.
 
 r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
 trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.

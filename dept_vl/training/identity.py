@@ -1,7 +1,7 @@
-"""What a run is made of, in `identity.json`: a run that goes on is compared with what it began with.
+"""Compare a resumed run with its start, which `identity.json` stores.
 
-Its data by their content, so that files may be moved or written otherwise; its backbone by its weights; the
-examples of a step; and what changes the last bits of a result, which is only remarked on.
+Raise if its rows, image sizes, weights or examples per step differ; print a note if only threads, device or
+versions do, which change the last bits. Paths and file formats may change: data are compared by content.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.io import read_json, read_object, write_json
 from dept_vl._utils.options import check
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
 from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
@@ -93,9 +93,12 @@ def keep_identity(
 
 
 def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> str:
-    """Write the identity and the configuration that hold from now on; or what is against it."""
+    """Store the new identity and configuration and return an empty text.
+
+    If the run differs from its start and changes are not accepted, store nothing and return the message.
+    """
     path = folder / IDENTITY_FILE
-    then = check(read_object(path, Identity), Identity) if path.is_file() else None
+    then = check(read_json(path), Identity) if path.is_file() else None
     options = changed_options(folder, config)
     if then is None:
         if checkpoint is not None:

@@ -20,6 +20,7 @@ from transformers import (
 
 from dept_vl.adapters.attach import attach, new_prompt
 from dept_vl.config import OptimOptions
+from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.methods import has_peft
 from dept_vl.studies.gpu_check.results import Entry, Measuring
 from dept_vl.training.optim import build_optimizer
@@ -237,7 +238,10 @@ def _prompted(
     measuring: Measuring, model: PreTrainedModel, shown: Shown, labels: Tensor, length: int
 ) -> Entry:
     longest = TEXT + ANSWER
-    rank = (100 - length) * 2048 // (2048 + longest)
+    width = model.get_input_embeddings().embedding_dim
+    _, rank = METHODS["dept"].solve(
+        d_model=width, max_source_length=longest, reference_prompt_length=100, prompt_length=length
+    )
     try:
         prompt = new_prompt(model, prompt_length=length, rank=rank, max_source_length=longest)
     except ValueError as error:
