@@ -97,10 +97,11 @@ class DataOptions(Options):
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Beams of the search for an answer; 0 takes the task's own: 5 for captions, else 1 (greedy)."""
     max_answer_tokens: Count = 0
-    """Longest answer that is learnt and given, in tokens, end included; 0 takes the task's own (10, captions
-    40), and of your own data the longest answer there is."""
+    """Truncate training targets and generated answers to this many tokens, end token included; 0 takes the
+    task's limit (10, captions 40), or for --data the longest training answer (at most 256)."""
     max_lost_answers: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Largest share of the training answers that may be cut, or that the tokenizer cannot write back."""
+    """Raise an error if more than this share of the training answers is truncated, or is another text after
+    tokenising and decoding."""
     candidate_floor: Count = 0
     """Choose among the answers that are the usual one of at least so many training questions (VQAv2:
     9 in the literature); 0 generates freely."""

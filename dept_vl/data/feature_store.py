@@ -68,9 +68,9 @@ def write_features(
 ) -> int:
     """Encode images into a folder, every process its share of the shards; what is there already stays.
 
-    Another extraction into the folder is waited for. A folder that was left unfinished is gone on with;
-    further images are added to a finished one. Shards that are damaged, or of whose images one has another
-    size or time by now, are made again. The files are the same on any number of processes.
+    Wait until no other extraction writes to the folder. Resume an unfinished folder, and add new images to a
+    finished one. Encode shards again that are damaged, or that hold an image whose size or modification time
+    differs from the stored one. The files are the same on any number of processes.
 
     Args:
         vision: The frozen encoder, on the device of this process.

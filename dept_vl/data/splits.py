@@ -343,14 +343,15 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     Raises:
         ValueError: If the task is one of images, new to the run, and its folder or split is not said.
     """
-    known = {options.task: options for options in (trained.data, *trained.also)}
+    known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
     name = TASKS[config.task or (OWN_TASK if given else trained.data.task)].loaded_as
     if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
     options = known.get(name, DataOptions(task=name))
+    options = replace(options, own=config.own.over(options.own))
     if given:
-        options = replace(options, own=config.own, features_dir=None, test_split=TASKS[name].other_split)
+        options = replace(options, features_dir=None, test_split=TASKS[name].other_split)
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,

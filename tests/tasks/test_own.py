@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import dept_vl
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, RunConfig
+from dept_vl.data.splits import data_options
 from dept_vl.tasks import load_task
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
@@ -226,17 +228,19 @@ def test_vqa_accuracy_of_fewer_than_ten_answers(prediction: str, answers: list[s
     assert general_vqa_accuracy(prediction, answers) == pytest.approx(accuracy)
 
 
-def test_vqa_accuracy_of_ten_answers_is_the_official_one() -> None:
+def test_vqa_accuracy_of_ten_answers_is_the_official_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dept_vl.tasks.metrics.own.OFFICIAL_ANSWERS", 11)  # by the general form
     for matches in range(11):
         answers = ["blue"] * matches + [f"other {number}" for number in range(10 - matches)]
-        assert general_vqa_accuracy("blue", answers) == vqa_accuracy("blue", answers)
+        assert general_vqa_accuracy("blue", answers) == pytest.approx(vqa_accuracy("blue", answers))
 
 
 def test_anls() -> None:
     assert edit_distance("kitten", "sitting") == 3
     assert anls("Hello  world", ["hello world"]) == 1
     assert anls("helo", ["hello", "x"]) == pytest.approx(0.8)
-    assert anls("abcd", ["wxyz"]) == 0
+    assert anls("abcd", ["abxy"]) == 0.5
+    assert anls("abc", ["axy"]) == 0  # a third
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -264,6 +268,19 @@ def test_own_data_are_trained_scored_and_asked(
     answer = predictor.answer(PHOTOS / "scan-3.png", question)
     assert isinstance(answer, str)
     assert not task.labels or answer in task.labels
+
+
+def test_a_run_on_own_captions_is_evaluated_with_its_own_options() -> None:
+    columns = ("image=photo", "answer=truth")
+    of_run = OwnOptions(data="a.csv", images=Path("photos"), columns=columns, metric="f1")
+    trained = RunConfig(data=DataOptions(task="captions", own=of_run))
+    asked = EvaluateConfig(run=Path("run"))
+    assert data_options(asked, trained).own == of_run
+    assert data_options(asked, trained).task == "captions"
+    by_anls = data_options(replace(asked, own=OwnOptions(metric="anls")), trained).own
+    assert by_anls == replace(of_run, metric="anls")
+    other = data_options(replace(asked, own=OwnOptions(data="b.csv")), trained).own
+    assert other == replace(of_run, data="b.csv", images=None)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -12,9 +12,9 @@ ANLS_THRESHOLD = 0.5
 def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """VQA accuracy of one answer: the official one of ten human answers, its general form of fewer.
 
-    Of ten, an annotator's answer is right if a third of the nine others agree. In general a third of the n
-    - 1 others have to, and one at least, so that of a lone answer and of two the same the accuracy is 1. Of
-    fewer than ten both sides are always normalised.
+    Average over leaving out each annotator: the prediction scores min(1, matches / max(1, (n - 1) / 3))
+    against the n - 1 other answers. Compare a single answer directly. With ten or more answers, return the
+    official metric; with fewer, normalise prediction and answers first.
 
     Raises:
         ValueError: If there is no answer.
@@ -32,7 +32,7 @@ def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     # An annotator who agrees is left out of those asked.
     agreeing = matches * min(1.0, (matches - 1) / needed)
     others = (count - matches) * min(1.0, matches / needed)
-    return (agreeing + others) / count if matches < count else 1.0
+    return (agreeing + others) / count
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:

@@ -1,6 +1,6 @@
 """What may be said of your own data; imports no engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +33,18 @@ class OwnOptions(Options):
     """Share of the training images held out for each of validation and test that the data do not have."""
     split_seed: Seed = 0
     """Of the draw of the held-out images."""
+
+    def over(self, run: "OwnOptions") -> "OwnOptions":
+        """Return the options of a run with what is given here in their place.
+
+        Other data have their own folder of images; an option at its default takes the run's.
+        """
+        usual = OwnOptions()
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: value for name, value in given.items() if value != getattr(usual, name)}
+        if self.data is not None:
+            changed["images"] = self.images
+        return replace(run, **changed)
 
     def folder(self) -> Path | None:
         """Return the folder of the data; None if they are on the Hub, or not given."""

@@ -15,7 +15,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.base import Decoding, Example, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
-from dept_vl.tasks.metrics.caption import check_installed, score_captions
+from dept_vl.tasks.metrics.caption import check_installed, check_meteor, score_captions
 from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy
 from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
@@ -292,9 +292,11 @@ class OwnTask(Task):
         return replace(self, meteor=False)
 
     def check_requirements(self) -> None:
-        """Check that what scores captions is installed."""
+        """Check that what scores captions is installed, and that METEOR runs where it is asked for."""
         if self.form == "caption":
             check_installed()
+            if self.meteor:
+                check_meteor()
 
 
 def _percent(marks: list[Any]) -> float:
