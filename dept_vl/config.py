@@ -30,6 +30,7 @@ from dept_vl._utils.run_files import find_again
 from dept_vl.models.options import (
     BEFORE_ORDER,
     LARGEST_GRID,
+    ImageFit,
     ObjectOrder,
     TrainedPart,
     VisualNorm,
@@ -160,6 +161,10 @@ class BackboneOptions(Options):
     """Max-pool the patches to a square of this side; 0 keeps them all."""
     exif: bool = True
     """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
+    image_fit: ImageFit | Literal["auto"] = "auto"
+    """How images become square. squash: resized, nothing is lost (published); crop: the centre is cut out;
+    pad: between bars of the mean colour; own: what the encoder's processor does, as in older runs; auto: the
+    backbone folder's own, else squash."""
     visual_position_bias: VisualPositionBias = "none"
     """none: the language model's own positions leave visual tokens out (published); relative: stock."""
     object_order: ObjectOrder | Literal["auto"] = "auto"

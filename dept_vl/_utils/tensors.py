@@ -1,5 +1,7 @@
 """Tensors in files and modules: read, checked, and put in place."""
 
+import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -88,3 +90,18 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, pref
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
+    """16 hexadecimal digits that name these weights, alike in full precision and in bfloat16.
+
+    Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
+    quick at any size, and another checkpoint differs.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().flatten()
+        values = values[:: max(1, math.ceil(len(values) / samples))]
+        digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -38,8 +38,9 @@ class Adapter:
             `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
             `DePT.describe` gives them; None if only the backbone's own parts were trained.
         backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, `object_order`,
-            `visual_norm`, and what is read of the image encoder (`vision`, as `VisionEncoder.options`). The
-            authors' files tell the name alone: of theirs the rest is None, and `official_config` is kept.
+            `visual_norm`, `image_fit`, and what is read of the image encoder (`vision`, as
+            `VisionEncoder.options`). The authors' files tell the name alone: of theirs the rest is None, and
+            `official_config` is kept.
         task: The task it was trained on.
         metrics: Figures, on the task's own scale.
         trainable_parameters: How many were trained, by group, `total` and `without_projection`.

@@ -108,6 +108,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
         "object_order": "none",
         "visual_norm": None,
+        "image_fit": None,
         "vision": None,
     }
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
-from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.models.backbone import Backbone
 from dept_vl.models.options import BEFORE_ORDER
 
 ROWS = 512
@@ -288,6 +289,7 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "visual_position_bias": backbone.visual_position_bias,
         "object_order": backbone.object_order,
         "visual_norm": backbone.visual_norm,
+        "image_fit": backbone.image_fit,
         "vision": None if backbone.vision is None else backbone.vision.options(),
         "exif": None if backbone.vision is None else backbone.vision.exif,
     }
@@ -313,6 +315,9 @@ def check_backbone(recorded: Mapping[str, Any], backbone: Backbone) -> None:
     compared = ["fingerprint", "visual_position_bias", "object_order"]
     if given["visual_norm"] is not None:
         compared.append("visual_norm")
+    if backbone.vision is not None and expected["image_fit"] is not None:
+        expected["image_fit"] = backbone.vision.fit_of(expected["image_fit"])
+        compared.append("image_fit")
     if expected["vision"] is not None:
         compared.append("vision")
     if any(expected[key] != given[key] for key in compared):

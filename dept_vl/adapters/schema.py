@@ -9,7 +9,7 @@ from typing import Any
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
 from dept_vl.config import PositiveSize, Size
-from dept_vl.models.options import BEFORE_ORDER, ObjectOrder, VisualNorm, VisualPositionBias
+from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
 from dept_vl.prompts.base import Method, Shapes, sized
 
@@ -46,6 +46,7 @@ class BackboneFields:
     visual_position_bias: VisualPositionBias
     object_order: ObjectOrder
     visual_norm: VisualNorm | None
+    image_fit: ImageFit | None
     vision: VisionOptions | None
     exif: bool | None
 

@@ -25,6 +25,7 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl.config import Precision
 from dept_vl.data.features import EXTRACT
+from dept_vl.models.options import ImageFit
 from dept_vl.models.vision import VisionEncoder
 
 INDEX_FILE = "index.json"
@@ -38,7 +39,7 @@ VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What made the features."""
+    """What made the features; `image_fit` is left out where it is the encoder's own, as in older files."""
 
     weights: str
     architecture: str
@@ -48,6 +49,7 @@ class Fingerprint:
     pooled_grid: int
     orientation: Literal["exif", "stored"]
     dtype: Precision
+    image_fit: ImageFit = "own"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
         "class_token": vision.class_token,
         "pooled_grid": vision.pooled_grid,
         "orientation": "exif" if vision.exif else "stored",
+        **({} if vision.image_fit == vision.own_fit else {"image_fit": vision.image_fit}),
     }
 
 
@@ -165,8 +168,9 @@ def check_encoder(stored: Mapping[str, Any], expected: Mapping[str, Any], folder
     Raises:
         ValueError: With both fingerprints, and the parts in which they differ.
     """
-    differing = [part for part in expected if stored[part] != expected[part]]
+    differing = [part for part in {**stored, **expected} if stored.get(part) != expected.get(part)]
     if differing:
+        stored, expected = {"image_fit": "own", **stored}, {"image_fit": "own", **expected}
         raise ValueError(
             f"the visual features at {folder} are of another encoder, or other options of it: they differ in "
             f"{', '.join(differing)}. Expected {_text(expected)}; found {_text(stored)}. Take the encoder "

@@ -205,7 +205,7 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
     made_by = {**fingerprint(vision), "dtype": dtype}
     if index["format_version"] == 1:
         _check_orientation(vision, paths, folder)
-        made_by = {part: value for part, value in made_by.items() if part in index["fingerprint"]}
+        del made_by["orientation"]
     check_encoder(index["fingerprint"], made_by, folder)
     shape = [vision.token_count, vision.d_vision]
     if index["shape"] != shape:

@@ -129,7 +129,9 @@ def find_backbone(
         if backbone is None and run is not None:
             loaded = Backbone.from_pretrained(**read_config(run / CONFIG_FILE).backbone.loading())
         elif (Path(name) / BACKBONE_FILE).is_file():
-            loaded = Backbone.from_pretrained(name, exif=bool(known.get("exif")))
+            loaded = Backbone.from_pretrained(
+                name, exif=bool(known.get("exif")), image_fit=known.get("image_fit")
+            )
         else:
             vision, language = _two(name) if "vision" in fingerprint else (None, name)
             options = {
@@ -142,6 +144,7 @@ def find_backbone(
                 exif=bool(known.get("exif")),
                 object_order=known.get("object_order"),
                 visual_norm=known.get("visual_norm"),
+                image_fit=known.get("image_fit"),
                 **options,
             )
     # transformers says so of models that are neither on the disk nor on the Hub.

@@ -6,9 +6,6 @@ model may also be decoder-only (see `language`).
 """
 
 import copy
-import hashlib
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,10 +19,17 @@ from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.printable import printable
-from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
+from dept_vl._utils.tensors import check_parameters, fingerprint, load_exactly, read_tensors
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
-from dept_vl.models.options import BEFORE_ORDER, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
+from dept_vl.models.options import (
+    BEFORE_ORDER,
+    ImageFit,
+    ObjectOrder,
+    TrainedPart,
+    VisualNorm,
+    VisualPositionBias,
+)
 from dept_vl.models.projection import MAX_IMAGES, OBJECT_ORDER, embedding_norm, new_projection
 from dept_vl.models.vision import VisionEncoder, VisionOptions
 
@@ -43,6 +47,7 @@ class BackboneFile:
     visual_position_bias: VisualPositionBias
     object_order: ObjectOrder
     visual_norm: VisualNorm | None
+    image_fit: ImageFit | None
     vision: VisionOptions | None
 
 
@@ -129,6 +134,11 @@ class Backbone(nn.Module):
         self.freeze()
 
     @property
+    def image_fit(self) -> ImageFit | None:
+        """How images get the shape of the image encoder's pixels; None without one."""
+        return None if self.vision is None else self.vision.image_fit
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the word embeddings."""
         device: torch.device = self.language_model.word_embeddings.weight.device
@@ -148,6 +158,7 @@ class Backbone(nn.Module):
         visual_position_bias: VisualPositionBias = "none",
         object_order: ObjectOrder | None = None,
         visual_norm: VisualNorm | None = None,
+        image_fit: ImageFit | None = None,
     ) -> "Backbone":
         """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
 
@@ -162,6 +173,7 @@ class Backbone(nn.Module):
             visual_position_bias: See `VisualPositionBias`.
             object_order: See `ObjectOrder`; None takes the folder's own, else frozen.
             visual_norm: See `VisualNorm`; None takes the folder's own, else once.
+            image_fit: See `ImageFit`; None takes the folder's own, else squash. A folder's may be changed.
 
         Raises:
             ValueError: If both or neither of `backbone` and `language` are given, or options besides a folder
@@ -179,9 +191,9 @@ class Backbone(nn.Module):
             assert language is not None
             tower = None
             if vision is not None:
-                tower = VisionEncoder.from_pretrained(
-                    vision, layer=vision_layer, class_token=class_token, pooled_grid=pooled_grid, exif=exif
-                )
+                read = {"layer": vision_layer, "class_token": class_token, "pooled_grid": pooled_grid}
+                fit = image_fit or "squash"
+                tower = VisionEncoder.from_pretrained(vision, **read, exif=exif, image_fit=fit)
             return cls(
                 tower,
                 load_language(language),
@@ -215,7 +227,9 @@ class Backbone(nn.Module):
                 f"{', '.join(other)} besides: leave that out, or join two models by --vision and --language"
             )
         self = cls(
-            VisionEncoder.from_pretrained(folder / "vision", **options["vision"], exif=exif)
+            VisionEncoder.from_pretrained(
+                folder / "vision", **options["vision"], exif=exif, image_fit=image_fit or options["image_fit"]
+            )
             if options["vision"] is not None
             else None,
             load_language(folder / "language"),
@@ -242,6 +256,7 @@ class Backbone(nn.Module):
             "visual_position_bias": self.visual_position_bias,
             "object_order": self.object_order,
             "visual_norm": self.visual_norm,
+            "image_fit": self.image_fit,
             "vision": None,
         }
         if self.vision is not None and self.visual_projection is not None:
@@ -383,18 +398,3 @@ class Backbone(nn.Module):
             ValueError: With the limit and what each part takes of it.
         """
         self.language_model.check_length(prompt, text, visual, answer)
-
-
-def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
-    """16 hexadecimal digits that name these weights, alike in full precision and in bfloat16.
-
-    Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
-    quick at any size, and another checkpoint differs.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().flatten()
-        values = values[:: max(1, math.ceil(len(values) / samples))]
-        digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -23,7 +23,17 @@ VisualNorm = Literal["once", "twice"]
 `once`: they do not, as published. `twice`: they do, as in the stock encoder, in everything that was trained
 before there was a choice, and always with `visual_position_bias` relative. T5 has no such norm.
 """
-BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice"}
+
+ImageFit = Literal["squash", "crop", "pad", "own"]
+"""How an image gets the shape of the image encoder's pixels, which is square for most.
+
+`squash`: both sides are resized, as published; nothing is lost, and shapes are distorted.
+`crop`: the centre is cut out; of a photograph of 640 x 480 a quarter is never seen.
+`pad`: the image keeps its shape between bars of the mean colour.
+`own`: what the encoder's own processor does, which is one of these: CLIP's crops, SigLIP's squashes. All was
+made with it before there was a choice. An image that has the shape already is always left to it.
+"""
+BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice", "image_fit": "own"}
 """What older files leave out: what was built before there was a choice."""
 
 

@@ -6,21 +6,20 @@ models through transformers' own timm wrapper), with its own image processor bes
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 
 from dept_vl._utils.images import check_shape, to_rgb
 from dept_vl._utils.io import one_line
 from dept_vl.models.checks import check_processor, check_weights, loading
-from dept_vl.models.options import LARGEST_GRID
+from dept_vl.models.options import LARGEST_GRID, ImageFit
 
 CONVOLUTIONAL = 4
 """Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
@@ -49,9 +48,14 @@ class VisionEncoder(nn.Module):
         pooled_grid: Adaptively max-pool the patch grid to `pooled_grid` x `pooled_grid` tokens
             (published for CLIP RN101: 7x7 to 6x6); 0 keeps every patch.
         exif: Turn images as their EXIF orientation says where they are read.
+        image_fit: See `ImageFit`.
+
+    Attributes:
+        own_fit: What the processor does by itself.
+        image_fit: What is done: `squash`, `crop` or `pad`.
 
     Raises:
-        ValueError: If there is no such layer or grid.
+        ValueError: If there is no such layer, grid or fit.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class VisionEncoder(nn.Module):
         class_token: bool = False,
         pooled_grid: int = 0,
         exif: bool = True,
+        image_fit: ImageFit = "squash",
     ) -> None:
         super().__init__()
         self.model = model.eval()
@@ -73,8 +78,12 @@ class VisionEncoder(nn.Module):
         if not 0 <= pooled_grid <= LARGEST_GRID:
             raise ValueError(f"expected pooled_grid to be 0 to {LARGEST_GRID}, got {pooled_grid}")
         self.pooled_grid = pooled_grid
-        pixels = self.preprocess([Image.new("RGB", (8, 8))])
+        if image_fit not in get_args(ImageFit):
+            raise ValueError(f"image_fit is one of {get_args(ImageFit)}; got {image_fit!r}")
+        pixels = self._process([Image.new("RGB", (8, 8))])
         self.pixel_shape = tuple(pixels.shape[1:])
+        self.own_fit: ImageFit = self._own_fit()
+        self.image_fit = self.fit_of(image_fit)
         with torch.no_grad():
             features = self.forward(pixels)
         self.token_count: int = features.shape[1]
@@ -86,7 +95,7 @@ class VisionEncoder(nn.Module):
 
         Args:
             name_or_path: Such as `openai/clip-vit-base-patch32`, `timm/resnet50.a1_in1k` or a folder.
-            **options: `layer`, `class_token`, `pooled_grid`, `exif` of the constructor.
+            **options: `layer`, `class_token`, `pooled_grid`, `exif`, `image_fit` of the constructor.
 
         Raises:
             OSError: If there is no such model, as transformers says it.
@@ -137,19 +146,61 @@ class VisionEncoder(nn.Module):
             "pooled_grid": self.pooled_grid,
         }
 
+    def fit_of(self, recorded: ImageFit) -> ImageFit:
+        """What a recorded fit means for this encoder: `own` is one of the others."""
+        return self.own_fit if recorded == "own" else recorded
+
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Resize, crop and normalise as the encoder was trained, in RGB whatever the images are in.
+        """Fit, resize and normalise as the encoder was trained, in RGB whatever the images are in.
 
         Raises:
             ValueError: If an image is too long for its width, or too large after resizing.
         """
-        edge = getattr(self.processor, "size", None)
-        shortest = edge.get("shortest_edge") if isinstance(edge, Mapping) else None
+        size = getattr(self.processor, "size", None)
+        own = self.image_fit == self.own_fit
         for image in images:
-            check_shape(*image.size, shortest)
+            check_shape(*image.size, getattr(size, "shortest_edge", None) if own else None)
         rgb = [to_rgb(image) for image in images]
-        pixels: Tensor = self.processor(images=rgb, return_tensors="pt")["pixel_values"]
+        return self._process(rgb if own else list(map(self._fitted, rgb)))
+
+    def _process(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+        pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
         return pixels
+
+    def _own_fit(self) -> ImageFit:
+        """What the processor does with an image that is three times too wide; seen from its pixels."""
+        height, width = self.pixel_shape[1:]
+        grey, white, edged = (
+            Image.new("RGB", (3 * width, height), colour) for colour in ("grey", "white", "grey")
+        )
+        edged.paste("white", (0, 0, width // 2, height))
+        plain, bright, marked = self._process([grey, white, edged])
+        if torch.equal(plain, marked):
+            return "crop"
+        return "pad" if torch.equal(plain[:, 0, 0], bright[:, 0, 0]) else "squash"
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
+        """An image in the encoder's shape, so that its processor has nothing left to fit."""
+        height, width = self.pixel_shape[1:]
+        if image.width * height == image.height * width:
+            return image
+        # What the processor says of itself; timm's has the same under other names.
+        said = vars(self.processor) | getattr(self.processor, "data_config", {})
+        edges = [getattr(said.get("size"), name, None) for name in ("shortest_edge", "height")]
+        edge = next(filter(None, edges), min(height, width))
+        # In one step to the size to which it resizes, before it cuts a margin off, if it does.
+        scale = max(1.0, edge // (said.get("crop_pct") or 1.0) / min(height, width))
+        target = (round(width * scale), round(height * scale))
+        resample = said.get("resample") or said.get("interpolation") or "bicubic"
+        method = (
+            Image.Resampling[resample.upper()] if isinstance(resample, str) else Image.Resampling(resample)
+        )
+        if self.image_fit == "squash":
+            return image.resize(target, method)
+        if self.image_fit == "crop":
+            return ImageOps.fit(image, target, method)
+        mean = said.get("image_mean") or said.get("mean") or (0.5,) * 3
+        return ImageOps.pad(image, target, method, color=tuple(round(255 * value) for value in mean))
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stay in evaluation mode: a frozen tower has no dropout and no running statistics."""

@@ -96,8 +96,9 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
     Raises:
         ValueError: If there is none.
     """
+    fit = options.loading()["image_fit"]
     if options.backbone is not None:
-        vision = Backbone.from_pretrained(options.backbone, exif=options.exif).vision
+        vision = Backbone.from_pretrained(options.backbone, exif=options.exif, image_fit=fit).vision
     elif options.vision is not None:
         vision = VisionEncoder.from_pretrained(
             options.vision,
@@ -105,6 +106,7 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
             class_token=options.class_token,
             pooled_grid=options.pooled_grid,
             exif=options.exif,
+            image_fit=fit or "squash",
         )
     else:
         vision = None

@@ -19,11 +19,12 @@ from accelerate.utils import broadcast_object_list
 from dept_vl._utils.io import read_json, read_object, write_json
 from dept_vl._utils.options import check
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
+from dept_vl._utils.tensors import fingerprint
 from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
 from dept_vl.data.content import rows_content, sizes_content
 from dept_vl.data.lengths import tokenizer_description
 from dept_vl.data.splits import Splits
-from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl.models.backbone import Backbone
 from dept_vl.training.checkpoint import processes_of
 
 PACKAGES = ("torch", "transformers", "numpy")

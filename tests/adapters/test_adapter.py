@@ -326,6 +326,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
             "visual_position_bias": "none",
             "object_order": "frozen",
             "visual_norm": None,
+            "image_fit": "squash",
             "vision": {"layer": -1, "class_token": False, "pooled_grid": 0},
             "exif": True,
         },

@@ -92,11 +92,12 @@ def test_models_that_an_older_run_joined_are_joined_as_then(tmp_path: Path) -> N
     stored = json.loads(OLDER.read_text())
     stored["backbone"] |= {"vision": "x/clip", "language": "x/t5"}
     older = read_config(write(tmp_path / "config.json", stored)).backbone
-    assert (older.object_order, older.visual_norm) == ("none", "twice")
+    assert (older.object_order, older.visual_norm, older.image_fit) == ("none", "twice", "own")
     assert differences(stored, to_json(read_config(tmp_path / "config.json"))) == []
     new = read_config(write(tmp_path / "new.json", {"backbone": {"vision": "x/clip", "language": "x/t5"}}))
     assert (new.backbone.object_order, new.backbone.visual_norm) == ("auto", "auto")
     assert new.backbone.loading()["object_order"] is None
+    assert new.backbone.loading()["image_fit"] is None
 
 
 @pytest.mark.parametrize("flags", [["--lora_lr", "0.5"], ["--lora_lr=0.5"], ["--lora-lr", "0.5"]])

@@ -26,7 +26,7 @@ from dept_vl.data import feature_store as feature_files
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.data.feature_index import digest, fingerprint, image_keys, read_index, write_index
 from dept_vl.data.feature_store import DTYPES, open_features, write_features
-from dept_vl.data.features import FeatureTable, table_bytes
+from dept_vl.data.features import FeatureTable, load_pixels, table_bytes
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
@@ -109,6 +109,7 @@ def test_the_loss_is_that_of_live_features(
         ("vision_layer", "-2"),
         ("class_token", "True"),
         ("pooled_grid", "2"),
+        ("image_fit", "pad"),
         ("dtype", "float16"),
     ],
 )
@@ -128,6 +129,7 @@ def test_another_encoder_is_refused_with_both_named(
         "vision_layer": {"layer": -2},
         "class_token": {"class_token": True},
         "pooled_grid": {"pooled_grid": 2},
+        "image_fit": {"image_fit": "pad"},
     }
     other = VisionEncoder.from_pretrained(vision_folders["clip"], **options.get(part, {}))
     if part == "weights":  # one number of them all
@@ -419,10 +421,32 @@ def as_version_1(folder: Path) -> None:
     (folder / "index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_features_without_a_fit_are_of_the_encoders_own(
+    vision_folders: dict[str, Path], paths: list[Path], tmp_path: Path, version: int
+) -> None:
+    own, cropped, squashed = (
+        VisionEncoder.from_pretrained(vision_folders["clip"], image_fit=fit)
+        for fit in ("own", "crop", "squash")
+    )
+    folder = tmp_path / "features"
+    write(own, paths, folder)
+    assert "image_fit" not in read_index(folder)["fingerprint"]
+    if version == 1:
+        as_version_1(folder)
+    found = opened(cropped, paths, folder)([[path] for path in paths])
+    assert torch.equal(found, cropped(torch.cat([load_pixels(own, path)[None] for path in paths]))[:, None])
+    with pytest.raises(ValueError, match=r"differ in image_fit.*image_fit squash.*found.*image_fit own"):
+        opened(squashed, paths, folder)
+    with pytest.raises(ValueError, match=r"differ in image_fit"):
+        write(squashed, paths, folder)
+
+
 def test_features_of_version_1_are_of_pixels_as_stored(
     vision: VisionEncoder, paths: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "features"
+    vision.image_fit = vision.own_fit
     write(vision, paths, folder)
     whole = opened(vision, paths, folder)([[path] for path in paths])
     as_version_1(folder)

@@ -21,7 +21,8 @@ from transformers import (
 )
 from zoo.models import language_model
 
-from dept_vl.models.backbone import Backbone, fingerprint
+from dept_vl._utils.tensors import fingerprint
+from dept_vl.models.backbone import Backbone
 from dept_vl.models.padding import pack
 from dept_vl.models.projection import VisualProjection
 from dept_vl.models.prompted import PromptedModel

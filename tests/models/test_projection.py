@@ -1,6 +1,7 @@
 """The published joint encoder, and the order of visual tokens, against fixtures of the released code."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,7 @@ def test_an_order_is_counted_where_it_is_trained_and_kept_where_it_is(
     backbone.save_pretrained(tmp_path / "backbone")
     before = text_states(backbone, random_features(backbone))
     again = Backbone.from_pretrained(tmp_path / "backbone").eval()
-    assert (again.object_order, again.visual_norm) == (order, "once")
+    assert (again.object_order, again.visual_norm, again.image_fit) == (order, "once", "squash")
     if kept is not None:  # the adapter brings its places along
         nn.init.zeros_(again.visual_projection.object_order.weight)  # type: ignore[union-attr]
     Adapter.load(tmp_path / "adapter").build(again)
@@ -165,12 +166,23 @@ def test_an_adapter_of_another_order_or_norm_is_rejected_with_both(
     )
     with pytest.raises(ValueError, match=r"visual_norm once.*visual_norm twice"):
         adapter.build(twice)
+    cropped = ordered(make_backbone, "bart", "trained")
+    cropped.vision.image_fit = "crop"  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"image_fit squash.*image_fit crop"):
+        adapter.build(cropped)
+    # One from before it was recorded was trained with what CLIP's processor does.
+    recorded = {name: value for name, value in adapter.backbone.items() if name != "image_fit"}
+    replace(adapter, backbone=recorded).build(cropped)
+    with pytest.raises(ValueError, match=r"image_fit crop.*image_fit squash"):
+        replace(adapter, backbone=recorded).build(ordered(make_backbone, "bart", "trained"))
 
 
 def test_files_from_before_there_was_an_order_answer_as_they_did(tmp_path: Path) -> None:
     folder = FIXTURES / "before_order"
     backbone = Backbone.from_pretrained(folder / "backbone")
     assert (backbone.object_order, backbone.visual_norm) == ("none", "twice")
+    assert backbone.image_fit == "squash"  # as SigLIP's processor does it
+    assert Backbone.from_pretrained(folder / "backbone", image_fit="pad").image_fit == "pad"
     adapter = Adapter.load(folder / "adapter")
     features = torch.arange(32.0).reshape(1, 1, 4, 8).sin()
     text = backbone.tokenizer(["what colour ?"], return_tensors="pt")

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import D_VISION, IMAGE_SIZE, TOWERS, random_image, timm_processor, timm_tower
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel
 
@@ -13,6 +15,9 @@ from dept_vl.models.vision import VisionEncoder
 PREFIX = {"clip": 1, "siglip": 0, "dinov2": 1, "timm_vit": 3, "timm_resnet": 0}
 """Class token and registers."""
 PATCHES = (IMAGE_SIZE // 8) ** 2
+OWN_FIT = dict.fromkeys(TOWERS, "crop") | {"siglip": "squash"}
+PHOTOGRAPH = (64, 48)
+"""A photograph of 640 x 480 in small."""
 
 
 @pytest.fixture
@@ -178,6 +183,61 @@ def test_saved_and_loaded_alike(
     assert torch.equal(vision(pixels), again(pixels))
     image = random_image((50, 40))
     assert torch.equal(vision.preprocess([image]), again.preprocess([image]))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_fit_decides_whether_an_edge_is_seen(vision_folders: dict[str, Path], tower: str) -> None:
+    image = random_image(PHOTOGRAPH)
+    marked = image.copy()
+    marked.paste("white", (0, 0, PHOTOGRAPH[0] // 16, PHOTOGRAPH[1]))
+    for fit in ("squash", "crop", "pad", "own"):
+        vision = VisionEncoder.from_pretrained(vision_folders[tower], image_fit=fit)
+        assert vision.image_fit == (OWN_FIT[tower] if fit == "own" else fit)
+        pixels, changed = vision.preprocess([image]), vision.preprocess([marked])
+        assert pixels.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        assert torch.equal(pixels, changed) == (vision.image_fit == "crop")
+        # Bars of an eighth above and below, of the mean colour.
+        padded = bool((pixels[..., :4, :].abs() < 0.02).all() and (pixels[..., -4:, :].abs() < 0.02).all())
+        assert padded == (fit == "pad")
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_an_encoders_own_fit_and_square_images_are_left_to_its_processor(
+    vision_folders: dict[str, Path], tower: str
+) -> None:
+    vision = VisionEncoder.from_pretrained(vision_folders[tower])
+    square = dict.fromkeys(("squash", "crop", "pad"), (50, 50))
+    for fit, size in [("own", PHOTOGRAPH), ("own", (40, 70)), *square.items()]:
+        image = random_image(size)
+        stock = vision.processor(images=[image], return_tensors="pt")["pixel_values"]
+        again = VisionEncoder.from_pretrained(vision_folders[tower], image_fit=fit)
+        assert torch.equal(again.preprocess([image]), stock)
+
+
+@pytest.mark.parametrize("tower", ["clip", "timm_vit"])
+def test_squashed_pixels_are_the_published_ones(vision_folders: dict[str, Path], tower: str) -> None:
+    vision = VisionEncoder.from_pretrained(vision_folders[tower])
+    settings = vars(vision.processor) | getattr(vision.processor, "data_config", {})
+    mean, std = (np.float32(settings.get(name) or settings[f"image_{name}"]) for name in ("mean", "std"))
+    method = Image.Resampling.BICUBIC if tower == "clip" else Image.Resampling.BILINEAR
+    image = random_image(PHOTOGRAPH)
+    small = np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), method), dtype=np.float32) / 255
+    expected = torch.from_numpy((small - mean) / std).permute(2, 0, 1)[None]
+    torch.testing.assert_close(vision.preprocess([image]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_margin_is_cut_from_squashed_images_as_from_square_ones() -> None:
+    resnet = timm_tower("resnet10t", channels=[8, 8, 16, D_VISION], stem_width=8, output_stride=8)
+    resnet.config.pretrained_cfg["crop_pct"] = 0.5
+    vision = VisionEncoder(resnet, timm_processor(resnet))
+    image = random_image((64, 128))
+    squashed = image.resize((64, 64), Image.Resampling.BILINEAR)
+    assert torch.equal(vision.preprocess([image]), vision.preprocess([squashed]))
+
+
+def test_no_fit_of_another_name(vision_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="'stretch'"):
+        VisionEncoder.from_pretrained(vision_folders["clip"], image_fit="stretch")
 
 
 def test_missing_folder_is_reported_by_transformers(tmp_path: Path) -> None:
