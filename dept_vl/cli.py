@@ -18,7 +18,7 @@ import tyro
 
 from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
 from dept_vl._utils.options import Options
-from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
+from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
 from dept_vl.config import (
     RENAMED,
     DemoConfig,
@@ -31,6 +31,7 @@ from dept_vl.config import (
     validate,
 )
 from dept_vl.presets import PRESETS, with_preset
+from dept_vl.tasks.own.options import OwnOptions, is_data_set
 
 ABOUT = "Adapt a vision-language model with a decomposed prompt, evaluate it and use it."
 Command = Callable[[list[str]], object]
@@ -78,17 +79,17 @@ def evaluate(arguments: list[str]) -> None:
     config = parse_options(EvaluateConfig, arguments, "dept-vl evaluate", evaluate.__doc__)
     _check_task(config.task)
     _check_exists("--run", config.run / CONFIG_FILE, config.adapter, config.data_dir, config.candidates)
-    if config.own.data is not None:
-        _check_data(config.own.data)
+    _check_own(config.own)
     from dept_vl.training.score_run import score_run
 
     score_run(config)
 
 
 def predict(arguments: list[str]) -> None:
-    """Ask a trained adapter about images or texts."""
+    """Ask a trained adapter about images or texts, or about all rows of a table."""
     config = parse_options(PredictConfig, arguments, "dept-vl predict", predict.__doc__)
     _check_task(config.task)
+    _check_own(config.own)
     _check_source("--adapter", config.adapter)
     from dept_vl.inference.predict import predict as ask
 
@@ -393,8 +394,7 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
     for options in (config.data, *config.also):
         _check_task(options.task)
         if options.own.data is not None:
-            _check_data(options.own.data)
-            _check_exists("--images", options.own.images)
+            _check_own(options.own)
             continue
         folder = data_folder(options.task, options.data_dir)
         if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
@@ -422,15 +422,14 @@ def _check_exists(option: str, *paths: Path | None) -> None:
             raise FileNotFoundError(f"{option}: no such file or folder: {path}")
 
 
-def _check_data(data: str) -> None:
-    """Check a file or a folder; other names are of the Hub."""
-    if not Path(data).exists() and (
-        data.count("/") != 1 or data.startswith((".", "~", "/")) or Path(data).suffix
-    ):
-        raise FileNotFoundError(f"--data: no such file or folder: {data}")
+def _check_own(own: OwnOptions) -> None:
+    """Check that files and folders of your own data are there; other names are of the Hub."""
+    if own.data is not None and not Path(own.data).exists() and not is_data_set(own.data):
+        raise FileNotFoundError(f"--data: no such file or folder: {own.data}")
+    _check_exists("--images", own.images)
 
 
 def _check_source(option: str, name: str | None) -> None:
     """Check a folder; other names are of the Hub."""
-    if name and (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1):
+    if name and not is_hub_name(name):
         _check_exists(option, Path(name))

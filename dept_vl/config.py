@@ -409,7 +409,7 @@ class PredictConfig(Options):
     """Whom to ask what."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE... QUESTION...")]
-    """Image files, then questions."""
+    """Image files, then questions; none with --data."""
     adapter: str
     """Folder of a run or of an adapter, or an adapter's name on the Hub."""
     backbone: Path | None = None
@@ -420,6 +420,22 @@ class PredictConfig(Options):
     """How the questions are asked; left out, as the adapter was trained."""
     device: str | None = None
     """Such as cpu or cuda; left out, a GPU if there is one."""
+    own: Own = field(default_factory=OwnOptions)
+    output: Path | None = None
+    """With --data: file for the answers, JSON Lines in the order of the table. Started again after a stop, it
+    is gone on with, on any number of processes."""
+    split: str = "all"
+    """With --data: rows to answer; all, or those of the split train, validation or test."""
+    batch_size: Positive = 128
+    """With --data: rows answered at a time, per process."""
+    num_workers: Workers = 0
+    """With --data: processes that read images; 0 reads them in the answering process."""
+    features: Features = "auto"
+    """With --data: as for dept-vl evaluate."""
+    features_dir: Path | None = None
+    """With --data: folder of those files; left out, features in the folder of the data."""
+    on_bad_image: OnBadImage = "raise"
+    """With --data: raise, or skip: give the answer null, count it and go on."""
 
 
 @dataclass(frozen=True)

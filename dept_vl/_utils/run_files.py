@@ -58,6 +58,11 @@ def find_again(name: str, folder: Path) -> str:
     return name
 
 
+def is_hub_name(name: str) -> bool:
+    """Return whether a name may be one of the Hub, `user/model` or `model`; it is a path otherwise."""
+    return name.count("/") <= 1 and not name.startswith((".", "~")) and not os.path.isabs(name)
+
+
 def _started_in(folder: Path) -> list[Path]:
     try:
         return [Path(read_json(folder / IDENTITY_FILE)["started_in"])]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.io import read_object
-from dept_vl._utils.run_files import CONFIG_FILE
+from dept_vl._utils.run_files import CONFIG_FILE, is_hub_name
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.fingerprint import shown
 from dept_vl.config import current_names, flat
@@ -154,7 +154,7 @@ def _known(names: Sequence[str]) -> list[Task]:
 
 def _on_hub(name: str) -> bool:
     """Whether this may be the name of a model on the Hub, and not a folder."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return "/" in name and is_hub_name(name) and not Path(name).exists()
 
 
 def _tasks_of(config: Mapping[str, Any]) -> list[str]:

@@ -3,4 +3,15 @@
 The same question gets the same answer in evaluation, prediction and the demo.
 """
 
-__all__ = ["decoding", "demo", "evaluate", "gate", "given", "loading", "mixed", "predict", "predictor"]
+__all__ = [
+    "bulk",
+    "decoding",
+    "demo",
+    "evaluate",
+    "gate",
+    "given",
+    "loading",
+    "mixed",
+    "predict",
+    "predictor",
+]

@@ -1,14 +1,17 @@
 """Ask a trained adapter on the command line: what `dept-vl predict` does."""
 
+import torch
+from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import PredictConfig
+from dept_vl.inference.bulk import answer_table
 from dept_vl.inference.loading import load
 
 
 def predict(config: PredictConfig) -> list[str]:
-    """Ask, print the answers and return them.
+    """Ask, print the answers and return them; those of a table go into a file.
 
     Raises:
         FileNotFoundError: If the adapter, its backbone or an image is missing.
@@ -16,6 +19,15 @@ def predict(config: PredictConfig) -> list[str]:
     """
     disable_progress_bar()
     set_verbosity_error()
+    of_table = config.own.data is not None
+    if of_table and config.inputs:
+        raise UsageError(f"--data names the images and questions; leave out {' '.join(config.inputs)!r:.200}")
+    if not of_table and config.output is not None:
+        raise UsageError("--output takes the answers of a table: give --data, or leave it out")
+    accelerator = None
+    if of_table:  # gives each process its device
+        on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+        accelerator = Accelerator(cpu=on_cpu)
     predictor = load(
         config.adapter,
         backbone=config.backbone,
@@ -23,6 +35,10 @@ def predict(config: PredictConfig) -> list[str]:
         task=config.task,
         device=config.device,
     )
+    if accelerator is not None:
+        answer_table(predictor, config, accelerator)
+        accelerator.end_training()
+        return []
     task = predictor.task
     images, questions = config.inputs[: task.image_count], config.inputs[task.image_count :]
     if len(images) < task.image_count or (task.asks and not questions):

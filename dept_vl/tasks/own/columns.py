@@ -54,10 +54,13 @@ class Columns:
     Args:
         mapping: Role -> column, where that has another name than the usual ones.
         all_turns: Make an example of every question of a conversation.
+        images_alone: Take rows with neither question nor answer, to be captioned or labelled.
     """
 
-    def __init__(self, mapping: Mapping[str, str], *, all_turns: bool = False) -> None:
-        self.mapping, self.all_turns = mapping, all_turns
+    def __init__(
+        self, mapping: Mapping[str, str], *, all_turns: bool = False, images_alone: bool = False
+    ) -> None:
+        self.mapping, self.all_turns, self.images_alone = mapping, all_turns, images_alone
         self._known: dict[tuple[str, ...], dict[str, str]] = {}
 
     def rows(self, record: Record, where: str, *, text_cells: bool) -> Iterator[dict[str, Any]]:
@@ -183,6 +186,8 @@ class Columns:
             form = "caption"
         elif column:
             form = "label"
+        elif self.images_alone:
+            form = "image"
         else:
             raise UsageError(
                 f"{where}: expected a question, a caption or a label, found the columns {', '.join(record)}. "

@@ -37,20 +37,24 @@ INLINE_NUMBER = "inline:"
 """Begins the reference to an image of the column `embedded`, which data URLs go into."""
 
 
-def rows_of(tables: list[TableFile], folder: Path, base: Path, options: OwnOptions) -> Rows:
-    """Return the rows of all tables, converted once."""
+def rows_of(
+    tables: list[TableFile], folder: Path, base: Path, options: OwnOptions, *, images_alone: bool
+) -> Rows:
+    """Return the rows of all tables, converted once; those of images alone only if they may be."""
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
-    key = repr((said, str(folder.absolute()), [table.split for table in tables]))
+    key = repr((said, str(folder.absolute()), [table.split for table in tables], images_alone))
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-    return convert(title, sources, SCHEMA, _records(tables, folder, base, options), unique="id")
+    columns = Columns(
+        read_mapping(options.columns), all_turns=options.turns == "all", images_alone=images_alone
+    )
+    return convert(title, sources, SCHEMA, _records(tables, folder, base, options, columns), unique="id")
 
 
 def _records(
-    tables: list[TableFile], folder: Path, base: Path, options: OwnOptions
+    tables: list[TableFile], folder: Path, base: Path, options: OwnOptions, columns: Columns
 ) -> Iterator[dict[str, Any]]:
-    columns = Columns(read_mapping(options.columns), all_turns=options.turns == "all")
     seen: set[str] = set()
     count = 0
     for table in tables:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.own.formats import is_annotations
-from dept_vl.tasks.own.tables import TABLES
+from dept_vl.tasks.own.options import TABLES, is_data_set
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -93,7 +93,7 @@ def fetch(name: str) -> Path:
     Raises:
         FileNotFoundError: If there is none of this name, or no network.
     """
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).suffix in TABLES:
+    if not is_data_set(name):
         raise FileNotFoundError(f"no such file or folder: {name}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError

@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from dept_vl._utils.options import Options, Seed
+from dept_vl._utils.run_files import is_hub_name
+
+TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+"""Suffixes of tables."""
 
 Turns = Literal["first", "all"]
 OwnMetric = Literal["auto", "vqa_accuracy", "exact_match", "f1", "anls", "accuracy"]
@@ -51,3 +55,8 @@ class OwnOptions(Options):
         if self.data is None or not Path(self.data).exists():
             return None
         return Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
+
+
+def is_data_set(name: str) -> bool:
+    """Return whether a name that is no file here may be of a data set on the Hub."""
+    return "/" in name and is_hub_name(name) and Path(name).suffix.lower() not in TABLES

@@ -19,8 +19,6 @@ from dept_vl.tasks.io.records import brief
 Record = dict[str, Any]
 Numbered = Iterator[tuple[int, Record]]
 
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-"""Suffixes of tables."""
 UNITS = {".csv": "line", ".tsv": "line", ".jsonl": "line", ".ndjson": "line"}
 """What the numbers count; elsewhere rows, from 1."""
 DELIMITERS = ",\t;|"

@@ -150,7 +150,7 @@ class OwnTask(Task):
         folder = self.options.images or base
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of images: {folder}")
-        rows = rows_of(tables, folder, base, self.options)
+        rows = rows_of(tables, folder, base, self.options, images_alone=not self.asks)
         chosen = rows.subset(splits.choose(rows, split, self.options.holdout_share, self.options.split_seed))
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")

@@ -1,0 +1,253 @@
+"""A table of questions, answered row by row into a file: `dept-vl predict --data FILE --output FILE`.
+
+    answers.jsonl.partial        answers so far, in the order of the table
+    answers.jsonl.partial.json   what they are made of
+    answers.jsonl                all of them
+
+Batches are cut at the same rows whatever the number of processes and wherever an earlier start has ended,
+so the file is always the same. The main process alone writes, and memory holds the batches of one round,
+however many rows there are.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from time import perf_counter
+from typing import BinaryIO
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from filelock import FileLock, Timeout
+from torch.utils.data import Dataset
+
+from dept_vl._utils.checksums import checksum
+from dept_vl._utils.errors import InUseError, UsageError
+from dept_vl._utils.io import read_json, write_json, writing
+from dept_vl._utils.terminal import Count, duration
+from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
+from dept_vl.data import workers
+from dept_vl.data.collate import Batch, Collator, Draw
+from dept_vl.data.content import rows_content
+from dept_vl.data.lengths import check_source_lengths
+from dept_vl.data.splits import check_images, load_split, mapped_features
+from dept_vl.inference.evaluate import decode
+from dept_vl.inference.predictor import Predictor
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.own.task import CAPTIONS
+
+ROUND = 8
+"""Batches of each process between two writes, where there are several: a write waits for the slowest."""
+READ_BYTES = 1 << 20
+Answers = list[tuple[int, str | None]]
+"""Rows with their answers; None for a row whose image cannot be read."""
+
+
+def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> Path:
+    """Answer the rows of a table that have no answer yet; the file is there when all have one.
+
+    Args:
+        predictor: The same on every process.
+        config: Which table, and where answers go.
+        accelerator: Of these processes.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileExistsError: If the file is there already.
+        InUseError: If another process writes it.
+        UsageError: If the table does not fit the adapter, or answers were begun of something else.
+    """
+    output = config.output
+    if output is None:
+        raise UsageError("--data needs --output, the file for the answers")
+    table, collate = _read(predictor, config, accelerator)
+    started, size, processes = perf_counter(), config.batch_size, accelerator.num_processes
+    with _partial(output, _made_of(predictor, table), accelerator) as (file, begun):
+        first, last = begun // size, math.ceil(len(table) / size)
+        mine = range(first + accelerator.process_index, last, processes)
+        loader = workers.load(
+            _Asked(table, predictor.task),
+            config.num_workers,
+            batch_sampler=[range(n * size, min((n + 1) * size, len(table))) for n in mine],
+            collate_fn=collate,
+        )
+        answers, at_once, unread = _answers(predictor, loader), 1 if processes == 1 else ROUND, 0
+        with Count("answering", len(table) - begun, show=accelerator.is_main_process) as count:
+            for _ in range(math.ceil((last - first) / (processes * at_once))):
+                found = [pair for batch in islice(answers, at_once) for pair in batch]
+                # Of the first batch some may be written already: it is answered as it was then.
+                pairs = [pair for pair in sorted(gather_object(found)) if pair[0] >= begun]
+                unread += _write(file, table, pairs, output)
+                count.add(len(pairs))
+    seconds, count_now = perf_counter() - started, len(table) - begun
+    accelerator.print(
+        f"{output}: {len(table):,} answers, {count_now:,} of them now, in {duration(seconds)}: "
+        f"{count_now / seconds:,.1f} rows a second on {processes} process{'es' * (processes > 1)}"
+    )
+    if unread:
+        accelerator.print(f"warning: {unread:,} rows have no readable image and the answer null")
+    return output
+
+
+def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> tuple[Task, Collator]:
+    """Return the table, and what makes batches of it."""
+    asked, vision = predictor.task, predictor.model.backbone.vision
+    task = OWN_TASK if asked.asks else CAPTIONS.name  # whose rows need no question
+    options = DataOptions(
+        task=task, own=config.own, features=config.features, features_dir=config.features_dir
+    )
+    with accelerator.local_main_process_first():  # the first to read the table keeps its rows for all
+        table = load_split(options, config.split)
+    if len(table[0].images) != asked.image_count:
+        raise UsageError(
+            f"{asked.name} is about {asked.image_count or 'no'} images, and rows of {config.own.data} have "
+            f"{len(table[0].images)}"
+        )
+    if asked.asks and not table.asks:
+        raise UsageError(
+            f"{asked.name} answers questions, and {config.own.data} has none; --columns question=NAME says "
+            "where they are"
+        )
+    for note in table.notes:
+        accelerator.print(f"note: {note}")
+    check_source_lengths(
+        table, config.split, predictor.model.backbone.tokenizer, predictor.max_source_length, accelerator
+    )
+    table = check_images(table, config.on_bad_image)
+    features = None
+    if vision is not None:
+        features = mapped_features(vision, [(options, table.image_files())], config.features, accelerator)
+    collate = Collator.for_model(
+        predictor.model,
+        predictor.decoding.max_new_tokens,
+        max_source_length=predictor.max_source_length,
+        images=vision if features is None else features,
+        on_bad_image=config.on_bad_image,
+        device=accelerator.device,
+    )
+    return table, collate
+
+
+class _Asked(Dataset[Draw]):
+    """The rows of a table as an adapter's task asks about them, by their numbers."""
+
+    def __init__(self, table: Task, asked: Task) -> None:
+        self.table, self.asked = table, asked
+
+    def __getitem__(self, row: int) -> Draw:
+        example = self.table[row]
+        source = self.asked.source(example.question if self.asked.asks else "")
+        return Draw(replace(example, example_id=row, source_text=source))
+
+
+@torch.no_grad()
+def _answers(predictor: Predictor, batches: Iterable[Batch]) -> Iterator[Answers]:
+    model, (options, spelled) = predictor.model, predictor.generation
+    for batch in batches:
+        pairs: Answers = [(int(row), None) for row in batch.skipped]
+        if batch.ids:
+            texts = decode(model, batch.to(model.backbone.device), options, spelled)
+            pairs += [
+                (int(row), predictor.task.written(text)) for row, text in zip(batch.ids, texts, strict=True)
+            ]
+        yield pairs
+
+
+def _write(file: BinaryIO | None, table: Task, pairs: Answers, output: Path) -> int:
+    """Append answers; return how many are null. Only the main process has the file."""
+    if file is None:
+        return 0
+    lines = []
+    for row, answer in pairs:
+        asked = {"question": table.rows.value("question", row)} if table.asks else {}
+        lines.append(
+            json.dumps({"id": table.rows.value("id", row), **asked, "answer": answer}, ensure_ascii=False)
+        )
+    with writing(output):
+        file.write("".join(f"{line}\n" for line in lines).encode())
+        file.flush()
+    return sum(answer is None for _, answer in pairs)
+
+
+def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
+    """What answers depend on, in a few digits each."""
+    adapter, options = predictor.adapter, (predictor.decoding, predictor.max_source_length)
+    tensors = {} if adapter is None else adapter.tensors
+    return {
+        "rows": rows_content(table.rows),
+        "adapter": checksum(safetensors.torch.save(tensors)),
+        "backbone": checksum(repr(adapter and adapter.backbone).encode()),
+        "decoding": f"{predictor.task.name} {checksum(repr(options).encode())}",
+    }
+
+
+@contextmanager
+def _partial(
+    output: Path, made_of: dict[str, str], accelerator: Accelerator
+) -> Iterator[tuple[BinaryIO | None, int]]:
+    """The file to append to, on the main process, and how many answers it holds; at the end `output`."""
+    partial, main = output.with_name(f"{output.name}.partial"), accelerator.is_main_process
+    about = partial.with_name(f"{partial.name}.json")
+    lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
+    begun: list[int | Exception] = [0]
+    if main:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            begun = [_begun(output, partial, about, made_of)]
+        except Timeout:
+            begun = [InUseError(f"{output} is written by another process; wait for its end")]
+        except (OSError, ValueError) as error:
+            begun = [error]
+    (done,) = broadcast_object_list(begun)
+    try:
+        if isinstance(done, Exception):
+            raise done
+        if not main:
+            yield None, done
+            return
+        with writing(partial), partial.open("ab") as file:
+            yield file, done
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(output)
+        about.unlink()
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            lock.release()
+
+
+def _begun(output: Path, partial: Path, about: Path, made_of: dict[str, str]) -> int:
+    """Return how many answers there are; what was cut short behind them is removed."""
+    if output.exists():
+        raise FileExistsError(f"{output} is there already; nothing was changed. Choose another --output")
+    if not partial.exists():
+        with writing(about):
+            write_json(about, made_of)
+        return 0
+    before = read_json(about)
+    changed = [name for name, digits in made_of.items() if before.get(name) != digits]
+    if changed:
+        raise UsageError(
+            f"{partial} was begun with other {' and '.join(changed)}; give the same, remove it, or choose "
+            "another --output"
+        )
+    count = end = place = 0
+    with partial.open("r+b") as file:
+        while chunk := file.read(READ_BYTES):
+            count += chunk.count(b"\n")
+            if b"\n" in chunk:
+                end = place + chunk.rindex(b"\n") + 1
+            place += len(chunk)
+        file.truncate(end)
+    return count

@@ -1,0 +1,193 @@
+"""A table is answered into one file: in order, after any stop, by any number of processes, as by `answer`."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+from runs import in_two_processes, with_
+
+import dept_vl
+from dept_vl._utils.errors import InUseError, UsageError
+from dept_vl.config import DataOptions, PredictConfig, RunConfig
+from dept_vl.inference import bulk
+from dept_vl.inference.predict import predict
+from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.training.run import run
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+OWN = Path(__file__).parents[1] / "fixtures" / "own"
+PHOTOS = OWN / "photos"
+
+
+@pytest.fixture(scope="module")
+def runs_of(
+    make_run: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], str]:
+    """Folder of a run on a table of the fixtures."""
+    root = tmp_path_factory.mktemp("bulk")
+
+    def folder(table: str) -> str:
+        if not (root / table).exists():
+            own = OwnOptions(data=str(OWN / table), images=PHOTOS)
+            data = DataOptions(own=own, max_lost_answers=1.0, meteor=False, num_beams=1)
+            run(with_(make_run(data), output_dir=root / table))
+        return str(root / table)
+
+    return folder
+
+
+@pytest.fixture
+def asked(runs_of: Callable[[str], str], tmp_path: Path) -> PredictConfig:
+    """Questions without answers, of a run on others."""
+    own = OwnOptions(data=str(OWN / "qa.csv"), images=PHOTOS)
+    return PredictConfig(
+        (), runs_of("qa.csv"), own=own, output=tmp_path / "out" / "answers.jsonl", batch_size=5, device="cpu"
+    )
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_answered_in_order_as_by_the_predictor(
+    asked: PredictConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert asked.output is not None
+    assert predict(asked) == []
+    found = rows(asked.output)
+    table = dept_vl.load_task("vqa", split="all", **vars(asked.own))
+    assert [row["id"] for row in found] == table.example_ids()
+    examples = [table[place] for place in range(len(table))]
+    assert [row["question"] for row in found] == [one.question for one in examples]
+    predictor = dept_vl.load(asked.adapter, device="cpu")
+    images, questions = [one.images[0] for one in examples], [one.question for one in examples]
+    assert [row["answer"] for row in found] == predictor.answer(images, questions)
+    assert "24 answers, 24 of them now" in capsys.readouterr().out
+    assert [path.name for path in asked.output.parent.iterdir()] == ["answers.jsonl"]
+    with pytest.raises(FileExistsError, match=r"answers\.jsonl"):
+        predict(asked)
+
+
+def stopped_after(batches: int, monkeypatch: pytest.MonkeyPatch, config: PredictConfig) -> None:
+    """Start, and be killed after so many batches, in the middle of a line of the next."""
+    whole = bulk._answers
+
+    def some(*arguments: Any) -> Iterator[Any]:
+        for number, answers in enumerate(whole(*arguments)):
+            if number == batches:
+                raise KeyboardInterrupt
+            yield answers
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "_answers", some)
+        with pytest.raises(KeyboardInterrupt):
+            predict(config)
+
+
+def cut(partial_file: Path, size: int) -> None:
+    partial_file.write_bytes(partial_file.read_bytes()[:size])
+
+
+def predict_here(config: PredictConfig) -> None:
+    predict(config)
+
+
+@pytest.mark.parametrize(("processes", "lost_bytes"), [(1, 0), (1, 90), (2, 90)])
+def test_a_stop_changes_nothing(
+    processes: int,
+    lost_bytes: int,
+    asked: PredictConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = replace(asked, output=tmp_path / "whole.jsonl")
+    predict(whole)
+    assert asked.output is not None
+    assert whole.output is not None
+    stopped_after(2, monkeypatch, asked)
+    begun = asked.output.with_name("answers.jsonl.partial")
+    assert len(begun.read_bytes().splitlines()) == 10
+    cut(begun, len(begun.read_bytes()) - lost_bytes)
+    assert not asked.output.exists()
+    with pytest.raises(UsageError, match="decoding"):
+        predict(replace(asked, task="vqav2"))
+    with pytest.raises(UsageError, match="rows"):
+        predict(replace(asked, own=replace(asked.own, data=str(OWN / "qa.jsonl"), columns=("id=question",))))
+    if processes == 1:
+        capsys.readouterr()
+        predict(asked)
+        assert f"{24 - (10 if not lost_bytes else 8)} of them now" in capsys.readouterr().out
+    else:
+        in_two_processes(predict_here, asked)
+    assert asked.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_a_file_has_one_writer(asked: PredictConfig) -> None:
+    assert asked.output is not None
+    asked.output.parent.mkdir()
+    with (
+        FileLock(asked.output.with_name(".answers.jsonl.lock")),
+        pytest.raises(InUseError, match=r"answers\.jsonl"),
+    ):
+        predict(asked)
+
+
+def test_unreadable_images_get_no_answer(
+    asked: PredictConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "good.png").write_bytes((PHOTOS / "scan-3.png").read_bytes())
+    table = tmp_path / "table.jsonl"
+    table.write_text(
+        "".join(json.dumps({"image": name, "question": "is it red?"}) + "\n" for name in ("bad.png", "good"))
+    )
+    config = replace(asked, own=OwnOptions(data=str(table)))
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        predict(config)
+    predict(replace(config, on_bad_image="skip"))
+    assert config.output is not None
+    assert [row["answer"] is None for row in rows(config.output)] == [True, False]
+    assert "1 rows have no readable image" in capsys.readouterr().out
+
+
+def test_captions_need_images_alone(
+    asked: PredictConfig, runs_of: Callable[[str], str], tmp_path: Path
+) -> None:
+    table = tmp_path / "images.csv"
+    table.write_text("file_name\n" + "".join(f"{path.name}\n" for path in sorted(PHOTOS.iterdir())))
+    own = OwnOptions(data=str(table), images=PHOTOS)
+    config = replace(asked, own=own, adapter=runs_of("captions.jsonl"))
+    predict(config)
+    assert config.output is not None
+    predictor = dept_vl.load(config.adapter, device="cpu")
+    assert [row["answer"] for row in rows(config.output)] == predictor.answer(sorted(PHOTOS.iterdir()))
+    with pytest.raises(UsageError, match="question"):
+        predict(replace(config, adapter=asked.adapter, output=tmp_path / "other.jsonl"))
+
+
+def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:
+    own = OwnOptions(data=str(OWN / "aokvqa_like.json"), images=PHOTOS)
+    predict(replace(asked, own=own))
+    assert asked.output is not None
+    table = dept_vl.load_task("vqa", split="all", **vars(own))
+    assert all(row["answer"] in table[place].choices for place, row in enumerate(rows(asked.output)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"output": None}, "--output"),
+        ({"inputs": ("a.jpg",)}, r"a\.jpg"),
+        ({"own": OwnOptions()}, "--data"),
+        ({"task": "nlvr2"}, "2 images"),
+        ({"split": "nowhere"}, "nowhere"),
+    ],
+)
+def test_options_that_do_not_fit(asked: PredictConfig, changed: dict[str, Any], word: str) -> None:
+    with pytest.raises(UsageError, match=word):
+        predict(replace(asked, **changed))
