@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jaxtyping
@@ -31,6 +31,7 @@ from zoo.models import (  # noqa: F401  tests take them from here
     tokenizer,
     tower,
 )
+from zoo.vlms import saved
 
 import dept_vl.models.precision
 from dept_vl.config import RunConfig
@@ -91,6 +92,20 @@ def _saved(names: tuple[str, ...], root: Path) -> dict[str, Path]:
         spread_out(model).save_pretrained(root / name)
         tokenizer(name).save_pretrained(root / name)
     return {name: root / name for name in names}
+
+
+@pytest.fixture(scope="session")
+def pretrained_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of tiny pretrained models by their names in `zoo.vlms`, each written when first asked for."""
+    root = tmp_path_factory.mktemp("pretrained")
+
+    @cache
+    def folder_of(name: str) -> Path:
+        if name == "smolvlm":
+            pytest.importorskip("num2words")  # its processor needs it
+        return saved(name, root / name)
+
+    return folder_of
 
 
 @pytest.fixture(scope="session")
