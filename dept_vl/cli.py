@@ -24,6 +24,7 @@ from dept_vl.config import (
     DemoConfig,
     EvaluateConfig,
     ExtractConfig,
+    Own,
     PredictConfig,
     ReportConfig,
     RunConfig,
@@ -37,6 +38,7 @@ ABOUT = "Adapt a vision-language model with a decomposed prompt, evaluate it and
 Command = Callable[[list[str]], object]
 """Takes the command line; returns the exit status, or something else for 0."""
 T = TypeVar("T")
+NO_OWN = OwnOptions()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,8 +111,49 @@ def data(arguments: list[str]) -> int:
     """Bring data into the official files that the tasks read, and check them."""
     from dept_vl.tasks.prepare.commands import COMMANDS
 
+    commands = COMMANDS | {"check": check_data}
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return 1 if call(COMMANDS, "dept-vl data", data.__doc__, arguments) is False else 0
+    return 1 if call(commands, "dept-vl data", data.__doc__, arguments) is False else 0
+
+
+def check_data(
+    task: str = "",
+    root: Path | None = None,
+    sample: int = 200,
+    report: Path | None = None,
+    own: Own = NO_OWN,
+    backbone: Path | None = None,
+    language: str | None = None,
+    sheet: Path | None = None,
+) -> bool:
+    """Look at the files of a task, or at your own data (--data): counts, images, ids, texts, splits.
+
+    Args:
+        task: vqav2, gqa, nlvr2 or coco, without --data.
+        root: Folder with the task's official files.
+        sample: Images to open in each split; 0 opens all.
+        report: File for the whole report, a line a finding.
+        own: Your own data instead.
+        backbone: Folder of a saved backbone; with --data, texts are counted in its tokens.
+        language: Hub name or folder of a language model instead.
+        sheet: PNG file for a contact sheet of 16 examples of --data.
+    """
+    from dept_vl.tasks.prepare.commands import check, print_findings
+
+    if own.data is None:
+        if not task or root is None:
+            raise UsageError("give --task and --root, or --data FILE")
+        return bool(check(task, root, sample, report))
+    _check_own(own)
+    _check_exists("--backbone", backbone)
+    from dept_vl.models.checks import load_tokenizer
+    from dept_vl.training.check_own import check_own
+
+    named = backbone / "language" if backbone else language
+    tokenizer = None if named is None else load_tokenizer(named)
+    good = print_findings(check_own(own, sample=sample, tokenizer=tokenizer, sheet=sheet), report)
+    print("nothing is wrong" if good else f"some of {own.data} wants a look")
+    return good
 
 
 def score(arguments: list[str]) -> None:

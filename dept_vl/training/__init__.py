@@ -6,6 +6,7 @@ finished run again.
 
 __all__ = [
     "build",
+    "check_own",
     "checkpoint",
     "errors",
     "extract",

@@ -21,7 +21,7 @@ class Finding:
 
     Attributes:
         status: `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images,
-            `skipped` for what could not be looked at.
+            `skipped` for what could not be looked at; of your own data also `note`, `empty`, `leak`, `lost`.
         what: What was looked at, and what was found.
     """
 
@@ -31,7 +31,7 @@ class Finding:
     @property
     def good(self) -> bool:
         """Whether nothing is wrong."""
-        return self.status in ("found", "ok")
+        return self.status in ("found", "ok", "note")
 
 
 def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterator[Finding]:
@@ -91,6 +91,18 @@ def _split(
     if published.answers is not None:
         answers = pc.sum(pc.list_value_length(task.rows.column("answers"))).as_py()
         yield _count(f"{name}: answers", answers, published.answers)
+    yield from check_files(name, files, sample, seed)
+
+
+def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Iterator[Finding]:
+    """Look for image files, and open a sample of them.
+
+    Args:
+        name: Of what they belong to.
+        files: The images.
+        sample: How many are opened; 0 opens all.
+        seed: Of the sample.
+    """
     missing = missing_files(files)
     if missing:
         yield Finding("missing", f"{name}: {len(missing):,} of {len(files):,} image files")

@@ -1,12 +1,13 @@
 """The commands of `dept-vl data`: bring data into the official files that the tasks read, and check them."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
 from dept_vl.tasks.prepare import snippets as snippets_task
+from dept_vl.tasks.prepare.check import Finding
 from dept_vl.tasks.prepare.check import check as check_task
 from dept_vl.tasks.scenes.official import write_concepts, write_tasks
 
@@ -71,10 +72,17 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
         sample: Images to open in each split; 0 opens all.
         report: File for the whole report, a line a finding.
     """
+    good = print_findings(check_task(task, root, sample=sample), report)
+    print("everything is there" if good else f"not everything of {task} is in {root}")
+    return good
+
+
+def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
+    """Print findings, the first of each kind, and write all of them to a file; whether all are good."""
     lines: list[str] = []
     counts: Counter[str] = Counter()
     good = True
-    for finding in check_task(task, root, sample=sample):
+    for finding in findings:
         line = f"{finding.status:<8} {finding.what}"
         lines.append(line)
         counts[finding.status] += 1
@@ -86,7 +94,6 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
             print(f"{status:<8} {count - SHOWN:,} more; --report FILE names them all")
     if report is not None:
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("everything is there" if good else f"not everything of {task} is in {root}")
     return good
 
 

@@ -1,0 +1,153 @@
+"""What your own data hold, and what is wrong with them: `dept-vl data check --data`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from dept_vl._utils.images import read_image
+from dept_vl.config import DataOptions
+from dept_vl.data.answers import look_at_answers
+from dept_vl.data.lengths import source_lengths
+from dept_vl.data.splits import load_split
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.rows import Rows
+from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
+from dept_vl.tasks.prepare.check import Finding, check_files
+from dept_vl.training.report.pictures import picture_grid
+
+SHOWN = 10
+"""Of the commonest answers, and of the rows in which something is wrong."""
+SIDE = 4
+"""Examples across and down the contact sheet."""
+USUAL = 99
+"""Percentile of the lengths that is told beside the longest."""
+
+
+def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | None) -> Iterator[Finding]:
+    """Look at your own data: counts, images, ids, questions, answers, lengths, splits.
+
+    Args:
+        own: Where they are.
+        sample: Images to open; 0 opens all.
+        tokenizer: Of the language model to be trained; None counts characters.
+        sheet: PNG file for 16 examples; None draws none.
+    """
+    try:
+        whole = load_split(DataOptions(own=own), ALL)
+        files = whole.image_files()
+    except (ValueError, OSError) as error:
+        yield Finding("broken", str(error))
+        return
+    size = f"{len(whole):,} rows, {len(files):,} images, {whole.image_count} a row"
+    yield Finding("ok", f"{whole.name}: {size}; {whole.primary} decides")
+    yield from _splits(own)
+    yield from check_files(whole.name, files, sample)
+    shared = leaks(whole.rows)
+    yield from (Finding("leak", line) for line in shared)
+    yield from (Finding("note", line) for line in whole.notes if line not in shared)
+    yield from _questions(whole)
+    yield from _answers(whole.rows)
+    yield from _characters(whole.rows) if tokenizer is None else _tokens(whole, tokenizer)
+    shown = _readable(whole, SIDE * SIDE)
+    if sheet is not None and len(shown):
+        answers = {shown[place].example_id: _answer(shown, place) for place in range(len(shown))}
+        down = -(-len(shown) // SIDE)
+        picture_grid(shown, answers, sheet, columns=SIDE, rows=down, mistakes=SIDE * SIDE)
+        yield Finding("ok", f"{len(shown)} examples are drawn in {sheet}")
+
+
+def _splits(own: OwnOptions) -> Iterator[Finding]:
+    for name in (TRAIN, VALIDATION, TEST):
+        try:
+            split = load_split(DataOptions(own=own), name)
+        except ValueError as error:
+            yield Finding("note", f"{name}: {error}")
+            continue
+        named = bool(split.rows.column("split")[0].as_py())
+        how = "as the data say" if named else "what is left" if name == TRAIN else "held out by image"
+        yield Finding("ok", f"{name}: {len(split):,} rows, {len(split.image_files()):,} images, {how}")
+
+
+def _questions(task: Task) -> Iterator[Finding]:
+    if not task.asks:
+        return
+    texts = task.rows.column("question")
+    empty = np.flatnonzero(pc.equal(texts, "").to_numpy(zero_copy_only=False))
+    if len(empty):
+        ids = ", ".join(task.rows.value("id", int(place)) for place in empty[:SHOWN])
+        yield Finding("empty", f"{len(empty):,} of {len(task):,} questions are empty (ids {ids})")
+
+
+def _answers(rows: Rows) -> Iterator[Finding]:
+    column = rows.column("answers")
+    counts = pc.list_value_length(column).to_numpy()
+    values, times = pc.list_flatten(column).combine_chunks().value_counts().flatten()
+    total = int(counts.sum())
+    if not total:
+        yield Finding("note", "answers: none; the rows can be answered, and neither learnt nor scored")
+        return
+    order = np.argsort(-times.to_numpy(), kind="stable")[:SHOWN]
+    usual = ", ".join(f"{values[int(n)].as_py()!r:.40} {times[int(n)].as_py() / total:.1%}" for n in order)
+    each = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    yield Finding("ok", f"answers: {total:,}, {each} a row, {len(values):,} different; {usual}")
+
+
+def _characters(rows: Rows) -> Iterator[Finding]:
+    for name, column in (
+        ("question", rows.column("question")),
+        ("answer", pc.list_flatten(rows.column("answers"))),
+    ):
+        longest = pc.max(pc.utf8_length(column)).as_py() or 0
+        if longest:
+            yield Finding("ok", f"longest {name}: {longest:,} characters; --backbone counts tokens")
+
+
+def _tokens(task: Task, tokenizer: Any) -> Iterator[Finding]:
+    lengths = source_lengths(task, tokenizer)
+    longest = task.rows.value("id", int(lengths.argmax()))
+    yield Finding(
+        "ok",
+        f"longest text: {lengths.max():,} tokens (id {longest}), {USUAL}% have at most "
+        f"{int(np.percentile(lengths, USUAL)):,}; --max_source_length cuts longer ones",
+    )
+    known = task.answered()
+    if not len(known):
+        return
+    lost = look_at_answers(known, tokenizer, 0)
+    yield Finding("ok", f"longest answer: {lost.longest:,} tokens, end included")
+    if lost.unwritable:
+        some = ", ".join(f"{text!r:.60}" for text, _ in lost.unwritable.most_common(SHOWN))
+        yield Finding(
+            "lost",
+            f"{lost.unwritable.total():,} of {lost.answers:,} answers cannot be written by this tokenizer: "
+            f"{some}",
+        )
+
+
+def _readable(task: Task, count: int) -> Task:
+    """Return examples spread over the rows, each of other images that can be read."""
+    chosen: list[int] = []
+    seen: set[tuple[Path, ...]] = set()
+    step = max(1, len(task) // (count * SIDE))
+    for place in (n for start in range(step) for n in range(start, len(task), step)):
+        images = task.images(place)
+        if len(chosen) == count or len(seen) > count * SIDE:
+            break
+        if images not in seen:
+            seen.add(images)
+            try:
+                for image in images:
+                    read_image(image)
+            except (ValueError, FileNotFoundError):
+                continue
+            chosen.append(place)
+    return task.subset(sorted(chosen))
+
+
+def _answer(task: Task, place: int) -> str:
+    example = task[place]
+    return example.answer or next(iter(example.answers), "")
