@@ -52,8 +52,7 @@ def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | Non
     yield from _questions(whole)
     yield from _answers(whole.rows)
     yield from _characters(whole.rows) if tokenizer is None else _tokens(whole, tokenizer)
-    shown = _readable(whole, SIDE * SIDE)
-    if sheet is not None and len(shown):
+    if sheet is not None and len(shown := _readable(whole, SIDE * SIDE)):
         answers = {shown[place].example_id: _answer(shown, place) for place in range(len(shown))}
         down = -(-len(shown) // SIDE)
         picture_grid(shown, answers, sheet, columns=SIDE, rows=down, mistakes=SIDE * SIDE)
