@@ -266,7 +266,8 @@ class TrainOptions(Options):
     cuda_graphs: bool = False
     """Record the kernels of a training step once for every padded length, and launch them together from then
     on: faster where batches are small. Needs a CUDA device, one process, no gradient accumulation and no
-    gradient checkpointing; elsewhere the run says why and trains without."""
+    gradient checkpointing; elsewhere the run says why and trains without. Short answers of an
+    encoder-decoder, decoded by greedy search, are recorded too."""
     deterministic: bool = False
     """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
     a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed

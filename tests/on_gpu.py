@@ -14,6 +14,7 @@ MARKS = [
     pytest.mark.skipif(DEVICE.type == "cpu" and not REHEARSAL, reason="there is no CUDA device"),
     pytest.mark.usefixtures("full_precision"),
 ]
+GRAPHED = pytest.mark.skipif(DEVICE.type == "cpu", reason="a graph is recorded by a CUDA device")
 NEAR = 1e-4
 """Distance of what two devices compute in full precision."""
 

@@ -10,6 +10,7 @@ __all__ = [
     "evaluate",
     "gate",
     "given",
+    "graphed",
     "loading",
     "mixed",
     "predict",

@@ -1,6 +1,6 @@
 """Answer every example of a split and score the answers; the same on any number of processes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from dept_vl.models.tokens import target_texts
 from dept_vl.tasks.base import Decoding, Task
 from dept_vl.tasks.io.predictions import ExampleId
 
+Generate = Callable[..., torch.Tensor]
+"""`PromptedModel.generate`, or what gives the same answers."""
 NO_ANSWER = ""
 """Prediction for an example whose image could not be read; it counts as wrong."""
 
@@ -41,7 +43,11 @@ class Evaluation:
 
 
 def decode(
-    model: PromptedModel, batch: Batch, options: Mapping[str, Any], spelled: Mapping[str, str]
+    model: PromptedModel,
+    batch: Batch,
+    options: Mapping[str, Any],
+    spelled: Mapping[str, str],
+    generate: Generate | None = None,
 ) -> list[str]:
     """The answer to each example of a batch.
 
@@ -50,6 +56,7 @@ def decode(
         batch: On its device.
         options: Of `decoding.generation_options`.
         spelled: Of `decoding.spellings`.
+        generate: Answers a batch; None is the model's own.
     """
     inputs: dict[str, Any] = batch.inputs()
     tokenizer = model.backbone.tokenizer
@@ -60,7 +67,7 @@ def decode(
             spellings(tokenizer, of_row).get(text, text)
             for text, of_row in zip(texts, batch.choices, strict=True)
         ]
-    tokens = model.generate(**inputs, **options)
+    tokens = (generate or model.generate)(**inputs, **options)
     return [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
 
 
@@ -74,6 +81,7 @@ def evaluate(
     batch_size: int,
     decoding: Decoding | None = None,
     num_workers: int = 0,
+    generate: Generate | None = None,
 ) -> Evaluation:
     """Decode a split, each process its share without padding it, and score the whole.
 
@@ -85,6 +93,7 @@ def evaluate(
         batch_size: Examples decoded at a time by one process.
         decoding: How answers are decoded; None as the task says.
         num_workers: Processes that load images.
+        generate: Answers a batch; None is the model's own.
     """
     was_training = model.training
     model.eval()
@@ -115,7 +124,7 @@ def evaluate(
             continue
         moved = batch.to(accelerator.device)
         with accelerator.autocast():
-            texts = decode(model, moved, options, spelled)
+            texts = decode(model, moved, options, spelled, generate)
         answers.extend(zip(batch.ids, map(task.written, texts), strict=True))
         lengths.extend(zip(batch.ids, batch.attention_mask.sum(1).tolist(), strict=True))
     model.train(was_training)

@@ -8,6 +8,7 @@ __all__ = [
     "backbone",
     "checks",
     "generation",
+    "graphs",
     "language",
     "options",
     "padding",

@@ -5,30 +5,24 @@ prompt. A graph is recorded once for every shape of a batch, and replayed for ev
 one that it was recorded for included: a resumed run replays what the undisturbed one replays.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dept_vl._utils.io import one_line
+from dept_vl.config import TrainOptions
+from dept_vl.models import graphs
+from dept_vl.models.graphs import shape_of
 
 Inputs = dict[str, Tensor | None]
 Backward = Callable[[Inputs], Tensor]
 """Runs forward and backward, and returns the loss; gradients are in the parameters."""
 WARM_UPS = 2
 """Steps before a recording: libraries choose their kernels and take their memory in them."""
-SHAPES = 16
-"""Text lengths at most, so that graphs stay few; longer texts are padded to coarser multiples."""
-TILE = 8
-"""What a GPU pads to."""
-
-
-def padding_multiple(max_source_length: int) -> int:
-    """Return what lengths are rounded up to, so that there are at most `SHAPES` of texts."""
-    return TILE * -(-max_source_length // (TILE * SHAPES))
 
 
 def why_not(
@@ -51,6 +45,21 @@ def why_not(
     if checkpointing:
         return "gradient checkpointing reads the state of random numbers, which a graph cannot"
     return ""
+
+
+def can_record(accelerator: Accelerator, options: TrainOptions) -> bool:
+    """Whether steps are recorded; why those that should be are not is printed."""
+    if not options.cuda_graphs:
+        return False
+    reason = why_not(
+        accelerator.device,
+        processes=accelerator.num_processes,
+        accumulation=options.gradient_accumulation_steps,
+        checkpointing=options.gradient_checkpointing,
+    )
+    if reason:
+        accelerator.print(f"steps are not recorded as CUDA graphs: {reason}")
+    return not reason
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class GraphedStep:
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if self.failure or len(next(iter(given.values()))) not in self.rows:
             return self._plain(inputs)
-        key = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(given.items()))
+        key = shape_of(given)
         if key not in self.recorded:
             try:
                 self.recorded[key] = self._record(given)
@@ -142,8 +151,8 @@ class GraphedStep:
         for place, parameter in enumerate(self.parameters):
             parameter.grad = gradients.get(place)
         if self._pool is None:
-            self._pool = new_pool()
-        replay, loss = record(lambda: self.backward(dict(inputs)), self._pool, self.device)
+            self._pool = graphs.new_pool()
+        replay, loss = graphs.record(lambda: self.backward(dict(inputs)), self._pool, self.device)
         return Recorded(inputs, loss, gradients, replay)
 
     def _warm_up(self, inputs: dict[str, Tensor]) -> list[int]:
@@ -151,48 +160,7 @@ class GraphedStep:
         for parameter in self.parameters:
             parameter.grad = None
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), aside(self.device):
+        with torch.random.fork_rng(devices), graphs.aside(self.device):
             for _ in range(WARM_UPS):
                 self.backward(dict(inputs))
         return [place for place, parameter in enumerate(self.parameters) if parameter.grad is not None]
-
-
-@contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """A stream of its own, for what comes before a recording."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def new_pool() -> Any:
-    """Memory that graphs share."""
-    return torch.cuda.graph_pool_handle()
-
-
-def record(step: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record what a step launches; nothing is computed.
-
-    Returns:
-        What launches it, and the tensor that it writes the loss to.
-
-    Raises:
-        RuntimeError: If the step cannot be recorded.
-    """
-    graph = torch.cuda.CUDAGraph()
-    generator = torch.cuda.default_generators[device.index or 0]
-    state = generator.get_state()
-    try:
-        with torch.cuda.graph(graph, pool=pool):
-            loss = step()
-    except RuntimeError:
-        # A recording that broke off leaves the generator and the allocator as if it went on.
-        with suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device.index or 0, pool)
-        fresh = torch.Generator(device)
-        fresh.set_state(state)
-        generator.graphsafe_set_state(fresh.graphsafe_get_state())
-        raise
-    return graph.replay, loss

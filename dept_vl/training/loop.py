@@ -22,11 +22,11 @@ from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.lengths import source_lengths
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.data.splits import Splits
-from dept_vl.inference.evaluate import evaluate
+from dept_vl.inference.evaluate import Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import average_gradients, is_spread
 from dept_vl.training.checkpoint import TrainingState
-from dept_vl.training.graphs import Backward, GraphedStep, Inputs, why_not
+from dept_vl.training.graphs import Backward, GraphedStep, Inputs
 from dept_vl.training.log import Log
 from dept_vl.training.optim import build_optimizer, build_schedule
 from dept_vl.training.progress import Progress
@@ -51,6 +51,8 @@ class Loop:
         options: How long, how fast, and how often to evaluate.
         optim: Learning rates.
         checkpoint: Where to resume; None starts from the beginning.
+        graphs: Record steps as CUDA graphs; `training.graphs.why_not` gives no reason against it.
+        generate: Answers a batch of the dev splits; None is the model's own.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Loop:
         optim: OptimOptions,
         *,
         checkpoint: Path | None = None,
+        graphs: bool = False,
+        generate: Generate | None = None,
     ) -> None:
-        self.model, self.tasks, self.dev_collator = model, tasks, dev_collator
+        self.model, self.tasks, self.dev_collator, self.generate = model, tasks, dev_collator, generate
         self.accelerator, self.output_dir, self.options = accelerator, output_dir, options
         optimizer = build_optimizer(model.parameter_groups(), optim)
         self.schedule = build_schedule(optimizer, optim, options.max_steps)
@@ -77,7 +81,7 @@ class Loop:
         self.wrapped = model if self.spread else accelerator.prepare_model(model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.backward = self._graphed() if options.cuda_graphs else self._backward
+        self.backward = self._graphed() if graphs else self._backward
         self.batches = iter(self._loader(collator))
         if checkpoint is not None:
             self.state.load_random_state(checkpoint)
@@ -193,17 +197,8 @@ class Loop:
         return loss.detach()
 
     def _graphed(self) -> Backward:
-        """The same as CUDA graphs; where they cannot be, report why and return the plain one."""
+        """The same as CUDA graphs."""
         options, accelerator = self.options, self.accelerator
-        reason = why_not(
-            accelerator.device,
-            processes=accelerator.num_processes,
-            accumulation=options.gradient_accumulation_steps,
-            checkpointing=options.gradient_checkpointing,
-        )
-        if reason:
-            accelerator.print(f"steps are not recorded as CUDA graphs: {reason}")
-            return self._backward
         sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
         return GraphedStep(self._backward, self.trained, sizes, accelerator.device, accelerator.print)
 
@@ -240,6 +235,7 @@ class Loop:
                 batch_size=self.options.eval_batch_size,
                 decoding=task.decoding,
                 num_workers=self.options.num_workers,
+                generate=self.generate,
             ).scores
             deciding.append(of_task[task.dev.primary])
             prefix = f"{task.dev.name}/" if len(self.tasks) > 1 else ""

@@ -35,6 +35,8 @@ from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
 from dept_vl.data.splits import load_splits, read_features, write_facts
+from dept_vl.inference.graphed import GraphedAnswers
+from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
@@ -51,7 +53,7 @@ from dept_vl.training.folder import (
     open_folder,
     release,
 )
-from dept_vl.training.graphs import padding_multiple
+from dept_vl.training.graphs import can_record
 from dept_vl.training.identity import keep_identity
 from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
@@ -240,9 +242,11 @@ class Run(Stages):
             on_bad_image=config.data.on_bad_image or "raise",
             device=accelerator.device,
         )
-        if config.train.cuda_graphs and accelerator.device.type == "cuda":
+        self.graphs = can_record(accelerator, config.train)
+        if self.graphs:
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)
+            self.generate = GraphedAnswers(self.model, self.batch_size, accelerator.print)
 
     def fit(self) -> None:
         """Train what is trainable; nothing if nothing is."""
@@ -274,6 +278,8 @@ class Run(Stages):
             config.train,
             config.optim,
             checkpoint=self.checkpoint,
+            graphs=self.graphs,
+            generate=self.generate,
         ).run()
 
     def score(self) -> None:

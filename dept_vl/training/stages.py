@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from dept_vl._utils.io import writing
 from dept_vl.data.collate import Collator
-from dept_vl.inference.evaluate import Evaluation, evaluate
+from dept_vl.inference.evaluate import Evaluation, Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks.base import Decoding, Task
 from dept_vl.training.report.html import Answered, or_warn
@@ -46,6 +46,7 @@ class Stages(ABC):
         model: The unwrapped model.
         collator: Makes batches to evaluate.
         parts: The splits to score.
+        generate: Answers a batch; None is the model's own.
         evaluations: Answers and scores of each split, once `score` has run.
         predictions: Files of the answers, once `write` has run.
     """
@@ -53,6 +54,7 @@ class Stages(ABC):
     model: PromptedModel
     collator: Collator
     parts: list[Part]
+    generate: Generate | None = None
 
     def __init__(
         self, accelerator: Accelerator, output_dir: Path, *, batch_size: int, num_workers: int
@@ -77,6 +79,7 @@ class Stages(ABC):
                 batch_size=self.batch_size,
                 decoding=part.decoding,
                 num_workers=self.num_workers,
+                generate=self.generate,
             )
             for part in self.parts
         ]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_features, random_labels, random_text
-from on_gpu import DEVICE, MARKS, NEAR, check_as_near, check_near, distance
+from on_gpu import DEVICE, GRAPHED, MARKS, NEAR, check_as_near, check_near, distance
 from torch import Tensor
 
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.inference.loading import load
 from dept_vl.inference.mixed import ManyAdapters
 from dept_vl.models.backbone import Backbone
@@ -100,6 +101,19 @@ def test_answers_are_the_cpus(make_backbone: Callable[..., Backbone], language: 
     moved = copy.deepcopy(model).to(DEVICE)
     moved = moved.folded() if folded else moved
     assert torch.equal(moved.generate(**on(DEVICE, inputs), **options).cpu(), expected)
+
+
+@GRAPHED
+@pytest.mark.parametrize("language", ["t5", "bart"])
+def test_graphs_give_the_plain_answers(make_backbone: Callable[..., Backbone], language: str) -> None:
+    model = prompted(make_backbone(language)).eval().to(DEVICE)
+    answers = GraphedAnswers(model, len(LENGTHS), pytest.fail)
+    for seed in range(3):
+        inputs = on(DEVICE, random_text(model.backbone, LENGTHS, seed=seed))
+        inputs["visual_features"] = random_features(model.backbone, len(LENGTHS), seed=seed).to(DEVICE)
+        expected = model.generate(**inputs, max_new_tokens=6)
+        assert torch.equal(answers(**inputs, max_new_tokens=6)[:, : expected.shape[1]], expected)
+    assert len(answers.recorded) == 1
 
 
 def test_features_are_those_of_pixels(t5: Backbone) -> None:

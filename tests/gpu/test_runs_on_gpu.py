@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_features, random_labels, random_text
 from helpers import write_vqa
-from on_gpu import DEVICE, MARKS, NEAR, distance
+from on_gpu import DEVICE, GRAPHED, MARKS, NEAR, distance
 from runs import assert_same, reset_accelerate, tensors, with_
 from torch import Tensor
 
@@ -21,7 +21,6 @@ from dept_vl.training.optim import build_optimizer
 from dept_vl.training.run import run
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("fresh_accelerate")]
-GRAPHED = pytest.mark.skipif(DEVICE.type == "cpu", reason="a graph is recorded by a CUDA device")
 
 
 @pytest.fixture

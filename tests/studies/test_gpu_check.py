@@ -1,6 +1,16 @@
-"""The report of a GPU check: ratios of what was measured, and nothing where nothing was."""
+"""A GPU check: its parts are isolated, and its report has ratios of what was measured, and nothing else."""
 
+from pathlib import Path
+
+import pytest
+import torch
+
+from dept_vl._utils.io import read_json
+from dept_vl.studies.gpu_check import parts
+from dept_vl.studies.gpu_check.parts import PARTS, Part, run_parts, why_skipped
 from dept_vl.studies.gpu_check.report import markdown
+from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring
+from dept_vl.studies.options import GpuCheckConfig
 
 RESULTS = {
     "machine": {"device": "a card"},
@@ -40,3 +50,84 @@ def test_ratios_are_of_what_was_measured() -> None:
 
 def test_nothing_measured_is_said() -> None:
     assert "launches: not measured" in markdown({})
+
+
+SCRIPT = """
+import sys, time, torch
+from pathlib import Path
+from dept_vl.studies.gpu_check.results import Measuring
+part, folder = sys.argv[2], Path(sys.argv[4])
+measuring = Measuring(folder / "gpu_check.json", part, 60.0, torch.device("cpu"), True)
+measuring.entry("first", lambda: {"ms": 1.0})
+if part == "dies":
+    sys.exit(7)
+if part == "hangs":
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def three_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setattr(parts, "GRACE", 0.0)
+    made = {name: Part(name, share, 0, "none") for name, share in (("dies", 1), ("hangs", 0.1), ("ends", 1))}
+    monkeypatch.setattr(parts, "PARTS", made)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    return script
+
+
+def test_a_part_that_dies_or_hangs_leaves_the_others(
+    three_parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(parts, "why_skipped", lambda part, dry_run: "")
+    config = GpuCheckConfig(output_dir=tmp_path / "out", minutes=1.0)
+    results = run_parts(config, three_parts)
+    assert results["dies"]["status"] == "failed with status 7"
+    assert results["hangs"]["status"].startswith("stopped after 6")
+    assert results["ends"]["status"] == "finished"
+    # What was measured before the end of a part is there.
+    assert all(results[name]["entries"]["first"] == {"ms": 1.0} for name in three_names())
+    capsys.readouterr()
+    run_parts(config, three_parts)
+    assert "ends: finished before" in capsys.readouterr().out
+
+
+def three_names() -> tuple[str, ...]:
+    return tuple(parts.PARTS)
+
+
+def test_a_dry_run_fails_by_name(three_parts: Path, tmp_path: Path) -> None:
+    config = GpuCheckConfig(output_dir=tmp_path / "out", minutes=1.0, dry_run=True)
+    with pytest.raises(RuntimeError, match=r"dies failed.*hangs stopped"):
+        run_parts(config, three_parts)
+
+
+def test_an_error_of_an_entry_is_kept_and_measured_again(tmp_path: Path) -> None:
+    measuring = Measuring(tmp_path / RESULTS_FILE, "part", 60.0, torch.device("cpu"), True)
+
+    def broken() -> dict[str, float]:
+        raise RuntimeError("out of\nmemory")
+
+    for measure, expected in ((broken, {"error": "RuntimeError: out of memory"}), (dict, {})):
+        measuring.entry("one", measure)
+        assert read_json(tmp_path / RESULTS_FILE)["part"]["entries"]["one"] == expected
+    measuring.seconds = -1.0
+    measuring.entry("late", dict)
+    assert "late" not in read_json(tmp_path / RESULTS_FILE)["part"]["entries"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_device_a_part_is_skipped_in_one_line(tmp_path: Path) -> None:
+    results = run_parts(GpuCheckConfig(output_dir=tmp_path, parts=("launches",)), tmp_path / "unused.py")
+    assert results["launches"]["status"].startswith("skipped: torch")
+    assert "\n" not in results["launches"]["status"]
+
+
+def test_a_device_with_little_memory_is_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * 2**30, 4 * 2**30))
+    assert (
+        why_skipped(PARTS["launches"], dry_run=False)
+        == "skipped: 3 GiB of the device are free, and 40 are needed"
+    )
+    assert not why_skipped(PARTS["tests"], dry_run=False)

@@ -22,16 +22,16 @@ from dept_vl.studies.bench.methods import (
     draw_batch,
     write_images,
 )
-from dept_vl.studies.gpu_check.results import Entry, Measuring
+from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 
 PLANNED = 120_000
 """Images, about those of COCO's splits that VQAv2 uses for training and validation."""
 
 
-def measure(measuring: Measuring, tokenizer: Path) -> None:
+def measure(measuring: Measuring, root: Path) -> None:
     """Measure all entries."""
     small = measuring.small
-    backbone = build_backbone(SIZES["tiny" if small else "base"], tokenizer, vision=True)
+    backbone = build_backbone(SIZES["tiny" if small else "base"], root / TOKENIZER, vision=True)
     backbone = backbone.to(measuring.device).train(False)
     vision = backbone.vision
     assert vision is not None

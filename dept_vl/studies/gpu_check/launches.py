@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
+from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.dept import DePT
@@ -26,23 +28,25 @@ from dept_vl.studies.bench.methods import (
     has_peft,
     ours,
 )
-from dept_vl.studies.gpu_check.results import Entry, Measuring
+from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 from dept_vl.training.graphs import GraphedStep
 
 BATCHES = (64, 256, 16)
 METHODS = ("dept40", "pt100", "constant", "floor", "lora8")
-EARLIER = frozenset({"pt", "dept", "adept", "hybrid", "ulpt", "lopt", "residual"})
-"""Methods whose steps are like those of `METHODS`; any other one is measured too."""
+OWN_METHODS = ("memory",)
+"""Measured beside the benchmark's methods: steps of the other ones are like one of these."""
+TOKENS = 4
+"""Of an answer."""
 
 
-def measure(measuring: Measuring, tokenizer: Path) -> None:
-    """Measure all entries: batch, way and method."""
+def measure(measuring: Measuring, root: Path) -> None:
+    """Measure all entries: batch, method and way; then answers of a few tokens."""
     device, shape = measuring.device, SHAPES["vl"]
-    backbone = _backbone(measuring, tokenizer)
+    backbone = _backbone(measuring, root)
     names = [name for name in METHODS if has_peft() or name != "lora8"]
     stock = copy.deepcopy(backbone.language) if has_peft() else None
     runners = build_runners(names, backbone, shape, stock=stock)
-    runners |= {name: ours(backbone, _prompt(name, backbone)) for name in _later_methods()}
+    runners |= {name: ours(backbone, _prompt(name, backbone)) for name in OWN_METHODS}
     bfloat16 = device.type == "cuda"
     if bfloat16:
         hold_frozen_in_bfloat16(backbone.language)
@@ -58,12 +62,16 @@ def measure(measuring: Measuring, tokenizer: Path) -> None:
                 f"{number}/{name}/graphs",
                 lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
             )
+        measuring.entry(
+            f"answers of {number}",
+            lambda batch=batch: _answers(measuring, backbone, batch),  # type: ignore[misc]
+        )
 
 
-def _backbone(measuring: Measuring, tokenizer: Path) -> Backbone:
+def _backbone(measuring: Measuring, root: Path) -> Backbone:
     torch.manual_seed(0)
     size = SIZES["tiny" if measuring.small else "base"]
-    return build_backbone(size, tokenizer, vision=True).to(measuring.device).train(False)
+    return build_backbone(size, root / TOKENIZER, vision=True).to(measuring.device).train(False)
 
 
 def _batches(measuring: Measuring, backbone: Backbone) -> dict[int, Inputs]:
@@ -72,10 +80,6 @@ def _batches(measuring: Measuring, backbone: Backbone) -> dict[int, Inputs]:
         return {name: tensor.to(measuring.device) for name, tensor in drawn.items()}
 
     return {size: moved(size) for size in ((2,) if measuring.small else BATCHES)}
-
-
-def _later_methods() -> list[str]:
-    return [name for name in PROMPT_METHODS if name not in EARLIER]
 
 
 def _prompt(name: str, backbone: Backbone) -> DePT:
@@ -138,6 +142,26 @@ def _graphs(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
     return measuring.milliseconds(step) | {"peak_mib": measuring.peak_mib(step), "gradient_distance": gap}
 
 
+def _answers(measuring: Measuring, backbone: Backbone, batch: Inputs) -> Entry:
+    """Answers of `TOKENS` tokens of DePT, by `generate` and by graphs."""
+    model = PromptedModel(backbone, _prompt("dept", backbone)).eval()
+    graphed = GraphedAnswers(model, len(batch["labels"]), print)
+    given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def answer(generate: Callable[..., Tensor]) -> Tensor:
+        cuda = measuring.device.type == "cuda"
+        with torch.autocast(measuring.device.type, torch.bfloat16, enabled=cuda):
+            return generate(**given, max_new_tokens=TOKENS)
+
+    same = answer(graphed) == answer(model.generate)
+    return {
+        "plain_ms": measuring.milliseconds(lambda: answer(model.generate))["ms"],
+        "graphs_ms": measuring.milliseconds(lambda: answer(graphed))["ms"],
+        "recorded": len(graphed.recorded),
+        "same_tokens": float(same.float().mean()),
+    }
+
+
 def _gap(
     plain: Callable[[dict[str, Tensor | None]], Tensor],
     graphed: GraphedStep,
@@ -161,13 +185,13 @@ def _gap(
     return max(gaps)
 
 
-def measure_compiled(measuring: Measuring, tokenizer: Path) -> None:
+def measure_compiled(measuring: Measuring, root: Path) -> None:
     """Measure steps with compiled layers, eager and as graphs."""
     if measuring.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         why = "tests compile on a CPU" if measuring.device.type != "cuda" else "Triton is not installed"
         measuring.entry("compiled", lambda: {"skipped": why})
         return
-    backbone = _backbone(measuring, tokenizer)
+    backbone = _backbone(measuring, root)
     prepare_step(backbone.language, measuring.device, bfloat16=True, compiled=True)
     names = [name + COMPILED for name in ("dept40", "pt100", "floor")]
     runners = build_runners(names, backbone, SHAPES["vl"], compiled=backbone)

@@ -1,20 +1,23 @@
 """The parts of the check, each in a process of its own with a time limit of its own."""
 
+import importlib
 import importlib.metadata
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.io import read_json
 from dept_vl.studies.gpu_check.report import markdown
-from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring
+from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring, updating
 from dept_vl.studies.options import GpuCheckConfig
 
 REPORT_FILE = "gpu_check.md"
@@ -29,24 +32,28 @@ class Part:
         name: On the command line.
         share: Of the minutes.
         gib: Memory of the device that it needs.
+        module: Beside this one.
+        function: That measures; it is given the `Measuring` and the project's folder.
     """
 
     name: str
     share: float
     gib: float
+    module: str
+    function: str = "measure"
 
 
 PARTS = {
     part.name: part
     for part in (
-        Part("launches", 0.22, 40),
-        Part("blip2-flan-t5-xl", 0.10, 30),
-        Part("florence-2-large", 0.08, 30),
-        Part("qwen2.5-vl-3b", 0.10, 30),
-        Part("tests", 0.17, 2),
-        Part("runs", 0.17, 4),
-        Part("images", 0.08, 20),
-        Part("compiled", 0.08, 20),
+        Part("launches", 0.22, 40, "launches"),
+        Part("blip2-flan-t5-xl", 0.10, 30, "ready_made"),
+        Part("florence-2-large", 0.08, 30, "ready_made"),
+        Part("qwen2.5-vl-3b", 0.10, 30, "ready_made"),
+        Part("tests", 0.17, 2, "runs", "run_tests"),
+        Part("runs", 0.17, 4, "runs"),
+        Part("images", 0.08, 20, "images"),
+        Part("compiled", 0.08, 20, "launches", "measure_compiled"),
     )
 }
 """In the order of their worth."""
@@ -58,34 +65,50 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
     Args:
         config: What is run.
         script: That measures one part when it is called with `--part`.
+
+    Raises:
+        RuntimeError: If something failed in a dry run.
     """
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    path = config.output_dir / RESULTS_FILE
+    path, report = config.output_dir / RESULTS_FILE, config.output_dir / REPORT_FILE
+    if not config.report_only:
+        with updating(path) as results:
+            results["machine"] = describe()
+        # Side by side they would disturb each other's times, which in a dry run mean nothing.
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if config.dry_run else 1) as pool:
+            for _ in pool.map(lambda name: _run_part(config, script, name, path), config.parts or PARTS):
+                pass
     results = read_json(path) if path.is_file() else {}
-    if config.report_only:
-        (config.output_dir / REPORT_FILE).write_text(markdown(results))
-        return dict(results)
-    results["machine"] = describe()
-    write_json(path, results)
-    for name in config.parts or PARTS:
-        if read_json(path).get(name, {}).get("status") == "finished":
-            print(f"{name}: finished before")
-            continue
-        status = why_skipped(PARTS[name], dry_run=config.dry_run)
-        started = time.monotonic()
-        if not status:
-            limit = 60 * config.minutes * PARTS[name].share
-            status = _in_a_process(config, script, name, limit)
-        results = read_json(path)
-        results[name] = {
-            **results.get(name, {}),
-            "status": status,
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        write_json(path, results)
-        print(f"{name}: {status}", flush=True)
-        (config.output_dir / REPORT_FILE).write_text(markdown(results))
-    return results
+    report.write_text(markdown(results))
+    if config.dry_run and (broken := failures(results)):
+        raise RuntimeError(f"the dry run failed: {'; '.join(broken)}; see {config.output_dir}")
+    return dict(results)
+
+
+def failures(results: Mapping[str, Any]) -> list[str]:
+    """Return the parts that did not end by themselves, and the entries with an error or failed tests."""
+    found = []
+    for name, part in results.items():
+        if part.get("status", "finished").startswith(("failed", "stopped")):
+            found.append(f"{name} {part['status']}")
+        for entry, measured in part.get("entries", {}).items():
+            found += [f"{name}: {entry}: {what}" for what in [measured.get("error")] if what]
+            found += [f"{name}: {entry}: {what}" for what in measured.get("failed", ())]
+    return found
+
+
+def _run_part(config: GpuCheckConfig, script: Path, name: str, path: Path) -> None:
+    """Run a part, or say why not, unless it is finished; what it measured is written either way."""
+    if read_json(path).get(name, {}).get("status") == "finished":
+        print(f"{name}: finished before")
+        return
+    status = why_skipped(PARTS[name], dry_run=config.dry_run)
+    started = time.monotonic()
+    if not status:
+        status = _in_a_process(config, script, name, 60 * config.minutes * PARTS[name].share)
+    with updating(path) as results:
+        results.setdefault(name, {}).update(status=status, seconds=round(time.monotonic() - started, 1))
+    print(f"{name}: {status}", flush=True)
 
 
 def why_skipped(part: Part, *, dry_run: bool) -> str:
@@ -130,31 +153,8 @@ def measure_part(config: GpuCheckConfig, root: Path) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     path = config.output_dir / RESULTS_FILE
     measuring = Measuring(path, config.part, 60 * config.minutes, device, config.dry_run)
-    tokenizer = root / "data" / "tiny-clip-t5" / "language"
-    if config.part == "tests":
-        from dept_vl.studies.gpu_check.runs import run_tests
-
-        run_tests(measuring, root)
-    elif config.part == "launches":
-        from dept_vl.studies.gpu_check import launches
-
-        launches.measure(measuring, tokenizer)
-    elif config.part == "compiled":
-        from dept_vl.studies.gpu_check import launches
-
-        launches.measure_compiled(measuring, tokenizer)
-    elif config.part == "runs":
-        from dept_vl.studies.gpu_check import runs
-
-        runs.measure(measuring, root)
-    elif config.part == "images":
-        from dept_vl.studies.gpu_check import images
-
-        images.measure(measuring, tokenizer)
-    else:
-        from dept_vl.studies.gpu_check import ready_made
-
-        ready_made.measure(measuring, config.part)
+    module = importlib.import_module(f"dept_vl.studies.gpu_check.{PARTS[config.part].module}")
+    getattr(module, PARTS[config.part].function)(measuring, root)
 
 
 def describe() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -159,8 +160,9 @@ MODELS: dict[str, tuple[Callable[[bool], Any], str]] = {
 """By name: what builds it, and the layers that LoRA is put on."""
 
 
-def measure(measuring: Measuring, name: str) -> None:
-    """Measure a model: bare, prompted, with LoRA, on a base of 4 bits."""
+def measure(measuring: Measuring, root: Path) -> None:
+    """Measure the model that the part is named after: bare, prompted, with LoRA, on a base of 4 bits."""
+    name = measuring.part
     build, targets = MODELS[name]
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -185,12 +187,34 @@ def measure(measuring: Measuring, name: str) -> None:
             lambda length=length: _prompted(measuring, model, shown, labels, length),  # type: ignore[misc]
         )
     measuring.entry("lora8", lambda: _lora(measuring, model, shown, labels, targets))
-    measuring.entry("4-bit", _four_bits)
+    # Last: the layers stay in 4 bits.
+    measuring.entry("dept40, 4-bit base", lambda: _four_bits(measuring, model, shown, labels))
 
 
-def _four_bits() -> Entry:
-    known = [name for name in ("bitsandbytes", "torchao") if importlib.util.find_spec(name)]
-    return {"skipped": f"installed: {known}; not measured yet" if known else "no bitsandbytes, no torchao"}
+def _four_bits(measuring: Measuring, model: PreTrainedModel, shown: Shown, labels: Tensor) -> Entry:
+    """Measure a prompt on the language model's layers in NF4 (QLoRA, Dettmers et al. 2023)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return {"skipped": "bitsandbytes is not installed"}
+    from bitsandbytes import nn as of_bits
+
+    head = model.get_output_embeddings()
+    for name, module in list(model.named_modules()):
+        if "language_model" not in name:
+            continue
+        for child, layer in list(module.named_children()):
+            if type(layer) is not nn.Linear or layer is head:
+                continue
+            few = of_bits.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=layer.bias is not None,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+            few.weight = of_bits.Params4bit(layer.weight.cpu(), requires_grad=False, quant_type="nf4")
+            few.bias = layer.bias
+            setattr(module, child, few.to(measuring.device))
+    return _prompted(measuring, model, shown, labels, 40)
 
 
 def _times(
@@ -259,4 +283,9 @@ def _lora(measuring: Measuring, model: PreTrainedModel, shown: Shown, labels: Te
     trained = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for parameter in trained:
         parameter.requires_grad_(True)
-    return _times(measuring, model, shown, labels, {"backbone": trained})
+    try:
+        return _times(measuring, model, shown, labels, {"backbone": trained})
+    finally:
+        for name, module in list(model.named_modules()):
+            if hasattr(module, "base_layer"):
+                model.set_submodule(name, module.base_layer)

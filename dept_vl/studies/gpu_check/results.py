@@ -1,18 +1,31 @@
 """What a part has measured so far, on disk after every entry, and how it is timed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from dept_vl._utils.io import one_line, read_json, write_json
 
 RESULTS_FILE = "gpu_check.json"
+TOKENIZER = Path("data", "tiny-clip-t5", "language")
+"""In the project."""
 Entry = dict[str, Any]
+
+
+@contextmanager
+def updating(path: Path) -> Iterator[dict[str, Any]]:
+    """Hold what a file of results says, for changes that are written at the end; one process at a time."""
+    with FileLock(path.with_suffix(".lock")):
+        content: dict[str, Any] = read_json(path) if path.is_file() else {}
+        yield content
+        write_json(path, content)
 
 
 @dataclass
@@ -50,8 +63,8 @@ class Measuring:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"{self.part}: {name}: {measured}", flush=True)
-        content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
-        write_json(self.path, content)
+        with updating(self.path) as content:
+            content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
 
     def milliseconds(self, step: Callable[[], object]) -> Entry:
         """Time a step: rounds of several, each ended by one wait for the device; the median and the range."""

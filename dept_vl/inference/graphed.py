@@ -1,0 +1,153 @@
+"""Short answers as CUDA graphs: encoder and decoder of a batch are launched at once.
+
+A short answer takes the decoder a few steps of hardly any arithmetic, so it takes as long as its launches.
+Here all of them are one graph, recorded for each shape of a batch. It keeps no keys and values of earlier
+tokens: to read a handful of tokens again costs less than to launch what would look them up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dept_vl._utils.io import one_line
+from dept_vl.models import graphs
+from dept_vl.models.graphs import SHAPES, shape_of
+from dept_vl.models.prompted import PromptedModel
+
+LONGEST = 16
+"""Tokens of an answer; reading them again for each one grows with the square."""
+WARM_UPS = 2
+
+
+def greedy(
+    model: PromptedModel, inputs: Mapping[str, Tensor], new_tokens: int
+) -> Int[Tensor, "batch target"]:
+    """Answer by the likeliest token each time, without asking the device whether all have ended.
+
+    Args:
+        model: Of an encoder-decoder, in evaluation mode.
+        inputs: Of `PromptedModel.encode`.
+        new_tokens: Of every answer; padding follows its end.
+
+    Returns:
+        What `PromptedModel.generate` returns with greedy search, but for padding behind.
+    """
+    language = model.backbone.language_model
+    special = language.special_tokens
+    padding, end = special["pad_token_id"], special["eos_token_id"]
+    encoded, mask = model.encode(**inputs)
+    answers = torch.full((len(mask), 1 + new_tokens), padding, device=mask.device)
+    answers[:, 0] = special["decoder_start_token_id"]
+    ended = torch.zeros_like(mask[:, 0])
+    for place in range(1, 1 + new_tokens):
+        # The last label is what is asked for, and is not read.
+        logits = language.logits(encoded, mask, answers[:, 1 : place + 1])[:, -1]
+        answers[:, place] = logits.float().argmax(dim=-1).where(~ended, padding)
+        ended = ended | (answers[:, place] == end)
+    return answers
+
+
+def why_plain(model: PromptedModel, options: Mapping[str, Any]) -> str:
+    """Return why answers are not recorded; empty if they can be."""
+    device = next(model.parameters()).device
+    special = model.backbone.language_model.special_tokens
+    if device.type != "cuda":
+        return f"graphs need a CUDA device, and the model is on {device.type}"
+    if not model.backbone.language.config.is_encoder_decoder:
+        return "the model has no encoder, and would read its text again for every token"
+    if special.keys() != {"pad_token_id", "eos_token_id", "decoder_start_token_id"}:
+        return "some tokens are forbidden"
+    others = sorted(set(options) - {"num_beams", "max_new_tokens"})
+    if others or options.get("num_beams", 1) > 1:
+        return f"they are not decoded freely by greedy search: {', '.join(others) or 'beams'}"
+    if options.get("max_new_tokens", LONGEST + 1) > LONGEST:
+        return f"they may have more than {LONGEST} tokens"
+    return ""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Answers of one shape: what the graph reads and writes."""
+
+    inputs: dict[str, Tensor]
+    answers: Int[Tensor, "batch target"]
+    replay: Any
+
+
+class GraphedAnswers:
+    """`PromptedModel.generate` that replays graphs where it can, and falls back to itself where not.
+
+    Args:
+        model: Its trained parameters may change between calls.
+        rows: Batch size that is recorded; other batches may be the only ones of their shape.
+        report: Called with one line where nothing is recorded, once.
+    """
+
+    def __init__(self, model: PromptedModel, rows: int, report: Any) -> None:
+        self.model, self.rows, self.report = model, rows, report
+        self.recorded: dict[tuple[Any, ...], Recorded] = {}
+        self.reasons: set[str] = set()
+        self.failed = False
+        self._pool: Any = None
+
+    @torch.no_grad()
+    def __call__(self, **given: Any) -> Int[Tensor, "sequences target"]:
+        """Answer a batch; takes what `PromptedModel.generate` takes."""
+        inputs = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+        options = {name: x for name, x in given.items() if name not in inputs and x is not None}
+        step = None
+        if not self.failed and len(inputs["input_ids"]) == self.rows:
+            step = self._step(inputs, options)
+        if step is None:
+            return self.model.generate(**given)
+        for name, tensor in inputs.items():
+            step.inputs[name].copy_(tensor, non_blocking=True)
+        step.replay()
+        return step.answers.clone()  # the next replay writes there
+
+    def _step(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> Recorded | None:
+        if reason := why_plain(self.model, options):
+            self._say(reason)
+            return None
+        # A parameter that is stored elsewhere now is not what a graph reads.
+        places = tuple(parameter.data_ptr() for parameter in self.model.parameters())
+        key = (shape_of(inputs), options["max_new_tokens"], hash(places))
+        if key not in self.recorded and len(self.recorded) < SHAPES:
+            try:
+                self.recorded[key] = self._record(inputs, options["max_new_tokens"])
+            except RuntimeError as error:  # out of memory, or an operation that cannot be recorded
+                self.failed = True
+                self._say(one_line(error))
+        return self.recorded.get(key)
+
+    def _record(self, given: dict[str, Tensor], new_tokens: int) -> Recorded:
+        device = given["input_ids"].device
+        inputs = {name: tensor.clone() for name, tensor in given.items()}
+
+        def answer() -> Tensor:
+            kind = device.type
+            # Weights that were cast before would be read from memory that is free by the time of a replay.
+            with torch.autocast(
+                kind,
+                torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=False,
+            ):
+                return greedy(self.model, inputs, new_tokens)
+
+        with graphs.aside(device):
+            for _ in range(WARM_UPS):
+                answer()
+        if self._pool is None:
+            self._pool = graphs.new_pool()
+        replay, answers = graphs.record(answer, self._pool, device)
+        return Recorded(inputs, answers, replay)
+
+    def _say(self, reason: str) -> None:
+        if reason not in self.reasons:
+            self.reasons.add(reason)
+            self.report(f"answers are not recorded as CUDA graphs: {reason}")
