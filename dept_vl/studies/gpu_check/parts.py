@@ -38,7 +38,7 @@ class Part:
 
     name: str
     share: float
-    gib: float
+    gib: int
     module: str
     function: str = "measure"
 
