@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: vqa test lint compare clean
+.PHONY: vqa test lint compare docs clean
 .DEFAULT_GOAL := vqa
 
 $(STAMP): pyproject.toml
@@ -43,5 +43,9 @@ lint: $(STAMP)
 test: lint  ## install, check style and types, run the tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
+docs: $(STAMP)  ## the API reference into docs/; an undocumented public name is an error
+	$(BIN)/ruff check --select D dept_vl
+	$(BIN)/pdoc --docformat google --output-directory docs dept_vl
+
 clean:
-	rm -rf $(VENV) data/easy-vqa data/scenes data/concepts data/snippets
+	rm -rf $(VENV) docs data/easy-vqa data/scenes data/concepts data/snippets

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dept_vl.tasks import load_task as load_task
     from dept_vl.tasks import register_task as register_task
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 _MODULES = {
     "Adapter": "adapters.adapter",
     "Attached": "adapters.attach",
