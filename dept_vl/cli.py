@@ -1,8 +1,6 @@
 """The `dept-vl` command: reads flags, checks names and folders, and only then imports the engines."""
 
 import argparse
-import logging
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
@@ -18,6 +16,7 @@ import tyro
 
 from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
 from dept_vl._utils.options import Options
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
 from dept_vl.config import (
     RENAMED,
@@ -112,7 +111,6 @@ def data(arguments: list[str]) -> int:
     from dept_vl.tasks.prepare.commands import COMMANDS
 
     commands = COMMANDS | {"check": check_data}
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     return 1 if call(commands, "dept-vl data", data.__doc__, arguments) is False else 0
 
 
@@ -152,7 +150,7 @@ def check_data(
     named = backbone / "language" if backbone else language
     tokenizer = None if named is None else load_tokenizer(named)
     good = print_findings(check_own(own, sample=sample, tokenizer=tokenizer, sheet=sheet), report)
-    print("nothing is wrong" if good else f"some of {own.data} wants a look")
+    say("nothing is wrong" if good else f"some of {own.data} wants a look")
     return good
 
 
@@ -300,8 +298,7 @@ def _current_flags(argv: Sequence[str]) -> list[str]:
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in RENAMED:
             argument = f"--{RENAMED[name]}{equals}{value}"
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"note: {flag} is now --{RENAMED[name]}; the old name still works", file=sys.stderr)
+            say(f"note: {flag} is now --{RENAMED[name]}; the old name still works", error=True)
         flags.append(argument)
     return flags
 
@@ -388,8 +385,8 @@ def _choose(commands: Mapping[str, Command], program: str, about: str, arguments
         lines = [
             f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
         ]
-        print(f"usage: {program} COMMAND [OPTIONS]\n\n{about}\n")
-        print(*lines, f"\n{program} COMMAND --help lists the options of a command.", sep="\n")
+        say(f"usage: {program} COMMAND [OPTIONS]", "", *about.split("\n"), "", *lines, "")
+        say(f"{program} COMMAND --help lists the options of a command.")
         if arguments:
             return 0
         raise UsageError(f"a command is missing; there are: {', '.join(commands)}")

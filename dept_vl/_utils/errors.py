@@ -2,12 +2,13 @@
 
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+
+from dept_vl._utils.printable import say
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -104,6 +105,4 @@ def _report(error: BaseException, *, same_everywhere: bool) -> None:
             return
     where = "" if rank == "0" else f" (process {rank})"
     text = " ".join(str(error).split()) or type(error).__name__
-    # Escape sequences may come from files of strangers.
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:LONGEST_LINE]
-    print(f"dept-vl: error{where}: {text}", file=sys.stderr, flush=True)
+    say(f"dept-vl: error{where}: {text[:LONGEST_LINE]}", error=True, each=True)

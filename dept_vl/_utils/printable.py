@@ -1,13 +1,24 @@
 """Text of strangers as it may be shown: adapters, data and models come from anybody.
 
 An escape sequence would move a terminal's cursor or retitle it, a line of its own would pass for ours, and in
-Markdown a tag or a link would be one.
+Markdown a tag or a link would be one. So everything that is printed goes through `say`, what becomes Markdown
+through `markdown_text`, tables through `tables.markdown_table`, and plots through `report.plots.drawn`.
 """
 
+import os
 import re
+import sys
+import warnings
+from unicodedata import category
 
-MARKDOWN = re.compile(r"[\\`*\[\]<>&|$~#]|(?<!\w)_|_(?!\w)|!(?=\[)|(?<=:)//|www\.", re.IGNORECASE)
-"""What makes markup anywhere in a line: code, emphasis, links, tags, entities, cells, mathematics."""
+MARKDOWN = re.compile(
+    r"[\\`*|$~#]|\[(?!\d\](?![\[(:]))|\](?<!\[\d\])|[<>](?!=)|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[)|(?<=:)//|www\.",
+    re.IGNORECASE,
+)
+"""What makes markup anywhere in a line: code, emphasis, links, tags, entities, cells, mathematics; `[1]`
+alone and `<=` make none."""
+JOINERS = "\u200c\u200d"
+"""Do not print, but shape the letters beside them, as in Persian and Hindi, and join emoji."""
 
 
 def printable(text: object, *, lines: bool = False) -> str:
@@ -15,12 +26,34 @@ def printable(text: object, *, lines: bool = False) -> str:
 
     Args:
         text: Anything, as `str` shows it.
-        lines: Leave the ends of lines as they are.
+        lines: Leave ends of lines and tabs as they are.
     """
-    kept = "\n" if lines else ""
-    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in str(text))
+    kept = JOINERS + "\n\t" if lines else JOINERS
+    # Spaces of other scripts do print, whatever `isprintable` says.
+    return "".join(
+        c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in str(text)
+    )
 
 
 def markdown_text(text: object) -> str:
-    """Text that Markdown and HTML show as it is, on one line."""
+    """Text that Markdown and HTML show as it is, on one line; what is `Markup` (markupsafe's) stays that."""
+    if hasattr(text, "__html__"):
+        return str(text)
     return MARKDOWN.sub(lambda found: "".join(f"&#{ord(c)};" for c in found[0]), printable(text))
+
+
+def say(*lines: object, error: bool = False, each: bool = False) -> None:
+    """Print lines, whoever has written what they say: each stays one line.
+
+    Args:
+        *lines: Without their ends.
+        error: To stderr, not stdout.
+        each: Every process tells, not the main one alone.
+    """
+    if each or os.environ.get("RANK", "0") == "0":
+        print(*map(printable, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def warn(text: str, stacklevel: int = 1) -> None:
+    """Warn from Python, whoever has written what the text says; `stacklevel` counts from the caller's own."""
+    warnings.warn(printable(text), stacklevel=stacklevel + 1)

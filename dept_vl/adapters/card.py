@@ -1,10 +1,12 @@
 """The model card of an adapter, `README.md` on the Hub: what it is, how good it is, and how to run it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.io import read_object
+from dept_vl._utils.printable import markdown_text, printable
 from dept_vl._utils.run_files import CONFIG_FILE, is_hub_name
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.fingerprint import shown
@@ -69,19 +71,24 @@ def model_card(
         training: As `training_of` gives it, if the run is known.
     """
     from jinja2 import Environment, PackageLoader
+    from markupsafe import Markup
 
     templates = Environment(
         loader=PackageLoader(__package__, "."),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        # Adapters come from anybody: text is text, unless it is marked as ours.
+        finalize=markdown_text,
     )
+    templates.filters |= {"code": _code, "literal": _literal}
     tasks = adapter["task"].split("+")
+    fingerprint = shown(adapter["backbone"]["fingerprint"])
     counts = dict(adapter["trainable_parameters"])
     whole, without = counts.pop("total"), counts.pop("without_projection")
     parameters = {**counts, "in all": whole, "without the visual projection": without}
     return templates.get_template("card.md.j2").render(
-        metadata=_metadata(name, adapter, images=images, datasets=datasets),
+        metadata=Markup(_metadata(name, adapter, images=images, datasets=datasets)),
         name=name,
         images=images,
         task=adapter["task"],
@@ -89,7 +96,8 @@ def model_card(
         known=_known(tasks[:1]),
         prompt=adapter["prompt"],
         base=adapter["backbone"],
-        fingerprint=shown(adapter["backbone"]["fingerprint"]),
+        fingerprint=fingerprint,
+        model_class=fingerprint["class"] if fingerprint.get("class", "").isidentifier() else None,
         counts=counts,
         parameters=[(part, f"{count:,}") for part, count in parameters.items()],
         figures=[
@@ -98,8 +106,22 @@ def model_card(
         ],
         training=flat(dict(training or {})),
         training_file=TRAINING_FILE,
-        table=markdown_table,
+        table=lambda header, rows: Markup(markdown_table(header, rows)),
     )
+
+
+def _code(text: object) -> str:
+    """A span of code, in which entities would be shown as they are written."""
+    from markupsafe import Markup
+
+    return Markup(f"`{printable(text).replace('`', chr(39))}`")
+
+
+def _literal(text: object) -> str:
+    """A string of Python."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(printable(text), ensure_ascii=False))
 
 
 def _metadata(name: str, adapter: Mapping[str, Any], *, images: bool, datasets: Sequence[str]) -> str:

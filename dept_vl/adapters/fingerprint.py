@@ -16,7 +16,6 @@ hashes and by samples of their values:
 import base64
 import binascii
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dept_vl._utils.printable import warn
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
@@ -135,7 +135,7 @@ def check_base(
     name = getattr(model, "name_or_path", "") or type(model).__name__
     bases = f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
     if not problem:
-        warnings.warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
+        warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
         return
     message = (
         f"{adapter} was trained on another base and does not fit: {bases}: {problem}; load the base it was "
@@ -143,7 +143,7 @@ def check_base(
     )
     if strict:
         raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+    warn(message, stacklevel=3)
 
 
 def shown(record: Mapping[str, str] | None) -> dict[str, str]:
@@ -349,7 +349,7 @@ def _check_backbone_of_authors(name: str, backbone: Backbone) -> None:
             "which has a vision tower; load the language model without one"
         )
     check_name(name, backbone, [backbone.name])
-    warnings.warn(
+    warn(
         f"the authors' files do not say on which weights of {name} this adapter was trained; of "
         f"{backbone.name} only the name and the width were compared",
         stacklevel=5,

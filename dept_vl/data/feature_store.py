@@ -8,7 +8,6 @@ A shard is written whole or not at all and says itself what it holds, so that a 
 resumed. The index has its own module, `feature_index`, as has a shard, `feature_shards`.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -25,6 +24,7 @@ from torch import Tensor
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import confined
 from dept_vl._utils.io import write_atomically
+from dept_vl._utils.printable import say
 from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
@@ -128,7 +128,7 @@ def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         if any(gather_object([taken])):
             break
         if not waited:
-            accelerator.print(f"another extraction writes to {folder}; waiting for it to end")
+            say(f"another extraction writes to {folder}; waiting for it to end")
         waited = True
     try:
         yield
@@ -247,10 +247,10 @@ def _check_orientation(vision: VisionEncoder, paths: Sequence[Path], folder: Pat
     Raises:
         ValueError: If some of the images are read otherwise today.
     """
-    print(
+    say(
         f"note: the visual features at {folder} have no times of images: changes besides their size go "
         f"unnoticed; {EXTRACT} makes them again",
-        file=sys.stderr,
+        error=True,
     )
     if turned := turned_images(paths) if vision.exif else []:
         raise ValueError(
@@ -325,7 +325,7 @@ def _index_before(folder: Path) -> dict[str, Any] | None:
     try:
         return read_index(folder)
     except DamagedFileError as error:
-        print(f"note: {error}", file=sys.stderr)
+        say(f"note: {error}", error=True)
         return None
 
 

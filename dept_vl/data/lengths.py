@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 import uuid
 from contextlib import suppress
 from typing import Any
@@ -12,6 +11,7 @@ import pyarrow as pa
 from accelerate import Accelerator
 
 from dept_vl._utils.checksums import open_sealed, seal
+from dept_vl._utils.printable import say
 from dept_vl._utils.terminal import counted
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
@@ -35,7 +35,7 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         try:
             return np.frombuffer(open_sealed(path), dtype=np.int32)
         except ValueError as error:
-            print(f"note: {error}; it is made again", file=sys.stderr)
+            say(f"note: {error}; it is made again", error=True)
     starts = range(0, len(texts), CHUNK_ROWS)
     found = [
         len(ids)
@@ -110,7 +110,7 @@ def check_source_lengths(
     cut = int((lengths > max_source_length).sum())
     if cut:
         which = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
-        accelerator.print(
+        say(
             f"warning: max_source_length={max_source_length} cuts {cut:,} of {which}; the longest has "
             f"{lengths.max():,} tokens"
         )

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files
 from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
 from dept_vl.data.feature_index import INDEX_FILE
@@ -229,7 +230,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
             f"none of the images of {task.name} are there (first: {next(iter(missing))}); "
             "dept-vl data check says what belongs there"
         )
-    print(
+    say(
         f"warning: {len(missing):,} images of {task.name} are missing; "
         f"{len(task) - len(kept):,} of {len(task):,} training examples are left out"
     )
@@ -260,11 +261,11 @@ def read_features(
     if table is None:
         paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
         if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
-            accelerator.print("visual features: encoded at every step")
+            say("visual features: encoded at every step")
             return vision
         main = accelerator.is_main_process
         table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
-        accelerator.print("visual features: encoded once, in memory")
+        say("visual features: encoded once, in memory")
     # Now, rather than when they come up.
     for split in splits if table.errors else ():
         for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
@@ -311,9 +312,9 @@ def mapped_features(
     except (FileNotFoundError, ValueError) as error:
         if choice == "cached":
             raise
-        accelerator.print(f"warning: {error}. The images are encoded anew")
+        say(f"warning: {error}. The images are encoded anew")
         return None
-    accelerator.print(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
+    say(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
     return table
 
 

@@ -3,13 +3,14 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from multiprocessing.queues import Queue
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import signal_handling
+
+from dept_vl._utils.printable import say
 
 
 def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
@@ -70,5 +71,5 @@ def _end_when_told_by(sender: int) -> None:
 
 
 def _end_reader(error: Exception, batch: object) -> None:
-    print(f"a batch could not be handed over: {error}", file=sys.stderr, flush=True)
+    say(f"a batch could not be handed over: {error}", error=True, each=True)
     os._exit(0)  # another status would be raised in the middle of a step, not where the batch is missed

@@ -5,7 +5,6 @@ import ipaddress
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 import traceback
 import warnings
@@ -21,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import FORMATS, ImageSource, read_image
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import markdown_text, printable
+from dept_vl._utils.printable import markdown_text, printable, say
 from dept_vl.config import DemoConfig
 from dept_vl.inference.gate import MOST_UPLOADED, Gate, upload_at
 from dept_vl.inference.mixed import ManyAdapters, load_many
@@ -157,7 +156,7 @@ def answer_in_time(
         answering.cancel()
         return "", f"no answer within {LONGEST_ANSWER:.0f} seconds: ask something shorter, or later"
     except Exception:
-        print(printable(traceback.format_exc(), lines=True), file=sys.stderr, flush=True)
+        say(*traceback.format_exc().splitlines(), error=True)
         return "", "this question could not be answered; whoever serves the page finds the reason there"
 
 
@@ -273,11 +272,10 @@ def launch(
     gradio = _gradio()
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(9)
-        print(
+        say(
             f"warning: everyone who reaches {host} can open this page, and it is not encrypted. The password "
             f"is {password} (any user name); set your own in the environment as {PASSWORD_VARIABLE}",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
     folder = uploads_folder()
     page = build(many, folder)
@@ -297,7 +295,7 @@ def launch(
         css=STYLE,
     )
     if wait:
-        print(f"serving at {address}; Ctrl-C ends it", flush=True)
+        say(f"serving at {address}; Ctrl-C ends it")
         page.block_thread()
     return str(address)
 

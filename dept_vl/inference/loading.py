@@ -5,12 +5,12 @@ model.answer("street.jpg", "what colour is the car?")
 """
 
 import copy
-import warnings
 from pathlib import Path
 
 import torch
 
 from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import warn
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
@@ -163,7 +163,7 @@ def _note_orientation(adapter: Adapter, exif: bool) -> None:
     trained = bool(adapter.backbone.get("exif"))
     if adapter.backbone["fingerprint"] is not None and trained != exif:
         read = {True: "turned as their EXIF orientation says", False: "as they are stored"}
-        warnings.warn(
+        warn(
             f"this adapter was trained on images {read[trained]}, and this backbone reads them {read[exif]}: "
             f"load the backbone with exif={trained} where that matters",
             stacklevel=3,

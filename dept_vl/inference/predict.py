@@ -5,6 +5,7 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.printable import say
 from dept_vl.config import PredictConfig
 from dept_vl.inference.bulk import answer_table
 from dept_vl.inference.loading import load
@@ -45,5 +46,5 @@ def predict(config: PredictConfig) -> list[str]:
         needed = [*["IMAGE"] * task.image_count, *['"QUESTION"'] * task.asks]
         raise UsageError(f"{task.name} needs {' '.join(needed)}; got {' '.join(map(repr, config.inputs))}")
     answers = predictor.answer([images] if images else None, questions or [""])
-    print(*answers, sep="\n")
+    say(*answers)
     return list(answers)

@@ -4,7 +4,6 @@ The text of a question, the decoding and the form of an answer come from the tas
 and an answer from the model's `generate`, all as in evaluation: the same question gets the same answer.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from dept_vl._utils.images import ImageSource
+from dept_vl._utils.printable import warn
 from dept_vl._utils.terminal import Count, counted
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.data.collate import Batch, Collator, Draw
@@ -134,7 +134,7 @@ class Ask:
         text = task.source(self.question)
         length = len(self.predictor.model.backbone.tokenizer(text).input_ids)
         if length > self.predictor.max_source_length:
-            warnings.warn(
+            warn(
                 f"{text!r:.60} has {length} tokens and is cut to {self.predictor.max_source_length}, as in "
                 "training (max_source_length)",
                 stacklevel=5,

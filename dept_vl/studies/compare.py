@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from dept_vl._utils.io import read_json, read_object, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl.config import OptimOptions, RunConfig, read_config
@@ -85,7 +86,7 @@ def _can_run(name: str, base: RunConfig) -> bool:
     try:
         TASKS[base.data.task].check_requirements()
     except (FileNotFoundError, ImportError) as error:
-        print(f"{name} is left out: {error}")
+        say(f"{name} is left out: {error}")
         return False
     return True
 
@@ -169,7 +170,7 @@ def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
     output_dir = existing(folder / ",".join(filter(None, [kind, _label(rates)])))
     optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
     if not (output_dir / SUMMARY_FILE).is_file():
-        print(f"\n{output_dir}", flush=True)
+        say("", output_dir)
     return run_once(replace(configured, optim=optim, output_dir=output_dir)).output_dir
 
 

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from dept_vl._utils.io import write_atomically
+from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.prompts.base import METHODS
@@ -71,7 +72,7 @@ def report(
     write_atomically(folder / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(folder / "comparison.md", (text + "\n").encode())
     draw(rows, folder / "comparison.png")
-    print(f"\n{text}\n\nwritten to {folder / 'comparison.md'}", flush=True)
+    say("", *text.split("\n"), "", f"written to {folder / 'comparison.md'}")
 
 
 def by_method(rows: Sequence[Row], *, everywhere: bool = False) -> dict[str, list[Row]]:

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import read_object, write_atomically, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
@@ -291,7 +292,7 @@ def _train(
     result = run(replace(whole, train=replace(whole.train, pause_at=pause)), more_to_come=True)
     if result.exit_status:
         if study:
-            print(f"the search goes on by --resume {folder}")
+            say(f"the search goes on by --resume {folder}")
         return result
     score = best_dev(result.output_dir, step)
     trial.scores[step] = score
@@ -326,7 +327,7 @@ def _report(config: RunConfig, folder: Path, trials: list[Trial], best: Trial) -
     }
     write_json(folder / "tuning.json", content)
     write_atomically(folder / "tuning.md", f"{table}\n\n{effort}\n".encode())
-    print(f"\n{table}\n\n{effort}")
+    say("", *table.split("\n"), "", effort)
 
 
 def grid(config: RunConfig, folder: Path) -> list[RunResult]:

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 
 from dept_vl._utils.io import read_json, write_atomically, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
@@ -220,4 +221,4 @@ def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[flo
         for start in config.starts
     }
     drawn = score_plot(lines, folder / "transfer.png", x="shots (k)", y=config.target)
-    print(f"\n{table}\n\ntable{' and plot' if drawn else ''}: {folder}")
+    say("", *table.split("\n"), "", f"table{' and plot' if drawn else ''}: {folder}")

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dept_vl._utils.io import read_json, write_atomically, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, read_config, to_json
@@ -54,7 +55,7 @@ def transfer_suite(config: SuiteConfig) -> None:
     write_json(config.output_dir / "transfer.json", cells)
     write_atomically(config.output_dir / "transfer.md", (text + "\n").encode())
     draw(cells, config.k, config.output_dir / "transfer.png")
-    print(f"\n{text}\n\nwritten to {config.output_dir / 'transfer.md'}")
+    say("", *text.split("\n"), "", f"written to {config.output_dir / 'transfer.md'}")
 
 
 def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dept_vl._utils.printable import say
 from dept_vl._utils.tables import markdown_table
 from dept_vl.tasks import coco as coco_task
 from dept_vl.tasks import gqa as gqa_task
@@ -73,7 +74,7 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
     ).to_json()
     left_out = [name for name in ("validity", "plausibility", "consistency") if name not in figures]
     if left_out:
-        print(
+        say(
             f"left out: {', '.join(left_out)} (validity and plausibility need --choices; consistency needs "
             "all questions that are entailed in the questions file, and a prediction for each)"
         )
@@ -130,10 +131,10 @@ def show(title: str, figures: Figures, output: Path | None, form: str) -> Figure
         )
         for name, value in flatten(figures)
     ]
-    print(markdown_table([title, "score"], rows))
+    say(*markdown_table([title, "score"], rows).split("\n"))
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")
-        print(f"\nwritten to {output}")
+        say("", f"written to {output}")
     return figures
 
 
@@ -169,7 +170,7 @@ def check_gqa(questions: Path, predictions: Path) -> int:
 
 
 def _passed(count: int) -> int:
-    print(f"{count:,} predictions, one for each question")
+    say(f"{count:,} predictions, one for each question")
     return count
 
 

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl._utils.printable import say
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import DTYPES, write_features
@@ -38,9 +39,7 @@ def extract(config: ExtractConfig) -> list[Path]:
         with accelerator.local_main_process_first():  # the first to read converts the files for all
             paths = image_files(options, config.splits)
         size = len(paths) * vision.token_count * vision.d_vision * DTYPES[config.dtype].itemsize / GIB
-        accelerator.print(
-            f"{len(paths):,} images of {options.task}: {size:.3g} GiB in {config.dtype} to {folder}"
-        )
+        say(f"{len(paths):,} images of {options.task}: {size:.3g} GiB in {config.dtype} to {folder}")
         with explained(
             folder, "--features_dir", "No shard that was written is lost: the same command goes on"
         ):
@@ -57,10 +56,10 @@ def extract(config: ExtractConfig) -> list[Path]:
                 skip_unreadable=config.data.on_bad_image == "skip",
             )
         index = read_index(folder)
-        accelerator.print(f"{encoded:,} images encoded, {len(index['images']) - encoded:,} were there")
+        say(f"{encoded:,} images encoded, {len(index['images']) - encoded:,} were there")
         if unreadable := index["unreadable"]:
             first = next(iter(unreadable.values()))
-            accelerator.print(f"warning: {len(unreadable):,} images cannot be read, the first: {first}")
+            say(f"warning: {len(unreadable):,} images cannot be read, the first: {first}")
         folders.append(folder)
     accelerator.end_training()
     return folders

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import (
     BEST,
     CONFIG_FILE,
@@ -119,11 +120,11 @@ def _taken(output_dir: Path) -> FileExistsError:
 def _newest(output_dir: Path, accelerator: Accelerator) -> Path | None:
     checkpoint, damaged = newest(output_dir)
     for problem in damaged:
-        accelerator.print(f"warning: {problem}; the one before is taken")
+        say(f"warning: {problem}; the one before is taken")
     # Every process looks before one writes again.
     accelerator.wait_for_everyone()
     where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
-    accelerator.print(f"going on with {output_dir} from {where}")
+    say(f"going on with {output_dir} from {where}")
     return checkpoint
 
 

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import say
 from dept_vl.config import TrainOptions
 from dept_vl.models import graphs
 from dept_vl.models.graphs import shape_of
@@ -58,7 +59,7 @@ def can_record(accelerator: Accelerator, options: TrainOptions) -> bool:
         checkpointing=options.gradient_checkpointing,
     )
     if reason:
-        accelerator.print(f"steps are not recorded as CUDA graphs: {reason}")
+        say(f"steps are not recorded as CUDA graphs: {reason}")
     return not reason
 
 

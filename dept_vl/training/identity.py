@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import read_json, read_object, write_json
 from dept_vl._utils.options import check
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
@@ -103,7 +104,7 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
     options = changed_options(folder, config)
     if then is None:
         if checkpoint is not None:
-            print(f"note: {folder} has no {IDENTITY_FILE}: that its data are the same cannot be checked")
+            say(f"note: {folder} has no {IDENTITY_FILE}: that its data are the same cannot be checked")
         then = _older(folder, now, checkpoint)
     content = _differences(then.content, now.content)
     setup = _differences(then.setup, now.setup)
@@ -120,9 +121,9 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
             "--output_dir"
         )
     if changed:
-        print(f"accepted: {'; '.join(changed)}")
+        say(f"accepted: {'; '.join(changed)}")
     if setup and checkpoint is not None:
-        print(f"note: {'; '.join(setup)}: the result is the same to rounding, not to the bit")
+        say(f"note: {'; '.join(setup)}: the result is the same to rounding, not to the bit")
     everything = differences(read_object(folder / CONFIG_FILE, dict), to_json(config), folder=folder)
     if everything:
         write_json(folder / CONFIG_FILE, to_json(config), indent=2)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import BEST, LAST, LOG_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import OptimOptions, TrainOptions
@@ -200,7 +201,7 @@ class Loop:
         """The same as CUDA graphs."""
         options, accelerator = self.options, self.accelerator
         sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
-        return GraphedStep(self._backward, self.trained, sizes, accelerator.device, accelerator.print)
+        return GraphedStep(self._backward, self.trained, sizes, accelerator.device, say)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.options.patience <= self.progress.evaluations_without_progress

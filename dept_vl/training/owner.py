@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from dept_vl._utils.errors import InUseError
 from dept_vl._utils.io import read_object, write_json, writing
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOCK_FILE, OWNER_FILE
 from dept_vl.training.errors import explained
 
@@ -61,7 +62,7 @@ def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool =
         if not wait:
             raise InUseError(f"{folder} is in use {holder[0]}; wait for its end, by --wait if you like")
         if main and not said:
-            print(f"{folder} is in use {holder[0]}; waiting for its end", flush=True)
+            say(f"{folder} is in use {holder[0]}; waiting for its end")
         said = True
     process = os.getpid()
     try:

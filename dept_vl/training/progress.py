@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from dept_vl._utils.printable import printable, say
 from dept_vl._utils.terminal import PLAIN_SECONDS, duration, is_live
 
 USUAL_COLUMNS = 100
@@ -135,12 +136,12 @@ class ProgressLine:
             self.bar.refresh()
         elif self.show and (step == self.total or time.monotonic() - self.told_at >= PLAIN_SECONDS):
             self.told_at = time.monotonic()
-            print(f"step {step}/{self.total}: {figures.plain()}", flush=True)
+            say(f"step {step}/{self.total}: {figures.plain()}")
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if self.show:
-            self.bar.write(text)
+            self.bar.write(printable(text))
 
     def close(self) -> None:
         """Leave the line as it is."""

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_atomically, write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import (
     BEST,
     CANDIDATES_FILE,
@@ -121,7 +122,7 @@ def _run_in(
 ) -> RunResult:
     output_dir = opened.path
     if (output_dir / SUMMARY_FILE).is_file():
-        accelerator.print(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
+        say(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
         if accelerator.is_main_process and not (output_dir / REPORT_FILE).is_file():
             or_warn(lambda: remake_page(output_dir))
         return finished(output_dir)
@@ -246,16 +247,17 @@ class Run(Stages):
         if self.graphs:
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)
-            self.generate = GraphedAnswers(self.model, self.batch_size, accelerator.print)
+            self.generate = GraphedAnswers(self.model, self.batch_size, say)
 
     def fit(self) -> None:
         """Train what is trainable; nothing if nothing is."""
         config, accelerator, model = self.config, self.accelerator, self.model
         self.trainable = count_trainable(model)
         if model.prompt is not None:
-            accelerator.print(budget_line(config.prompt, model.prompt))
-        accelerator.print(
-            f"{self.trainable['total']:,} trainable parameters: {self.trainable}\noutput: {self.output_dir}"
+            say(budget_line(config.prompt, model.prompt))
+        say(
+            f"{self.trainable['total']:,} trainable parameters: {self.trainable}",
+            f"output: {self.output_dir}",
         )
         if not self.trainable["total"]:
             return
@@ -265,9 +267,7 @@ class Run(Stages):
         steps = steps_of(self.checkpoint) if self.checkpoint else 0
         start_tracker(accelerator, config, self.output_dir, facts, steps)
         if config.optim.prompt_lr < SUSPICIOUS_PROMPT_LR and "prompt" in self.trainable:
-            accelerator.print(
-                f"warning: prompt_lr={config.optim.prompt_lr} is small for a soft prompt; 0.3 is usual"
-            )
+            say(f"warning: prompt_lr={config.optim.prompt_lr} is small for a soft prompt; 0.3 is usual")
         self.training = Loop(
             model,
             self.splits,
@@ -331,7 +331,7 @@ class Run(Stages):
         write_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
         if not self.config.train.checkpoint_every:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # kept for the case of a stop
-        print(f"\n{table}\n\nadapter, predictions, log and pictures: {folder}")
+        say("", *table.split("\n"), "", f"adapter, predictions, log and pictures: {folder}")
 
     def write_report(self, answered: Sequence[Answered]) -> Path:
         """Write the report of the run."""
@@ -346,7 +346,7 @@ class Run(Stages):
                 [f"{splits.train.name}: {splits.train.primary} decides"] if splits.train.fits_answers else []
             )
             for line in lines:
-                self.accelerator.print(line)
+                say(line)
         if self.accelerator.is_main_process and any(splits.train.fits_answers for splits in self.splits):
             write_facts(self.output_dir, self.splits)
 
@@ -365,15 +365,13 @@ class Run(Stages):
         """Whether the loop was stopped or paused, which is printed."""
         training, options = self.training, self.config.train
         if training is not None and training.stopped_by:
-            self.accelerator.print(
+            say(
                 f"stopped at step {training.steps} of {options.max_steps}; --resume {self.output_dir} goes on"
                 + (f"; the best adapter so far is in {self.output_dir / BEST}" if training.best_step else "")
             )
             return True
         if training is not None and 0 < options.pause_at <= training.steps < options.max_steps:
-            self.accelerator.print(
-                f"paused at step {training.steps} of {options.max_steps}: {self.output_dir}"
-            )
+            say(f"paused at step {training.steps} of {options.max_steps}: {self.output_dir}")
             return True
         return False
 

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_json
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.adapter import Adapter
@@ -191,7 +192,7 @@ class ScoreRun(Stages):
             )  # the labels that were learnt, not those that these data have
         decoding = choose_decoding(task, options, candidates, longest)
         for note in task.notes:
-            accelerator.print(f"note: {note}")
+            say(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         backbone = Backbone.from_pretrained(**self.trained.backbone.loading())
@@ -220,13 +221,14 @@ class ScoreRun(Stages):
         write_json(folder / SCORES_FILE, evaluation.scores, indent=2)
         if evaluation.scores:
             rows = score_rows(evaluation.scores, f"{part.task.name} {part.name}", [part.task])
-            print(f"\n{markdown_table(['', 'score'], [*rows, ('examples scored', f'{len(part.task):,}')])}\n")
-        print(f"predictions: {self.predictions[0]}")
+            table = markdown_table(["", "score"], [*rows, ("examples scored", f"{len(part.task):,}")])
+            say("", *table.split("\n"), "")
+        say(f"predictions: {self.predictions[0]}")
         if self.whole is None:
             return
         submission = write_submission(evaluation.predictions, self.whole, folder / "submission.json")
         filled = f", {submission.filled:,} of other phases left empty" if submission.filled else ""
-        print(f"submission: {submission.path} ({submission.answered:,} answers{filled}); ids checked")
+        say(f"submission: {submission.path} ({submission.answered:,} answers{filled}); ids checked")
         self.submission = submission
 
     def write_report(self, answered: Sequence[Answered]) -> Path:

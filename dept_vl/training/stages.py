@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from dept_vl._utils.io import writing
+from dept_vl._utils.printable import say
 from dept_vl.data.collate import Collator
 from dept_vl.inference.evaluate import Evaluation, Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
@@ -119,7 +120,7 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
     with writing(path):
         task.prediction_format.write(evaluation.predictions, path)
     if evaluation.skipped:
-        print(
+        say(
             f"warning: {len(evaluation.skipped):,} of {len(task):,} examples of {task.name} have no "
             "readable image and got an empty answer, which counts as wrong "
             f"(first ids: {list(evaluation.skipped[:3])})"

@@ -145,3 +145,24 @@ def test_how_it_was_trained() -> None:
     assert cells(text)["learning rate of the prompt (`--prompt_lr`)"] == "0.3"
     assert "accelerate launch -m dept_vl train --config training.json" in text
     assert "## Training" not in card(task="gqa").text
+
+
+def test_what_an_adapter_says_is_text() -> None:
+    odd = """x`y"\n</b><script>alert(1)</script>![x](http://y)\x1b[31m|[1]: z"""
+    found = card(
+        task=odd,
+        metrics={odd: 1.0, "overall": 61.5},
+        backbone={"name": odd, "fingerprint": {odd: odd, "class": "T5 import y; z()"}},
+        training={"optim": {"prompt_lr": odd}},
+    )
+    code = re.findall(r"```python\n(.*?)```", found.text, re.DOTALL)
+    assert len(code) == 1
+    assert [type(one) for one in ast.walk(ast.parse(code[0])) if isinstance(one, ast.Import)] == []
+    text = found.text.replace(code[0], "")
+    outside = re.sub(r"`[^`\n]*`", "", text)
+    assert "script>" not in outside
+    assert "](http://y" not in outside
+    assert "\x1b" not in found.text
+    assert [line for line in outside.splitlines() if line.startswith(("</b>", "[1]:"))] == []
+    assert all(line.count("|") in (3, 4) for line in text.splitlines() if line.startswith("|"))
+    assert found.data.model_name == "someone/adapter"

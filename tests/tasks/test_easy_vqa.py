@@ -193,16 +193,15 @@ def test_second_call_changes_nothing(
     package: ModuleType,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A finished folder is left alone, said so, and needs no package."""
     convert(tmp_path / "out")
     before = files(tmp_path / "out")
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with caplog.at_level("INFO"):
-        assert convert(tmp_path / "out") == COUNTS
+    assert convert(tmp_path / "out") == COUNTS
     assert files(tmp_path / "out") == before
-    assert f"{tmp_path / 'out'} holds easy-VQA already" in caplog.text
+    assert f"{tmp_path / 'out'} holds easy-VQA already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["image", "questions", "truncated", "marker"])

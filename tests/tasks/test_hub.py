@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,12 +264,11 @@ def test_gqa_reads_lists_of_ids_and_structs_of_lists(tmp_path: Path) -> None:
     assert (row["entailed"], row["steps"]) == (["0052"], 2)
 
 
-def test_nlvr2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nlvr2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "nlvr2"
-    with caplog.at_level(logging.WARNING):
-        counts = fetch("nlvr2", nlvr2_copy(tmp_path / "copy"), out, split="dev")
+    counts = fetch("nlvr2", nlvr2_copy(tmp_path / "copy"), out, split="dev")
     assert counts == {"sentences": 3, "images": 4, "images_kept": 0, "images_reencoded": 0}
-    assert "3 sentences of the 6,982 published" in caplog.text
+    assert "3 sentences of the 6,982 published" in capsys.readouterr().err
     task = NLVR2().load(out, "dev")
     assert task.example_ids() == ["dev-189-0-0", "dev-189-0-1", "dev-342-3-0"]
     assert [task[i].answer for i in range(3)] == ["true", "false", "true"]
@@ -289,12 +287,11 @@ def test_nlvr2(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "right_url" not in first
 
 
-def test_coco(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_coco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "coco"
-    with caplog.at_level(logging.WARNING):
-        counts = fetch("coco", coco_copy(tmp_path / "copy"), out, split="all")
+    counts = fetch("coco", coco_copy(tmp_path / "copy"), out, split="all")
     assert counts == {"captioned_images": 4}
-    assert "cocodataset.org" in caplog.text
+    assert "cocodataset.org" in capsys.readouterr().err
     for name in ("train2014", "val2014"):
         (out / name).mkdir()
     ids = {split: COCOCaptions().load(out, split).example_ids() for split in ("train", "val", "test")}
@@ -443,11 +440,12 @@ def test_missing_columns(
     assert not (tmp_path / "out").exists()
 
 
-def test_columns_that_nothing_needs_may_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_that_nothing_needs_may_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [{key: row[key] for key in row if key != "multiple_choice_answer"} for row in vqa_rows()]
-    with caplog.at_level(logging.WARNING):
-        fetch("vqav2", vqa_copy(tmp_path / "copy", validation=rows), tmp_path / "out", split="val")
-    assert "no columns multiple_choice_answer" in caplog.text
+    fetch("vqav2", vqa_copy(tmp_path / "copy", validation=rows), tmp_path / "out", split="val")
+    assert "no columns multiple_choice_answer" in capsys.readouterr().err
     assert VQAv2().load(tmp_path / "out", "val")[0].answer == "red"
 
 

@@ -1,14 +1,18 @@
 """The table and the picture that a run leaves."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import COLOURS, write_vqa
+from markupsafe import Markup
 from PIL import Image
 
+from dept_vl._utils.stats import interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.report.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
+from dept_vl.training.report.plots import score_plot
 
 Pixel = tuple[int, int, int]
 
@@ -30,6 +34,31 @@ def test_the_rule_of_a_narrow_column_is_markdown() -> None:
 def test_table_of_uneven_rows_is_refused() -> None:
     with pytest.raises(ValueError):
         markdown_table(["a", "b"], [["c"]])
+
+
+def test_a_cell_is_one_cell_whatever_it_says() -> None:
+    table = markdown_table(["", "a|b"], [["<b>\n[x](http://y)", "`*c*` \x1b[31m"]])
+    header, rule, row = table.splitlines()
+    assert [line.count("|") for line in (header, rule, row)] == [3, 3, 3]
+    assert not set("<[`*\x1b") & set(row)
+    assert markdown_table(["refused [1]", "<= 0.70"], []).startswith("| refused [1] | <= 0.70 |")
+    assert "`--a`" in markdown_table([Markup("`--a`")], [])
+
+
+def test_a_plot_has_its_texts_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[str] = []
+    save = figure.savefig
+
+    def saving(self: Any, path: Path) -> None:
+        save(self, path)
+        texts = [*self.axes[0].get_legend().get_texts(), self.axes[0].yaxis.label]
+        drawn.extend(text.get_text() for text in texts)
+
+    monkeypatch.setattr(figure, "savefig", saving)
+    odd = "$\\frac{1$ \x1b[31m\ud800"
+    assert score_plot({odd: {1: interval([1.0, 2.0])}}, tmp_path / "a.png", x="$$", y=odd)
+    assert drawn == [r"$\frac{1$ \x1b[31m\ud800"] * 2
 
 
 @pytest.fixture
@@ -114,3 +143,9 @@ def test_picture_leaves_tiles_empty_where_images_are_few(tmp_path: Path, task: V
 
 def distance(one: Pixel, other: Pixel) -> int:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def test_any_answer_can_be_drawn(tmp_path: Path, task: VQAv2) -> None:
+    odd = dict.fromkeys(answers(task, 0), "\ud800 \x00\x1b[31m\u202e $x$")
+    picture_grid(task, odd, tmp_path / "grid.png", columns=2, rows=1, mistakes=2)
+    assert WRONG in tiles(Image.open(tmp_path / "grid.png"), 2, 1)[0][1]

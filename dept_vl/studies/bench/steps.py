@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.printable import say
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
 from dept_vl.studies.bench.measure import encoder_flops, in_turn, saved_bytes
@@ -251,7 +252,7 @@ class Bench:
                 record["measured"][name]["seconds"].append(seconds)
                 record["measured"][name]["wall_seconds"].append(wall)
             self.save()
-        print(f"{group.key}: {len(runners)} methods, {group.rounds} rounds", flush=True)
+        say(f"{group.key}: {len(runners)} methods, {group.rounds} rounds")
 
     def _sizes(
         self, group: Group, runner: Runner, batch: dict[str, Any], given: dict[str, Any]

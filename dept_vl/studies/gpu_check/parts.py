@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dept_vl._utils.io import read_json
+from dept_vl._utils.printable import say
 from dept_vl.studies.gpu_check.report import markdown
 from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring, updating
 from dept_vl.studies.options import GpuCheckConfig
@@ -100,7 +101,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 def _run_part(config: GpuCheckConfig, script: Path, name: str, path: Path) -> None:
     """Run a part, or say why not, unless it is finished; what it measured is written either way."""
     if read_json(path).get(name, {}).get("status") == "finished":
-        print(f"{name}: finished before")
+        say(f"{name}: finished before")
         return
     status = why_skipped(PARTS[name], dry_run=config.dry_run)
     started = time.monotonic()
@@ -108,7 +109,7 @@ def _run_part(config: GpuCheckConfig, script: Path, name: str, path: Path) -> No
         status = _in_a_process(config, script, name, 60 * config.minutes * PARTS[name].share)
     with updating(path) as results:
         results.setdefault(name, {}).update(status=status, seconds=round(time.monotonic() - started, 1))
-    print(f"{name}: {status}", flush=True)
+    say(f"{name}: {status}")
 
 
 def why_skipped(part: Part, *, dry_run: bool) -> str:

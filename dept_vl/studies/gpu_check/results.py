@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 
 from dept_vl._utils.io import one_line, read_json, write_json
+from dept_vl._utils.printable import say
 
 RESULTS_FILE = "gpu_check.json"
 TOKENIZER = Path("data", "tiny-clip-t5", "language")
@@ -54,7 +55,7 @@ class Measuring:
         if before and "error" not in before:
             return
         if time.monotonic() - self.started > self.seconds:
-            print(f"{self.part}: no time for {name}", flush=True)
+            say(f"{self.part}: no time for {name}")
             return
         try:
             measured = measure()
@@ -62,7 +63,7 @@ class Measuring:
             measured = {"error": f"{type(error).__name__}: {one_line(error)}"}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        print(f"{self.part}: {name}: {measured}", flush=True)
+        say(f"{self.part}: {name}: {measured}")
         with updating(self.path) as content:
             content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
 

@@ -8,7 +8,6 @@ a checksum, which is compared before Arrow sees the columns: damaged ones would 
 import hashlib
 import json
 import os
-import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.checksums import file_checksum, open_sealed, seal
 from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.printable import say
 
 CONVERTER_VERSION = 1
 """Raised whenever the same sources would give other columns."""
@@ -162,7 +162,7 @@ def convert(
     try:
         return Rows.open([path])
     except DamagedFileError as error:
-        print(f"note: {error}; it is made again from {sources[0].name}", file=sys.stderr)
+        say(f"note: {error}; it is made again from {sources[0].name}", error=True)
     except OSError:
         pass  # not there yet
     # A name of its own: several processes, of several machines, may convert at a time, and the last

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dept_vl._utils.printable import printable, say
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
 from dept_vl.tasks.prepare import snippets as snippets_task
@@ -22,9 +23,9 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
         output_dir: Folder to write; must not exist, or hold a finished conversion.
     """
     counts = easy_vqa_task.convert(output_dir)
-    print(f"{output_dir} holds:")
+    say(f"{output_dir} holds:")
     for kind, count in counts.items():
-        print(f"  {kind:<22}{count:>7,}")
+        say(f"  {kind:<22}{count:>7,}")
 
 
 def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
@@ -37,7 +38,7 @@ def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 
         test: Images of the test splits.
     """
     write_tasks(output_dir, train=train, val=val, test=test)
-    print(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
+    say(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
 
 
 def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: int = 400) -> None:
@@ -49,7 +50,7 @@ def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: i
         val: Images of the validation splits.
     """
     write_concepts(output_dir, train=train, val=val)
-    print(f"{output_dir} holds relabelled and many-or-few")
+    say(f"{output_dir} holds relabelled and many-or-few")
 
 
 def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = None) -> None:
@@ -60,7 +61,7 @@ def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = No
         archive: Source distribution of vaderSentiment; left out, pip downloads it.
     """
     for split, count in snippets_task.write(output_dir, archive).items():
-        print(f"{split:<11}{count:>7,} snippets")
+        say(f"{split:<11}{count:>7,} snippets")
 
 
 def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
@@ -73,7 +74,7 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
         report: File for the whole report, a line a finding.
     """
     good = print_findings(check_task(task, root, sample=sample), report)
-    print("everything is there" if good else f"not everything of {task} is in {root}")
+    say("everything is there" if good else f"not everything of {task} is in {root}")
     return good
 
 
@@ -84,14 +85,14 @@ def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
     good = True
     for finding in findings:
         line = f"{finding.status:<8} {finding.what}"
-        lines.append(line)
+        lines.append(printable(line))
         counts[finding.status] += 1
         good &= finding.good
         if finding.good or counts[finding.status] <= SHOWN:
-            print(line, flush=True)
+            say(line)
     for status, count in counts.items():
         if status in ("missing", "broken", "differs") and count > SHOWN:
-            print(f"{status:<8} {count - SHOWN:,} more; --report FILE names them all")
+            say(f"{status:<8} {count - SHOWN:,} more; --report FILE names them all")
     if report is not None:
         report.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return good
@@ -107,7 +108,7 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         source: Name on the Hub, or folder with the copy; left out, the usual one of the task.
     """
     for kind, count in hub.fetch(task, source, output_dir, split=split).items():
-        print(f"{kind:<22}{count:>9,}")
+        say(f"{kind:<22}{count:>9,}")
 
 
 COMMANDS: dict[str, Callable[..., bool | None]] = {

@@ -12,7 +12,6 @@ loader of VQAv2 and scored by the official scorer, with no code of its own.
 
 import importlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +21,8 @@ from typing import Any
 from PIL import Image
 
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
+from dept_vl._utils.printable import say
 from dept_vl.tasks.prepare.staging import staging_for
-
-logger = logging.getLogger(__name__)
 
 MARKER = "easy_vqa_counts.json"
 """File of a finished conversion: what the other files hold, as `convert` returns it."""
@@ -123,7 +121,7 @@ def convert(output_dir: Path) -> dict[str, int]:
                 f"(with counts that match its {MARKER}), found something else there; choose "
                 "another output folder, or remove this one if nothing in it is needed"
             )
-        logger.info("%s holds easy-VQA already; left as it is", output_dir)
+        say(f"{output_dir} holds easy-VQA already; left as it is", error=True)
         return counts
 
     easy_vqa = _import_package()

@@ -8,18 +8,16 @@ So each task has one reader, and official scorers work on what was fetched. What
     yerevann/coco-karpathy   Karpathy's splits and captions; no images
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.errors import UnknownNameError
+from dept_vl._utils.printable import markdown_text, say
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.prepare.parquet import Part, Source, open_source
 from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, staging_for
-
-logger = logging.getLogger(__name__)
 
 
 def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
@@ -72,10 +70,10 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
                 "not those of papers."
             )
         for line in lines:
-            logger.warning("%s, %s: %s", task, name, line)
+            say(f"{task}, {name}: {line}", error=True)
         text = [
             f"# {task}, {name}",
-            f"Written from the parquet copy {opened.place}. Official: {copy.official}",
+            f"Written from the parquet copy {markdown_text(opened.place)}. Official: {copy.official}",
         ]
         listed = "\n".join(f"- {kind}: {count:,}" for kind, count in counts.items())
         (staging / note).write_text("\n\n".join([*text, *lines, listed]) + "\n", encoding="utf-8")

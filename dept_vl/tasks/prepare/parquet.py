@@ -4,7 +4,6 @@ In a folder it lies as downloaded (parquet, under `data/`, under a folder for ea
 one for each split) or as `save_to_disk` writes it.
 """
 
-import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-logger = logging.getLogger(__name__)
+from dept_vl._utils.printable import say
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"-\d+-of-(\d+)")
@@ -68,7 +67,7 @@ class Source:
             )
         absent = [name for name in carried if name not in found]
         if absent:
-            logger.warning("%s: no columns %s, so the official file goes without", where, ", ".join(absent))
+            say(f"{where}: no columns {', '.join(absent)}, so the official file goes without", error=True)
         dataset = dataset.select_columns([*needed, *(name for name in carried if name in found)])
         try:
             for name in images:

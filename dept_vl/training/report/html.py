@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dept_vl._utils.io import one_line, write_atomically
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import BEST, LOG_FILE, REPORT_FILE
 from dept_vl._utils.terminal import duration
 from dept_vl.adapters.adapter import Adapter
@@ -119,7 +120,7 @@ def or_warn(write: Callable[[], Path]) -> None:
     try:
         write()
     except Exception as error:
-        print(f"warning: {REPORT_FILE} could not be written ({one_line(error)}); nothing else is missing")
+        say(f"warning: {REPORT_FILE} could not be written ({one_line(error)}); nothing else is missing")
 
 
 def about(answered: Sequence[Answered], prompt: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ Whatever text a template shows is escaped, and loses what a browser cannot show:
 import base64
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import chain
@@ -17,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dept_vl._utils.images import read_image
+from dept_vl._utils.printable import printable
 
 Point = tuple[int | float, int | float]
 
@@ -26,17 +26,13 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
 """Around the curves, for the labels."""
 MOST_POINTS = 600
 """Of a curve: more would not be seen."""
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f]")
 SIDE, QUALITY = 240, 80
 """Pixels of an image's longer side, and its JPEG quality: some 10 KB each."""
 
 
 def shown(value: object) -> object:
-    """What a template shows of a value: text of any origin without half characters and control characters."""
-    if isinstance(value, Markup):
-        return value
-    kept = CONTROLS.sub("\N{REPLACEMENT CHARACTER}", str(value))
-    return kept.encode("utf-8", "replace").decode()
+    """What a template shows of a value; text of any origin is `printable`."""
+    return value if isinstance(value, Markup) else printable(value, lines=True)
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from dept_vl._utils.images import read_image
+from dept_vl._utils.printable import printable
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.predictions import ExampleId
 
@@ -50,14 +51,14 @@ def picture_grid(
             resized = image.resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(resized, (left + number * side, top + (TILE - side) // 2))
         draw.rectangle((left, top, left + TILE, top + TILE), outline=INK)
-        text = textwrap.wrap(example.question, WRAP)[:3]
+        text = textwrap.wrap(printable(example.question, lines=True), WRAP)[:3]
         draw.multiline_text((left, top + TILE + 6), "\n".join(text), fill=INK, font=font)
         right = answer == example.answer
         verdict = answer if right or not example.answer else f"{answer} (humans: {example.answer})"
         place_of_answer = (left, top + TILE + TEXT_HEIGHT - 28)
         # A caption is neither right nor wrong; it stands under a human one.
         fill = INK if not example.answer else RIGHT if right else WRONG
-        verdict = textwrap.shorten(verdict, WRAP)
+        verdict = textwrap.shorten(printable(verdict, lines=True), WRAP)
         draw.text(place_of_answer, verdict, fill=fill, font=_fitting(draw, verdict))
     sheet.save(path)
 

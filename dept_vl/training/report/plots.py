@@ -6,12 +6,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from dept_vl._utils.printable import printable
 from dept_vl._utils.stats import Interval
 
 
 @contextmanager
 def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
-    """Panes side by side to draw on; written when they are left.
+    """Panes side by side to draw on; written when they are left, with texts as they are: `$` is no formula.
 
     Args:
         path: PNG file to write.
@@ -22,9 +23,13 @@ def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
         ImportError: If matplotlib is not installed.
     """
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     figure = Figure(**options)
     yield figure.subplots(1, panes, sharey=True, squeeze=False)[0]
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text(), lines=True))
     figure.savefig(path)
 
 

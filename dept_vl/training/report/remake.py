@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 from dept_vl._utils.io import read_object
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl.config import ReportConfig, read_config
 from dept_vl.data.splits import load_split
@@ -57,7 +58,7 @@ def remake_page(run: Path) -> Path:
         }
         answered.append(Answered(task, split, predictions, scores))
     path = write_run_report(run, trained, summary, answered)
-    print(f"report: {path}")
+    say(f"report: {path}")
     return path
 
 

@@ -1,0 +1,50 @@
+"""What strangers wrote, where it is shown."""
+
+import pytest
+
+from dept_vl._utils.printable import markdown_text, printable, say, warn
+
+
+@pytest.mark.parametrize(
+    "text", ["győri", "日本\u3000語", "a\xa0b", "नमस्\u200dते", "👩\u200d🚀", "می\u200cخواهم"]
+)
+def test_text_of_every_script_stays(text: str) -> None:
+    assert printable(text) == text
+
+
+def test_what_steers_a_terminal_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    odd = "a\x1b]0;x\x07\r\x9b\u202e\u2028\ud800\n\tb"
+    said = r"a\x1b]0;x\x07\r\x9b\u202e\u2028\ud800\n\tb"
+    assert printable(odd) == said
+    assert printable(odd, lines=True) == said.replace(r"\n\t", "\n\t")
+    say(odd, 7)
+    say(odd, error=True)
+    assert capsys.readouterr() == (f"{said}\n7\n", f"{said}\n")
+    with pytest.warns(UserWarning, match="x1b") as noted:
+        warn(odd)
+    assert str(noted[0].message) == said
+
+
+def test_of_several_processes_the_main_one_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    say("not this")
+    say("this", each=True)
+    assert capsys.readouterr().out == "this\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<b>", "![x](y)", "[x](y)", "[1](y)", "[1]: y", "a|b", "`x`", "*x*", "_x_", "$x$", "&lt;", "~~x~~"],
+)
+def test_markup_is_none(text: str) -> None:
+    said = markdown_text(text)
+    assert said != text
+    assert not set("<`*|$~") & set(said)
+    assert "](" not in said.replace("&#93;", "]") or "&#91;" in said
+
+
+@pytest.mark.parametrize("text", ["question_type/is", "yes/no (0-100)", "refused [2]", "<= 0.70", "A & B"])
+def test_usual_text_is_readable(text: str) -> None:
+    assert markdown_text(text) == text
