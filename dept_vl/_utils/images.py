@@ -106,10 +106,7 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         # Pillow would name the object in memory.
         unknown = isinstance(error, UnidentifiedImageError)
         problem = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(error)
-        again = "download it again" if isinstance(source, str | Path) else "take another copy"
-        # What the system refuses, such as a folder, is not cured by another copy.
-        advice = "" if isinstance(error, OSError) and error.errno else f"; {again}"
-        raise ValueError(f"{_called(source)} is no readable image: {problem}{advice}") from None
+        raise ValueError(f"{_called(source)} is no readable image: {problem}") from None
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:

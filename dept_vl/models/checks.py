@@ -184,7 +184,7 @@ def _check_index(path: Path) -> None:
                 f"{printable(name)!r:.120}"
             )
         if not (path.parent / name).is_file():
-            raise ValueError(f"{path} names a file that is not beside it: {name!r:.120}; download it again")
+            raise ValueError(f"{path} names a file that is not beside it: {name!r:.120}; put it there")
 
 
 def _check_header(path: Path, most: int) -> None:
@@ -240,7 +240,7 @@ def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | No
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
             f"the weights of {name} are not those of its configuration: expected {missing[0]!r:.120}{more}, "
-            "found none; download or save the model again"
+            "found none in its files; give a folder with all weights of the model"
         )
 
 

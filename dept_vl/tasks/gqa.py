@@ -320,8 +320,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         if answered != ("answer" in record):
             raise ValueError(
                 f"{where}: expected an answer in every question or in none, found "
-                f"{'no answer here' if answered else 'one here'} and the opposite before; download the "
-                f"file again from {SOURCE}"
+                f"{'no answer here' if answered else 'one here'} and the opposite in the first question"
             )
         row: dict[str, Any] = {
             "question_id": question_id,

@@ -225,8 +225,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         if labelled != (label is not None):
             raise ValueError(
                 f"{where} ({shown}): expected a label in every record or in none, found "
-                f"{'no label here' if labelled else 'one here'} and the opposite before; download the "
-                f"file again from {SOURCE}"
+                f"{'no label here' if labelled else 'one here'} and the opposite in the first record"
             )
         # Training images lie in a hundred numbered folders, the others in one.
         directory = row.get("directory")

@@ -269,7 +269,7 @@ def test_missing_image_folder(folder: Path) -> None:
 def test_truncated_file(folder: Path) -> None:
     path = folder / "val_balanced_questions.json"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ValueError, match=r"cut short or damaged .* download it again from https") as error:
+    with pytest.raises(ValueError, match=r"line 1, column .*cut short or damaged.* at https") as error:
         GQA().load(folder, "val")
     assert str(path) in str(error.value)
     # Nothing half-converted was kept.

@@ -582,6 +582,25 @@ def test_a_bad_row_is_named(name: str, change: dict[str, Any], message: str, tmp
     assert "train.jsonl" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("train.csv", b'sentence1,sentence2,label\na,b,0\n"a,b,0\n', "train.csv, after line 2"),
+        ("train.csv", b"sentence1,sentence2,label\na,b,0\na,0\n", "line 3: expected 3 cells, .* found 2"),
+        ("train.csv", b"sentence1,sentence2,label\na,b,c,0\n", "line 2: expected 3 cells, .* found more"),
+        ("train.tsv", b"sentence1\tsentence2\tlabel\na\tb\t0\nx\xff\tb\t1\n", "train.tsv, after line 1"),
+        ("train.jsonl", b'{"label": 0, \n', "line 1, column 13: expected a JSON object"),
+        ("train.json", b'[{"label":', "line 1, column 11: the file is cut short"),
+        ("train.parquet", b"PAR1xxxxPAR1", "train.parquet is no whole Parquet file"),
+    ],
+)
+def test_damage_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as error:
+        load_task("rte", tmp_path, "train")
+    assert "again" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "save_to_disk"])
 def test_a_missing_column_is_named_with_those_found(kind: str, tmp_path: Path) -> None:
     rows = [{"sentence1": "a", "text2": "b", "label": 0}] * 3

@@ -322,7 +322,7 @@ def test_choices_that_are_no_text(tmp_path: Path) -> None:
 def test_an_id_of_more_than_64_bits(tmp_path: Path) -> None:
     write_vqa(tmp_path, images=2)
     (tmp_path / "minival.json").write_text('[{"question_id": 9999999999999999999999}]')
-    with pytest.raises(ValueError, match=r"minival\.json is cut short or damaged .*overflow"):
+    with pytest.raises(ValueError, match=r"minival\.json: the file is cut short or damaged.*overflow"):
         VQAv2().load(tmp_path, "minival")
 
 

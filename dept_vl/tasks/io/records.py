@@ -20,6 +20,8 @@ from dept_vl._utils.terminal import Count
 
 CHUNK = 1 << 14
 """Bytes read at a time."""
+LONGEST_PARSED = 1 << 26
+"""Bytes of a damaged JSON file that is parsed again to find the line of the fault."""
 DEEPEST = 200
 """Lists and objects within each other that a chunk may open: ijson's memory grows by the square of them."""
 
@@ -81,18 +83,19 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode())
+                record = json.loads(line.decode().rstrip())
             except (ValueError, RecursionError) as error:
+                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 raise ValueError(
-                    f"{path}, line {number}: expected a JSON object, found {line[:60]!r} ({error}); "
-                    f"download the file again from {source}"
+                    f"{path}, line {number}{column}: expected a JSON object in the form of {source}, found "
+                    f"{line[:60]!r} ({json_reason(error, line.decode(errors='replace'))})"
                 ) from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
             found = True
             yield record
     if not found:
-        raise ValueError(f"{path} is empty: expected one JSON object a line; download it again from {source}")
+        raise ValueError(f"{path} is empty: expected one JSON object a line in the form of {source}")
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -109,6 +112,36 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
         found = brief(value) if name in record else "no such field"
         raise ValueError(f"{where}: expected {name!r} to be {expected}, found {found}")
     return value
+
+
+def json_fault(path: Path, error: Exception, encoding: str = "utf-8-sig") -> tuple[str, str]:
+    """Return where a file is no JSON, by line and column if it is not too large, and why.
+
+    Args:
+        path: The file.
+        error: What ijson says, whose own places are those of a chunk.
+        encoding: Of the file.
+    """
+    where, reason = f"{path}", " ".join(str(error).removesuffix("(right here) ------^\n").split())[:200]
+    if path.stat().st_size <= LONGEST_PARSED:
+        text = ""
+        try:
+            text = path.read_text(encoding)
+            json.loads(text)
+        except (ValueError, RecursionError) as again:
+            reason = json_reason(again, text)
+            if isinstance(again, json.JSONDecodeError):
+                where = f"{path}, line {again.lineno}, column {again.colno}"
+    return where, reason
+
+
+def json_reason(error: Exception, text: str) -> str:
+    """Return why a text is no JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        if text[: error.pos].rstrip().endswith(","):
+            return "a comma stands before the closing bracket, or a value is missing behind it"
+        return error.msg
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def brief(value: Any) -> str:
@@ -156,11 +189,11 @@ def _json(path: Path, source: str) -> Iterator[_Shallow]:
         try:
             yield _Shallow(file, count)
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            # Of ijson's lines the last points at a column of the one before.
-            problem = " ".join(str(error).removesuffix("(right here) ------^\n").split())
+            where, reason = json_fault(path, error)
+            place = f"before byte {file.tell():,}: " if where == str(path) else ""
             raise ValueError(
-                f"{path} is cut short or damaged before byte {file.tell():,}: {problem:.200}; download it "
-                f"again from {source}"
+                f"{where}: the file is cut short or damaged: {place}{reason}; expected whole JSON as it is "
+                f"published at {source}"
             ) from None
 
 

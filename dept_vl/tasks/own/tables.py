@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from dept_vl._utils.embedded import embedded_path, open_arrow
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.io.records import brief
+from dept_vl.tasks.io.records import brief, json_fault, json_reason
 
 Record = dict[str, Any]
 Numbered = Iterator[tuple[int, Record]]
@@ -24,8 +24,6 @@ UNITS = {".csv": "line", ".tsv": "line", ".jsonl": "line", ".ndjson": "line"}
 DELIMITERS = ",\t;|"
 LONGEST_CELL = 1 << 27
 """Characters of a cell of CSV: a data URL of an image may be long."""
-LONGEST_PARSED = 1 << 26
-"""Bytes of a damaged JSON file that is parsed again to find the line of the fault."""
 BATCH_ROWS = 1000
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
@@ -74,19 +72,11 @@ def _object(path: Path, number: int, text: str) -> Record:
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(
             f"{place(path, number)}{column}: expected one JSON object a line, found {text[:60]!r} "
-            f"({_reason(error, text)})"
+            f"({json_reason(error, text)})"
         ) from None
     if not isinstance(record, dict):
         raise UsageError(f"{place(path, number)}: expected a JSON object, found {brief(record)}")
     return record
-
-
-def _reason(error: Exception, text: str) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        if text[: error.pos].rstrip().endswith(","):
-            return "a comma stands before the closing bracket, or a value is missing behind it"
-        return error.msg
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _undecodable(path: Path) -> int:
@@ -241,16 +231,7 @@ class _json_errors:  # used like a function
             raise UsageError(f"{self.path}: {_not_text(error)}") from None
         if not isinstance(error, ijson.JSONError):
             return
-        where, reason = f"{self.path}", " ".join(str(error).split())[:120]
-        if self.path.stat().st_size <= LONGEST_PARSED:
-            with text_of(self.path) as file:
-                text = file.read()
-            try:
-                json.loads(text)
-            except (ValueError, RecursionError) as again:
-                reason = _reason(again, text)
-                if isinstance(again, json.JSONDecodeError):
-                    where = f"{self.path}, line {again.lineno}, column {again.colno}"
+        where, reason = json_fault(self.path, error, encoding_of(self.path))
         raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
 
 

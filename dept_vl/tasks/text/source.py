@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dept_vl._utils.io import one_line
 from dept_vl.tasks.io.records import read_array, read_lines
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
@@ -93,7 +95,7 @@ def open_source(
             f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {published.placing(split)}"
         )
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return Source(f"{files[0]}{others}", files, _read_files(files, needed, wanted))
+    return Source(f"{files[0]}{others}", files, _read_files(published, files, needed, wanted))
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
@@ -153,33 +155,52 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
 
 
 def _read_files(
-    files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
+    published: DatasetName, files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
+    name = published.dataset or published.task
     for path in files:
         if path.suffix == ".parquet":
             yield from _read_parquet(path, needed, wanted)
         elif path.suffix in (".csv", ".tsv"):
             yield from _read_csv(path, needed)
         elif _is_list(path):
-            yield from read_array(path, "its publisher")
+            yield from read_array(path, name)
         else:
-            yield from read_lines(path, "its publisher")
+            yield from read_lines(path, name)
 
 
 def _read_parquet(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    with pq.ParquetFile(path) as file:
-        found = file.schema_arrow.names
-        check_columns(str(path), needed, found)
-        columns = [name for name in (*needed, *wanted) if name in found]
-        for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-            yield from batch.to_pylist()
+    row = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            found = file.schema_arrow.names
+            check_columns(str(path), needed, found)
+            columns = [name for name in (*needed, *wanted) if name in found]
+            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+                row += len(batch)
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is no whole Parquet file, after row {row:,}: {one_line(error)}") from None
 
 
 def _read_csv(path: Path, needed: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        check_columns(str(path), needed, reader.fieldnames or [])
-        yield from reader
+    line = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+            names = reader.fieldnames or []
+            check_columns(str(path), needed, names)
+            for row in reader:
+                if len(row) != len(names) or None in row.values():
+                    cells = [cell for cell in row.values() if cell is not None]
+                    raise ValueError(
+                        f"{path}, line {reader.line_num}: expected {len(names)} cells, as the header has, "
+                        f"found {len(cells) if None not in row else 'more'}"
+                    )
+                line = reader.line_num
+                yield row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, after line {line}: expected rows in UTF-8: {one_line(error)}") from None
 
 
 def _is_list(path: Path) -> bool:
