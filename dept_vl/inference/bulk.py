@@ -30,6 +30,7 @@ from torch.utils.data import Dataset
 from dept_vl._utils.checksums import checksum
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, write_json, writing
+from dept_vl._utils.printable import say
 from dept_vl._utils.terminal import Count, duration
 from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
 from dept_vl.data import workers
@@ -88,12 +89,12 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
                 unread += _write(file, table, pairs, output)
                 count.add(len(pairs))
     seconds, count_now = perf_counter() - started, len(table) - begun
-    accelerator.print(
+    say(
         f"{output}: {len(table):,} answers, {count_now:,} of them now, in {duration(seconds)}: "
         f"{count_now / seconds:,.1f} rows a second on {processes} process{'es' * (processes > 1)}"
     )
     if unread:
-        accelerator.print(f"warning: {unread:,} rows have no readable image and the answer null")
+        say(f"warning: {unread:,} rows have no readable image and the answer null")
     return output
 
 
@@ -117,7 +118,7 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
             "where they are"
         )
     for note in table.notes:
-        accelerator.print(f"note: {note}")
+        say(f"note: {note}")
     check_source_lengths(
         table, config.split, predictor.model.backbone.tokenizer, predictor.max_source_length, accelerator
     )

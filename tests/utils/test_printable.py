@@ -1,7 +1,10 @@
 """What strangers wrote, where it is shown."""
 
+from pathlib import Path
+
 import pytest
 
+import dept_vl
 from dept_vl._utils.printable import markdown_text, printable, say, warn
 
 
@@ -48,3 +51,9 @@ def test_markup_is_none(text: str) -> None:
 @pytest.mark.parametrize("text", ["question_type/is", "yes/no (0-100)", "refused [2]", "<= 0.70", "A & B"])
 def test_usual_text_is_readable(text: str) -> None:
     assert markdown_text(text) == text
+
+
+def test_the_package_prints_in_one_place() -> None:
+    """The linter sees `print`, not that of accelerate."""
+    package = Path(dept_vl.__file__).parent
+    assert [path for path in package.rglob("*.py") if "accelerator.print" in path.read_text()] == []
