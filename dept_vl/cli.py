@@ -27,6 +27,7 @@ from dept_vl.config import (
     PredictConfig,
     ReportConfig,
     RunConfig,
+    ServeConfig,
     read_config,
     validate,
 )
@@ -222,6 +223,17 @@ def demo(arguments: list[str]) -> None:
     serve(config)
 
 
+def serve(arguments: list[str]) -> None:
+    """Answer requests in the form of OpenAI's chat completions, for any number of adapters."""
+    config = parse_options(ServeConfig, arguments, "dept-vl serve", serve.__doc__)
+    for source in config.adapters:
+        _check_source("--adapters", source)
+    _check_exists("--token_file", config.token_file)
+    from dept_vl.inference.server import serve as run
+
+    run(config)
+
+
 COMMANDS: dict[str, Command] = {
     "train": train,
     "evaluate": evaluate,
@@ -232,6 +244,7 @@ COMMANDS: dict[str, Command] = {
     "transfer": transfer,
     "report": report,
     "demo": demo,
+    "serve": serve,
 }
 """The sub-commands of `dept-vl`."""
 

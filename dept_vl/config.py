@@ -459,6 +459,42 @@ class DemoConfig(Options):
 
 
 @dataclass(frozen=True)
+class ServeConfig(Options):
+    """What is served where, and what requests may be."""
+
+    adapters: tuple[str, ...]
+    """Folders of runs or adapters, or names on the Hub, all of one backbone."""
+    backbone: Path | None = None
+    """What they were trained on, if it is not where the first says: a folder, or VISION+LANGUAGE."""
+    host: str = "127.0.0.1"
+    """Address to listen at; whoever reaches another than the default has to know a token."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0 takes a free one."""
+    token_file: Path | None = None
+    """File with the token that requests have to bear; left out, DEPT_VL_TOKEN in the environment."""
+    allow_adapter_changes: bool = False
+    """Let requests add adapters (POST /v1/adapters) and remove them (DELETE /v1/adapters/NAME)."""
+    allow_urls: bool = False
+    """Fetch images from public http and https addresses, besides data URLs."""
+    device: str | None = None
+    """cpu, cuda or mps; left out, all NVIDIA GPUs if there are any. CUDA_VISIBLE_DEVICES picks among them."""
+    copies: Positive = 1
+    """Of the model on each device, each in a process of its own."""
+    max_batch_size: Positive = 32
+    """Questions answered together, whichever adapters they are for."""
+    max_wait_ms: Rate = 5.0
+    """Milliseconds that a question waits for others to be answered with."""
+    max_requests: Positive = 1024
+    """Requests at a time, those that wait included; more are refused."""
+    max_request_mb: Positive = 32
+    """Megabytes of a request."""
+    max_question: Positive = 1000
+    """Characters of a question."""
+    timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    """Seconds for a request to come, and again for its answer."""
+
+
+@dataclass(frozen=True)
 class ReportConfig(Options):
     """Which run."""
 

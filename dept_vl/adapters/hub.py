@@ -3,7 +3,7 @@
 A repository holds the two files of an adapter at its top, and a model card.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -40,6 +40,23 @@ def adapter_folder(
             "like user/adapter"
         )
     return _download(name_or_folder, revision, token)
+
+
+def names_of(sources: Sequence[str]) -> dict[str, str]:
+    """Adapters by the names that they are shown under: the shortest ends of their paths that differ.
+
+    Raises:
+        ValueError: If one is named twice.
+    """
+    if len(set(sources)) != len(sources):
+        raise ValueError(f"an adapter is named twice: {', '.join(sources)}")
+    parts = {source: Path(source).parts for source in sources}
+    longest = max((len(part) for part in parts.values()), default=1)
+    for count in range(1, longest + 1):
+        ends = ["/".join(parts[source][-count:]) for source in sources]
+        if len(set(ends)) == len(ends):
+            return dict(zip(ends, sources, strict=True))
+    return {source: source for source in sources}
 
 
 def push(

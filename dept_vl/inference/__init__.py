@@ -1,12 +1,14 @@
-"""From questions to answers: decoding, evaluation, a predictor, rows with different adapters.
+"""From questions to answers: decoding, evaluation, a predictor, rows with different adapters, a server.
 
-The same question gets the same answer in evaluation, prediction and the demo.
+The same question gets the same answer in evaluation, prediction, the demo and from the server.
 """
 
 __all__ = [
     "bulk",
+    "chat",
     "decoding",
     "demo",
+    "endpoints",
     "evaluate",
     "gate",
     "given",
@@ -15,4 +17,6 @@ __all__ = [
     "mixed",
     "predict",
     "predictor",
+    "replica",
+    "server",
 ]

@@ -1,7 +1,6 @@
 """A page on which images are uploaded, questions asked and adapters picked."""
 
 import atexit
-import ipaddress
 import os
 import secrets
 import shutil
@@ -21,8 +20,9 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import FORMATS, ImageSource, read_image
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import markdown_text, printable, say
+from dept_vl.adapters.hub import names_of
 from dept_vl.config import DemoConfig
-from dept_vl.inference.gate import MOST_UPLOADED, Gate, upload_at
+from dept_vl.inference.gate import MOST_UPLOADED, PageGate, is_loopback, upload_at
 from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 
@@ -47,23 +47,6 @@ STYLE = """
 .problem {color: #7a2e0e; background: #fffaeb; border: 1px solid #fec84b; border-radius: 8px; padding: 12px}
 footer {display: none !important}
 """
-
-
-def names_of(sources: Sequence[str]) -> dict[str, str]:
-    """Adapters by the names that they are shown under: the shortest ends of their paths that differ.
-
-    Raises:
-        ValueError: If one is named twice.
-    """
-    if len(set(sources)) != len(sources):
-        raise ValueError(f"an adapter is named twice: {', '.join(sources)}")
-    parts = {source: Path(source).parts for source in sources}
-    longest = max((len(part) for part in parts.values()), default=1)
-    for count in range(1, longest + 1):
-        ends = ["/".join(parts[source][-count:]) for source in sources]
-        if len(set(ends)) == len(ends):
-            return dict(zip(ends, sources, strict=True))
-    return {source: source for source in sources}
 
 
 def describe(predictor: Predictor) -> str:
@@ -288,7 +271,7 @@ def launch(
         quiet=True,
         max_file_size=MOST_UPLOADED,
         state_session_capacity=MOST_SESSIONS,
-        app_kwargs={"middleware": [(Gate, (), {"folder": folder, "password": password})]},
+        app_kwargs={"middleware": [(PageGate, (), {"folder": folder, "password": password})]},
         footer_links=[],
         ssr_mode=False,
         theme=gradio.themes.Soft(font=fonts, font_mono=["ui-monospace", "monospace"]),
@@ -298,14 +281,6 @@ def launch(
         say(f"serving at {address}; Ctrl-C ends it")
         page.block_thread()
     return str(address)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a page at this address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def uploads_folder() -> Path:

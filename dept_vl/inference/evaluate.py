@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from jaxtyping import Int
+from torch import Tensor
 
 from dept_vl._utils.terminal import counted
 from dept_vl.data import workers as readers
@@ -67,7 +69,11 @@ def decode(
             spellings(tokenizer, of_row).get(text, text)
             for text, of_row in zip(texts, batch.choices, strict=True)
         ]
-    tokens = (generate or model.generate)(**inputs, **options)
+    return written(tokenizer, (generate or model.generate)(**inputs, **options), spelled)
+
+
+def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Mapping[str, str]) -> list[str]:
+    """Generated tokens as answers, a candidate as it is spelled."""
     return [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
 
 

@@ -1,15 +1,17 @@
-"""What a request to the page may be: Gradio answers much more than the page asks, and takes a request's word.
+"""What stands in front of the page and of the server: who may send which requests, how many and how large.
 
-In front of it stands a gate that knows the few addresses of the page, bounds what they are sent, asks for the
-password, and leaves of a question nothing but texts and names of uploads.
+Gradio answers much more than the page asks, and takes a request's word: the page's gate knows the few
+addresses of the page, asks for the password, and leaves of a question nothing but texts and names of uploads.
 """
 
 import asyncio
 import base64
 import binascii
+import ipaddress
 import json
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,17 +46,44 @@ SENT = re.compile(rf"{ASK}|{UPLOAD}|{API}/(?:cancel|reset)")
 KEPT_OF_QUESTION = ("data", "fn_index", "trigger_id", "session_hash")
 
 
-class Gate:
-    """The gate, as a middleware of ASGI.
+class Refused(Exception):
+    """A request that is not handed on.
+
+    Args:
+        status: Of the response.
+        text: What is wrong, for whoever asked.
+        code: The same in a word, for programs.
+        param: The part of the request that is wrong.
+    """
+
+    def __init__(self, status: int, text: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(text)
+        self.status, self.code, self.param = status, code, param
+
+
+class Gate(ABC):
+    """A gate, as a middleware of ASGI; what it lets through is up to its kind.
 
     Args:
         app: What is behind it.
-        folder: Where uploads are.
-        password: Asked for by HTTP Basic, with any user name; None for none.
+        password: That requests have to know; None for none.
+        most_open: Requests at a time.
+        longest: Seconds for all of a request and its response.
     """
 
-    def __init__(self, app: App, *, folder: Path, password: str | None) -> None:
-        self.app, self.folder, self.password = app, folder, password
+    when_busy = 503
+    """Status for requests beyond `most_open`."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        password: str | None,
+        most_open: int = MOST_OPEN,
+        longest: float = LONGEST_REQUEST,
+    ) -> None:
+        self.app, self.password = app, password
+        self.most_open, self.longest = most_open, longest
         self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,61 +92,101 @@ class Gate:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
-        elif self.open >= MOST_OPEN:
-            await _refuse(send, _Refused(503, "busy: try again in a while"))
         else:
-            await self._in_time(scope, receive, send)
+            await self._in_time(scope, _Body(receive), send)
 
-    async def _in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.open += 1
+    async def _in_time(self, scope: Scope, body: "_Body", send: Send) -> None:
         answer = _Answer(send)
+        busy = self.open >= self.most_open
+        self.open += not busy
         try:
-            async with asyncio.timeout(None if STREAMS.fullmatch(scope["path"]) else LONGEST_REQUEST):
-                await self.app(*await self._passed(scope, receive), answer)
-        except _Refused as refused:
-            if refused.status == 413:
-                # Whoever is still sending would lose the connection instead of hearing why.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LONGEST_REQUEST):
-                        while (await receive()).get("more_body"):
-                            pass
-            await _refuse(send, refused)
+            async with asyncio.timeout(None if self.is_stream(scope) else self.longest):
+                if busy:
+                    raise Refused(self.when_busy, "busy: try again in a while", code="busy")
+                await self.app(*await self.passed(scope, body), answer)
+        except Refused as refused:
+            # Whoever is still sending would lose the connection instead of hearing why.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.longest):
+                    while body.coming:
+                        await body()
+            await self.refuse(send, refused)
         except TimeoutError:
             if answer.begun:
                 raise
-            await _refuse(send, _Refused(408, "this took too long"))
+            await self.refuse(send, Refused(408, "this took too long", code="timeout"))
         finally:
-            self.open -= 1
+            self.open -= not busy
 
-    async def _passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """The request as it is handed on; raises `_Refused` if it is not."""
+    @abstractmethod
+    async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """The request as it is handed on.
+
+        Raises:
+            Refused: If it is not.
+        """
+
+    @abstractmethod
+    async def refuse(self, send: Send, refused: Refused) -> None:
+        """Answer a request that is not handed on."""
+
+    def is_stream(self, scope: Scope) -> bool:
+        """Whether a response is open as long as whoever asked wants it."""
+        return False
+
+    async def knows(self, word: bytes) -> bool:
+        """Whether this is the password; if not, only after a while."""
+        if self.password is None or secrets.compare_digest(word, self.password.encode()):
+            return True
+        await asyncio.sleep(AFTER_WRONG_PASSWORD)
+        return False
+
+
+class PageGate(Gate):
+    """The page's gate, which asks for the password by HTTP Basic, with any user name.
+
+    Args:
+        app: See `Gate`.
+        folder: Where uploads are.
+        password: See `Gate`.
+    """
+
+    def __init__(self, app: App, *, folder: Path, password: str | None) -> None:
+        super().__init__(app, password=password)
+        self.folder = folder
+
+    def is_stream(self, scope: Scope) -> bool:
+        """See `Gate.is_stream`."""
+        return STREAMS.fullmatch(scope["path"]) is not None
+
+    async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """See `Gate.passed`."""
         path, method = scope["path"], scope["method"]
-        headers = {name.lower(): value for name, value in scope["headers"]}
+        headers = headers_of(scope)
         # Gradio asks for this itself as it starts; there is nothing to learn from it.
         if path != READY and not await self._knows_password(headers):
-            raise _Refused(401, "a password is needed")
+            raise Refused(401, "a password is needed")
         allowed = {"GET": (READ, STREAMS), "HEAD": (READ,), "POST": (SENT,)}.get(method, ())
         known = any(pattern.fullmatch(path) for pattern in allowed) and ".." not in path
         if not known or (path.startswith(FILE) and upload_at(path[len(FILE) :], self.folder) is None):
-            raise _Refused(404, "there is nothing here")
+            raise Refused(404, "there is nothing here")
         if method == "POST":
-            await self._check_size(path, headers)
+            check_size(headers, MOST_UPLOADED + MOST_ASKED if path == UPLOAD else MOST_ASKED)
+            if path == UPLOAD and await asyncio.to_thread(stored, self.folder) > MOST_STORED:
+                raise Refused(503, "no room for uploads: try again in an hour")
         if path != ASK:
             return scope, receive
         try:
-            return _with_body(scope, cleaned(await _read(receive)))
+            return _with_body(scope, cleaned(await read_body(receive)))
         except (ValueError, RecursionError):
-            raise _Refused(400, "this is no question of the page") from None
+            raise Refused(400, "this is no question of the page") from None
 
-    async def _check_size(self, path: str, headers: MutableMapping[bytes, bytes]) -> None:
-        most = MOST_UPLOADED + MOST_ASKED if path == UPLOAD else MOST_ASKED
-        length = headers.get(b"content-length", b"")
-        if not length.isdigit() or b"transfer-encoding" in headers:
-            raise _Refused(411, "the length has to be said")
-        if int(length[:20]) > most:
-            raise _Refused(413, f"at most {most:,} bytes are taken")
-        if path == UPLOAD and await asyncio.to_thread(stored, self.folder) > MOST_STORED:
-            raise _Refused(503, "no room for uploads: try again in an hour")
+    async def refuse(self, send: Send, refused: Refused) -> None:
+        """Answer as FastAPI does, so that the page shows it."""
+        basic = {b"www-authenticate": b'Basic realm="dept_vl", charset="UTF-8"'}
+        await send_json(
+            send, refused.status, {"detail": str(refused)}, basic if refused.status == 401 else {}
+        )
 
     async def _knows_password(self, headers: MutableMapping[bytes, bytes]) -> bool:
         if self.password is None:
@@ -125,11 +194,36 @@ class Gate:
         kind, _, given = headers.get(b"authorization", b"").partition(b" ")
         if kind.lower() != b"basic":
             return False
-        with suppress(binascii.Error):
+        try:
             _, _, word = base64.b64decode(given.strip()).partition(b":")
-            if secrets.compare_digest(word, self.password.encode()):
-                return True
-        await asyncio.sleep(AFTER_WRONG_PASSWORD)
+        except binascii.Error:
+            word = b""
+        return await self.knows(word)
+
+
+def headers_of(scope: Scope) -> dict[bytes, bytes]:
+    """The headers of a request by their names in small letters."""
+    return {name.lower(): value for name, value in scope["headers"]}
+
+
+def check_size(headers: MutableMapping[bytes, bytes], most: int) -> None:
+    """Check how long a request says that its body is.
+
+    Raises:
+        Refused: If it does not say, or the body is too long.
+    """
+    length = headers.get(b"content-length", b"")
+    if not length.isdigit() or b"transfer-encoding" in headers:
+        raise Refused(411, "the length has to be said", code="length_required")
+    if int(length[:20]) > most:
+        raise Refused(413, f"at most {most:,} bytes are taken", code="request_too_large")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a page at this address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
         return False
 
 
@@ -183,6 +277,18 @@ def stored(folder: Path) -> int:
     return total
 
 
+class _Body:
+    """Notes whether there is more of a request's body to come."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive, self.coming = receive, True
+
+    async def __call__(self) -> MutableMapping[str, Any]:
+        message = await self.receive()
+        self.coming = self.coming and bool(message.get("more_body"))
+        return message
+
+
 class _Answer:
     """Notes whether a response has begun."""
 
@@ -194,26 +300,22 @@ class _Answer:
         await self.send(message)
 
 
-class _Refused(Exception):
-    """A request that is not handed on."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-async def _refuse(send: Send, refused: _Refused) -> None:
-    # As FastAPI says it, so that the page shows it.
-    body = json.dumps({"detail": str(refused)}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refused.status == 401:
-        headers.append((b"www-authenticate", b'Basic realm="dept_vl", charset="UTF-8"'))
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+async def send_json(
+    send: Send, status: int, content: dict[str, Any], headers: MutableMapping[bytes, bytes]
+) -> None:
+    """Answer with JSON."""
+    body = json.dumps(content).encode()
+    usual = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*usual, *headers.items()]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def _read(receive: Receive) -> bytes:
-    """A request's body, which is as long as the request has said."""
+async def read_body(receive: Receive) -> bytes:
+    """A request's body, which is as long as the request has said.
+
+    Raises:
+        ValueError: If the connection is closed before it has come.
+    """
     parts = []
     while True:
         message = await receive()

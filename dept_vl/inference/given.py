@@ -1,17 +1,14 @@
 """Images as callers have them: files, their content, Pillow images, arrays, tensors, rows of `datasets`."""
 
-import base64
-import binascii
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 import torch
 from PIL import Image
 
-from dept_vl._utils.images import ImageSource
+from dept_vl._utils.images import ImageSource, data_url_bytes
 
 CHANNELS = (1, 3, 4)
 KINDS = (
@@ -71,7 +68,7 @@ def as_image(given: Any, name: str = "image") -> ImageSource:
         ValueError: If it is none of these.
     """
     if isinstance(given, str) and given[:5].lower() == "data:":
-        return _of_url(given, name)
+        return data_url_bytes(given, name)
     if isinstance(given, str | Path | bytes | Image.Image):
         return given
     if isinstance(given, bytearray | memoryview):
@@ -101,18 +98,6 @@ def _list(given: Any) -> list[Any]:
     if not isinstance(given, Iterable):
         raise ValueError(f"images: expected {KINDS}, or several; found {type(given).__name__}")
     return list(given)
-
-
-def _of_url(url: str, name: str) -> bytes:
-    """The content of a data URL."""
-    kind, comma, data = url.partition(",")
-    try:
-        if not comma:
-            raise ValueError("it has no comma")
-        content = unquote_to_bytes(data)
-        return base64.b64decode(content, validate=True) if kind.endswith(";base64") else content
-    except (ValueError, binascii.Error) as error:
-        raise ValueError(f"{name}: expected a data URL, data:image/png;base64,...: {error}") from None
 
 
 def _of_array(given: Any, channels_at: tuple[int, int], name: str) -> Image.Image:

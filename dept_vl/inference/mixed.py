@@ -16,6 +16,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowProjections, RowPrompts
 from dept_vl.tasks import TASKS
+from dept_vl.tasks.base import Task
 
 Names = Sequence[str | None]
 """Adapter of each row; None is the backbone alone."""
@@ -27,7 +28,8 @@ class ManyAdapters:
     Args:
         backbone: As it was before any of them.
         predictors: Loaded on it (`load(..., backbone=backbone)`).
-        base_task: How rows without adapter are asked; None takes the first adapter's task.
+        base_task: How rows without adapter are asked; None takes the first adapter's task. With it there
+            may be no adapter.
 
     Attributes:
         predictors: By adapter's name; None is the backbone alone.
@@ -38,9 +40,9 @@ class ManyAdapters:
     """
 
     def __init__(
-        self, backbone: Backbone, predictors: Mapping[str, Predictor], *, base_task: str | None = None
+        self, backbone: Backbone, predictors: Mapping[str, Predictor], *, base_task: str | Task | None = None
     ) -> None:
-        if not predictors:
+        if not predictors and base_task is None:
             raise ValueError("expected one adapter or more, found none")
         self.predictors: dict[str | None, Predictor] = {}
         for name, predictor in predictors.items():
@@ -52,7 +54,9 @@ class ManyAdapters:
                     "cannot share it"
                 )
         self.backbone = backbone.eval()
-        task = next(iter(predictors.values())).task if base_task is None else TASKS[base_task]
+        if base_task is None:
+            base_task = next(iter(predictors.values())).task
+        task = TASKS[base_task] if isinstance(base_task, str) else base_task
         self.predictors[None] = Predictor(PromptedModel(backbone), None, task, task.decoding, LONGEST_TEXT)
         self._places = {name: place for place, name in enumerate(self.predictors)}
         adapters = [predictor.adapter for predictor in self.predictors.values()]
@@ -103,11 +107,12 @@ class ManyAdapters:
         )
         rows = zip(predictors, questions, images, strict=True)
         name_of = {id(predictor): name for name, predictor in self.predictors.items()}
-        answers = answer_all(
+        replies = answer_all(
             [Ask(*row) for row in rows],
             lambda asks: self.model([name_of[id(ask.predictor)] for ask in asks]),
             batch_size,
         )
+        answers = [reply.text for reply in replies]
         return answers[0] if alone else answers
 
     def model(self, adapters: Names) -> PromptedModel:

@@ -21,7 +21,7 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.inference.decoding import generation_options, spellings
-from dept_vl.inference.evaluate import decode
+from dept_vl.inference.evaluate import written
 from dept_vl.inference.given import as_images
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
@@ -95,7 +95,7 @@ class Predictor:
             questions=([question], True) if isinstance(question, str) else (list(question), False),
         )
         asks = [Ask(self, *one) for one in zip(questions, images, strict=True)]
-        answers = answer_all(asks, lambda _: self.model, batch_size)
+        answers = [reply.text for reply in answer_all(asks, lambda _: self.model, batch_size)]
         return answers[0] if single else answers
 
     @cached_property
@@ -112,12 +112,12 @@ class Ask:
     Attributes:
         predictor: Answers it.
         question: The text of it.
-        images: What it is about.
+        images: What it is about; a tensor is pixels as `features.load_pixels` makes them.
     """
 
     predictor: Predictor
     question: str
-    images: tuple[ImageSource, ...]
+    images: tuple[ImageSource | torch.Tensor, ...]
 
     def source(self) -> str:
         """What the encoder reads.
@@ -142,6 +142,23 @@ class Ask:
         return text
 
 
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what it took.
+
+    Attributes:
+        text: The answer.
+        read: Tokens that the encoder read: of the text and of the images, without the prompt.
+        written: Tokens that were generated, the end of text included.
+        whole: Whether the text came to its end; otherwise it was as long as it may be.
+    """
+
+    text: str
+    read: int
+    written: int
+    whole: bool
+
+
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     """Lists of one length, a single item repeated; and whether all were single.
 
@@ -162,7 +179,7 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
 @torch.no_grad()
 def answer_all(
     asks: Sequence[Ask], model_of: Callable[[Sequence[Ask]], PromptedModel], batch_size: int
-) -> list[str]:
+) -> list[Reply]:
     """The answer to each question.
 
     Questions that are decoded alike, about as many images each, go through the model together, whoever is
@@ -179,7 +196,7 @@ def answer_all(
     groups: dict[tuple[int, Decoding], list[int]] = {}
     for place, ask in enumerate(asks):
         groups.setdefault((len(ask.images), ask.predictor.decoding), []).append(place)
-    answers = [""] * len(asks)
+    replies: dict[int, Reply] = {}
     device = backbone.device
     batches = [
         alike[start : start + batch_size]
@@ -191,15 +208,22 @@ def answer_all(
             options, spelled = asks[places[0]].predictor.generation
             rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
             batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
-            texts = decode(model_of([asks[n] for n in places]), batch, options, spelled)
-            for n, text in zip(places, texts, strict=True):
-                answers[n] = asks[n].predictor.task.written(text)
+            tokens = model_of([asks[n] for n in places]).generate(**batch.inputs(), **options)
+            texts = written(backbone.tokenizer, tokens, spelled)
+            visual = batch.visual_features
+            read = batch.attention_mask.sum(1) + (0 if visual is None else visual[0, :, :, 0].numel())
+            ends = tokens == backbone.tokenizer.eos_token_id
+            lengths = ends.int().argmax(1) + 1
+            for row, (n, text) in enumerate(zip(places, texts, strict=True)):
+                whole = bool(ends[row].any())
+                length = int(lengths[row]) if whole else tokens.shape[1]
+                replies[n] = Reply(asks[n].predictor.task.written(text), int(read[row]), length, whole)
             count.add(len(places))
-    return answers
+    return [replies[place] for place in range(len(asks))]
 
 
 def encode_images(
-    backbone: Backbone, groups: Sequence[tuple[ImageSource, ...]]
+    backbone: Backbone, groups: Sequence[tuple[ImageSource | torch.Tensor, ...]]
 ) -> tuple[FeatureTable | None, list[tuple[Path, ...]]]:
     """Visual features of images, and their names in the table, by group.
 
@@ -215,12 +239,12 @@ def encode_images(
     """
     vision = backbone.vision
     numbers: dict[Any, int] = {}
-    distinct: list[ImageSource] = []
+    distinct: list[ImageSource | torch.Tensor] = []
     names = []
     for group in groups:
         keys = []
         for image in group:
-            key = id(image) if isinstance(image, Image.Image) else image
+            key = id(image) if isinstance(image, Image.Image | torch.Tensor) else image
             if key not in numbers:
                 numbers[key] = len(distinct)
                 distinct.append(image)
@@ -239,8 +263,10 @@ def encode_images(
     return FeatureTable([torch.cat(parts)], places, {}), names
 
 
-def _read(vision: VisionEncoder, image: ImageSource, number: int, count: int) -> torch.Tensor:
+def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int, count: int) -> torch.Tensor:
     """Pixels of an image; an error says which of several it is."""
+    if isinstance(image, torch.Tensor):
+        return image
     try:
         return load_pixels(vision, image)
     except (ValueError, FileNotFoundError) as error:

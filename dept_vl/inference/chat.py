@@ -1,0 +1,287 @@
+"""Chat completions in OpenAI's form: what is read of a request, how answers and refusals are written.
+
+A question is one user message with text and images. Options that would change an answer and that decoding
+does not have are refused by name; those that cannot change one are ignored.
+"""
+
+import asyncio
+import ipaddress
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dept_vl._utils.images import data_url_bytes
+from dept_vl.inference.gate import MOST_UPLOADED, Refused
+
+LONGEST_FETCH = 10.0
+"""Seconds for an image from another server."""
+PORTS = {"http": 80, "https": 443}
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""OpenAI's words for kinds of refusals; others are `invalid_request_error`, or `server_error` from 500 on."""
+T = TypeVar("T", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Text(_Strict):
+    """Words of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Strict):
+    """Where an image is: a data URL, or an address if that is allowed."""
+
+    url: str
+    detail: str | None = None
+
+
+class Picture(_Strict):
+    """An image of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class Message(_Strict):
+    """The question."""
+
+    role: Literal["user"]
+    content: str | list[Annotated[Text | Picture, Field(discriminator="type")]]
+    name: str | None = None
+
+
+class StreamOptions(_Strict):
+    """What a stream has at its end."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ChatRequest(_Strict):
+    """A question to a model; options that are not named here are refused."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Taken as long as they ask for what is done in any case: one answer, the likeliest.
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=0)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logprobs: Literal[False] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    stop: Annotated[list[str], Field(max_length=0)] | None = None
+    # Ignored: they change nothing.
+    top_p: float | None = None
+    seed: int | None = None
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    @property
+    def question(self) -> str:
+        """The text of the message."""
+        content = self.messages[0].content
+        if isinstance(content, str):
+            return content
+        return "\n".join(part.text for part in content if isinstance(part, Text))
+
+    @property
+    def images(self) -> list[str]:
+        """Where the images of the message are."""
+        content = self.messages[0].content
+        parts = [] if isinstance(content, str) else content
+        return [part.image_url.url for part in parts if isinstance(part, Picture)]
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that the answer may have; None leaves it to the adapter."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class NewAdapter(_Strict):
+    """An adapter to be added while the server runs."""
+
+    source: Annotated[str, Field(min_length=1, max_length=4096)]
+    """Folder of a run or an adapter, or a name on the Hub."""
+    name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.@/+ -]+$")] | None = None
+    """What requests call it; left out, the end of the source."""
+
+
+def read(kind: type[T], body: bytes) -> T:
+    """A request's body.
+
+    Raises:
+        Refused: With the first thing that is wrong with it.
+    """
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        places = [
+            part for part in first["loc"] if part not in ("text", "image_url") or part == first["loc"][-1]
+        ]
+        param = ".".join(map(str, places)) or None
+        message = first["msg"]
+        if first["type"] == "extra_forbidden":
+            message = "this option is not supported"
+        elif param is not None and param.startswith("messages") and ("role" in param or param == "messages"):
+            message = (
+                "expected one user message with the text and the images of one question; there is no system "
+                "prompt and no conversation"
+            )
+        elif param in ("temperature", "n", "presence_penalty", "frequency_penalty"):
+            message = f"{message}; there is one answer to a question, the likeliest: leave it out"
+        where = "the body: " if param is None else f"{param}: "
+        raise Refused(400, where + message, code="invalid_request", param=param) from None
+
+
+def error_body(refused: Refused) -> dict[str, Any]:
+    """A refusal as OpenAI's clients expect it."""
+    kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
+    fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
+    return {"error": fields}
+
+
+def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
+    """An answer.
+
+    Args:
+        model: Name of the adapter.
+        reply: Text, tokens and notes, of `replica.Replica.predict`.
+    """
+    body = _head("chat.completion", model) | {
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": reply["text"], "refusal": None},
+                "logprobs": None,
+                "finish_reason": reply["finish_reason"],
+            }
+        ],
+        "usage": _usage(reply),
+    }
+    # No field of OpenAI's: clients show it among the extra ones.
+    return body | ({"warnings": reply["notes"]} if reply["notes"] else {})
+
+
+def chunks(model: str, reply: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
+    """The same answer as a stream, which has all of it at once."""
+    head = _head("chat.completion.chunk", model) | ({"usage": None} if usage else {})
+
+    def chunk(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
+        return head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+
+    parts = [
+        chunk({"role": "assistant", "content": reply["text"]}, None),
+        chunk({}, reply["finish_reason"]),
+    ]
+    return [*parts, head | {"choices": [], "usage": _usage(reply)}] if usage else parts
+
+
+def _head(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _usage(reply: dict[str, Any]) -> dict[str, int]:
+    read, written = reply["read"], reply["written"]
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
+    """The content of an image file that a request names.
+
+    Args:
+        url: A data URL, or an address.
+        allow_urls: Whether addresses are fetched.
+        param: Where the request names it.
+
+    Raises:
+        Refused: If it is no such URL, or what it names cannot be had.
+    """
+    scheme = url[:8].partition(":")[0].lower()
+    try:
+        if scheme == "data":
+            return data_url_bytes(url)
+        if scheme not in PORTS:
+            raise ValueError("expected a data URL, data:image/png;base64,...")
+        if not allow_urls:
+            raise ValueError(
+                "this server fetches no images; send them as data URLs, data:image/png;base64,..."
+            )
+        async with asyncio.timeout(LONGEST_FETCH):
+            return await fetch(url)
+    except ValueError as error:
+        raise Refused(400, str(error), code="invalid_image_url", param=param) from None
+    except TimeoutError:
+        text = f"the image did not come within {LONGEST_FETCH:.0f} seconds"
+        raise Refused(400, text, code="invalid_image_url", param=param) from None
+
+
+async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> bytes:
+    """What is at an address, which must not be of this machine or its network.
+
+    The name is looked up once, and that address is the one connected to; redirections are not followed.
+
+    Args:
+        url: Of http or https, at the usual port.
+        allowed: Whether an IP address may be connected to; None takes `is_public`.
+
+    Raises:
+        ValueError: If it is no such address, or nothing of a usable size is there.
+    """
+    import httpx
+
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    try:
+        port = parts.port or PORTS[parts.scheme]
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, ValueError, UnicodeError):
+        raise ValueError(f"there is no server {host!r:.100}") from None
+    addresses = [str(entry[4][0]) for entry in found]
+    # One answer for all, so that nothing is to be learnt of this network.
+    if parts.username is not None or not addresses or not all(map(allowed or is_public, addresses)):
+        raise ValueError(f"images are not fetched from {host!r:.100}")
+    if allowed is None and port != PORTS[parts.scheme]:
+        raise ValueError(f"images are fetched from the ports of http and https alone, not from {port}")
+    target = httpx.URL(url).copy_with(host=addresses[0])
+    try:
+        async with (
+            httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=LONGEST_FETCH) as client,
+            client.stream(
+                "GET",
+                target,
+                headers={"Host": httpx.URL(url).netloc.decode(), "Accept-Encoding": "identity"},
+                extensions={"sni_hostname": host},
+            ) as response,
+        ):
+            if response.status_code != 200:
+                raise ValueError(f"{host} answers {response.status_code} instead of an image")
+            content = bytearray()
+            async for part in response.aiter_raw():
+                content += part
+                if len(content) > MOST_UPLOADED:
+                    raise ValueError(f"the image has more than {MOST_UPLOADED:,} bytes")
+            return bytes(content)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ValueError(f"no image could be fetched from {host}: {type(error).__name__}") from None
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, and not of a machine or a network of somebody's own."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
+    return all(each.is_global and not each.is_multicast and not each.is_reserved for each in (ip, inner))

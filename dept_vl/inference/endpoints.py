@@ -1,0 +1,361 @@
+"""What the server answers at which address: chat completions, models, adapters, health and metrics."""
+
+import asyncio
+import itertools
+import json
+import re
+import signal
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+from litserve import LitAPI, LitServer
+from litserve.specs.base import LitSpec
+from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.config import ServeConfig
+from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
+from dept_vl.inference.gate import (
+    App,
+    Gate,
+    Receive,
+    Refused,
+    Scope,
+    Send,
+    check_size,
+    headers_of,
+    read_body,
+    send_json,
+)
+from dept_vl.inference.replica import BASE, IDLE, Question
+
+KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapters(/.+)?)")
+UNCOUNTED = ("/health", "/metrics")
+"""Answered however many requests there are."""
+MOST_ADAPTERS = 1000
+LONGEST_PAUSE = 30.0
+"""Seconds before a process that keeps dying is started again."""
+ENDINGS = (signal.SIGTERM, signal.SIGINT)
+"""Signals for the server alone, which ends its processes itself once everybody is answered. Others may send
+them to all of its processes: a terminal for Ctrl-C, or systemd."""
+
+
+class Metrics:
+    """What is counted, for Prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        to = {"registry": self.registry}
+        self.answered = Counter("dept_vl_answers", "Questions answered", ["model"], **to)
+        self.refused = Counter("dept_vl_refusals", "Requests refused, by reason", ["reason"], **to)
+        self.seconds = Histogram("dept_vl_seconds", "From the request to its answer", **to)
+        sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        self.batch = Histogram("dept_vl_batch_size", "Questions answered together", buckets=sizes, **to)
+        self.waiting = Gauge("dept_vl_waiting", "Questions that are not answered yet", **to)
+        self.restarts = Counter("dept_vl_restarts", "Processes that died and were started again", **to)
+
+
+@dataclass
+class Model:
+    """An adapter, or the bare backbone, as requests know it."""
+
+    number: str
+    source: str
+    about: dict[str, Any]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def card(self, name: str) -> dict[str, Any]:
+        """As `/v1/models` lists it."""
+        known = {"task": self.about["task"], "images": self.about["images"]}
+        return {"id": name, "object": "model", "created": self.created, "owned_by": "dept_vl"} | known
+
+
+class ServerGate(Gate):
+    """The server's gate, which asks for the token as OpenAI's clients bear it.
+
+    Args:
+        app: See `Gate`.
+        config: Of the server.
+        token: That requests bear.
+        metrics: Count refusals.
+    """
+
+    when_busy = 429
+
+    def __init__(self, app: App, *, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
+        # Time for the request, for its images and for its answer; each has a limit of its own.
+        longest = 3 * config.timeout
+        super().__init__(app, password=token, most_open=config.max_requests, longest=longest)
+        self.most_sent, self.metrics = config.max_request_mb << 20, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `Gate.__call__`."""
+        if scope["type"] == "http" and scope["path"] in UNCOUNTED:
+            try:
+                await self.app(*await self.passed(scope, receive), send)
+            except Refused as refused:
+                await self.refuse(send, refused)
+        else:
+            await super().__call__(scope, receive, send)
+
+    async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """See `Gate.passed`."""
+        headers = headers_of(scope)
+        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+        bears = scope["path"] == "/health" or await self.knows(
+            token.strip() if kind.lower() == b"bearer" else b""
+        )
+        if not bears:
+            raise Refused(401, "a valid token is needed: Authorization: Bearer ...", code="invalid_api_key")
+        if not KNOWN.fullmatch(scope["path"]):
+            raise Refused(404, "there is nothing here", code="not_found")
+        if scope["method"] == "POST":
+            check_size(headers, self.most_sent)
+        return scope, receive
+
+    async def refuse(self, send: Send, refused: Refused) -> None:
+        """Answer as OpenAI does."""
+        self.metrics.refused.labels(refused.code).inc()
+        again = {b"retry-after": b"1"} if refused.status in (429, 503) else {}
+        await send_json(send, refused.status, error_body(refused), again)
+
+
+class ChatSpec(LitSpec):
+    """The addresses of the server, on the queue of LitServe.
+
+    Args:
+        config: Of the server.
+        sources: Adapters by name.
+        metrics: Of the server.
+    """
+
+    def __init__(self, config: ServeConfig, sources: dict[str, str], metrics: Metrics) -> None:
+        super().__init__()
+        self.api_path = "/v1/chat/completions"
+        self.config, self.metrics = config, metrics
+        self.numbers = map(str, itertools.count(1))
+        self.models = {name: Model(next(self.numbers), source, {}) for name, source in sources.items()}
+        self.changing = asyncio.Lock()
+        self.add_endpoint("/health", self.health, ["GET"])
+        self.add_endpoint("/metrics", self.show_metrics, ["GET"])
+        self.add_endpoint("/v1/models", self.list_models, ["GET"])
+        self.add_endpoint("/v1/models/{name:path}", self.show_model, ["GET"])
+        self.add_endpoint(self.api_path, self.chat, ["POST"])
+        self.add_endpoint("/v1/adapters", self.add_adapter, ["POST"])
+        self.add_endpoint("/v1/adapters/{name:path}", self.remove_adapter, ["DELETE"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the processes with the model need of it."""
+        return {"api_path": self.api_path}
+
+    def pre_setup(self, lit_api: LitAPI) -> None:
+        """Called by LitServe once the model is known, which is not started yet."""
+        self.replica = lit_api
+
+    def setup(self, server: LitServer) -> None:
+        """Called by LitServe before it starts a process."""
+        super().setup(server)
+        if self.replica.shared is None:
+            manager: SyncManager = server.manager
+            self.replica.shared = manager.dict()
+            self._share()
+
+    def started(self, server: LitServer) -> None:
+        """Take over what the processes say of the models.
+
+        Raises:
+            UsageError: If an adapter is called like the backbone.
+        """
+        self.server = server
+        about = self.replica.shared["models"]
+        for model in self.models.values():
+            model.about = about[model.number]
+        # Without the folders of this machine.
+        name = "+".join(Path(part).name for part in about[BASE]["backbone"].split("+"))
+        if name in self.models:
+            raise UsageError(
+                f"an adapter and the backbone are both called {name!r}: rename the adapter's folder"
+            )
+        self.models[name] = Model(BASE, "", about[BASE])
+
+    # Addresses
+
+    async def health(self, request: Request) -> Response:
+        """Whether a model is there to answer."""
+        states = list(self.server.workers_setup_status.values())
+        ready = states.count(WorkerSetupStatus.READY)
+        if not ready:
+            raise Refused(503, "no model is ready", code="not_ready")
+        return JSONResponse({"status": "ok", "ready": ready, "processes": len(states)})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """What is counted."""
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
+
+    async def list_models(self, request: Request) -> Response:
+        """Adapters and backbone."""
+        cards = [model.card(name) for name, model in self.models.items()]
+        return JSONResponse({"object": "list", "data": cards})
+
+    async def show_model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["name"]
+        return JSONResponse(self._model(name).card(name))
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a question."""
+        arrived = time.perf_counter()
+        asked = read(ChatRequest, await self._body(request))
+        model = self._model(asked.model)
+        length, most = len(asked.question), self.config.max_question
+        if length > most:
+            text = f"the question has {length:,} characters; at most {most:,} are read"
+            raise Refused(400, text, code="question_too_long", param="messages")
+        count = model.about["images"]
+        if len(asked.images) != count:
+            text = (
+                f"questions to {asked.model} are about {count} image(s); this message has {len(asked.images)}"
+            )
+            raise Refused(400, text, code="wrong_number_of_images", param="messages")
+        fetched = [
+            image_bytes(url, allow_urls=self.config.allow_urls, param="messages") for url in asked.images
+        ]
+        images = tuple(await asyncio.gather(*fetched))
+        question = Question(model.number, model.source, asked.question, images, asked.longest)
+        reply = await self.submit(question, param="messages")
+        self.metrics.answered.labels(asked.model).inc()
+        self.metrics.seconds.observe(time.perf_counter() - arrived)
+        if not asked.stream:
+            return JSONResponse(completion(asked.model, reply))
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        parts = [json.dumps(part) for part in chunks(asked.model, reply, usage=usage)]
+        events = "".join(f"data: {part}\n\n" for part in [*parts, "[DONE]"])
+        return Response(events, media_type="text/event-stream")
+
+    async def add_adapter(self, request: Request) -> Response:
+        """Load an adapter, and list it once it is there."""
+        self._check_changes()
+        new = read(NewAdapter, await self._body(request))
+        name = new.name or Path(new.source).name or new.source
+        async with self.changing:
+            if name in self.models:
+                raise Refused(409, f"there is already a model {name!r}", code="name_taken", param="name")
+            if len(self.models) > MOST_ADAPTERS:
+                text = f"at most {MOST_ADAPTERS} adapters are served: remove one"
+                raise Refused(400, text, code="too_many_adapters")
+            number = next(self.numbers)
+            self._share({number: new.source})
+            try:
+                about = await self.submit(Question(number, new.source, loading=True), param="source")
+            except Refused:
+                self._share()
+                raise
+            self.models[name] = Model(number, new.source, about)
+            return JSONResponse(self.models[name].card(name), status_code=201)
+
+    async def remove_adapter(self, request: Request) -> Response:
+        """Answer what was asked of an adapter, and nothing more."""
+        self._check_changes()
+        name = request.path_params["name"]
+        async with self.changing:
+            if self._model(name).number == BASE:
+                raise Refused(400, f"{name} is the backbone, which stays", code="not_an_adapter")
+            del self.models[name]
+            self._share()
+        return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+    # The queue
+
+    async def submit(self, question: Question, *, param: str) -> dict[str, Any]:
+        """What the processes say to a question.
+
+        Raises:
+            Refused: If they cannot answer, or do not in time.
+        """
+        uid = uuid.uuid4().hex
+        item = self.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
+        self.metrics.waiting.inc()
+        try:
+            self.request_queue.put((self.server.app.response_queue_id, uid, time.monotonic(), question))
+            async with asyncio.timeout(self.config.timeout):
+                await item.event.wait()
+        except TimeoutError:
+            text = f"no answer within {self.config.timeout:g} seconds: try again later"
+            raise Refused(503, text, code="timeout") from None
+        finally:
+            del self.response_buffer[uid]
+            self.metrics.waiting.dec()
+        reply, status = item.response
+        if status != LitAPIStatus.OK:
+            raise Refused(503, "the process with the model has died: try again", code="process_died")
+        if reply["batch"]:
+            self.metrics.batch.observe(reply["batch"])
+        if "error" in reply:
+            raise Refused(reply["status"], reply["error"], code=reply["code"], param=param)
+        return dict(reply)
+
+    async def watch(self) -> None:
+        """Start processes again that die, and tell those who wait for them."""
+        workers, pause, started = self.server.inference_workers, 0.0, 0.0
+        while True:
+            await asyncio.sleep(IDLE / 2)
+            dead = {place for place, worker in enumerate(workers) if not worker.is_alive()}
+            if not dead:
+                continue
+            # The queue may hand questions to a process that is dead for as long as it waited for them; of
+            # those that no process has begun nobody knows which are lost.
+            await asyncio.sleep(IDLE)
+            for item in list(self.response_buffer.values()):
+                if item.worker_id is None or item.worker_id in dead:
+                    item.response = (None, LitAPIStatus.ERROR)
+                    item.event.set()
+            soon = time.monotonic() - started < 2 * LONGEST_PAUSE
+            pause = min(2 * pause + 1, LONGEST_PAUSE) if soon and started else 0.0
+            await asyncio.sleep(pause)
+            started = time.monotonic()
+            for place in dead:
+                print(f"warning: process {place} with the model died; starting another", file=sys.stderr)
+                self.metrics.restarts.inc()
+                workers[place] = await asyncio.to_thread(self._start, place)
+
+    # Helpers
+
+    def _start(self, place: int) -> Any:
+        # A process inherits the mask of the thread that starts it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        try:
+            return self.server.launch_single_inference_worker(self.replica, place)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+
+    async def _body(self, request: Request) -> bytes:
+        try:
+            async with asyncio.timeout(self.config.timeout):
+                return await read_body(request.receive)
+        except TimeoutError:
+            raise Refused(408, "the request did not come in time", code="timeout") from None
+        except ValueError as error:
+            raise Refused(400, str(error), code="disconnected") from None
+
+    def _model(self, name: str) -> Model:
+        if name not in self.models:
+            text = f"there is no model {name!r:.200}; GET /v1/models lists those there are"
+            raise Refused(404, text, code="model_not_found", param="model")
+        return self.models[name]
+
+    def _check_changes(self) -> None:
+        if not self.config.allow_adapter_changes:
+            text = "adapters are neither added nor removed here (--allow_adapter_changes)"
+            raise Refused(403, text, code="not_allowed")
+
+    def _share(self, more: dict[str, str] | None = None) -> None:
+        known = {model.number: model.source for model in self.models.values() if model.number != BASE}
+        self.replica.shared["adapters"] = known | (more or {})

@@ -1,0 +1,261 @@
+"""The model behind the server, in a process of its own on each device: batches for any adapters."""
+
+import multiprocessing
+import os
+import queue
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from litserve import LitAPI
+from litserve.loops.simple_loops import BatchedLoop
+
+from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import printable
+
+if TYPE_CHECKING:  # the server itself has no model, and loads no torch
+    from dept_vl.inference.mixed import ManyAdapters
+    from dept_vl.inference.predictor import Ask, Predictor, Reply
+
+IDLE = 0.2
+"""Seconds after which a process that waits for questions looks whether the server is still there."""
+BASE, FIRST = "backbone", "first"
+"""In the place of an adapter's number: the bare backbone, and the adapter that knows which it is."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as it is sent to the processes.
+
+    Attributes:
+        adapter: Number of the adapter, which no other ever has; `BASE` is the bare backbone.
+        source: Of the adapter.
+        text: What is asked.
+        images: Contents of image files.
+        longest: Tokens that the answer may have; None leaves it to the adapter.
+        loading: Ask nothing: load the adapter, and tell about it.
+    """
+
+    adapter: str
+    source: str = ""
+    text: str = ""
+    images: tuple[bytes, ...] = ()
+    longest: int | None = None
+    loading: bool = False
+
+
+class Batches(BatchedLoop):
+    """LitServe's loop over batches, which waits for the first question without asking a thousand times."""
+
+    def get_batch_requests(
+        self, lit_api: LitAPI, request_queue: Any, transport: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Questions for a batch: those there are, and those that come while the first waits."""
+        from litserve.utils import LitAPIStatus, LoopResponseType
+
+        taken: list[Any] = []
+        until = 0.0
+        while len(taken) < lit_api.max_batch_size:
+            left = until - time.monotonic() if taken else IDLE
+            try:
+                number, uid, asked, question = request_queue.get(left > 0, max(left, 0))
+            except queue.Empty:
+                if taken:
+                    break
+                server = multiprocessing.parent_process()
+                if server is not None and not server.is_alive():
+                    os._exit(1)  # it was killed, and nobody else ends this process
+                continue
+            self.put_response(transport, number, uid, (), LitAPIStatus.START, LoopResponseType.REGULAR)
+            if not taken:
+                until = time.monotonic() + lit_api.batch_timeout
+            if time.monotonic() - asked < lit_api.request_timeout:  # nobody waits for it any more
+                taken.append((number, uid, question))
+        return taken, []
+
+
+class Replica(LitAPI):
+    """One backbone with all adapters.
+
+    Args:
+        first: Folder or name of the adapter that knows the backbone.
+        backbone: See `loading.find_backbone`; None takes that of the first adapter.
+        max_batch_size: Questions answered together.
+        max_wait: Seconds that a question waits for others.
+        spec: How the server talks.
+    """
+
+    def __init__(
+        self, first: str, backbone: str | None, *, max_batch_size: int, max_wait: float, spec: Any
+    ) -> None:
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=max_wait, loop=Batches(), spec=spec)
+        self.first, self.backbone = first, backbone
+        self.shared: Any = None
+        """What the processes know of each other: `adapters`, source by number; `models`, what is to be
+        known of those that were there at the start; `failed`, why there was no start."""
+
+    def setup(self, device: str) -> None:
+        """Load the backbone and the adapters; called in the process of a device."""
+        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+        from dept_vl.inference.mixed import load_many
+
+        disable_progress_bar()
+        set_verbosity_error()
+        try:
+            # The first knows the backbone, and how it is asked alone; it may have been removed since.
+            self.many: ManyAdapters = load_many(
+                {FIRST: self.first}, backbone=self.backbone, device=str(device)
+            )
+            self.base_task = self.many.predictor(None).task
+            errors = self._load(())
+        except Exception as error:
+            self.shared["failed"] = one_line(error)
+            raise
+        if errors and "models" not in self.shared:
+            self.shared["failed"] = next(iter(errors.values()))["error"]
+            raise ValueError(self.shared["failed"])
+        self.shared["models"] = {
+            number or BASE: self._about(predictor) for number, predictor in self.many.predictors.items()
+        }
+
+    def predict(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        """Answer a batch; what is wrong with a question is the answer to it alone."""
+        errors = self._load(questions)
+        outcomes: list[dict[str, Any] | None] = []
+        asks: list[Ask] = []
+        places: list[int] = []
+        notes: list[list[str]] = []
+        pixels: dict[bytes, Any] = {}
+        for place, question in enumerate(questions):
+            outcomes.append(errors.get(question.adapter))
+            if outcomes[-1] is not None:
+                continue
+            if question.loading:
+                outcomes[-1] = self._about(self._predictor(question))
+                continue
+            with warnings.catch_warnings(record=True) as noted:
+                warnings.simplefilter("always")
+                try:
+                    ask = self._ask(question, pixels)
+                    ask.source()
+                except (ValueError, OSError, MemoryError) as error:
+                    outcomes[-1] = _refusal(400, "invalid_question", one_line(error))
+                    continue
+            asks.append(ask)
+            places.append(place)
+            notes.append([printable(str(note.message)) for note in noted])
+        numbers = {
+            id(ask.predictor): questions[place].adapter for ask, place in zip(asks, places, strict=True)
+        }
+        for place, reply, noted_here in zip(places, self._answer(asks, numbers), notes, strict=True):
+            outcomes[place] = reply if "error" in reply else reply | {"notes": noted_here}
+        size = len(questions)
+        # The first tells of the batch, so that it is counted once.
+        return [
+            (outcome or {}) | {"batch": size if place == 0 else 0} for place, outcome in enumerate(outcomes)
+        ]
+
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        """As it is: the server writes it in OpenAI's form."""
+        return output
+
+    def decode_request(self, request: Any) -> Any:
+        """As it is: the server has read it."""
+        return request
+
+    def _load(self, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+        """Bring the adapters up to date; what is wrong with those that cannot be loaded."""
+        from dept_vl.inference.loading import load
+        from dept_vl.inference.mixed import ManyAdapters
+
+        wanted = dict(self.shared["adapters"]) | {
+            question.adapter: question.source for question in questions if question.adapter != BASE
+        }
+        known = {number: p for number, p in self.many.predictors.items() if number is not None}
+        errors = {}
+        kept = {number: predictor for number, predictor in known.items() if number in wanted}
+        for number in wanted.keys() - known.keys():
+            try:
+                kept[number] = load(wanted[number], backbone=self.many.backbone)
+                ManyAdapters(self.many.backbone, {number: kept[number]})
+            except Exception as error:  # of whatever kind: the other questions are to be answered
+                kept.pop(number, None)
+                errors[number] = _refusal(400, "invalid_adapter", f"{wanted[number]}: {one_line(error)}")
+        if kept.keys() != known.keys():
+            self.many = ManyAdapters(self.many.backbone, kept, base_task=self.base_task)
+        return errors
+
+    def _predictor(self, question: Question) -> "Predictor":
+        return self.many.predictor(None if question.adapter == BASE else question.adapter)
+
+    def _ask(self, question: Question, pixels: dict[bytes, Any]) -> "Ask":
+        """A question with its images read, which are then of one size, however large they were.
+
+        Raises:
+            ValueError: If an image cannot be read, or the answer cannot be so short.
+        """
+        from dept_vl.data.features import load_pixels
+        from dept_vl.inference.predictor import Ask
+
+        predictor = self._predictor(question)
+        vision = self.many.backbone.vision
+        if predictor.task.image_count and vision is not None:
+            for content in question.images:
+                if content not in pixels:
+                    pixels[content] = load_pixels(vision, content)
+        longest = predictor.generation[0]["max_new_tokens"]
+        if question.longest is not None and question.longest < longest:
+            if predictor.decoding.candidates:
+                raise ValueError(
+                    f"max_tokens is {question.longest}, and answers of this adapter, which are chosen from a "
+                    f"list, have up to {longest} tokens; leave it out"
+                )
+            predictor = replace(
+                predictor, decoding=replace(predictor.decoding, max_new_tokens=question.longest)
+            )
+        return Ask(
+            predictor, question.text, tuple(pixels.get(content, content) for content in question.images)
+        )
+
+    def _answer(self, asks: Sequence["Ask"], numbers: dict[int, str]) -> list[dict[str, Any]]:
+        """The answers; where a batch fails, those to its questions one by one."""
+        from dept_vl.inference.predictor import answer_all
+
+        if not asks:
+            return []
+
+        def model_of(rows: Sequence["Ask"]) -> Any:
+            names = [numbers[id(ask.predictor)] for ask in rows]
+            return self.many.model([None if name == BASE else name for name in names])
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # noted already
+                return [_said(reply) for reply in answer_all(asks, model_of, len(asks))]
+        except Exception as error:
+            if len(asks) > 1:
+                return [reply for ask in asks for reply in self._answer([ask], numbers)]
+            if isinstance(error, ValueError):
+                return [_refusal(400, "invalid_question", one_line(error))]
+            print(printable(traceback.format_exc(), lines=True), file=sys.stderr, flush=True)
+            return [_refusal(500, "internal_error", "this question could not be answered")]
+
+    def _about(self, predictor: "Predictor") -> dict[str, Any]:
+        """What the server has to know of an adapter."""
+        task = predictor.task
+        name = predictor.model.backbone.name
+        return {"task": task.name, "images": task.image_count, "backbone": name}
+
+
+def _said(reply: "Reply") -> dict[str, Any]:
+    finish = "stop" if reply.whole else "length"
+    return {"text": reply.text, "read": reply.read, "written": reply.written, "finish_reason": finish}
+
+
+def _refusal(status: int, code: str, text: str) -> dict[str, Any]:
+    return {"error": printable(text), "status": status, "code": code}

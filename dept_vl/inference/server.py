@@ -1,0 +1,197 @@
+"""A server that answers questions to any number of adapters, as OpenAI's clients ask them: `dept-vl serve`.
+
+LitServe starts a process with the model for each device, queues questions for them and batches them (see
+`replica`); this process reads requests, refuses what is too much, and writes answers (see `endpoints`).
+"""
+
+import asyncio
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import uvicorn
+from litserve import LitServer
+from litserve.connector import check_cuda_with_nvidia_smi
+from litserve.utils import WorkerSetupStatus, wrap_litserve_start
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.adapters.hub import names_of
+from dept_vl.config import ServeConfig
+from dept_vl.inference.chat import error_body
+from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate
+from dept_vl.inference.gate import Refused, is_loopback
+from dept_vl.inference.replica import Replica
+
+TOKEN_VARIABLE = "DEPT_VL_TOKEN"
+KEPT_OPEN = 30
+"""Seconds that an idle connection stays open."""
+
+
+def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
+    """The server, whose processes are not started yet."""
+    metrics = Metrics()
+    spec = ChatSpec(config, names_of(config.adapters), metrics)
+    replica = Replica(
+        config.adapters[0],
+        None if config.backbone is None else str(config.backbone),
+        max_batch_size=config.max_batch_size,
+        max_wait=config.max_wait_ms / 1000,
+        spec=spec,
+    )
+    server = LitServer(
+        replica,
+        accelerator=config.device or ("cuda" if check_cuda_with_nvidia_smi() else "cpu"),
+        workers_per_device=config.copies,
+        timeout=config.timeout,
+        # LitServe's own, which are not in OpenAI's form and which the gate hides.
+        healthcheck_path="/litserve/health",
+        info_path="/litserve/info",
+        disable_openapi_url=True,
+        middlewares=[(ServerGate, {"config": config, "token": token, "metrics": metrics})],
+        restart_workers=True,
+    )
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = Refused(error.status_code, str(error.detail), code="not_found")
+        if not isinstance(error, Refused):
+            error = Refused(500, "this request could not be answered", code="internal_error")
+        metrics.refused.labels(error.code).inc()
+        again = {"retry-after": "1"} if error.status in (429, 503) else {}
+        return JSONResponse(error_body(error), error.status, again)
+
+    for kind in (Refused, HTTPException, Exception):
+        server.app.add_exception_handler(kind, refuse)
+    return server, spec
+
+
+def serve(config: ServeConfig) -> None:
+    """Load the adapters and serve until SIGTERM or Ctrl-C; what was asked before is answered.
+
+    Raises:
+        OSError: If the port is taken.
+        UsageError: If the adapters cannot be loaded, or the token is empty.
+    """
+    token = find_token(config)
+    server, spec = build(config, token)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    signal.signal(signal.SIGTERM, _leave)
+    with bound(config.host, config.port) as listening, suppress(KeyboardInterrupt), started(server):
+        wait_until_ready(server, spec)
+        spec.started(server)
+        asyncio.run(_answer(config, server, spec, listening))
+
+
+@contextmanager
+def started(server: LitServer) -> Iterator[None]:
+    """The processes of the server, which only the server ends."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+    with wrap_litserve_start(server):
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+            yield
+        finally:
+            for worker in server.inference_workers:
+                worker.kill()  # LitServe's own SIGTERM is blocked there
+
+
+def find_token(config: ServeConfig) -> str | None:
+    """The token that requests have to bear; one is made up and printed where other machines reach the server.
+
+    Raises:
+        UsageError: If it is empty.
+    """
+    token = os.environ.get(TOKEN_VARIABLE)
+    if config.token_file is not None:
+        token = config.token_file.read_text().strip()
+    if token is not None and not token.strip():
+        raise UsageError("the token is empty; leave it out for none on this machine")
+    if token is None and not is_loopback(config.host):
+        token = secrets.token_urlsafe(18)
+        print(
+            f"warning: everyone who reaches {config.host} can ask this server, and it is not encrypted. The "
+            f"token is {token}; set your own in the environment as {TOKEN_VARIABLE}, or with --token_file",
+            file=sys.stderr,
+            flush=True,
+        )
+    return token
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, which listens only once there is a model.
+
+    Raises:
+        OSError: If the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise OSError(
+            error.errno, f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}"
+        ) from None
+    return found
+
+
+def wait_until_ready(server: LitServer, spec: ChatSpec) -> None:
+    """Wait for every process to load its model.
+
+    Raises:
+        UsageError: If one cannot.
+    """
+    while any(state != WorkerSetupStatus.READY for state in server.workers_setup_status.values()):
+        failed = spec.replica.shared.get("failed")
+        if failed is not None:
+            raise UsageError(failed)
+        if not all(worker.is_alive() for worker in server.inference_workers):
+            raise RuntimeError("the process with the model ended while it was loading")
+        time.sleep(0.05)
+
+
+async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listening: socket.socket) -> None:
+    options = uvicorn.Config(
+        server.app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        backlog=4096,
+        timeout_keep_alive=KEPT_OPEN,
+        # No request takes longer.
+        timeout_graceful_shutdown=int(3 * config.timeout) + 1,
+    )
+    running = uvicorn.Server(options)
+    for number in ENDINGS:  # before uvicorn has its own handlers, and as it leaves
+        signal.signal(number, lambda *_: setattr(running, "should_exit", True))
+    watching = asyncio.create_task(spec.watch())
+    serving = asyncio.create_task(running.serve(sockets=[listening]))
+    while not running.started and not serving.done():
+        await asyncio.sleep(0.01)
+    if running.started:
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        names = ", ".join(spec.models)
+        print(f"serving {names} at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+    done, _ = await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+    running.should_exit = True
+    await serving
+    watching.cancel()
+    for task in done - {serving}:
+        task.result()  # a fault of ours, which is to be seen
+
+
+def _leave(number: int, frame: Any) -> None:
+    raise SystemExit(0)
