@@ -53,7 +53,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        to = {"registry": self.registry}
+        to: dict[str, Any] = {"registry": self.registry}
         self.answered = Counter("dept_vl_answers", "Questions answered", ["model"], **to)
         self.refused = Counter("dept_vl_refusals", "Requests refused, by reason", ["reason"], **to)
         self.seconds = Histogram("dept_vl_seconds", "From the request to its answer", **to)
@@ -128,7 +128,7 @@ class ServerGate(Gate):
         await send_json(send, refused.status, error_body(refused), again)
 
 
-class ChatSpec(LitSpec):
+class ChatSpec(LitSpec):  # type: ignore[misc]
     """The addresses of the server, on the queue of LitServe.
 
     Args:

@@ -25,6 +25,7 @@ from dept_vl.inference.evaluate import written
 from dept_vl.inference.given import as_images
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.tokens import continues_text
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
 
@@ -208,10 +209,13 @@ def answer_all(
             options, spelled = asks[places[0]].predictor.generation
             rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
             batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
-            tokens = model_of([asks[n] for n in places]).generate(**batch.inputs(), **options)
+            inputs: dict[str, Any] = batch.inputs()
+            tokens = model_of([asks[n] for n in places]).generate(**inputs, **options)
             texts = written(backbone.tokenizer, tokens, spelled)
             visual = batch.visual_features
             read = batch.attention_mask.sum(1) + (0 if visual is None else visual[0, :, :, 0].numel())
+            # An encoder-decoder's first token is the decoder's start, no part of the answer.
+            tokens = tokens if continues_text(backbone.tokenizer) else tokens[:, 1:]
             ends = tokens == backbone.tokenizer.eos_token_id
             lengths = ends.int().argmax(1) + 1
             for row, (n, text) in enumerate(zip(places, texts, strict=True)):

@@ -48,7 +48,7 @@ class Question:
     loading: bool = False
 
 
-class Batches(BatchedLoop):
+class Batches(BatchedLoop):  # type: ignore[misc]
     """LitServe's loop over batches, which waits for the first question without asking a thousand times."""
 
     def get_batch_requests(
@@ -78,7 +78,7 @@ class Batches(BatchedLoop):
         return taken, []
 
 
-class Replica(LitAPI):
+class Replica(LitAPI):  # type: ignore[misc]
     """One backbone with all adapters.
 
     Args:
