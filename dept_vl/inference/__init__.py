@@ -13,6 +13,7 @@ __all__ = [
     "gate",
     "given",
     "graphed",
+    "lmms",
     "loading",
     "mixed",
     "predict",
