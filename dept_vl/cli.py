@@ -229,7 +229,10 @@ def serve(arguments: list[str]) -> None:
     for source in config.adapters:
         _check_source("--adapters", source)
     _check_exists("--token_file", config.token_file)
-    from dept_vl.inference.server import serve as run
+    try:
+        from dept_vl.inference.server import serve as run
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the server needs {error.name}: pip install -e ".[serve]"') from None
 
     run(config)
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # the server itself has no model, and loads no torch
 
 IDLE = 0.2
 """Seconds after which a process that waits for questions looks whether the server is still there."""
+END = (None, None, None, None)
+"""In the place of a question: end the process that takes it."""
 BASE, FIRST = "backbone", "first"
 """In the place of an adapter's number: the bare backbone, and the adapter that knows which it is."""
 
@@ -70,6 +72,8 @@ class Batches(BatchedLoop):  # type: ignore[misc]
                 if server is not None and not server.is_alive():
                     os._exit(1)  # it was killed, and nobody else ends this process
                 continue
+            if uid is None:
+                raise SystemExit(0)
             self.put_response(transport, number, uid, (), LitAPIStatus.START, LoopResponseType.REGULAR)
             if not taken:
                 until = time.monotonic() + lit_api.batch_timeout

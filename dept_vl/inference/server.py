@@ -30,11 +30,13 @@ from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import error_body
 from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate
 from dept_vl.inference.gate import Refused, is_loopback
-from dept_vl.inference.replica import Replica
+from dept_vl.inference.replica import END, Replica
 
 TOKEN_VARIABLE = "DEPT_VL_TOKEN"
 KEPT_OPEN = 30
 """Seconds that an idle connection stays open."""
+LONGEST_END = 2.0
+"""Seconds that a process with the model has to end by itself; one that is still loading does not."""
 
 
 def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
@@ -58,8 +60,9 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
         info_path="/litserve/info",
         disable_openapi_url=True,
         middlewares=[(ServerGate, {"config": config, "token": token, "metrics": metrics})],
-        restart_workers=True,
     )
+    # Then it says which process has begun a question: with one that is known anyhow, and costs time.
+    server.restart_workers = len(server.devices) * config.copies > 1
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -87,14 +90,14 @@ def serve(config: ServeConfig) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     signal.signal(signal.SIGTERM, _leave)
-    with bound(config.host, config.port) as listening, suppress(KeyboardInterrupt), started(server):
+    with bound(config.host, config.port) as listening, suppress(KeyboardInterrupt), started(server, spec):
         wait_until_ready(server, spec)
         spec.started(server)
         asyncio.run(_answer(config, server, spec, listening))
 
 
 @contextmanager
-def started(server: LitServer) -> Iterator[None]:
+def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
     """The processes of the server, which only the server ends."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     with wrap_litserve_start(server):
@@ -102,8 +105,12 @@ def started(server: LitServer) -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
             yield
         finally:
+            # LitServe's own SIGTERM is blocked there.
+            for _ in server.inference_workers:
+                spec.request_queue.put(END)
             for worker in server.inference_workers:
-                worker.kill()  # LitServe's own SIGTERM is blocked there
+                worker.join(LONGEST_END)
+                worker.kill()
 
 
 def find_token(config: ServeConfig) -> str | None:

@@ -152,6 +152,11 @@ MISTAKES = {
     "demo --adapters ./nowhere": (1, "nowhere"),
     "demo --adapters {root}/run {root}/run": (1, "named twice"),
     "demo --adapters {root}/run --port 99999999": (2, "port is 99999999"),
+    "serve": (2, "--adapters"),
+    "serve --adapters ./nowhere": (1, "nowhere"),
+    "serve --adapters {root}/run {root}/run": (1, "named twice"),
+    "serve --adapters {root}/run --timeout 0": (2, "timeout is 0"),
+    "serve --adapters {root}/run --token_file nowhere.txt": (1, "nowhere.txt"),
 }
 
 
