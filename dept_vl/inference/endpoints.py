@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import signal
-import sys
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.printable import say
 from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
 from dept_vl.inference.gate import (
@@ -322,7 +322,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
             await asyncio.sleep(pause)
             started = time.monotonic()
             for place in dead:
-                print(f"warning: process {place} with the model died; starting another", file=sys.stderr)
+                say(f"warning: process {place} with the model died; starting another", error=True)
                 self.metrics.restarts.inc()
                 workers[place] = await asyncio.to_thread(self._start, place)
 

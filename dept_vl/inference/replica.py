@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import queue
-import sys
 import time
 import traceback
 import warnings
@@ -15,7 +14,7 @@ from litserve import LitAPI
 from litserve.loops.simple_loops import BatchedLoop
 
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import printable
+from dept_vl._utils.printable import printable, say
 
 if TYPE_CHECKING:  # the server itself has no model, and loads no torch
     from dept_vl.inference.mixed import ManyAdapters
@@ -246,7 +245,7 @@ class Replica(LitAPI):  # type: ignore[misc]
                 return [reply for ask in asks for reply in self._answer([ask], numbers)]
             if isinstance(error, ValueError):
                 return [_refusal(400, "invalid_question", one_line(error))]
-            print(printable(traceback.format_exc(), lines=True), file=sys.stderr, flush=True)
+            say(*traceback.format_exc().splitlines(), error=True)
             return [_refusal(500, "internal_error", "this question could not be answered")]
 
     def _about(self, predictor: "Predictor") -> dict[str, Any]:

@@ -10,7 +10,6 @@ import resource
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import names_of
 from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import error_body
@@ -126,11 +126,10 @@ def find_token(config: ServeConfig) -> str | None:
         raise UsageError("the token is empty; leave it out for none on this machine")
     if token is None and not is_loopback(config.host):
         token = secrets.token_urlsafe(18)
-        print(
+        say(
             f"warning: everyone who reaches {config.host} can ask this server, and it is not encrypted. The "
             f"token is {token}; set your own in the environment as {TOKEN_VARIABLE}, or with --token_file",
-            file=sys.stderr,
-            flush=True,
+            error=True,
         )
     return token
 
@@ -191,7 +190,7 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
     if running.started:
         host = f"[{config.host}]" if ":" in config.host else config.host
         names = ", ".join(spec.models)
-        print(f"serving {names} at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+        say(f"serving {names} at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it")
     done, _ = await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
     running.should_exit = True
     await serving
