@@ -38,6 +38,7 @@ from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
+from scripts import bench_serve
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("litserve")
@@ -482,7 +483,19 @@ def test_what_was_asked_before_the_end_is_answered(served: Served) -> None:
     served.until(lambda: not any(map(psutil.pid_exists, everyone)))
 
 
-# Without a server
+# Without that server
+
+
+@pytest.mark.slow
+def test_the_load_test_compares_answers(tmp_path: Path) -> None:
+    config = bench_serve.BenchConfig(
+        adapters=2, requests=16, rounds=1, mixed=40, json_out=tmp_path / "serve.json"
+    )
+    figures = bench_serve.main(config)
+    assert (figures.lost, figures.swapped, figures.compared) == (0, 0, 40)
+    content = json.loads((tmp_path / "serve.json").read_text())
+    assert content["met"]["no answer lost or swapped"] is True
+    assert len(content["loads"]) == 14
 
 
 def test_only_addresses_of_the_internet_are_public() -> None:
