@@ -303,7 +303,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         return config
     _check_task(config.data.task)
     # Which task is a question of flags too, so they are read twice.
-    return flags(over(with_preset(base, known.preset, config.data.task)))
+    return flags(over(with_preset(base, known.preset, config.data.task, config.backbone)))
 
 
 def _current_flags(argv: Sequence[str]) -> list[str]:

@@ -38,8 +38,10 @@ from dept_vl.models.options import (
 )
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.tasks import TASKS
+from dept_vl.tasks.base import AnswerLabels, QuestionCase
 from dept_vl.tasks.own.options import OwnOptions
 
+ShotsPer = Literal["class", "all"]
 Features = Literal["auto", "cached", "live"]
 OnBadImage = Literal["raise", "skip"]
 """What is done with an example whose image cannot be read."""
@@ -87,8 +89,12 @@ class DataOptions(Options):
     test_limit: Count = 0
     """At most so many examples of it, drawn with the seed; 0 takes all."""
     shots: Count = 0
-    """Learn from so many examples of the training split alone, of each class where there are classes, and
-    choose the best adapter on as many others of it; 0 takes all."""
+    """Learn from so many examples of the training split alone; 0 takes all."""
+    shots_per: ShotsPer = "class"
+    """class: so many of each class; all: so many in all, spread over the classes (published for DePT)."""
+    shots_dev: Literal["shots", "split"] = "shots"
+    """shots: choose the best adapter on as many other examples; split: on the dev split (published for DePT),
+    up to dev_limit."""
     shots_seed: Seed = 0
     """Of the draw of the shots."""
     shots_file: Path | None = None
@@ -100,6 +106,12 @@ class DataOptions(Options):
     max_answer_tokens: Count = 0
     """Truncate training targets and generated answers to this many tokens, end token included; 0 takes the
     task's limit (10, captions 40), or for --data the longest training answer (at most 256)."""
+    answer_labels: AnswerLabels = "all"
+    """Answers to learn of VQAv2. all: the human ones, normalised; published: as they are written, within the
+    list of 3,129 (LXMERT, VL-T5), or answer_list.json in data_dir; a question without one weighs nothing."""
+    question_case: QuestionCase = "lower"
+    """lower: questions are read in lower case; keep: as they are written (published). Of several tasks the
+    first says it for all."""
     max_lost_answers: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Raise an error if more than this share of the training answers is truncated, or is another text after
     tokenising and decoding."""
@@ -108,6 +120,8 @@ class DataOptions(Options):
     9 in the literature); 0 generates freely."""
     meteor: bool = True
     """Score captions by METEOR too, a Java program that takes seconds for every evaluation."""
+    choose_by: str | None = None
+    """Metric of the dev split by which the best adapter is chosen; left out, the task's own."""
     on_bad_image: OnBadImage | None = None
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
     counted in training, and evaluation stops. Of several tasks the first says it for all."""
@@ -230,6 +244,9 @@ class TrainOptions(Options):
 
     max_steps: Positive = 10_000
     """Optimizer steps."""
+    num_epochs: Count = 0
+    """Train for so many epochs instead of max_steps: in one every example, of captions every caption, comes
+    once; 0 takes max_steps."""
     per_device_batch_size: Positive = 32
     """Examples per process and forward pass; among several tasks each may have its own."""
     gradient_accumulation_steps: Positive = 1
@@ -294,8 +311,12 @@ class OptimOptions(Options):
     """AdamW's decay of the visual projection."""
     backbone_weight_decay: Rate = 0.01
     """AdamW's decay of the language model."""
+    adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """AdamW's epsilon (published: 1e-6)."""
     warmup_steps: Count = 500
     """Steps of linear warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of all steps that are linear warm-up, instead of warmup_steps; 0 takes warmup_steps."""
 
     def of_group(self, group: str) -> tuple[float, float]:
         """Learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""

@@ -1,88 +1,181 @@
-"""The hyper-parameters that won in the authors' 17 released runs on T5-base, as data.
+"""Published hyper-parameters, as data: `--preset paper` and `--preset vl-adapter`.
 
-Source: the logs that the authors of DePT (Shi & Lipani, ICLR 2024) released with their code. Common to
-all: AdamW, gradients clipped at 1.0, linear decay of both learning rates after the warm-up, full
-precision, evaluation every 1,000 steps with the best kept, 32 examples a step, seed 42.
+    paper        DePT (Shi & Lipani, ICLR 2024): the 17 runs on T5-base that the authors released, read from
+                 their logs and code, and the two vision-language rows, of which they released none
+    vl-adapter   the protocol of CLIP-T5 and CLIP-BART: VL-T5 (Cho et al. 2021), VL-Adapter (Sung et al. 2022)
+
+`data/published/README.md` lists every value with its source; `tests/cli/test_presets.py` compares the two.
 """
 
-from dataclasses import asdict, dataclass, replace
-from typing import TypeVar
+from dataclasses import fields, replace
+from typing import Any, TypeVar
 
 from dept_vl._utils.options import Options
-from dept_vl.config import RunConfig
+from dept_vl.config import BackboneOptions, RunConfig
 
 OptionGroup = TypeVar("OptionGroup", bound=Options)
+Values = dict[str, Any]
+"""Options by their names."""
+
+RELEASED: Values = {
+    "prompt_length": 60,
+    "rank": 30,
+    "prompt_lr": 0.3,
+    "offset_lr": 1e-4,
+    "max_steps": 30_000,
+    "num_epochs": 0,
+    "max_source_length": 256,
+    "per_device_batch_size": 32,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": 500,
+    "warmup_ratio": 0.0,
+    "eval_every": 1000,
+    "max_grad_norm": 1.0,
+    "adam_eps": 1e-6,
+    # Their flag has no effect.
+    "prompt_weight_decay": 0.0,
+    "offset_weight_decay": 0.0,
+    "prompt_init": "text",
+    # As it is written there, with the end token.
+    "init_text": "Classify this text is postive or not:</s>",
+    "dev_limit": 0,
+    "seed": 42,
+}
+"""What most of the released runs have."""
 
 
-@dataclass(frozen=True)
-class Preset:
-    """What a released run was trained with, by the options' own names.
-
-    Attributes:
-        prompt_length: Vectors of the soft prompt (m).
-        rank: Of the offset (r).
-        prompt_lr: Learning rate of the soft prompt (alpha1).
-        offset_lr: Learning rate of the low-rank pair (alpha2).
-        max_steps: Updates.
-        max_source_length: Longest text, in tokens (s).
-        per_device_batch_size: Examples of a forward pass.
-        gradient_accumulation_steps: Forward passes of an update.
-        warmup_steps: Updates until the learning rates are reached.
-    """
-
-    prompt_length: int = 60
-    rank: int = 30
-    prompt_lr: float = 0.3
-    offset_lr: float = 1e-4
-    max_steps: int = 30_000
-    max_source_length: int = 256
-    per_device_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    warmup_steps: int = 500
+def _question_answering(prompt_lr: float, max_steps: int) -> Values:
+    """Answers are cut at 20 tokens, and compared with the first human answer alone."""
+    return {
+        "rank": 24,
+        "prompt_lr": prompt_lr,
+        "max_steps": max_steps,
+        "max_source_length": 512,
+        "per_device_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "max_answer_tokens": 20,
+        "choose_by": "em_first",
+    }
 
 
-def _question_answering(prompt_lr: float, max_steps: int) -> Preset:
-    return Preset(
-        rank=24,
-        prompt_lr=prompt_lr,
-        max_steps=max_steps,
-        max_source_length=512,
-        per_device_batch_size=16,
-        gradient_accumulation_steps=2,
-    )
-
-
-PAPER: dict[str, Preset] = {
+_RELEASED: dict[str, Values] = {
     # GLUE
-    "cola": Preset(prompt_length=80, rank=15, offset_lr=5e-4, max_steps=40_000),
-    "mnli": Preset(max_steps=250_000),
-    "mrpc": Preset(offset_lr=5e-3, max_steps=10_000),
-    "qnli": Preset(prompt_lr=0.4, offset_lr=5e-3, max_steps=100_000),
-    "qqp": Preset(prompt_lr=0.4, offset_lr=5e-3, max_steps=100_000),
-    "rte": Preset(prompt_lr=0.4),
-    "sst2": Preset(offset_lr=5e-4),
-    "stsb": Preset(),
+    "cola": {"prompt_length": 80, "rank": 15, "offset_lr": 5e-4, "max_steps": 40_000},
+    "mnli": {"max_steps": 250_000},
+    "mrpc": {"offset_lr": 5e-3, "max_steps": 10_000},
+    "qnli": {"prompt_lr": 0.4, "offset_lr": 5e-3, "max_steps": 100_000},
+    "qqp": {"prompt_lr": 0.4, "offset_lr": 5e-3, "max_steps": 100_000},
+    "rte": {"prompt_lr": 0.4},
+    "sst2": {"offset_lr": 5e-4},
+    "stsb": {},
     # SuperGLUE
-    "boolq": Preset(prompt_length=40, rank=45, offset_lr=5e-3),
-    "cb": Preset(prompt_lr=0.4),
+    "boolq": {"prompt_length": 40, "rank": 45, "offset_lr": 5e-3},
+    "cb": {"prompt_lr": 0.4, "choose_by": "macro_f1"},
     # As released: 79,560 parameters, 2,760 over the budget of 76,800; rank 27 would keep it.
-    "multirc": Preset(offset_lr=5e-3, max_source_length=348),
-    "wic": Preset(offset_lr=1e-3, max_steps=20_000),
-    "wsc": Preset(max_steps=20_000),
+    "multirc": {"offset_lr": 5e-3, "max_source_length": 348},
+    "wic": {"offset_lr": 1e-3, "max_steps": 20_000},
+    "wsc": {"max_steps": 20_000},
     # MRQA
     "newsqa": _question_answering(0.4, 200_000),
     "hotpotqa": _question_answering(0.4, 250_000),
     "searchqa": _question_answering(0.3, 250_000),
     "naturalquestions": _question_answering(0.3, 300_000),
 }
-"""By task; a field not given is at the default above, the value of most runs."""
 
-PRESETS: dict[str, dict[str, Preset]] = {"paper": PAPER}
+PROTOCOL: Values = {
+    "num_epochs": 20,
+    "gradient_accumulation_steps": 1,
+    "warmup_ratio": 0.1,
+    "max_grad_norm": 5.0,
+    "adam_eps": 1e-6,
+    "prompt_weight_decay": 0.01,
+    "offset_weight_decay": 0.01,
+    "projection_weight_decay": 0.01,
+    "backbone_weight_decay": 0.01,
+    "backbone_lr": 1e-4,
+    "seed": 9595,
+    "question_case": "keep",
+    "dev_limit": 0,
+    "num_beams": 1,
+    "train_projection": True,
+    "visual_position_bias": "none",
+    "object_order": "frozen",
+    "visual_norm": "once",
+    "image_fit": "squash",
+}
+"""What all four tasks have with VL-Adapter. Evaluation is once an epoch, which is a number of steps below."""
+
+VL_ADAPTER: dict[str, Values] = {
+    "vqav2": PROTOCOL
+    | {
+        "per_device_batch_size": 300,
+        "eval_every": 2018,
+        "max_source_length": 20,
+        "max_answer_tokens": 10,
+        "answer_labels": "published",
+        "train_split": "karpathy-train",
+        "dev_split": "karpathy-val",
+        "test_split": "karpathy-test",
+    },
+    "gqa": PROTOCOL
+    | {
+        "per_device_batch_size": 500,
+        "eval_every": 2151,
+        "max_source_length": 20,
+        "max_answer_tokens": 10,
+        "train_split": "trainval",
+        "dev_split": "testdev",
+        "test_split": "testdev",
+    },
+    "nlvr2": PROTOCOL
+    | {
+        "per_device_batch_size": 100,
+        "eval_every": 864,
+        "max_source_length": 72,
+        "train_split": "train",
+        "dev_split": "dev",
+        "test_split": "test1",
+    },
+    "coco": PROTOCOL
+    | {
+        "per_device_batch_size": 250,
+        "eval_every": 2267,
+        "max_source_length": 40,
+        "max_answer_tokens": 40,
+        "num_beams": 5,
+        "train_split": "train",
+        "dev_split": "val",
+        "test_split": "test",
+    },
+}
+
+MODELS: Values = {
+    "vision": "timm/resnet101_clip.openai",
+    "pooled_grid": 6,
+    "language": "google-t5/t5-base",
+}
+"""CLIP-T5: 7 x 7 patches of 2,048 values, pooled to 36; for tasks with images where no model is named."""
+
+OWN_ROW: Values = {"method": "dept", "prompt_length": 60, "rank": 38, "prompt_lr": 0.3, "offset_lr": 1e-3}
+"""DePT's own vision-language row: its budget is published (76,800), these sizes and rates are ours."""
+
+PAPER: dict[str, Values] = {
+    **{task: RELEASED | values for task, values in _RELEASED.items()},
+    **{task: VL_ADAPTER[task] | OWN_ROW for task in ("vqav2", "coco")},
+}
+
+PRESETS: dict[str, dict[str, Values]] = {"paper": PAPER, "vl-adapter": VL_ADAPTER}
 """By the name that a command line calls them by."""
 
 
-def with_preset(config: RunConfig, name: str, task: str) -> RunConfig:
+def with_preset(config: RunConfig, name: str, task: str, models: BackboneOptions | None = None) -> RunConfig:
     """A configuration with the hyper-parameters of a preset; all else is kept.
+
+    Args:
+        config: Configuration to change.
+        name: Of the preset.
+        task: Whose hyper-parameters are taken.
+        models: Those that are named elsewhere; None are those of the configuration.
 
     Raises:
         ValueError: If the preset knows nothing of the task.
@@ -92,11 +185,20 @@ def with_preset(config: RunConfig, name: str, task: str) -> RunConfig:
             f"the preset {name!r} has no hyper-parameters for {task!r}; it has them for "
             f"{', '.join(PRESETS[name])}. Leave it out, or give the options yourself"
         )
-    values = asdict(PRESETS[name][task])
+    values = PRESETS[name][task]
+    models = models or config.backbone
+    if task in VL_ADAPTER and not (models.backbone or models.vision or models.language):
+        values = MODELS | values
 
     def preset(group: OptionGroup) -> OptionGroup:
-        return replace(group, **{name: value for name, value in values.items() if hasattr(group, name)})  # type: ignore[type-var]
+        names = {field.name for field in fields(group)}  # type: ignore[arg-type]
+        return replace(group, **{key: value for key, value in values.items() if key in names})  # type: ignore[type-var]
 
     return replace(
-        config, prompt=preset(config.prompt), optim=preset(config.optim), train=preset(config.train)
+        config,
+        data=preset(config.data),
+        backbone=preset(config.backbone),
+        prompt=preset(config.prompt),
+        optim=preset(config.optim),
+        train=preset(config.train),
     )

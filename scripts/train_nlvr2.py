@@ -9,7 +9,7 @@ from functools import partial
 from dept_vl.cli import entry, train
 from dept_vl.config import DataOptions, PromptOptions, RunConfig
 
-DEFAULTS = RunConfig(data=DataOptions(task="nlvr2"), prompt=PromptOptions(max_source_length=40))
+DEFAULTS = RunConfig(data=DataOptions(task="nlvr2"), prompt=PromptOptions(max_source_length=72))
 
 if __name__ == "__main__":
     entry(partial(train, defaults=DEFAULTS, tasks=["nlvr2"]))

@@ -27,6 +27,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.methods import build
+from dept_vl.tasks.base import QuestionCase
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Adapter:
         tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
             `language.*`.
         format_version: Of the two files; those of an older version are read into the newest.
+        question_case: In which questions were read.
 
     Example:
         >>> import dept_vl
@@ -63,9 +65,17 @@ class Adapter:
     trainable_parameters: dict[str, int]
     tensors: dict[str, Tensor] = field(repr=False)
     format_version: int = FORMAT_VERSION
+    question_case: QuestionCase = "lower"
 
     @classmethod
-    def of(cls, model: PromptedModel, *, task: str, metrics: Mapping[str, float]) -> "Adapter":
+    def of(
+        cls,
+        model: PromptedModel,
+        *,
+        task: str,
+        metrics: Mapping[str, float],
+        question_case: QuestionCase = "lower",
+    ) -> "Adapter":
         """Copy what is trained out of a model."""
         prompt, backbone = model.prompt, model.backbone
         return cls(
@@ -75,6 +85,7 @@ class Adapter:
             metrics=dict(metrics),
             trainable_parameters=count_trainable(model),
             tensors=copies(tensors_of(model).items()),
+            question_case=question_case,
         )
 
     @classmethod

@@ -12,6 +12,7 @@ from dept_vl.config import PositiveSize, Size
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
 from dept_vl.prompts.base import Method, Shapes, sized
+from dept_vl.tasks.base import QuestionCase
 
 FORMAT_VERSION = 2
 """Version 1 names A and B `lora_a` and `lora_b`."""
@@ -73,6 +74,7 @@ class Description:
     metrics: dict[str, float]
     trainable_parameters: dict[str, int]
     format_version: int
+    question_case: QuestionCase
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ def read_description(path: Path) -> dict[str, Any]:
     if isinstance(description, dict) and isinstance(backbone, dict):
         earlier = BEFORE_VISION if of_authors else BEFORE_VISION | BEFORE_ORDER
         description["backbone"] = backbone | {k: backbone.get(k, v) for k, v in earlier.items()}
+    if isinstance(description, dict):
+        description.setdefault("question_case", "lower")
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
         # Last, so that a file that says them is written again as it was.
         for name, value in BEFORE_METHODS.items():

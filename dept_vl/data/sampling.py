@@ -20,8 +20,8 @@ class TrainingDraws(Dataset[Draw]):
     """The endless streams of draws, one a task: number n is example n mod len in epoch n div len.
 
     The answer is chosen with probability proportional to its score (VL-T5), from the seed and n
-    alone, so it depends on no process, worker or restart. Of targets that are learnt in turn, as many
-    epochs as there are targets show each once.
+    alone, so it depends on no process, worker or restart; one whose score is 0 weighs
+    nothing. Of targets that are learnt in turn, as many epochs as there are targets show each once.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
@@ -36,8 +36,10 @@ class TrainingDraws(Dataset[Draw]):
         if example.in_turn:
             order = Random(f"{self.seed} {index}").sample(range(len(texts)), len(texts))
             choice = order[epoch % len(texts)]
-        else:
+        elif any(scores):
             choice = Random(f"{self.seed} {number}").choices(range(len(texts)), scores)[0]
+        else:
+            choice = 0
         return Draw(example, texts[choice], scores[choice])
 
 

@@ -1,17 +1,21 @@
-"""A few examples of a training split: k of each class, or k in all, and as many others to choose on.
+"""A few examples of a training split, and as many others to choose on.
 
+k of each class and k more of each to choose on are LM-BFF's (Gao et al. 2021), so that nothing but the shots
+decides. k in all, spread evenly over the classes, with the best adapter chosen on a whole dev split
+(`shots_dev`), are what DePT (Shi & Lipani 2024) has in its few-shot tables: at k = 16 eight of each of two.
 They are kept with a run as `shots.json`, so that another run can learn from the same ones:
 
     {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...]}
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
 from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.options import check
+from dept_vl.config import DataOptions, ShotsPer
 from dept_vl.tasks.base import Task
 
 YES_NO = 2
@@ -56,37 +60,59 @@ def classes_of(task: Task) -> tuple[str, ...]:
     return tuple(sorted(answers))
 
 
-def draw_shots(task: Task, k: int, seed: int) -> Shots:
+def choose_shots(options: DataOptions, train: Task) -> Shots | None:
+    """The few examples that a run is to learn from, drawn or read; None if it is to learn from all.
+
+    Raises:
+        FileNotFoundError: If their file is missing.
+        ValueError: If both are asked for, there are too few examples, or the file does not fit the split.
+    """
+    if options.shots and options.shots_file:
+        raise ValueError(
+            f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
+        )
+    if options.shots_file:
+        return read_shots(options.shots_file, len(train))
+    if not options.shots:
+        return None
+    return draw_shots(train, options.shots, options.shots_seed, options.shots_per)
+
+
+def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     """Draw k examples of each class to learn and k to choose on, with no image on both sides.
 
     Args:
         task: The training split.
         k: How many of each class, or in all where there are no classes.
         seed: Of the draw.
+        per: `all`: k are those in all; where they cannot be spread evenly, the first classes have one more.
 
     Raises:
         ValueError: If there are too few; the message names the class and its count.
     """
     classes = classes_of(task)
+    sizes = dict.fromkeys(classes or ("",), k)
+    if per == "all" and classes:
+        sizes = {name: k // len(classes) + (n < k % len(classes)) for n, name in enumerate(classes)}
     order = Random(seed).sample(range(len(task)), len(task))
-    train = _take(task, order, k, classes, set())
+    train = _take(task, order, sizes, set())
     learnt, seen = set(train), {path for index in train for path in task.images(index)}
     others = [index for index in order if index not in learnt]
-    return Shots(k, seed, classes, train, _take(task, others, k, classes, seen))
+    return Shots(k, seed, classes, train, _take(task, others, sizes, seen))
 
 
-def _take(
-    task: Task, order: Sequence[int], k: int, classes: tuple[str, ...], avoided: Set[Path]
-) -> tuple[int, ...]:
-    """The first k of each class that show none of the images to avoid."""
-    taken: dict[str, list[int]] = {name: [] for name in classes or ("",)}
+def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
+    """The first of each class that show none of the images to avoid; how many `sizes` says."""
+    taken: dict[str, list[int]] = {name: [] for name in sizes}
     for index in order:
-        if all(len(indices) == k for indices in taken.values()):
+        if all(len(indices) == sizes[name] for name, indices in taken.items()):
             break
-        indices = taken[task[index].answer if classes else ""]
-        if len(indices) < k and avoided.isdisjoint(task.images(index)):
+        name = "" if "" in sizes else task[index].answer
+        indices = taken[name]
+        if len(indices) < sizes[name] and avoided.isdisjoint(task.images(index)):
             indices.append(index)
     for name, indices in taken.items():
+        k = sizes[name]
         if len(indices) < k:
             count = sum(task[index].answer == name or not name for index in range(len(task)))
             raise ValueError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dept_vl._utils.errors import UsageError
+from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.images import missing_files
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.printable import say
@@ -15,7 +15,7 @@ from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, Features, OnBa
 from dept_vl.data.feature_index import INDEX_FILE
 from dept_vl.data.feature_store import open_features
 from dept_vl.data.features import FeatureTable, table_bytes
-from dept_vl.data.shots import Shots, draw_shots, read_shots
+from dept_vl.data.shots import Shots, choose_shots
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
@@ -23,6 +23,8 @@ from dept_vl.tasks.io.rows import cache_folder
 from dept_vl.tasks.own.options import OwnOptions
 
 GIB = 2**30
+LOOKED_AT = 50
+"""Examples that tell which metrics there are."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Splits:
     options: DataOptions
     shots: Shots | None = None
 
+    @property
+    def chosen_by(self) -> str:
+        """Metric by which the best adapter is chosen."""
+        return self.options.choose_by or self.dev.primary
+
 
 def load_splits(options: DataOptions, seed: int) -> Splits:
     """Read the splits of a task and look for their images.
@@ -60,17 +67,9 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     decoding = choose_decoding(train, options, training_candidates(options, train))
     train.check_requirements()  # now, rather than when the first answers are to be scored
     shots = choose_shots(options, train)
-    if shots is None:
-        # Before any are held out: a gap in the training images is none in the dev split.
-        train = without_missing_images(train, options.on_bad_image or "skip")
-    if shots is not None:
-        # Few are not to become fewer.
-        train, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
-    elif dev_split:
-        dev = _load(options, dev_split)
-        _check_answered(dev, "dev_split", dev_split)
-    else:
-        train, dev = hold_out_images(train, options.holdout_images, seed)
+    train, dev = _train_and_dev(options, train, shots, dev_split, seed)
+    if options.choose_by:
+        _check_metric(limit(dev, LOOKED_AT, seed), options.choose_by)
     test = _load(options, test_split)
     evaluated = options.on_bad_image or "raise"
     return Splits(
@@ -83,10 +82,35 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     )
 
 
+def _train_and_dev(
+    options: DataOptions, train: Task, shots: Shots | None, dev_split: str, seed: int
+) -> tuple[Task, Task]:
+    """Return what is learnt, and what the best adapter is chosen on."""
+    if shots is None:
+        # Before any are held out: a gap in the training images is none in the dev split.
+        train = without_missing_images(train, options.on_bad_image or "skip")
+    elif options.shots_dev == "shots":
+        # Few are not to become fewer.
+        learnt, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
+        return learnt, dev
+    else:
+        train = check_images(train.subset(shots.train), "raise")
+        if not dev_split:
+            raise UsageError(f"shots_dev=split chooses on a dev split of {train.name}: name it, dev_split")
+    if not dev_split:
+        return hold_out_images(train, options.holdout_images, seed)
+    dev = _load(options, dev_split)
+    _check_answered(dev, "dev_split", dev_split)
+    return train, dev
+
+
 def load_split(options: DataOptions, split: str) -> Task:
     """Read a split of the task that the options name; the errors are those of `load_task`."""
     own = {} if options.own.data is None and options.own == OwnOptions() else vars(options.own)
-    return load_task(options.task, options.data_dir, split, **own)
+    task = load_task(options.task, options.data_dir, split, **own).reading(options.question_case)
+    if options.answer_labels == "published":
+        task = task.with_published_labels(data_folder(options.task, options.data_dir))
+    return task
 
 
 def image_root(options: DataOptions) -> Path:
@@ -127,25 +151,17 @@ def _load(options: DataOptions, split: str) -> Task:
     return task if options.meteor else task.without_slow_metrics()
 
 
-def choose_shots(options: DataOptions, train: Task) -> Shots | None:
-    """The few examples that a run is to learn from, drawn or read; None if it is to learn from all.
-
-    Raises:
-        FileNotFoundError: If their file is missing.
-        ValueError: If both are asked for, there are too few examples, or the file does not fit the split.
-    """
-    if options.shots and options.shots_file:
-        raise ValueError(
-            f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
-        )
-    if options.shots_file:
-        return read_shots(options.shots_file, len(train))
-    return draw_shots(train, options.shots, options.shots_seed) if options.shots else None
-
-
 def _check_answered(task: Task, option: str, split: str) -> None:
     if not task[0].targets:
         raise ValueError(f"{option}={split} of {task.name} has no published answers; choose another")
+
+
+def _check_metric(dev: Task, metric: str) -> None:
+    """Check that a split is scored by a metric, now rather than when it is."""
+    answers = {example.example_id: example.answer for example in map(dev.__getitem__, range(len(dev)))}
+    metrics = dev.score(answers)
+    if metric not in metrics:
+        raise UnknownNameError("choose_by", metric, metrics)
 
 
 def choose_decoding(
@@ -350,7 +366,7 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
     options = known.get(name, DataOptions(task=name))
-    options = replace(options, own=config.own.over(options.own))
+    options = replace(options, own=config.own.over(options.own), question_case=trained.data.question_case)
     if given:
         options = replace(options, features_dir=None, test_split=TASKS[name].other_split)
     return replace(

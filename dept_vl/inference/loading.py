@@ -56,7 +56,7 @@ def load(
     """
     adapter = Adapter.from_pretrained(source, revision=revision)
     run = run_of(Path(source))
-    chosen = _choose_task(adapter, task)
+    chosen = _choose_task(adapter, task).reading(adapter.question_case)
     shared = find_backbone(adapter, run, backbone, device, Path(source))
     if chosen.image_count and shared.vision is None:
         raise ValueError(

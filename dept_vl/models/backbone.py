@@ -218,7 +218,7 @@ class Backbone(nn.Module):
             "pooled_grid": (pooled_grid, 0, seen.get("pooled_grid")),
             "visual_position_bias": (visual_position_bias, "none", options["visual_position_bias"]),
             "object_order": (object_order, None, options["object_order"]),
-            "visual_norm": (visual_norm, None, options["visual_norm"]),
+            "visual_norm": (visual_norm if options["visual_norm"] else None, None, options["visual_norm"]),
         }
         other = [f"{name}={value}" for name, (value, *taken) in asked.items() if value not in taken]
         if other:

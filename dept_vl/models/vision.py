@@ -161,7 +161,15 @@ class VisionEncoder(nn.Module):
         for image in images:
             check_shape(*image.size, getattr(size, "shortest_edge", None) if own else None)
         rgb = [to_rgb(image) for image in images]
-        return self._process(rgb if own else list(map(self._fitted, rgb)))
+        height, width = self.pixel_shape[1:]
+        # What has the shape already is left to the processor, unless that would cut a margin off.
+        left = [own or (not self._cuts_margin() and one.width * height == one.height * width) for one in rgb]
+        return torch.cat(
+            [
+                self._process([one]) if alone else self._normalise(self._fitted(one))
+                for one, alone in zip(rgb, left, strict=True)
+            ]
+        )
 
     def _process(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
         pixels: Tensor = self.processor(images=images, return_tensors="pt")["pixel_values"]
@@ -179,28 +187,43 @@ class VisionEncoder(nn.Module):
             return "crop"
         return "pad" if torch.equal(plain[:, 0, 0], bright[:, 0, 0]) else "squash"
 
+    def _settings(self) -> dict[str, Any]:
+        """What the processor says of itself; timm's has the same under other names."""
+        return {**vars(self.processor), **getattr(self.processor, "data_config", {})}
+
+    def _cuts_margin(self) -> bool:
+        """Whether the processor resizes to more than the encoder reads, and cuts the rest off."""
+        settings = self._settings()
+        edges = [getattr(settings.get("size"), name, None) for name in ("shortest_edge", "height")]
+        shortest = min(self.pixel_shape[1:])
+        return next(filter(None, edges), shortest) // (settings.get("crop_pct") or 1.0) > shortest
+
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """An image in the encoder's shape, so that its processor has nothing left to fit."""
+        """An image at the encoder's size, in one step."""
+        settings = self._settings()
         height, width = self.pixel_shape[1:]
-        if image.width * height == image.height * width:
-            return image
-        # What the processor says of itself; timm's has the same under other names.
-        said = vars(self.processor) | getattr(self.processor, "data_config", {})
-        edges = [getattr(said.get("size"), name, None) for name in ("shortest_edge", "height")]
-        edge = next(filter(None, edges), min(height, width))
-        # In one step to the size to which it resizes, before it cuts a margin off, if it does.
-        scale = max(1.0, edge // (said.get("crop_pct") or 1.0) / min(height, width))
-        target = (round(width * scale), round(height * scale))
-        resample = said.get("resample") or said.get("interpolation") or "bicubic"
+        resample = settings.get("resample") or settings.get("interpolation") or "bicubic"
         method = (
             Image.Resampling[resample.upper()] if isinstance(resample, str) else Image.Resampling(resample)
         )
         if self.image_fit == "squash":
-            return image.resize(target, method)
+            return image.resize((width, height), method)
         if self.image_fit == "crop":
-            return ImageOps.fit(image, target, method)
-        mean = said.get("image_mean") or said.get("mean") or (0.5,) * 3
-        return ImageOps.pad(image, target, method, color=tuple(round(255 * value) for value in mean))
+            return ImageOps.fit(image, (width, height), method)
+        mean = settings.get("image_mean") or settings.get("mean") or (0.5,) * 3
+        return ImageOps.pad(image, (width, height), method, color=tuple(round(255 * value) for value in mean))
+
+    def _normalise(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
+        """What the processor makes of an image that has the encoder's size."""
+        config = getattr(self.processor, "data_config", None)
+        if config is not None:
+            from timm.data.transforms_factory import create_transform
+
+            whole: Any = create_transform(**{**config, "crop_pct": 1.0}, is_training=False)
+            pixels: Tensor = whole(image)
+            return pixels[None]
+        off = {name: False for name in ("do_resize", "do_center_crop") if hasattr(self.processor, name)}
+        return cast(Tensor, self.processor(images=[image], return_tensors="pt", **off)["pixel_values"])
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stay in evaluation mode: a frozen tower has no dropout and no running statistics."""

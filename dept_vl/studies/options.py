@@ -35,6 +35,9 @@ class TransferConfig(Options):
     """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
     target: str
     """Task to learn from a few examples."""
+    preset: Literal["own", "paper"] = "own"
+    """How shots are counted. own: of each class, with as many others to choose on; paper: as DePT has it
+    (Shi & Lipani 2024): in all, spread over the classes, and the whole dev split to choose on."""
     k: tuple[Positive, ...] = (4, 16, 32)
     """Shots: examples of each class, or in all where answers are open."""
     seeds: Positive = 5

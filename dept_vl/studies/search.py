@@ -19,6 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import read_object, write_atomically, write_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE
@@ -82,6 +83,8 @@ def tune(config: RunConfig) -> RunResult:
         ValueError: If a study was begun with other options, or there is nothing to search.
     """
     validate(config)
+    if config.train.num_epochs:
+        raise UsageError("a search compares runs of so many steps: give --max_steps, and --num_epochs 0")
     search = _space(config)
     if not search:
         raise ValueError("there is nothing to search: neither a prompt nor anything else is trained")

@@ -6,13 +6,15 @@
     OUTPUT/k4/seed1/pick.json     which of several sources was taken, and each one's loss
     OUTPUT/transfer.json, .md, .png
 
-Protocol: shots, sources and starts as ATTEMPT (Asai et al. 2022) and DePT have them, with the dev set as
-large as the training set, so that nothing but the shots is used to choose.
+Protocol: sources, starts and k as ATTEMPT (Asai et al. 2022) and DePT (Shi & Lipani 2024) have them. Shots
+are ours: k of each class, and as many others to choose on, so that nothing but the shots is used (after
+LM-BFF, Gao et al. 2021). `preset` paper is DePT's own: k in all, and the whole dev split to choose on.
 """
 
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -34,6 +36,8 @@ from dept_vl.training.run import run_once
 from dept_vl.training.summary import RunResult
 
 PICK_FILE = "pick.json"
+PAPER_SHOTS: dict[str, Any] = {"shots_per": "all", "shots_dev": "split", "dev_limit": 0}
+"""Options of the data in DePT's few-shot protocol."""
 
 
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
@@ -104,8 +108,11 @@ def target_config(config: TransferConfig) -> RunConfig:
             data,
             data_dir=config.data_dir or data.data_dir,
             test_limit=config.test_limit or data.test_limit,
+            **(PAPER_SHOTS if config.preset == "paper" else {}),
         ),
-        train=replace(base.train, max_steps=config.max_steps or base.train.max_steps),
+        train=replace(base.train, max_steps=config.max_steps, num_epochs=0)
+        if config.max_steps
+        else base.train,
     )
 
 

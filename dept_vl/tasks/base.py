@@ -3,11 +3,11 @@
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads im
 
 USUAL_SCALE = "0-100"
 
+QuestionCase = Literal["lower", "keep"]
+"""Questions are read in lower case, or as they are written: published for the tasks with images."""
+AnswerLabels = Literal["all", "published"]
+"""Answers to learn: all human ones, normalised; or as they are written, within the published list."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -30,7 +35,7 @@ class Example:
         example_id: As in the task's official files.
         source_text: What the encoder reads, task prefix included.
         images: None, one or two files.
-        targets: Answers to learn, each with its score in (0, 1]; empty where none is published.
+        targets: Answers to learn, each with its score in [0, 1]; empty where none is published.
         in_turn: Learn every target once before any comes again (captions), rather than one drawn in
             proportion to its score.
         question: The bare question, to show.
@@ -77,6 +82,8 @@ class Task(ABC):
 
     rows: "Rows"
     """The examples of the split."""
+    question_case: QuestionCase = "lower"
+    """How questions are read; a field of the tasks that can do either."""
     name = ""
     """Name in the registry."""
     prefix = ""
@@ -149,6 +156,38 @@ class Task(ABC):
         """Return the blank task with the facts of a run."""
         return self
 
+    def reading(self, question_case: QuestionCase) -> "Task":
+        """Return the task that reads questions in this case; texts and captions have but one.
+
+        Raises:
+            UsageError: If the task reads them in another case alone.
+        """
+        if "question_case" in {one.name for one in fields(self)}:  # type: ignore[arg-type]  # subclasses are
+            return replace(self, question_case=question_case)  # type: ignore[type-var]
+        if question_case != self.question_case and self.asks and self.image_count:
+            raise UsageError(
+                f"{self.name} reads questions in {self.question_case} case: leave question_case out, or give "
+                "the task a field of that name"
+            )
+        return self
+
+    def with_published_labels(self, root: Path) -> "Task":
+        """Return the task that learns the published labels.
+
+        Args:
+            root: Folder with the task's files, which may have a list of answers of its own.
+
+        Raises:
+            UsageError: If the task has none.
+        """
+        raise UsageError(
+            f"answer_labels=published is of VQAv2's answers; {self.name} has one kind of labels: leave it out"
+        )
+
+    def draws_per_epoch(self) -> int:
+        """Return how often an example is drawn until every target that is learnt in turn came once."""
+        return len(self)
+
     def answered(self) -> "Task":
         """Return the examples that can be learnt and scored."""
         return self
@@ -162,7 +201,7 @@ class Task(ABC):
         step = max(1, len(self) // examples)
         counts: Counter[str] = Counter()
         for index in range(0, len(self), step):
-            counts.update(text for text, _ in self[index].targets)
+            counts.update(text for text, score in self[index].targets if score)
         return counts, len(range(0, len(self), step))
 
     def load(self, root: Path | None = None, split: str = "") -> "Task":
@@ -189,8 +228,8 @@ class Task(ABC):
     def __getitem__(self, index: int) -> Example: ...
 
     def source(self, question: str) -> str:
-        """Return what the encoder reads of a question: the prefix, then the question in lower case."""
-        return self.prefix + question.lower().strip()
+        """Return what the encoder reads of a question: the prefix, then the question."""
+        return self.prefix + (question.lower() if self.question_case == "lower" else question).strip()
 
     def example_ids(self) -> list[ExampleId]:
         """Return the ids of all examples."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
@@ -182,6 +183,10 @@ class COCOCaptions(Task):
         if question.strip():
             raise ValueError(f"a caption answers no question, and {question!r:.60} is one; leave it out")
         return self.prefix
+
+    def draws_per_epoch(self) -> int:
+        """Every caption once."""
+        return int(pc.sum(pc.list_value_length(self.rows.column("answers"))).as_py() or 0)
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The image."""

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from dept_vl._utils.images import confined
-from dept_vl.tasks.base import Example, Task
+from dept_vl.tasks.base import Example, QuestionCase, Task
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_mapping
@@ -41,6 +41,12 @@ SPLITS = (
     *(f"{name}_{kind}" for name in ("train", "val", "testdev", "test") for kind in ("balanced", "all")),
     *("challenge_balanced", "challenge_all", "submission_all"),
 )
+JOINED = {
+    "trainval": ("train_balanced", "val_balanced"),
+    "trainval_balanced": ("train_balanced", "val_balanced"),
+    "trainval_all": ("train_all", "val_all"),
+}
+"""Splits that are two of the files; VL-T5 and VL-Adapter train on the balanced one."""
 
 SCHEMA = pa.schema(
     {
@@ -167,11 +173,13 @@ class GQA(Task):
         rows: As in `SCHEMA`.
         image_folder: Folder of the images.
         choices_file: Of validity and plausibility; None leaves them out.
+        question_case: How questions are read.
     """
 
     rows: Rows = NO_ROWS
     image_folder: Path = Path()
     choices_file: Path | None = None
+    question_case: QuestionCase = "lower"
 
     name = "gqa"
     prefix = "gqa: "
@@ -188,11 +196,12 @@ class GQA(Task):
     def read(self, root: Path, split: str) -> "GQA":
         """Read a split from a folder that holds the official files; the errors are those of `load`."""
         split = SHORT.get(split, split)
-        if split not in SPLITS:
-            raise ValueError(f"GQA has the splits {', '.join((*SHORT, *SPLITS))}; got {split!r}")
+        if split not in (*SPLITS, *JOINED):
+            raise ValueError(f"GQA has the splits {', '.join((*SHORT, *JOINED, *SPLITS))}; got {split!r}")
         choices = f"{split.split('_')[0]}_choices.json"
         choices_file = next((p for p in (root / "eval" / choices, root / choices) if p.is_file()), None)
-        rows = Rows.open([file for path in question_files(root, split) for file in read_rows(path).files])
+        paths = [path for part in JOINED.get(split, (split,)) for path in question_files(root, part)]
+        rows = Rows.open([file for path in paths for file in read_rows(path).files])
         folder = find_folder(root, FOLDERS, "<imageId>.jpg", SOURCE)
         return replace(self, rows=rows, image_folder=folder, choices_file=choices_file)
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from dept_vl._utils.images import confined
-from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_lines
@@ -128,17 +128,19 @@ class NLVR2(Task):
     Attributes:
         rows: As in `SCHEMA`.
         image_folder: Folder of the images.
+        question_case: How questions are read.
     """
 
     rows: Rows = NO_ROWS
     image_folder: Path = Path()
+    question_case: QuestionCase = "lower"
 
     name = "nlvr2"
     prefix = "nlvr: "
     image_count = 2
     decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
     id_column = "identifier"
-    prediction_format = PredictionFormat("identifier", "prediction", "str", "csv")
+    prediction_format = PredictionFormat("identifier", "prediction", "str", "lines")
     dev_split = "dev"
     test_split = "test1"
     published: ClassVar = PUBLISHED

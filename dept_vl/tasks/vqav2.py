@@ -19,7 +19,10 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from dept_vl.tasks.base import Example, Task, most_usual
+from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.io import read_json
+from dept_vl._utils.options import check
+from dept_vl.tasks.base import Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
 from dept_vl.tasks.io.official_files import Published, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
@@ -29,6 +32,7 @@ from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.vqa import (
     Normalisation,
     VqaScore,
+    listed_scores,
     normalise_answer,
     score_vqa,
     soft_scores,
@@ -41,6 +45,9 @@ from dept_vl.tasks.prepare.staging import Output, json_list
 SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"
 MINIVAL_SOURCE = "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"
+ANSWER_LIST = "answer_list.json"
+"""File beside the official ones with the answers that published labels are within."""
+PUBLISHED_LIST = Path(__file__).parent / "metrics" / "vqa_answers.json"
 ANSWERS = 10
 """Human answers to a question."""
 
@@ -193,23 +200,27 @@ class VQAv2(Task):
     """One split. Accuracy is the official one, 0 to 100, rounded to two decimals.
 
     Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for
-    an answer given by 1, 2, 3 or more of the ten.
+    an answer given by 1, 2, 3, or 4 and more of the ten.
 
     Attributes:
         rows: As in `SCHEMA`.
         image_folders: Folder of the images of each subtype.
         normalisation: Of the accuracy.
+        answer_list: Answers that are learnt, as they are written; None learns all, normalised.
+        question_case: How questions are read.
     """
 
     rows: Rows = NO_ROWS
     image_folders: Mapping[str, Path] = field(default_factory=dict)
     normalisation: Normalisation = "official"
+    answer_list: frozenset[str] | None = None
+    question_case: QuestionCase = "lower"
 
     name = "vqav2"
     prefix = "vqa: "
     primary = "overall"
     marked_by = "VQA accuracy"
-    # With a floor of 9 on train and val, the 3,129 answers of the literature (Teney et al. 2018).
+    # With a floor of 9 on train and val nearly the 3,129 published answers, see `prepare.answer_list`.
     has_usual_answers = True
     # Submissions are made on all of test2015, for test-dev too.
     server_split = "test"
@@ -243,6 +254,17 @@ class VQAv2(Task):
         }
         return replace(self, rows=rows, image_folders=folders)
 
+    def with_published_labels(self, root: Path) -> "VQAv2":
+        """Return the split with the labels of LXMERT (Tan & Bansal 2019), which VL-T5 learns.
+
+        These are the answers, as they are written, that are in a list of 3,129: that of `ANSWER_LIST` beside
+        the official files, else the published one. A question without such an answer weighs nothing.
+        """
+        own = root / ANSWER_LIST
+        return replace(
+            self, answer_list=frozenset(read_answer_list(own if own.is_file() else PUBLISHED_LIST))
+        )
+
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         answers = tuple(row["answers"])
@@ -250,7 +272,7 @@ class VQAv2(Task):
             example_id=row["question_id"],
             source_text=self.source(row["question"]),
             images=(self._image(row["subtype"], row["image_id"]),),
-            targets=_targets(answers),
+            targets=_targets(answers, self.answer_list),
             question=row["question"],
             answer=most_usual(answers),
             answers=answers,
@@ -322,9 +344,13 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: 
 
 
 @lru_cache(maxsize=100_000)
-def _targets(answers: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+def _targets(
+    answers: tuple[str, ...], answer_list: frozenset[str] | None = None
+) -> tuple[tuple[str, float], ...]:
     if not answers:
         return ()
+    if answer_list is not None:
+        return tuple(listed_scores(answers, answer_list).items()) or ((most_usual(answers), 0.0),)
     # "a", the answer to "what letter is it?", is an article to the scorer, which leaves nothing of it.
     scores = soft_scores(answers) or {most_usual(answers): 1.0}
     return tuple(scores.items())
@@ -406,6 +432,22 @@ def _minival_ids(path: Path) -> list[int]:
         required(row, "question_id", int, f"{path}, entry {number}")
         for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
     ]
+
+
+def read_answer_list(path: Path) -> list[str]:
+    """Read a list of answers, a JSON list, or the published one, which names its source.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedFileError: If it is something else.
+    """
+    content = read_json(path)
+    answers = content.get("answers") if isinstance(content, dict) else content
+    try:
+        found: list[str] = check(answers, list[str])
+    except ValueError as error:
+        raise DamagedFileError(f"{path} is no list of answers: {error}") from None
+    return found
 
 
 TASK = VQAv2()

@@ -238,21 +238,21 @@ class Loop:
                 num_workers=self.options.num_workers,
                 generate=self.generate,
             ).scores
-            deciding.append(of_task[task.dev.primary])
+            deciding.append(of_task[task.chosen_by])
             prefix = f"{task.dev.name}/" if len(self.tasks) > 1 else ""
             scores |= {prefix + name: value for name, value in of_task.items()}
         return sum(deciding) / len(deciding), scores
 
     def _save_adapter(self, name: str, scores: dict[str, float]) -> None:
-        names = "+".join(task.dev.name for task in self.tasks)
-        Adapter.of(self.model, task=names, metrics=scores).save(self.output_dir / name)
+        names, case = "+".join(task.dev.name for task in self.tasks), self.tasks[0].dev.question_case
+        Adapter.of(self.model, task=names, metrics=scores, question_case=case).save(self.output_dir / name)
 
 
 def _primary(tasks: Sequence[Splits]) -> str:
     """Name of the score that decides."""
     if len(tasks) == 1:
-        return tasks[0].dev.primary
-    return "mean of " + ", ".join(f"{task.dev.name} {task.dev.primary}" for task in tasks)
+        return tasks[0].chosen_by
+    return "mean of " + ", ".join(f"{task.dev.name} {task.chosen_by}" for task in tasks)
 
 
 def encoder_tokens(model: PromptedModel, batch: Batch) -> int:

@@ -28,12 +28,18 @@ def build_optimizer(groups: dict[str, list[nn.Parameter]], options: OptimOptions
             {"name": name, "params": groups[name], "lr": lr, "weight_decay": decay}
             for name, (lr, decay) in rates.items()
         ],
+        eps=options.adam_eps,
         fused=all(p.device.type in ("cpu", "cuda") for group in groups.values() for p in group),
     )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_steps: int) -> LambdaLR:
-    """Linear warm-up over `warmup_steps` (a tenth of a run shorter than ten times that), then decay."""
+    """Linear warm-up, then decay.
+
+    It takes `warmup_ratio` of the steps, or `warmup_steps` (a tenth of a run shorter than ten times that).
+    """
     warmup = min(options.warmup_steps, max_steps // 10)
+    if options.warmup_ratio:
+        warmup = int(max_steps * options.warmup_ratio)
     schedule: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, max_steps)
     return schedule

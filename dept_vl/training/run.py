@@ -4,6 +4,7 @@ Every training script is a `RunConfig` and a call of `run`.
 """
 
 import gc
+import math
 import os
 import shutil
 import time
@@ -30,12 +31,12 @@ from dept_vl._utils.run_files import (
 )
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
-from dept_vl.config import DataOptions, RunConfig, validate
+from dept_vl.config import DataOptions, RunConfig, TrainOptions, validate
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import load_splits, read_features, write_facts
+from dept_vl.data.splits import Splits, load_splits, read_features, write_facts
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
@@ -202,6 +203,11 @@ class Run(Stages):
             _only_deterministic()
         with accelerator.local_main_process_first():  # the first to read converts the files for all
             self.splits = [load_splits(options, config.train.seed) for options in self.task_options]
+        if config.train.num_epochs:
+            steps = steps_of_epochs(config.train, self.splits, accelerator.num_processes)
+            say(f"{config.train.num_epochs} epochs are {steps:,} steps")
+            # What was asked for stays in the folder.
+            self.config = replace(config, train=replace(config.train, max_steps=steps))
         suffixes = [f"-{splits.test.name}" if config.also else "" for splits in self.splits]
         if accelerator.is_main_process:
             for splits in self.splits:
@@ -316,7 +322,13 @@ class Run(Stages):
             self.accelerator.log(scores, step=self.training.steps)
         if self.accelerator.is_main_process:
             name = "+".join(part.task.name for part in self.parts)
-            Adapter.of(self.model, task=name, metrics=self.summary.scores).save(self.output_dir / BEST)
+            adapter = Adapter.of(
+                self.model,
+                task=name,
+                metrics=self.summary.scores,
+                question_case=self.config.data.question_case,
+            )
+            adapter.save(self.output_dir / BEST)
         super().write()
 
     def write_scores(self) -> None:
@@ -342,9 +354,7 @@ class Run(Stages):
         for place, splits in enumerate(self.splits):
             self.splits[place], lines = fit_answers(splits, self.model.backbone.tokenizer)
             lines += [f"note: {note}" for note in splits.train.notes]
-            lines += (
-                [f"{splits.train.name}: {splits.train.primary} decides"] if splits.train.fits_answers else []
-            )
+            lines += [f"{splits.train.name}: {splits.chosen_by} decides"] if splits.train.fits_answers else []
             for line in lines:
                 say(line)
         if self.accelerator.is_main_process and any(splits.train.fits_answers for splits in self.splits):
@@ -384,6 +394,15 @@ def _only_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def steps_of_epochs(options: TrainOptions, tasks: Sequence[Splits], processes: int) -> int:
+    """Return the optimizer steps in which `num_epochs` epochs of all tasks are drawn."""
+    batches = 0
+    for task in tasks:
+        size = (task.options.task_batch_size or options.per_device_batch_size) * processes
+        batches += math.ceil(task.train.draws_per_epoch() / size)
+    return math.ceil(options.num_epochs * batches / options.gradient_accumulation_steps)
+
+
 def visual_tokens(model: PromptedModel, task: Task) -> int:
     """Visual tokens of an example."""
     vision = model.backbone.vision
@@ -405,4 +424,6 @@ def _together(config: RunConfig) -> list[DataOptions]:
                 f"expected one on_bad_image for all tasks, found {on_bad_image!r} in data and "
                 f"{options.on_bad_image!r} in also[{place}]; leave it out there"
             )
-    return [replace(options, on_bad_image=on_bad_image) for options in (config.data, *config.also)]
+    case = config.data.question_case
+    together = (config.data, *config.also)
+    return [replace(one, on_bad_image=on_bad_image, question_case=case) for one in together]

@@ -108,7 +108,12 @@ def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: 
     other = predictor.task.other_split if config.own.data is not None else ""
     split = config.split or other or predictor.task.test_split
     with accelerator.local_main_process_first():
-        options = DataOptions(task=predictor.task.loaded_as, data_dir=config.data_dir, own=config.own)
+        options = DataOptions(
+            task=predictor.task.loaded_as,
+            data_dir=config.data_dir,
+            own=config.own,
+            question_case=predictor.task.question_case,
+        )
         task = load_split(options, split)
     task = check_images(limit(task, config.limit, 0), config.on_bad_image)
     evaluation = evaluate(

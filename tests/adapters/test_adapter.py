@@ -334,6 +334,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
         "metrics": {"overall": 61.5},
         "trainable_parameters": count_trainable(model),
         "format_version": FORMAT_VERSION,
+        "question_case": "lower",
     }
     assert t5.fingerprint.keys() == {"language", "vision"}
     tensors = load_file(tmp_path / TENSORS_FILE)

@@ -79,16 +79,16 @@ def test_released_adapter_is_read_exactly(task: str) -> None:
     preset = PAPER[task]
     assert adapter.prompt == {
         **{"method": "dept", "seed": 0, "visual_offset": False},
-        "prompt_length": preset.prompt_length,
-        "rank": preset.rank,
+        "prompt_length": preset["prompt_length"],
+        "rank": preset["rank"],
         "max_source_length": 256,
         "d_model": 768,
         "alpha": 8.0,
-        "scale": 8 / preset.rank**0.5,
+        "scale": 8 / preset["rank"] ** 0.5,
     }
     assert adapter.trainable_parameters == {
-        "prompt": preset.prompt_length * 768,
-        "low_rank": (256 + 768) * preset.rank,
+        "prompt": preset["prompt_length"] * 768,
+        "low_rank": (256 + 768) * preset["rank"],
         "total": 76_800,
         "without_projection": 76_800,
     }

@@ -205,6 +205,14 @@ def test_nlvr2_as_official(
         assert part in table
 
 
+def test_nlvr2_words_with_a_space_before_are_wrong_as_officially(
+    nlvr2_files: Arguments, tmp_path: Path
+) -> None:
+    path = value_of(nlvr2_files, "--predictions")
+    path.write_text(path.read_text().replace(",", ", "))
+    assert scored(nlvr2_files, tmp_path)["accuracy"] == 0.0
+
+
 def test_nlvr2_needs_labels(nlvr2_files: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     path = value_of(nlvr2_files, "--examples")
     records = [json.loads(line) for line in path.read_text().splitlines()]

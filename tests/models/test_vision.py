@@ -1,5 +1,6 @@
 """Every kind of image encoder gives frozen visual tokens of one form."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -226,13 +227,21 @@ def test_squashed_pixels_are_the_published_ones(vision_folders: dict[str, Path],
     torch.testing.assert_close(vision.preprocess([image]), expected, rtol=0, atol=1e-5)
 
 
-def test_a_margin_is_cut_from_squashed_images_as_from_square_ones() -> None:
-    resnet = timm_tower("resnet10t", channels=[8, 8, 16, D_VISION], stem_width=8, output_stride=8)
-    resnet.config.pretrained_cfg["crop_pct"] = 0.5
-    vision = VisionEncoder(resnet, timm_processor(resnet))
-    image = random_image((64, 128))
-    squashed = image.resize((64, 64), Image.Resampling.BILINEAR)
-    assert torch.equal(vision.preprocess([image]), vision.preprocess([squashed]))
+@pytest.mark.parametrize("tower", ["dinov2", "timm_resnet"])
+def test_nothing_of_a_squashed_image_is_cut(vision_folders: dict[str, Path], tower: str) -> None:
+    vision = VisionEncoder.from_pretrained(vision_folders[tower])
+    vision.processor = copy.deepcopy(vision.processor)
+    images = [random_image(size) for size in ((64, 128), (64, 64))]
+    whole = vision.preprocess(images[:1])
+    if tower == "dinov2":  # as published: resized to 256, of which 224 are read
+        vision.processor.size.shortest_edge = 36
+    else:
+        vision.processor.data_config["crop_pct"] = 0.9
+        vision.processor.__init__({**vision.processor.data_config, "architecture": "resnet10t"})
+    assert torch.equal(vision.preprocess(images[:1]), whole)
+    marked = images[1].copy()
+    marked.paste("white", (0, 0, 1, 64))
+    assert not torch.equal(vision.preprocess(images[1:]), vision.preprocess([marked]))
 
 
 def test_no_fit_of_another_name(vision_folders: dict[str, Path]) -> None:

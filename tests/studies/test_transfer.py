@@ -1,6 +1,7 @@
 """Few shots, prompts that start from trained ones, and the table of both."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import D_MODEL
 from helpers import task_of, write_vqa
 from runs import in_two_processes, reset_accelerate, tensors, with_
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.stats import interval, quantile
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.warm_start import inherit
@@ -24,7 +26,7 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.methods import build
 from dept_vl.studies.options import TransferConfig
-from dept_vl.studies.transfer import transfer
+from dept_vl.studies.transfer import target_config, transfer
 from dept_vl.tasks import load_task
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.run import run
@@ -49,6 +51,34 @@ def test_shots_are_of_each_class_and_differ_in_seed() -> None:
     assert shots.classes == ("no", "yes")
     assert shots == draw_shots(task, 4, seed=1)
     assert shots != draw_shots(task, 4, seed=2)
+
+
+def test_shots_in_all_are_spread_over_the_classes() -> None:
+    shots = draw_shots(yes_no(30, 30), 16, seed=1, per="all")
+    for side in (shots.train, shots.dev):
+        assert len(side) == 16
+        assert Counter(yes_no(30, 30)[place].answer for place in side) == {"no": 8, "yes": 8}
+    odd = draw_shots(yes_no(30, 30), 5, seed=1, per="all")
+    assert Counter(yes_no(30, 30)[place].answer for place in odd.train) == {"no": 3, "yes": 2}
+
+
+def test_shots_may_be_chosen_on_the_dev_split(scenes: Path) -> None:
+    options = DataOptions(task="nlvr2", data_dir=scenes / "nlvr2", shots=4, shots_per="all", dev_limit=0)
+    on_shots, on_split = load_splits(options, 0), load_splits(replace(options, shots_dev="split"), 0)
+    assert on_shots.train.example_ids() == on_split.train.example_ids()
+    assert (len(on_shots.train), len(on_shots.dev)) == (4, 4)
+    assert on_split.dev.example_ids() == load_task("nlvr2", scenes / "nlvr2", "dev").example_ids()
+    vqa = DataOptions(task="vqav2", data_dir=scenes / "vqav2", shots=2, shots_dev="split", dev_split="")
+    with pytest.raises(UsageError, match="dev_split"):
+        load_splits(vqa, 0)
+
+
+def test_the_papers_shots_are_a_preset(base: RunConfig, source: Path) -> None:
+    config = TransferConfig(source=(str(source),), target=base.data.task, preset="paper")
+    data = target_config(config).data
+    assert (data.shots_per, data.shots_dev, data.dev_limit) == ("all", "split", 0)
+    data = target_config(replace(config, preset="own")).data
+    assert (data.shots_per, data.shots_dev, data.dev_limit) == ("class", "shots", base.data.dev_limit)
 
 
 def test_open_answers_are_drawn_as_they_come() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from test_metrics_gqa import CHOICES, EXPECTED, PREDICTIONS, ROWS, official_record
 
+from dept_vl.config import DataOptions
 from dept_vl.tasks import gqa as gqa_module
 from dept_vl.tasks import load_task
-from dept_vl.tasks.gqa import GQA, SHORT, SPLITS, read_choices, score_rows
+from dept_vl.tasks.gqa import GQA, JOINED, SHORT, SPLITS, read_choices, score_rows
 
 OFFICIAL = {key: figure for key, figure in EXPECTED.items() if isinstance(figure, float)}
 PLAIN = official_record(ROWS[0]) | {"imageId": "1"}
@@ -86,6 +87,16 @@ def test_every_split_is_read_from_its_own_file(tmp_path: Path, folder: str) -> N
     assert {split: GQA().load(tmp_path, split).example_ids() for split in SHORT} == {
         split: [f"of {split}_balanced"] for split in ("train", "val", "testdev", "test")
     }
+
+
+def test_training_and_validation_are_one_split(tmp_path: Path) -> None:
+    for split in SPLITS:
+        write(tmp_path, split, {f"of {split}": PLAIN}, "")
+    ids = {split: GQA().load(tmp_path, split).example_ids() for split in JOINED}
+    assert ids["trainval"] == ids["trainval_balanced"] == ["of train_balanced", "of val_balanced"]
+    assert ids["trainval_all"] == ["of train_all", "of val_all"]
+    options = DataOptions(task="gqa", train_split="trainval", dev_split="testdev")
+    assert options.splits() == ("trainval", "testdev", "testdev")
 
 
 def test_unknown_split(scenes: Path) -> None:

@@ -14,6 +14,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 VQA = PredictionFormat("question_id", "answer", "int")
 GQA = PredictionFormat("questionId", "prediction", "str")
 NLVR2 = PredictionFormat("identifier", "prediction", "str", "csv")
+LINES = PredictionFormat("identifier", "prediction", "str", "lines")
 NUMBERED = PredictionFormat("id", "answer", "int", "csv")
 
 # Of a CSV file the blanks around a cell are no content, and a lone carriage return is no letter.
@@ -96,6 +97,22 @@ def test_csv_is_read_as_written_by_others(tmp_path: Path) -> None:
         "dev-2-0-0": "false",
         "dev-3-0-0": 'a, "dog"',
     }
+
+
+def test_lines_are_read_as_by_a_script_that_splits_at_commas(tmp_path: Path) -> None:
+    text = 'dev-1-0-0,true\r\n\n  dev-2-0-0, True \ndev-3-0-0,"True"\ndev-4-0-0,False,sure\rdev-5-0-0,\n'
+    assert LINES.read(write(tmp_path, text)) == {
+        "dev-1-0-0": "true",
+        "dev-2-0-0": " True",
+        "dev-3-0-0": '"True"',
+        "dev-4-0-0": "False",
+        "dev-5-0-0": "",
+    }
+    path = tmp_path / f"results{LINES.suffix}"
+    LINES.write({"dev-10-0-0": "true", "dev-9-0-1": "false"}, path)
+    assert path.name == "results.csv"
+    assert path.read_bytes() == b"dev-9-0-1,false\ndev-10-0-0,true\n"
+    assert "line 2: expected lines of identifier,prediction" in refused(LINES, write(tmp_path, "a,true\nb\n"))
 
 
 def test_csv_is_what_python_writes(tmp_path: Path) -> None:

@@ -113,6 +113,17 @@ def test_a_short_run_warms_up_for_a_tenth() -> None:
     assert [rate for rate, _ in rates[:4]] == pytest.approx([0, 0.2, 0.4, 0.4 * 17 / 18])
 
 
+def test_warm_up_may_be_a_share_of_the_steps() -> None:
+    rates = rates_over(40, replace(OPTIONS, warmup_steps=1, warmup_ratio=0.25))
+    assert [rate for rate, _ in rates].index(0.4) == 10
+
+
+def test_epsilon_is_that_of_the_options(t5: Backbone) -> None:
+    groups = PromptedModel(t5, None).parameter_groups()
+    assert build_optimizer(groups, OPTIONS).defaults["eps"] == 1e-8
+    assert build_optimizer(groups, replace(OPTIONS, adam_eps=1e-6)).defaults["eps"] == 1e-6
+
+
 def test_without_warm_up_the_first_step_is_the_peak() -> None:
     assert rates_over(50, replace(OPTIONS, warmup_steps=0))[0] == [0.4, 3e-3]
     assert rates_over(9, OPTIONS)[0] == [0.4, 3e-3]

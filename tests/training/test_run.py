@@ -26,18 +26,21 @@ from runs import assert_same, files, log, reset_accelerate, tensors, tiny_run, w
 
 import dept_vl.training.loop
 import dept_vl.training.run
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.cli import parse
-from dept_vl.config import DataOptions, RunConfig, to_json
+from dept_vl.config import DataOptions, RunConfig, TrainOptions, to_json
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.splits import load_splits
 from dept_vl.inference.evaluate import Evaluation, evaluate
+from dept_vl.inference.loading import load
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks import coco, load_task
 from dept_vl.tasks.metrics.caption import CaptionScore
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.run import run as main
+from dept_vl.training.run import steps_of_epochs
 from dept_vl.training.summary import RunResult
 from scripts import train_caption, train_gqa, train_nlvr2
 
@@ -89,6 +92,38 @@ def configs(
 def config(configs: dict[str, RunConfig], tmp_path: Path) -> RunConfig:
     """With T5."""
     return replace(configs["t5"], output_dir=tmp_path / "run")
+
+
+def test_epochs_are_steps(config: RunConfig, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Nine training questions in batches of four are three batches an epoch.
+    epochs = replace(config.train, num_epochs=2, per_device_batch_size=4, max_steps=99)
+    training = main(replace(config, train=epochs)).training
+    assert training is not None
+    assert training.steps == 6
+    assert "2 epochs are 6 steps" in capsys.readouterr().out
+    captions = load_splits(DataOptions(task="coco", data_dir=scenes / "coco", meteor=False), 0)
+    counted = [len(captions.train[place].answers) for place in range(len(captions.train))]
+    assert captions.train.draws_per_epoch() == sum(counted) > len(captions.train)
+    options = TrainOptions(num_epochs=3, per_device_batch_size=5, gradient_accumulation_steps=2)
+    expected = -(-3 * -(-sum(counted) // 10) // 2)
+    assert steps_of_epochs(options, [captions], processes=2) == expected
+
+
+def test_an_adapter_says_in_which_case_questions_are_read(config: RunConfig) -> None:
+    kept = replace(config, data=replace(config.data, question_case="keep"))
+    folder = main(kept).output_dir
+    assert Adapter.load(folder / "best").question_case == "keep"
+    for source in (folder, folder / "best"):
+        assert load(source).task.source("Is it NATO?") == "vqa: Is it NATO?"
+
+
+def test_the_best_adapter_is_chosen_by_the_metric_that_is_named(config: RunConfig, tmp_path: Path) -> None:
+    named = replace(config, data=replace(config.data, choose_by="answer_type/other"))
+    scored = [record for record in log(main(named).output_dir) if "score" in record]
+    assert scored
+    assert all(record["score"] == record["dev/answer_type/other"] for record in scored)
+    with pytest.raises(UnknownNameError, match="CIDEr"):
+        main(with_(config, output_dir=tmp_path / "x", data={"choose_by": "CIDEr"}))
 
 
 @dataclass

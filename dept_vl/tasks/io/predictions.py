@@ -20,25 +20,29 @@ class PredictionFormat:
         id_key: Name of the field with the example's id.
         answer_key: Name of the field with the answer.
         id_type: Of the ids.
-        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header.
+        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header, `lines` for such
+            lines as a script reads that splits them at the commas: quotes and spaces are part of a cell, and
+            what comes behind a second comma is nothing.
     """
 
     id_key: str
     answer_key: str
     id_type: Literal["int", "str"]
-    kind: Literal["json", "csv"] = "json"
+    kind: Literal["json", "csv", "lines"] = "json"
 
     @property
     def suffix(self) -> str:
         """Of a file in this form."""
-        return f".{self.kind}"
+        return ".json" if self.kind == "json" else ".csv"
 
     def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
         """Write a file, in order of the ids."""
         # 9 before 10, be the ids numbers or text.
         ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
         with path.open("w", encoding="utf-8", newline="") as file:
-            if self.kind == "csv":
+            if self.kind == "lines":
+                file.writelines(f"{key},{predictions[key]}\n" for key in ids)
+            elif self.kind == "csv":
                 csv.writer(file, lineterminator="\n").writerows((key, predictions[key]) for key in ids)
             else:
                 rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
@@ -66,10 +70,13 @@ class PredictionFormat:
         try:
             # Not as text: line ends inside of an answer stay as they are.
             text = path.read_bytes().decode("utf-8-sig")
-            content = _csv_lines(text) if self.kind == "csv" else json.loads(text)
+            if self.kind == "json":
+                content = json.loads(text)
+            else:
+                content = _csv_lines(text) if self.kind == "csv" else _lines(text)
         except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
-        if self.kind == "csv":
+        if self.kind != "json":
             for number, cells in content:
                 if len(cells) != 2:
                     raise ValueError(
@@ -103,9 +110,15 @@ class PredictionFormat:
         )
 
     def _form(self) -> str:
-        if self.kind == "csv":
+        if self.kind != "json":
             return f"lines of {self.id_key},{self.answer_key}"
         return f'a list of {{"{self.id_key}": {self.id_type}, "{self.answer_key}": str}}'
+
+
+def _lines(text: str) -> list[tuple[int, list[str]]]:
+    """The lines that are not blank, each with its number and what stands before its second comma."""
+    lines = enumerate(io.StringIO(text, newline=None), start=1)
+    return [(number, line.strip().split(",")[:2]) for number, line in lines if line.strip()]
 
 
 def _csv_lines(text: str) -> list[tuple[int, list[str]]]:

@@ -9,7 +9,7 @@ VL-T5 (Cho et al. 2021). ``tests/fixtures/vqa`` holds cases scored by the offici
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -203,6 +203,26 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
     _check_answers(answers)
     counts = Counter(normalise_answer(answer) for answer in answers)
     return {answer: SOFT_SCORES[min(n, len(SOFT_SCORES)) - 1] for answer, n in counts.items() if answer}
+
+
+def listed_scores(answers: Sequence[str], answer_list: Set[str]) -> dict[str, float]:
+    """Soft label of a question within a list of answers: the published labels (LXMERT, VL-T5).
+
+    Answers are counted as they are written, and not normalised: "two" is no "2".
+
+    Args:
+        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
+        answer_list: The answers that are learnt.
+
+    Returns:
+        Weight (0.3 to 1.0) by answer, in order of first appearance; empty if none is in the list.
+
+    Raises:
+        ValueError: If ``answers`` is empty or a bare string.
+    """
+    _check_answers(answers)
+    counts = Counter(answer for answer in answers if answer in answer_list)
+    return {answer: SOFT_SCORES[min(n, len(SOFT_SCORES)) - 1] for answer, n in counts.items()}
 
 
 @dataclass(frozen=True)

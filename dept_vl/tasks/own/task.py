@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.embedded import embedded_path
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.base import Decoding, Example, Task, most_usual
+from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
 from dept_vl.tasks.metrics.caption import check_installed, check_meteor, score_captions
@@ -50,6 +50,7 @@ class OwnTask(Task):
         image_count: Images of an example.
         meteor: Score captions by METEOR too.
         notes: What was noticed in the data.
+        question_case: How questions are read.
     """
 
     rows: Rows = NO_ROWS
@@ -62,6 +63,7 @@ class OwnTask(Task):
     image_count: int = 1
     meteor: bool = True
     notes: tuple[str, ...] = ()
+    question_case: QuestionCase = "lower"
 
     scales: ClassVar = {"CIDEr": "x100"}
     id_column = "id"

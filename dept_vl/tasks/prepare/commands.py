@@ -4,13 +4,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from dept_vl._utils.io import write_json
 from dept_vl._utils.printable import printable, say
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
 from dept_vl.tasks.prepare import snippets as snippets_task
+from dept_vl.tasks.prepare.answer_list import USUAL_FROM, usual_answers
 from dept_vl.tasks.prepare.check import Finding
 from dept_vl.tasks.prepare.check import check as check_task
 from dept_vl.tasks.scenes.official import write_concepts, write_tasks
+from dept_vl.tasks.vqav2 import ANSWER_LIST, PUBLISHED_LIST, read_answer_list
 
 SHOWN = 20
 """Missing or broken files that are named on the screen, of each kind; --report names them all."""
@@ -98,6 +101,24 @@ def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
     return good
 
 
+def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None) -> None:
+    """Rebuild the list of answers that `--answer_labels published` learns, from VQAv2's annotations.
+
+    Args:
+        root: Folder with the annotations of train and val.
+        floor: Questions that an answer has to be the usual one of; 9 is published.
+        output: File to write; left out, answer_list.json in the folder, which runs on it read from then on.
+    """
+    answers = usual_answers(root, floor)
+    published = set(read_answer_list(PUBLISHED_LIST))
+    output = output or root / ANSWER_LIST
+    write_json(output, answers, indent=0)
+    say(
+        f"{len(answers):,} answers in {output}: {len(published & set(answers)):,} of the {len(published):,} "
+        f"published ones, {len(set(answers) - published):,} others"
+    )
+
+
 def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
     """Write a split's official files and images from a parquet copy on the Hub, or in a folder.
 
@@ -117,6 +138,7 @@ COMMANDS: dict[str, Callable[..., bool | None]] = {
     "concepts": concepts,
     "snippets": snippets,
     "check": check,
+    "answer-list": answer_list,
     "from-hub": from_hub,
 }
 """By name; the arguments of each are its flags. `check` returns False if something is missing."""
