@@ -11,6 +11,7 @@ Import them from the package itself (`import dept_vl; dept_vl.load(...)`); each 
 | `evaluate`        | answer and score a split with a run or an adapter                             |
 | `RunConfig`       | every option of a run; its groups (`DataOptions`, ...) are in `dept_vl.config` |
 | `Backbone`        | a frozen vision-language model                                                |
+| `VisionLanguageModel` | a pretrained model (BLIP-2, Qwen2.5-VL, ...), frozen                     |
 | `DePT`            | the trainable prompt                                                          |
 | `build_prompt`    | make a prompt of any method for a backbone                                    |
 | `PromptedModel`   | a prompt on a backbone, an `nn.Module`                                        |
@@ -43,7 +44,7 @@ from dept_vl.adapters.attach import new_prompt
 from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig
 from dept_vl.inference.loading import load, run_of
 from dept_vl.inference.predictor import Predictor
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.training import build
 from dept_vl.training.run import run
@@ -180,7 +181,7 @@ def evaluate(
 
 def build_prompt(
     method: str,
-    backbone: Backbone | PreTrainedModel,
+    backbone: FrozenBackbone | PreTrainedModel,
     *,
     prompt_length: int = 40,
     rank: int | None = None,
@@ -197,8 +198,8 @@ def build_prompt(
     Args:
         method: Name of the method: pt, dept, adept, hybrid, ulpt, lopt, residual, memory, or a registered
             one.
-        backbone: Gives the width, and the embeddings to start from: a `Backbone`, or for `attach` a
-            ready-made model of transformers, which takes method dept with a rank of its own.
+        backbone: Gives the width, and the embeddings to start from: a `Backbone`, a `VisionLanguageModel`, or
+            for `attach` a ready-made model of transformers, which takes method dept with a rank of its own.
         prompt_length: Vectors of the prompt (m); methods of full length have `reference_prompt_length`.
         rank: Rank of the offset (r); None takes the largest that fits the budget.
         reference_prompt_length: Length of the plain prompt (l) whose parameters are the budget.

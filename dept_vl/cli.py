@@ -459,6 +459,7 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
             )
         _check_exists("--shots_file", options.shots_file)
     _check_exists("--backbone", config.backbone.backbone)
+    _check_source("--model", config.backbone.model)
     _check_source("--vision", config.backbone.vision)
     _check_source("--language", config.backbone.language)
     if isinstance(config, RunConfig):

@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,7 +161,13 @@ class BackboneOptions(Options):
     """The frozen models."""
 
     backbone: Path | None = None
-    """Folder of a saved backbone, such as data/tiny-clip-t5; or vision and language instead."""
+    """Folder of a saved backbone, such as data/tiny-clip-t5; or model, or vision and language, instead."""
+    model: str | None = None
+    """Hub name or folder of a pretrained vision-language model, such as Salesforce/blip2-flan-t5-xl or
+    Qwen/Qwen2.5-VL-3B-Instruct: any of transformers' AutoModelForImageTextToText."""
+    text_form: str = ""
+    """How model is asked: chat for its chat template, or a text with {text} (and {image}); left out, the chat
+    template where there is one, else as its authors ask it. The adapter keeps it."""
     vision: str | None = None
     """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
     language: str | None = None
@@ -201,7 +207,22 @@ class BackboneOptions(Options):
     """Rank of each pair of LoRA."""
 
     def loading(self) -> dict[str, Any]:
-        """Return the arguments of `Backbone.from_pretrained`."""
+        """Return the arguments of `models.vlm.open_backbone`.
+
+        Raises:
+            UsageError: If options of two models that are joined are given besides a whole one.
+        """
+        if self.model is not None:
+            usual, free = BackboneOptions(), {"model", "text_form", "exif", "backbone_dropout"}
+            free |= {"train_projection", "train_backbone", "train_only", "lora_rank"}
+            options = [f.name for f in fields(self) if f.name not in free]
+            changed = [name for name in options if getattr(self, name) != getattr(usual, name)]
+            if changed:
+                these = ", ".join(f"--{name}" for name in changed)
+                raise UsageError(f"--model is a whole vision-language model; leave out {these}")
+            return {"model": self.model, "text_form": self.text_form, "exif": self.exif}
+        if self.text_form:
+            raise UsageError("--text_form is how a pretrained model is asked (--model); leave it out here")
         names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid", "exif")
         given = {name: getattr(self, name) for name in (*names, "visual_position_bias")}
         return given | {k: None if getattr(self, k) == "auto" else getattr(self, k) for k in BEFORE_ORDER}
@@ -544,7 +565,14 @@ FREE_TO_CHANGE = (
     "data.feature_memory",
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
-LOCATIONS = ("data.data_dir", "data.shots_file", "backbone.backbone", "backbone.vision", "backbone.language")
+LOCATIONS = (
+    "data.data_dir",
+    "data.shots_file",
+    "backbone.backbone",
+    "backbone.model",
+    "backbone.vision",
+    "backbone.language",
+)
 """Options that may change as long as there is the same at the new place."""
 BATCHES = ("data.task_batch_size", "train.per_device_batch_size", "train.gradient_accumulation_steps")
 """Options that may change as long as their product with the number of processes stays."""
@@ -646,7 +674,7 @@ def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     options = options | {
         "data": again(options.get("data", {}), *paths),
         "also": [again(task, *paths) for task in also] if isinstance(also, list) else also,
-        "backbone": again(options.get("backbone", {}), "backbone", "vision", "language"),
+        "backbone": again(options.get("backbone", {}), "backbone", "model", "vision", "language"),
     }
     if isinstance(prompt, dict) and isinstance(prompt.get("init_from"), list):
         names = [find_again(name, folder) if isinstance(name, str) else name for name in prompt["init_from"]]

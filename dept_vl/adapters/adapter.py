@@ -23,7 +23,7 @@ from dept_vl.adapters.fingerprint import check_backbone, describe_backbone
 from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 from dept_vl.adapters.schema import FORMAT_VERSION, described_method, read_description
 from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.methods import build
@@ -285,7 +285,7 @@ class Adapter:
     to_official = to_authors
     """Earlier name of `to_authors`."""
 
-    def build(self, backbone: Backbone) -> PromptedModel:
+    def build(self, backbone: FrozenBackbone) -> PromptedModel:
         """A model with this adapter on its backbone.
 
         Raises:
@@ -347,6 +347,6 @@ class Adapter:
                 state = dict(module.named_parameters()) | state
             load_exactly(module, state, "the adapter's", prefix)
 
-    def check_backbone(self, backbone: Backbone) -> None:
+    def check_backbone(self, backbone: FrozenBackbone) -> None:
         """Raise a `ValueError` for any backbone but the one that the adapter was trained on."""
         check_backbone(self.backbone, backbone)

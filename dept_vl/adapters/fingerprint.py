@@ -29,7 +29,7 @@ from dept_vl._utils.printable import warn
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.options import BEFORE_ORDER
 
 ROWS = 512
@@ -281,7 +281,7 @@ def _decoded(text: str) -> Tensor:
     )
 
 
-def describe_backbone(backbone: Backbone) -> dict[str, Any]:
+def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
     """Return what an adapter records of its backbone."""
     return {
         "name": backbone.name,
@@ -291,11 +291,12 @@ def describe_backbone(backbone: Backbone) -> dict[str, Any]:
         "visual_norm": backbone.visual_norm,
         "image_fit": backbone.image_fit,
         "vision": None if backbone.vision is None else backbone.vision.options(),
-        "exif": None if backbone.vision is None else backbone.vision.exif,
+        "exif": backbone.exif,
+        **({} if backbone.text_form is None else {"text_form": backbone.text_form}),
     }
 
 
-def check_backbone(recorded: Mapping[str, Any], backbone: Backbone) -> None:
+def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> None:
     """Compare a backbone with the one that an adapter was trained on.
 
     The authors' files record no weights: only the names are compared, with a warning. `PromptedModel` adds
@@ -320,6 +321,9 @@ def check_backbone(recorded: Mapping[str, Any], backbone: Backbone) -> None:
         compared.append("image_fit")
     if expected["vision"] is not None:
         compared.append("vision")
+    given, expected = ({"text_form": None, **one} for one in (given, expected))
+    if (given["text_form"], expected["text_form"]) != (None, None):
+        compared.append("text_form")
     if any(expected[key] != given[key] for key in compared):
         raise ValueError(
             f"this adapter was trained on {_text(expected, compared)} and does not fit "
@@ -327,7 +331,7 @@ def check_backbone(recorded: Mapping[str, Any], backbone: Backbone) -> None:
         )
 
 
-def check_name(name: str, backbone: Backbone, accepted: Collection[str]) -> None:
+def check_name(name: str, backbone: FrozenBackbone, accepted: Collection[str]) -> None:
     """Compare names of models by their last part.
 
     "t5-base" is "google-t5/t5-base" on the Hub now, and any folder of that name on a disk.
@@ -342,8 +346,8 @@ def check_name(name: str, backbone: Backbone, accepted: Collection[str]) -> None
         )
 
 
-def _check_backbone_of_authors(name: str, backbone: Backbone) -> None:
-    if backbone.vision is not None:
+def _check_backbone_of_authors(name: str, backbone: FrozenBackbone) -> None:
+    if backbone.reads_images:
         raise ValueError(
             f"this adapter was trained on {name} for text alone and does not fit {backbone.name}, "
             "which has a vision tower; load the language model without one"

@@ -53,6 +53,13 @@ class BackboneFields:
 
 
 @dataclass(frozen=True)
+class PretrainedFields(BackboneFields):
+    """The same, of a pretrained vision-language model."""
+
+    text_form: str
+
+
+@dataclass(frozen=True)
 class BackboneOfAuthors:
     """The backbone of an adapter that was read from the authors' files (`Adapter.from_authors`)."""
 
@@ -75,6 +82,13 @@ class Description:
     trainable_parameters: dict[str, int]
     format_version: int
     question_case: QuestionCase
+
+
+@dataclass(frozen=True)
+class DescriptionOfPretrained(Description):
+    """The same, of an adapter of a pretrained vision-language model."""
+
+    backbone: PretrainedFields
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,9 @@ def read_description(path: Path) -> dict[str, Any]:
         for name, value in BEFORE_METHODS.items():
             description["prompt"].setdefault(name, value)
     try:
-        check(description, DescriptionOfAuthors if of_authors else Description)
+        pretrained = isinstance(backbone, dict) and "text_form" in backbone
+        kind = DescriptionOfPretrained if pretrained else Description
+        check(description, DescriptionOfAuthors if of_authors else kind)
         if description["prompt"] is not None:
             _check_scale(description["prompt"])
     except ValueError as error:

@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dept_vl._utils.images import ImageSource, read_image
 from dept_vl.config import OnBadImage
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.source import SourceReader
 from dept_vl.models.tokens import IGNORE_INDEX, target_ids
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Example
 from dept_vl.tasks.io.predictions import ExampleId
 
@@ -23,8 +27,9 @@ from dept_vl.tasks.io.predictions import ExampleId
 class Batch:
     """Tensors of one batch; text and targets are padded on the right, to the longest here.
 
-    `skipped` names the examples that were left out because their image could not be read; `choices` are
-    the only answers to each, of questions that have them.
+    `processed` is what a pretrained model's processor made besides tokens; `skipped` names the examples that
+    were left out because their image could not be read; `choices` are the only answers to each, of questions
+    that have them.
     """
 
     ids: tuple[ExampleId, ...]
@@ -34,28 +39,34 @@ class Batch:
     weights: Float[Tensor, " batch"] | None = None
     pixel_values: Float[Tensor, "batch images 3 height width"] | None = None
     visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None
+    processed: dict[str, Tensor] | None = None
     skipped: tuple[ExampleId, ...] = ()
     choices: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
+            part.name: value.to(device, non_blocking=True)
+            for part in fields(self)
+            if isinstance(value := getattr(self, part.name), Tensor)
         }
+        if self.processed is not None:
+            moved["processed"] = {
+                name: value.to(device, non_blocking=True) for name, value in self.processed.items()
+            }
         return replace(self, **moved)
 
-    def inputs(self) -> dict[str, Tensor | None]:
+    def inputs(self) -> dict[str, Any]:
         """What `PromptedModel.generate` takes."""
-        return {
+        inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "pixel_values": self.pixel_values,
             "visual_features": self.visual_features,
         }
+        return inputs if self.processed is None else {**inputs, "processed": self.processed}
 
-    def training_inputs(self) -> dict[str, Tensor | None]:
+    def training_inputs(self) -> dict[str, Any]:
         """What `PromptedModel.forward` takes."""
         return {**self.inputs(), "labels": self.labels, "weights": self.weights}
 
@@ -79,6 +90,8 @@ class Collator:
         max_target_length: Likewise for answers.
         images: A table of features, or the encoder whose preprocessing makes pixels; None for text.
         on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
+        processor: Of a pretrained model, which makes sources of texts and images; `images` is None then.
+        exif: It reads images turned as their EXIF orientation says.
         pad_to_multiple_of: Texts and answers are padded to the longest of the batch, and on to a multiple
             of this; of texts no further than `max_source_length`, the prompt's last position.
     """
@@ -88,6 +101,8 @@ class Collator:
     max_target_length: int
     images: FeatureTable | VisionEncoder | None = None
     on_bad_image: OnBadImage = "raise"
+    processor: SourceReader | None = None
+    exif: bool = True
     pad_to_multiple_of: int = 1
 
     @classmethod
@@ -126,6 +141,8 @@ class Collator:
             max_target_length=max_target_length,
             images=images,
             on_bad_image=on_bad_image,
+            processor=model.backbone.processor,
+            exif=model.backbone.exif is not False,
             pad_to_multiple_of=8 if device is not None and device.type == "cuda" else 1,
         )
 
@@ -141,22 +158,22 @@ class Collator:
         if not draws:
             none = torch.empty(0, 0, dtype=torch.long)
             return Batch(ids, none, none, skipped=skipped)
-        source = self.tokenizer(
-            [draw.example.source_text for draw in draws],
-            max_length=self.max_source_length,
-            truncation=True,
-            padding=True,
-            return_tensors="pt",
-        )
-        _check_texts(ids, source.attention_mask)
-        # Not by the tokenizer, which cuts at multiples alone.
-        width = source.input_ids.shape[1]
-        further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
-        input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
-        mask = nn.functional.pad(source.attention_mask, (0, further))
         choices = tuple(draw.example.choices for draw in draws)
+        texts = [draw.example.source_text for draw in draws]
+        source = (
+            self._source(texts)
+            if self.processor is None
+            else process(self.processor, texts, visual.pop("files"), [self.max_source_length] * len(texts))
+        )
+        _check_texts(ids, source["attention_mask"])
         batch = Batch(
-            ids, input_ids, mask, skipped=skipped, choices=choices if any(choices) else (), **visual
+            ids,
+            source.pop("input_ids"),
+            source.pop("attention_mask"),
+            processed=source or None,
+            skipped=skipped,
+            choices=choices if any(choices) else (),
+            **visual,
         )
         answers = [draw.target for draw in draws if draw.target is not None]
         if not answers:
@@ -170,13 +187,33 @@ class Collator:
         weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
         return replace(batch, labels=labels, weights=weights)
 
+    def _source(self, texts: list[str]) -> dict[str, Tensor]:
+        """Tokens of texts, and their mask."""
+        source = self.tokenizer(
+            texts, max_length=self.max_source_length, truncation=True, padding=True, return_tensors="pt"
+        )
+        # Not by the tokenizer, which cuts at multiples alone.
+        width = source.input_ids.shape[1]
+        further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
+        input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": nn.functional.pad(source.attention_mask, (0, further)),
+        }
+
     def _read_images(
         self, draws: Sequence[Draw]
-    ) -> tuple[Sequence[Draw], dict[str, Tensor], tuple[ExampleId, ...]]:
+    ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
         """The draws whose images are there, the images, and the ids of the other draws."""
-        if self.images is None or not draws[0].example.images:
+        read: FeatureTable | _PixelReader | _ImageReader
+        if self.processor is not None:
+            read, name = _ImageReader(self.exif), "files"
+        elif self.images is None or not draws[0].example.images:
             return draws, {}, ()
-        read = self.images if isinstance(self.images, FeatureTable) else _PixelReader(self.images)
+        elif isinstance(self.images, FeatureTable):
+            read, name = self.images, "visual_features"
+        else:
+            read, name = _PixelReader(self.images), "pixel_values"
         kept, skipped = [], []
         for draw in draws:
             try:
@@ -189,7 +226,6 @@ class Collator:
                         "--on_bad_image skip goes on without it"
                     ) from None
                 skipped.append(draw.example.example_id)
-        name = "visual_features" if isinstance(self.images, FeatureTable) else "pixel_values"
         return kept, {name: read([draw.example.images for draw in kept])} if kept else {}, tuple(skipped)
 
 
@@ -216,3 +252,48 @@ class _PixelReader:
     def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images 3 height width"]:
         pixels = torch.stack([self.pixels[path] for paths in examples for path in paths])
         return pixels.view(len(examples), -1, *pixels.shape[1:])
+
+
+def process(
+    processor: SourceReader,
+    texts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    longest: Sequence[int],
+) -> dict[str, Tensor]:
+    """Tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
+
+    Args:
+        processor: The model's.
+        texts: Of each example.
+        images: Of each example.
+        longest: Tokens of text of each.
+    """
+    return processor([_without_prefix(text) for text in texts], images, longest)
+
+
+class _ImageReader:
+    """Images of examples, for a processor; one that is in a batch twice is read once."""
+
+    def __init__(self, exif: bool) -> None:
+        self.exif = exif
+        self.read: dict[Any, Image.Image] = {}
+
+    def check(self, sources: Sequence[ImageSource]) -> None:
+        for source in sources:
+            if key_of(source) not in self.read:
+                self.read[key_of(source)] = read_image(source, exif=self.exif)
+
+    def __call__(self, examples: Sequence[Sequence[ImageSource]]) -> list[list[Image.Image]]:
+        return [[self.read[key_of(source)] for source in sources] for sources in examples]
+
+
+def key_of(source: ImageSource | Tensor) -> Any:
+    """What an image that comes again has in common."""
+    return id(source) if isinstance(source, Image.Image | Tensor) else source
+
+
+def _without_prefix(text: str) -> str:
+    for task in TASKS.values():
+        if task.prefix and text.startswith(task.prefix):
+            return text.removeprefix(task.prefix).strip()
+    return text

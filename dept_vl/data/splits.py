@@ -16,6 +16,7 @@ from dept_vl.data.feature_index import INDEX_FILE
 from dept_vl.data.feature_store import open_features
 from dept_vl.data.features import FeatureTable, table_bytes
 from dept_vl.data.shots import Shots, choose_shots
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
@@ -254,7 +255,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
 
 
 def read_features(
-    vision: VisionEncoder | None,
+    backbone: FrozenBackbone,
     splits: list[Splits],
     *,
     num_workers: int,
@@ -269,6 +270,12 @@ def read_features(
         ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
             encoded that is not to be skipped.
     """
+    vision = backbone.vision
+    if vision is None and backbone.reads_images and any(one.options.features == "cached" for one in splits):
+        raise UsageError(
+            f"features of a pretrained model are not kept in files ({backbone.name}): it encodes its images "
+            "in every step; leave out --features cached"
+        )
     wanted = [(part.options, _image_files(part)) for part in splits]
     if vision is None or not any(paths for _, paths in wanted):
         return vision

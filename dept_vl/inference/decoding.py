@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dept_vl.models.tokens import continues_text, target_ids, target_texts
+from dept_vl.models.tokens import start_tokens, target_ids, target_texts
 from dept_vl.tasks.base import Decoding
 
 
@@ -75,8 +75,7 @@ class Trie:
         self.following = {prefix: list(tokens) for prefix, tokens in following.items()}
         self.depth = max(map(len, sequences))
         self.padding = [tokenizer.pad_token_id]
-        # An encoder-decoder's first token is the decoder's start, no part of the answer.
-        self.start = 0 if continues_text(tokenizer) else 1
+        self.start = start_tokens(tokenizer)
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
         """Token ids that may come next; padding behind a finished candidate."""

@@ -90,13 +90,12 @@ def respond(
             raise ValueError(
                 f"the question has {len(question):,} characters; at most {MOST_CHARACTERS:,} are read"
             )
-        vision = many.backbone.vision
         images: list[ImageSource] = []
         for upload in uploads[: task.image_count]:
             if upload is None:
                 each = "an image" if task.image_count == 1 else f"{task.image_count} images"
                 raise ValueError(f"{task.name} asks about {each}: upload {each}")
-            images.append(_read_upload(upload, folder, exif=vision is None or vision.exif))
+            images.append(_read_upload(upload, folder, exif=many.backbone.exif is not False))
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
             answers = many.answer(

@@ -23,9 +23,7 @@ LONGEST = 16
 WARM_UPS = 2
 
 
-def greedy(
-    model: PromptedModel, inputs: Mapping[str, Tensor], new_tokens: int
-) -> Int[Tensor, "batch target"]:
+def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> Int[Tensor, "batch target"]:
     """Answer by the likeliest token each time, without asking the device whether all have ended.
 
     Args:

@@ -18,6 +18,8 @@ from dept_vl.config import EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, read_facts, run_candidates
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
+from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 
@@ -28,7 +30,7 @@ LONGEST_TEXT = 512
 def load(
     source: str | Path,
     *,
-    backbone: Backbone | str | Path | None = None,
+    backbone: FrozenBackbone | str | Path | None = None,
     revision: str | None = None,
     task: str | None = None,
     device: str | torch.device | None = None,
@@ -58,18 +60,18 @@ def load(
     run = run_of(Path(source))
     chosen = _choose_task(adapter, task).reading(adapter.question_case)
     shared = find_backbone(adapter, run, backbone, device, Path(source))
-    if chosen.image_count and shared.vision is None:
+    if chosen.image_count and not shared.reads_images:
         raise ValueError(
             f"{chosen.name} asks about images, and {shared.name} has no vision tower; load one that has"
         )
-    if shared.vision is not None and chosen.image_count:
-        _note_orientation(adapter, shared.vision.exif)
+    if shared.exif is not None and chosen.image_count:
+        _note_orientation(adapter, shared.exif)
     base = _copy_changed(shared, adapter)
     model = adapter.build(base).to(base.device).eval().folded()
     decoding, longest = chosen.decoding, LONGEST_TEXT
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
-        longest = trained.prompt.max_source_length
+        longest = trained.prompt.max_source_length + base.frame
         if chosen.loaded_as in _tasks_of(trained):
             config = EvaluateConfig(run, task=chosen.loaded_as)
             chosen, longest_answer = read_facts(run, chosen)
@@ -94,10 +96,10 @@ def load(
 def find_backbone(
     adapter: Adapter,
     run: Path | None,
-    backbone: Backbone | str | Path | None = None,
+    backbone: FrozenBackbone | str | Path | None = None,
     device: str | torch.device | None = None,
     place: Path = Path(),
-) -> Backbone:
+) -> FrozenBackbone:
     """The backbone that an adapter was trained on, loaded.
 
     Args:
@@ -113,7 +115,7 @@ def find_backbone(
         FileNotFoundError: If it cannot be found; the message says what may be given.
         ValueError: If it is of no kind that is supported, or the adapter is of another kind.
     """
-    if isinstance(backbone, Backbone):
+    if isinstance(backbone, FrozenBackbone):
         return backbone
     known = adapter.backbone
     fingerprint = known["fingerprint"] or {}
@@ -125,9 +127,14 @@ def find_backbone(
     name = known["name"] if backbone is None else str(backbone)
     if backbone is None:
         name = "+".join(find_again(part, place) for part in name.split("+"))
+    loaded: FrozenBackbone
     try:
         if backbone is None and run is not None:
-            loaded = Backbone.from_pretrained(**read_config(run / CONFIG_FILE).backbone.loading())
+            loaded = open_backbone(**read_config(run / CONFIG_FILE).backbone.loading())
+        elif "text_form" in known:
+            loaded = VisionLanguageModel.from_pretrained(
+                name, text_form=known["text_form"], exif=bool(known.get("exif"))
+            )
         elif (Path(name) / BACKBONE_FILE).is_file():
             loaded = Backbone.from_pretrained(
                 name, exif=bool(known.get("exif")), image_fit=known.get("image_fit")
@@ -155,7 +162,14 @@ def find_backbone(
             "data/tiny-clip-t5 is one, or VISION+LANGUAGE, two names of the Hub or folders"
         ) from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return loaded.to(device or accelerator or "cpu").eval()
+    loaded = loaded.to(device or accelerator or "cpu").eval()
+    loaded.probe(_images(adapter))
+    return loaded
+
+
+def _images(adapter: Adapter) -> int:
+    """Images to a question of the adapter's task."""
+    return max((TASKS[name].image_count for name in adapter.task.split("+") if name in TASKS), default=1)
 
 
 def _note_orientation(adapter: Adapter, exif: bool) -> None:
@@ -177,7 +191,7 @@ def _two(name: str) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def _copy_changed(backbone: Backbone, adapter: Adapter) -> Backbone:
+def _copy_changed(backbone: FrozenBackbone, adapter: Adapter) -> FrozenBackbone:
     """The same backbone for one adapter, with a copy of the parts that the adapter changes."""
     if any(name.startswith("language.") for name in adapter.tensors):
         return copy.deepcopy(backbone)

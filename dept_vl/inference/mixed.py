@@ -12,7 +12,7 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.inference.given import as_images
 from dept_vl.inference.loading import LONGEST_TEXT, find_backbone, load, run_of
 from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, line_up
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowProjections, RowPrompts
 from dept_vl.tasks import TASKS
@@ -40,7 +40,11 @@ class ManyAdapters:
     """
 
     def __init__(
-        self, backbone: Backbone, predictors: Mapping[str, Predictor], *, base_task: str | Task | None = None
+        self,
+        backbone: FrozenBackbone,
+        predictors: Mapping[str, Predictor],
+        *,
+        base_task: str | Task | None = None,
     ) -> None:
         if not predictors and base_task is None:
             raise ValueError("expected one adapter or more, found none")
@@ -148,7 +152,7 @@ class ManyAdapters:
 def load_many(
     sources: Mapping[str, str | Path],
     *,
-    backbone: Backbone | str | Path | None = None,
+    backbone: FrozenBackbone | str | Path | None = None,
     device: str | torch.device | None = None,
     base_task: str | None = None,
 ) -> ManyAdapters:

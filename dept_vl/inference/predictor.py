@@ -4,7 +4,8 @@ The text of a question, the decoding and the form of an answer come from the tas
 and an answer from the model's `generate`, all as in evaluation: the same question gets the same answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +15,18 @@ import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
-from dept_vl._utils.images import ImageSource
+from dept_vl._utils.images import ImageSource, read_image
 from dept_vl._utils.printable import warn
 from dept_vl._utils.terminal import Count, counted
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.data.collate import Batch, Collator, Draw
+from dept_vl.data.collate import Batch, Collator, Draw, key_of, process
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.inference.decoding import generation_options, spellings
 from dept_vl.inference.evaluate import written
 from dept_vl.inference.given import as_images
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import continues_text
+from dept_vl.models.tokens import end_token, start_tokens
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
 
@@ -193,7 +194,7 @@ def answer_all(
     """
     backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
-    table, names = encode_images(backbone, [ask.images for ask in asks])
+    batch_of = _composed(asks, sources) if backbone.processor is None else _processed(asks, sources)
     groups: dict[tuple[int, Decoding], list[int]] = {}
     for place, ask in enumerate(asks):
         groups.setdefault((len(ask.images), ask.predictor.decoding), []).append(place)
@@ -207,16 +208,14 @@ def answer_all(
     with Count("answering", len(asks), show=len(batches) > 1) as count:
         for places in batches:
             options, spelled = asks[places[0]].predictor.generation
-            rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
-            batch = _joined(rows, backbone.tokenizer.pad_token_id).to(device)
+            batch = batch_of(places).to(device)
             inputs: dict[str, Any] = batch.inputs()
             tokens = model_of([asks[n] for n in places]).generate(**inputs, **options)
             texts = written(backbone.tokenizer, tokens, spelled)
             visual = batch.visual_features
             read = batch.attention_mask.sum(1) + (0 if visual is None else visual[0, :, :, 0].numel())
-            # An encoder-decoder's first token is the decoder's start, no part of the answer.
-            tokens = tokens if continues_text(backbone.tokenizer) else tokens[:, 1:]
-            ends = tokens == backbone.tokenizer.eos_token_id
+            tokens = tokens[:, start_tokens(backbone.tokenizer) :]
+            ends = tokens == end_token(backbone.tokenizer)
             lengths = ends.int().argmax(1) + 1
             for row, (n, text) in enumerate(zip(places, texts, strict=True)):
                 whole = bool(ends[row].any())
@@ -226,8 +225,53 @@ def answer_all(
     return [replies[place] for place in range(len(asks))]
 
 
+def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
+    """What makes batches of questions, by their places; of a composed backbone."""
+    backbone = asks[0].predictor.model.backbone
+    table, names = encode_images(backbone, [ask.images for ask in asks])
+
+    def batch_of(places: Sequence[int]) -> Batch:
+        rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
+        return _joined(rows, backbone.tokenizer.pad_token_id)
+
+    return batch_of
+
+
+def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
+    """The same, of a pretrained model."""
+    backbone = asks[0].predictor.model.backbone
+    distinct = {key_of(image): image for ask in asks for image in ask.images}
+    read = {}
+    for number, (key, image) in enumerate(distinct.items(), 1):
+        assert not isinstance(image, torch.Tensor)  # those are pixels for a vision tower
+        with _numbered(number, len(distinct)):
+            read[key] = read_image(image, exif=backbone.exif is not False)
+
+    def batch_of(places: Sequence[int]) -> Batch:
+        assert backbone.processor is not None
+        made = process(
+            backbone.processor,
+            [sources[n] for n in places],
+            [[read[key_of(image)] for image in asks[n].images] for n in places],
+            [asks[n].predictor.max_source_length for n in places],
+        )
+        return Batch(tuple(places), made.pop("input_ids"), made.pop("attention_mask"), processed=made)
+
+    return batch_of
+
+
+@contextmanager
+def _numbered(number: int, count: int) -> Iterator[None]:
+    """Within, an error says which of several images it is."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        place = f"image {number} of {count}: " if count > 1 else ""
+        raise type(error)(f"{place}{error}") from None
+
+
 def encode_images(
-    backbone: Backbone, groups: Sequence[tuple[ImageSource | torch.Tensor, ...]]
+    backbone: FrozenBackbone, groups: Sequence[tuple[ImageSource | torch.Tensor, ...]]
 ) -> tuple[FeatureTable | None, list[tuple[Path, ...]]]:
     """Visual features of images, and their names in the table, by group.
 
@@ -271,11 +315,8 @@ def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int,
     """Pixels of an image; an error says which of several it is."""
     if isinstance(image, torch.Tensor):
         return image
-    try:
+    with _numbered(number, count):
         return load_pixels(vision, image)
-    except (ValueError, FileNotFoundError) as error:
-        place = f"image {number} of {count}: " if count > 1 else ""
-        raise type(error)(f"{place}{error}") from None
 
 
 def _collate(predictor: Predictor, example: Example, table: FeatureTable | None) -> Batch:

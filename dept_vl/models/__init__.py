@@ -6,18 +6,22 @@ turns answers into tokens.
 
 __all__ = [
     "backbone",
+    "base",
     "checks",
     "generation",
     "graphs",
     "language",
     "options",
     "padding",
+    "placeholders",
     "positions",
     "precision",
     "projection",
     "prompted",
     "row_prompts",
     "sharding",
+    "source",
     "tokens",
     "vision",
+    "vlm",
 ]

@@ -5,12 +5,11 @@ is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). For
 model may also be decoder-only (see `language`).
 """
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,23 +19,23 @@ from transformers.utils import ModelOutput
 from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, fingerprint, load_exactly, read_tensors
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
-from dept_vl.models.language import load_language, reads_in_blocks, wrap_language_model
-from dept_vl.models.options import (
-    BEFORE_ORDER,
-    ImageFit,
-    ObjectOrder,
-    TrainedPart,
-    VisualNorm,
-    VisualPositionBias,
+from dept_vl.models.language import (
+    DecoderOnly,
+    EncoderDecoder,
+    load_language,
+    reads_in_blocks,
+    wrap_language_model,
 )
-from dept_vl.models.projection import MAX_IMAGES, OBJECT_ORDER, embedding_norm, new_projection
+from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
+from dept_vl.models.padding import packing, take
+from dept_vl.models.projection import MAX_IMAGES, embedding_norm, new_projection
 from dept_vl.models.vision import VisionEncoder, VisionOptions
+from dept_vl.prompts.dept import DePT
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
-LORA = "lora_"
-"""In the names that peft gives to the tensors of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class BackboneFile:
     vision: VisionOptions | None
 
 
-class Backbone(nn.Module):
+class Backbone(FrozenBackbone):
     """The models that a prompt is trained on.
 
     Everything but the visual projection is frozen unless `freeze` is told otherwise.
@@ -79,6 +78,8 @@ class Backbone(nn.Module):
         >>> any(parameter.requires_grad for parameter in backbone.language.parameters())
         False
     """
+
+    language_model: EncoderDecoder | DecoderOnly
 
     def __init__(
         self,
@@ -115,16 +116,17 @@ class Backbone(nn.Module):
                 f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
                 "positions, which cannot leave visual tokens out: give --visual_position_bias relative"
             )
-        self.object_order: ObjectOrder = "none" if vision is None else object_order
-        self.visual_norm: VisualNorm | None = None
+        self.exif = None if vision is None else vision.exif
+        self.object_order = "none" if vision is None else object_order
+        self.visual_norm = None
         if vision is not None and embedding_norm(language) is not None:
             self.visual_norm = "twice" if visual_position_bias == "relative" else visual_norm
         self.language_model = wrap_language_model(
             language, tokenizer, name, visual_position_bias, self.visual_norm == "once"
         )
         check_tokenizer(tokenizer, language, name)
-        self.d_model: int = self.language_model.word_embeddings.embedding_dim
-        self.visual_projection: nn.Module | None = None
+        self.d_model = self.language_model.word_embeddings.embedding_dim
+        self.visual_projection = None
         if vision is not None:
             places = 0 if object_order == "none" else vision.token_count
             self.visual_projection = new_projection(language, vision.d_vision, places)
@@ -132,17 +134,6 @@ class Backbone(nn.Module):
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
         self.freeze()
-
-    @property
-    def image_fit(self) -> ImageFit | None:
-        """How images get the shape of the image encoder's pixels; None without one."""
-        return None if self.vision is None else self.vision.image_fit
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go: the device of the word embeddings."""
-        device: torch.device = self.language_model.word_embeddings.weight.device
-        return device
 
     @classmethod
     def from_pretrained(
@@ -265,75 +256,46 @@ class Backbone(nn.Module):
             options["vision"] = self.vision.options()
         write_json(folder / BACKBONE_FILE, options, indent=2)
 
-    def with_projection(self, projection: nn.Module | None) -> "Backbone":
-        """The same models, not copied, behind another visual projection.
-
-        Args:
-            projection: Of the interface of `projection.VisualProjection`.
-        """
-        other = copy.copy(self)
-        # `nn.Module` would share the table of its parts too.
-        other._modules = {**self._modules, "visual_projection": projection}
-        return other
-
-    def freeze(
-        self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"
-    ) -> None:
-        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`.
-
-        Args:
-            language: Freeze the whole language model.
-            visual_projection: Freeze the visual projection.
-            but: What of the language model is trained if it is not frozen.
-        """
-        self.language.requires_grad_(False)
-        for parameter in [] if language else self._trained_parts(but):
-            parameter.requires_grad_(True)
-        if self.vision is not None and self.visual_projection is not None:
-            self.vision.requires_grad_(False)
-            self.visual_projection.requires_grad_(not visual_projection)
-            order = getattr(self.visual_projection, OBJECT_ORDER, None)
-            if order is not None and self.object_order == "frozen":
-                order.requires_grad_(False)
-
-    def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
-        named = list(self.language.named_parameters())
-        if part == "all":
-            return [parameter for _, parameter in named]
-        if part == "lora":
-            return [parameter for name, parameter in named if LORA in name]
-        biases = [parameter for name, parameter in named if name.endswith(".bias")]
-        # T5 has none; the scales of its norms are as many and act as near.
-        return biases or [parameter for _, parameter in named if parameter.dim() == 1]
-
-    def add_lora(self, rank: int) -> None:
-        """Put a low-rank pair beside each query and value of the attention, as peft does by default.
-
-        Raises:
-            ImportError: If peft is not installed.
-            ValueError: If peft does not know which they are in this language model.
-        """
-        try:
-            from peft import LoraConfig, inject_adapter_in_model
-        except ImportError:
-            raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
-        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
-        # As peft has it for T5, and not for all of its relatives.
-        of_t5 = ["q", "v"] if {"q", "v"} <= names else None
-        try:
-            # The pair is scaled by alpha / rank.
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=of_t5)
-            inject_adapter_in_model(config, self.language)
-        except ValueError as error:
+    def check_prompt(self, prompt: DePT) -> None:
+        """See `FrozenBackbone.check_prompt`."""
+        if prompt.needs_encoder and not self.language.config.is_encoder_decoder:
             raise ValueError(
-                f"peft puts no LoRA on {self.name} ({type(self.language).__name__}): {error}; train biases "
-                "or everything instead (--train_only biases, all)"
-            ) from error
-        self.freeze(language=False, but="lora")
+                f"method memory changes an encoder's output, and {type(self.language).__name__} has no "
+                "encoder; take adept, which changes the input, or LoRA (--train_backbone --train_only lora)"
+            )
+        if prompt.visual_offset is not None and self.vision is None:
+            raise ValueError(
+                f"visual_offset shifts visual tokens, and {self.name} reads no images; leave it out"
+            )
 
-    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the language model uses them (BART's scale included)."""
-        return self.language_model.embed(input_ids)
+    def read(
+        self,
+        prompt: DePT | None,
+        input_ids: Int[Tensor, "batch text"],
+        attention_mask: Int[Tensor, "batch text"] | Bool[Tensor, "batch text"],
+        *,
+        word_table: nn.Embedding | None = None,
+        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
+        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+        processed: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Any, Bool[Tensor, "batch source"]]:
+        """See `FrozenBackbone.read`; what `encode` makes of the source."""
+        mask = attention_mask.bool()
+        # Padding goes last before anything is looked up, so that a column is a position from here on.
+        columns = packing(mask)
+        mask = take(mask, columns)
+        look_up = self.embed if word_table is None else word_table
+        embeddings = look_up(take(input_ids, columns))
+        visual = self.project(pixel_values=pixel_values, visual_features=visual_features)
+        if prompt is None:
+            return self.encode(embeddings, mask, visual)
+        embeddings, mask = prompt(embeddings, mask)
+        if visual is not None:
+            visual = prompt.shift_visual(visual)
+        encoded, mask = self.encode(embeddings, mask, visual, prompt_length=prompt.prompt_length)
+        if prompt.needs_encoder:
+            encoded.last_hidden_state = prompt.shift_memory(encoded.last_hidden_state)
+        return encoded, mask
 
     def project(
         self,
@@ -388,13 +350,3 @@ class Backbone(nn.Module):
         visual_length = 0 if visual is None else visual.shape[1]
         self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
         return self.language_model.encode(embeddings, mask, visual, prompt_length)
-
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """Refuse an input for which the language model has too few positions.
-
-        An encoder-decoder's answer has positions of its own and is not counted.
-
-        Raises:
-            ValueError: With the limit and what each part takes of it.
-        """
-        self.language_model.check_length(prompt, text, visual, answer)

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from dept_vl.models.tokens import WORD
 
-_GENERATING = RLock()
+GENERATING = RLock()
 """While a model has our settings: threads of a server may share it."""
 MARIAN = "marian"
 
@@ -54,10 +54,15 @@ def generate(
     settings = GenerationConfig(**special | (asked.to_diff_dict() if asked is not None else {}))
     others = settings.update(**{k: v for k, v in options.items() if k != "generation_config"})
     run: Callable[..., torch.Tensor] = model.generate
-    with _GENERATING:
+    # A pretrained model may let a part of it generate.
+    parts = [module for module in model.modules() if getattr(module, "generation_config", None) is not None]
+    with GENERATING:
         # transformers fills what is not set from the model's own, whichever settings it is given.
-        own, model.generation_config = model.generation_config, settings
+        own = [part.generation_config for part in parts]
         try:
+            for part in parts:
+                part.generation_config = settings
             return run(**inputs, generation_config=settings, **others)
         finally:
-            model.generation_config = own
+            for part, config in zip(parts, own, strict=True):
+                part.generation_config = config

@@ -9,6 +9,7 @@
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
 
 
 class LanguageModel:
-    """What both classes have in common.
+    """Word embeddings and positions of a language model.
 
     Args:
         model: Of transformers.
@@ -104,14 +105,19 @@ class LanguageModel:
         scale: float = 1.0 if scales_itself else getattr(self.text_model, "embed_scale", 1.0)
         return embeddings * scale if scale != 1.0 else embeddings
 
+    @property
+    def positions(self) -> int | None:
+        """How many there are; None where there is no limit."""
+        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return limit
+
     def check_positions(self, holder: str, **parts: int) -> None:
         """Refuse an input for which the model has too few positions.
 
         Raises:
             ValueError: With the limit and what each part takes of it.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        needed = sum(parts.values())
+        limit, needed = self.positions, sum(parts.values())
         if limit is not None and needed > limit:
             raise ValueError(
                 f"the {holder} of {self.name} has {limit} positions and the input needs {needed}: "
@@ -120,7 +126,30 @@ class LanguageModel:
             )
 
 
-class EncoderDecoder(LanguageModel):
+class Answerer(LanguageModel, ABC):
+    """A language model that scores and generates answers; `vlm` has one more.
+
+    Its arguments and attributes are those of `LanguageModel`.
+    """
+
+    @abstractmethod
+    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
+        """See `FrozenBackbone.check_length`."""
+
+    @abstractmethod
+    def logits(
+        self, encoded: Any, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
+    ) -> Float[Tensor, "batch target vocabulary"]:
+        """Scores of each token of the answer, those before it given."""
+
+    @abstractmethod
+    def generate(
+        self, encoded: Any, mask: Bool[Tensor, "batch source"], **options: Any
+    ) -> Int[Tensor, "sequences target"]:
+        """Decode; new tokens, behind the decoder's start where there is one."""
+
+
+class EncoderDecoder(Answerer):
     """A T5- or BART-like model: its encoder reads, its decoder answers.
 
     Args:
@@ -192,7 +221,7 @@ class EncoderDecoder(LanguageModel):
         return generate(self.model, self.special_tokens, options, inputs)
 
 
-class DecoderOnly(LanguageModel):
+class DecoderOnly(Answerer):
     """A GPT-2- or Llama-like model: prompt, text and answer are one sequence.
 
     Args:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.models.sharding import is_spread
 
 BACKEND = "inductor"
@@ -26,6 +27,7 @@ def prepare_step(
     bfloat16: bool,
     gradient_checkpointing: bool = False,
     compiled: bool = False,
+    pretrained: bool = False,
 ) -> None:
     """Make a language model ready to be trained fast; its weights are loaded and on the device.
 
@@ -35,10 +37,15 @@ def prepare_step(
         bfloat16: It will run under bfloat16 autocast, always.
         gradient_checkpointing: See `recompute_activations`.
         compiled: See `compile_layers`.
+        pretrained: It is a whole vision-language model.
 
     Raises:
         ValueError: If a spread backbone is to be compiled, or see `compile_layers`.
     """
+    if compiled and pretrained:
+        raise UsageError(
+            f"--compile was not tested with a pretrained model ({type(language).__name__}): leave it out"
+        )
     if compiled and is_spread(language):
         raise ValueError(
             "a backbone that is spread over processes gathers its weights within a layer and was not "

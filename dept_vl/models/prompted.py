@@ -1,15 +1,14 @@
 """A prompt and a backbone: the one model behind every task, with images or without."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
-from transformers.utils import ModelOutput
 
-from dept_vl.models.backbone import Backbone
-from dept_vl.models.padding import packing, take
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import fold
@@ -34,7 +33,7 @@ class PromptedModel(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, prompt: DePT | None = None, *, backbone_dropout: bool = True
+        self, backbone: FrozenBackbone, prompt: DePT | None = None, *, backbone_dropout: bool = True
     ) -> None:
         super().__init__()
         if prompt is not None and prompt.d_model != backbone.d_model:
@@ -42,15 +41,8 @@ class PromptedModel(nn.Module):
                 f"the prompt is {prompt.d_model} wide and {backbone.name} is {backbone.d_model} wide; "
                 "build the prompt with the backbone's d_model"
             )
-        if prompt is not None and prompt.needs_encoder and not backbone.language.config.is_encoder_decoder:
-            raise ValueError(
-                f"method memory changes an encoder's output, and {type(backbone.language).__name__} has no "
-                "encoder; take adept, which changes the input, or LoRA (--train_backbone --train_only lora)"
-            )
-        if prompt is not None and prompt.visual_offset is not None and backbone.vision is None:
-            raise ValueError(
-                f"visual_offset shifts visual tokens, and {backbone.name} reads no images; leave it out"
-            )
+        if prompt is not None:
+            backbone.check_prompt(prompt)
         self.backbone = backbone
         self.prompt = prompt
         self.backbone_dropout = backbone_dropout
@@ -63,6 +55,8 @@ class PromptedModel(nn.Module):
         The backbone is shared, and not changed. A prompt with nothing to fold gives this model itself.
         """
         if self.prompt is None or (self.prompt.source is None and self.prompt.token_offset is None):
+            return self
+        if self.backbone.processor is not None:  # its word embeddings are those of image tokens too
             return self
         words = self.backbone.language_model.word_embeddings.weight
         table = self.backbone.embed(torch.arange(len(words), device=words.device)[None])[0]
@@ -95,32 +89,26 @@ class PromptedModel(nn.Module):
         *,
         pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
-    ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """What `Backbone.encode` makes of the source; `forward` and `generate` both use it.
+        processed: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Any, Bool[Tensor, "batch source"]]:
+        """The source as the language model answers it, and its mask; `forward` and `generate` both use it.
 
         Args:
-            input_ids: Text tokens, padded on either side.
-            attention_mask: Non-zero on text tokens.
-            pixel_values: Preprocessed images, or
+            input_ids: Text tokens, padded on either side; those of a pretrained model's images too.
+            attention_mask: Non-zero on tokens.
+            pixel_values: Of a composed backbone: preprocessed images, or
             visual_features: what the vision tower gave for them; neither for text alone.
+            processed: Of a pretrained model: what else its processor made of the source.
         """
-        mask = attention_mask.bool()
-        # Padding goes last before anything is looked up, so that a column is a position from here on.
-        columns = packing(mask)
-        mask = take(mask, columns)
-        look_up = self.backbone.embed if self.word_table is None else self.word_table
-        embeddings = look_up(take(input_ids, columns))
-        prompt_length = 0
-        if self.prompt is not None:
-            prompt_length = self.prompt.prompt_length
-            embeddings, mask = self.prompt(embeddings, mask)
-        visual = self.backbone.project(pixel_values=pixel_values, visual_features=visual_features)
-        if visual is not None and self.prompt is not None:
-            visual = self.prompt.shift_visual(visual)
-        encoded, mask = self.backbone.encode(embeddings, mask, visual, prompt_length=prompt_length)
-        if self.prompt is not None and self.prompt.needs_encoder:
-            encoded.last_hidden_state = self.prompt.shift_memory(encoded.last_hidden_state)
-        return encoded, mask
+        return self.backbone.read(
+            self.prompt,
+            input_ids,
+            attention_mask,
+            word_table=self.word_table,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            processed=processed,
+        )
 
     def forward(
         self,
@@ -130,6 +118,7 @@ class PromptedModel(nn.Module):
         *,
         pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+        processed: Mapping[str, Tensor] | None = None,
         weights: Float[Tensor, " batch"] | None = None,
     ) -> Seq2SeqLMOutput:
         """Logits and the loss: each example's mean token cross-entropy, weighted, averaged.
@@ -140,10 +129,15 @@ class PromptedModel(nn.Module):
             labels: Target tokens, `IGNORE_INDEX` on the padding behind them.
             pixel_values: See `encode`.
             visual_features: See `encode`.
+            processed: See `encode`.
             weights: An example's share of the loss (VQA: the soft score of the sampled answer).
         """
         encoded, mask = self.encode(
-            input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            processed=processed,
         )
         logits = self.backbone.language_model.logits(encoded, mask, labels)
         return Seq2SeqLMOutput(loss=sequence_loss(logits, labels, weights), logits=logits)
@@ -156,6 +150,7 @@ class PromptedModel(nn.Module):
         *,
         pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+        processed: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> Int[Tensor, "sequences target"]:
         """Decode by the language model's own `generate` (greedy, beam, sampling).
@@ -165,6 +160,7 @@ class PromptedModel(nn.Module):
             attention_mask: Non-zero on text tokens.
             pixel_values: See `encode`.
             visual_features: See `encode`.
+            processed: See `encode`.
             **options: Of `transformers.GenerationMixin.generate`: `num_beams`, `max_new_tokens`,
                 `do_sample`, `num_return_sequences`, ...
 
@@ -172,7 +168,11 @@ class PromptedModel(nn.Module):
             New tokens, behind the decoder's start token where there is one.
         """
         encoded, mask = self.encode(
-            input_ids, attention_mask, pixel_values=pixel_values, visual_features=visual_features
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            processed=processed,
         )
         return self.backbone.language_model.generate(encoded, mask, **options)
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.models.prompted import PromptedModel
 
 
@@ -30,6 +31,11 @@ def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
         ValueError: If what is to be spread is to be trained.
     """
     if _asked(accelerator):
+        if model.backbone.processor is not None:
+            raise UsageError(
+                f"FSDP and ZeRO-3 were not tested with a pretrained model ({model.backbone.name}); configure "
+                "accelerate without them"
+            )
         if any(parameter.requires_grad for parameter in model.backbone.language.parameters()):
             raise ValueError(
                 "FSDP and ZeRO spread a frozen backbone here, and this language model is trained "

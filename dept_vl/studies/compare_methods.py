@@ -70,9 +70,9 @@ def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart |
 
 def with_lora(config: RunConfig) -> RunConfig:
     """LoRA of the largest rank within the budget of the prompts, or of 1."""
-    from dept_vl.models.backbone import Backbone
+    from dept_vl.models.vlm import open_backbone
 
-    backbone = Backbone.from_pretrained(**config.backbone.loading())
+    backbone = open_backbone(**config.backbone.loading())
     backbone.add_lora(1)
     each = sum(p.numel() for p in backbone.language.parameters() if p.requires_grad)
     rank = max(1, config.prompt.reference_prompt_length * backbone.d_model // each)

@@ -179,7 +179,7 @@ def dev_loss(config: RunConfig, processes: PartialState) -> float:
     collate = Collator.for_model(
         model,
         splits.decoding.max_new_tokens,
-        max_source_length=config.prompt.max_source_length,
+        max_source_length=config.prompt.max_source_length + model.backbone.frame,
         images=model.backbone.vision,
     )
     examples = [splits.dev[index] for index in range(len(splits.dev))]

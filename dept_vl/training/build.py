@@ -4,8 +4,9 @@ import torch
 
 from dept_vl.adapters.warm_start import inherit
 from dept_vl.config import PromptOptions, RunConfig
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
@@ -19,7 +20,7 @@ def build_model(config: RunConfig) -> PromptedModel:
         raise ValueError(
             f"--train_only {options.train_only} says what --train_backbone trains; give both, or neither"
         )
-    backbone = Backbone.from_pretrained(**options.loading())
+    backbone = open_backbone(**options.loading())
     if options.train_backbone and options.train_only == "lora":
         backbone.add_lora(options.lora_rank)
     backbone.freeze(
@@ -46,9 +47,9 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
     )
 
 
-def build_prompt(options: PromptOptions, backbone: Backbone, seed: int) -> DePT | None:
+def build_prompt(options: PromptOptions, backbone: FrozenBackbone, seed: int) -> DePT | None:
     """Build the prompt with its initial vectors; None if both its parts are of size zero."""
-    widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length}
+    widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length + backbone.frame}
     prompt_length, rank = METHODS[options.method].solve(
         reference_prompt_length=options.reference_prompt_length,
         prompt_length=options.prompt_length,

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
@@ -95,6 +96,11 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
     Raises:
         ValueError: If there is none.
     """
+    if options.model is not None:
+        raise UsageError(
+            f"features of a pretrained model are not kept in files ({options.model}): it encodes its images "
+            "in every step; leave dept-vl features out"
+        )
     fit = options.loading()["image_fit"]
     if options.backbone is not None:
         vision = Backbone.from_pretrained(options.backbone, exif=options.exif, image_fit=fit).vision

@@ -27,7 +27,12 @@ WARM_UPS = 2
 
 
 def why_not(
-    device: torch.device, *, processes: int = 1, accumulation: int = 1, checkpointing: bool = False
+    device: torch.device,
+    *,
+    processes: int = 1,
+    accumulation: int = 1,
+    checkpointing: bool = False,
+    pretrained: bool = False,
 ) -> str:
     """Return why steps cannot be recorded; empty if they can.
 
@@ -36,7 +41,10 @@ def why_not(
         processes: Of the run.
         accumulation: Batches of a step.
         checkpointing: Layers are run again in the backward pass.
+        pretrained: The model has a processor of its own.
     """
+    if pretrained:
+        return "what a pretrained model reads has no fixed shape"
     if device.type != "cuda":
         return f"graphs need a CUDA device, and the run is on {device.type}"
     if processes > 1:
@@ -48,7 +56,7 @@ def why_not(
     return ""
 
 
-def can_record(accelerator: Accelerator, options: TrainOptions) -> bool:
+def can_record(accelerator: Accelerator, options: TrainOptions, pretrained: bool) -> bool:
     """Whether steps are recorded; why those that should be are not is printed."""
     if not options.cuda_graphs:
         return False
@@ -57,6 +65,7 @@ def can_record(accelerator: Accelerator, options: TrainOptions) -> bool:
         processes=accelerator.num_processes,
         accumulation=options.gradient_accumulation_steps,
         checkpointing=options.gradient_checkpointing,
+        pretrained=pretrained,
     )
     if reason:
         say(f"steps are not recorded as CUDA graphs: {reason}")

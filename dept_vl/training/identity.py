@@ -25,7 +25,7 @@ from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_conf
 from dept_vl.data.content import rows_content, sizes_content
 from dept_vl.data.lengths import tokenizer_description
 from dept_vl.data.splits import Splits
-from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.training.checkpoint import processes_of
 
 PACKAGES = ("torch", "transformers", "numpy")
@@ -63,7 +63,7 @@ def keep_identity(
     folder: Path,
     config: RunConfig,
     splits: Sequence[Splits],
-    backbone: Backbone,
+    backbone: FrozenBackbone,
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> None:
@@ -165,7 +165,7 @@ def _content(splits: Sequence[Splits]) -> dict[str, str]:
     return found
 
 
-def _weights(backbone: Backbone, *, folder_too: bool) -> dict[str, str]:
+def _weights(backbone: FrozenBackbone, *, folder_too: bool) -> dict[str, str]:
     tokenizer = hashlib.sha256(tokenizer_description(backbone.tokenizer).encode()).hexdigest()[:16]
     found = {f"backbone.{name} weights": digits for name, digits in backbone.fingerprint.items()}
     found["backbone.tokenizer"] = tokenizer

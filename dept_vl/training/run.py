@@ -217,6 +217,8 @@ class Run(Stages):
         self.model = build_model(config)
         keep_identity(self.output_dir, config, self.splits, self.model.backbone, accelerator, self.checkpoint)
         place_model(self.model, accelerator)
+        for splits in self.splits:
+            self.model.backbone.probe(splits.train.image_count)
         self._fit_answers()
         self.parts = [
             Part(splits.test, splits.options.splits()[-1], splits.decoding, suffix)
@@ -225,7 +227,7 @@ class Run(Stages):
         max_target_length = max(splits.decoding.max_new_tokens for splits in self.splits)
         self._check_lengths(max_target_length)
         images = read_features(
-            self.model.backbone.vision,
+            self.model.backbone,
             self.splits,
             num_workers=config.train.num_workers,
             accelerator=accelerator,
@@ -240,16 +242,17 @@ class Run(Stages):
             bfloat16=accelerator.mixed_precision == "bf16",
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=config.train.compile,
+            pretrained=self.model.backbone.processor is not None,
         )
         self.collator = Collator.for_model(
             self.model,
             max_target_length,
-            max_source_length=config.prompt.max_source_length,
+            max_source_length=config.prompt.max_source_length + self.model.backbone.frame,
             images=images,
             on_bad_image=config.data.on_bad_image or "raise",
             device=accelerator.device,
         )
-        self.graphs = can_record(accelerator, config.train)
+        self.graphs = can_record(accelerator, config.train, self.model.backbone.processor is not None)
         if self.graphs:
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)
@@ -362,11 +365,15 @@ class Run(Stages):
 
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that the language model has positions enough, and print how many texts are cut."""
-        longest, backbone = self.config.prompt.max_source_length, self.model.backbone
+        backbone = self.model.backbone
+        longest = self.config.prompt.max_source_length
         prompt_length = self.model.prompt.prompt_length if self.model.prompt else 0
         for splits in self.splits:
             backbone.check_length(
-                prompt_length, longest, visual_tokens(self.model, splits.train), max_target_length
+                prompt_length,
+                longest + backbone.frame,
+                visual_tokens(self.model, splits.train),
+                max_target_length,
             )
             for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test)):
                 check_source_lengths(split, name, backbone.tokenizer, longest, self.accelerator)

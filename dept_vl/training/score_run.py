@@ -30,10 +30,10 @@ from dept_vl.data.splits import (
 )
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
-from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.sharding import place_model
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.models.vlm import open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId
@@ -200,9 +200,10 @@ class ScoreRun(Stages):
             say(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
-        backbone = Backbone.from_pretrained(**self.trained.backbone.loading())
+        backbone = open_backbone(**self.trained.backbone.loading())
         self.model = self.adapter.build(backbone).folded()
         place_model(self.model, accelerator)
+        self.model.backbone.probe(task.image_count)
         images: FeatureTable | VisionEncoder | None = self.model.backbone.vision
         if isinstance(images, VisionEncoder):
             wanted = [(options, list(task.image_files()))]
@@ -214,11 +215,17 @@ class ScoreRun(Stages):
         self.collator = Collator.for_model(
             self.model,
             decoding.max_new_tokens,
-            max_source_length=(self.model.prompt or self.trained.prompt).max_source_length,
+            max_source_length=self._longest(),
             images=images,
             on_bad_image=config.on_bad_image,
             device=accelerator.device,
         )
+
+    def _longest(self) -> int:
+        """Longest text, in tokens."""
+        if self.model.prompt is not None:
+            return self.model.prompt.max_source_length
+        return self.trained.prompt.max_source_length + self.model.backbone.frame
 
     def write_scores(self) -> None:
         """Write `scores.json` and the submission, and print the table."""

@@ -89,6 +89,7 @@ CLIP = VISION | {"model_type": "clip_vision_model"}
 SIGLIP = VISION | {"model_type": "siglip_vision_model", "vision_use_head": False}
 QWEN_VISION: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2}
 Q_FORMER: dict[str, Any] = {
+    "vocab_size": 64,
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

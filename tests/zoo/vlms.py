@@ -4,6 +4,7 @@ Each function below makes a model and its processor; `saved` writes both as a re
 `AutoModelForImageTextToText` and `AutoProcessor` read the folder.
 """
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,19 +39,20 @@ Made = tuple[PreTrainedModel, Any]
 def blip2() -> Made:
     """BLIP-2 with FLAN-T5."""
     tokens = words("$A </s>", ["<image>"])
-    model = model_of("blip-2", **_blip(tokens, Q_FORMER))
+    model = model_of("blip-2", **blip_parts(tokens, Q_FORMER))
     return model, hf.Blip2Processor(hf.BlipImageProcessor(size=SQUARE), tokens, num_query_tokens=4)
 
 
 def instructblip() -> Made:
     """InstructBLIP with FLAN-T5; its Q-Former reads the text too."""
     tokens, q_former = words("$A </s>", ["<image>"]), words("<s> $A </s>")
-    model = model_of("instructblip", **_blip(tokens, Q_FORMER | {"vocab_size": len(q_former)}))
+    model = model_of("instructblip", **blip_parts(tokens, Q_FORMER | {"vocab_size": len(q_former)}))
     images = hf.BlipImageProcessor(size=SQUARE)
     return model, hf.InstructBlipProcessor(images, tokens, q_former, num_query_tokens=4)
 
 
-def _blip(tokens: PreTrainedTokenizerFast, q_former: dict[str, Any]) -> dict[str, Any]:
+def blip_parts(tokens: PreTrainedTokenizerFast, q_former: dict[str, Any]) -> dict[str, Any]:
+    """What BLIP-2 and InstructBLIP are made of."""
     parts = {"vision_config": VISION, "qformer_config": q_former, "text_config": t5(tokens)}
     image = tokens.convert_tokens_to_ids("<image>")
     return {**parts, "num_query_tokens": 4, "image_token_index": image}
@@ -228,6 +230,7 @@ def paligemma(
         vision_config=SIGLIP | {"projection_dim": WIDTH},
         text_config=text(kind, tokens),
         image_token_index=processor.image_token_id,
+        vocab_size=len(tokens),
         projection_dim=WIDTH,
         hidden_size=WIDTH,
     )
@@ -393,3 +396,8 @@ def question_for(processor: Any, text: str, *, images: int = 1) -> str:
         "PaliGemmaProcessor": "<image>answer en {}",
     }
     return usual.get(type(processor).__name__, "{}").format(text)
+
+
+if __name__ == "__main__":
+    for family in FAMILIES:
+        saved(family, Path(sys.argv[1]) / family)

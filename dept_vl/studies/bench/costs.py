@@ -66,7 +66,7 @@ def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, St
         model,
         splits.decoding.max_new_tokens,
         max_source_length=first.prompt.max_source_length,
-        images=read_features(model.backbone.vision, [splits], num_workers=0, accelerator=accelerator),
+        images=read_features(model.backbone, [splits], num_workers=0, accelerator=accelerator),
     )
     draws = TrainingDraws([splits.train], first.train.seed)
     order = TrainingBatches(

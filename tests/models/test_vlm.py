@@ -1,0 +1,201 @@
+"""Pretrained vision-language models: how they are asked, what the probe notices, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.config import BackboneOptions
+from dept_vl.data.collate import Collator, Draw
+from dept_vl.models import vlm
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.tokens import target_ids, target_texts
+from dept_vl.models.vlm import VisionLanguageModel, open_backbone
+from dept_vl.prompts.dept import DePT
+from dept_vl.tasks.base import Example
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def copied(pretrained_folder: Folder, tmp_path: Path) -> Callable[..., Path]:
+    """A folder of a family with fields of its config.json changed."""
+
+    def copy(family: str, **changed: Any) -> Path:
+        folder = tmp_path / family
+        shutil.copytree(pretrained_folder(family), folder)
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        return folder
+
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [
+        ("blip2", "Question: is it red? Answer:"),
+        ("florence2", "<VQA>is it red?"),
+        ("paligemma", "<image>answer en is it red?"),
+    ],
+)
+def test_a_family_without_chat_template_is_asked_as_by_its_authors(
+    pretrained_folder: Folder, family: str, asked: str
+) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family))
+    assert backbone.processor.written("is it red?", 1) == asked
+
+
+def test_a_form_of_your_own_is_read_in_place_of_the_usual_one(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("blip2"), text_form="ask {text} now")
+    assert backbone.processor.written("is it red?", 1) == "ask is it red? now"
+    backbone.probe()
+
+
+@pytest.mark.parametrize("form", ["no place", "chat"])
+def test_a_form_without_text_or_template_is_refused(pretrained_folder: Folder, form: str) -> None:
+    with pytest.raises(UsageError, match="text_form"):
+        VisionLanguageModel.from_pretrained(pretrained_folder("blip2"), text_form=form)
+
+
+def test_a_long_question_is_cut_and_no_token_of_its_image(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("qwen2_5_vl"))
+    image = Image.new("RGB", (64, 64))
+    long, short = (
+        backbone.processor([text], [[image]], [backbone.frame + 6])
+        for text in ("what colour is the star " * 9, "is it")
+    )
+    texts, images = (
+        [int(count) for count in counts]
+        for counts in zip(
+            *(
+                (
+                    backbone.processor.is_text(one["input_ids"], one["attention_mask"].bool()).sum(),
+                    torch.isin(one["input_ids"], backbone.processor.image_tokens).sum(),
+                )
+                for one in (long, short)
+            ),
+            strict=True,
+        )
+    )
+    assert texts[0] == backbone.frame + 6 > texts[1]
+    assert images[0] == images[1] > 0
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "t5gemma2"])
+def test_answers_come_back_from_their_tokens(pretrained_folder: Folder, family: str) -> None:
+    tokenizer = VisionLanguageModel.from_pretrained(pretrained_folder(family)).tokenizer
+    answers = ["red", "two triangles", "no"]
+    ids = target_ids(tokenizer, answers)
+    assert [target_texts(tokenizer, torch.tensor([one]))[0] for one in ids] == answers
+    chat = tokenizer.convert_tokens_to_ids("<|im_end|>") if family == "qwen2_5_vl" else tokenizer.eos_token_id
+    assert {one[-1] for one in ids} == {chat}
+
+
+@pytest.mark.parametrize("family", ["blip2", "llava"])
+def test_the_loss_is_of_the_answer_alone(pretrained_folder: Folder, family: str, tmp_path: Path) -> None:
+    """The model's own loss with labels on the answer, of a row without prompt."""
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family)).eval()
+    model = PromptedModel(backbone, None).eval()
+    collate = Collator.for_model(model, 6, max_source_length=40 + backbone.frame)
+    Image.new("RGB", (32, 32), (10, 200, 30)).save(tmp_path / "green.png")
+    batch = collate([Draw(Example(0, "vqa: is it red?", (tmp_path / "green.png",), ()), "no")])
+    assert batch.labels is not None
+    assert batch.processed is not None
+    labels, ids = batch.labels, batch.input_ids
+    if family == "llava":
+        labels = torch.cat([torch.full_like(ids, -100), labels], dim=1)
+        ids = torch.cat([ids, batch.labels], dim=1)
+    expected = backbone.language(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=batch.processed["pixel_values"],
+        labels=labels,
+    ).loss
+    torch.testing.assert_close(model(**batch.training_inputs()).loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_probe_notices_a_prompt_that_is_not_read(
+    pretrained_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
+    backbone.probe()
+    monkeypatch.setattr(vlm, "prompting", lambda *_: nullcontext())
+    monkeypatch.setattr(vlm, "place", lambda prompt, *args, **named: place(None, *args, **named))
+    with pytest.raises(ValueError, match="does not change"):
+        backbone.probe()
+
+
+place = vlm.place
+
+
+def test_the_probe_notices_padding_that_is_read(
+    pretrained_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
+    forward = type(backbone.language).forward
+
+    def blind(self: nn.Module, *args: Any, attention_mask: Any, **named: Any) -> Any:
+        return forward(self, *args, attention_mask=torch.ones_like(attention_mask), **named)
+
+    monkeypatch.setattr(type(backbone.language), "forward", blind)
+    with pytest.raises(ValueError, match="padding"):
+        backbone.probe()
+
+
+@pytest.mark.parametrize("family", ["blip2", "florence2"])
+def test_two_images_are_refused_where_one_is_taken(pretrained_folder: Folder, family: str) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family))
+    with pytest.raises(ValueError, match=str(backbone.name)):
+        backbone.probe(2)
+    VisionLanguageModel.from_pretrained(pretrained_folder("llava")).probe(2)
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_the_limit(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
+    limit = backbone.language_model.positions
+    assert limit is not None
+    with pytest.raises(ValueError, match=str(limit)):
+        backbone.check_length(limit, 1, 0, 1)
+
+
+def test_a_method_that_acts_elsewhere_is_refused(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
+    prompt = DePT(backbone.d_model, prompt_length=2, rank=1, max_source_length=9, memory_offset=nn.Identity())
+    with pytest.raises(ValueError, match="method"):
+        PromptedModel(backbone, prompt)
+
+
+def test_a_model_without_images_is_refused(language_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=str(language_folders["t5"])):
+        open_backbone(model=language_folders["t5"])
+
+
+def test_tokens_of_another_processor_are_refused(copied: Callable[..., Path]) -> None:
+    folder = copied("llava", image_token_id=7, image_token_index=7)
+    with pytest.raises(ValueError, match="7"):
+        open_backbone(model=folder)
+
+
+def test_code_of_a_repository_is_not_run(copied: Callable[..., Path], tmp_path: Path) -> None:
+    code = {"AutoConfig": "own.Own", "AutoModelForImageTextToText": "own.Own", "AutoProcessor": "own.Own"}
+    folder = copied("llava", model_type="own", auto_map=code)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ValueError, match=str(folder)):
+        open_backbone(model=folder)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_beside_the_parts_of_another_is_refused() -> None:
+    with pytest.raises(UsageError, match="--vision"):
+        BackboneOptions(model="some/model", vision="a/tower").loading()
+    with pytest.raises(UsageError, match="--text_form"):
+        BackboneOptions(language="google-t5/t5-base", text_form="chat").loading()
