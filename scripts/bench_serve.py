@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -84,6 +85,8 @@ class Figures:
     lost: int = 0
     swapped: int = 0
     compared: int = 0
+    alike: float = 0.0
+    """Share of the swaps that would not be noticed, since both answers are the same."""
     mib_before: float = 0.0
     mib_after: float = 0.0
     mib_of_servers: dict[str, float] = field(default_factory=dict)
@@ -130,7 +133,7 @@ def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
     for number in range(config.adapters):
         prompt = DePT(backbone.d_model, prompt_length=20, rank=8, max_source_length=32)
         for parameter in prompt.parameters():
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=3.0)
         own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
         adapter = Adapter.of(PromptedModel(own, prompt), task="vqav2", metrics={})
         adapter.save(folder / f"adapter-{number}")
@@ -240,13 +243,13 @@ def measure(config: BenchConfig, folder: Path) -> Figures:
 
         def run(cell: tuple[str, int, int]) -> Load:
             way, clients, count = cell
-            total = max(8, config.requests * clients // max(CLIENTS)) // (1 + 2 * (way == "one by one"))
+            total = max(8, config.requests * clients // max(CLIENTS) // (1 + 2 * (way == "one by one")))
             asked = [
                 (names[number % count], number // count % 2, number % len(images)) for number in range(total)
             ]
             seconds, answers = asyncio.run(ask_all(ways[way], asked, images, clients))
             took = sorted(took for _, _, took in answers)
-            return Load(total / seconds, took[len(took) // 2], took[int(0.99 * (len(took) - 1))])
+            return Load(total / seconds, *(took[int(share * len(took))] for share in (0.5, 0.99)))
 
         cells = list(product(("batched", "one by one"), CLIENTS, (1, len(names))))
         cells += [(way, max(CLIENTS), SEPARATE) for way in ("batched", "a server each")]
@@ -295,7 +298,9 @@ def compare(
     rows = list(product([Path(s).name for s in sources], range(len(QUESTIONS)), range(len(files))))
     expected = {row: many.predictor(row[0]).answer(files[row[2]], QUESTIONS[row[1]]) for row in rows}
     del many
-    print(f"{len(set(expected.values()))} different answers to {len(rows)} questions", flush=True)
+    counts = Counter(expected.values())
+    figures.alike = sum(count**2 for count in counts.values()) / len(rows) ** 2
+    print(f"{len(counts)} different answers to {len(rows)} questions", flush=True)
     # In an order in which neighbours are of different adapters, as after shuffling; the start warms up.
     asked = [rows[number * 7919 % len(rows)] for number in range(config.mixed)]
     asyncio.run(ask_all(ports, asked[: config.mixed // 10], images, max(CLIENTS)))
@@ -328,7 +333,8 @@ def main(config: BenchConfig) -> Figures:
     }
     ratios: list[tuple[str, object]] = [(name, figures.ratios[key]) for name, key in told.items()]
     print(markdown_table(["throughput relative", "median (least-largest)"], ratios))
-    print(f"\n{figures.compared:,} mixed requests: {figures.lost} lost, {figures.swapped} swapped; ", end="")
+    print(f"\n{figures.compared:,} mixed requests: {figures.lost} lost, {figures.swapped} swapped ", end="")
+    print(f"(of which {1 - figures.alike:.0%} would be noticed); ", end="")
     print(f"memory {figures.mib_before:,.0f} -> {figures.mib_after:,.0f} MiB ({figures.growth:+.1%})")
     for name, met in figures.met().items():
         print(f"{'met' if met else 'NOT met'}: {name}")

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -20,10 +21,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import say
+from dept_vl.adapters.hub import adapter_folder
 from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
 from dept_vl.inference.gate import (
+    MOST_STORED,
     App,
     Gate,
     Receive,
@@ -62,6 +66,11 @@ class Metrics:
         self.waiting = Gauge("dept_vl_waiting", "Questions that are not answered yet", **to)
         self.restarts = Counter("dept_vl_restarts", "Processes that died and were started again", **to)
 
+    def forget(self, model: str) -> None:
+        """Count no longer for an adapter that is gone."""
+        with suppress(KeyError):
+            self.answered.remove(model)
+
 
 @dataclass
 class Model:
@@ -95,6 +104,7 @@ class ServerGate(Gate):
         longest = 3 * config.timeout
         super().__init__(app, password=token, most_open=config.max_requests, longest=longest)
         self.most_sent, self.metrics = config.max_request_mb << 20, metrics
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Gate.__call__`."""
@@ -103,6 +113,15 @@ class ServerGate(Gate):
                 await self.app(*await self.passed(scope, receive), send)
             except Refused as refused:
                 await self.refuse(send, refused)
+        elif scope["type"] == "http":
+            said = headers_of(scope).get(b"content-length", b"")
+            length = int(said[:20]) if said.isdigit() else 0
+            length = length if length <= self.most_sent else 0  # it is refused
+            self.held += length
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                self.held -= length
         else:
             await super().__call__(scope, receive, send)
 
@@ -119,6 +138,8 @@ class ServerGate(Gate):
             raise Refused(404, "there is nothing here", code="not_found")
         if scope["method"] == "POST":
             check_size(headers, self.most_sent)
+        if self.held > MOST_STORED:
+            raise Refused(429, "busy: try again in a while", code="busy")
         return scope, receive
 
     async def refuse(self, send: Send, refused: Refused) -> None:
@@ -251,14 +272,21 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
             if len(self.models) > MOST_ADAPTERS:
                 text = f"at most {MOST_ADAPTERS} adapters are served: remove one"
                 raise Refused(400, text, code="too_many_adapters")
-            number = next(self.numbers)
-            self._share({number: new.source})
+            source = new.source
             try:
-                about = await self.submit(Question(number, new.source, loading=True), param="source")
+                # Before the model is asked for it, which answers nobody meanwhile.
+                if not Path(source).is_dir():
+                    source = str(await asyncio.to_thread(adapter_folder, source))
+            except (OSError, ValueError) as error:
+                raise Refused(400, one_line(error), code="invalid_adapter", param="source") from None
+            number = next(self.numbers)
+            self._share({number: source})
+            try:
+                about = await self.submit(Question(number, source, loading=True), param="source")
             except Refused:
                 self._share()
                 raise
-            self.models[name] = Model(number, new.source, about)
+            self.models[name] = Model(number, source, about)
             return JSONResponse(self.models[name].card(name), status_code=201)
 
     async def remove_adapter(self, request: Request) -> Response:
@@ -270,6 +298,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
                 raise Refused(400, f"{name} is the backbone, which stays", code="not_an_adapter")
             del self.models[name]
             self._share()
+            self.metrics.forget(name)
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     # The queue

@@ -592,6 +592,35 @@ def test_a_bad_question_costs_nobody_else_an_answer(
     assert "pairs" not in replica.many.predictors  # which is no longer wanted
 
 
+def test_requests_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dept_vl.inference import endpoints
+
+    monkeypatch.setattr(endpoints, "MOST_STORED", 100)
+    statuses: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.05)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    gate = endpoints.ServerGate(app, config=ServeConfig(("a",)), token=None, metrics=endpoints.Metrics())
+
+    async def ask() -> None:
+        headers = [(b"content-length", b"40")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        await asyncio.gather(*(gate(scope, receive, send) for _ in range(4)))
+
+    for _ in range(2):  # what is answered is held no longer
+        asyncio.run(ask())
+    assert sorted(statuses) == [200] * 4 + [429] * 4
+
+
 def test_where_others_reach_the_server_there_is_a_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
