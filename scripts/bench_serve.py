@@ -296,13 +296,14 @@ def compare(
     backbone, sources, files, images = known
     many = load_many({Path(source).name: source for source in sources}, backbone=backbone, device="cpu")
     rows = list(product([Path(s).name for s in sources], range(len(QUESTIONS)), range(len(files))))
+    # In an order in which neighbours are of different adapters, as after shuffling; the start warms up.
+    asked = [rows[number * 7919 % len(rows)] for number in range(config.mixed)]
+    rows = list(dict.fromkeys(asked))
     expected = {row: many.predictor(row[0]).answer(files[row[2]], QUESTIONS[row[1]]) for row in rows}
     del many
     counts = Counter(expected.values())
     figures.alike = sum(count**2 for count in counts.values()) / len(rows) ** 2
     print(f"{len(counts)} different answers to {len(rows)} questions", flush=True)
-    # In an order in which neighbours are of different adapters, as after shuffling; the start warms up.
-    asked = [rows[number * 7919 % len(rows)] for number in range(config.mixed)]
     asyncio.run(ask_all(ports, asked[: config.mixed // 10], images, max(CLIENTS)))
     figures.mib_before = mib(server)
     _, answers = asyncio.run(ask_all(ports, asked, images, max(CLIENTS)))
