@@ -187,6 +187,11 @@ def with_preset(config: RunConfig, name: str, task: str, models: BackboneOptions
         )
     values = PRESETS[name][task]
     models = models or config.backbone
+    if task in VL_ADAPTER and models.model:
+        raise ValueError(
+            f"the preset {name!r} is of CLIP and T5 or BART, joined (--vision, --language), and not of "
+            f"{models.model}: leave one of them out"
+        )
     if task in VL_ADAPTER and not (models.backbone or models.vision or models.language):
         values = MODELS | values
 

@@ -119,6 +119,11 @@ def test_models_that_are_named_are_kept() -> None:
     assert (folder.vision, folder.language, folder.object_order) == (None, None, "frozen")
 
 
+def test_a_ready_made_model_has_no_such_protocol() -> None:
+    with pytest.raises(ValueError, match="x/blip2"):
+        parse(RunConfig(), "", ["--task", "gqa", "--preset", "vl-adapter", "--model", "x/blip2"])
+
+
 def test_an_epoch_is_the_steps_between_evaluations() -> None:
     examples = {"vqav2": 605_102, "gqa": 943_000 + 132_062, "nlvr2": 86_373, "coco": 566_747}
     for task, count in examples.items():
