@@ -177,12 +177,12 @@ def targets(rows: int) -> Tensor:
     return torch.randint(5, 140, (rows, ANSWER), generator=torch.Generator().manual_seed(2))
 
 
-def new_prompt(method: str) -> DePT:
-    """A prompt as if it were trained."""
+def new_prompt(method: str, longest: int = SIZES["max_source_length"]) -> DePT:
+    """A prompt for texts of so many tokens, as if it were trained."""
     if method in BASELINES:
         raise NotThere
     torch.manual_seed(0)
-    sizes = SIZES | ({"rank": 0} if method == "pt" else {})
+    sizes = SIZES | {"max_source_length": longest} | ({"rank": 0} if method == "pt" else {})
     if not METHODS[method].has_prompt:
         sizes |= {"prompt_length": 0}
     prompt = build(sized(method, d_model=D_MODEL, **sizes))
@@ -202,6 +202,8 @@ class Composed(Subject):
     """A `PromptedModel`: an image encoder, or none, and a language model."""
 
     module: PromptedModel
+    base = staticmethod(backbone_of)
+    longest = SIZES["max_source_length"]
 
     def __init__(self, method: str, language: str, vision: str | None, bias: VisualPositionBias) -> None:
         names, backbone = (language, vision, bias), backbone_of(language, vision, bias)
@@ -211,9 +213,9 @@ class Composed(Subject):
 
     def trained(self) -> PromptedModel:
         """The model with what the method trains."""
-        backbone = copy.deepcopy(backbone_of(*self.names))
+        backbone = copy.deepcopy(self.base(*self.names))
         if self.method not in BASELINES:
-            return PromptedModel(backbone, new_prompt(self.method))
+            return PromptedModel(backbone, new_prompt(self.method, self.longest))
         if self.method == "lora":
             torch.manual_seed(0)
             backbone.add_lora(2)
@@ -239,7 +241,7 @@ class Composed(Subject):
 
     def load(self, folder: Path) -> PromptedModel:
         """See `Subject`."""
-        return Adapter.load(folder).build(copy.deepcopy(backbone_of(*self.names)))
+        return Adapter.load(folder).build(copy.deepcopy(self.base(*self.names)))
 
     def without(self) -> Iterator[Tensor]:
         """See `Subject`."""
@@ -379,7 +381,7 @@ class InPeft(Subject):
         return logits, on
 
 
-ARCHITECTURES: dict[str, Callable[[str], Subject]] = {
+COMPOSED: dict[str, Callable[[str], Subject]] = {
     "T5": partial(Composed, language="t5", vision=None, bias="none"),
     "CLIP + T5": partial(Composed, language="t5", vision="clip", bias="none"),
     "CLIP + T5, relative": partial(Composed, language="t5", vision="clip", bias="relative"),
@@ -395,10 +397,10 @@ ARCHITECTURES: dict[str, Callable[[str], Subject]] = {
     "CLIP + GPT-2": partial(Composed, language="gpt2", vision="clip", bias="none"),
     "Llama": partial(Composed, language="llama", vision=None, bias="none"),
     "CLIP + Llama": partial(Composed, language="llama", vision="clip", bias="none"),
-    "BLIP-2": partial(ReadyMade, name="blip2"),
-    "InstructBLIP": partial(ReadyMade, name="instructblip"),
-    "Florence-2": partial(ReadyMade, name="florence2"),
-    "T5Gemma 2": partial(ReadyMade, name="t5gemma2"),
+    "BLIP-2, attached": partial(ReadyMade, name="blip2"),
+    "InstructBLIP, attached": partial(ReadyMade, name="instructblip"),
+    "Florence-2, attached": partial(ReadyMade, name="florence2"),
+    "T5Gemma 2, attached": partial(ReadyMade, name="t5gemma2"),
     "T5 in PEFT": partial(InPeft, language="t5"),
     "BART in PEFT": partial(InPeft, language="bart"),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from zoo import capabilities, subjects
 from zoo.capabilities import (
+    ARCHITECTURES,
     HELD,
     OPERATIONS,
     Cell,
@@ -18,7 +19,7 @@ from zoo.capabilities import (
     split_at_marks,
     table,
 )
-from zoo.subjects import ARCHITECTURES, Composed
+from zoo.subjects import Composed
 
 from dept_vl.prompts.dept import DePT
 from scripts import capabilities as script
@@ -53,7 +54,9 @@ def read_table(text: str) -> Found:
         ("BART", "adept"),
         ("GPT-2", "ulpt"),
         ("CLIP + Llama", "pt"),
-        ("Florence-2", "residual"),
+        ("Florence-2, attached", "residual"),
+        ("LLaVA", "lora"),
+        ("Qwen2.5-VL", "adept"),
         ("BART in PEFT", "dept"),
     ],
 )

@@ -44,40 +44,34 @@ def inputs_of(processor: Any, rows: list[int], **options: Any) -> dict[str, Tens
     return dict(inputs)
 
 
+HEEDS_LEFT = {"blip2", "instructblip", "florence2", "bart_text", "gpt2_text"}
+"""Padding on the left moves the learned positions of these, or comes between image and text."""
+
+
 @pytest.mark.parametrize("name", FAMILIES | TEXT_ONLY)
 def test_it_loads_sees_the_image_and_gives_no_heed_to_padding(pretrained_folder: FolderOf, name: str) -> None:
     folder = pretrained_folder(name)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 2e6
     model, processor = loaded(folder)
-    side = "right" if has_encoder(model) else "left"
-    rest = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    left, right = (inputs_of(processor, [0, 1], padding_side=side) for side in ("left", "right"))
+    rows = [inputs_of(processor, [row]) for row in range(2)]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     with torch.no_grad():
-        together = model.generate(**inputs_of(processor, [0, 1], padding_side=side), **rest)[:, -5:]
-        for row in range(2):
-            inputs = inputs_of(processor, [row])
-            alone = model.generate(**inputs, **rest)[:, -5:]
-            assert together[row].tolist() == alone[0].tolist()
-            if name in FAMILIES:
-                negative = model(**decoded(model, inputs | {"pixel_values": -inputs["pixel_values"]}))
-                assert not torch.allclose(negative.logits, model(**decoded(model, inputs)).logits, atol=1e-2)
-
-
-HEEDS_LEFT = {"blip2", "instructblip", "florence2", "bart_text", "gpt2_text"}
-"""Padding on the left moves the learned positions of these, or comes between image and text."""
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAMILIES | TEXT_ONLY)
-def test_logits_of_a_padded_row(pretrained_folder: FolderOf, name: str, side: str) -> None:
-    model, processor = loaded(pretrained_folder(name))
-    batch = inputs_of(processor, [0, 1], padding_side=side)
-    with torch.no_grad():
-        together = model(**decoded(model, batch)).logits
-        for row in range(2):
-            alone = model(**decoded(model, inputs_of(processor, [row]))).logits[0]
-            real = batch["attention_mask"][row].bool() if not has_encoder(model) else slice(None)
-            same = torch.allclose(together[row][real], alone, atol=1e-4, rtol=1e-4)
-            assert same == (batch["attention_mask"][row].all() or side == "right" or name not in HEEDS_LEFT)
+        together = model.generate(**(right if has_encoder(model) else left), **options)[:, -5:]
+        alone = [model.generate(**inputs, **options)[0, -5:] for inputs in rows]
+        logits = [model(**decoded(model, inputs)).logits[0] for inputs in rows]
+        padded = [(batch, model(**decoded(model, batch)).logits) for batch in (left, right)]
+        if name in FAMILIES:
+            negative = rows[0] | {"pixel_values": -rows[0]["pixel_values"]}
+            assert not torch.allclose(model(**decoded(model, negative)).logits[0], logits[0], atol=1e-2)
+    assert together.tolist() == [tokens.tolist() for tokens in alone]
+    for row, expected in enumerate(logits):
+        same = []
+        for batch, found in padded:
+            real = slice(None) if has_encoder(model) else batch["attention_mask"][row].bool()
+            same.append(torch.allclose(found[row][real], expected, atol=1e-4, rtol=1e-4))
+        needs_padding = not left["attention_mask"][row].all()
+        assert same == [not (needs_padding and name in HEEDS_LEFT), True]
 
 
 def decoded(model: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

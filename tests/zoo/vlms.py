@@ -1,7 +1,6 @@
 """Tiny pretrained vision-language models, so to speak: real classes and real processors, random weights.
 
-Each function below makes a model and its processor; `saved` writes both as a repository has them, so that
-`AutoModelForImageTextToText` and `AutoProcessor` read the folder.
+`saved` writes one as a repository has it, so that `AutoModelForImageTextToText` and `AutoProcessor` read it.
 """
 
 import sys
@@ -97,10 +96,9 @@ def t5gemma2() -> Made:
         decoder=gemma("t5gemma2_decoder", tokens),
         image_token_index=tokens.image_token_id,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "eoi_embedding" in name:
-                parameter.normal_()
+    for name, parameter in model.named_parameters():
+        if "eoi_embedding" in name:
+            torch.nn.init.normal_(parameter)
     return model, hf.Gemma3Processor(hf.Gemma3ImageProcessor(size=SQUARE), tokens, image_seq_length=4)
 
 
@@ -176,7 +174,7 @@ def qwen(kind: str, processor: Any, videos: Any, vision: dict[str, Any], **rope:
     tokens = words("$A", [*QWEN, *fences])
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     ids = dict(zip(names, tokens.convert_tokens_to_ids(fences), strict=True))
-    positions = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], **rope}
+    positions = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], **rope}
     text = decoder(f"{kind}_text", tokens, rope_parameters=positions)
     model = model_of(kind, vision_config=QWEN_VISION | vision, text_config=text, **ids)
     pixels = {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 1024}}
@@ -302,8 +300,8 @@ def gemma3() -> Made:
         image_token_index=tokens.image_token_id,
     )
     model.generation_config.eos_token_id = [1, tokens.convert_tokens_to_ids("<end_of_turn>")]
-    start = {"start": "{{ bos_token }}", "assistant": "model"}
-    template = chat("<start_of_turn>ROLE\n", "<start_of_image>", "<end_of_turn>\n", **start)
+    told = {"start": "{{ bos_token }}", "assistant": "model"}
+    template = chat("<start_of_turn>ROLE\n", "<start_of_image>", "<end_of_turn>\n", **told)
     images = hf.Gemma3ImageProcessor(size=SQUARE)
     return model, hf.Gemma3Processor(images, tokens, image_seq_length=4, chat_template=template)
 
@@ -364,12 +362,11 @@ def _by_name(*made: Callable[[], Made]) -> dict[str, Callable[[], Made]]:
     return {one.__name__: one for one in made}
 
 
-ENCODER_DECODERS = _by_name(blip2, instructblip, florence2, t5gemma2)
-DECODER_ONLY = (
-    _by_name(llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)
+FAMILIES = (
+    _by_name(blip2, instructblip, florence2, t5gemma2)
+    | _by_name(llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)
     | _by_name(paligemma, paligemma2, idefics3, smolvlm, gemma3, internvl)
-)  # fmt: skip
-FAMILIES = ENCODER_DECODERS | DECODER_ONLY
+)
 TEXT_ONLY = _by_name(gpt2_text, llama_text, t5_text, bart_text)
 
 
