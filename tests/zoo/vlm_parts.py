@@ -179,6 +179,9 @@ def model_of(kind: str, auto: Any = AutoModelForImageTextToText, **parts: Any) -
             # The source has to outweigh the decoder's last token, or every answer repeats one word.
             if "EncDecAttention.o" in name or "encoder_attn.out_proj.weight" in name:
                 parameter.mul_(6)
+    image = getattr(model.config, "image_token_id", None) or getattr(model.config, "image_token_index", None)
+    if image is not None:  # no model answers with the token of an image
+        torch.nn.init.zeros_(model.get_output_embeddings().weight[image])
     # `generate` of a fresh model knows of no token that ends an answer.
     model.generation_config = GenerationConfig(**IDS)
     if has_encoder(model):

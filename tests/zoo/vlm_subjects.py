@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dept_vl.models.tokens import end_token
 from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from PIL import Image
 from torch import Tensor
@@ -47,7 +48,7 @@ class Pretrained(Composed):
 
     def __init__(self, method: str, name: str) -> None:
         backbone = pretrained(name)
-        bare, end = PromptedModel(backbone).eval(), backbone.tokenizer.eos_token_id
+        bare, end = PromptedModel(backbone).eval(), end_token(backbone.tokenizer)
         Subject.__init__(self, method, (name,), bare, asked(backbone, range(len(QUESTIONS))), end)
         self.module = self.trained().eval()
 
@@ -57,7 +58,7 @@ class Pretrained(Composed):
 
     def answer(self, inputs: Inputs, **options: Any) -> Tensor:
         """See `Subject`."""
-        tokens = self.module.generate(**inputs, **options)
+        tokens = self.module.generate(**inputs, eos_token_id=self.end, **options)
         return tokens[:, 1:].contiguous() if self.module.backbone.language_model.encoder_decoder else tokens
 
     def folded(self) -> Tensor:
