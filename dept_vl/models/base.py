@@ -131,8 +131,14 @@ class FrozenBackbone(nn.Module, ABC):
             if order is not None and self.object_order == "frozen":
                 order.requires_grad_(False)
 
+    def image_encoder(self) -> nn.Module | None:
+        """The part of `language` that encodes images, which stays frozen; None without one."""
+        return None
+
     def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
-        named = list(self.language.named_parameters())
+        encoder = self.image_encoder()
+        frozen = set() if encoder is None else {id(parameter) for parameter in encoder.parameters()}
+        named = [(name, p) for name, p in self.language.named_parameters() if id(p) not in frozen]
         if part == "all":
             return [parameter for _, parameter in named]
         if part == "lora":
@@ -152,12 +158,9 @@ class FrozenBackbone(nn.Module, ABC):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError:
             raise ImportError('LoRA needs peft: pip install -e ".[bench]"') from None
-        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
-        # As peft has it for T5, and not for all of its relatives.
-        of_t5 = ["q", "v"] if {"q", "v"} <= names else None
         try:
             # The pair is scaled by alpha / rank.
-            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=of_t5)
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=self._lora_targets())
             inject_adapter_in_model(config, self.language)
         except ValueError as error:
             raise ValueError(
@@ -165,6 +168,12 @@ class FrozenBackbone(nn.Module, ABC):
                 "or everything instead (--train_only biases, all)"
             ) from error
         self.freeze(language=False, but="lora")
+
+    def _lora_targets(self) -> list[str] | None:
+        """Names of the queries and values of the attention; None where peft knows them itself."""
+        names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
+        # As peft has it for T5, and not for all of its relatives.
+        return ["q", "v"] if {"q", "v"} <= names else None
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the language model uses them (BART's scale included)."""

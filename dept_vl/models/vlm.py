@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -40,6 +41,10 @@ ANSWER_TYPE = {"paligemma": 1}
 """Token type of an answer, where it is not that of a text: PaliGemma reads all others both ways."""
 PROBED = ("what is red", "what is the red one")
 """Questions of a probe, of different lengths."""
+ATTENTION = ("q_proj", "v_proj", "q", "v")
+"""Names of queries and values, where LoRA goes."""
+ENDS = ("id", "index")
+"""Of the names that the token of an image has in configurations."""
 CLOSE = 1e-3
 """Difference that padding may make, as a share of the largest logit: sums come in another order."""
 
@@ -188,8 +193,7 @@ class VisionLanguageModel(FrozenBackbone):
             raise ValueError(f"the processor of {name} has no tokenizer ({type(processor).__name__})")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        image = getattr(config, "image_token_id", None)
-        image = getattr(config, "image_token_index", None) if image is None else image
+        image = _image_token(config, name)
         self.processor = SourceReader(
             processor,
             TextForm.of(text_form, processor, config.model_type),
@@ -241,7 +245,7 @@ class VisionLanguageModel(FrozenBackbone):
                 "--vision and --language"
             )
         with loading(name_or_path, "a processor"):
-            processor = AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            processor = _processor(name_or_path, config.model_type)
         model: PreTrainedModel
         with loading(name_or_path, "a vision-language model"):
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -249,6 +253,27 @@ class VisionLanguageModel(FrozenBackbone):
             )
         check_weights(name_or_path, info)
         return cls(model, processor, name=str(name_or_path), text_form=text_form, exif=exif)
+
+    def image_encoder(self) -> nn.Module | None:
+        """See `FrozenBackbone.image_encoder`."""
+        part: nn.Module = self.language
+        words = self.language_model.word_embeddings
+        while any(module is words for module in part.modules()):
+            inner = part.get_encoder(modality="image")
+            if inner is part:
+                return None
+            part = inner
+        return part
+
+    def _lora_targets(self) -> list[str] | None:
+        encoder = self.image_encoder()
+        of_images = set() if encoder is None else set(encoder.modules())
+        names = [
+            name
+            for name, module in self.language.named_modules()
+            if name.rpartition(".")[2] in ATTENTION and module not in of_images
+        ]
+        return names or None
 
     def check_prompt(self, prompt: DePT) -> None:
         """See `FrozenBackbone.check_prompt`."""
@@ -423,6 +448,36 @@ def open_backbone(model: str | Path | None = None, **options: Any) -> FrozenBack
     if model is None:
         return Backbone.from_pretrained(**options)
     return VisionLanguageModel.from_pretrained(model, **options)
+
+
+def _image_token(config: PretrainedConfig, name: str) -> int | None:
+    """The placeholder of images; None where a model has none.
+
+    Raises:
+        ValueError: If there is one of videos alone.
+    """
+    image, video = (
+        next((getattr(config, f"{kind}_{end}") for end in ENDS if hasattr(config, f"{kind}_{end}")), None)
+        for kind in ("image_token", "video_token")
+    )
+    if image is None and video is not None:
+        raise ValueError(
+            f"{name} reads videos and no images: its config.json ({config.model_type}) names no token of an "
+            "image; take a model that reads images"
+        )
+    return image
+
+
+def _processor(name_or_path: str | Path, model_type: str) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    except OSError as error:
+        if not Path(name_or_path).is_dir():
+            raise
+        raise ValueError(
+            f"{name_or_path} holds no processor of a {model_type} ({one_line(error).partition('. ')[0]}): "
+            "put its files and those of its tokenizer beside config.json (processor.save_pretrained)"
+        ) from error
 
 
 def _special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:

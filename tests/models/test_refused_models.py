@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import transformers
-from dept_vl.models.vlm import open_backbone
 from zoo.vlm_parts import Q_FORMER, SQUARE, model_of, words
 from zoo.vlms import blip_parts
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import PromptOptions
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
 from dept_vl.training.build import build_prompt
 
 FolderOf = Callable[[str], Path]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_image
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from helpers import write_vqa
 from runs import assert_same, in_two_processes, reset_accelerate, tiny_run, with_
 from test_resume import result_of
@@ -23,6 +22,7 @@ from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.inference.loading import load
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowPrompts
+from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Example
 from dept_vl.tasks.vqav2 import VQAv2

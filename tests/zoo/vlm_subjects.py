@@ -6,14 +6,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dept_vl.models.tokens import end_token
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from PIL import Image
 from torch import Tensor
 from zoo.subjects import Composed, Inputs, NotThere, Subject
 from zoo.vlms import saved
 
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.tokens import end_token
+from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 
 QUESTIONS = ("what colour is the star ?", "how many ?", "is it red ?")
 LONGEST = 40
