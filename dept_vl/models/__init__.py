@@ -18,6 +18,7 @@ __all__ = [
     "precision",
     "projection",
     "prompted",
+    "reader",
     "row_prompts",
     "sharding",
     "source",

@@ -17,6 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.io import one_line
+from dept_vl.models.tokens import AnswerStyle, write_answers_as
 
 CHAT = "chat"
 DESCRIBE = "Describe the image."
@@ -29,6 +31,10 @@ FORMS = {
 }
 """Type of a model -> how it is asked a question, and asked for a caption."""
 USUAL_FORM = ("{image}{text}", "{image}" + DESCRIBE)
+QUESTION = "what is red"
+"""Asked to learn what a processor makes of a question."""
+MARK = "MARK"
+"""Stands for an answer in a chat template."""
 TEXT_AT_MOST = 20
 """Times that a text is shortened at most until it fits."""
 PER_TOKEN = ("token_type_ids", "cross_attention_mask")
@@ -80,6 +86,7 @@ class SourceReader:
 
     Attributes:
         frame: Text tokens that the form adds to a question.
+        placeholder: Token of a word, which the model treats as any other.
     """
 
     def __init__(
@@ -90,7 +97,7 @@ class SourceReader:
         self.taken = frozenset(taken) - {"labels"}
         self.image_tokens = torch.tensor(sorted(image_tokens), dtype=torch.long)
         self.nested = True
-        self.frame = 0
+        self.frame = self.placeholder = 0
 
     def __call__(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], longest: Sequence[int]
@@ -168,3 +175,75 @@ class SourceReader:
         begun = image.cumsum(1) > 0
         ended = image.flip(1).cumsum(1).flip(1) == 0
         return mask & (~begun | ended)
+
+    def learn(self, image: int | None, name: str, *, encoder_decoder: bool) -> None:
+        """Find what the form adds to a question, which tokens are an image's, and how an answer goes on.
+
+        Args:
+            image: Token of an image, as the model's configuration has it.
+            name: Of the model, for messages.
+            encoder_decoder: Whether an answer is a sequence of its own.
+
+        Raises:
+            ValueError: If the processor makes nothing of a question, or is not the model's.
+        """
+        blank = Image.new("RGB", (64, 64))
+        for nested in (True, False):
+            self.nested = nested
+            try:
+                source = self.process([QUESTION], [[blank]])
+                break
+            except Exception as error:
+                problem = f"{type(error).__name__}: {one_line(error)}"
+        else:
+            raise ValueError(
+                f"the processor of {name} makes nothing of a question and an image: {problem}; give another "
+                "--text_form, or the processor that belongs to the model"
+            )
+        ids, tokenizer = source["input_ids"][0].tolist(), self.tokenizer
+        special = {n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special -= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        if image is not None:
+            if image not in ids:
+                raise ValueError(
+                    f"the processor of {name} is not its model's: expected tokens {image} for an image, as "
+                    "in config.json, found none; put the processor beside the model that it belongs to"
+                )
+            self.image_tokens = torch.tensor(_with_fences(ids, image, special))
+        of_text = tokenizer(QUESTION, add_special_tokens=False).input_ids
+        text = self.is_text(source["input_ids"], source["attention_mask"].bool())
+        self.frame = max(0, int(text.sum()) - len(of_text))
+        words = [n for n in of_text if n not in special and n not in self.image_tokens.tolist()]
+        if not words or tokenizer.unk_token_id in of_text:
+            raise ValueError(f"the tokenizer of {name} knows no words: {QUESTION!r} becomes {of_text}")
+        self.placeholder = words[0]
+        self._learn_answers(ids, special, encoder_decoder)
+
+    def _learn_answers(self, ids: list[int], special: set[int], encoder_decoder: bool) -> None:
+        """Find how an answer goes on behind a source, and what ends it."""
+        tokenizer = self.tokenizer
+        end = tokenizer.eos_token_id
+        if encoder_decoder:
+            if tokenizer(MARK).input_ids[-1] != end:  # T5Gemma's ends no text by itself
+                write_answers_as(tokenizer, AnswerStyle(lead="", end=end, start=1))
+            return
+        if self.form.ask == CHAT:
+            answer = {"role": "assistant", "content": [{"type": "text", "text": MARK}]}
+            whole = self.processor.apply_chat_template(
+                [*self.conversation(QUESTION, 1), answer], tokenize=False
+            )
+            behind = tokenizer(whole.partition(MARK)[2].strip(), add_special_tokens=False).input_ids
+            end = next((n for n in behind[:1] if n in special), end)
+        open_ = tokenizer.decode(ids[-4:])[-1:]
+        write_answers_as(tokenizer, AnswerStyle(lead="\n" if open_.isspace() else None, end=end, start=0))
+
+
+def _with_fences(ids: list[int], image: int, special: set[int]) -> list[int]:
+    """The token of an image, and the special tokens that stand around its first and last."""
+    fences = {image}
+    for step, place in ((-1, ids.index(image)), (1, len(ids) - 1 - ids[::-1].index(image))):
+        beside = place + step
+        while 0 <= beside < len(ids) and ids[beside] in special:
+            fences.add(ids[beside])
+            beside += step
+    return sorted(fences)

@@ -15,7 +15,7 @@ from torch import nn
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import BackboneOptions
 from dept_vl.data.collate import Collator, Draw
-from dept_vl.models import vlm
+from dept_vl.models import reader, vlm
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import target_ids, target_texts
 from dept_vl.models.vlm import VisionLanguageModel, open_backbone
@@ -128,7 +128,7 @@ def test_the_probe_notices_a_prompt_that_is_not_read(
 ) -> None:
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
     backbone.probe()
-    monkeypatch.setattr(vlm, "prompting", lambda *_: nullcontext())
+    monkeypatch.setattr(reader, "prompting", lambda *_: nullcontext())
     monkeypatch.setattr(vlm, "place", lambda prompt, *args, **named: place(None, *args, **named))
     with pytest.raises(ValueError, match="does not change"):
         backbone.probe()

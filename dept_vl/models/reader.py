@@ -1,0 +1,140 @@
+"""The wrapper that scores and generates answers with a whole pretrained model; see `vlm`."""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dept_vl.models.generation import GENERATING, generate
+from dept_vl.models.language import Answerer
+from dept_vl.models.placeholders import Placement, prompting
+from dept_vl.models.tokens import IGNORE_INDEX, AnswerStyle
+from dept_vl.prompts.dept import DePT
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source with its prompt, ready to be read.
+
+    Attributes:
+        prompt: None is none.
+        placed: The tokens.
+        more: What the model reads besides tokens: pixels.
+    """
+
+    prompt: DePT | None
+    placed: Placement
+    more: dict[str, Tensor]
+
+
+class PretrainedReader(Answerer):
+    """Scores and generates answers with the whole model.
+
+    Args:
+        model: Of transformers.
+        name: For messages.
+        encoder_decoder: Whether an answer is a sequence of its own.
+        answer_type: Token type of an answer.
+        special_tokens: Settings of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        encoder_decoder: bool,
+        answer_type: int,
+        special_tokens: dict[str, Any],
+    ) -> None:
+        super().__init__(model, model, name)
+        self.encoder_decoder, self.answer_type = encoder_decoder, answer_type
+        self.special_tokens = special_tokens
+        self.counts_text = True
+        self.taken = set(inspect.signature(model.forward).parameters)
+        # Models with positions in three dimensions make them from the tokens.
+        self.counted = "position_ids" in self.taken and not any(
+            hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None))
+        )
+
+    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
+        """Word embeddings as the model looks them up."""
+        embeddings: Tensor = self.word_embeddings(input_ids)
+        return embeddings
+
+    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
+        """See `FrozenBackbone.check_length`."""
+        parts = {"prompt": prompt, "text": text, "image": visual}
+        if not self.encoder_decoder:
+            parts["answer"] = answer
+        self.check_positions("encoder" if self.encoder_decoder else "context", **parts)
+
+    @property
+    def positions(self) -> int | None:
+        """See `LanguageModel.positions`."""
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
+    def logits(
+        self, encoded: Source, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
+    ) -> Float[Tensor, "batch target vocabulary"]:
+        """Scores of each token of the answer, those before it given."""
+        placed = encoded.placed
+        self.check_length(0, placed.ids.shape[1], 0, labels.shape[1])
+        inputs: dict[str, Any] = {"input_ids": placed.ids, "attention_mask": mask.long()}
+        inputs |= placed.others | encoded.more
+        if self.encoder_decoder:
+            with prompting(self.word_embeddings, encoded.prompt, placed):
+                separate: Tensor = self.model(**inputs, labels=labels, use_cache=False).logits
+            return separate
+        answered = labels != IGNORE_INDEX
+        joined = torch.cat([mask, answered], dim=1)
+        answer = labels.where(answered, self.special_tokens["pad_token_id"])
+        inputs |= {"input_ids": torch.cat([placed.ids, answer], dim=1), "attention_mask": joined.long()}
+        for name, row in placed.others.items():
+            of_answer = row[:, -1:].expand(-1, labels.shape[1], *row.shape[2:])
+            if name == "token_type_ids":
+                of_answer = torch.full_like(of_answer, self.answer_type)
+            inputs[name] = torch.cat([row, of_answer], dim=1)
+        if self.counted:
+            inputs["position_ids"] = (joined.cumsum(1) - 1).clamp(min=0)
+        keep = labels.shape[1] + 1
+        if "logits_to_keep" in self.taken:
+            inputs["logits_to_keep"] = keep
+        with prompting(self.word_embeddings, encoded.prompt, placed):
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
+        return logits[:, -keep:-1]  # each token is foretold at the one before it
+
+    def generate(
+        self, encoded: Source, mask: Bool[Tensor, "batch source"], **options: Any
+    ) -> Int[Tensor, "sequences target"]:
+        """Decode; new tokens only, behind the decoder's start where there is one."""
+        placed = encoded.placed
+        width = placed.ids.shape[1]
+        self.check_length(0, width, 0, options.get("max_new_tokens") or 0)
+        allowed = options.get("prefix_allowed_tokens_fn")
+        if allowed is not None and not self.encoder_decoder:
+            options["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, tokens[width:])
+        inputs = {"input_ids": placed.ids, "attention_mask": mask.long(), **placed.others, **encoded.more}
+        # Threads of a server may share the model, and its hook with it.
+        with GENERATING, prompting(self.word_embeddings, encoded.prompt, placed):
+            tokens = generate(self.model, self.special_tokens, options, inputs)
+        return tokens if self.encoder_decoder else tokens[:, width:]
+
+
+def special_tokens_of(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
+    """Settings of `generate` that the model and its tokenizer imply."""
+    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    ends = {tokenizer.eos_token_id} | ({style.end} if style else set())
+    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
+    if not encoder_decoder:
+        return ids
+    for module in model.modules():
+        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            first = module.prepare_decoder_input_ids_from_labels(torch.tensor([[tokenizer.eos_token_id]]))
+            return ids | {"decoder_start_token_id": int(first[0, 0])}
+    return ids | {"decoder_start_token_id": model.config.get_text_config().decoder_start_token_id}
