@@ -104,7 +104,7 @@ def test_nothing_is_broken_as_it_is(broken: Broken, operation: str) -> None:
 
 
 def test_a_prompt_that_does_nothing_is_noticed(broken: Broken, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subjects, "new_prompt", lambda method: None)
+    monkeypatch.setattr(subjects, "new_prompt", lambda *_: None)
     assert broken("forward") == "Wrong: what was trained changes nothing"
 
 
