@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -86,6 +87,33 @@ def _one_of_two(rank: int, port: int, function: Callable[..., object], arguments
     }
     torch.set_num_threads(1)
     function(*arguments)
+
+
+def forget_checksums(folder: Path) -> None:
+    """Leave a run as an older version, or somebody who edits its files, leaves it."""
+    for path in folder.rglob(".checksums.json"):
+        path.unlink()
+
+
+def damage(path: Path, others: list[Path], random: Random) -> None:
+    """A flipped bit, a cut, a block of zeros, another file's content, no file, or bytes at the end."""
+    content = bytearray(path.read_bytes())
+    place = random.randrange(len(content))
+    match random.randrange(6):
+        case 0:
+            content[place] ^= 1 << random.randrange(8)
+        case 1:
+            content = content[:place]
+        case 2:
+            content[place : place + 64] = bytes(len(content[place : place + 64]))
+        case 3:
+            content = bytearray(random.choice(others).read_bytes())
+        case 4:
+            path.unlink()
+            return
+        case _:
+            content += random.randbytes(random.randrange(1, 64))
+    path.write_bytes(content)
 
 
 def files(folder: Path) -> dict[str, bytes]:

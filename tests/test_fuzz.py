@@ -25,13 +25,13 @@ from accelerate import Accelerator
 from conftest import random_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import reset_accelerate
+from runs import forget_checksums, reset_accelerate
 from safetensors.torch import save_file
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
 from dept_vl._utils.images import read_image
-from dept_vl._utils.io import read_object
+from dept_vl._utils.io import CHECKSUMS_FILE, read_object
 from dept_vl._utils.tensors import read_tensors
 from dept_vl.adapters import authors
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
@@ -327,6 +327,9 @@ def model_kinds(folder: Path) -> dict[str, Kind]:
         "backbone": one(folder / BACKBONE_FILE, lambda path: read_object(path, BackboneFile, BEFORE_ORDER)),
         "projection": one(folder / "projection.safetensors", read_tensors),
     }
+    whole = of_folder(folder / "adapter", Adapter.load)[CHECKSUMS_FILE]
+    kinds[f"adapter, {CHECKSUMS_FILE}"] = whole
+    forget_checksums(folder)  # which would find every other mutation before anything is read
     for part, load in (("adapter", Adapter.load), ("official", authors.read)):
         kinds |= {f"{part}, {name}": kind for name, kind in of_folder(folder / part, load).items()}
     return kinds
@@ -391,6 +394,7 @@ NAMES = (
     *("vqa predictions", "gqa predictions", "nlvr2 predictions", "candidates", "config", "summary"),
     *("jpeg", "progressive jpeg", "png", "gif", "webp", "tiff", "deflated tiff", "bmp"),
     *("backbone", "projection", f"adapter, {ADAPTER_FILE}", f"adapter, {TENSORS_FILE}"),
+    f"adapter, {CHECKSUMS_FILE}",
     *(f"official, {authors.CONFIG_FILE}", f"official, {authors.TENSORS_FILE}"),
     *("checkpoint, state.json", "checkpoint, tensors.safetensors", "checkpoint, rng-0.safetensors"),
     "checkpoint, manifest.json",
@@ -491,6 +495,7 @@ def test_any_value_in_any_field_of_an_adapter(tmp_path: Path, data: st.DataObjec
     path = tmp_path / ADAPTER_FILE
     if not path.is_file():
         adapter.save(tmp_path)
+        forget_checksums(tmp_path)
         (tmp_path / "good.json").write_bytes(path.read_bytes())
     description = json.loads((tmp_path / "good.json").read_text())
     holder, key = data.draw(st.sampled_from(list(places_of(description))))

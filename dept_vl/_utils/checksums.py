@@ -6,12 +6,16 @@ damage, and keeps no forger out.
 
 import mmap
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import xxhash
 
 from dept_vl._utils.errors import DamagedFileError
+
+if TYPE_CHECKING:  # imported where it is needed: the command line reads options without it
+    import pyarrow as pa
 
 SEAL = b"XXH3"
 """In front of the checksum at the end of a file."""
@@ -22,17 +26,18 @@ _compared: dict[Path, tuple[int, ...]] = {}
 """Files whose checksum this process has compared, and what the system said of them then."""
 
 
-def checksum(content: bytes | memoryview | mmap.mmap | pa.Buffer) -> str:
+def checksum(content: "bytes | memoryview | mmap.mmap | pa.Buffer") -> str:
     """32 hexadecimal digits of some bytes."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
-def file_checksum(path: Path) -> str:
-    """32 hexadecimal digits of a file's content."""
+def file_checksum(path: Path, size: int = sys.maxsize) -> str:
+    """32 hexadecimal digits of a file's content, or of its first bytes."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(CHUNK_BYTES):
+        while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
             digest.update(chunk)
+            size -= len(chunk)
     return digest.hexdigest()
 
 
@@ -43,13 +48,15 @@ def seal(path: Path) -> None:
         file.write(SEAL + digest)
 
 
-def open_sealed(path: Path) -> pa.Buffer:
+def open_sealed(path: Path) -> "pa.Buffer":
     """Map a sealed file into memory, without its seal; it is compared once in a process.
 
     Raises:
         FileNotFoundError: If there is none.
         DamagedFileError: If the content is not what was sealed.
     """
+    import pyarrow as pa
+
     size = path.stat().st_size - len(SEAL) - DIGEST_BYTES
     if size < 0:
         raise DamagedFileError(f"{path} is damaged: it is cut short")

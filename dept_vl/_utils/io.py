@@ -2,19 +2,34 @@
 
 Whatever is wrong with one becomes one ValueError of one line, with its path; nothing is made of a file
 before it is checked, and nothing larger than the file itself.
+
+Files of runs and adapters have their size and checksum in `.checksums.json` beside them, which is compared
+whenever one is read; a file that this does not name, as one from elsewhere, is taken as it is.
 """
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dept_vl._utils.checksums import checksum, file_checksum
+from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.options import check
 
 LONGEST_JSON = 1 << 26
 """Bytes; descriptions and configurations have a few thousand."""
+CHECKSUMS_FILE = ".checksums.json"
+"""Size and checksum of files of a folder, by name."""
+TRIES, PAUSE = 3, 0.05
+"""How often files are compared, and seconds between: another process may be writing them."""
+
+Noted = tuple[int, str]
+"""Size and checksum of a file, or of the beginning of one that grows."""
+Checksums = dict[str, dict[str, Noted]]
+"""Noted of `files`, and of what was there `before` those that are being written."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -48,7 +63,152 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     Raises:
         OSError: If it cannot be written.
     """
-    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
+    write_atomically(path, _json(content, indent))
+
+
+def _json(content: Any, indent: int | None) -> bytes:
+    return (json.dumps(content, indent=indent) + "\n").encode()
+
+
+def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files of a folder, each whole or not at all, and note their checksums there.
+
+    Old and new ones are both known meanwhile, so that whenever this ends none is taken for damaged.
+
+    Raises:
+        OSError: If one cannot be written.
+    """
+    known = _known(folder)
+    before = {}
+    for name in files:
+        if (folder / name).is_file():
+            there = noted(folder / name)
+            if name not in known["files"] or there in _all_of(known, name):
+                before[name] = there
+    now = known["files"] | {name: (len(content), checksum(content)) for name, content in files.items()}
+    _write_checksums(folder, now, before)
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    if before:
+        _write_checksums(folder, now, {})
+
+
+def write_noted_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Write a JSON file, and note its checksum beside it; see `write_noted`."""
+    write_noted(path.parent, {path.name: _json(content, indent)})
+
+
+def noted(path: Path) -> Noted:
+    """Return what is noted of a file as it is now."""
+    size = path.stat().st_size
+    return size, file_checksum(path, size)
+
+
+def note(folder: Path, files: Mapping[str, Noted | None]) -> None:
+    """Note other files below a folder; None forgets one."""
+    known = _known(folder)
+    changed = {**known["files"], **files}
+    kept = {name: value for name, value in changed.items() if value is not None}
+    _write_checksums(folder, kept, known["before"])
+
+
+def remove_noted(folder: Path, *names: str) -> None:
+    """Remove files and what is noted of them."""
+    with suppress(OSError):
+        note(folder, dict.fromkeys(names))
+    for name in names:
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file.
+
+    Raises:
+        DamagedFileError: If there is none, and one was written there.
+    """
+    if path.is_file():
+        return True
+    check_noted(path)
+    return False
+
+
+def check_noted(*paths: Path, folder: Path | None = None, grows: bool = False) -> int:
+    """Compare files of a folder with what is noted there, if it is; together they are old, or new.
+
+    Args:
+        paths: The files.
+        folder: In which they are noted; None for their own.
+        grows: They may have become longer since.
+
+    Returns:
+        How many bytes of the last one were compared; -1 if nothing is noted of it.
+
+    Raises:
+        DamagedFileError: If one is another than was written, or is gone.
+    """
+    folder = folder or paths[0].parent
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    wrong = paths[0]
+    for number in range(TRIES):
+        if number:
+            time.sleep(PAUSE)
+        known = _read_checksums(folder)
+        for files in (known["files"], known["files"] | known["before"]):
+            different = [
+                path
+                for path, name in zip(paths, names, strict=True)
+                if name in files and not _is(path, files[name], grows)
+            ]
+            if not different:
+                return files.get(names[-1], (-1, ""))[0]
+            wrong = different[0]
+    what = "is damaged, or was changed by hand" if wrong.is_file() else "was removed"
+    raise DamagedFileError(
+        f"{wrong} {what}: it is not what was written there. Put it back; if it is meant, remove "
+        f"{folder / CHECKSUMS_FILE}, and files are taken as they are"
+    )
+
+
+def _is(path: Path, expected: Noted, grows: bool) -> bool:
+    size, digest = expected
+    try:
+        found = path.stat().st_size
+        return (found == size or (grows and found > size)) and file_checksum(path, size) == digest
+    except FileNotFoundError:
+        return False
+
+
+def _all_of(known: Checksums, name: str) -> list[Noted]:
+    return [files[name] for files in known.values() if name in files]
+
+
+def _read_checksums(folder: Path) -> Checksums:
+    path = folder / CHECKSUMS_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found: Checksums = check(content, Checksums)
+        if found.keys() != {"files", "before"}:
+            raise ValueError(f"it has {sorted(found)}"[:100])
+    except FileNotFoundError:
+        return {"files": {}, "before": {}}
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(
+            f"{path} is damaged ({one_line(error)}); remove it, and the files beside it are taken as they are"
+        ) from None
+    return found
+
+
+def _known(folder: Path) -> Checksums:
+    """The same to write them anew: nothing is known of damaged ones."""
+    try:
+        return _read_checksums(folder)
+    except DamagedFileError:
+        return {"files": {}, "before": {}}
+
+
+def _write_checksums(folder: Path, files: Mapping[str, Noted], before: Mapping[str, Noted]) -> None:
+    write_json(folder / CHECKSUMS_FILE, {"files": files, "before": before})
 
 
 @contextmanager
@@ -72,20 +232,21 @@ def read_json(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or too long to be one of ours.
+        DamagedFileError: If it is damaged, or too long to be one of ours.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON file at {path}, found none")
+    check_noted(path)
     size = path.stat().st_size
     if size > LONGEST_JSON:
-        raise ValueError(
+        raise DamagedFileError(
             f"{path} is damaged or another file: expected at most {LONGEST_JSON:,} bytes, found {size:,}"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     # Nesting a thousand deep ends the decoder with a RecursionError.
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
+        raise DamagedFileError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
 
 
 def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -98,7 +259,7 @@ def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None)
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or has other fields; they are named.
+        DamagedFileError: If it is damaged, or has other fields; they are named.
     """
     content: dict[str, Any] = read_json(path)
     if earlier and isinstance(content, dict):
@@ -106,5 +267,5 @@ def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None)
     try:
         check(content, kind)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise DamagedFileError(f"{path} is damaged: {error}") from None
     return content

@@ -66,5 +66,5 @@ def is_hub_name(name: str) -> bool:
 def _started_in(folder: Path) -> list[Path]:
     try:
         return [Path(read_json(folder / IDENTITY_FILE)["started_in"])]
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, LookupError, TypeError):
         return []

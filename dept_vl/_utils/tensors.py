@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dept_vl._utils.io import one_line
+from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.io import check_noted, one_line
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """What trained parameters may be stored in."""
@@ -21,15 +22,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged.
+        DamagedFileError: If it is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
+    check_noted(path)
     try:
         tensors: dict[str, Tensor] = load_file(path)
     # Besides its own errors: names of data types and sizes that torch does not know.
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
+        raise DamagedFileError(f"{path} is damaged: {one_line(error)}") from None
     return tensors
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dept_vl._utils.io import write_atomically
+from dept_vl._utils.io import check_noted, write_atomically, write_noted
 from dept_vl._utils.tensors import check_parameters, copies, load_exactly, read_tensors, under
 from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
@@ -110,11 +110,13 @@ class Adapter:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write both files, each beside its final name first, so that no half-written one is left."""
+        """Write both files, each beside its final name first, so that no half-written one is left.
+
+        Their checksums stand in `.checksums.json` beside them, and are compared where they are loaded.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self._contents().items():
-            write_atomically(folder / name, content)
+        write_noted(folder, self._contents())
 
     def push_to_hub(
         self,
@@ -186,6 +188,7 @@ class Adapter:
                 if (folder / PEFT_CONFIG_FILE).is_file():
                     hint = "; files of PEFT's are read by dept_vl.adapters.peft.files.from_peft"
                 raise FileNotFoundError(f"no adapter at {folder}: {name} is missing there{hint}")
+        check_noted(folder / ADAPTER_FILE, folder / TENSORS_FILE)
         description = read_description(folder / ADAPTER_FILE)
         # JSON writes a whole number without its point.
         description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}

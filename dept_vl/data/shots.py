@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.io import read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl.config import DataOptions, ShotsPer
 from dept_vl.tasks.base import Task
@@ -42,7 +42,7 @@ class Shots:
 
     def write(self, path: Path) -> None:
         """Keep them for another run."""
-        write_json(path, asdict(self), indent=None)
+        write_noted_json(path, asdict(self), indent=None)
 
 
 def classes_of(task: Task) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.images import missing_files
-from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.io import is_there, read_json, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
@@ -132,7 +132,7 @@ def hub_folder(name: str) -> Path:
 def read_facts(run: Path, task: Task) -> tuple[Task, int]:
     """Return a blank task with what a run learnt of its data, and its longest answer, or 0."""
     path = run / TASK_FILE
-    if not path.is_file():
+    if not is_there(path):
         return task, 0
     known = read_json(path).get(task.loaded_as, {})
     return task.with_facts(known.get("facts", {})), int(known.get("max_new_tokens", 0))
@@ -144,7 +144,7 @@ def write_facts(folder: Path, splits: Sequence[Splits]) -> None:
         one.train.loaded_as: {"max_new_tokens": one.decoding.max_new_tokens, "facts": one.train.facts()}
         for one in splits
     }
-    write_json(folder / TASK_FILE, content)
+    write_noted_json(folder / TASK_FILE, content)
 
 
 def _load(options: DataOptions, split: str) -> Task:
@@ -208,7 +208,7 @@ def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
         ValueError: If a file is no list of answers.
     """
     path = config.candidates
-    if path is None and TASKS[task].has_usual_answers and (config.run / CANDIDATES_FILE).is_file():
+    if path is None and TASKS[task].has_usual_answers and is_there(config.run / CANDIDATES_FILE):
         path = config.run / CANDIDATES_FILE
     return None if path is None else read_candidates(path)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from dept_vl._utils.io import read_json, read_object, write_json
+from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
@@ -190,7 +190,9 @@ def step_costs(
     seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
     configs = {name: compared()[name].configure(seeded) for name in names}
     costs = measure_steps(configs, rounds)
-    write_json(path, {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}})
+    write_noted_json(
+        path, {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}}
+    )
     return costs
 
 

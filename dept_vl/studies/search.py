@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.io import read_object, write_atomically, write_json
+from dept_vl._utils.io import read_object, write_atomically, write_json, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
@@ -280,7 +280,7 @@ def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState
     if not processes.is_main_process:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG_FILE, to_json(config), indent=2)
+    write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
     return _Study(folder, config, space)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dept_vl._utils.io import read_json, write_atomically, write_json
+from dept_vl._utils.io import read_json, write_atomically, write_json, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.stats import Interval, interval
@@ -166,7 +166,7 @@ def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     processes.wait_for_everyone()  # all have looked for the file
     if processes.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"losses": losses})
+        write_noted_json(path, {"losses": losses})
     return min(sources, key=lambda source: losses[str(source)])
 
 

@@ -4,7 +4,7 @@
         tensors.safetensors   trained parameters and the optimizer's state, by name
         state.json            schedule, rates, counters, scores; what the tensors belong to
         rng-0.safetensors     random generators of process 0, and so on for every process
-        manifest.json         size and SHA-256 of each file, written last
+        manifest.json         size and SHA-256 of each file, written last; noted in the run's folder
 
 A checkpoint is written beside its place, flushed to the disk and renamed; older ones are removed only
 when it is whole. A damaged one is reported and the one before is taken. This is another thing than the
@@ -27,9 +27,9 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from dept_vl._utils.io import one_line, read_json, write_flushed
+from dept_vl._utils.io import check_noted, note, noted, one_line, read_json, write_flushed
 from dept_vl._utils.options import check as check_fields
-from dept_vl._utils.run_files import CHECKPOINTS
+from dept_vl._utils.run_files import CHECKPOINTS, LOG_FILE
 from dept_vl._utils.tensors import check_parameters, copies, read_tensors
 from dept_vl.prompts.dept import current_name
 from dept_vl.training.progress import Progress
@@ -121,11 +121,19 @@ class TrainingState:
         if main:
             write_flushed(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
             _sync(partial)
+            self._note(place, partial)
             shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
             partial.rename(place)
             _sync(self.folder)
             for old in checkpoints(self.folder.parent)[:-KEPT]:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def _note(self, place: Path, partial: Path) -> None:
+        """Note in the run's folder which checkpoints are its own, and its log up to this one."""
+        run = self.folder.parent
+        files = dict.fromkeys(map(_noted_as, sorted({*checkpoints(run), place})[:-KEPT]))
+        log = {LOG_FILE: noted(run / LOG_FILE)} if (run / LOG_FILE).is_file() else {}
+        note(run, {**files, **log, _noted_as(place): noted(partial / MANIFEST)})
 
     def load(self, place: Path) -> Progress:
         """Put model, optimizer and schedule back to a checkpoint.
@@ -247,6 +255,11 @@ class TrainingState:
         }
 
 
+def _noted_as(place: Path) -> str:
+    """The name by which a checkpoint is noted in the folder of its run."""
+    return f"{CHECKPOINTS}/{place.name}/{MANIFEST}"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, whole or not."""
     return sorted((run / CHECKPOINTS).glob("step-*"))
@@ -282,6 +295,7 @@ def check(place: Path) -> str:
     """What is wrong with a checkpoint; empty if nothing is."""
     try:
         manifest = read_json(place / MANIFEST)
+        check_noted(place / MANIFEST, folder=place.parents[1])
         if manifest != _manifest(place):
             return f"{place} is damaged: its files are not those of its {MANIFEST}"
         version = read_json(place / "state.json")["version"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.io import is_there, read_object, remove_noted, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import (
     BEST,
@@ -101,7 +101,7 @@ def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -
         raise _taken(output_dir)
     if accelerator.is_main_process:
         with explained(output_dir):
-            write_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
+            write_noted_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
     accelerator.wait_for_everyone()
     return Opened(output_dir, None, claimed=True)
 
@@ -170,9 +170,7 @@ def release(opened: Opened, accelerator: Accelerator) -> None:
         accelerator: Accelerator of the run.
     """
     if opened.claimed and accelerator.is_main_process and not (opened.path / LOG_FILE).exists():
-        for name in (CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE):
-            with suppress(OSError):  # the error that failed the run is the one to report
-                (opened.path / name).unlink()
+        remove_noted(opened.path, CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE)
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:
@@ -182,8 +180,8 @@ def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -
         ValueError: If the run began with features in another.
     """
     path = output_dir / FEATURES_FILE
-    if accelerator.is_main_process and not path.is_file():
-        write_json(path, {"dtype": precision})
+    if accelerator.is_main_process and not is_there(path):
+        write_noted_json(path, {"dtype": precision})
     accelerator.wait_for_everyone()
     began = read_object(path, FeaturesFile)["dtype"]
     if began != precision:

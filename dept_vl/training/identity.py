@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from dept_vl._utils.io import read_json, read_object, write_json
+from dept_vl._utils.io import is_there, read_json, read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
@@ -55,7 +55,7 @@ class DifferentError(ValueError):
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:
     """Options that differ from those of the start of a run, but for what is compared otherwise."""
-    free = (*BATCHES, *LOCATIONS) if (folder / IDENTITY_FILE).is_file() else BATCHES
+    free = (*BATCHES, *LOCATIONS) if is_there(folder / IDENTITY_FILE) else BATCHES
     return differences(read_object(folder / CONFIG_FILE, dict), to_json(config), free, folder)
 
 
@@ -100,7 +100,7 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
     If the run differs from its start and changes are not accepted, store nothing and return the message.
     """
     path = folder / IDENTITY_FILE
-    then = check(read_json(path), Identity) if path.is_file() else None
+    then = check(read_json(path), Identity) if is_there(path) else None
     options = changed_options(folder, config)
     if then is None:
         if checkpoint is not None:
@@ -126,9 +126,9 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         say(f"note: {'; '.join(setup)}: the result is the same to rounding, not to the bit")
     everything = differences(read_object(folder / CONFIG_FILE, dict), to_json(config), folder=folder)
     if everything:
-        write_json(folder / CONFIG_FILE, to_json(config), indent=2)
+        write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
     changes = [*then.changes, *dict.fromkeys(everything + changed + setup)]
-    write_json(path, asdict(Identity(then.started_in, now.content, now.setup, changes)))
+    write_noted_json(path, asdict(Identity(then.started_in, now.content, now.setup, changes)))
     return ""
 
 

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dept_vl._utils.io import one_line, write_atomically, writing
+from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.io import check_noted, note, noted, one_line, write_noted, writing
 from dept_vl._utils.run_files import LOG_FILE
 from dept_vl.data.collate import Batch
 from dept_vl.tasks.io.predictions import ExampleId
@@ -135,8 +137,10 @@ class Log:
         self.line.advance(self.progress.steps)
 
     def close(self) -> None:
-        """End the line."""
+        """End the line, and note what was written."""
         self.line.close()
+        if self.accelerator.is_main_process and self.path.is_file():
+            note(self.path.parent, {self.path.name: noted(self.path)})
 
     def _seconds_left(self) -> float:
         """At the mean pace of steps and evaluations so far."""
@@ -182,12 +186,34 @@ def best_dev(run: Path, steps: int | None = None) -> float:
         run: Its folder.
         steps: Up to which evaluations count; None for all.
     """
-    records = map(json.loads, (run / LOG_FILE).read_text().splitlines())
     return max(
         float(record["score"])
-        for record in records
+        for record in read_log(run / LOG_FILE)
         if "score" in record and (steps is None or record["step"] <= steps)
     )
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log that are noted, of an older version all.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        DamagedFileError: If it is damaged.
+    """
+    size = check_noted(path, grows=True)
+    content = path.read_bytes()
+    # What was written after the last checkpoint is of no use without it, and the last line may be cut.
+    lines = (content if size < 0 else content[:size]).splitlines(keepends=True)
+    try:
+        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        if not all(isinstance(record["step"], int) for record in records):
+            raise ValueError("a step is no whole number")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise DamagedFileError(
+            f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
+            "move it away to go on without it"
+        ) from None
+    return records
 
 
 def memory_gib(device: torch.device) -> float:
@@ -200,13 +226,8 @@ def memory_gib(device: torch.device) -> float:
 def _cut_log(path: Path, steps: int) -> None:
     """Leave the lines of a log up to a step; those behind it will come again."""
     if not path.is_file():
+        if steps:
+            print(f"warning: {path} is gone; the new one begins behind step {steps:,}")
         return
-    lines = path.read_text().splitlines(keepends=True)
-    try:
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
-            "move it away to go on without it"
-        ) from None
-    write_atomically(path, "".join(kept).encode())
+    kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= steps]
+    write_noted(path.parent, {path.name: "".join(kept).encode()})

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dept_vl._utils.io import write_atomically, write_json
+from dept_vl._utils.io import write_atomically, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import (
     BEST,
@@ -339,11 +339,11 @@ class Run(Stages):
         folder = self.output_dir
         for splits in self.splits:
             if splits.options.candidate_floor:
-                write_json(folder / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
+                write_noted_json(folder / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
         table = summary_table(self.config, self.parts, self.summary)
         write_atomically(folder / "summary.md", (table + "\n").encode())
         # Last, and whole: this file marks the run as finished.
-        write_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
+        write_noted_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
         if not self.config.train.checkpoint_every:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # kept for the case of a stop
         say("", *table.split("\n"), "", f"adapter, predictions, log and pictures: {folder}")

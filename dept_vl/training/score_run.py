@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from dept_vl._utils.io import write_json
+from dept_vl._utils.io import write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
@@ -135,7 +135,7 @@ def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: 
     if output_dir is not None and accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_answers(task, evaluation, output_dir)
-        write_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
+        write_noted_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
     return Evaluated(evaluation, output_dir)
 
 
@@ -230,7 +230,7 @@ class ScoreRun(Stages):
     def write_scores(self) -> None:
         """Write `scores.json` and the submission, and print the table."""
         (part,), (evaluation,), folder = self.parts, self.evaluations, self.output_dir
-        write_json(folder / SCORES_FILE, evaluation.scores, indent=2)
+        write_noted_json(folder / SCORES_FILE, evaluation.scores, indent=2)
         if evaluation.scores:
             rows = score_rows(evaluation.scores, f"{part.task.name} {part.name}", [part.task])
             table = markdown_table(["", "score"], [*rows, ("examples scored", f"{len(part.task):,}")])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dept_vl._utils.io import writing
+from dept_vl._utils.io import write_noted, writing
 from dept_vl._utils.printable import say
 from dept_vl.data.collate import Collator
 from dept_vl.inference.evaluate import Evaluation, Generate, evaluate
@@ -117,8 +117,7 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
         The file of predictions.
     """
     path = folder / f"predictions{suffix}.{task.prediction_format.kind}"
-    with writing(path):
-        task.prediction_format.write(evaluation.predictions, path)
+    write_noted(folder, {path.name: task.prediction_format.content(evaluation.predictions)})
     if evaluation.skipped:
         say(
             f"warning: {len(evaluation.skipped):,} of {len(task):,} examples of {task.name} have no "

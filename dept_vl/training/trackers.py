@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from dept_vl._utils.io import read_object, write_json
+from dept_vl._utils.io import is_there, read_object, write_noted_json
 from dept_vl.config import RunConfig, flat, to_json
 
 PROJECT = "dept_vl"
@@ -91,8 +91,8 @@ def hyper_parameters(config: RunConfig) -> dict[str, Any]:
 
 
 def _key(path: Path) -> str:
-    if not path.is_file():
+    if not is_there(path):
         # Not by a generator whose state the run depends on.
-        write_json(path, {"id": secrets.token_hex(4)})
+        write_noted_json(path, {"id": secrets.token_hex(4)})
     key: str = read_object(path, Tracker)["id"]
     return key

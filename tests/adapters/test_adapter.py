@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import D_MODEL, D_VISION, random_features, random_labels, random_text
+from runs import forget_checksums
 from safetensors.torch import load_file
 
 from dept_vl.adapters.adapter import ADAPTER_FILE, FORMAT_VERSION, TENSORS_FILE, Adapter
@@ -240,6 +241,7 @@ def test_a_description_of_other_fields_is_damaged(
 ) -> None:
     adapter_of(trained(t5)).save(tmp_path)
     description = json.loads((tmp_path / ADAPTER_FILE).read_text())
+    forget_checksums(tmp_path)
     change(description)
     (tmp_path / ADAPTER_FILE).write_text(json.dumps(description))
     with pytest.raises(ValueError, match="is damaged"):
@@ -259,7 +261,7 @@ def test_files_are_small_and_alone(backbone: Backbone, tmp_path: Path) -> None:
     model = trained(backbone)
     adapter_of(model).save(tmp_path / "deep" / "adapter")
     files = {path.name: path.stat().st_size for path in (tmp_path / "deep" / "adapter").iterdir()}
-    assert files.keys() == {TENSORS_FILE, ADAPTER_FILE}
+    assert files.keys() == {TENSORS_FILE, ADAPTER_FILE, ".checksums.json"}
     order = backbone.visual_projection.object_order.weight.numel()  # type: ignore[union-attr]
     assert files[TENSORS_FILE] < 4 * (count_trainable(model)["total"] + order) + 2048
     assert files[ADAPTER_FILE] < 2048
@@ -349,6 +351,7 @@ def test_whole_numbers_among_the_figures_are_read(t5: Backbone, tmp_path: Path) 
     description = json.loads((tmp_path / "adapter.json").read_text())
     description["metrics"] = {"overall": 71}
     (tmp_path / "adapter.json").write_text(json.dumps(description))
+    forget_checksums(tmp_path)
     loaded = Adapter.load(tmp_path)
     assert loaded.metrics == {"overall": 71.0}
     assert isinstance(loaded.metrics["overall"], float)

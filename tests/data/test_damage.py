@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
+from runs import damage
 
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.models.vision import VisionEncoder
@@ -17,27 +18,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 SCHEMA = pa.schema({"id": pa.int64(), "kind": pa.string(), "answers": pa.list_(pa.string())})
 RECORDS = [{"id": n, "kind": "abc"[n % 3], "answers": [f"a{n}"] * (n % 4)} for n in range(200)]
-
-
-def damage(path: Path, others: list[Path], random: Random) -> None:
-    """A flipped bit, a cut, a block of zeros, another file's content, no file, or bytes at the end."""
-    content = bytearray(path.read_bytes())
-    place = random.randrange(len(content))
-    match random.randrange(6):
-        case 0:
-            content[place] ^= 1 << random.randrange(8)
-        case 1:
-            content = content[:place]
-        case 2:
-            content[place : place + 64] = bytes(len(content[place : place + 64]))
-        case 3:
-            content = bytearray(random.choice(others).read_bytes())
-        case 4:
-            path.unlink()
-            return
-        case _:
-            content += random.randbytes(random.randrange(1, 64))
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import annotations_path, questions_path, read_rows, write_rows, write_vqa
-from runs import reset_accelerate
+from runs import forget_checksums, reset_accelerate
 from safetensors.torch import load_file, save_file
 
 import dept_vl.training.loop
@@ -317,6 +317,7 @@ def test_another_machine_is_remarked_on(
     content = json.loads(path.read_text())
     content["setup"] |= {"threads": "64", "torch": "2.6.0"}
     path.write_text(json.dumps(content))
+    forget_checksums(tmp_path / "run")
     run(again)
     assert "note: threads=64 -> 1; torch=2.6.0 -> " in capsys.readouterr().out
     assert json.loads(path.read_text())["setup"]["threads"] == "1"
@@ -328,6 +329,7 @@ def test_a_run_without_an_identity_goes_on(
     """Of an older version; that its data were moved cannot be checked, and is accepted or not."""
     again = stopped_at(copied_data(config, tmp_path / "data"), tmp_path / "run", steps=5)
     (tmp_path / "run" / "identity.json").unlink()
+    forget_checksums(tmp_path / "run")
     there = (tmp_path / "data").rename(tmp_path / "elsewhere")
     moved = replace(again, data=replace(again.data, data_dir=there))
     with pytest.raises(DifferentError, match=r"data\.data_dir="):
@@ -445,6 +447,8 @@ def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:
 def test_a_run_from_before_a_renaming_is_resumed(config: RunConfig, whole: RunResult, tmp_path: Path) -> None:
     """The files of a stopped run with the older names in them: it ends as one that was never stopped."""
     again = stopped_at(config, tmp_path / "run", steps=5)
+
+    forget_checksums(tmp_path / "run")
 
     def older(name: str) -> str:
         return name.replace("offset_", "lora_")

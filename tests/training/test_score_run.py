@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tyro
-from runs import files, in_two_processes, reset_accelerate, with_
+from runs import files, forget_checksums, in_two_processes, reset_accelerate, with_
 
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
@@ -71,7 +71,8 @@ def test_the_split_of_the_run_is_scored_as_the_run_did(
     found = evaluate()
     assert found.evaluation.scores == finished.result.scores
     assert found.evaluation.predictions == written(finished.folder / "predictions.json")
-    assert files(found.output_dir).keys() == {"predictions.json", "scores.json", "answers.png", "report.html"}
+    left = {"predictions.json", "scores.json", "answers.png", "report.html", ".checksums.json"}
+    assert files(found.output_dir).keys() == left
     for name in ("predictions.json", "answers.png"):
         assert (found.output_dir / name).read_bytes() == before[name]
     assert json.loads((found.output_dir / "scores.json").read_text()) == finished.result.scores
@@ -222,6 +223,7 @@ def test_an_adapter_of_another_backbone_is_refused(
     description = json.loads((adapter / "adapter.json").read_text())
     description["backbone"]["fingerprint"]["language"] = "0123456789abcdef"
     (adapter / "adapter.json").write_text(json.dumps(description))
+    forget_checksums(adapter)
     with pytest.raises(ValueError, match="load the backbone it was trained on"):
         evaluate(adapter=adapter)
 

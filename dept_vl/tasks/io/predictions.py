@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dept_vl._utils.io import check_noted
+
 ExampleId = int | str
 
 
@@ -35,18 +37,22 @@ class PredictionFormat:
         """Of a file in this form."""
         return ".json" if self.kind == "json" else ".csv"
 
-    def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
-        """Write a file, in order of the ids."""
+    def content(self, predictions: Mapping[ExampleId, str]) -> bytes:
+        """Return the content of a file, in order of the ids."""
         # 9 before 10, be the ids numbers or text.
         ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
-        with path.open("w", encoding="utf-8", newline="") as file:
-            if self.kind == "lines":
-                file.writelines(f"{key},{predictions[key]}\n" for key in ids)
-            elif self.kind == "csv":
-                csv.writer(file, lineterminator="\n").writerows((key, predictions[key]) for key in ids)
-            else:
-                rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
-                file.write(json.dumps(rows) + "\n")
+        if self.kind == "json":
+            rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
+            return (json.dumps(rows) + "\n").encode()
+        if self.kind == "lines":
+            return "".join(f"{key},{predictions[key]}\n" for key in ids).encode()
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows((key, predictions[key]) for key in ids)
+        return text.getvalue().encode()
+
+    def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
+        """Write a file."""
+        path.write_bytes(self.content(predictions))
 
     def read(self, path: Path) -> dict[ExampleId, str]:
         """Read a file.
@@ -57,6 +63,7 @@ class PredictionFormat:
         """
         if not path.is_file():
             raise FileNotFoundError(f"expected a file of predictions at {path}, found none")
+        check_noted(path)
         predictions: dict[ExampleId, str] = {}
         for place, key, answer in self._rows(path):
             if key in predictions:

@@ -3,7 +3,6 @@
 Its questions, answers and images are other people's data: see `page` for what is made of them.
 """
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dept_vl._utils.io import one_line, write_atomically
+from dept_vl._utils.io import is_there, one_line, write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import BEST, LOG_FILE, REPORT_FILE
 from dept_vl._utils.terminal import duration
@@ -25,6 +24,7 @@ from dept_vl.adapters.schema import read_description
 from dept_vl.config import RunConfig, flat, to_json
 from dept_vl.tasks.base import Example, Task, shown_metrics
 from dept_vl.tasks.io.predictions import ExampleId
+from dept_vl.training.log import read_log
 from dept_vl.training.report.page import chart, templates, thumbnail
 
 SHOWN, BEST_SHOWN = 48, 12
@@ -86,7 +86,7 @@ def write_run_report(
     """
     described = folder / BEST / ADAPTER_FILE
     adapter = read_description(described) if described.is_file() else {}
-    lines = (folder / LOG_FILE).read_text().splitlines() if (folder / LOG_FILE).is_file() else []
+    records = read_log(folder / LOG_FILE) if is_there(folder / LOG_FILE) else []
     # Where it lies and how it went on is nothing of what it is.
     options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
     return _write(
@@ -95,7 +95,7 @@ def write_run_report(
         about(answered, adapter.get("prompt"), adapter.get("backbone", {})),
         answered,
         summary=summary,
-        charts=_curves(list(map(json.loads, lines)), summary["best_step"]),
+        charts=_curves(records, summary["best_step"]),
         trained=[(k.replace("_", " "), f"{v:,}") for k, v in summary["trainable_parameters"].items()],
         options=[(k, ", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in options.items()],
     )
