@@ -11,6 +11,7 @@ __all__ = [
     "io",
     "options",
     "printable",
+    "processes",
     "registry",
     "run_files",
     "stats",

@@ -197,7 +197,8 @@ def _check_counts(index: Index1) -> None:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write the index with its checksum, whole or not at all."""
+    """Write the index with its checksum, whole or not at all; the folder is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INDEX_FILE, {**index, "checksum": _seal(index)})
 
 

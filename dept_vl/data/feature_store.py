@@ -25,6 +25,7 @@ from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import confined
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
@@ -95,7 +96,7 @@ def write_features(
     """
     with _only_writer(folder, accelerator):
         made_by = {**fingerprint(vision), "dtype": dtype}
-        index = _plan(vision, root, paths, folder, made_by, shard_images)
+        index = on_main(accelerator, lambda: _plan(vision, root, paths, folder, made_by, shard_images))
         return _write(
             vision,
             root,
@@ -117,16 +118,14 @@ def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     place = folder.resolve()
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     waited = False
-    if accelerator.is_main_process:
+
+    def take() -> bool:
         place.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        taken = False
-        if accelerator.is_main_process:
-            with suppress(Timeout):
-                lock.acquire(timeout=LOCK_SECONDS if waited else 0)
-                taken = True
-        if any(gather_object([taken])):
-            break
+        with suppress(Timeout):
+            lock.acquire(timeout=LOCK_SECONDS if waited else 0)
+        return lock.is_locked
+
+    while not on_main(accelerator, take):
         if not waited:
             say(f"another extraction writes to {folder}; waiting for it to end")
         waited = True
@@ -158,10 +157,7 @@ def _write(
     if not any(gather_object([bool(todo) or index["shard_bytes"] is None])):
         return 0
     index["shard_bytes"] = None  # until all are there
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_index(folder, index)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: write_index(folder, index))
     files = [root / image for image in images]
     # None goes over the end of a shard, so that what is encoded together depends on no process.
     batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
@@ -177,11 +173,9 @@ def _write(
         write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n]))
     ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
     whole = sorted(gather_object(ours))
-    if accelerator.is_main_process:
-        index["shard_bytes"] = [size for _, size, _ in whole]
-        index["unreadable"] = {image: error for _, _, errors in whole for image, error in errors.items()}
-        write_index(folder, index)
-    accelerator.wait_for_everyone()
+    index["shard_bytes"] = [size for _, size, _ in whole]
+    index["unreadable"] = {image: error for _, _, errors in whole for image, error in errors.items()}
+    on_main(accelerator, lambda: write_index(folder, index))
     return sum(gather_object([sum(map(len, batches))]))
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from dept_vl._utils.checksums import open_sealed, seal
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import counted
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
@@ -103,7 +104,7 @@ def check_source_lengths(
             f"{text!r} alone takes {shared}; raise max_source_length"
         )
     whole = bool(task.source_column)
-    with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+    with main_first(accelerator):  # the first to count keeps the lengths for all
         lengths = source_lengths(
             task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.images import missing_files
@@ -324,6 +325,7 @@ def mapped_features(
     complete = all((folder / INDEX_FILE).is_file() for folder in folders)
     if not folders or choice == "live" or (choice == "auto" and not complete):
         return None
+    problem: Exception | None = None
     try:
         table = FeatureTable.joined(
             [
@@ -333,9 +335,13 @@ def mapped_features(
             ]
         )
     except (FileNotFoundError, ValueError) as error:
-        if choice == "cached":
-            raise
-        say(f"warning: {error}. The images are encoded anew")
+        problem = error
+    # All processes have them, or none.
+    problems = [text for text in gather_object([str(problem or "")]) if text]
+    if problems and choice == "cached":
+        raise problem or ValueError(problems[0])
+    if problems:
+        say(f"warning: {problems[0]}. The images are encoded anew")
         return None
     say(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
     return table

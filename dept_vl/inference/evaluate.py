@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from jaxtyping import Int
 from torch import Tensor
 
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.terminal import counted
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator
@@ -137,10 +138,10 @@ def evaluate(
     answers.extend((example_id, NO_ANSWER) for example_id in skipped)
     predictions: dict[ExampleId, str] = dict(gather_object(answers))
     # Once: some scorers start programs of their own.
-    scores = [task.score(predictions) if accelerator.is_main_process else {}]
+    scores = on_main(accelerator, lambda: task.score(predictions))
     return Evaluation(
         predictions,
-        broadcast_object_list(scores)[0],
+        scores,
         sum(dict(gather_object(lengths)).values()) / max(1, len(task)),
         tuple(dict.fromkeys(gather_object(skipped))),
     )

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import read_object, write_atomically, write_json, write_noted_json
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, current_names, differences, to_json, validate
@@ -90,14 +90,15 @@ def tune(config: RunConfig) -> RunResult:
         raise ValueError("there is nothing to search: neither a prompt nor anything else is trained")
     processes = PartialState(cpu=not torch.accelerator.is_available())
     folder = _folder(config)
-    study = _open(config, folder, search, processes)
+    opened: list[_Study] = []
+    on_main(processes, lambda: opened.append(_open(config, folder, search)))
+    study = opened[0] if opened else None
     steps = rungs(config.train.max_steps)
     trials: list[Trial] = []
     while len(trials) < config.tune:
-        proposed = [study.propose(len(trials)) if study else None]
-        trial = Trial(*broadcast_object_list(proposed)[0])
+        trial = Trial(*on_main(processes, lambda: _main(study).propose(len(trials))))
         trials.append(trial)
-        stopped = _train(config, folder, trial, steps[0], study)
+        stopped = _train(config, folder, trial, steps[0], study, processes)
         if stopped is not None:
             return stopped
     alive = trials
@@ -105,12 +106,11 @@ def tune(config: RunConfig) -> RunResult:
         ranked = sorted(alive, key=lambda trial: trial.scores[done], reverse=True)
         alive = ranked[: max(1, len(ranked) // kept)]
         for trial in alive:
-            stopped = _train(config, folder, trial, step, study)
+            stopped = _train(config, folder, trial, step, study, processes)
             if stopped is not None:
                 return stopped
     best = max(alive, key=lambda trial: trial.scores[steps[-1]])
-    if study:
-        _report(config, folder, trials, best)
+    on_main(processes, lambda: _report(config, folder, trials, best))
     return run(trial_config(config, folder, best))
 
 
@@ -249,8 +249,14 @@ class _Study:
         self.study.set_user_attr(f"{number}/{step}", score)
 
 
-def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState) -> "_Study | None":
-    """The study, begun or gone on with; None on other processes than the main one."""
+def _main(study: "_Study | None") -> "_Study":
+    """The study, which the main process alone has."""
+    assert study is not None
+    return study
+
+
+def _open(config: RunConfig, folder: Path, space: Space) -> "_Study":
+    """The study, begun or gone on with."""
     try:
         import optuna  # noqa: F401  # now, rather than when the first trial is to be proposed
     except ImportError:
@@ -276,16 +282,13 @@ def _open(config: RunConfig, folder: Path, space: Space, processes: PartialState
             )
     elif (folder / CONFIG_FILE).exists():
         raise FileExistsError(f"{folder} holds a run; choose another --output_dir for the search")
-    processes.wait_for_everyone()  # all have looked
-    if not processes.is_main_process:
-        return None
     folder.mkdir(parents=True, exist_ok=True)
     write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
     return _Study(folder, config, space)
 
 
 def _train(
-    config: RunConfig, folder: Path, trial: Trial, step: int, study: _Study | None
+    config: RunConfig, folder: Path, trial: Trial, step: int, study: _Study | None, processes: PartialState
 ) -> RunResult | None:
     """Take a trial to a step, unless it is there; the run if a signal stopped it."""
     if step in trial.scores:
@@ -297,10 +300,13 @@ def _train(
         if study:
             say(f"the search goes on by --resume {folder}")
         return result
-    score = best_dev(result.output_dir, step)
-    trial.scores[step] = score
-    if study:
-        study.record(trial.number, step, score, first=len(trial.scores) == 1)
+
+    def record() -> float:
+        score = best_dev(result.output_dir, step)
+        _main(study).record(trial.number, step, score, first=not trial.scores)
+        return score
+
+    trial.scores[step] = on_main(processes, record)
     return None
 
 

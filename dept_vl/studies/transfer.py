@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from dept_vl._utils.io import read_json, write_atomically, write_json, write_noted_json
+from dept_vl._utils.io import is_there, read_json, write_atomically, write_json, write_noted_json
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
@@ -67,9 +68,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     for k, seed, start in product(config.k, range(1, config.seeds + 1), config.starts):
         cell = cell_config(config, base, sources, k, seed, start)
         scores.setdefault((start, k), []).append(primary(run_once(cell)))
-    if processes.is_main_process:
-        write_table(config, scores)
-    processes.wait_for_everyone()
+    on_main(processes, lambda: write_table(config, scores))
     if not more_to_come:
         processes.destroy_process_group()
 
@@ -156,24 +155,24 @@ def cell_config(
 def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
     processes = PartialState()
-    if path.is_file():
-        losses = read_json(path)["losses"]  # written below
-    else:
-        losses = {}
+    losses = on_main(processes, lambda: read_json(path)["losses"] if is_there(path) else {})  # written below
+    if not losses:
         for source in sources:
             prompt = replace(cell.prompt, init_from=(source,), init_parts="prompt")
             losses[str(source)] = dev_loss(replace(cell, prompt=prompt), processes)
-    processes.wait_for_everyone()  # all have looked for the file
-    if processes.is_main_process and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_noted_json(path, {"losses": losses})
+        on_main(processes, lambda: _keep_losses(path, losses))
     return min(sources, key=lambda source: losses[str(source)])
+
+
+def _keep_losses(path: Path, losses: dict[str, float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_noted_json(path, {"losses": losses})
 
 
 @torch.no_grad()
 def dev_loss(config: RunConfig, processes: PartialState) -> float:
     """Mean loss of an untrained run on its dev examples, each with its best answer."""
-    with processes.local_main_process_first():
+    with main_first(processes):
         splits = load_splits(config.data, config.train.seed)
     model = build_model(config).to(processes.device).eval()
     collate = Collator.for_model(

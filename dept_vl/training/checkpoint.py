@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dept_vl._utils.io import check_noted, note, noted, one_line, read_json, write_flushed
 from dept_vl._utils.options import check as check_fields
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CHECKPOINTS, LOG_FILE
 from dept_vl._utils.tensors import check_parameters, copies, read_tensors
 from dept_vl.prompts.dept import current_name
@@ -88,45 +89,46 @@ class TrainingState:
             OSError: If it cannot be written; the checkpoints before are untouched.
             ValueError: If a trained parameter is not finite: going on from it would lead nowhere.
         """
-        # On the main process: the others have the same.
-        tensors = self._tensors() if self.accelerator.is_main_process else {}
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"after step {progress.steps} {broken[0]} is not finite; lower the learning rates or train "
-                f"in full precision, in a new run. The checkpoints in {self.folder} are of steps before"
-            )
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
         try:
-            self._save(place, partial, tensors, progress)
+            self._save(place, partial, progress)
         except OSError:
             # A full disk has no room for a part either.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return place
 
-    def _save(self, place: Path, partial: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
-        main = self.accelerator.is_main_process
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
+    def _save(self, place: Path, partial: Path, progress: Progress) -> None:
+        # By the main process: the others have the same tensors.
+        on_main(self.accelerator, lambda: self._write(partial, progress))
         rank = self.accelerator.process_index
         write_flushed(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
-        if main:
-            write_flushed(partial / "tensors.safetensors", save(tensors))
-            write_flushed(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
         self.accelerator.wait_for_everyone()
-        if main:
-            write_flushed(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
-            _sync(partial)
-            self._note(place, partial)
-            shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
-            partial.rename(place)
-            _sync(self.folder)
-            for old in checkpoints(self.folder.parent)[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+        on_main(self.accelerator, lambda: self._complete(place, partial))
+
+    def _write(self, partial: Path, progress: Progress) -> None:
+        tensors = self._tensors()
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"after step {progress.steps} {broken[0]} is not finite; lower the learning rates or train "
+                f"in full precision, in a new run. The checkpoints in {self.folder} are of steps before"
+            )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_flushed(partial / "tensors.safetensors", save(tensors))
+        write_flushed(partial / "state.json", json.dumps(self._description(progress), indent=1).encode())
+
+    def _complete(self, place: Path, partial: Path) -> None:
+        write_flushed(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
+        _sync(partial)
+        self._note(place, partial)
+        shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
+        partial.rename(place)
+        _sync(self.folder)
+        for old in checkpoints(self.folder.parent)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _note(self, place: Path, partial: Path) -> None:
         """Note in the run's folder which checkpoints are its own, and its log up to this one."""

@@ -9,6 +9,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import DTYPES, write_features
@@ -37,7 +38,7 @@ def extract(config: ExtractConfig) -> list[Path]:
     for options in (config.data, *config.also):
         options = replace(options, on_bad_image=config.data.on_bad_image)
         folder = features_folder(options)
-        with accelerator.local_main_process_first():  # the first to read converts the files for all
+        with main_first(accelerator):  # the first to read converts the files for all
             paths = image_files(options, config.splits)
         size = len(paths) * vision.token_count * vision.d_vision * DTYPES[config.dtype].itemsize / GIB
         say(f"{len(paths):,} images of {options.task}: {size:.3g} GiB in {config.dtype} to {folder}")

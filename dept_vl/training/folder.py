@@ -7,10 +7,10 @@ from itertools import count
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import is_there, read_object, remove_noted, write_noted_json
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import (
     BEST,
     CONFIG_FILE,
@@ -56,6 +56,10 @@ def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
         FileNotFoundError: If it holds none that could go on.
         ValueError: If it is not said.
     """
+    return on_main(accelerator, lambda: _choose(config))
+
+
+def _choose(config: RunConfig) -> Path:
     if config.resume not in ("", "auto"):
         output_dir = Path(config.resume)
         if not _holds_run(output_dir):
@@ -63,10 +67,7 @@ def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
         return output_dir
     if config.resume == "auto" and config.output_dir is None:
         raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
-    chosen = [str(config.output_dir or "")]
-    if config.output_dir is None and accelerator.is_main_process:
-        chosen = [str(_new_folder(config.data.task))]
-    output_dir = Path(broadcast_object_list(chosen)[0])
+    output_dir = config.output_dir or _new_folder(config.data.task)
     if not config.resume and _holds_run(output_dir):
         raise _taken(output_dir)
     return output_dir
@@ -89,21 +90,20 @@ def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -
         FileExistsError: If it holds a run that is not to go on.
         UsageError: If that has ended with other options.
     """
-    holds_run = _holds_run(output_dir)
-    # Every process looks before one writes, so that all of them raise together.
-    accelerator.wait_for_everyone()
-    if holds_run and config.resume:
-        if (output_dir / SUMMARY_FILE).is_file():
-            check_unchanged(output_dir, config)
-            return Opened(output_dir, None, claimed=False)
-        return Opened(output_dir, _newest(output_dir, accelerator), claimed=False)
-    if holds_run:
-        raise _taken(output_dir)
-    if accelerator.is_main_process:
+    return on_main(accelerator, lambda: _open(config, output_dir))
+
+
+def _open(config: RunConfig, output_dir: Path) -> Opened:
+    if not _holds_run(output_dir):
         with explained(output_dir):
             write_noted_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
-    accelerator.wait_for_everyone()
-    return Opened(output_dir, None, claimed=True)
+        return Opened(output_dir, None, claimed=True)
+    if not config.resume:
+        raise _taken(output_dir)
+    if (output_dir / SUMMARY_FILE).is_file():
+        check_unchanged(output_dir, config)
+        return Opened(output_dir, None, claimed=False)
+    return Opened(output_dir, _newest(output_dir), claimed=False)
 
 
 def _holds_run(folder: Path) -> bool:
@@ -117,12 +117,10 @@ def _taken(output_dir: Path) -> FileExistsError:
     )
 
 
-def _newest(output_dir: Path, accelerator: Accelerator) -> Path | None:
+def _newest(output_dir: Path) -> Path | None:
     checkpoint, damaged = newest(output_dir)
     for problem in damaged:
         say(f"warning: {problem}; the one before is taken")
-    # Every process looks before one writes again.
-    accelerator.wait_for_everyone()
     where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
     say(f"going on with {output_dir} from {where}")
     return checkpoint
@@ -180,10 +178,14 @@ def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -
         ValueError: If the run began with features in another.
     """
     path = output_dir / FEATURES_FILE
-    if accelerator.is_main_process and not is_there(path):
-        write_noted_json(path, {"dtype": precision})
-    accelerator.wait_for_everyone()
-    began = read_object(path, FeaturesFile)["dtype"]
+
+    def keep() -> str:
+        if not is_there(path):
+            write_noted_json(path, {"dtype": precision})
+        began: str = read_object(path, FeaturesFile)["dtype"]
+        return began
+
+    began = on_main(accelerator, keep)
     if began != precision:
         raise ValueError(
             f"{output_dir} began with visual features in {began} and would go on with {precision}, to "

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from dept_vl._utils.io import is_there, read_json, read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
@@ -80,24 +80,23 @@ def keep_identity(
     Raises:
         DifferentError: If it differs, and changes are not accepted; on every process.
     """
-    problem = [""]
-    if accelerator.is_main_process:
+
+    def keep() -> None:
         content = {
             **_content(splits),
             **_weights(backbone, folder_too=config.backbone.backbone is not None),
             "batches": batches(config, accelerator.num_processes),
         }
-        now = Identity(str(Path.cwd()), content, _setup(accelerator))
-        problem = [_keep(folder, config, now, checkpoint)]
-    problem = broadcast_object_list(problem)
-    if problem[0]:
-        raise DifferentError(problem[0])
+        _keep(folder, config, Identity(str(Path.cwd()), content, _setup(accelerator)), checkpoint)
+
+    on_main(accelerator, keep)
 
 
-def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> str:
-    """Store the new identity and configuration and return an empty text.
+def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> None:
+    """Store the new identity and configuration.
 
-    If the run differs from its start and changes are not accepted, store nothing and return the message.
+    Raises:
+        DifferentError: If the run differs from its start and changes are not accepted; nothing is stored.
     """
     path = folder / IDENTITY_FILE
     then = check(read_json(path), Identity) if is_there(path) else None
@@ -115,7 +114,7 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
     if changed and not config.accept_changes:
         kinds = (("options", options), ("contents", content))
         found = " and ".join(f"other {kind} ({'; '.join(which)})" for kind, which in kinds if which)
-        return (
+        raise DifferentError(
             f"{folder} was started with {found}; go on with its own, by "
             f"--config {folder / CONFIG_FILE}, with these by --accept_changes, or start a new run in another "
             "--output_dir"
@@ -129,7 +128,6 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
     changes = [*then.changes, *dict.fromkeys(everything + changed + setup)]
     write_noted_json(path, asdict(Identity(then.started_in, now.content, now.setup, changes)))
-    return ""
 
 
 def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:

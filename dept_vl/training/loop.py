@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import BEST, LAST, LOG_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import OptimOptions, TrainOptions
@@ -111,9 +112,7 @@ class Loop:
                 # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
                 self._evaluate(keep=False)
         self.log.close()
-        if self.accelerator.is_main_process:
-            self._save_adapter(LAST, progress.scores)
-        self.accelerator.wait_for_everyone()
+        self._save_adapter(LAST, progress.scores)
         if progress.best_step:
             Adapter.load(self.output_dir / BEST).apply(self.model)
         return progress
@@ -123,7 +122,7 @@ class Loop:
         options, accelerator = self.options, self.accelerator
         lengths = None
         if options.group_by_length:
-            with accelerator.local_main_process_first():  # the first to count keeps the lengths for all
+            with main_first(accelerator):  # the first to count keeps the lengths for all
                 whole = [source_lengths(task.train, collator.tokenizer) for task in self.tasks]
             lengths = [of_task.clip(max=collator.max_source_length) for of_task in whole]
         return readers.load(
@@ -220,8 +219,7 @@ class Loop:
         if better:
             progress.best_scores, progress.best_step = scores, progress.steps
             progress.evaluations_without_progress = 0
-            if self.accelerator.is_main_process:
-                self._save_adapter(BEST, scores)
+            self._save_adapter(BEST, scores)
 
     def _score_dev(self) -> tuple[float, dict[str, float]]:
         """The score that decides, and all scores; of several tasks each under its name."""
@@ -245,7 +243,8 @@ class Loop:
 
     def _save_adapter(self, name: str, scores: dict[str, float]) -> None:
         names, case = "+".join(task.dev.name for task in self.tasks), self.tasks[0].dev.question_case
-        Adapter.of(self.model, task=names, metrics=scores, question_case=case).save(self.output_dir / name)
+        adapter = Adapter.of(self.model, task=names, metrics=scores, question_case=case)
+        on_main(self.accelerator, lambda: adapter.save(self.output_dir / name))
 
 
 def _primary(tasks: Sequence[Splits]) -> str:

@@ -11,15 +11,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from dept_vl._utils.errors import InUseError
 from dept_vl._utils.io import read_object, write_json, writing
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import LOCK_FILE, OWNER_FILE
 from dept_vl.training.errors import explained
 
@@ -54,15 +55,13 @@ def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool =
     made = main and not folder.exists()
     said = False
     while True:
-        holder = [_take(lock, folder, TURN if said else 0.0) if main else ""]
-        if accelerator is not None:
-            holder = broadcast_object_list(holder)
-        if not holder[0]:
+        holder = on_main(accelerator, partial(_take, lock, folder, TURN if said else 0.0))
+        if not holder:
             break
         if not wait:
-            raise InUseError(f"{folder} is in use {holder[0]}; wait for its end, by --wait if you like")
+            raise InUseError(f"{folder} is in use {holder}; wait for its end, by --wait if you like")
         if main and not said:
-            say(f"{folder} is in use {holder[0]}; waiting for its end")
+            say(f"{folder} is in use {holder}; waiting for its end")
         said = True
     process = os.getpid()
     try:

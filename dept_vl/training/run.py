@@ -21,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_atomically, write_noted_json
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import (
     BEST,
     CANDIDATES_FILE,
@@ -99,7 +100,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     task_options = _together(config)
     output_dir = choose_folder(config, accelerator)
     # What is complete is only looked at: its disk may be read-only.
-    complete = is_complete(output_dir) and bool(config.resume)
+    complete = bool(config.resume) and on_main(accelerator, lambda: is_complete(output_dir))
     with nullcontext() if complete else owning(output_dir, accelerator, wait=config.wait):
         result = _run_in(
             open_folder(config, output_dir, accelerator), config, task_options, accelerator, started
@@ -201,7 +202,7 @@ class Run(Stages):
         set_seed(config.train.seed)
         if config.train.deterministic:
             _only_deterministic()
-        with accelerator.local_main_process_first():  # the first to read converts the files for all
+        with main_first(accelerator):  # the first to read converts the files for all
             self.splits = [load_splits(options, config.train.seed) for options in self.task_options]
         if config.train.num_epochs:
             steps = steps_of_epochs(config.train, self.splits, accelerator.num_processes)
@@ -209,11 +210,7 @@ class Run(Stages):
             # What was asked for stays in the folder.
             self.config = replace(config, train=replace(config.train, max_steps=steps))
         suffixes = [f"-{splits.test.name}" if config.also else "" for splits in self.splits]
-        if accelerator.is_main_process:
-            for splits in self.splits:
-                if splits.shots is not None:
-                    suffix = f"-{splits.options.task}" if config.also else ""
-                    splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
+        on_main(accelerator, self._write_shots)
         self.model = build_model(config)
         keep_identity(self.output_dir, config, self.splits, self.model.backbone, accelerator, self.checkpoint)
         place_model(self.model, accelerator)
@@ -323,15 +320,13 @@ class Run(Stages):
         if self.training is not None:
             scores = {f"test/{name}": value for name, value in self.summary.scores.items()}
             self.accelerator.log(scores, step=self.training.steps)
-        if self.accelerator.is_main_process:
-            name = "+".join(part.task.name for part in self.parts)
-            adapter = Adapter.of(
-                self.model,
-                task=name,
-                metrics=self.summary.scores,
-                question_case=self.config.data.question_case,
-            )
-            adapter.save(self.output_dir / BEST)
+        adapter = Adapter.of(
+            self.model,
+            task="+".join(part.task.name for part in self.parts),
+            metrics=self.summary.scores,
+            question_case=self.config.data.question_case,
+        )
+        on_main(self.accelerator, lambda: adapter.save(self.output_dir / BEST))
         super().write()
 
     def write_scores(self) -> None:
@@ -352,6 +347,12 @@ class Run(Stages):
         """Write the report of the run."""
         return write_run_report(self.output_dir, self.config, self.summary.content(), answered)
 
+    def _write_shots(self) -> None:
+        for splits in self.splits:
+            if splits.shots is not None:
+                suffix = f"-{splits.options.task}" if self.config.also else ""
+                splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
+
     def _fit_answers(self) -> None:
         """Set the longest answer, print what is lost and what was noticed, and keep what answering needs."""
         for place, splits in enumerate(self.splits):
@@ -360,8 +361,8 @@ class Run(Stages):
             lines += [f"{splits.train.name}: {splits.chosen_by} decides"] if splits.train.fits_answers else []
             for line in lines:
                 say(line)
-        if self.accelerator.is_main_process and any(splits.train.fits_answers for splits in self.splits):
-            write_facts(self.output_dir, self.splits)
+        if any(splits.train.fits_answers for splits in self.splits):
+            on_main(self.accelerator, lambda: write_facts(self.output_dir, self.splits))
 
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that the language model has positions enough, and print how many texts are cut."""

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dept_vl._utils.io import write_noted_json
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.adapter import Adapter
@@ -107,7 +108,7 @@ def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: 
     output_dir = config.output_dir
     other = predictor.task.other_split if config.own.data is not None else ""
     split = config.split or other or predictor.task.test_split
-    with accelerator.local_main_process_first():
+    with main_first(accelerator):
         options = DataOptions(
             task=predictor.task.loaded_as,
             data_dir=config.data_dir,
@@ -132,11 +133,15 @@ def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: 
         decoding=predictor.decoding,
         num_workers=config.num_workers,
     )
-    if output_dir is not None and accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_answers(task, evaluation, output_dir)
-        write_noted_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
+    if output_dir is not None:
+        on_main(accelerator, lambda: _write_scored(task, evaluation, output_dir))
     return Evaluated(evaluation, output_dir)
+
+
+def _write_scored(task: Task, evaluation: Evaluation, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_answers(task, evaluation, folder)
+    write_noted_json(folder / SCORES_FILE, evaluation.scores, indent=2)
 
 
 @contextmanager
@@ -145,10 +150,9 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
     if folder is None:
         yield
         return
-    _check_unused(folder)
+    on_main(accelerator, lambda: _check_unused(folder))
     with owning(folder, accelerator, wait=config.wait):
-        _check_unused(folder)
-        accelerator.wait_for_everyone()  # all have looked
+        on_main(accelerator, lambda: _check_unused(folder))
         yield
 
 
@@ -182,7 +186,7 @@ class ScoreRun(Stages):
     def prepare(self) -> None:
         """Read the split, load the model, and find its visual features."""
         config, options, accelerator = self.config, self.options, self.accelerator
-        with accelerator.local_main_process_first():
+        with main_first(accelerator):
             task = load_split(options, self.split)
             if task.server_split and not config.limit and not task[0].targets:
                 # Now, or a missing file would be noticed when all is answered.

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from dept_vl._utils.io import write_noted, writing
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import on_main
 from dept_vl.data.collate import Collator
 from dept_vl.inference.evaluate import Evaluation, Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
@@ -86,9 +87,10 @@ class Stages(ABC):
         ]
 
     def write(self) -> None:
-        """Write answers, pictures, scores and the report, on the main process."""
-        if not self.accelerator.is_main_process:
-            return
+        """Write answers, pictures, scores and the report, by the main process."""
+        on_main(self.accelerator, self._write)
+
+    def _write(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.predictions = [
             write_answers(part.task, evaluation, self.output_dir, part.suffix)

@@ -11,6 +11,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
 from dept_vl._utils.io import is_there, read_object, write_noted_json
+from dept_vl._utils.processes import on_main
 from dept_vl.config import RunConfig, flat, to_json
 
 PROJECT = "dept_vl"
@@ -69,8 +70,8 @@ def start_tracker(
     begun = config.log_with == "tensorboard" and board.is_dir() and any(board.rglob("events.*"))
     if begun:
         options["tensorboard"] = {"purge_step": steps + 1}
-    if config.log_with in ("wandb", "trackio") and accelerator.is_main_process:
-        key = _key(output_dir / TRACKER_FILE)
+    if config.log_with in ("wandb", "trackio"):
+        key = on_main(accelerator, lambda: _key(output_dir / TRACKER_FILE))
         options["wandb"] = {"id": key, "name": output_dir.name, "dir": str(output_dir), "resume": "allow"}
         options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
     chosen = {name: option for name, option in options.items() if name == config.log_with}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import write_vqa
+from helpers import annotations_path, write_vqa
 from runs import assert_same, in_two_processes, reset_accelerate, start_two_processes
 from test_resume import result_of
 
@@ -144,6 +145,41 @@ def test_killed_and_resumed_is_bit_identical(whole: RunConfig, tmp_path: Path) -
     (tmp_path / "killed" / "summary.json").unlink()
     with pytest.raises(DifferentError, match=r"batches=8 .* -> 4 .*processes=2 -> 1"):
         run(again)
+
+
+def run_and_note_the_error(config: RunConfig, notes: Path) -> None:
+    try:
+        run(config)
+    except Exception as error:
+        (notes / f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+@pytest.mark.parametrize("what", ["data", "identity", "folder", "no data"])
+def test_both_processes_end_with_what_the_first_has_found(
+    whole: RunConfig, tmp_path: Path, what: str
+) -> None:
+    """The first alone looks at the files of the run, and goes first to the data."""
+    copy = shutil.copytree(Path(whole.output_dir or ""), tmp_path / "run")
+    (copy / "summary.json").unlink()
+    data_dir = shutil.copytree(whole.data.data_dir or "", tmp_path / "vqa")
+    config = replace(whole, resume=str(copy), data=replace(whole.data, data_dir=data_dir))
+    kind = "DamagedFileError"
+    if what == "data":
+        kind, path = "DifferentError", annotations_path(data_dir)
+        path.write_text(path.read_text().replace('"answer": "red"', '"answer": "rad"', 1))
+    elif what == "identity":
+        (copy / "identity.json").write_text("{}")
+    elif what == "folder":
+        kind, config = "NotADirectoryError", replace(config, resume="", output_dir=tmp_path / "file" / "run")
+        (tmp_path / "file").touch()
+    else:
+        kind = "FileNotFoundError"
+        annotations_path(data_dir).unlink()
+    assert start_two_processes(run_and_note_the_error, config, tmp_path) == [1, 1]
+    ends = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]
+    assert ends[0] == ends[1]
+    assert ends[0].startswith(f"{kind}: ")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
