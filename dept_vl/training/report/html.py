@@ -85,7 +85,7 @@ def write_run_report(
         The page.
     """
     described = folder / BEST / ADAPTER_FILE
-    adapter = read_description(described) if described.is_file() else {}
+    adapter = read_description(described) if is_there(described) else {}
     records = read_log(folder / LOG_FILE) if is_there(folder / LOG_FILE) else []
     # Where it lies and how it went on is nothing of what it is.
     options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
