@@ -34,7 +34,14 @@ from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, special_tokens
+from dept_vl.adapters.families import (
+    Parts,
+    check_model,
+    describe_model,
+    model_name,
+    over_items,
+    special_tokens,
+)
 from dept_vl.adapters.offload import device_of
 from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import DePT
@@ -377,11 +384,13 @@ class Attached(nn.Module):
 def _attached_to(kind: Any) -> type[Attached]:
     """`Attached` with the signature of a model's `forward`, by which trainers choose columns and labels."""
 
-    def forward(self: Attached, *inputs: Any, **named: Any) -> Any:
-        return self.model(*inputs, **named)
+    def forward(self: Attached, *inputs: Any, num_items_in_batch: Any = None, **named: Any) -> Any:
+        return over_items(self.model(*inputs, **named), named.get("labels"), num_items_in_batch)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-    content = {"forward": forward, "__doc__": Attached.__doc__, "__module__": __name__}
+    # Of a step all tokens count, and their first one too, which a type of loss says of some.
+    content = {"forward": forward, "accepts_loss_kwargs": True, "loss_type": None}
+    content |= {"__doc__": Attached.__doc__, "__module__": __name__}
     return type(Attached.__name__, (Attached,), content)
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.fingerprint import check_base, describe_base
+from dept_vl.models.tokens import IGNORE_INDEX
 
 SUPPORTED = {
     "Blip2ForConditionalGeneration": "Salesforce/blip2-flan-t5-xl",
@@ -122,3 +123,18 @@ def check_model(adapter: Adapter, model: PreTrainedModel) -> None:
     known = adapter.backbone
     record = known["fingerprint"] or {}
     check_base({"class": "", **record}, model, model.get_input_embeddings(), trained_on=known["name"])
+
+
+def over_items(output: Any, labels: Tensor | None, items: Tensor | int | None) -> Any:
+    """An output whose loss is a mean over all tokens that are learnt in a step, not over those of its batch.
+
+    So a trainer that accumulates gradients asks for it. Of the families some know how and some do not but
+    take the argument: a trainer would leave the loss of those as it is, and the step would be too large.
+    """
+    if items is None or labels is None:
+        return output
+    share = (labels != IGNORE_INDEX).sum() / items
+    if isinstance(output, tuple):
+        return output[0] * share, *output[1:]
+    output["loss"] = output["loss"] * share
+    return output

@@ -125,6 +125,30 @@ def test_gradient_checkpointing(family: str, tmp_path: Path, reentrant: bool) ->
         torch.testing.assert_close(prompts[1][name], tensor)
 
 
+def test_a_step_is_the_same_however_it_is_divided(family: str, tmp_path: Path) -> None:
+    """Two batches of one against one of two, with answers of different length."""
+    rows = rows_of(family)
+    labels = torch.tensor(rows["labels"][:].tolist())
+    labels[0, 1:] = -100
+    rows = rows.remove_columns("labels").add_column("labels", labels.tolist()).with_format("torch")
+    steps = []
+    for size, parts in ((2, 1), (1, 2)):
+        attached = attached_to(family).eval()
+        attached.train = lambda mode=True: attached  # type: ignore[method-assign]  # dropout would draw otherwise
+        before = prompt_of(attached)
+        options: dict[str, Any] = {"optim": "sgd", "max_steps": 1, "save_strategy": "no", "max_grad_norm": 0}
+        options |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": parts}
+        options |= {"lr_scheduler_type": "constant"}
+        trainer = trainer_of(attached, family, tmp_path, **options)
+        trainer.train_dataset = rows
+        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)  # type: ignore[method-assign]
+        trainer.train()
+        steps.append({name: p - before[name] for name, p in prompt_of(attached).items()})
+    assert any(step.abs().max() > 1e-4 for step in steps[0].values())
+    for name, step in steps[0].items():
+        torch.testing.assert_close(steps[1][name], step, rtol=1e-3, atol=1e-6)
+
+
 def test_a_state_is_the_prompt_alone_and_is_taken_strictly() -> None:
     attached, other = attached_to("blip2"), attached_to("blip2")
     state = attached.state_dict()
