@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import check_noted, note, noted, one_line, write_noted, writing
+from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOG_FILE
 from dept_vl.data.collate import Batch
 from dept_vl.tasks.io.predictions import ExampleId
@@ -227,7 +228,7 @@ def _cut_log(path: Path, steps: int) -> None:
     """Leave the lines of a log up to a step; those behind it will come again."""
     if not path.is_file():
         if steps:
-            print(f"warning: {path} is gone; the new one begins behind step {steps:,}")
+            say(f"warning: {path} is gone; the new one begins behind step {steps:,}")
         return
     kept = [json.dumps(record) + "\n" for record in read_log(path) if record["step"] <= steps]
     write_noted(path.parent, {path.name: "".join(kept).encode()})
