@@ -566,12 +566,8 @@ FREE_TO_CHANGE = (
 )
 """Options that a run may go on with changed, because its result does not depend on them."""
 LOCATIONS = (
-    "data.data_dir",
-    "data.shots_file",
-    "backbone.backbone",
-    "backbone.model",
-    "backbone.vision",
-    "backbone.language",
+    *("data.data_dir", "data.own.data", "data.own.images", "data.shots_file"),
+    *("backbone.backbone", "backbone.model", "backbone.vision", "backbone.language"),
 )
 """Options that may change as long as there is the same at the new place."""
 BATCHES = ("data.task_batch_size", "train.per_device_batch_size", "train.gradient_accumulation_steps")
@@ -667,6 +663,8 @@ def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:
             usual = str(Path("data", task))
             if find_again(usual, folder) != usual:
                 found["data_dir"] = find_again(usual, folder)
+        if isinstance(group.get("own"), dict):
+            found["own"] = again(group["own"], "data", "images")
         return group | found
 
     paths = ("data_dir", "features_dir", "shots_file")

@@ -49,7 +49,7 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
     Args:
         task: Training split.
         tokenizer: Of the language model.
-        limit: Longest answer in tokens, end included; 0 cuts none.
+        limit: Longest answer in tokens, end included; 0 takes that of the answers, up to `LONGEST`.
     """
     counts, _ = task.target_counts(EXAMPLES)
     texts = list(counts)
@@ -61,7 +61,7 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
         back = [target_texts(tokenizer, torch.tensor([one]))[0] for one in ids]
         for text, tokens, again in zip(some, ids, back, strict=True):
             longest = max(longest, len(tokens))
-            if limit and len(tokens) > limit:
+            if len(tokens) > (limit or LONGEST):
                 cut[text] = counts[text]
             # Spaces apart: some tokenizers put them around punctuation.
             elif "".join(again.split()) != "".join(text.split()):
@@ -82,10 +82,11 @@ def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
     limit = options.max_answer_tokens
     if decoding.candidates:
         return splits, []  # chosen among, and given back as they are
-    if not limit:
-        fits = task.fits_answers
-        limit = min(look_at_answers(task, tokenizer, 0).longest, LONGEST) if fits else decoding.max_new_tokens
+    if not limit and not task.fits_answers:
+        limit = decoding.max_new_tokens
     lost = look_at_answers(task, tokenizer, limit)
+    if not limit:
+        limit = min(lost.longest, LONGEST)
     lines = [
         f"warning: {counts.total():,} of {lost.answers:,} training answers of {task.name} looked at {what}, "
         f"such as {', '.join(repr(text)[:60] for text, _ in counts.most_common(SHOWN))}{cure}"

@@ -1,9 +1,7 @@
 """What a split holds, in a few digits: its rows as they were read, and the sizes of its images."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dept_vl.data.feature_index import file_stats
 from dept_vl.tasks.io.rows import Rows
 
 ROWS = 65_536
 """Rows that are hashed at a time; a part of what the digits mean."""
 MISSING = -1
 """Size of an image that is not there."""
-READERS = 16
-"""Threads that ask for sizes: on a network disk each waits for its answer."""
-ASKED = 1024
-"""Sizes that one of them asks for at a time."""
 
 
 def rows_content(rows: Rows) -> str:
@@ -66,17 +61,5 @@ def _pieces(array: Any) -> Iterator[Any]:
 
 def sizes_content(paths: Sequence[Path]) -> str:
     """Return 16 hexadecimal digits that name the sizes of files, in their order."""
-    parts = [paths[start : start + ASKED] for start in range(0, len(paths), ASKED)]
-    with ThreadPoolExecutor(READERS) as pool:
-        sizes = [size for part in pool.map(_sizes, parts) for size in part]
+    sizes = [size if (size, time) != (0, 0) else MISSING for size, time in file_stats(paths)]
     return hashlib.sha256(np.array(sizes, np.int64).tobytes()).hexdigest()[:16]
-
-
-def _sizes(paths: Iterable[Path]) -> list[int]:
-    sizes = []
-    for path in paths:
-        try:
-            sizes.append(os.stat(path).st_size)
-        except OSError:
-            sizes.append(MISSING)
-    return sizes

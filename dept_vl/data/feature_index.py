@@ -133,14 +133,15 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DamagedFileError(f"{error}; {EXTRACT} makes it again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     sealed = content.pop("checksum", None) if isinstance(content, dict) else None
-    if version != 1 and sealed != _seal(content):
-        raise DamagedFileError(
-            f"{path} is damaged: its content has another checksum; {EXTRACT} makes it again"
-        )
+    # First: another version may seal it in another way.
     if type(version) is int and version not in (1, FORMAT_VERSION):
         raise ValueError(
             f"{path} has format version {version}; this dept_vl reads 1 and {FORMAT_VERSION}: make the "
             "features again in another --features_dir"
+        )
+    if version != 1 and sealed != _seal(content):
+        raise DamagedFileError(
+            f"{path} is damaged: its content has another checksum; {EXTRACT} makes it again"
         )
     try:
         _check_counts(check(content, Index1 if version == 1 else Index))
@@ -223,14 +224,23 @@ def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
                 found.append((stat.st_size, stat.st_mtime_ns))
             except FileNotFoundError:
                 found.append((0, 0))
-            except NotADirectoryError:  # an image in a table
-                found.append((file_size(path), 0))
+            except NotADirectoryError:  # an image in a table, whose content tells more than a time
+                found.append(_embedded_stat(path))
         return found
 
     parts = [paths[start : start + LOOKED_AT] for start in range(0, len(paths), LOOKED_AT)]
     # Threads: a network disk answers many at a time, and each of them after a while.
-    with ThreadPoolExecutor(LOOKERS) as pool:
+    # Of a table one reads after the other what it has decoded.
+    with ThreadPoolExecutor(1 if paths and is_embedded(paths[0]) else LOOKERS) as pool:
         return [stat for part in pool.map(look, parts) for stat in part]
+
+
+def _embedded_stat(path: Path) -> tuple[int, int]:
+    try:
+        content = embedded_bytes(path)
+    except (FileNotFoundError, ValueError):
+        return 0, 0
+    return len(content), int(checksum(content)[:15], 16)
 
 
 def turned_images(paths: Sequence[Path]) -> list[Path]:

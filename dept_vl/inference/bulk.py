@@ -23,7 +23,7 @@ from typing import BinaryIO
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
@@ -31,6 +31,7 @@ from dept_vl._utils.checksums import checksum
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, write_json, writing
 from dept_vl._utils.printable import say
+from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.terminal import Count, duration
 from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
 from dept_vl.data import workers
@@ -105,7 +106,7 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
     options = DataOptions(
         task=task, own=config.own, features=config.features, features_dir=config.features_dir
     )
-    with accelerator.local_main_process_first():  # the first to read the table keeps its rows for all
+    with main_first(accelerator):  # the first to read the table keeps its rows for all
         table = load_split(options, config.split)
     if len(table[0].images) != asked.image_count:
         raise UsageError(
@@ -198,20 +199,17 @@ def _partial(
     partial, main = output.with_name(f"{output.name}.partial"), accelerator.is_main_process
     about = partial.with_name(f"{partial.name}.json")
     lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
-    begun: list[int | Exception] = [0]
-    if main:
+
+    def begin() -> int:
+        output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
-            begun = [_begun(output, partial, about, made_of)]
         except Timeout:
-            begun = [InUseError(f"{output} is written by another process; wait for its end")]
-        except (OSError, ValueError) as error:
-            begun = [error]
-    (done,) = broadcast_object_list(begun)
+            raise InUseError(f"{output} is written by another process; wait for its end") from None
+        return _begun(output, partial, about, made_of)
+
     try:
-        if isinstance(done, Exception):
-            raise done
+        done = on_main(accelerator, begin)
         if not main:
             yield None, done
             return

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from dept_vl._utils.embedded import embedded_path
 from dept_vl.data.content import rows_content, sizes_content
+from dept_vl.data.feature_index import file_stats
 from dept_vl.tasks.io.rows import Rows
 
 RECORDS = [
@@ -83,3 +86,18 @@ def test_sizes(tmp_path: Path) -> None:
     found = {sizes_content(paths[:2]), sizes_content(moved), sizes_content(moved[::-1]), expected}
     paths[2].touch()
     assert len({*found, sizes_content([*moved, paths[2]])}) == 5
+
+
+def test_images_in_a_table_have_sizes_and_contents(tmp_path: Path) -> None:
+    """The sizes are compared when a run goes on, the contents before features are used."""
+    path = tmp_path / "rows.parquet"
+    found = []
+    for images in (b"one", b"two"), (b"one", b"TWO"), (b"one", b"three"):
+        pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), path)
+        paths = [Path(embedded_path(str(path), "image", row)) for row in range(3)]
+        found.append((sizes_content(paths), file_stats(paths)))
+    assert found[0][0] == found[1][0] != found[2][0]
+    assert [size for size, _ in found[0][1]] == [3, 3, 0]
+    assert found[0][1][0] == found[1][1][0]
+    assert found[0][1][1] != found[1][1][1]
+    assert found[0][1][2] == (0, 0)

@@ -8,13 +8,17 @@ import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import annotations_path, questions_path, read_rows, write_rows, write_vqa
+from PIL import Image
 from runs import forget_checksums, reset_accelerate
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +28,7 @@ from dept_vl import load
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, read_config, to_json
 from dept_vl.inference.evaluate import evaluate
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training import checkpoint as state
 from dept_vl.training.identity import DifferentError
 from dept_vl.training.run import run
@@ -307,6 +312,45 @@ def test_data_may_move_and_be_written_otherwise(config: RunConfig, whole: RunRes
     assert run(moved).exit_status == 0
     assert result_of(tmp_path / "run") == result_of(whole.output_dir)
     assert read_config(tmp_path / "run" / "config.json").data.data_dir == there
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_data_of_your_own_may_move(config: RunConfig, tmp_path: Path, embedded: bool) -> None:
+    """A table with its images, beside it or in it."""
+    folder = tmp_path / "project" / "mine"
+    folder.mkdir(parents=True)
+
+    def write(first: tuple[int, int, int]) -> None:
+        colours = [first, *((0, 25 * n, 255 - n) for n in range(1, 9))]
+        images = [BytesIO() for _ in colours]
+        for number, (file, colour) in enumerate(zip(images, colours, strict=True)):
+            Image.new("RGB", (32, 32 + number % 2), colour).save(file, "BMP")
+        rows = [{"question": f"what is {n}?", "answer": "ab"[n % 2]} for n in range(len(images))]
+        for n, (row, image) in enumerate(zip(rows, images, strict=True)):
+            (folder / f"{n}.bmp").write_bytes(image.getvalue())
+            row["image"] = {"bytes": image.getvalue(), "path": None} if embedded else f"{n}.bmp"  # type: ignore[assignment]
+        if embedded:
+            pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        else:
+            (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write((255, 0, 0))
+    own = OwnOptions(data=str(folder / f"rows.{'parquet' if embedded else 'jsonl'}"))
+    begun = replace(config, data=DataOptions(own=own))
+    train = replace(config.train, pause_at=2, eval_every=2)
+    for name in ("peace", "moved"):
+        reset_accelerate()
+        run(replace(begun, output_dir=tmp_path / "project" / name, train=train))
+    reset_accelerate()
+    run(parse(RunConfig(), "", ["--resume", str(tmp_path / "project" / "peace")]))
+    there = (tmp_path / "project" / "mine").rename(tmp_path / "elsewhere")
+    table = str(there / Path(own.data or "").name)
+    again = ["--resume", str(tmp_path / "project" / "moved"), "--data", table]
+    reset_accelerate()
+    run(parse(RunConfig(), "", [*again, "--pause_at", "4"]))
+    reset_accelerate()
+    run(parse(RunConfig(), "", again))
+    assert result_of(tmp_path / "project" / "moved") == result_of(tmp_path / "project" / "peace")
 
 
 def test_another_machine_is_remarked_on(

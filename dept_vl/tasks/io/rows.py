@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dept_vl._utils.checksums import file_checksum, open_sealed, seal
+from dept_vl._utils.checksums import known_checksum, open_sealed, seal
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.printable import say
 
@@ -156,7 +156,7 @@ def convert(
         OSError: If the cache folder cannot be written.
     """
     # All of the content: a sample, size and time would miss an edit, and parsing takes far longer.
-    stats = [(str(path.resolve()), path.stat().st_size, file_checksum(path)) for path in sources]
+    stats = [(str(path.resolve()), path.stat().st_size, known_checksum(path)) for path in sources]
     key = hashlib.sha256(json.dumps([CONVERTER_VERSION, str(schema), stats]).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{key}.arrow"
     try:

@@ -44,7 +44,7 @@ def rows_of(
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
-    key = repr((said, str(folder.absolute()), [table.split for table in tables], images_alone))
+    key = repr(("relative", said, str(folder.absolute()), [table.split for table in tables], images_alone))
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     columns = Columns(
         read_mapping(options.columns), all_turns=options.turns == "all", images_alone=images_alone
@@ -68,7 +68,7 @@ def _records(
             for row in columns.rows(record, where, text_cells=text_cells):
                 row["split"] = row["split"] or table.split
                 row["id"], row["renamed"] = _new_id(row["id"], count, seen)
-                row["images"], row["embedded"] = _references(row["images"], folder, below, where)
+                row["images"], row["embedded"] = _references(row["images"], folder, base, below, where)
                 row["place"] = count
                 count += 1
                 yield row
@@ -86,7 +86,9 @@ def _new_id(given: str, number: int, seen: set[str]) -> tuple[str, bool]:
     return chosen, bool(given) and chosen != given
 
 
-def _references(images: list[str], folder: Path, below: str, where: str) -> tuple[list[str], list[bytes]]:
+def _references(
+    images: list[str], folder: Path, base: Path, below: str, where: str
+) -> tuple[list[str], list[bytes]]:
     """Return references that stay inside the folder, and the bytes of data URLs."""
     references: list[str] = []
     embedded: list[bytes] = []
@@ -94,7 +96,10 @@ def _references(images: list[str], folder: Path, below: str, where: str) -> tupl
         if image.startswith(INLINE):
             references.append(f"{INLINE_NUMBER}{len(embedded)}")
             embedded.append(_decoded(image, where))
-        elif image.startswith(EMBEDDED) or image.startswith("/"):
+        elif image.startswith(EMBEDDED):
+            # Below the folder of the data, which may be moved.
+            references.append(EMBEDDED + image[len(EMBEDDED) :].removeprefix(f"{base.absolute()}/"))
+        elif image.startswith("/"):
             references.append(confine(image, folder, where))
         else:
             references.append(confine(below + image, folder, where))

@@ -225,8 +225,7 @@ class OwnTask(Task):
 
     def _path(self, reference: str, row: int) -> Path:
         if reference.startswith(EMBEDDED):
-            path, start = reference[len(EMBEDDED) :], f"{self.root.absolute()}/"
-            return self.root / path[len(start) :] if path.startswith(start) else Path(path)
+            return self.root / reference[len(EMBEDDED) :]
         if reference.startswith(INLINE_NUMBER):
             number = int(reference[len(INLINE_NUMBER) :])
             return Path(embedded_path(str(self.rows.files[0]), "embedded", row, number))
