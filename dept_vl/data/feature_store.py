@@ -179,7 +179,9 @@ def _write(
     return sum(gather_object([sum(map(len, batches))]))
 
 
-def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], folder: Path) -> FeatureTable:
+def open_features(
+    vision: VisionEncoder, root: Path, paths: Sequence[Path], folder: Path, *, renewable: int = 0
+) -> FeatureTable:
     """Map the features of images from a folder that `write_features` made.
 
     Shards are compared with their checksums, once in a process.
@@ -189,6 +191,7 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
         root: The data folder.
         paths: Images of which there have to be features.
         folder: The folder.
+        renewable: So many images that have changed since are encoded again, in memory; more are an error.
 
     Raises:
         FileNotFoundError: If there are no features, or some of the images are not among them.
@@ -215,7 +218,14 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
             f"{missing[0]}); {EXTRACT} adds them, with --splits for splits besides a run's own"
         )
     places = {path: rows[key] for path, key in zip(paths, keys, strict=True)}
-    _check_unchanged(index, places, folder)
+    changed = _changed(index, places)
+    if len(changed) > renewable:
+        examples = ", ".join(map(str, changed[:3]))
+        raise ValueError(
+            f"{len(changed):,} of {len(places):,} images have changed in size or time since their visual "
+            f"features in {folder} were made ({examples}); {EXTRACT} encodes them again, or name the "
+            "--features_dir of these"
+        )
     per_shard = index["shard_images"]
     used = sorted({row // per_shard for row in places.values()})
     for number in used:
@@ -232,6 +242,9 @@ def open_features(vision: VisionEncoder, root: Path, paths: Sequence[Path], fold
                 f"{folder / shard_name(number)} is damaged: expected {dtype} {expected_shape}, found "
                 f"{table.dtype} {tuple(features.shape)}; {EXTRACT} makes it again"
             )
+    if changed:
+        say(f"visual features: {len(changed):,} of {len(paths):,} images have changed and are encoded again")
+        return table.with_renewed(vision, changed)
     return table
 
 
@@ -254,25 +267,14 @@ def _check_orientation(vision: VisionEncoder, paths: Sequence[Path], folder: Pat
         )
 
 
-def _check_unchanged(index: Mapping[str, Any], places: Mapping[Path, int], folder: Path) -> None:
-    """Compare size and time of all images with those that were encoded; one that is gone since may be.
-
-    Raises:
-        ValueError: If some have changed; with their number and examples.
-    """
+def _changed(index: Mapping[str, Any], places: Mapping[Path, int]) -> list[Path]:
+    """Images of other size or time than those that were encoded; one that is gone since may be."""
     sizes, times = index["image_bytes"], index.get("image_times")
-    changed = [
+    return [
         path
         for (path, row), (size, time) in zip(places.items(), file_stats(list(places)), strict=True)
         if size and (size != sizes[row] or (times is not None and time != times[row]))
     ]
-    if changed:
-        examples = ", ".join(map(str, changed[:3]))
-        raise ValueError(
-            f"{len(changed):,} of {len(places):,} images have changed in size or time since their visual "
-            f"features in {folder} were made ({examples}); {EXTRACT} encodes them again, or name the "
-            "--features_dir of these"
-        )
 
 
 def _plan(

@@ -61,7 +61,7 @@ class FeatureTable:
         shards: (images, tokens, d_vision) each, all of one dtype.
         places: Shard and row in it of each file.
         errors: What is wrong with the files that could not be read.
-        files: What the shards are mapped from; empty if they are in memory.
+        files: What the first shards are mapped from; the others are in memory.
 
     Raises:
         ValueError: If the shards are of several dtypes.
@@ -112,15 +112,35 @@ class FeatureTable:
 
     @classmethod
     def map(
-        cls, files: Sequence[Path], places: Mapping[Path, tuple[int, int]], errors: Mapping[Path, str]
+        cls,
+        files: Sequence[Path],
+        places: Mapping[Path, tuple[int, int]],
+        errors: Mapping[Path, str],
+        renewed: Sequence[Float[Tensor, "_ tokens d_vision"]] = (),
     ) -> "FeatureTable":
-        """Map shards into memory.
+        """Map shards into memory, in front of others that are there.
 
         Raises:
             FileNotFoundError: If one is missing.
             ValueError: If one is truncated.
         """
-        return cls([read_shard(file) for file in files], places, errors, files)
+        return cls([*map(read_shard, files), *renewed], places, errors, files)
+
+    def with_renewed(self, vision: VisionEncoder, paths: Sequence[Path]) -> "FeatureTable":
+        """Encode some of the images again, in the precision of the others.
+
+        Raises:
+            ValueError: If a feature is too large for that.
+        """
+        new = FeatureTable.encode(vision, paths, progress=False)
+        shard = new.shards[0].to(self.shards[0].dtype)
+        if not shard.isfinite().all():
+            raise ValueError(f"features of images that have changed are too large for {self.dtype}")
+        number = len(self.shards)
+        places = {path: (number, row) for path, (_, row) in new.places.items()}
+        errors = {path: error for path, error in self.errors.items() if path not in places} | dict(new.errors)
+        renewed = [*self.shards[len(self.files) :], shard]
+        return FeatureTable.map(self.files, {**self.places, **places}, errors, renewed)
 
     @classmethod
     def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
@@ -131,17 +151,24 @@ class FeatureTable:
         """
         places: dict[Path, tuple[int, int]] = {}
         errors: dict[Path, str] = {}
-        files: list[Path] = []
+        files = [file for table in tables for file in table.files]
+        renewed: list[Tensor] = []
+        mapped = 0
         for table in tables:
-            places |= {path: (len(files) + shard, row) for path, (shard, row) in table.places.items()}
+            own = len(table.files)
+            for path, (shard, row) in table.places.items():
+                behind = len(files) + len(renewed) + shard - own
+                places[path] = (mapped + shard if shard < own else behind, row)
             errors |= table.errors
-            files += table.files
-        return cls.map(files, places, errors)
+            mapped += own
+            renewed += table.shards[own:]
+        return cls.map(files, places, errors, renewed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name where there is one, so that a spawned worker maps the files and copies nothing.
         if self.files:
-            return FeatureTable.map, (self.files, self.places, self.errors)
+            renewed = self.shards[len(self.files) :]
+            return FeatureTable.map, (self.files, self.places, self.errors, renewed)
         return FeatureTable, (self.shards, self.places, self.errors)
 
     def check(self, paths: Sequence[Path]) -> None:

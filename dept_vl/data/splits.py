@@ -325,11 +325,15 @@ def mapped_features(
     complete = all((folder / INDEX_FILE).is_file() for folder in folders)
     if not folders or choice == "live" or (choice == "auto" and not complete):
         return None
+    memory = wanted[0][0].feature_memory * GIB
+    renewable = int(memory // table_bytes(vision, 1)) if choice == "auto" else 0
     problem: Exception | None = None
     try:
         table = FeatureTable.joined(
             [
-                open_features(vision, image_root(options), paths, features_folder(options))
+                open_features(
+                    vision, image_root(options), paths, features_folder(options), renewable=renewable
+                )
                 for options, paths in wanted
                 if paths
             ]

@@ -1,5 +1,6 @@
 """The splits of a run: candidates, images that are missing or broken, and features that fit or do not."""
 
+import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
+import dept_vl.data.features
 from dept_vl.config import DataOptions, OnBadImage
 from dept_vl.data.feature_index import read_index, write_index
 from dept_vl.data.feature_store import write_features
@@ -309,6 +312,44 @@ def test_files_that_do_not_serve_are_refused_or_left_with_a_warning(
     assert isinstance(table, FeatureTable)
     assert not table.files
     assert re.search(rf"warning: .*{said}", capsys.readouterr().out)
+
+
+def test_only_images_that_have_changed_are_encoded_again(
+    data: DataOptions,
+    vision: VisionEncoder,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    splits = load_splits(data, seed=0)
+    write(vision, splits, dtype="float32")
+    changed = [splits.train.images(0)[0], splits.test.images(0)[0]]
+    for path in changed:
+        Image.new("RGB", (40, 32), (9, 200, 99)).save(path)
+    expected = read(vision, splits, features="auto", features_dir=Path("none"))
+    assert isinstance(expected, FeatureTable)
+    assert not expected.files
+    encoded: list[Path] = []
+    encode = dept_vl.data.features.encode_images
+
+    def noting(vision: VisionEncoder, paths: list[Path], *rest: Any) -> Any:
+        encoded.extend(paths)
+        return encode(vision, paths, *rest)
+
+    monkeypatch.setattr(dept_vl.data.features, "encode_images", noting)
+    with pytest.raises(ValueError, match=r"2 of .* images have changed"):
+        read(vision, splits, features="cached")
+    assert not encoded
+    table = read(vision, splits, features="auto")
+    assert isinstance(table, FeatureTable)
+    assert set(encoded) == set(changed)
+    assert "2 of" in capsys.readouterr().out
+    examples = [[path] for path in table.places]
+    assert table.places.keys() == expected.places.keys()
+    for same in (table, pickle.loads(pickle.dumps(table)), FeatureTable.joined([table])):
+        assert same.files
+        torch.testing.assert_close(same(examples), expected(examples))
+    # Not where there is no room for them.
+    assert read(vision, splits, features="auto", feature_memory=0.0) is vision
 
 
 def test_images_that_could_not_be_extracted_are_treated_as_any(
