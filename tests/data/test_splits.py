@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 
 import dept_vl.data.features
 from dept_vl.config import DataOptions, OnBadImage
@@ -63,7 +64,10 @@ def remove(task: Task, *indices: int) -> list[Path]:
 
 def read(vision: VisionEncoder, *splits: Splits, **of_first: Any) -> FeatureTable | VisionEncoder | None:
     first = replace(splits[0], options=replace(splits[0].options, **{"feature_memory": 1.0, **of_first}))
-    return read_features(vision, [first, *splits[1:]], num_workers=0, accelerator=Accelerator(cpu=True))
+    backbone = Backbone.__new__(Backbone)  # nothing of it is asked for but its tower
+    nn.Module.__init__(backbone)
+    backbone.vision, backbone.exif = vision, None if vision is None else vision.exif
+    return read_features(backbone, [first, *splits[1:]], num_workers=0, accelerator=Accelerator(cpu=True))
 
 
 def write(vision: VisionEncoder, splits: Splits, **options: Any) -> Path:
