@@ -155,7 +155,11 @@ def _upright(image: Image.Image, exif: bool) -> Image.Image:
     """An image in RGB, turned as its metadata says."""
     rgb = to_rgb(image)
     turn = TURNS.get(orientation_of(image)) if exif else None
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    turned.info.clear()  # or whoever reads it again would turn it again
+    return turned
 
 
 def orientation_of(image: Image.Image) -> int:

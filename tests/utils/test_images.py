@@ -173,6 +173,15 @@ def test_pixels_as_stored(tmp_path: Path, form: str) -> None:
     assert np.array_equal(stored, decoded(write(tmp_path, encoded(PICTURE, form))))
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_is_turned_once_however_often_it_is_read(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    once = read_image(encoded(PICTURE, "PNG", exif=exif.tobytes()))
+    assert not np.array_equal(np.asarray(once), np.asarray(PICTURE.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(read_image(once)), np.asarray(once))
+
+
 def test_broken_exif_is_no_fault_of_the_pixels(tmp_path: Path) -> None:
     path = write(tmp_path, encoded(PICTURE, "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
     assert np.array_equal(decoded(path), RGB)
