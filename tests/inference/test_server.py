@@ -160,8 +160,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     )
     many = load_many(sources | {"late": str(root / "late")}, backbone=backbone)
     yield Served(process, port, many, root)
-    process.kill()
-    process.wait()
+    process.terminate()
+    process.wait(PATIENCE)
 
 
 def test_answers_are_a_predictors_own(served: Served) -> None:
