@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from PIL import Image
@@ -35,7 +36,7 @@ MOST_CHARACTERS = 1000
 MOST_WAITING = 16
 """Questions in the queue; more are turned away at once."""
 LONGEST_ANSWER = 60.0
-"""Seconds that a visitor waits for an answer whose turn has come."""
+"""Seconds that a visitor waits for an answer whose turn has come; then decoding stops for the next one."""
 MOST_SESSIONS = 1000
 """Visitors whose last question Gradio remembers."""
 KEPT = 3600
@@ -84,6 +85,7 @@ def respond(
         folder: Where uploads are; nothing else is read.
     """
     adapter = None if name == BASE else name
+    started = monotonic()
     try:
         task = many.predictor(adapter).task
         if len(question) > MOST_CHARACTERS:
@@ -99,11 +101,21 @@ def respond(
         with warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always", UserWarning)
             answers = many.answer(
-                [tuple(images)], question if task.asks else "", adapters=adapter, batch_size=1
+                [tuple(images)],
+                question if task.asks else "",
+                adapters=adapter,
+                batch_size=1,
+                max_time=LONGEST_ANSWER,
             )
+        if monotonic() - started >= LONGEST_ANSWER:
+            raise ValueError(_too_late())
         return printable(answers[0]), printable(" ".join(str(note.message) for note in noted))
     except (ValueError, OSError) as error:
         return "", printable(one_line(error))
+
+
+def _too_late() -> str:
+    return f"no answer within {LONGEST_ANSWER:.0f} seconds: ask something shorter, or later"
 
 
 def _read_upload(upload: dict[str, Any], folder: Path, *, exif: bool) -> Image.Image:
@@ -136,7 +148,7 @@ def answer_in_time(
         return answering.result(LONGEST_ANSWER)
     except TimeoutError:
         answering.cancel()
-        return "", f"no answer within {LONGEST_ANSWER:.0f} seconds: ask something shorter, or later"
+        return "", _too_late()
     except Exception:
         say(*traceback.format_exc().splitlines(), error=True)
         return "", "this question could not be answered; whoever serves the page finds the reason there"

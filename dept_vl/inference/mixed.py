@@ -81,6 +81,7 @@ class ManyAdapters:
         *,
         adapters: str | Names | None,
         batch_size: int = 32,
+        max_time: float | None = None,
     ) -> str | list[str]:
         """The answer to a question, or the answers to several, by their adapters.
 
@@ -93,6 +94,7 @@ class ManyAdapters:
             question: See `Predictor.answer`.
             adapters: Name of each row's, or one for all; None is the backbone alone.
             batch_size: Questions answered at a time.
+            max_time: Seconds of decoding after which a batch's answers are cut; None for no limit.
 
         Raises:
             FileNotFoundError: If there is no such image.
@@ -115,6 +117,7 @@ class ManyAdapters:
             [Ask(*row) for row in rows],
             lambda asks: self.model([name_of[id(ask.predictor)] for ask in asks]),
             batch_size,
+            max_time,
         )
         answers = [reply.text for reply in replies]
         return answers[0] if alone else answers

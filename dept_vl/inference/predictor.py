@@ -180,7 +180,10 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
 
 @torch.no_grad()
 def answer_all(
-    asks: Sequence[Ask], model_of: Callable[[Sequence[Ask]], PromptedModel], batch_size: int
+    asks: Sequence[Ask],
+    model_of: Callable[[Sequence[Ask]], PromptedModel],
+    batch_size: int,
+    max_time: float | None = None,
 ) -> list[Reply]:
     """The answer to each question.
 
@@ -191,6 +194,7 @@ def answer_all(
         asks: On one backbone.
         model_of: The model for the rows of a batch.
         batch_size: Questions of a batch.
+        max_time: Seconds of decoding after which the answers of a batch are cut; None for no limit.
     """
     backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
@@ -208,6 +212,8 @@ def answer_all(
     with Count("answering", len(asks), show=len(batches) > 1) as count:
         for places in batches:
             options, spelled = asks[places[0]].predictor.generation
+            if max_time is not None:
+                options = options | {"max_time": max_time}
             batch = batch_of(places).to(device)
             inputs: dict[str, Any] = batch.inputs()
             tokens = model_of([asks[n] for n in places]).generate(**inputs, **options)

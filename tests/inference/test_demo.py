@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -289,6 +290,35 @@ def test_nobody_waits_for_ever_and_a_bug_stays_on_this_side(
     assert (answer, "secret" in problem) == ("", False)
     assert "KeyError" in (said := capsys.readouterr().err)
     assert "\x1b" not in said
+
+
+def test_an_answer_that_takes_too_long_ends_and_the_next_is_given(
+    many: ManyAdapters, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    language = many.backbone.language
+
+    def slowly(*_: Any) -> None:
+        steps.append(1)
+        time.sleep(0.05)
+
+    many.answer(picture, adapters="captions", batch_size=1)
+    hook = language.decoder.register_forward_pre_hook(slowly)
+    expected = many.answer(picture, adapters="captions", batch_size=1)
+    whole, seconds = len(steps), 0.05 * len(steps)
+    assert whole >= 8  # or nothing could be cut
+    steps.clear()
+    monkeypatch.setattr(demo, "LONGEST_ANSWER", seconds / 3)
+    with ThreadPoolExecutor(1) as worker:
+        answer, problem = demo.answer_in_time(worker, many, "captions", [upload(picture)], "", picture.parent)
+        worker.submit(lambda: None).result()
+        assert 0 < len(steps) < whole
+        assert answer == ""
+        assert problem.startswith("no answer within")
+        hook.remove()
+        monkeypatch.setattr(demo, "LONGEST_ANSWER", float(PATIENCE))
+        asked = ("captions", [upload(picture)], "", picture.parent)
+        assert demo.answer_in_time(worker, many, *asked) == (expected, "")
 
 
 def test_texts_of_strangers_are_no_markup(many: ManyAdapters) -> None:
