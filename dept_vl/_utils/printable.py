@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from contextlib import nullcontext
 from unicodedata import category
 
 MARKDOWN = re.compile(
@@ -50,8 +51,12 @@ def say(*lines: object, error: bool = False, each: bool = False) -> None:
         error: To stderr, not stdout.
         each: Every process tells, not the main one alone.
     """
-    if each or os.environ.get("RANK", "0") == "0":
-        print(*map(printable, lines), sep="\n", file=sys.stderr if error else sys.stdout, flush=True)
+    if not each and os.environ.get("RANK", "0") != "0":
+        return
+    stream, bars = sys.stderr if error else sys.stdout, sys.modules.get("tqdm")
+    # What is drawn over on a terminal gives way to what stays.
+    with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
+        print(*map(printable, lines), sep="\n", file=stream, flush=True)
 
 
 def warn(text: str, stacklevel: int = 1) -> None:

@@ -26,6 +26,7 @@ from dept_vl._utils.images import confined
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
+from dept_vl._utils.terminal import waiting
 from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
@@ -161,7 +162,9 @@ def _write(
     files = [root / image for image in images]
     # None goes over the end of a shard, so that what is encoded together depends on no process.
     batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
-    encoded = encode_images(vision, files, batches, num_workers, accelerator.is_main_process)
+    encoded = encode_images(
+        vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
+    )
     for n in todo:
         parts, unreadable[n] = [], {}
         for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
@@ -172,7 +175,8 @@ def _write(
             parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
         write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n]))
     ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
-    whole = sorted(gather_object(ours))
+    with waiting("waiting for the other processes"):
+        whole = sorted(gather_object(ours))
     index["shard_bytes"] = [size for _, size, _ in whole]
     index["unreadable"] = {image: error for _, _, errors in whole for image, error in errors.items()}
     on_main(accelerator, lambda: write_index(folder, index))

@@ -202,9 +202,17 @@ def batches_of(start: int, stop: int, size: int) -> list[range]:
 
 
 def encode_images(
-    vision: VisionEncoder, paths: Sequence[Path], batches: Sequence[range], num_workers: int, progress: bool
+    vision: VisionEncoder,
+    paths: Sequence[Path],
+    batches: Sequence[range],
+    num_workers: int,
+    progress: bool,
+    processes: int = 1,
 ) -> Iterator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]]]:
-    """The batches, each with its features and, for every image, what is wrong with it or nothing."""
+    """The batches, each with its features and, for every image, what is wrong with it or nothing.
+
+    Of several processes with as many batches each, the count is that of all.
+    """
     device = next(vision.parameters()).device
     loader = readers.load(
         _Pixels(vision, paths),
@@ -212,11 +220,11 @@ def encode_images(
         batch_sampler=[list(batch) for batch in batches],
         pin_memory=device.type == "cuda",
     )
-    total = sum(map(len, batches))
+    total = processes * sum(map(len, batches))
     with Count("encoding images", total, show=progress) as count:
         for rows, (pixels, messages) in zip(batches, loader, strict=True):
             yield rows, vision(pixels.to(device, non_blocking=True)).cpu(), messages
-            count.add(len(rows))
+            count.add(processes * len(rows))
 
 
 def read_shard(path: Path) -> Float[Tensor, "images tokens d_vision"]:

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dept_vl._utils.processes import on_main
-from dept_vl._utils.terminal import counted
+from dept_vl._utils.terminal import counted, waiting
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator
 from dept_vl.data.sampling import EvaluationDraws
@@ -116,10 +116,15 @@ def evaluate(
     loader = readers.load(
         EvaluationDraws(task), num_workers, sampler=mine, batch_size=batch_size, collate_fn=collator
     )
+
+    def rows_of(batch: Batch) -> int:
+        """As if the other processes were as far."""
+        return (len(batch.ids) + len(batch.skipped)) * int(accelerator.num_processes)
+
     answers: list[tuple[ExampleId, str]] = []
     lengths: list[tuple[ExampleId, int]] = []
     skipped: list[ExampleId] = []
-    for batch in counted("evaluating", loader, len(mine), size=_rows, show=accelerator.is_main_process):
+    for batch in counted("evaluating", loader, len(task), size=rows_of):
         skipped.extend(batch.skipped)
         if not batch.ids:
             if spread:
@@ -138,14 +143,11 @@ def evaluate(
     answers.extend((example_id, NO_ANSWER) for example_id in skipped)
     predictions: dict[ExampleId, str] = dict(gather_object(answers))
     # Once: some scorers start programs of their own.
-    scores = on_main(accelerator, lambda: task.score(predictions))
+    with waiting("scoring answers"):
+        scores = on_main(accelerator, lambda: task.score(predictions))
     return Evaluation(
         predictions,
         scores,
         sum(dict(gather_object(lengths)).values()) / max(1, len(task)),
         tuple(dict.fromkeys(gather_object(skipped))),
     )
-
-
-def _rows(batch: Batch) -> int:
-    return len(batch.ids) + len(batch.skipped)

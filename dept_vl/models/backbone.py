@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from dept_vl._utils.io import read_object, write_json
 from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, fingerprint, load_exactly, read_tensors
+from dept_vl._utils.terminal import waiting
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import (
@@ -136,6 +137,7 @@ class Backbone(FrozenBackbone):
         self.freeze()
 
     @classmethod
+    @waiting("loading the model")
     def from_pretrained(
         cls,
         backbone: str | Path | None = None,

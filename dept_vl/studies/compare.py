@@ -23,6 +23,7 @@ from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
+from dept_vl._utils.terminal import waiting
 from dept_vl.config import OptimOptions, RunConfig, read_config
 from dept_vl.data.splits import load_splits
 from dept_vl.studies.bench.costs import StepCost, measure_steps
@@ -225,6 +226,7 @@ def row_of(
     )
 
 
+@waiting("looking at the data")
 def majority(base: RunConfig) -> tuple[str, float] | None:
     """The commonest training answer and what it scores, given to every test question; None for captions."""
     if not TASKS[base.data.task].asks:

@@ -25,6 +25,7 @@ from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
+from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, read_config
 from dept_vl.data.collate import Collator, Draw
@@ -73,6 +74,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
         processes.destroy_process_group()
 
 
+@waiting("looking whether the sources fit")
 def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> None:
     """See now, rather than hours later, that there are examples enough and that every source fits.
 
@@ -170,6 +172,7 @@ def _keep_losses(path: Path, losses: dict[str, float]) -> None:
 
 
 @torch.no_grad()
+@waiting("trying a source")
 def dev_loss(config: RunConfig, processes: PartialState) -> float:
     """Mean loss of an untrained run on its dev examples, each with its best answer."""
     with main_first(processes):

@@ -10,6 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
+from dept_vl._utils.terminal import waiting
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import DTYPES, write_features
@@ -74,6 +75,7 @@ def with_features(config: RunConfig, folder: Path) -> RunConfig:
     return replace(config, data=replace(data, features="cached"))
 
 
+@waiting("reading the data")
 def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
     """The different images of these splits, or of those that a run reads.
 
@@ -91,6 +93,7 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
     return list(paths)
 
 
+@waiting("loading the model")
 def load_vision(options: BackboneOptions) -> VisionEncoder:
     """The image encoder alone.
 

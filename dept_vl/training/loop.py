@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -102,7 +103,7 @@ class Loop:
         """
         progress, options = self.progress, self.options
         self.model.train()
-        with _Interrupt() as interrupt:
+        with closing(self.log), _Interrupt() as interrupt:
             end = min(options.max_steps, options.pause_at or options.max_steps)
             while progress.steps < end and not self._out_of_patience():
                 self._step(end, interrupt)
@@ -111,7 +112,6 @@ class Loop:
             if progress.stopped_by == signal.SIGINT and not progress.best_step:
                 # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
                 self._evaluate(keep=False)
-        self.log.close()
         self._save_adapter(LAST, progress.scores)
         if progress.best_step:
             Adapter.load(self.output_dir / BEST).apply(self.model)

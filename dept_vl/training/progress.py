@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from dept_vl._utils.printable import printable, say
-from dept_vl._utils.terminal import PLAIN_SECONDS, duration, is_live
+from dept_vl._utils.terminal import PLAIN_SECONDS, Count, duration, is_live
 
 USUAL_COLUMNS = 100
 """Taken where the width is not known, as in a notebook."""
@@ -118,12 +118,15 @@ class ProgressLine:
 
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS
+        # While a step takes long, or none is logged.
+        self.count = Count("training", total, done=done, show=show and not is_live()).__enter__()
         self.pieces: list[str] = []
         self.bar = tqdm(total=total, initial=done, disable=not (show and is_live()), bar_format="{desc}")
         self._draw(done)
 
     def advance(self, step: int) -> None:
         """A step is done."""
+        self.count.done = step
         if not self.bar.disable:
             self._draw(step)
             self.bar.update(step - self.bar.n)
@@ -135,7 +138,7 @@ class ProgressLine:
             self._draw(step)
             self.bar.refresh()
         elif self.show and (step == self.total or time.monotonic() - self.told_at >= PLAIN_SECONDS):
-            self.told_at = time.monotonic()
+            self.told_at = Count.told_at = time.monotonic()
             say(f"step {step}/{self.total}: {figures.plain()}")
 
     def say(self, text: str) -> None:
@@ -145,6 +148,7 @@ class ProgressLine:
 
     def close(self) -> None:
         """Leave the line as it is."""
+        self.count.__exit__()
         self.bar.close()
 
     def _draw(self, step: int) -> None:

@@ -30,6 +30,7 @@ from dept_vl._utils.run_files import (
     SHOTS_FILE,
     SUMMARY_FILE,
 )
+from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, TrainOptions, validate
@@ -196,6 +197,7 @@ class Run(Stages):
         self.write()
         return RunResult(self.output_dir, self.summary.scores, self.trainable, self.training)
 
+    @waiting("preparing")
     def prepare(self) -> None:
         """Read the data, build the model and encode the images."""
         config, accelerator = self.config, self.accelerator

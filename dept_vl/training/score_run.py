@@ -15,6 +15,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
+from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, EvaluateConfig, read_config
 from dept_vl.data.collate import Collator
@@ -183,6 +184,7 @@ class ScoreRun(Stages):
         self.whole: Task | None = None
         self.submission: Submission | None = None
 
+    @waiting("preparing")
     def prepare(self) -> None:
         """Read the split, load the model, and find its visual features."""
         config, options, accelerator = self.config, self.options, self.accelerator

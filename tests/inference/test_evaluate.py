@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import write_vqa
 
+from dept_vl._utils import terminal
+from dept_vl._utils.terminal import Count
 from dept_vl.data.collate import Collator
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.models.backbone import Backbone
@@ -151,3 +153,19 @@ def test_candidates_are_all_that_is_answered(answer: Callable[..., Evaluation]) 
     assert set(found.values()) <= set(candidates)
     (only,) = set(answer(decoding=Decoding(10, candidates=("blue",))).predictions.values())
     assert only == "blue"
+
+
+def test_of_several_processes_the_count_is_that_of_all(
+    answer: Callable[..., Evaluation],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The main process of two has every second example: one batch of four here says eight."""
+    clock = iter(range(0, 10**6, 11))
+    monkeypatch.setattr(terminal, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(Count, "told_at", 0.0)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(VQAv2, "score", lambda *_: {})
+    answer(4)
+    said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said[:2] == ["evaluating: 8 of 9", "evaluating: 9 of 9"]

@@ -1,12 +1,15 @@
 """How far a phase is, in a pipe, on a terminal and in several processes."""
 
 import io
+import re
 import sys
+import time
 
 import pytest
 
 from dept_vl._utils import terminal
-from dept_vl._utils.terminal import Count, counted
+from dept_vl._utils.printable import say
+from dept_vl._utils.terminal import Count, counted, waiting
 
 
 class Screen(io.StringIO):
@@ -21,6 +24,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which goes on as a test says."""
     now = [100.0]
     monkeypatch.setattr(terminal, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Count, "told_at", 0.0)
     return now
 
 
@@ -49,6 +53,41 @@ def test_bytes_are_told_in_mebibytes(clock: list[float], capsys: pytest.CaptureF
         clock[0] += 11
         count.add(100 << 20)
     assert capsys.readouterr().err == "reading a.json: 100 of 400 MiB, 33s left\n"
+
+
+def test_one_piece_that_takes_long_is_told_of(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.2)
+    monkeypatch.setattr(terminal, "BEAT", 0.01)
+    with waiting("preparing"):
+        with Count("evaluating", 3) as count:
+            time.sleep(0.5)
+            count.add(1)
+        time.sleep(0.5)
+    said = [re.sub(r"\d+s", "Ns", line) for line in capsys.readouterr().err.splitlines()]
+    assert said[0] == "evaluating: 0 of 3, Ns so far"
+    assert said[-1] == "preparing: Ns so far"
+    assert set(said) <= {said[0], "evaluating: 1 of 3, Ns left", said[-1]}
+    time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+    assert Count.begun == []
+
+
+def test_what_was_done_before_took_no_time(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with Count("training", 100, done=50) as count:
+        clock[0] += 20
+        count.add(10)
+    assert capsys.readouterr().err == "training: 60 of 100, 1m20s left\n"
+
+
+def test_a_line_that_stays_is_not_drawn_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(sys, "stdout", screen)
+    with waiting("loading"):
+        say("this stays")
+    assert re.search(r"\rthis stays\n", screen.getvalue())
 
 
 def test_of_several_processes_the_main_one_tells(

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
+from dept_vl._utils.terminal import waiting
 from dept_vl.config import RunConfig
 from dept_vl.data.collate import Batch, Collator
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
@@ -47,6 +48,7 @@ class StepCost:
         return self.bytes / 2**20
 
 
+@waiting("measuring steps")
 def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, StepCost]:
     """Measure steps on the same batches of a task's training split.
 

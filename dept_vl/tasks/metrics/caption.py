@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any
 
+from dept_vl._utils.terminal import waiting
+
 PERCENT = 100
 
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
@@ -260,7 +262,8 @@ def _meteor(references: Captions, predictions: Captions) -> float:
         stderr=subprocess.PIPE,
     )
     try:
-        score, _ = meteor.compute_score(references, predictions)
+        with waiting("computing METEOR"):
+            score, _ = meteor.compute_score(references, predictions)
     except (OSError, ValueError) as error:  # a broken pipe, or no line where a figure should be
         process.kill()
         said = process.stderr.read().decode("utf-8", errors="replace").strip() if process.stderr else ""
@@ -299,13 +302,14 @@ def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
     Raises:
         RuntimeError: If it fails, with the end of what it said.
     """
-    done = subprocess.run(
-        [*JAVA, *arguments],
-        input=text,
-        capture_output=True,
-        check=False,
-        env=os.environ | NEUTRAL_LOCALE,
-    )
+    with waiting(f"running {program}"):
+        done = subprocess.run(
+            [*JAVA, *arguments],
+            input=text,
+            capture_output=True,
+            check=False,
+            env=os.environ | NEUTRAL_LOCALE,
+        )
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", errors="replace").strip()[-2000:]
         raise RuntimeError(

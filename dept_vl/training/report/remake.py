@@ -7,6 +7,7 @@ from pathlib import Path
 from dept_vl._utils.io import read_object
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
+from dept_vl._utils.terminal import waiting
 from dept_vl.config import ReportConfig, read_config
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
@@ -35,6 +36,7 @@ def remake(config: ReportConfig) -> Path:
     return path
 
 
+@waiting("making the page")
 def remake_page(run: Path) -> Path:
     """Write the page of a run that has ended.
 
