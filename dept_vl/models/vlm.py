@@ -24,6 +24,7 @@ from transformers import (
 
 from dept_vl._utils.io import one_line
 from dept_vl._utils.tensors import fingerprint
+from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_weights, loading
@@ -104,6 +105,7 @@ class VisionLanguageModel(FrozenBackbone):
         self.freeze()
 
     @classmethod
+    @waiting("loading the model")
     def from_pretrained(
         cls, name_or_path: str | Path, *, text_form: str = "", exif: bool = True
     ) -> "VisionLanguageModel":
