@@ -80,6 +80,7 @@ PRETRAINED: dict[str, Callable[[str], Subject]] = {
     "PaliGemma": partial(Pretrained, name="paligemma"),
     "PaliGemma 2": partial(Pretrained, name="paligemma2"),
     "Idefics3": partial(Pretrained, name="idefics3"),
+    "SmolVLM": partial(Pretrained, name="smolvlm"),
     "Gemma 3": partial(Pretrained, name="gemma3"),
     "InternVL": partial(Pretrained, name="internvl"),
 }
