@@ -1,8 +1,8 @@
 r"""What works with what, found out by doing it on tiny random models; ends in failure if something fails.
 
 python scripts/capabilities.py                    # prints the table
-python scripts/capabilities.py --check README.md  # compares it with the one between the marks there
-python scripts/capabilities.py --write README.md  # puts it there
+python scripts/capabilities.py --check tests/README.md  # compares it with the one between the marks there
+python scripts/capabilities.py --write tests/README.md  # puts it there
 """
 
 import sys

@@ -103,7 +103,8 @@ def test_importing_the_package_costs_nothing() -> None:
 
 
 def test_the_readme_trains_from_python(beside: Path, make_run: Callable[..., RunConfig]) -> None:
-    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1:]
+    page = Path(__file__).parents[1] / "dept_vl" / "inference" / "README.md"
+    blocks = page.read_text().split("```python\n")[1:]
     (block,) = [block.split("```")[0] for block in blocks if "dept_vl.train(" in block.split("```")[0]]
     config = make_run(DataOptions(data_dir=Path("data/vqav2"), dev_split="val", dev_limit=4))
     Path("data/configs").mkdir()

@@ -62,7 +62,9 @@ def test_the_map_names_every_room_and_links_to_what_exists() -> None:
 
 def test_documents_link_to_what_exists() -> None:
     root = PACKAGE.parent
-    for document in (root / "README.md", root / "CHANGELOG.md", root / "data" / "README.md"):
+    documents = [*root.glob("*.md"), *(root / "data").rglob("README.md"), *PACKAGE.rglob("README.md")]
+    documents += [root / "scripts" / "README.md", root / "tests" / "README.md"]
+    for document in documents:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
             assert link.startswith("http") or (document.parent / link).exists(), f"{document.name}: {link}"
 

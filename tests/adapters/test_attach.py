@@ -421,7 +421,7 @@ def test_model_and_prompt_are_moved_together(model: PreTrainedModel, family: str
 
 def readme_example(*words: str) -> str:
     """The one block of Python in the README that has these words."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "dept_vl" / "adapters" / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (block,) = [block for block in blocks if all(word in block for word in words)]
     return block

@@ -22,7 +22,7 @@ from peft import PeftModel, get_peft_model
 
 from dept_vl.adapters.peft.plugin import DeptConfig, create_dept_optimizer
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "dept_vl" / "adapters" / "README.md"
 RATES = {"prompt_lr": 0.3, "offset_lr": 5e-3}
 
 
