@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import random_image
 from PIL import Image
-from runs import reset_accelerate
+from runs import forget_checksums, reset_accelerate
 from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig
 
@@ -217,6 +217,7 @@ def described(folder: Path, **backbone: Any) -> None:
     content = json.loads(path.read_text())
     content["backbone"] |= backbone
     path.write_text(json.dumps(content))
+    forget_checksums(folder)
 
 
 def test_an_older_adapter_does_not_say_what_it_reads_of_the_tower(t5: Backbone, tmp_path: Path) -> None:
@@ -225,6 +226,7 @@ def test_an_older_adapter_does_not_say_what_it_reads_of_the_tower(t5: Backbone, 
     content = json.loads(path.read_text())
     del content["backbone"]["vision"]
     path.write_text(json.dumps(content))
+    forget_checksums(tmp_path)
     assert load(tmp_path, backbone=t5).adapter.backbone["vision"] is None  # type: ignore[union-attr]
 
 
