@@ -1,6 +1,6 @@
 """What one of several processes does for all of them: every one gets the result, or the error."""
 
-import pickle
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -64,7 +64,7 @@ def main_first(processes: Accelerator | PartialState) -> Iterator[None]:
 
 def _sendable(error: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.copy(error)  # made anew of its arguments, as the other process makes it
     except Exception:
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
         return kind(str(error))

@@ -81,8 +81,8 @@ def hold_frozen_in_bfloat16(language: nn.Module) -> None:
 def choose_attention(language: PreTrainedModel, device: torch.device, *, bfloat16: bool) -> None:
     """Take the fastest attention: SDPA (as loaded), but on a CPU in bfloat16 the three plain products.
 
-    There torch's fused backward pass takes four to five times as long as theirs (data/benchmarks/README.md, "Step time and
-    memory").
+    There torch's fused backward pass takes four to five times as long as theirs
+    (data/benchmarks/README.md, "Step time and memory").
     """
     if device.type == "cpu" and bfloat16:
         language.set_attn_implementation("eager")

@@ -118,7 +118,7 @@ def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str 
     Returns:
         The file of predictions.
     """
-    path = folder / f"predictions{suffix}.{task.prediction_format.kind}"
+    path = folder / f"predictions{suffix}{task.prediction_format.suffix}"
     write_noted(folder, {path.name: task.prediction_format.content(evaluation.predictions)})
     if evaluation.skipped:
         say(

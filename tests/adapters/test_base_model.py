@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from conftest import VOCABULARY
+from runs import forget_checksums
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 from zoo.ready_made import FAMILIES, inputs_of, ready_made
@@ -340,6 +341,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
+    forget_checksums(path.parent)
 
 
 def older(content: dict[str, Any]) -> None:

@@ -179,6 +179,7 @@ def test_each_task_is_answered_in_its_own_way(finished: Finished) -> None:
 
 def test_every_task_has_its_files(finished: Finished) -> None:
     names = {
+        *(f"{folder}.checksums.json" for folder in ("", "best/", "last/")),
         *(
             "config.json",
             "features.json",

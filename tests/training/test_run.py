@@ -50,6 +50,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train_vqa.py"
 FILES = {
     *(
+        ".checksums.json",
         "config.json",
         "features.json",
         "identity.json",
@@ -60,7 +61,8 @@ FILES = {
         "summary.md",
         "report.html",
     ),
-    *("best/adapter.json", "best/adapter.safetensors", "last/adapter.json", "last/adapter.safetensors"),
+    *(f"{which}/adapter.{kind}" for which in ("best", "last") for kind in ("json", "safetensors")),
+    *(f"{which}/.checksums.json" for which in ("best", "last")),
 }
 STEPS = 6
 GROUPS = ("prompt", "low_rank", "visual_projection")
@@ -510,7 +512,9 @@ def test_ctrl_c_ends_the_run_after_the_step_and_saves_the_adapter(
     assert result.scores == {}
     left = files(result.output_dir).keys()
     assert left == {
-        name for name in FILES if name.startswith(("best", "last", "log", "config", "features", "identity"))
+        name
+        for name in FILES
+        if name.startswith(("best", "last", "log", "config", "features", "identity", ".checksums"))
     }
     assert f"stopped at step {step}" in capsys.readouterr().out
     Adapter.load(result.output_dir / "best").build(pristine(config))
@@ -744,9 +748,9 @@ def test_each_task_has_its_script(
     monkeypatch.setattr(coco, "score_captions", scorer)
     result = main(parse(script.DEFAULTS, "Train.", [*flags, "--data_dir", str(scenes / task)]))
     tested = load_task(task, scenes / task, test_split)
-    kind = tested.prediction_format.kind
-    assert files(result.output_dir).keys() == FILES - {"predictions.json"} | {f"predictions.{kind}"}
-    predictions = tested.prediction_format.read(result.output_dir / f"predictions.{kind}")
+    kind = tested.prediction_format.suffix
+    assert files(result.output_dir).keys() == FILES - {"predictions.json"} | {f"predictions{kind}"}
+    predictions = tested.prediction_format.read(result.output_dir / f"predictions{kind}")
     assert predictions.keys() == {*tested.example_ids()}
     assert tested.score(predictions) == result.scores
     assert figures <= result.scores.keys()
