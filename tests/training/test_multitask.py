@@ -152,7 +152,7 @@ def test_every_task_is_scored_under_its_name(finished: Finished) -> None:
     expected = {}
     for options in options_of(finished.config):
         task = split_scored(options)
-        path = finished.folder / f"predictions-{options.task}.{task.prediction_format.kind}"
+        path = finished.folder / f"predictions-{options.task}{task.prediction_format.suffix}"
         predictions = task.prediction_format.read(path)
         assert predictions.keys() == {*task.example_ids()}
         with pytest.MonkeyPatch.context() as patch:

@@ -125,7 +125,7 @@ def test_another_task(evaluate: Callable[..., Evaluated], scenes: Path, task: st
     assert found.evaluation.predictions.keys() == {*whole.example_ids()}
     assert found.evaluation.scores == whole.score(found.evaluation.predictions)
     assert found.submission is None
-    path = found.output_dir / f"predictions.{whole.prediction_format.kind}"
+    path = found.output_dir / f"predictions{whole.prediction_format.suffix}"
     assert whole.prediction_format.read(path) == found.evaluation.predictions
 
 
