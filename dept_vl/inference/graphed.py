@@ -32,7 +32,7 @@ def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> 
         new_tokens: Of every answer; padding follows its end.
 
     Returns:
-        What `PromptedModel.generate` returns with greedy search, but for padding behind.
+        The tokens that `PromptedModel.generate` returns for greedy search, padded to `new_tokens` each.
     """
     language = model.backbone.language_model
     special = language.special_tokens

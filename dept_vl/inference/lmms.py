@@ -72,7 +72,7 @@ class Adapted(lmms):  # type: ignore[misc]
         return list(answers)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not there: answers are generated.
+        """Refuse: the package generates answers and computes no likelihoods for lmms-eval.
 
         Raises:
             NotImplementedError: Always.
@@ -80,7 +80,7 @@ class Adapted(lmms):  # type: ignore[misc]
         raise NotImplementedError("dept_vl generates answers; take a task of the type generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not there: a question has no earlier turns.
+        """Refuse: the package answers each question by itself.
 
         Raises:
             NotImplementedError: Always.

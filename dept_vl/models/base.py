@@ -101,7 +101,7 @@ class FrozenBackbone(nn.Module, ABC):
         """
 
     def with_projection(self, projection: nn.Module | None) -> "FrozenBackbone":
-        """The same models, not copied, behind another visual projection.
+        """Return the same models, shared and not copied, with another visual projection.
 
         Args:
             projection: Of the interface of `projection.VisualProjection`.

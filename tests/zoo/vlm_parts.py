@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from zoo import ready_made
 from zoo.models import CORPUS
 
 WIDTH = 32
@@ -96,16 +97,7 @@ Q_FORMER: dict[str, Any] = {
     "intermediate_size": 32,
     "max_position_embeddings": 64,
 }
-DAVIT: dict[str, Any] = {
-    "embed_dim": [8, 8, 8, 16],
-    "num_heads": [1, 1, 1, 2],
-    "num_groups": [1, 1, 1, 2],
-    "depths": [1, 1, 1, 1],
-    "window_size": 2,
-    "projection_dim": WIDTH,
-    "max_position_embeddings": 8,
-    "max_temporal_embeddings": 4,
-}
+DAVIT: dict[str, Any] = {**ready_made.DAVIT, "projection_dim": WIDTH}
 SQUARE = {"height": 16, "width": 16}
 
 

@@ -22,7 +22,7 @@ Entry = dict[str, Any]
 
 @contextmanager
 def updating(path: Path) -> Iterator[dict[str, Any]]:
-    """Hold what a file of results says, for changes that are written at the end; one process at a time."""
+    """Read a file of results and write it back with the changes of the block; locked between processes."""
     with FileLock(path.with_suffix(".lock")):
         content: dict[str, Any] = read_json(path) if path.is_file() else {}
         yield content
