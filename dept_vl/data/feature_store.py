@@ -9,7 +9,7 @@ resumed. The index has its own module, `feature_index`, as has a shard, `feature
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,18 +162,23 @@ def _write(
     files = [root / image for image in images]
     # None goes over the end of a shard, so that what is encoded together depends on no process.
     batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
-    encoded = encode_images(
-        vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
-    )
-    for n in todo:
-        parts, unreadable[n] = [], {}
-        for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
-            errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
-            if errors and not skip_unreadable:
-                raise ValueError(f"{next(iter(errors.values()))}. --on_bad_image skip goes on without it")
-            unreadable[n] |= errors
-            parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
-        write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n]))
+    # Closed though an image ends it: its count would go on.
+    with closing(
+        encode_images(
+            vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
+        )
+    ) as encoded:
+        for n in todo:
+            parts, unreadable[n] = [], {}
+            for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
+                errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
+                if errors and not skip_unreadable:
+                    raise ValueError(f"{next(iter(errors.values()))}. --on_bad_image skip goes on without it")
+                unreadable[n] |= errors
+                parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
+            write_atomically(
+                folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n])
+            )
     ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
     with waiting("waiting for the other processes"):
         whole = sorted(gather_object(ours))

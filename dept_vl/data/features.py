@@ -3,7 +3,7 @@
 The tower is frozen, so an image's features never change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def encode_images(
     num_workers: int,
     progress: bool,
     processes: int = 1,
-) -> Iterator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]]]:
+) -> Generator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]], None, None]:
     """The batches, each with its features and, for every image, what is wrong with it or nothing.
 
     Of several processes with as many batches each, the count is that of all.

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import write_atomically
+from dept_vl._utils.terminal import Count
 from dept_vl.data import feature_store as feature_files
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.data.feature_index import digest, fingerprint, image_keys, read_index, write_index
@@ -287,8 +288,11 @@ def test_an_image_that_cannot_be_read_stops_the_extraction_or_is_noted(
     else:
         paths[2].write_bytes(good[:60])
     said = rf"{paths[2]}.*--on_bad_image skip goes on without it"
-    with pytest.raises(ValueError, match=said):
+    counts = [*Count.begun]
+    with pytest.raises(ValueError, match=said) as held:
         write(vision, paths, folder)
+    assert held.traceback
+    assert Count.begun == counts  # nothing goes on telling, though the error keeps what was at hand
     assert sorted(files(folder)) == [SHARDS[0], "index.json"]
     # The first shard is there.
     assert write(vision, paths, folder, skip_unreadable=True) == 3

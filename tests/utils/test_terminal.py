@@ -60,6 +60,7 @@ def test_one_piece_that_takes_long_is_told_of(
 ) -> None:
     monkeypatch.setattr(terminal, "PLAIN_SECONDS", 0.2)
     monkeypatch.setattr(terminal, "BEAT", 0.01)
+    monkeypatch.setattr(Count, "begun", [])  # without those that an earlier test stopped in the middle
     with waiting("preparing"):
         with Count("evaluating", 3) as count:
             time.sleep(0.5)

@@ -28,7 +28,7 @@ ARCHITECTURES = COMPOSED | PRETRAINED
 PACKAGE = Path(dept_vl.__file__).resolve().parent
 HELD = "✓"
 BEGIN, END = "<!-- capabilities -->", "<!-- /capabilities -->"
-"""Around the table in the README."""
+"""Around the table in tests/README.md."""
 ATOL = 2e-4
 """Between logits computed in another order."""
 

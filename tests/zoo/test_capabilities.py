@@ -1,4 +1,4 @@
-"""The README's table of what works: some cells are probed again, and the probes notice what is broken."""
+"""The table of tests/README.md: some cells are probed again, and the probes notice what is broken."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +24,7 @@ from zoo.subjects import Composed
 from dept_vl.prompts.dept import DePT
 from scripts import capabilities as script
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[1] / "README.md"
 
 Found = dict[tuple[str, str], dict[str, Cell]]
 
@@ -61,7 +61,7 @@ def read_table(text: str) -> Found:
     ],
 )
 def test_the_readme_says_what_is_seen(architecture: str, method: str) -> None:
-    in_readme = read_table(split_at_marks(README.read_text())[1])
+    in_readme = read_table(split_at_marks(PAGE.read_text())[1])
     assert probe(architecture, method) == in_readme[architecture, method]
 
 
@@ -69,11 +69,11 @@ def test_the_readme_says_what_is_seen(architecture: str, method: str) -> None:
 def test_the_whole_table() -> None:
     found = probe_all()
     assert failures(found) == []
-    assert split_at_marks(README.read_text())[1].strip() == table(found)
+    assert split_at_marks(PAGE.read_text())[1].strip() == table(found)
 
 
 def test_every_model_is_in_the_readme_and_nothing_failed() -> None:
-    found = read_table(split_at_marks(README.read_text())[1])
+    found = read_table(split_at_marks(PAGE.read_text())[1])
     assert {architecture for architecture, _ in found} == set(ARCHITECTURES)
     assert {method for _, method in found} == set(capabilities.METHODS)
     assert failures(found) == []
