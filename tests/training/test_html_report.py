@@ -136,13 +136,15 @@ def test_a_run_leaves_a_page_that_shows_it(finished: Path) -> None:
             "Loss",
             "Score on the dev split",
             "Learning rates",
-            "low_rank",
+            "offset_lr",
+            "nats per answer token",
+            "overall (0-100)",
             "answer type",
             "yes/no",
             "how many",
         ),
         *("Worst answers", "train.max_steps"),
-        "Marks from 0 to 100: VQA accuracy",
+        "Scores from 0 to 100: VQA accuracy",
     ):
         assert part in found.said, part
     assert re.search(r"humans: \S+ ×7 · two ×2 · Blue\.", found.said)
@@ -215,7 +217,7 @@ def part(name: str, *given: Any, **options: Any) -> str:
 
 
 def chart(*given: Any, **options: Any) -> str:
-    drawn = placed(*given, **options)
+    drawn = placed(*given, y="unit", **options)
     return "" if drawn is None else part("chart", drawn)
 
 
@@ -364,7 +366,7 @@ def test_the_curve_of_a_run_is_of_its_losses(finished: Path) -> None:
     assert losses[0][1] != losses[1][1]
     picture = (finished / REPORT_FILE).read_text().split('aria-label="Loss"')[1].split("</svg>")[0]
     (curve,) = points(picture)
-    steps = re.findall(r'x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', picture)
+    steps = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', picture)
     heights = re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', picture)
     for which, labels, shift in ((0, steps, 0.0), (1, heights, 3.5)):
         places, values = np.array(labels, float).T

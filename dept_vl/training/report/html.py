@@ -95,7 +95,7 @@ def write_run_report(
         about(answered, adapter.get("prompt"), adapter.get("backbone", {})),
         answered,
         summary=summary,
-        charts=_curves(records, summary["best_step"]),
+        charts=_curves(records, summary["best_step"], _deciding(answered, config.data.choose_by)),
         trained=[(k.replace("_", " "), f"{v:,}") for k, v in summary["trainable_parameters"].items()],
         options=[(k, ", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in options.items()],
     )
@@ -189,18 +189,41 @@ def _write(folder: Path, title: str, line: str, answered: Sequence[Answered], **
     return folder / REPORT_FILE
 
 
-def _curves(log: Sequence[Mapping[str, Any]], best_step: int) -> list[dict[str, Any]]:
+def _deciding(answered: Sequence[Answered], chosen: str | None) -> str:
+    """Name and scale of the metric that chose the checkpoint."""
+    if len(answered) != 1:
+        return "mean of the tasks' metrics"
+    task = answered[0].task
+    metric = chosen or task.primary
+    return f"{metric} ({task.scale_of(metric)})"
+
+
+RATES = {
+    "prompt": "prompt_lr",
+    "low_rank": "offset_lr",
+    "visual_projection": "projection_lr",
+    "backbone": "backbone_lr",
+}
+"""The option of each group's learning rate."""
+
+
+def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> list[dict[str, Any]]:
     def line(name: str) -> list[tuple[float, float]]:
         return [(float(record["step"]), float(record[name])) for record in log if name in record]
 
     rates = dict.fromkeys(name for record in log for name in record if name.startswith("lr/"))
     scores = line("score")
     best = next((point for point in scores if point[0] == best_step), None)
-    note = "by step" if best is None else f"best: {best[1]:.2f} at step {best_step:,}"
+    note = "" if best is None else f"best: {best[1]:.2f} at step {best_step:,}"
     charts = [
-        chart("Loss", {"loss": line("loss")}),
-        chart("Score on the dev split", {"score": scores}, note=note, marked=best),
-        chart("Learning rates", {name.removeprefix("lr/"): line(name) for name in rates}, logarithmic=True),
+        chart("Loss", {"loss": line("loss")}, y="nats per answer token"),
+        chart("Score on the dev split", {"score": scores}, y=metric, note=note, marked=best),
+        chart(
+            "Learning rates",
+            {RATES.get(name[3:], name[3:]): line(name) for name in rates},
+            y="rate",
+            logarithmic=True,
+        ),
     ]
     return list(filter(None, charts))
 
@@ -212,7 +235,7 @@ def _section(answered: Answered) -> dict[str, Any]:
     if np.isnan(found.marks).any():
         galleries = [("Answers", "No human answers are published; drawn at random.", first)]
     else:
-        said = f"Marks from 0 to 100: {answered.task.marked_by}."
+        said = f"Scores from 0 to 100: {answered.task.marked_by}."
         wrong = f"{int((found.marks < 1).sum()):,} of {len(found.marks):,} answers are not fully right."
         worst = f"{wrong} {said} Equal ones: most agreed on first."
         galleries = [("Worst answers", worst, first), ("Best answers", said, best)]

@@ -20,9 +20,9 @@ from dept_vl._utils.printable import printable
 
 Point = tuple[int | float, int | float]
 
-WIDTH, HEIGHT = 360, 190
+WIDTH, HEIGHT = 360, 214
 """Of a chart, in units of its own; it is as wide as there is room."""
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 38
 """Around the curves, for the labels."""
 MOST_POINTS = 600
 """Of a curve: more would not be seen."""
@@ -65,8 +65,9 @@ def chart(
     title: str,
     lines: Mapping[str, Sequence[Point]],
     *,
+    y: str,
     logarithmic: bool = False,
-    note: str = "by step",
+    note: str = "",
     marked: Point | None = None,
 ) -> dict[str, Any] | None:
     """Curves over the steps of a run, for the template's `chart`; None if there is no point.
@@ -74,6 +75,7 @@ def chart(
     Args:
         title: Above it.
         lines: Points by name of the curve, from left to right.
+        y: Name and unit of the vertical axis.
         logarithmic: Of the vertical axis; what is not above 0 is then left out.
         note: Below the title, of a single curve.
         marked: A point to set apart.
@@ -91,9 +93,9 @@ def chart(
     scale = math.log10 if logarithmic else float
     right, low, high = max(*xs, *x_ticks), scale(min(*ys, *y_ticks)), scale(max(*ys, *y_ticks))
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def place(x: float, value: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (right - x_ticks[0] or 1)
-        up = (scale(y) - low) / (high - low or 1)
+        up = (scale(value) - low) / (high - low or 1)
         from_left, from_top = across * (WIDTH - LEFT - RIGHT), (1 - up) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + from_left, 1), round(TOP + from_top, 1)
 
@@ -102,9 +104,16 @@ def chart(
         "note": note,
         "curves": {name: [place(*point) for point in _thinned(points)] for name, points in kept.items()},
         "marked": marked and place(*marked),
+        "y": y,
         "x_ticks": [(place(tick, y_ticks[0])[0], f"{tick:g}") for tick in x_ticks],
         "y_ticks": [(place(x_ticks[0], tick)[1], f"{tick:g}") for tick in y_ticks],
-        "box": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
+        "box": {
+            "width": WIDTH,
+            "height": HEIGHT,
+            "left": LEFT,
+            "right": WIDTH - RIGHT,
+            "bottom": HEIGHT - BOTTOM,
+        },
     }
 
 
