@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ from dept_vl.inference.loading import load, run_of
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.prompts.dept import DePT
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training import build
 from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_predictor, score_run
@@ -127,6 +128,8 @@ def evaluate(
     num_workers: int = 0,
     on_bad_image: OnBadImage = "raise",
     output_dir: str | Path | None = None,
+    data: str | Path | None = None,
+    **own: Any,
 ) -> Evaluated:
     """Answer and score a split with a finished run, an adapter or a predictor.
 
@@ -142,6 +145,8 @@ def evaluate(
         on_bad_image: Stop at an image that cannot be read, or skip it and count an empty answer.
         output_dir: Folder for predictions and scores, and for the file that a task's server takes; None
             writes nothing.
+        data: Your own data instead: a file, a folder, or a data set's name on the Hub.
+        **own: Of these: `images`, `columns` and the other fields of `OwnOptions`.
 
     Raises:
         FileExistsError: If `output_dir` already holds predictions.
@@ -168,6 +173,7 @@ def evaluate(
         num_workers=num_workers,
         on_bad_image=on_bad_image,
         output_dir=None if output_dir is None else Path(output_dir),
+        own=OwnOptions.of(data=data, **own),
     )
     with _restored():
         if folder is not None:

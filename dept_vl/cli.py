@@ -177,6 +177,7 @@ def transfer(arguments: list[str]) -> None:
     config = parse_options(TransferConfig, arguments, "dept-vl transfer", transfer.__doc__)
     config.check()
     _check_exists("--config", config.config, *config.source_config, config.data_dir)
+    _check_own(config.own)
     from dept_vl.studies.transfer import transfer as run
 
     run(config)
@@ -199,6 +200,7 @@ def compare(arguments: list[str]) -> None:
 
     config = parse_options(CompareConfig, arguments, "compare.py", compare.__doc__)
     config.check()
+    _check_own(config.own)
     from dept_vl.studies.compare import compare as run
 
     run(config)

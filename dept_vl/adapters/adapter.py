@@ -49,6 +49,8 @@ class Adapter:
             `language.*`.
         format_version: Of the two files; those of an older version are read into the newest.
         question_case: In which questions were read.
+        answering: Of your own data, by the task's name: the longest answer in tokens (`max_new_tokens`), and
+            `facts` such as labels.
 
     Example:
         >>> import dept_vl
@@ -66,6 +68,7 @@ class Adapter:
     tensors: dict[str, Tensor] = field(repr=False)
     format_version: int = FORMAT_VERSION
     question_case: QuestionCase = "lower"
+    answering: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -75,6 +78,7 @@ class Adapter:
         task: str,
         metrics: Mapping[str, float],
         question_case: QuestionCase = "lower",
+        answering: Mapping[str, Any] | None = None,
     ) -> "Adapter":
         """Copy what is trained out of a model."""
         prompt, backbone = model.prompt, model.backbone
@@ -86,6 +90,7 @@ class Adapter:
             trainable_parameters=count_trainable(model),
             tensors=copies(tensors_of(model).items()),
             question_case=question_case,
+            answering=dict(answering or {}),
         )
 
     @classmethod
@@ -163,7 +168,8 @@ class Adapter:
 
     def _description(self) -> dict[str, Any]:
         """What `adapter.json` says."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "tensors"}
+        left_out = {"tensors"} if self.answering else {"tensors", "answering"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def _contents(self) -> dict[str, bytes]:
         """Both files, by name."""

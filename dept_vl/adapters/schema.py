@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
 from dept_vl.config import PositiveSize, Size
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
-from dept_vl.prompts.base import Method, Shapes, sized
+from dept_vl.prompts.base import LARGEST_SIZE, Method, Shapes, sized
 from dept_vl.tasks.base import QuestionCase
 
 FORMAT_VERSION = 2
@@ -72,6 +74,14 @@ class BackboneOfAuthors:
 
 
 @dataclass(frozen=True)
+class Answering:
+    """What answering needs to know of your own data that were learnt; the task knows what its facts are."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Description:
     """The fields of `adapter.json`."""
 
@@ -82,6 +92,7 @@ class Description:
     trainable_parameters: dict[str, int]
     format_version: int
     question_case: QuestionCase
+    answering: dict[str, Answering] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The training, dev and test splits of a task, with their images at hand."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.images import missing_files
-from dept_vl._utils.io import is_there, read_json, write_noted_json
+from dept_vl._utils.io import is_there, read_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, Features, OnBadImage, RunConfig
@@ -130,22 +131,27 @@ def hub_folder(name: str) -> Path:
     return fetch(name)
 
 
-def read_facts(run: Path, task: Task) -> tuple[Task, int]:
-    """Return a blank task with what a run learnt of its data, and its longest answer, or 0."""
-    path = run / TASK_FILE
-    if not is_there(path):
-        return task, 0
-    known = read_json(path).get(task.loaded_as, {})
-    return task.with_facts(known.get("facts", {})), int(known.get("max_new_tokens", 0))
-
-
-def write_facts(folder: Path, splits: Sequence[Splits]) -> None:
-    """Write what `read_facts` reads."""
-    content = {
+def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:
+    """Return what answering needs to know of your own data, for an adapter to keep."""
+    return {
         one.train.loaded_as: {"max_new_tokens": one.decoding.max_new_tokens, "facts": one.train.facts()}
         for one in splits
+        if one.train.fits_answers
     }
-    write_noted_json(folder / TASK_FILE, content)
+
+
+def informed(task: Task, answering: Mapping[str, Any], run: Path | None) -> tuple[Task, int]:
+    """Return a blank task with what was learnt of its data, and the longest answer, or 0.
+
+    Args:
+        task: The blank task.
+        answering: Of an adapter.
+        run: Of the adapter; an older one keeps in a file what the adapter does not.
+    """
+    if not answering and run is not None and is_there(run / TASK_FILE):
+        answering = read_json(run / TASK_FILE)
+    known = answering.get(task.loaded_as, {})
+    return task.with_facts(known.get("facts", {})), int(known.get("max_new_tokens", 0))
 
 
 def _load(options: DataOptions, split: str) -> Task:

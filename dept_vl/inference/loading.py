@@ -5,6 +5,7 @@ model.answer("street.jpg", "what colour is the car?")
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.config import EvaluateConfig, RunConfig, read_config
-from dept_vl.data.splits import choose_decoding, data_options, read_facts, run_candidates
+from dept_vl.data.splits import choose_decoding, data_options, informed, run_candidates
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
 from dept_vl.models.base import FrozenBackbone
@@ -68,13 +69,15 @@ def load(
         _note_orientation(adapter, shared.exif)
     base = _copy_changed(shared, adapter)
     model = adapter.build(base).to(base.device).eval().folded()
+    chosen, longest_answer = informed(chosen, adapter.answering, run)
     decoding, longest = chosen.decoding, LONGEST_TEXT
+    if longest_answer:
+        decoding = replace(decoding, max_new_tokens=longest_answer)
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
         longest = trained.prompt.max_source_length + base.frame
         if chosen.loaded_as in _tasks_of(trained):
             config = EvaluateConfig(run, task=chosen.loaded_as)
-            chosen, longest_answer = read_facts(run, chosen)
             decoding = choose_decoding(
                 chosen,
                 data_options(config, trained),

@@ -24,7 +24,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import OptimOptions, RunConfig, read_config
+from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.data.splits import load_splits
 from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_methods import Rates, compared
@@ -60,7 +60,11 @@ def compare(config: CompareConfig) -> list[Row]:
     config.check()
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
-    bases = {Path(name).stem: task_config(config, name) for name in config.tasks}
+    own = config.own.data
+    names = (
+        {Path(name).stem: name for name in config.tasks} if own is None else {Path(own).stem: config.tasks[0]}
+    )
+    bases = {name: task_config(config, file) for name, file in names.items()}
     bases = {task: _prepared(config, task, base) for task, base in bases.items() if _can_run(task, base)}
     usual = {task: majority(base) for task, base in bases.items()}
     pairs = [
@@ -76,8 +80,10 @@ def compare(config: CompareConfig) -> list[Row]:
         costs = {task: step_costs(config, task, base, pairs) for task, base in bases.items()}
         seeds = config.seeds[:count]
         rows = [row_of(config, task, bases[task], name, seeds, costs[task].get(name)) for task, name in pairs]
-        settings = asdict(replace(config, seeds=seeds))
+        settings = to_json(replace(config, seeds=seeds))
         del settings["output_dir"]
+        if own is None:
+            del settings["own"]
         report(settings, usual, rows, config.output_dir)
     return rows
 
@@ -99,6 +105,8 @@ def task_config(config: CompareConfig, name: str) -> RunConfig:
         ValueError: If there is no such task.
     """
     base = read_config(Path(COMPARED_TASKS.get(name, name)))
+    if config.own.data is not None:
+        base = replace(base, data=DataOptions(own=config.own, max_lost_answers=base.data.max_lost_answers))
     dev, test, size = config.dev_limit, config.test_limit, config.batch_size
     if config.smallest:
         dev, test, size = UNUSED, UNUSED, min(size, 4)
@@ -232,6 +240,8 @@ def majority(base: RunConfig) -> tuple[str, float] | None:
     if not TASKS[base.data.task].asks:
         return None
     splits = load_splits(replace(base.data, test_limit=0), base.train.seed)
+    if splits.train[0].in_turn:
+        return None
     counts = Counter(splits.train[index].answer for index in range(len(splits.train)))
     answer = counts.most_common(1)[0][0]
     scores = splits.test.score(dict.fromkeys(splits.test.example_ids(), answer))

@@ -1,6 +1,6 @@
 """Options of the studies; this module imports no engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,8 +8,10 @@ from pydantic import Field
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.options import Count, Options, Positive, Seed
+from dept_vl.config import OWN_TASK, Own
 from dept_vl.studies.compare_methods import compared
 from dept_vl.tasks import TASKS
+from dept_vl.tasks.own.options import OwnOptions
 
 Start = Literal["scratch", "prompt", "all"]
 
@@ -33,8 +35,8 @@ class TransferConfig(Options):
 
     source: tuple[str, ...]
     """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
-    target: str
-    """Task to learn from a few examples."""
+    target: str = ""
+    """Task to learn from a few examples; left out, that of --data."""
     preset: Literal["own", "paper"] = "own"
     """How shots are counted. own: of each class, with as many others to choose on; paper: as DePT has it
     (Shi & Lipani 2024): in all, spread over the classes, and the whole dev split to choose on."""
@@ -59,6 +61,12 @@ class TransferConfig(Options):
     """At most so many test examples; 0 takes the configuration's."""
     output_dir: Path = Path("runs/transfer")
     """Folder of all runs; those finished are not repeated, those stopped go on."""
+    own: Own = field(default_factory=OwnOptions)
+
+    def __post_init__(self) -> None:
+        """Data of your own are read by task vqa, unless another task is named."""
+        if self.own.data is not None and not self.target:
+            object.__setattr__(self, "target", OWN_TASK)
 
     def check(self) -> None:
         """Check what can be seen before anything is run.
@@ -133,6 +141,8 @@ class CompareConfig(Options):
     """Folder of all runs; those finished are not repeated, those stopped go on."""
     smallest: bool = False
     """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
+    own: Own = field(default_factory=OwnOptions)
+    """Compared on instead, with the backbone and the options of the first of tasks."""
 
     def check(self) -> None:
         """Check the names of tasks and methods.

@@ -28,6 +28,7 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, read_config
+from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.data.splits import load_splits
 from dept_vl.studies.options import Start, TransferConfig
@@ -102,6 +103,8 @@ def target_config(config: TransferConfig) -> RunConfig:
         )
     base = read_config(path)
     data = data_of(config.target, base)
+    if config.own.data is not None:
+        data = DataOptions(task=config.target, own=config.own, max_lost_answers=data.max_lost_answers)
     return replace(
         base,
         also=(),
@@ -178,6 +181,7 @@ def dev_loss(config: RunConfig, processes: PartialState) -> float:
     with main_first(processes):
         splits = load_splits(config.data, config.train.seed)
     model = build_model(config).to(processes.device).eval()
+    splits, _ = fit_answers(splits, model.backbone.tokenizer)
     collate = Collator.for_model(
         model,
         splits.decoding.max_new_tokens,

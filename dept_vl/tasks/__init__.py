@@ -52,10 +52,7 @@ def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) 
         return TASKS[name].load(root, split)
     from dept_vl.tasks.own.options import OwnOptions
 
-    own |= {key: str(own[key]) for key in ("data",) if own.get(key) is not None}
-    own |= {key: Path(own[key]) for key in ("images",) if own.get(key) is not None}
-    own |= {key: tuple(own[key]) for key in ("columns",) if key in own}
-    return TASKS[name].with_options(OwnOptions(**own)).load(root, split)
+    return TASKS[name].with_options(OwnOptions.of(**own)).load(root, split)
 
 
 def register_task(task: Task) -> None:

@@ -24,7 +24,7 @@ from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.lengths import source_lengths
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
-from dept_vl.data.splits import Splits
+from dept_vl.data.splits import Splits, answering_of
 from dept_vl.inference.evaluate import Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import average_gradients, is_spread
@@ -243,7 +243,9 @@ class Loop:
 
     def _save_adapter(self, name: str, scores: dict[str, float]) -> None:
         names, case = "+".join(task.dev.name for task in self.tasks), self.tasks[0].dev.question_case
-        adapter = Adapter.of(self.model, task=names, metrics=scores, question_case=case)
+        adapter = Adapter.of(
+            self.model, task=names, metrics=scores, question_case=case, answering=answering_of(self.tasks)
+        )
         on_main(self.accelerator, lambda: adapter.save(self.output_dir / name))
 
 

@@ -38,7 +38,7 @@ from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import Splits, load_splits, read_features, write_facts
+from dept_vl.data.splits import Splits, answering_of, load_splits, read_features
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
@@ -327,6 +327,7 @@ class Run(Stages):
             task="+".join(part.task.name for part in self.parts),
             metrics=self.summary.scores,
             question_case=self.config.data.question_case,
+            answering=answering_of(self.splits),
         )
         on_main(self.accelerator, lambda: adapter.save(self.output_dir / BEST))
         super().write()
@@ -356,15 +357,13 @@ class Run(Stages):
                 splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
 
     def _fit_answers(self) -> None:
-        """Set the longest answer, print what is lost and what was noticed, and keep what answering needs."""
+        """Set the longest answer, and print what is lost and what was noticed."""
         for place, splits in enumerate(self.splits):
             self.splits[place], lines = fit_answers(splits, self.model.backbone.tokenizer)
             lines += [f"note: {note}" for note in splits.train.notes]
             lines += [f"{splits.train.name}: {splits.chosen_by} decides"] if splits.train.fits_answers else []
             for line in lines:
                 say(line)
-        if any(splits.train.fits_answers for splits in self.splits):
-            on_main(self.accelerator, lambda: write_facts(self.output_dir, self.splits))
 
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that the language model has positions enough, and print how many texts are cut."""

@@ -17,7 +17,7 @@ from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, EvaluateConfig, read_config
+from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
@@ -25,9 +25,9 @@ from dept_vl.data.splits import (
     check_readable,
     choose_decoding,
     data_options,
+    informed,
     load_split,
     mapped_features,
-    read_facts,
     run_candidates,
 )
 from dept_vl.inference.evaluate import Evaluation, evaluate
@@ -107,11 +107,11 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
 
 def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: Accelerator) -> Evaluated:
     output_dir = config.output_dir
-    other = predictor.task.other_split if config.own.data is not None else ""
+    other = TASKS[OWN_TASK].other_split if config.own.data is not None else ""
     split = config.split or other or predictor.task.test_split
     with main_first(accelerator):
         options = DataOptions(
-            task=predictor.task.loaded_as,
+            task=predictor.task.loaded_as if config.own.data is None else OWN_TASK,
             data_dir=config.data_dir,
             own=config.own,
             question_case=predictor.task.question_case,
@@ -195,7 +195,8 @@ class ScoreRun(Stages):
                 self.whole = load_split(options, task.server_split)
         task.check_requirements()  # now, rather than when all is answered
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
-        blank, longest = read_facts(config.run, TASKS[options.task])
+        self.adapter = Adapter.load(config.adapter or config.run / BEST)
+        blank, longest = informed(TASKS[options.task], self.adapter.answering, config.run)
         candidates = run_candidates(config, options.task)
         if candidates is None and blank.decoding.candidates:
             candidates = (
@@ -205,7 +206,6 @@ class ScoreRun(Stages):
         for note in task.notes:
             say(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
-        self.adapter = Adapter.load(config.adapter or config.run / BEST)
         backbone = open_backbone(**self.trained.backbone.loading())
         self.model = self.adapter.build(backbone).folded()
         place_model(self.model, accelerator)

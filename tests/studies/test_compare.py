@@ -23,6 +23,7 @@ from dept_vl.studies.compare_methods import compared
 from dept_vl.studies.compare_report import Row, bars, report
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.scenes.official import write_concepts
 from dept_vl.tasks.scenes.questions import CODES
 from dept_vl.training.build import build_model
@@ -33,6 +34,7 @@ from dept_vl.training.summary import RunResult
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 ROOT = Path(__file__).parents[2]
+OWN = ROOT / "tests" / "fixtures" / "own"
 BUDGET = 6 * D_MODEL
 
 
@@ -271,3 +273,14 @@ def test_concepts_are_new_and_in_the_form_of_vqav2(tmp_path: Path) -> None:
         write_concepts(tmp_path / "concepts")
     with pytest.raises(ValueError, match="val=0"):
         write_concepts(tmp_path / "more", val=0)
+
+
+@pytest.mark.parametrize("file", ["qa.csv", "captions.jsonl"])
+def test_data_of_ones_own_are_compared_on(file: str, base: Path, tmp_path: Path) -> None:
+    own = OwnOptions(data=str(OWN / file), images=OWN / "photos")
+    config = CompareConfig(
+        (str(base),), ("zero-shot",), (1,), max_steps=1, rounds=1, output_dir=tmp_path, smallest=True, own=own
+    )
+    (row,) = compare(config)
+    assert (row.task, row.method) == (Path(file).stem, "zero-shot")
+    assert row.figure == {"qa.csv": "exact_match", "captions.jsonl": "CIDEr"}[file]

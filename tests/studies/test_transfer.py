@@ -28,11 +28,13 @@ from dept_vl.prompts.methods import build
 from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.transfer import target_config, transfer
 from dept_vl.tasks import load_task
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
+OWN = Path(__file__).parents[1] / "fixtures" / "own"
 SIZES = {"prompt_length": 3, "rank": 2, "max_source_length": 16}
 
 
@@ -382,3 +384,22 @@ def test_two_processes_make_the_table_once(base: RunConfig, source: Path, tmp_pa
     in_two_processes(transfer, config)
     content = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert [cell["count"] for cell in content["cells"]] == [2, 2]
+
+
+def test_transfer_to_data_of_ones_own(make_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    own = OwnOptions(data=str(OWN / "qa.csv"), images=OWN / "photos")
+    source = run(with_(make_run(DataOptions(own=own, max_lost_answers=1.0)), output_dir=tmp_path / "source"))
+    config = TransferConfig(
+        (str(source.output_dir),),
+        own=replace(own, data=str(OWN / "qa.jsonl")),
+        k=(2,),
+        seeds=1,
+        starts=("prompt",),
+        max_steps=1,
+        output_dir=tmp_path / "transfer",
+    )
+    assert config.target == "vqa"
+    transfer(config)
+    trained = json.loads((tmp_path / "transfer/k2/seed1/prompt/config.json").read_text())
+    assert trained["data"]["own"]["data"] == str(OWN / "qa.jsonl")
+    assert json.loads((tmp_path / "transfer/transfer.json").read_text())["cells"][0]["k"] == 2

@@ -297,3 +297,43 @@ def test_features_of_embedded_images_are_kept(
     assert set(run(cached).scores) == {"accuracy", "macro_f1"}
     assert extract(ExtractConfig(data=config.data, backbone=config.backbone)) == [folder]
     assert "0 images encoded, 4 were there" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("file", ["labels.jsonl", "qa.csv"])
+def test_an_adapter_alone_knows_its_labels_and_longest_answer(
+    file: str, tmp_path: Path, make_run: Callable[..., RunConfig]
+) -> None:
+    long = "a big blue circle that nobody has ever seen before in this place"
+    rows = [json.loads(line) for line in (OWN / "qa.jsonl").read_text().splitlines()][::3]
+    labels = [{"file_name": row["image"], "label": row["answer"]} for row in rows]
+    answers = [row | {"answer": long} for row in rows]
+    data = written(tmp_path, lines(*(labels if file == "labels.jsonl" else answers)), "rows.jsonl")
+    options = DataOptions(own=OwnOptions(data=str(data), images=PHOTOS), max_lost_answers=1.0)
+    trained = dept_vl.train(with_(make_run(options), output_dir=tmp_path / "run"))
+    backbone = dept_vl.load(trained.folder).model.backbone
+    with_run = dept_vl.load(trained.folder, backbone=backbone)
+    assert not (trained.folder / "task.json").exists()
+    shutil.copytree(trained.folder / "best", tmp_path / "alone")
+    alone = dept_vl.load(tmp_path / "alone", backbone=backbone)
+    assert (alone.task, alone.decoding) == (with_run.task, with_run.decoding)
+    if file == "labels.jsonl":
+        assert alone.decoding.candidates == ("blue", "green", "red", "yellow")
+        learnt = {row["answer"] for row in rows}
+        assert set(alone.answer([PHOTOS / "scan-3.png", PHOTOS / "scan-7.png"])) <= learnt
+    else:
+        assert alone.decoding.max_new_tokens == len(backbone.tokenizer(long).input_ids) > 10
+    for source in (trained, alone):
+        evaluated = dept_vl.evaluate(source, data=data, images=PHOTOS, split="all")
+        assert len(evaluated.predictions) == len(rows)
+    # As a run of before says it: beside the adapter.
+    description = json.loads((trained.folder / "best" / "adapter.json").read_text())
+    (trained.folder / "task.json").write_text(json.dumps(description.pop("answering")))
+    (trained.folder / "best" / "adapter.json").write_text(json.dumps(description))
+    older = dept_vl.load(trained.folder, backbone=backbone)
+    assert (older.task, older.decoding) == (with_run.task, with_run.decoding)
+
+
+def test_facts_of_strangers_are_checked() -> None:
+    with pytest.raises(ValueError, match="form"):
+        dept_vl.tasks.TASKS["vqa"].with_facts({"form": "x", "scoring": "one", "labels": [], "image_count": 1})

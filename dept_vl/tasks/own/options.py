@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -37,6 +37,12 @@ class OwnOptions(Options):
     """Share of the training images held out for each of validation and test that the data do not have."""
     split_seed: Seed = 0
     """Of the draw of the held-out images."""
+
+    @classmethod
+    def of(cls, **given: Any) -> "OwnOptions":
+        """Return options from what callers have: paths as text or not, columns in any sequence."""
+        kinds = {"data": str, "images": Path, "columns": tuple}
+        return cls(**{k: kinds.get(k, lambda v: v)(v) for k, v in given.items() if v is not None})
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
         """Return the options of a run with what is given here in their place.

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow.compute as pc
+from pydantic import Field
 
 from dept_vl._utils.embedded import embedded_path
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.options import LARGEST_COUNT, check
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
@@ -33,6 +35,16 @@ PREFIXES = {"question": "vqa: ", "caption": "caption:", "label": "label:"}
 MOST_LABELS = 1000
 """Different labels that are chosen among; if there are more, labels are generated freely."""
 CAPTION_SCORES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a blank task does not know of the data that were learnt."""
+
+    form: Literal["question", "caption", "label"]
+    scoring: Literal["one", "several", "choices"]
+    labels: list[str]
+    image_count: Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 
 
 @dataclass(frozen=True)
@@ -132,9 +144,15 @@ class OwnTask(Task):
         }
 
     def with_facts(self, facts: Mapping[str, Any]) -> "OwnTask":
-        """Return the blank task as it was with the data of a run."""
-        known = {name: facts[name] for name in self.facts() if name in facts}
-        return replace(self, **known | {"labels": tuple(known.get("labels", ()))})
+        """Return the blank task as it was with the data that were learnt.
+
+        Raises:
+            ValueError: If the facts are none of such a task: they may come from a stranger's adapter.
+        """
+        if not facts:
+            return self
+        known: Facts = check(dict(facts), Facts)
+        return replace(self, **vars(known) | {"labels": tuple(known.labels)})
 
     def read(self, root: Path, split: str) -> "OwnTask":
         """Read a split.
