@@ -276,7 +276,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     if known.preset not in (None, *PRESETS):
         raise UnknownNameError("preset", known.preset, PRESETS)
     own = known.config is None and known.resume not in (None, "auto")
-    if own:  # A run goes on with its own options unless others are given, and past its pause.
+    if own:  # A run resumes with its own options unless others are given, and past its pause.
         known.config = Path(known.resume) / CONFIG_FILE
 
     def over(base: RunConfig) -> RunConfig:

@@ -279,11 +279,11 @@ class TrainOptions(Options):
     eval_batch_size: Positive = 128
     """Examples decoded at a time, per process."""
     checkpoint_every: Count = 1000
-    """Optimizer steps between checkpoints, from which a run that was killed goes on exactly (on disk
+    """Optimizer steps between checkpoints, from which a killed run resumes exactly (on disk
     three times what is trained, the last two are kept); 0 writes one only when the run is stopped and, until
     the test split is scored, after the last step."""
     pause_at: Count = 0
-    """Stop at this step, with an evaluation and a checkpoint, to go on by --resume; 0 goes through."""
+    """Stop at this step, with an evaluation and a checkpoint; continue with --resume. 0 runs to the end."""
     patience: Count = 0
     """Stop after this many evaluations without a better score; 0 never stops early."""
     log_every: Positive = 20
@@ -309,7 +309,7 @@ class TrainOptions(Options):
     deterministic: bool = False
     """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
     a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed
-    differ in the last digits. Slower there, and an operation without such a form is refused by name."""
+    differ in the last digits. Slower there; an operation without such a form is an error."""
 
 
 @dataclass(frozen=True)
@@ -372,10 +372,10 @@ class RunConfig(Options):
     output_dir: Path | None = None
     """Folder of the run, which must hold none yet; left out, a new one under runs/."""
     resume: str = ""
-    """Go on with a run that was stopped: its folder, or auto to go on in output_dir if a run is there and
-    to begin one if not (the same command may then be started again and again)."""
+    """Resume a run that was stopped: its folder, or auto to resume the run in output_dir if there is one and
+    start it if not, so that the same command can be repeated."""
     accept_changes: bool = False
-    """Go on with a run although options or data differ from those that it began with."""
+    """Resume a run although its options or data have changed since it began."""
     wait: bool = False
     """Wait while another process has the folder, rather than leave it."""
     tune: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -399,7 +399,7 @@ class ExtractConfig(Options):
     dtype: Precision = "float16"
     """What features are stored in; bfloat16 and float32 hold larger numbers."""
     shard_images: Positive = 1024
-    """Images in one file; a folder that is gone on with keeps its own."""
+    """Images in one file; a folder that is resumed keeps its own."""
     batch_size: Positive = 64
     """Images encoded at a time, per process."""
     num_workers: Workers = 0
@@ -437,7 +437,7 @@ class EvaluateConfig(Options):
     features_dir: Path | None = None
     """Folder of those files; left out, the run's for the run's data, else features in data_dir."""
     on_bad_image: OnBadImage = "raise"
-    """raise, or skip: give an empty answer, count it and go on."""
+    """raise, or skip: give an empty answer, count it and continue."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes the backbone in bfloat16."""
     output_dir: Path | None = None
@@ -449,7 +449,7 @@ class EvaluateConfig(Options):
 
 @dataclass(frozen=True)
 class PredictConfig(Options):
-    """Whom to ask what."""
+    """What to predict, with which adapter."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE... QUESTION...")]
     """Image files, then questions; none with --data."""
@@ -458,15 +458,15 @@ class PredictConfig(Options):
     backbone: Path | None = None
     """What the adapter was trained on, if it is not where the adapter says: a folder, or VISION+LANGUAGE."""
     revision: str | None = None
-    """Of an adapter on the Hub."""
+    """Branch, tag or commit of an adapter on the Hub."""
     task: str | None = None
     """How the questions are asked; left out, as the adapter was trained."""
     device: str | None = None
     """Such as cpu or cuda; left out, a GPU if there is one."""
     own: Own = field(default_factory=OwnOptions)
     output: Path | None = None
-    """With --data: file for the answers, JSON Lines in the order of the table. Started again after a stop, it
-    is gone on with, on any number of processes."""
+    """With --data: file for the answers, JSON Lines in the order of the table. After a stop the same
+    command continues it, on any number of processes."""
     split: str = "all"
     """With --data: rows to answer; all, or those of the split train, validation or test."""
     batch_size: Positive = 128
@@ -478,7 +478,7 @@ class PredictConfig(Options):
     features_dir: Path | None = None
     """With --data: folder of those files; left out, features in the folder of the data."""
     on_bad_image: OnBadImage = "raise"
-    """With --data: raise, or skip: give the answer null, count it and go on."""
+    """With --data: raise, or skip: give the answer null, count it and continue."""
 
 
 @dataclass(frozen=True)
@@ -527,7 +527,7 @@ class ServeConfig(Options):
     max_wait_ms: Rate = 5.0
     """Milliseconds that a question waits for others to be answered with."""
     max_requests: Positive = 1024
-    """Requests at a time, those that wait included; more are refused."""
+    """Requests at a time, those that wait included; further ones are rejected."""
     max_request_mb: Positive = 32
     """Megabytes of a request."""
     max_question: Positive = 1000
@@ -564,7 +564,7 @@ FREE_TO_CHANGE = (
     "data.features_dir",
     "data.feature_memory",
 )
-"""Options that a run may go on with changed, because its result does not depend on them."""
+"""Options that may change when a run resumes, because its result does not depend on them."""
 LOCATIONS = (
     *("data.data_dir", "data.own.data", "data.own.images", "data.shots_file"),
     *("backbone.backbone", "backbone.model", "backbone.vision", "backbone.language"),

@@ -6,7 +6,7 @@
 Every group of methods is measured in rounds, each method once a round and another one first each time, so
 that a busy machine disturbs all alike; a ratio is the median of the rounds' ratios. The backbones have T5's
 sizes and random weights. Written after every round: bench.json; at the end bench.md and bench.png. The same
-command goes on with the group of methods where an earlier one ended.
+command continues with the group of methods where an earlier one ended.
 """
 
 from dataclasses import replace

@@ -3,7 +3,7 @@
     python scripts/compare.py
     python scripts/compare.py --tasks relabelled many-or-few --methods dept pt --seeds 1 2 3 4 5
 
-Finished runs are kept under `--output_dir`, so a stopped comparison goes on where it was.
+Finished runs are kept under `--output_dir`, so a stopped comparison continues where it was.
 """
 
 from dept_vl.cli import compare, entry

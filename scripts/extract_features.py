@@ -4,7 +4,7 @@ accelerate launch scripts/extract_features.py --task vqav2 --data_dir data/vqav2
         --vision openai/clip-vit-base-patch32
 accelerate launch scripts/extract_features.py --config data/configs/scenes-vqav2.json
 
-Started again it goes on where it was stopped; of finished features it checks every file.
+Started again it continues where it was stopped; of finished features it checks every file.
 """
 
 from dept_vl.cli import entry, features

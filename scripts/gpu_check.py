@@ -4,7 +4,7 @@
     python scripts/gpu_check.py --output_dir runs/gpu --dry_run
 
 Parts are run in the order of their worth, each in a process and within a time of its own; what one measures
-is written at once to gpu_check.json, and the same command goes on where an earlier one ended. It needs no
+is written at once to gpu_check.json, and the same command continues where an earlier one ended. It needs no
 network: models are built from their configurations, with random weights. `--dry_run` runs every part at the
 smallest size, on a CPU too.
 """

@@ -2,7 +2,7 @@
 
     python scripts/transfer_suite.py
 
-Finished runs are kept under `--output_dir`, so the same command goes on where it was stopped.
+Finished runs are kept under `--output_dir`, so the same command continues where it was stopped.
 """
 
 from dept_vl.cli import entry, transfer_suite

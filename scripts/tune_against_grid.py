@@ -3,7 +3,7 @@
     python scripts/tune_against_grid.py
 
 Both begin from the same split of the budget, and the search's first trial is the package's default rates,
-a place of the grid. The dev split chooses in both. Finished runs are kept, so the same command goes on
+a place of the grid. The dev split chooses in both. Finished runs are kept, so the same command continues
 where it was stopped.
 """
 

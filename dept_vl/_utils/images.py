@@ -89,7 +89,7 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         try:
             return _read(BytesIO(source) if isinstance(source, bytes) else Path(source), exif)
         except ValueError:
-            # Pillow refuses texts of more than a megabyte, which say nothing of the pixels.
+            # Pillow rejects text chunks over a megabyte, which do not affect the pixels.
             content = source if isinstance(source, bytes) else _png_content(Path(source))
             if not content.startswith(PNG_SIGNATURE):
                 raise

@@ -173,7 +173,7 @@ class Attached(nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> "Attached":
-        """Attach what `save` wrote; to go on training, or to answer.
+        """Attach what `save` wrote, to continue training or to answer.
 
         Args:
             name_or_folder: Its folder, or a repository on the Hub (see `Adapter.from_pretrained`).

@@ -154,7 +154,7 @@ def contents(
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        # A pickle can run code; this reads tensors and plain containers, and refuses all else.
+        # A pickle can run code; this reads tensors and plain containers, and rejects everything else.
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what a damaged pickle raises is anybody's guess
         content = None

@@ -223,7 +223,7 @@ class Collator:
                 if self.on_bad_image == "raise":
                     raise ValueError(
                         f"example {draw.example.example_id!r}: {error}. "
-                        "--on_bad_image skip goes on without it"
+                        "--on_bad_image skip continues without it"
                     ) from None
                 skipped.append(draw.example.example_id)
         return kept, {name: read([draw.example.images for draw in kept])} if kept else {}, tuple(skipped)

@@ -81,7 +81,7 @@ def write_features(
         folder: Where the features go.
         accelerator: Of the processes.
         dtype: What features are stored in.
-        shard_images: Images in a file; a folder that is gone on with keeps its own.
+        shard_images: Images in a file; a folder that is resumed keeps its own.
         batch_size: Images encoded at a time.
         num_workers: Processes that read and preprocess images; 0 uses this one.
         skip_unreadable: Note what is wrong with images that cannot be read, rather than stop.
@@ -162,7 +162,7 @@ def _write(
     files = [root / image for image in images]
     # None goes over the end of a shard, so that what is encoded together depends on no process.
     batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
-    # Closed though an image ends it: its count would go on.
+    # Closed even when an image ends the loop: its progress line would stay.
     with closing(
         encode_images(
             vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
@@ -173,7 +173,9 @@ def _write(
             for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
                 errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
                 if errors and not skip_unreadable:
-                    raise ValueError(f"{next(iter(errors.values()))}. --on_bad_image skip goes on without it")
+                    raise ValueError(
+                        f"{next(iter(errors.values()))}. --on_bad_image skip continues without it"
+                    )
                 unreadable[n] |= errors
                 parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
             write_atomically(
@@ -217,7 +219,9 @@ def open_features(
     if index["shape"] != shape:
         raise ValueError(f"{folder / INDEX_FILE} is damaged: expected shape {shape}, found {index['shape']}")
     if index["shard_bytes"] is None:
-        raise ValueError(f"the visual features at {folder} are not finished; {EXTRACT} goes on with them")
+        raise ValueError(
+            f"the visual features at {folder} are not finished; {EXTRACT} resumes the extraction"
+        )
     rows = {image: row for row, image in enumerate(index["images"])}
     keys = image_keys(paths, root)
     missing = [path for path, key in zip(paths, keys, strict=True) if key not in rows]

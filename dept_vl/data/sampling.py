@@ -73,7 +73,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         seed: Of the permutations and of the order of the tasks.
         process, processes: Which of how many.
         lengths: Of the texts of each task, in tokens, as they are cut; None leaves them mixed.
-        start: Batches to pass over, of a run that goes on.
+        start: Batches to skip, of a run that resumes.
     """
 
     def __init__(

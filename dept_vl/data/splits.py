@@ -233,7 +233,7 @@ def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(files):,} images of {task.name} are missing from "
             f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
-            "--on_bad_image skip goes on without them"
+            "--on_bad_image skip continues without them"
         )
     return task
 
@@ -320,7 +320,7 @@ def mapped_features(
     Args:
         vision: The encoder that the run has.
         wanted: The images of each task.
-        choice: Whether they may, must or must not be used. If they may, what is wrong with them is said.
+        choice: Whether they may, must or must not be used. If they may, problems with them are printed.
         accelerator: Of the run.
 
     Raises:
@@ -374,7 +374,7 @@ def check_readable(table: FeatureTable, task: Task) -> None:
     """
     for path in task.image_files():
         if path in table.errors:
-            raise ValueError(f"{table.errors[path]}. --on_bad_image skip goes on without it")
+            raise ValueError(f"{table.errors[path]}. --on_bad_image skip continues without it")
 
 
 def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:

@@ -32,7 +32,7 @@ def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[
 class _Loader(DataLoader[Any]):
     """SIGTERM waits while readers are started: they inherit that, and get it once they are prepared.
 
-    Until then they would run the training process's own handler, which takes note of it and goes on.
+    Until then they would run the training process's own handler, which only notes the signal.
     """
 
     def __iter__(self) -> Any:

@@ -1,7 +1,7 @@
-"""Chat completions in OpenAI's form: what is read of a request, how answers and refusals are written.
+"""Chat completions in OpenAI's form: how requests are read, and answers and errors written.
 
 A question is one user message with text and images. Options that would change an answer and that decoding
-does not have are refused by name; those that cannot change one are ignored.
+does not have are rejected by name; those that cannot change one are ignored.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class StreamOptions(_Strict):
 
 
 class ChatRequest(_Strict):
-    """A question to a model; options that are not named here are refused."""
+    """A question to a model; options that are not named here are rejected."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1)]
@@ -149,7 +149,7 @@ def read(kind: type[T], body: bytes) -> T:
 
 
 def error_body(refused: Refused) -> dict[str, Any]:
-    """A refusal as OpenAI's clients expect it."""
+    """An error as OpenAI's clients expect it."""
     kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
     fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
     return {"error": fields}

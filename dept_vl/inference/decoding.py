@@ -12,7 +12,7 @@ from dept_vl.tasks.base import Decoding
 
 
 def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
-    """What `PromptedModel.generate` is told of every answer; the ids of the model it knows by itself.
+    """Generation settings of every answer; the model's own token ids are not among them.
 
     What is not said here is greedy search or plain beam search: a checkpoint's own settings do not count
     (see `models.generation`).
@@ -32,7 +32,7 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
 
 
 def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str, Any]:
-    """What `PromptedModel.generate` is told where every row has choices of its own.
+    """Generation settings where every row has choices of its own.
 
     As many beams as there are choices at most: so the one of the highest total log-probability wins.
     """

@@ -59,7 +59,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         to: dict[str, Any] = {"registry": self.registry}
         self.answered = Counter("dept_vl_answers", "Questions answered", ["model"], **to)
-        self.refused = Counter("dept_vl_refusals", "Requests refused, by reason", ["reason"], **to)
+        self.refused = Counter("dept_vl_refusals", "Requests rejected, by reason", ["reason"], **to)
         self.seconds = Histogram("dept_vl_seconds", "From the request to its answer", **to)
         sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
         self.batch = Histogram("dept_vl_batch_size", "Questions answered together", buckets=sizes, **to)
@@ -94,7 +94,7 @@ class ServerGate(Gate):
         app: See `Gate`.
         config: Of the server.
         token: That requests bear.
-        metrics: Count refusals.
+        metrics: Counts rejected requests.
     """
 
     when_busy = 429

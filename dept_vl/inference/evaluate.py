@@ -130,7 +130,7 @@ def evaluate(
             if spread:
                 raise ValueError(
                     f"no image of a batch could be read (ids {list(batch.skipped[:5])}, ...), and the other "
-                    "processes cannot go on without this one; put the images right, or evaluate with the "
+                    "processes cannot continue without this one; repair the images, or evaluate with the "
                     "backbone whole"
                 )
             continue

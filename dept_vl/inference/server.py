@@ -1,7 +1,7 @@
 """A server that answers questions to any number of adapters, as OpenAI's clients ask them: `dept-vl serve`.
 
 LitServe starts a process with the model for each device, queues questions for them and batches them (see
-`replica`); this process reads requests, refuses what is too much, and writes answers (see `endpoints`).
+`replica`); this process reads requests, rejects those over the limits, and writes answers (see `endpoints`).
 """
 
 import asyncio

@@ -54,7 +54,7 @@ class BackboneFile:
 class Backbone(FrozenBackbone):
     """The models that a prompt is trained on.
 
-    Everything but the visual projection is frozen unless `freeze` is told otherwise.
+    Everything but the visual projection is frozen.
 
     Args:
         vision: Image encoder, or None for text alone.

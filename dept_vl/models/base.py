@@ -24,7 +24,7 @@ LORA = "lora_"
 
 
 class FrozenBackbone(nn.Module, ABC):
-    """The models that a prompt is trained on, frozen unless `freeze` is told otherwise.
+    """The models that a prompt is trained on, frozen unless `freeze` is called with other values.
 
     Attributes:
         name: What an adapter calls it.

@@ -1,4 +1,4 @@
-"""How transformers is told to decode: by the caller's options and the ids of the model, and nothing else.
+"""Generation settings for transformers, from the caller's options and the model's token ids alone.
 
 A checkpoint's `generation_config.json` (with old ones the generation fields of `config.json`) has habits:
 summaries of 56 tokens and more, sampling, four beams, no three tokens twice. transformers takes each for an

@@ -55,7 +55,7 @@ def record(step: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple
         with torch.cuda.graph(graph, pool=pool):
             result = step()
     except RuntimeError:
-        # A recording that broke off leaves the generator and the allocator as if it went on.
+        # A recording that failed leaves the generator and the allocator in recording mode.
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         fresh = torch.Generator(device)

@@ -25,7 +25,7 @@ class Placement:
     Attributes:
         ids: Tokens of the source.
         mask: True on tokens, placeholders included.
-        others: What else is said of every token, such as its type.
+        others: Further values per token, such as its type.
         columns: The column of `[P ; text]` that each token takes; -1 for images and padding.
         order: Columns of each row's text, moved together.
         is_text: True on those of `order` that are text.
@@ -57,7 +57,7 @@ def place(
         ids: Tokens of the source, padded on either side.
         mask: True on tokens.
         is_text: True on tokens of text.
-        others: What else is said of every token; placeholders have none of it (zero).
+        others: Further values per token; they are zero for placeholders.
         placeholder: Token that the model treats as any word.
         start: Token that stays in front, if a row begins with it.
         padding_first: Padding goes first, so that an answer follows the text.

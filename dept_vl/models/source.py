@@ -38,7 +38,7 @@ MARK = "MARK"
 TEXT_AT_MOST = 20
 """Times that a text is shortened at most until it fits."""
 PER_TOKEN = ("token_type_ids", "cross_attention_mask")
-"""What names end in of what is said of every token."""
+"""Suffixes of the names of inputs with a value per token."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class SourceReader:
         return mask & (~begun | ended)
 
     def learn(self, image: int | None, name: str, *, encoder_decoder: bool) -> None:
-        """Find what the form adds to a question, which tokens are an image's, and how an answer goes on.
+        """Find what the form adds to a question, which tokens are an image's, and how an answer continues.
 
         Args:
             image: Token of an image, as the model's configuration has it.
@@ -220,7 +220,7 @@ class SourceReader:
         self._learn_answers(ids, special, encoder_decoder)
 
     def _learn_answers(self, ids: list[int], special: set[int], encoder_decoder: bool) -> None:
-        """Find how an answer goes on behind a source, and what ends it."""
+        """Find how an answer continues a source, and what ends it."""
         tokenizer = self.tokenizer
         end = tokenizer.eos_token_id
         if encoder_decoder:

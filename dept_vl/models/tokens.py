@@ -1,6 +1,6 @@
 """Answers as tokens: what is learnt, what may be generated, and back to text.
 
-An encoder-decoder's answer is a sequence of its own. A decoder-only model's goes on where its text
+An encoder-decoder's answer is a sequence of its own. A decoder-only model's continues where its text
 stops, so its tokens are those that the tokenizer would make of it in "text answer", and the end of text.
 """
 
@@ -51,7 +51,7 @@ def end_token(tokenizer: Any) -> int:
 
 
 def continues_text(tokenizer: Any) -> bool:
-    """Whether answers go on in the sequence of their text.
+    """Whether answers continue the sequence of their text.
 
     The tokenizer tells: that of a decoder-only model leaves a text open, that of an encoder-decoder ends it
     (T5 and BART with `</s>`).
@@ -66,7 +66,7 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
     """Token ids of answers, end of text included, each cut to `max_length`.
 
     Raises:
-        ValueError: If an answer goes on in the sequence of its text and the tokenizer merges the two.
+        ValueError: If an answer continues the sequence of its text and the tokenizer merges the two.
     """
     if not continues_text(tokenizer):
         cut = {} if max_length is None else {"max_length": max_length, "truncation": True}

@@ -55,7 +55,7 @@ def prompted(method: str, *, projection: bool = False, **options: Any) -> Callab
 
 
 def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart | None = None) -> RunConfig:
-    """No prompt; of the backbone nothing is trained but what is said."""
+    """No prompt; of the backbone only the named parameters are trained."""
     return replace(
         config,
         prompt=replace(config.prompt, method="dept", prompt_length=0, rank=0),

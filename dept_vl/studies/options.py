@@ -60,7 +60,7 @@ class TransferConfig(Options):
     test_limit: Count = 0
     """At most so many test examples; 0 takes the configuration's."""
     output_dir: Path = Path("runs/transfer")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
     own: Own = field(default_factory=OwnOptions)
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class SuiteConfig(Options):
     test_limit: Count = 300
     """At most so many test examples; 0 takes all."""
     output_dir: Path = Path("runs/transfers")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
     smallest: bool = False
     """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
 
@@ -138,7 +138,7 @@ class CompareConfig(Options):
     rounds: Positive = 9
     """Steps of every method whose processor time is measured."""
     output_dir: Path = Path("runs/compare")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
     smallest: bool = False
     """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
     own: Own = field(default_factory=OwnOptions)

@@ -219,7 +219,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             )
         shown = repr(identifier)[1:61].rstrip("'")  # escaped: it may hold half of a surrogate pair
         label = row.get("label")
-        # A tuple: a list or an object, which no dictionary looks up, is refused as well.
+        # A tuple: a list or an object, which cannot be a key, is rejected too.
         if label not in (None, *VERBALIZER):
             raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {brief(label)}")
         if labelled is None:
@@ -229,7 +229,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 f"{where} ({shown}): expected a label in every record or in none, found "
                 f"{'no label here' if labelled else 'one here'} and the opposite in the first record"
             )
-        # Training images lie in a hundred numbered folders, the others in one.
+        # Training images are stored in a hundred numbered folders, the others in one.
         directory = row.get("directory")
         folder = "" if directory is None else confined(f"{directory}", f"{where} ({shown}), directory") + "/"
         pair = "-".join(parts[:3])

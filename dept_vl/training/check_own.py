@@ -24,7 +24,7 @@ SHOWN = 10
 SIDE = 4
 """Examples across and down the contact sheet."""
 USUAL = 99
-"""Percentile of the lengths that is told beside the longest."""
+"""Percentile of the lengths that is printed beside the longest."""
 
 
 def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | None) -> Iterator[Finding]:

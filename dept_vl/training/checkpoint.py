@@ -87,7 +87,7 @@ class TrainingState:
 
         Raises:
             OSError: If it cannot be written; the checkpoints before are untouched.
-            ValueError: If a trained parameter is not finite: going on from it would lead nowhere.
+            ValueError: If a trained parameter is not finite: resuming from it would be useless.
         """
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
@@ -141,7 +141,7 @@ class TrainingState:
         """Put model, optimizer and schedule back to a checkpoint.
 
         Learning rates are the optimizer's own, at their place in the schedule: as stored, unless the run was
-        told to go on with others.
+        asked to continue with others.
 
         Raises:
             ValueError: If the checkpoint is of another model, or is damaged.
@@ -203,7 +203,7 @@ class TrainingState:
         tensors = read_tensors(path)
         try:
             _restore_random_state(tensors, self.accelerator.device)
-        # Every generator has its own way of refusing a state.
+        # Each kind of generator raises its own error for a bad state.
         except (LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
             raise ValueError(
                 f"{path} is damaged: it holds no states of generators: {one_line(error)}"

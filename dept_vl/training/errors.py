@@ -101,4 +101,4 @@ def _way_on(run: Path) -> str:
         where = f"step {steps[-1]:,}, its newest checkpoint" if steps else "the beginning"
     except OSError:  # no more files, not even for this
         where = "its newest checkpoint"
-    return f"Nothing that was saved is lost: then --resume {run} goes on from {where}"
+    return f"Nothing that was saved is lost: --resume {run} continues from {where}"

@@ -44,7 +44,7 @@ def extract(config: ExtractConfig) -> list[Path]:
         size = len(paths) * vision.token_count * vision.d_vision * DTYPES[config.dtype].itemsize / GIB
         say(f"{len(paths):,} images of {options.task}: {size:.3g} GiB in {config.dtype} to {folder}")
         with explained(
-            folder, "--features_dir", "No shard that was written is lost: the same command goes on"
+            folder, "--features_dir", "No shard that was written is lost: the same command resumes"
         ):
             encoded = write_features(
                 vision,

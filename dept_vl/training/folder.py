@@ -39,7 +39,7 @@ class Opened:
 
     Attributes:
         path: The folder.
-        checkpoint: Where to go on; None begins at the beginning.
+        checkpoint: Checkpoint to resume from; None starts a new run.
         claimed: Whether this process made the run.
     """
 
@@ -49,11 +49,11 @@ class Opened:
 
 
 def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
-    """Return the folder of the run to begin or to go on with.
+    """Return the folder of the run to start or to resume.
 
     Raises:
-        FileExistsError: If it holds a run that is not to go on.
-        FileNotFoundError: If it holds none that could go on.
+        FileExistsError: If it holds a run and resuming was not asked for.
+        FileNotFoundError: If it holds no run to resume.
         ValueError: If it is not said.
     """
     return on_main(accelerator, lambda: _choose(config))
@@ -87,7 +87,7 @@ def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -
         accelerator: Of the run.
 
     Raises:
-        FileExistsError: If it holds a run that is not to go on.
+        FileExistsError: If it holds a run and resuming was not asked for.
         UsageError: If that has ended with other options.
     """
     return on_main(accelerator, lambda: _open(config, output_dir))
@@ -122,7 +122,7 @@ def _newest(output_dir: Path) -> Path | None:
     for problem in damaged:
         say(f"warning: {problem}; the one before is taken")
     where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
-    say(f"going on with {output_dir} from {where}")
+    say(f"resuming {output_dir} from {where}")
     return checkpoint
 
 
@@ -188,7 +188,7 @@ def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -
     began = on_main(accelerator, keep)
     if began != precision:
         raise ValueError(
-            f"{output_dir} began with visual features in {began} and would go on with {precision}, to "
+            f"{output_dir} began with visual features in {began} and would continue with {precision}, to "
             "another result; say --features cached with the --features_dir that it began with, or --features "
             "live if it began without (float32)"
         )

@@ -50,7 +50,7 @@ class Identity:
 
 
 class DifferentError(ValueError):
-    """A run would go on with something else than it began with."""
+    """A run would continue with something else than it began with."""
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:
@@ -67,15 +67,15 @@ def keep_identity(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> None:
-    """Note what a new run is made of, and compare one that goes on.
+    """Record what a new run is made of, and compare it when the run resumes.
 
     Args:
         folder: Of the run, with its configuration.
-        config: What it is to go on with.
+        config: Configuration to continue with.
         splits: Of every task.
         backbone: As it was loaded.
         accelerator: Of the run.
-        checkpoint: From which it goes on, if any.
+        checkpoint: Checkpoint that it resumes from, if any.
 
     Raises:
         DifferentError: If it differs, and changes are not accepted; on every process.
@@ -115,7 +115,7 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         kinds = (("options", options), ("contents", content))
         found = " and ".join(f"other {kind} ({'; '.join(which)})" for kind, which in kinds if which)
         raise DifferentError(
-            f"{folder} was started with {found}; go on with its own, by "
+            f"{folder} was started with {found}; continue with its own, by "
             f"--config {folder / CONFIG_FILE}, with these by --accept_changes, or start a new run in another "
             "--output_dir"
         )

@@ -212,7 +212,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedFileError(
             f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "
-            "move it away to go on without it"
+            "move it away to continue without it"
         ) from None
     return records
 

@@ -165,7 +165,7 @@ class Loop:
         if evaluating:
             self._evaluate()
             progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
-        # The test split comes after the last step, and takes long: a run that is stopped there goes on there.
+        # The test split comes after the last step, and takes long: a run that is stopped there resumes there.
         if saving or progress.stopped_by or self._out_of_patience():
             self.state.save(replace(progress, stopped_by=0))
 

@@ -385,7 +385,8 @@ class Run(Stages):
         training, options = self.training, self.config.train
         if training is not None and training.stopped_by:
             say(
-                f"stopped at step {training.steps} of {options.max_steps}; --resume {self.output_dir} goes on"
+                f"stopped at step {training.steps} of {options.max_steps}; "
+                f"--resume {self.output_dir} continues"
                 + (f"; the best adapter so far is in {self.output_dir / BEST}" if training.best_step else "")
             )
             return True

@@ -16,7 +16,7 @@ from dept_vl.config import RunConfig, flat, to_json
 
 PROJECT = "dept_vl"
 TRACKER_FILE = "tracker.json"
-"""Of a run: by what W&B and trackio know it, so that it goes on there when it goes on here."""
+"""Id of a run in W&B and trackio, so that a resumed run continues there too."""
 EXTRAS = ("tensorboard", "trackio", "wandb")
 """Trackers for which the package has an extra, by the name of both."""
 
@@ -33,7 +33,7 @@ def check_tracker(name: str | None) -> None:
 
     Raises:
         ValueError: If accelerate knows none of that name.
-        ImportError: If its package is not installed; accelerate would go on without it and say nothing.
+        ImportError: If its package is not installed; accelerate would continue without it, silently.
     """
     known = sorted(tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL)
     if name is not None and name not in known:
@@ -53,7 +53,7 @@ def start_tracker(
     facts: Mapping[str, int | str],
     steps: int,
 ) -> None:
-    """Begin to log, or go on where a run goes on; on the main process alone.
+    """Start the tracker, or resume it with the run; on the main process alone.
 
     Args:
         accelerator: Of the run, made with the configuration's `log_with`.

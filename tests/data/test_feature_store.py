@@ -222,7 +222,7 @@ def test_an_extraction_that_was_stopped_goes_on(
         patch.setattr(feature_files, "write_atomically", stop)
         with pytest.raises(KeyboardInterrupt):
             write(vision, paths, folder)
-    with pytest.raises(ValueError, match=r"are not finished; dept-vl features goes on"):
+    with pytest.raises(ValueError, match=r"are not finished; dept-vl features resumes"):
         opened(vision, paths, folder)
     kept = (folder / SHARDS[0]).stat().st_mtime_ns
     # What has begun is not another's to go on with either.
@@ -287,7 +287,7 @@ def test_an_image_that_cannot_be_read_stops_the_extraction_or_is_noted(
         paths[2].unlink()
     else:
         paths[2].write_bytes(good[:60])
-    said = rf"{paths[2]}.*--on_bad_image skip goes on without it"
+    said = rf"{paths[2]}.*--on_bad_image skip continues without it"
     counts = [*Count.begun]
     with pytest.raises(ValueError, match=said) as held:
         write(vision, paths, folder)

@@ -153,7 +153,7 @@ def test_a_full_disk(
     # Its checksum is written first.
     named = rf"/(\.checksums\.json|{re.escape(file)}): File too large; free some space there"
     assert re.search(rf"no room for {re.escape(str(config.output_dir))}{named}", message)
-    assert f"--resume {config.output_dir} goes on from {step}" in message
+    assert f"--resume {config.output_dir} continues from {step}" in message
     assert_goes_on(config, whole)
 
 
@@ -172,14 +172,14 @@ def test_a_disk_without_space_and_one_that_is_read_only(
     message = fails(config)
     patch.undo()
     filler.unlink()
-    assert re.search(r"no room for .*: No space left on device; free .* goes on from step 2", message)
+    assert re.search(r"no room for .*: No space left on device; free .* continues from step 2", message)
     remount = ["mount", "-o", "remount,ro", str(disk)]
     patch = at_call(TrainingState, "save", 1, lambda *_: subprocess.run(remount, check=True))
     with monkeypatch.context() as without_lock:  # its file is open, and keeps the disk from being remounted
         without_lock.setattr("dept_vl.training.run.owning", lambda *_, **__: nullcontext())
         message = fails(config)
     patch.undo()
-    assert re.search(r"no permission for .*: Read-only file system; make .* goes on from step 2", message)
+    assert re.search(r"no permission for .*: Read-only file system; make .* continues from step 2", message)
     message = fails(replace(config, output_dir=disk / "other"))
     assert re.search(r"no permission for .*other: Read-only .* or choose another --output_dir", message)
     assert f"Nothing has begun in {disk / 'other'}" in message

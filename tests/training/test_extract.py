@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_features_of_the_same_precision_alone(
     again = replace(config, resume="auto")
     reset_accelerate()
     with pytest.raises(
-        ValueError, match=r"began with visual features in float32 and would go on with float16"
+        ValueError, match=r"began with visual features in float32 and would continue with float16"
     ):
         run(again)
     for options in ({"features": "live"}, {"feature_memory": 0.0, "features": "live"}):
@@ -181,7 +181,7 @@ def test_a_full_disk(extraction: ExtractConfig, tmp_path: Path, monkeypatch: pyt
     assert error.value.errno == errno.EFBIG
     message = str(error.value)
     assert f"no room for {folder / SHARDS[1]}: File too large; free some space there. No shard" in message
-    assert "the same command goes on" in message
+    assert "the same command resumes" in message
     assert sorted(files(folder)) == [SHARDS[0], "index.json"]
     kept = (folder / SHARDS[0]).stat().st_mtime_ns
     reset_accelerate()

@@ -28,7 +28,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     Args:
         base_layer: The encoder.
-        decoder: Its decoder, which is told of the prompt's positions; not made a part of this module.
+        decoder: Its decoder, which needs the prompt's positions; not a submodule of this one.
     """
 
     adapter_layer_names = (CONTAINER,)
@@ -77,7 +77,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The encoder as it was; its decoder is told of no prompt any more."""
+        """The encoder as it was; its decoder no longer sees the prompt's positions."""
         if merge:
             refuse_merging()
         self._decoder_hook.remove()

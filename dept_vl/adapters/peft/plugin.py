@@ -10,7 +10,7 @@ of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
 | tensors                 | `<encoder>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}` |
 | encoder reads           | `[P ; text ; padding]`, every position counted             |
 | decoder sees            | `[P ; text]`, the text in the columns that it came in      |
-| merging                 | refused: a prompt is no weight                             |
+| merging                 | raises: a prompt is not a weight                           |
 
 `unload` takes the wrapper and the hook away again. Written against PEFT 0.21.
 """

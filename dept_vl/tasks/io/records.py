@@ -2,7 +2,7 @@
 
 VQAv2's training annotations are 4.4 million answers and GQA's questions 22 million: as Python objects
 they fill tens of GiB. Here one record lives at a time, whatever the size of the file. NaN and Infinity,
-which JSON does not have, and whole numbers of more than 64 bits are refused; only `read_lines` takes them
+which JSON does not have, and whole numbers of more than 64 bits are rejected; only `read_lines` takes them
 as Python's `json` does.
 """
 

@@ -1,6 +1,6 @@
 """Annotation files as Arrow columns: converted once, memory-mapped by every process from then on.
 
-The converted file lies in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`) under a name
+The converted file is stored in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`) under a name
 made from the paths and the content of its sources, so that a changed source is converted anew, and ends in
 a checksum, which is compared before Arrow sees the columns: damaged ones would crash it.
 """

@@ -59,7 +59,7 @@ def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, s
     """Score judgements as the official NLVR2 scorer does (Suhr et al. 2019).
 
     Labels and predictions are compared in lower case: the dataset writes ``True``, models often
-    ``true``. Any other prediction, be it ``yes`` or `` true``, is wrong.
+    ``true``. Any other prediction, such as ``yes`` or `` true``, is wrong.
 
     Args:
         examples: The ``(identifier, label)`` of each example, label ``True`` or ``False`` in any

@@ -20,7 +20,7 @@ Normalisation = Literal["official", "always"]
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 # The original meant a lookbehind, `(?<=\d)`; as typed, the first group never rejects anything, so
-# every period not followed by a digit goes, be it "3." or "st.".
+# every period not followed by a digit is removed, in "3." and "st." alike.
 PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
 
 # The original passes the flag `re.UNICODE` (32) where `sub` expects a count.

@@ -35,7 +35,7 @@ class TableFile:
     Attributes:
         path: The file.
         split: Of its rows by the name of the file or its folder; empty if that says none.
-        folder: Below which its images are named, unless the folder of the images is said.
+        folder: Below which its images are named, unless the folder of the images is given.
     """
 
     path: Path

@@ -24,7 +24,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
     """Write one split of a copy as official files and images.
 
     The split appears whole or not at all. A folder that holds other splits gains this one. Images
-    that lie there under their official names already are kept.
+    that are stored there under their official names already are kept.
 
     Args:
         task: Name of a task that has a copy.

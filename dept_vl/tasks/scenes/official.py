@@ -201,7 +201,7 @@ def _nlvr2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
         rows = []
         for place, (left, right) in enumerate(_pairs(splits[split], rng)):
-            # Two sentences a pair; training images lie in numbered folders.
+            # Two sentences a pair; training images are stored in numbered folders.
             directory = f"{place % 3}/" if split == "train" else ""
             for side, drawn in enumerate((left, right)):
                 _save(drawn, folder / name / f"{directory}{name}-{place}-0-img{side}.png")

@@ -73,7 +73,7 @@ class Marks:
 def write_run_report(
     folder: Path, config: RunConfig, summary: Mapping[str, Any], answered: Sequence[Answered]
 ) -> Path:
-    """Write the page of a finished run, from what lies in its folder and what it answered.
+    """Write the report of a finished run, from its folder and its answers.
 
     Args:
         folder: Of the run.
@@ -87,7 +87,7 @@ def write_run_report(
     described = folder / BEST / ADAPTER_FILE
     adapter = read_description(described) if is_there(described) else {}
     records = read_log(folder / LOG_FILE) if is_there(folder / LOG_FILE) else []
-    # Where it lies and how it went on is nothing of what it is.
+    # The folder and the way of resuming say nothing about the run itself.
     options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
     return _write(
         folder,
