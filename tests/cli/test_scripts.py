@@ -2,11 +2,18 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.scenes.questions import NOUNS, ask
+from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
+from pretraining.batches import CELL_CLASSES, MOST, Sample, phrases
+from pretraining.language import fit_projection
+from pretraining.measure import encode_scenes
 from scripts import pretrain_tiny
 
 TINY = pretrain_tiny.PretrainConfig(
@@ -72,3 +79,59 @@ def test_every_word_of_the_scenes_is_one_token(pretrained: Path) -> None:
     text = "is there not a teal rectangle present in the image?"
     assert len(tokenizer(text, add_special_tokens=False).input_ids) == len(text.split()) + 1
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_phrases_are_taught_what_they_refer_to(pretrained: Path) -> None:
+    rng = Random(3)
+    scenes = [sample_scene(rng) for _ in range(200)]
+    batch = [Sample(ask(scene, rng), (row,)) for row, scene in enumerate(scenes)]
+    tokenizer = Backbone.from_pretrained(pretrained).tokenizer
+    taught = phrases(tokenizer, batch, scenes)
+    names = list(CELL_CLASSES)
+    for (place, token), (count, *classes), centre in zip(*taught.values(), strict=True):
+        text = batch[place].qa.source_text
+        words = tokenizer.decode(tokenizer(text).input_ids[: token + 1]).split()
+        assert words[-1].removesuffix("s") in {*SHAPES, *NOUNS, "cros"}
+        said = {"shape": words[-1].removesuffix("s")} if words[-1].removesuffix("s") not in NOUNS else {}
+        for word in words[-3:-1]:
+            said |= {"colour": word} if word in COLOURS else {"size": word} if word in SIZES else {}
+        if said.get("shape") == "cros":
+            said["shape"] = "cross"
+        found = [o for o in scenes[place].objects if all(getattr(o, k) == v for k, v in said.items())]
+        assert count == min(len(found), MOST), text
+        if count == 1:
+            expected = [CELL_CLASSES[name].index(getattr(found[0], name)) for name in names]
+            assert list(classes) == expected
+            assert centre.tolist() == pytest.approx([found[0].x / 16, found[0].y / 16])
+        else:
+            assert set(classes) == {-100}
+
+
+def test_a_projection_fitted_to_another_tower_gives_the_tokens_it_gave(
+    pretrained: Path, tmp_path: Path
+) -> None:
+    earlier = Backbone.from_pretrained(pretrained)
+    pretrain_tiny.main(replace(TINY, vision_only=True, output_dir=tmp_path / "tower", seed=1))
+    vision = VisionEncoder.from_pretrained(tmp_path / "tower" / "vision")
+    scenes = [sample_scene(Random(seed)) for seed in range(50)]
+
+    def error(tower: VisionEncoder, fit: bool) -> float:
+        torch.manual_seed(0)
+        backbone = Backbone(tower, earlier.language, earlier.tokenizer, name="new", object_order="trained")
+        if fit:
+            fit_projection(backbone, earlier, TINY)
+        new, old = (
+            b.visual_projection.linear(encode_scenes(b, scenes, 0).float()) for b in (backbone, earlier)
+        )
+        return (new - old).square().mean().item() / old.var().item()
+
+    assert error(earlier.vision, fit=True) == 0
+    assert error(vision, fit=True) < 0.3 < 1 < error(vision, fit=False)
+
+
+def test_pretraining_goes_on_from_a_finished_backbone(pretrained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    pretrain_tiny.main(replace(TINY, output_dir=folder, vision_from=pretrained, language_from=pretrained))
+    first, second = (json.loads((f / "pretraining.json").read_text()) for f in (pretrained, folder))
+    assert second["earlier"] == [{"config": first["config"], "minutes": first["minutes"]}]
+    assert str(pretrained) in (folder / "README.md").read_text()

@@ -12,6 +12,7 @@ from dept_vl.tasks.scenes.questions import (
     FAMILIES,
     KEPT_OUT,
     NOUNS,
+    NUMBERS,
     PHRASINGS,
     Fact,
     ask,
@@ -229,6 +230,30 @@ def test_neighbours_and_extremes_are_right(scenes: list[Scene]) -> None:
     for scene, fact in facts(scenes, "extreme"):
         last = min(scene.objects, key=sides[ends[fact.slots[0]]])
         assert fact.answer == f"{last.colour} {last.shape}", (scene, fact)
+
+
+def test_distances_are_in_eighths_of_the_image_from_the_other_side(scenes: list[Scene]) -> None:
+    told = set()
+    for scene, fact in facts(scenes, "distance"):
+        side, phrase = fact.slots
+        (item,) = fitting(scene, phrase)
+        off = {"left": 64 - item.x, "right": item.x, "top": 64 - item.y, "bottom": item.y}[side]
+        assert 8 * NUMBERS.index(fact.answer) <= off <= 8 * NUMBERS.index(fact.answer) + 8, (scene, fact)
+        told.add(fact.answer)
+    assert told == set(NUMBERS[:8])
+
+
+def test_of_two_objects_the_one_further_to_a_side_is_named(scenes: list[Scene]) -> None:
+    asked = Counter[int]()
+    for scene, fact in facts(scenes, "further"):
+        side, *phrases = fact.slots
+        pair = [fitting(scene, phrase)[0] for phrase in phrases]
+        off = [{"left": -o.x, "right": o.x, "top": -o.y, "bottom": o.y}[side] for o in pair]
+        found = pair[0] if off[0] > off[1] else pair[1]
+        assert fact.answer == f"{found.colour} {found.shape}", (scene, fact)
+        assert abs(off[0] - off[1]) >= 8
+        asked[pair.index(found)] += 1
+    assert len(asked) == 2
 
 
 def test_captions_name_every_object_in_order(scenes: list[Scene]) -> None:

@@ -115,6 +115,11 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     "more": ("are there more {0}s than {1}s?", "do {0}s outnumber {1}s?"),
     "same": ("do the two objects have the same {}?", "is the {} of both objects the same?"),
     "extreme": ("name the object at the very {}", "which object is at the far {}?"),
+    "distance": ("how far {0} is the {1}?", "the {1} is how far {0}?"),
+    "further": (
+        "which is at the far {0}, the {1} or the {2}?",
+        "name the object at the far {0}: the {1} or the {2}",
+    ),
     "describe": ("describe the object", "what object is in the image?", "name the object"),
 }
 """The wordings of each family of pretraining."""
@@ -352,6 +357,32 @@ def _extreme(scene: Scene, rng: Random) -> Fact | None:
     return Fact((side,), f"{ordered[0].colour} {ordered[0].shape}")
 
 
+SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+"""The relation of the object that lies further to a side."""
+
+
+def _distance(scene: Scene, rng: Random) -> Fact | None:
+    """In eighths of the image, from the other side: what relations compare."""
+    item, side = rng.choice(scene.objects), rng.choice(list(SIDES))
+    phrase = referring(scene, item, rng)
+    if phrase is None:
+        return None
+    eighth = int((item.x if side in ("left", "right") else item.y) * 8 / IMAGE_SIZE)
+    return Fact((side, phrase), NUMBERS[eighth if side in ("right", "bottom") else 7 - eighth])
+
+
+def _further(scene: Scene, rng: Random) -> Fact | None:
+    side, relation = rng.choice(list(SIDES.items()))
+    pair = _two(scene, rng, relation)
+    if pair is None:
+        return None
+    first, second = (referring(scene, o, rng) for o in pair)
+    if first is None or second is None:
+        return None
+    found = pair[0] if RELATIONS[relation](*pair) else pair[1]
+    return Fact((side, first, second), f"{found.colour} {found.shape}")
+
+
 def _describe(scene: Scene, rng: Random) -> Fact | None:
     item = scene.objects[0]
     return Fact((), f"{item.size} {item.colour} {item.shape}") if len(scene.objects) == 1 else None
@@ -374,6 +405,8 @@ FAMILIES: dict[str, tuple[Family, float]] = {
     "more": (_more, 0.5),
     "same": (_same, 0.7),
     "extreme": (_extreme, 0.7),
+    "distance": (_distance, 1.0),
+    "further": (_further, 1.0),
     "describe": (_describe, 0.7),
 }
 """Questions about one image, and how often each is asked in pretraining."""

@@ -1,5 +1,6 @@
 """Batches of scenes and of questions about them, without end, for pretraining the small backbones."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dept_vl.tasks.scenes.questions import FAMILIES, QA, ask, ask_pair, caption
+from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, ask, ask_pair, caption
 from dept_vl.tasks.scenes.render import (
     COLOURS,
     GRID,
     IMAGE_SIZE,
     SHAPES,
     SIZES,
+    Object,
     Scene,
     render,
     sample_scene,
@@ -25,10 +27,14 @@ from dept_vl.tasks.scenes.texts import ask_text
 
 IGNORE_INDEX = -100
 """Class that the loss does not count, as torch has it."""
-SPATIAL = ("place", "relation", "neighbour", "neighbour colour", "extreme", "more")
+SPATIAL = (*("place", "distance", "further", "relation", "neighbour", "neighbour colour", "extreme", "more"),)
 """Families about places; `more` fits every scene, so that a question is always found."""
 CELL_CLASSES = {"shape": [*SHAPES, "nothing"], "colour": list(COLOURS), "size": list(SIZES)}
-
+PHRASE = re.compile(
+    rf"\b(?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join([*SHAPES, *NOUNS])})s?\b"
+)
+MOST = 2
+"""Objects that a phrase fits are counted up to here."""
 
 Cells = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -131,12 +137,14 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
     ) -> None:
         self.scenes, self.tokenizer, self.seed, self.size = scenes, tokenizer, seed, size
         self.families, self.spatial_share = families, spatial_share
+        self.crowded = [row for row, scene in enumerate(scenes) if len(scene.objects) > 1]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         """Each worker asks questions of its own."""
         rng = worker_rng(self.seed)
         while True:
-            yield encoded(self.tokenizer, self.draw(rng))
+            batch = self.draw(rng)
+            yield encoded(self.tokenizer, batch) | phrases(self.tokenizer, batch, self.scenes)
 
     def draw(self, rng: Random) -> list[Sample]:
         """One batch."""
@@ -155,7 +163,9 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
 
     def question(self, row: int, rng: Random) -> Sample:
         """One question about a scene."""
-        families = SPATIAL if rng.random() < self.spatial_share else self.families
+        families = self.families
+        if self.crowded and rng.random() < self.spatial_share:
+            families, row = SPATIAL, rng.choice(self.crowded)
         return Sample(with_prefix(ask(self.scenes[row], rng, families), rng), (row,))
 
 
@@ -173,3 +183,44 @@ def encoded(tokenizer: Any, batch: list[Sample]) -> dict[str, np.ndarray]:
     rows = np.array([s.rows for s in batch], np.int64)
     texts = {"input_ids": source.input_ids, "attention_mask": source.attention_mask}
     return texts | {"labels": labels, "rows": rows}
+
+
+def phrases(tokenizer: Any, batch: list[Sample], scenes: list[Scene]) -> dict[str, np.ndarray]:
+    """What the phrases in a batch's texts refer to, for questions about one image.
+
+    Returns:
+        By name: example and token where a phrase ends; how many objects it fits, and where it is one alone
+        the class of each attribute; the centre of that object in cells.
+    """
+    ends, classes, centres = [], [], []
+    for place, sample in enumerate(batch):
+        if len(sample.rows) != 1:
+            continue
+        text = tokenizer(sample.qa.source_text)
+        for phrase in PHRASE.finditer(sample.qa.source_text):
+            found = fitting(scenes[sample.rows[0]], phrase[0])
+            ends.append((place, text.char_to_token(phrase.end() - 1)))
+            item = found[0] if len(found) == 1 else None
+            attributes = [
+                known.index(getattr(item, name)) if item else IGNORE_INDEX
+                for name, known in CELL_CLASSES.items()
+            ]
+            classes.append([min(len(found), MOST), *attributes])
+            centres.append([item.x, item.y] if item else [0.0, 0.0])
+    return {
+        "ends": np.array(ends, np.int64).reshape(-1, 2),
+        "classes": np.array(classes, np.int64).reshape(-1, 1 + len(CELL_CLASSES)),
+        "centres": np.array(centres, np.float32).reshape(-1, 2) * GRID / IMAGE_SIZE,
+    }
+
+
+def fitting(scene: Scene, phrase: str) -> list[Object]:
+    """The objects that a phrase such as `large red thing` fits."""
+    nouns = {form for noun in NOUNS for form in (noun, f"{noun}s")}
+    wanted = [word for word in phrase.split() if word not in nouns]
+    # Shapes may be in the plural.
+    return [
+        item
+        for item in scene.objects
+        if all(word in (item.size, item.colour, item.shape, f"{item.shape}s") for word in wanted)
+    ]

@@ -1,0 +1,231 @@
+"""Tokenizer and language model, taught on the cached features of a frozen tower."""
+
+import copy
+import math
+import time
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+import torch
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch import Tensor, nn
+from transformers import (
+    Adafactor,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel, sequence_loss
+from dept_vl.tasks.scenes.questions import (
+    AFFIRMATIVE,
+    CAPTION_PHRASINGS,
+    KEPT_OUT,
+    PAIR_PHRASINGS,
+    PHRASINGS,
+    ask,
+    ask_pair,
+    caption,
+)
+from dept_vl.tasks.scenes.render import sample_scene
+from dept_vl.tasks.scenes.texts import WORDS, ask_text
+from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, loader
+from pretraining.measure import encode_scenes, evaluate, tensors
+from pretraining.options import PretrainConfig
+from pretraining.tower import take_step
+
+EVALUATE_EVERY = 700
+WATCHED_SCENES = 100
+"""Scenes that progress is measured on."""
+WARMUP_STEPS = 200
+"""Of the language model."""
+FITTED_SCENES = 1000
+"""Scenes that a projection is fitted to another tower on."""
+UNFINISHED = "unfinished"
+"""Folder with the backbone as it was at the last evaluation, while it is trained."""
+PHRASE_WEIGHT = 0.5
+"""Of what the encoder is taught of each phrase, beside the answers."""
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A lower-casing BPE that keeps every word of the scenes' language whole and spells out others."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        initial_alphabet=["▁", *(chr(code) for code in range(33, 127))],
+        show_progress=False,
+    )
+    rng = Random(0)
+    scenes = [sample_scene(rng) for _ in range(3000)]
+    texts = [part for scene in scenes for part in (*ask(scene, rng), *caption(scene, rng))]
+    texts += [part for pair in pairwise(scenes) for part in ask_pair(*pair, rng)]
+    texts += [part for _ in range(3000) for part in ask_text(rng)]
+    wordings = [w for group in PHRASINGS.values() for w in group]
+    wordings += [w for _, group in KEPT_OUT.values() for w in group]
+    texts += [w.replace("{}", "") for w in [*wordings, *CAPTION_PHRASINGS, *PAIR_PHRASINGS]] * 2
+    texts += ["vqa: gqa: nlvr: caption:", " ".join(WORDS)] * 2
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def build_language(config: PretrainConfig) -> PreTrainedModel:
+    """A small T5 or BART with random weights."""
+    vocabulary = math.ceil(len(build_tokenizer()) / 8) * 8
+    if config.language == "bart":
+        bart = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=vocabulary,
+                d_model=config.d_model,
+                max_position_embeddings=256,
+                encoder_layers=config.encoder_layers,
+                decoder_layers=config.decoder_layers,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=2 * config.d_model,
+                decoder_ffn_dim=2 * config.d_model,
+                dropout=0.0,
+                # As large as T5's are when new; steps are relative to a tensor's own scale.
+                init_std=config.d_model**-0.5,
+                scale_embedding=True,
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=1,
+                decoder_start_token_id=0,
+                forced_eos_token_id=None,
+            )
+        )
+        for part in (bart.model.encoder, bart.model.decoder):
+            # As large as the scaled words; when new they are a sixteenth of that, and word order is lost.
+            part.embed_positions.weight.data.copy_(waves(*part.embed_positions.weight.shape))
+        return bart
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=config.d_model,
+            d_kv=config.d_model // 4,
+            d_ff=2 * config.d_model,
+            num_heads=4,
+            num_layers=config.encoder_layers,
+            num_decoder_layers=config.decoder_layers,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def waves(positions: int, width: int) -> Tensor:
+    """Sines and cosines of lengths from 6 to 600 positions, to start from."""
+    angles = torch.arange(positions)[:, None] * 0.01 ** torch.linspace(0, 1, width // 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@torch.no_grad()
+def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig) -> None:
+    """Make a projection give, on another tower, the visual tokens that an earlier one gave on its own."""
+    new, old = backbone.visual_projection, earlier.visual_projection
+    assert new is not None
+    assert old is not None
+    new.load_state_dict(old.state_dict(), strict=False)  # it may have no places
+    rng = Random(config.seed + 4)
+    scenes = [sample_scene(rng) for _ in range(FITTED_SCENES)]
+    found, wanted = (
+        encode_scenes(b, scenes, config.num_workers).float().flatten(0, 2) for b in (backbone, earlier)
+    )
+    if torch.equal(found, wanted):
+        return
+    ones = torch.ones(len(found), 1)
+    solution = torch.linalg.lstsq(torch.cat([found, ones], 1), old.linear(wanted)).solution
+    new.linear.weight.copy_(solution[:-1].T)
+    new.linear.bias.copy_(solution[-1])
+
+
+def pretrain_language(config: PretrainConfig, backbone: Backbone) -> int:
+    """Train language model and visual projection on cached features; return how many steps were taken."""
+    rng = Random(config.seed + 1)
+    scenes = [sample_scene(rng) for _ in range(config.scenes + config.evaluation_scenes)]
+    features = encode_scenes(backbone, scenes, config.num_workers)
+    scenes, watched = scenes[: config.scenes], scenes[config.scenes :][:WATCHED_SCENES]
+    model = PromptedModel(backbone)
+    backbone.freeze(language=False)
+    sizes = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2]
+    heads = nn.Linear(backbone.d_model, sum(sizes)).to(config.device)
+    parameters = [*(p for p in model.parameters() if p.requires_grad), *heads.parameters()]
+    optimizer = Adafactor(parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
+    asked = (scenes, backbone.tokenizer, config.seed + 1, config.language_batch)
+    first = DrawnBatches(*asked, AFFIRMATIVE)
+    later = DrawnBatches(*asked, spatial_share=config.spatial_share)
+    batches, alone = iter(loader(first, config.num_workers)), True
+    started, steps, step, done = time.perf_counter(), config.language_steps, 0, 0.0
+    while done < 1:
+        if alone and done >= config.affirmative_share:
+            batches, alone = iter(loader(later, config.num_workers)), False
+        batch = next(batches)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16 and config.device.type == "cpu"):
+            loss = loss_of(model, heads, sizes, batch, features)
+        for group in optimizer.param_groups:
+            group["lr"] = config.language_lr * rate(step, done)
+        take_step(loss, parameters, optimizer)
+        step += 1
+        seconds = time.perf_counter() - started
+        done = seconds / (60 * config.language_minutes) if config.language_minutes else step / steps
+        if step % 100 == 1:
+            print(f"language {step} ({done:.0%}) loss {loss.item():.3f} {seconds:.0f}s", flush=True)
+        if step % EVALUATE_EVERY == 0:
+            print(evaluate(model, watched, features[config.scenes :]), flush=True)
+            copy.deepcopy(backbone).cpu().half().save_pretrained(config.output_dir / UNFINISHED)
+    return step
+
+
+def loss_of(
+    model: PromptedModel, heads: nn.Linear, sizes: list[int], batch: dict[str, np.ndarray], features: Tensor
+) -> Tensor:
+    """Of the answers, and of what the encoder knows at the end of a phrase of the objects that it fits.
+
+    The second finds in hundreds of steps what the answers alone teach in thousands.
+    """
+    arguments = tensors(batch, features)
+    ends, classes, centres = (arguments.pop(name) for name in ("ends", "classes", "centres"))
+    labels = arguments.pop("labels")
+    encoded_source, mask = model.encode(**arguments)
+    loss = sequence_loss(model.backbone.language_model.logits(encoded_source, mask, labels), labels)
+    if not len(ends):
+        return loss
+    # The text is padded on the right and comes first.
+    states = encoded_source.last_hidden_state[ends[:, 0], ends[:, 1]]
+    *named, found = heads(states.float()).float().split(sizes, dim=-1)
+    for scores, target in zip(named, classes.unbind(1), strict=True):
+        wrong = nn.functional.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = loss + PHRASE_WEIGHT * wrong / len(ends)
+    known = classes[:, 1] != IGNORE_INDEX
+    off = nn.functional.smooth_l1_loss(found[known], centres[known], beta=0.1, reduction="sum")
+    return loss + PHRASE_WEIGHT * off / len(ends)
+
+
+def rate(step: int, done: float) -> float:
+    """Linear warm-up, times a cosine to zero."""
+    return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
