@@ -126,6 +126,21 @@ def test_objects_are_drawn_where_and_in_the_colour_they_say(scenes: list[Scene])
                 assert len(picture.crop(box).getcolors()) == 1
 
 
+def test_a_wide_scene_has_the_same_objects_further_apart(scenes: list[Scene]) -> None:
+    for scene in scenes[:50]:
+        picture = render(scene, 2)
+        assert picture.size == (128, 64)
+        for item in scene.objects:
+            pixel = picture.getpixel((int(2 * item.x), int(item.y)))
+            assert all(abs(a - b) <= 22 for a, b in zip(pixel, COLOURS[item.colour], strict=True))  # type: ignore[arg-type]
+        # In their own shape: as many pixels, but for the rounding of edges.
+        drawn = [
+            sum(count for count, colour in p.getcolors(maxcolors=4096) if colour != p.getpixel((0, 0)))  # type: ignore[union-attr]
+            for p in (picture, render(scene))
+        ]
+        assert drawn[0] == pytest.approx(drawn[1], rel=0.1)
+
+
 def test_exists_and_absent_are_right(scenes: list[Scene]) -> None:
     families = {
         "exists": ("true", "false"),

@@ -94,21 +94,27 @@ def _sample_object(rng: Random, *, crowded: bool) -> Object:
     return Object(shape, rng.choice(list(COLOURS)), size, x, y, width, height)
 
 
-def render(scene: Scene) -> Image.Image:
-    """Draw a scene; the same scene always gives the same pixels."""
+def render(scene: Scene, stretch: int = 1) -> Image.Image:
+    """Draw a scene; the same scene always gives the same pixels.
+
+    Args:
+        scene: What is drawn.
+        stretch: So many times as wide as high, with the objects, in their own shape, as far apart.
+    """
     rng = Random(scene.seed)
     ground = tuple(rng.randint(DARKEST_GROUND, LIGHTEST) for _ in range(3))
-    image = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), ground)
+    image = Image.new("RGB", (stretch * IMAGE_SIZE, IMAGE_SIZE), ground)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
         colour = tuple(
             min(255, max(0, channel + rng.randint(-COLOUR_JITTER, COLOUR_JITTER)))
             for channel in COLOURS[item.colour]
         )
+        x = item.x * stretch
         box = (
-            item.x - item.width / 2,
+            x - item.width / 2,
             item.y - item.height / 2,
-            item.x + item.width / 2,
+            x + item.width / 2,
             item.y + item.height / 2,
         )
         OUTLINES[item.shape](draw, box, colour)
