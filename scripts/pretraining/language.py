@@ -2,6 +2,7 @@
 
 import copy
 import math
+import multiprocessing
 import time
 from itertools import pairwise
 from random import Random
@@ -40,12 +41,11 @@ from dept_vl.tasks.scenes.questions import (
     ask_pair,
     caption,
 )
-from dept_vl.tasks.scenes.render import sample_scene
+from dept_vl.tasks.scenes.render import Scene, sample_scene
 from dept_vl.tasks.scenes.texts import WORDS, ask_text
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, loader
 from pretraining.measure import encode_scenes, evaluate, tensors
 from pretraining.options import PretrainConfig
-from pretraining.tower import take_step
 
 EVALUATE_EVERY = 700
 WATCHED_SCENES = 100
@@ -54,6 +54,9 @@ WARMUP_STEPS = 200
 """Of the language model."""
 FITTED_SCENES = 1000
 """Scenes that a projection is fitted to another tower on."""
+HEADS = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2]
+"""What is read at the end of a phrase: how many objects it fits; of one, the classes and the centre."""
+FORK = multiprocessing.get_context("fork")
 UNFINISHED = "unfinished"
 """Folder with the backbone as it was at the last evaluation, while it is trained."""
 PHRASE_WEIGHT = 0.5
@@ -164,46 +167,110 @@ def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig
     new.linear.bias.copy_(solution[-1])
 
 
+class Course:
+    """What the processes of one language stage share: weights, their gradients, how far it is.
+
+    Args:
+        config: How the language model is made.
+        model: With the parameters that are trained.
+        heads: What is read off the encoder at the end of a phrase.
+        scenes: What is asked about, and what progress is measured on.
+        features: Of the scenes.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        model: PromptedModel,
+        heads: nn.Linear,
+        scenes: list[Scene],
+        features: Tensor,
+    ) -> None:
+        self.config, self.model, self.heads, self.features = config, model, heads, features
+        self.scenes, self.watched = scenes[: config.scenes], scenes[config.scenes :][:WATCHED_SCENES]
+        self.parameters = [*(p for p in model.parameters() if p.requires_grad), *heads.parameters()]
+        self.steps, self.done = FORK.Value("i", 0), FORK.Value("d", 0.0)
+        self.meeting = FORK.Barrier(config.processes)
+        self.gradients = torch.empty(0)
+        if config.processes > 1:
+            model.share_memory()
+            heads.share_memory()
+            size = sum(p.numel() for p in self.parameters)
+            self.gradients = torch.zeros(config.processes, size).share_memory_()
+
+    def average(self, place: int) -> None:
+        """Give the first process the mean of what all found."""
+        if not len(self.gradients):
+            return
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        torch.cat([part.flatten() for part in own], out=self.gradients[place])
+        self.meeting.wait()
+        if place == 0:
+            parts = self.gradients.mean(0).split([p.numel() for p in self.parameters])
+            for parameter, part in zip(self.parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+
+
 def pretrain_language(config: PretrainConfig, backbone: Backbone) -> int:
     """Train language model and visual projection on cached features; return how many steps were taken."""
     rng = Random(config.seed + 1)
     scenes = [sample_scene(rng) for _ in range(config.scenes + config.evaluation_scenes)]
     features = encode_scenes(backbone, scenes, config.num_workers)
-    scenes, watched = scenes[: config.scenes], scenes[config.scenes :][:WATCHED_SCENES]
-    model = PromptedModel(backbone)
     backbone.freeze(language=False)
-    sizes = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2]
-    heads = nn.Linear(backbone.d_model, sum(sizes)).to(config.device)
-    parameters = [*(p for p in model.parameters() if p.requires_grad), *heads.parameters()]
-    optimizer = Adafactor(parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
-    asked = (scenes, backbone.tokenizer, config.seed + 1, config.language_batch)
-    first = DrawnBatches(*asked, AFFIRMATIVE)
-    later = DrawnBatches(*asked, spatial_share=config.spatial_share)
+    heads = nn.Linear(backbone.d_model, sum(HEADS)).to(config.device)
+    course = Course(config, PromptedModel(backbone), heads, scenes, features)
+    others = [
+        FORK.Process(target=teach, args=(course, place), daemon=True) for place in range(1, config.processes)
+    ]
+    for process in others:
+        process.start()
+    teach(course, 0)
+    return course.steps.value
+
+
+def teach(course: Course, place: int) -> None:
+    """Answer batches until the time is up; the first of the processes steps for all."""
+    config = course.config
+    optimizer = Adafactor(course.parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
+    asked = (course.scenes, course.model.backbone.tokenizer, config.seed + 1 + 1000 * place)
+    size = config.language_batch // config.processes
+    first = DrawnBatches(*asked, size, AFFIRMATIVE)
+    later = DrawnBatches(*asked, size, spatial_share=config.spatial_share)
     batches, alone = iter(loader(first, config.num_workers)), True
-    started, steps, step, done = time.perf_counter(), config.language_steps, 0, 0.0
-    while done < 1:
-        if alone and done >= config.affirmative_share:
+    started = time.perf_counter()
+    while course.done.value < 1:
+        if alone and course.done.value >= config.affirmative_share:
             batches, alone = iter(loader(later, config.num_workers)), False
-        batch = next(batches)
+        optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16 and config.device.type == "cpu"):
-            loss = loss_of(model, heads, sizes, batch, features)
-        for group in optimizer.param_groups:
-            group["lr"] = config.language_lr * rate(step, done)
-        take_step(loss, parameters, optimizer)
-        step += 1
-        seconds = time.perf_counter() - started
-        done = seconds / (60 * config.language_minutes) if config.language_minutes else step / steps
-        if step % 100 == 1:
-            print(f"language {step} ({done:.0%}) loss {loss.item():.3f} {seconds:.0f}s", flush=True)
-        if step % EVALUATE_EVERY == 0:
-            print(evaluate(model, watched, features[config.scenes :]), flush=True)
-            copy.deepcopy(backbone).cpu().half().save_pretrained(config.output_dir / UNFINISHED)
-    return step
+            loss = loss_of(course.model, course.heads, next(batches), course.features)
+        loss.backward()
+        course.average(place)
+        if place == 0:
+            lead(course, optimizer, loss.item(), time.perf_counter() - started)
+        course.meeting.wait()
 
 
-def loss_of(
-    model: PromptedModel, heads: nn.Linear, sizes: list[int], batch: dict[str, np.ndarray], features: Tensor
-) -> Tensor:
+def lead(course: Course, optimizer: Adafactor, loss: float, seconds: float) -> None:
+    """Take a step, and tell how far it is."""
+    config, step = course.config, course.steps.value
+    for group in optimizer.param_groups:
+        group["lr"] = config.language_lr * rate(step, course.done.value)
+    nn.utils.clip_grad_norm_(course.parameters, 1.0)
+    optimizer.step()
+    step += 1
+    if step % 100 == 1:
+        print(f"language {step} ({course.done.value:.0%}) loss {loss:.3f} {seconds:.0f}s", flush=True)
+    if step % EVALUATE_EVERY == 0:
+        backbone = course.model.backbone
+        print(evaluate(course.model, course.watched, course.features[config.scenes :]), flush=True)
+        copy.deepcopy(backbone).cpu().half().save_pretrained(config.output_dir / UNFINISHED)
+    course.steps.value = step
+    by_clock = seconds / (60 * config.language_minutes) if config.language_minutes else 0.0
+    course.done.value = by_clock or step / config.language_steps
+
+
+def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray], features: Tensor) -> Tensor:
     """Of the answers, and of what the encoder knows at the end of a phrase of the objects that it fits.
 
     The second finds in hundreds of steps what the answers alone teach in thousands.
@@ -217,7 +284,7 @@ def loss_of(
         return loss
     # The text is padded on the right and comes first.
     states = encoded_source.last_hidden_state[ends[:, 0], ends[:, 1]]
-    *named, found = heads(states.float()).float().split(sizes, dim=-1)
+    *named, found = heads(states.float()).float().split(HEADS, dim=-1)
     for scores, target in zip(named, classes.unbind(1), strict=True):
         wrong = nn.functional.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="sum")
         loss = loss + PHRASE_WEIGHT * wrong / len(ends)

@@ -46,6 +46,8 @@ class PretrainConfig(Options):
     """Instead stop after this time, whatever the speed; 0 takes the steps."""
     language_batch: Positive = 64
     """Questions per step (fewer captions and pairs, which are longer)."""
+    processes: Positive = 1
+    """That share each step of the language model: each has a part of the batch (on CPUs)."""
     language_lr: Rate = 1e-2
     """Peak rate of language model and visual projection, relative to each tensor's own scale
     (Adafactor): AdamW stayed on the first plateau for far longer."""

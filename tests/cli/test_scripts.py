@@ -12,7 +12,7 @@ from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.scenes.questions import NOUNS, ask
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
 from pretraining.batches import CELL_CLASSES, MOST, Sample, phrases
-from pretraining.language import fit_projection
+from pretraining.language import FORK, Course, fit_projection
 from pretraining.measure import encode_scenes
 from scripts import pretrain_tiny
 
@@ -50,6 +50,28 @@ def test_pretraining_is_seeded(pretrained: Path, tmp_path: Path) -> None:
     pretrain_tiny.main(replace(TINY, output_dir=tmp_path / "again"))
     first, second = (Backbone.from_pretrained(f).state_dict() for f in (pretrained, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_several_processes_share_a_step(tmp_path: Path) -> None:
+    config = replace(TINY, output_dir=tmp_path / "tiny", processes=2, language_steps=2, bf16=False)
+    pretrain_tiny.main(config)
+    record = json.loads((tmp_path / "tiny" / "pretraining.json").read_text())
+    assert record["config"]["language_steps"] == 2
+
+    heads = torch.nn.Linear(4, 3)
+    course = Course(config, torch.nn.Linear(2, 4), heads, [], torch.empty(0))
+
+    def find(place: int) -> None:
+        for parameter in course.parameters[:-1]:  # the last has no gradient
+            parameter.grad = torch.full_like(parameter, 1.0 + 2 * place)
+        course.average(place)
+
+    other = FORK.Process(target=find, args=(1,))
+    other.start()
+    find(0)
+    other.join()
+    assert all((p.grad == 2).all() for p in course.parameters[:-1])
+    assert (course.parameters[-1].grad == 0).all()
 
 
 def test_pretraining_goes_on_after_a_finished_first_stage(pretrained: Path, tmp_path: Path) -> None:
