@@ -10,6 +10,7 @@ are stock classes saved in the standard layout, so the result loads like any oth
 """
 
 import json
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -82,7 +83,9 @@ def options_of(taken: dict[str, Any]) -> list[str]:
     """The options that a language stage was started with, but for folders of its own."""
     usual = to_json(PretrainConfig()) | {"vision_from": None, "output_dir": taken["output_dir"]}
     changed = {name: value for name, value in taken.items() if value != usual[name]}
-    return [f"--{name} {value}" for name, value in changed.items()]
+    return [
+        f"--{name} {shlex.join(map(str, v)) if isinstance(v, list) else v}" for name, v in changed.items()
+    ]
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:

@@ -24,11 +24,10 @@ from dept_vl.tasks.scenes.render import (
     sample_scene,
 )
 from dept_vl.tasks.scenes.texts import ask_text
+from pretraining.options import SPATIAL
 
 IGNORE_INDEX = -100
 """Class that the loss does not count, as torch has it."""
-SPATIAL = (*("place", "distance", "further", "relation", "neighbour", "neighbour colour", "extreme", "more"),)
-"""Families about places; `more` fits every scene, so that a question is always found."""
 CELL_CLASSES = {"shape": [*SHAPES, "nothing"], "colour": list(COLOURS), "size": list(SIZES)}
 PHRASE = re.compile(
     rf"\b(?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join([*SHAPES, *NOUNS])})s?\b"
@@ -123,7 +122,8 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
         seed: Of what is asked.
         size: Questions in a batch (fewer captions and pairs, which are longer).
         families: Of the questions.
-        spatial_share: Share of the questions that are of `SPATIAL` families.
+        spatial_share: Share of the questions that are about places.
+        spatial: Families of these.
     """
 
     def __init__(
@@ -134,9 +134,10 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
         size: int,
         families: Sequence[str] = tuple(FAMILIES),
         spatial_share: float = 0.0,
+        spatial: Sequence[str] = SPATIAL,
     ) -> None:
         self.scenes, self.tokenizer, self.seed, self.size = scenes, tokenizer, seed, size
-        self.families, self.spatial_share = families, spatial_share
+        self.families, self.spatial_share, self.spatial = families, spatial_share, spatial
         self.crowded = [row for row, scene in enumerate(scenes) if len(scene.objects) > 1]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -165,7 +166,7 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
         """One question about a scene."""
         families = self.families
         if self.crowded and rng.random() < self.spatial_share:
-            families, row = SPATIAL, rng.choice(self.crowded)
+            families, row = self.spatial, rng.choice(self.crowded)
         return Sample(with_prefix(ask(self.scenes[row], rng, families), rng), (row,))
 
 

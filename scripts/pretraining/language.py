@@ -235,7 +235,7 @@ def teach(course: Course, place: int) -> None:
     asked = (course.scenes, course.model.backbone.tokenizer, config.seed + 1 + 1000 * place)
     size = config.language_batch // config.processes
     first = DrawnBatches(*asked, size, AFFIRMATIVE)
-    later = DrawnBatches(*asked, size, spatial_share=config.spatial_share)
+    later = DrawnBatches(*asked, size, spatial_share=config.spatial_share, spatial=config.spatial)
     batches, alone = iter(loader(first, config.num_workers)), True
     started = time.perf_counter()
     while course.done.value < 1:

@@ -9,6 +9,9 @@ import torch
 from dept_vl._utils.options import Options, Positive, Rate, Seed, Workers
 from dept_vl.models.options import ObjectOrder
 
+SPATIAL = ("place", "distance", "further", "relation", "neighbour", "neighbour colour", "extreme", "more")
+"""Families about places; `more` fits every scene, so that a question is always found."""
+
 
 @dataclass(frozen=True)
 class PretrainConfig(Options):
@@ -53,6 +56,8 @@ class PretrainConfig(Options):
     (Adafactor): AdamW stayed on the first plateau for far longer."""
     spatial_share: Rate = 0.5
     """Share of the questions that are about places and comparisons of them."""
+    spatial: tuple[str, ...] = SPATIAL
+    """Families of these; one that is named twice is asked twice as often."""
     affirmative_share: Rate = 0.15
     """Share of the steps, at the start, without negated and comparing questions. Yes and no mean the
     opposite in the two, and learning both at once from nothing stays at chance for long."""
