@@ -25,6 +25,7 @@ from dept_vl.cli import entry, parse_options
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.options import ObjectOrder
 from dept_vl.models.vision import VisionEncoder
+from pretraining.convert import convert
 from pretraining.language import (
     UNFINISHED,
     build_language,
@@ -104,15 +105,17 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     # While the language model learns, so do the places.
     order: ObjectOrder = "none" if config.object_order == "none" else "trained"
     earlier = Backbone.from_pretrained(config.language_from) if config.language_from else None
-    language, tokenizer = (
-        (earlier.language, earlier.tokenizer) if earlier else (build_language(config), build_tokenizer())
-    )
+    goes_on = earlier is not None and earlier.language.config.model_type == config.language
+    language = earlier.language if earlier and goes_on else build_language(config)
+    tokenizer = earlier.tokenizer if earlier else build_tokenizer()
     backbone = Backbone(vision, language, tokenizer, name=config.output_dir.name, object_order=order)
     places = backbone.visual_projection.object_order if backbone.visual_projection else None
     if isinstance(places, nn.Embedding):
         nn.init.normal_(places.weight)
-    if earlier:
+    if earlier and goes_on:
         fit_projection(backbone, earlier, config)
+    elif earlier:
+        convert(earlier, backbone)
     steps = pretrain_language(config, backbone.to(config.device))
     backbone.object_order = config.object_order
     backbone.cpu().half().save_pretrained(config.output_dir)

@@ -111,6 +111,7 @@ def build_language(config: PretrainConfig) -> PreTrainedModel:
                 decoder_attention_heads=4,
                 encoder_ffn_dim=2 * config.d_model,
                 decoder_ffn_dim=2 * config.d_model,
+                activation_function="relu",
                 dropout=0.0,
                 # As large as T5's are when new; steps are relative to a tensor's own scale.
                 init_std=config.d_model**-0.5,

@@ -11,7 +11,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.scenes.questions import NOUNS, ask
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
-from pretraining.batches import CELL_CLASSES, MOST, Sample, phrases
+from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, Sample, phrases
 from pretraining.language import FORK, Course, fit_projection
 from pretraining.measure import encode_scenes
 from scripts import pretrain_tiny
@@ -127,6 +127,15 @@ def test_phrases_are_taught_what_they_refer_to(pretrained: Path) -> None:
             assert centre.tolist() == pytest.approx([found[0].x / 16, found[0].y / 16])
         else:
             assert set(classes) == {-100}
+
+
+def test_questions_about_places_are_of_the_families_named_and_about_several_objects(pretrained: Path) -> None:
+    scenes = [sample_scene(Random(seed)) for seed in range(100)]
+    tokenizer = Backbone.from_pretrained(pretrained).tokenizer
+    drawn = DrawnBatches(scenes, tokenizer, 0, 8, spatial_share=1.0, spatial=("relation", "more"))
+    samples = [drawn.question(0, Random(seed)) for seed in range(200)]
+    assert {sample.qa.target_text for sample in samples} == {"yes", "no"}
+    assert {len(scenes[sample.rows[0]].objects) for sample in samples} == {2, 3, 4}
 
 
 def test_a_projection_fitted_to_another_tower_gives_the_tokens_it_gave(
