@@ -67,6 +67,9 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     families = sorted(
         record["exact_match"].items(), key=lambda pair: (pair[0].startswith("kept out"), pair[0])
     )
+    # What an earlier version of this script was started with is in its own card.
+    earlier = record.get("earlier", [])
+    own = [stage for stage in earlier if "language" in stage["config"]]
     card = template.render(
         name=folder.name,
         language=type(backbone.language).__name__,
@@ -74,19 +77,25 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         sizes=sizes,
         families=families,
         backbone=backbone,
-        options=options_of(record["config"]),
+        stages=[*(command(stage["config"], "runs") for stage in own), command(record["config"], "data")],
+        legacy=next((stage for stage in earlier if stage not in own), None),
+        before=", ".join(
+            f"{s['config']['language_steps']:,} batches in {s['minutes']['language']} minutes"
+            + (f" (stopped {s['stopped']})" if "stopped" in s else "")
+            for s in own
+        ),
         **record,
     )
     (folder / CARD).write_text(card.rstrip() + "\n")
 
 
-def options_of(taken: dict[str, Any]) -> list[str]:
-    """The options that a language stage was started with, but for folders of its own."""
-    usual = to_json(PretrainConfig()) | {"vision_from": None, "output_dir": taken["output_dir"]}
+def command(taken: dict[str, Any], root: str) -> str:
+    """The options that a language stage was started with, but for the tower."""
+    usual = to_json(PretrainConfig()) | {"vision_from": None, "output_dir": None}
+    taken = taken | {"output_dir": f"{root}/{taken['output_dir']}"}
     changed = {name: value for name, value in taken.items() if value != usual[name]}
-    return [
-        f"--{name} {shlex.join(map(str, v)) if isinstance(v, list) else v}" for name, v in changed.items()
-    ]
+    words = {n: shlex.join(map(str, v)) if isinstance(v, list) else v for n, v in changed.items()}
+    return " ".join(f"--{name} {value}" for name, value in words.items())
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
@@ -127,7 +136,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     record["by_clock"] = bool(config.language_minutes)
     if config.language_from:
         before = json.loads((config.language_from / RECORD_FILE).read_text())
-        kept = {name: before[name] for name in ("config", "minutes")}
+        kept = {name: before[name] for name in ("config", "minutes", "stopped") if name in before}
         record["earlier"] = [*before.get("earlier", []), kept]
     return record
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.scenes.questions import NOUNS, ask
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, Sample, phrases
-from pretraining.language import FORK, Course, fit_projection
+from pretraining.convert import convert
+from pretraining.language import FORK, Course, build_language, fit_projection
 from pretraining.measure import encode_scenes
 from scripts import pretrain_tiny
 
@@ -166,3 +168,34 @@ def test_pretraining_goes_on_from_a_finished_backbone(pretrained: Path, tmp_path
     first, second = (json.loads((f / "pretraining.json").read_text()) for f in (pretrained, folder))
     assert second["earlier"] == [{"config": first["config"], "minutes": first["minutes"]}]
     assert str(pretrained) in (folder / "README.md").read_text()
+
+
+def test_a_bart_of_the_weights_of_a_t5_computes_nearly_what_it_does(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t5 = Backbone.from_pretrained(pretrained)
+    for block in (t5.language.encoder.block[0], t5.language.decoder.block[0]):
+        # BART has no such positions; without its own the two may be compared.
+        torch.nn.init.zeros_(block.layer[0].SelfAttention.relative_attention_bias.weight)
+    monkeypatch.setattr("pretraining.convert.POSITIONS", 0.0)
+    torch.manual_seed(0)
+    language = build_language(replace(TINY, language="bart"))
+    bart = Backbone(t5.vision, language, t5.tokenizer, name="bart", object_order="trained")
+    scenes = [sample_scene(Random(seed)) for seed in range(20)]
+    features = encode_scenes(t5, scenes, 0)[:, 0].float()
+    text = t5.tokenizer(["what is drawn here?"] * 20, return_tensors="pt")
+    labels = torch.tensor([[5, 9, 1]] * 20)
+
+    def likeness() -> float:
+        with torch.no_grad():
+            states = [
+                PromptedModel(b)
+                .eval()(**text, labels=labels, visual_features=features[:, None])
+                .logits.flatten()
+                for b in (t5, bart)
+            ]
+        return torch.corrcoef(torch.stack(states))[0, 1].item()
+
+    assert likeness() < 0.5
+    convert(t5, bart)
+    assert likeness() > 0.95
