@@ -2,8 +2,8 @@
 
     python scripts/ablate_images.py
 
-Object order: the shipped backbone without its vectors of the places (none), with random ones (frozen,
-trained), or with its own. Image fit: scenes twice as wide as high, with objects in the outer quarters too,
+Object order: the shipped backbone without vectors of the places (none), or with random ones (frozen, trained).
+Image fit: scenes twice as wide as high, with objects in the outer quarters too,
 squashed, cropped or padded. A prompt and the visual projection are trained each time, on the same questions;
 all runs are scored on the same questions about other scenes. Finished runs are kept, so the same command goes
 on where it was stopped.
@@ -22,13 +22,13 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.scenes.questions import ask
+from dept_vl.tasks.scenes.questions import FAMILIES, PHRASINGS
 from dept_vl.tasks.scenes.render import render, sample_scene
 
 if TYPE_CHECKING:
     from dept_vl.models.options import ImageFit, ObjectOrder
 
-FAMILIES = ("place", "relation", "neighbour colour")
+ASKED = ("place", "relation", "neighbour colour")
 STRETCH = {"square": 1, "wide": 2}
 
 
@@ -68,7 +68,7 @@ class Kind:
 
 
 KINDS = (
-    *(Kind("square", order) for order in ("none", "frozen", "trained", "own")),
+    *(Kind("square", order) for order in ("none", "frozen", "trained")),
     *(Kind("wide", "own", fit) for fit in ("squash", "crop", "pad")),
 )
 
@@ -102,12 +102,14 @@ def write_questions(config: AblationConfig, folder: Path, stretch: int) -> None:
     rng, rows = Random(0), []
     splits = ["train"] * config.train_scenes + ["test"] * config.test_scenes
     for number, split in enumerate(splits):
-        scene = sample_scene(rng)
-        while len(scene.objects) < 2:
+        scene, fact = sample_scene(rng), None
+        while fact is None:  # not every scene admits every question
             scene = sample_scene(rng)
-        qa = ask(scene, rng, [rng.choice(FAMILIES), "place"])
+            family = rng.choice(ASKED)
+            fact = FAMILIES[family][0](scene, rng) if len(scene.objects) > 1 else None
+        question = rng.choice(PHRASINGS[family]).format(*fact.slots)
         render(scene, stretch).save(folder / "images" / f"{number}.png")
-        row = {"image": f"images/{number}.png", "question": qa.source_text, "answer": qa.target_text}
+        row = {"image": f"images/{number}.png", "question": question, "answer": fact.answer}
         rows.append(row | {"split": split})
     write_atomically(table, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
