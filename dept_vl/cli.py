@@ -32,6 +32,7 @@ from dept_vl.config import (
     validate,
 )
 from dept_vl.presets import PRESETS, with_preset
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.own.options import OwnOptions, is_data_set
 
 ABOUT = "Adapt a vision-language model with a decomposed prompt, evaluate it and use it."
@@ -260,7 +261,8 @@ COMMANDS: dict[str, Command] = {
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
     """Flags over a configuration file (`--config`) over a preset (`--preset`) over a script's defaults.
 
-    A file stands for the script's defaults: what it leaves out is as in no script.
+    A file stands for the script's defaults: what it leaves out is as in no script. Under all of them is the
+    task's own longest text.
 
     Args:
         defaults: Of the script.
@@ -301,11 +303,17 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
 
     base = defaults if known.config is None else RunConfig()
     config = flags(over(base))
-    if known.preset is None:
+    tasks = [data.task for data in (config.data, *config.also)]
+    for task in tasks:
+        _check_task(task)
+    longest = max(TASKS[task].max_source_length for task in tasks)
+    if known.preset is None and longest == base.prompt.max_source_length:
         return config
-    _check_task(config.data.task)
     # Which task is a question of flags too, so they are read twice.
-    return flags(over(with_preset(base, known.preset, config.data.task, config.backbone)))
+    base = replace(base, prompt=replace(base.prompt, max_source_length=longest))
+    if known.preset is not None:
+        base = with_preset(base, known.preset, config.data.task, config.backbone)
+    return flags(over(base))
 
 
 def _current_flags(argv: Sequence[str]) -> list[str]:
@@ -445,7 +453,6 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
         FileNotFoundError: If a folder or a file is missing.
         UsageError: If a task is unknown or an option out of range.
     """
-    from dept_vl.tasks import TASKS
     from dept_vl.tasks.base import data_folder
 
     validate(config)
@@ -469,8 +476,6 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
 
 
 def _check_task(name: str | None) -> None:
-    from dept_vl.tasks import TASKS
-
     if name and name not in TASKS:
         raise UnknownNameError("task", name, TASKS)
 

@@ -244,7 +244,8 @@ class PromptOptions(Options):
     reference_prompt_length: PositiveSize = 100
     """Length of the plain soft prompt (l) whose parameters are spent."""
     max_source_length: PositiveSize = 20
-    """Longest text, in tokens, task prefix included (s)."""
+    """Longest text, in tokens, task prefix included (s); on a command line the task's own is the default
+    (NLVR2: 72, text tasks: 256)."""
     alpha: Finite = 8.0
     """The offset is scaled by alpha / sqrt(rank)."""
     visual_offset: bool = False

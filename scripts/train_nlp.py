@@ -13,7 +13,7 @@ from dept_vl.tasks.text.table import TEXT_TASKS
 DEFAULTS = RunConfig(
     data=DataOptions(task="rte"),
     backbone=BackboneOptions(language="google-t5/t5-base"),
-    prompt=PromptOptions(prompt_length=60, max_source_length=256),
+    prompt=PromptOptions(prompt_length=60),
     train=TrainOptions(group_by_length=True),
 )
 

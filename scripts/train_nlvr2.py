@@ -7,9 +7,9 @@ accelerate launch scripts/train_nlvr2.py --data_dir data/nlvr2 \
 from functools import partial
 
 from dept_vl.cli import entry, train
-from dept_vl.config import DataOptions, PromptOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 
-DEFAULTS = RunConfig(data=DataOptions(task="nlvr2"), prompt=PromptOptions(max_source_length=72))
+DEFAULTS = RunConfig(data=DataOptions(task="nlvr2"))
 
 if __name__ == "__main__":
     entry(partial(train, defaults=DEFAULTS, tasks=["nlvr2"]))

@@ -98,6 +98,8 @@ class Task(ABC):
     """What `mark` measures, in words."""
     scales: ClassVar[Mapping[str, str]] = {}
     """Metric -> its scale, where that is not 0-100."""
+    max_source_length = 20
+    """Tokens of the longest text by default; longer ones are cut."""
     decoding = Decoding(max_new_tokens=10)
     """How answers are decoded by default."""
     has_usual_answers = False

@@ -138,6 +138,7 @@ class NLVR2(Task):
     name = "nlvr2"
     prefix = "nlvr: "
     image_count = 2
+    max_source_length = 72  # the longest published statement has 71 of T5's tokens
     decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
     id_column = "identifier"
     prediction_format = PredictionFormat("identifier", "prediction", "str", "lines")

@@ -1,15 +1,19 @@
 """Lengths of texts: counted once, kept by text and tokenizer."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from conftest import LANGUAGES
 from helpers import task_of
 from transformers import AutoTokenizer
 
-from dept_vl.data.lengths import source_lengths
+from dept_vl.data.lengths import check_source_lengths, source_lengths
+from dept_vl.tasks import load_task
 from dept_vl.tasks.io.rows import Rows, cache_folder
 from dept_vl.tasks.text.task import SCHEMA, TextTask
 
@@ -47,6 +51,28 @@ def test_questions_about_images_have_lengths_too(tokenizers: dict[str, Any]) -> 
     task = task_of(["yes"], ["no"])
     lengths = source_lengths(task, tokenizers["t5"])
     assert lengths.tolist() == [len(tokenizers["t5"](task[n].source_text).input_ids) for n in range(2)]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_longest_published_statement_is_read_whole(
+    tokenizers: dict[str, Any],
+    language: str,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With T5's tokenizer it has 71 tokens, prefix and end included."""
+    tokenizer = tokenizers[language]
+    root = shutil.copytree(scenes / "nlvr2", tmp_path / "nlvr2")
+    first = json.loads((root / "dev.json").read_text().splitlines()[0])
+    words = ["red"] * (71 - len(tokenizer("nlvr:").input_ids))
+    (root / "dev.json").write_text(json.dumps(first | {"sentence": " ".join(words)}) + "\n")
+    task = load_task("nlvr2", root, "dev")
+    assert source_lengths(task, tokenizer).tolist() == [71]
+    check_source_lengths(task, "dev", tokenizer, task.max_source_length, Accelerator())
+    assert capsys.readouterr().out == ""
+    check_source_lengths(task, "dev", tokenizer, 70, Accelerator())
+    assert "cuts 1 of" in capsys.readouterr().out
 
 
 def test_nothing_is_counted_twice(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

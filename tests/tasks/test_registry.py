@@ -197,12 +197,27 @@ def test_splits_left_out_are_the_tasks_own(task: str, splits: tuple[str, str, st
     assert DataOptions(task, None, "a", "b", test_split="c").splits() == ("a", "b", "c")
 
 
-@pytest.mark.parametrize(("task", "script"), [("gqa", train_gqa), ("coco", train_caption)])
+@pytest.mark.parametrize(
+    ("task", "script"), [("gqa", train_gqa), ("coco", train_caption), ("nlvr2", train_nlvr2)]
+)
 def test_one_script_trains_what_another_does(task: str, script: object) -> None:
     one, other = parse(RunConfig(), "", ["--task", task]), parse(script.DEFAULTS, "", [])
     assert one == other
     assert one.data.splits() == other.data.splits()
-    assert parse(train_nlvr2.DEFAULTS, "", []).data == parse(RunConfig(), "", ["--task", "nlvr2"]).data
+
+
+@pytest.mark.parametrize(("task", "longest"), [("vqav2", 20), ("gqa", 20), ("nlvr2", 72), ("rte", 256)])
+def test_texts_are_as_long_as_their_tasks(task: str, longest: int, tmp_path: Path) -> None:
+    def chosen(*flags: str) -> int:
+        return parse(RunConfig(), "", flags).prompt.max_source_length
+
+    assert chosen("--task", task) == longest
+    assert chosen("--task", task, "--max_source_length", "20") == 20
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"data": {"task": "vqav2"}, "also": [{"task": task}]}))
+    assert chosen("--config", str(file)) == longest
+    file.write_text(json.dumps({"data": {"task": task}, "prompt": {"max_source_length": 21}}))
+    assert chosen("--config", str(file)) == 21
 
 
 def test_a_run_of_an_older_version_goes_on() -> None:

@@ -57,6 +57,7 @@ class TextTask(Task):
     rows: Rows = NO_ROWS
 
     image_count = 0
+    max_source_length = 256
     id_column = "id"
     source_column = "source_text"
     prediction_format = PredictionFormat("id", "prediction", "int")
