@@ -2,7 +2,7 @@
 VENV ?= .venv
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 PYTHON ?= python3
-BACKBONE ?= tiny-clip-t5
+BACKBONE ?= data/tiny-clip-t5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -27,10 +27,10 @@ data/concepts: | $(STAMP)
 data/snippets: | $(STAMP)
 	$(BIN)/python scripts/prepare_data.py snippets --output_dir data/snippets
 
-vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers; or BACKBONE=tiny-clip-bart
+vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers; or BACKBONE=data/tiny-clip-bart
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
-		scripts/train_vqa.py --config data/configs/easy-vqa.json --backbone data/$(BACKBONE)
+		scripts/train_vqa.py --config data/configs/easy-vqa.json --backbone $(BACKBONE)
 
 compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods
 	$(BIN)/python scripts/compare.py

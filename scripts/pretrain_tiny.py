@@ -134,6 +134,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     record["config"] = to_json(config) | taken | {"vision_from": None}
     record["device"] = device_name(config)
     record["by_clock"] = bool(config.language_minutes)
+    record["comparisons"] = True
     if config.language_from:
         before = json.loads((config.language_from / RECORD_FILE).read_text())
         kept = {name: before[name] for name in ("config", "minutes", "stopped") if name in before}

@@ -1,5 +1,6 @@
 """Batches of scenes and of questions about them, without end, for pretraining the small backbones."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, ask, ask_pair, caption
+from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, RELATIONS, SIDES, ask, ask_pair, caption
 from dept_vl.tasks.scenes.render import (
     COLOURS,
     GRID,
@@ -34,6 +35,10 @@ PHRASE = re.compile(
 )
 MOST = 2
 """Objects that a phrase fits are counted up to here."""
+COMPARES = re.compile(rf"\b(?:({'|'.join(RELATIONS)})|far ({'|'.join(SIDES)}))\b")
+"""How a text compares the places of two objects."""
+TOWARDS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+"""The direction that a relation looks in."""
 
 Cells = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -138,6 +143,8 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
     ) -> None:
         self.scenes, self.tokenizer, self.seed, self.size = scenes, tokenizer, seed, size
         self.families, self.spatial_share, self.spatial = families, spatial_share, spatial
+        if spatial_share and "more" not in spatial:
+            raise ValueError("spatial wants `more` among its families: of them it alone fits every scene")
         self.crowded = [row for row, scene in enumerate(scenes) if len(scene.objects) > 1]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -190,29 +197,44 @@ def phrases(tokenizer: Any, batch: list[Sample], scenes: list[Scene]) -> dict[st
     """What the phrases in a batch's texts refer to, for questions about one image.
 
     Returns:
-        By name: example and token where a phrase ends; how many objects it fits, and where it is one alone
-        the class of each attribute; the centre of that object in cells.
+        By name: example and token where a phrase ends; how many objects it fits, where it is one alone the
+        class of each attribute, and where two are compared whether it is the second, and whether it lies
+        further that way; centre, in cells, of that object, and how far that way it lies (NaN: not told).
     """
-    ends, classes, centres = [], [], []
-    for place, sample in enumerate(batch):
+    ends, classes, places = [], [], []
+    for row, sample in enumerate(batch):
         if len(sample.rows) != 1:
             continue
-        text = tokenizer(sample.qa.source_text)
-        for phrase in PHRASE.finditer(sample.qa.source_text):
-            found = fitting(scenes[sample.rows[0]], phrase[0])
-            ends.append((place, text.char_to_token(phrase.end() - 1)))
-            item = found[0] if len(found) == 1 else None
+        source = sample.qa.source_text
+        text = tokenizer(source)
+        named = list(PHRASE.finditer(source))
+        found = [fitting(scenes[sample.rows[0]], phrase[0]) for phrase in named]
+        reached = reach(source, found)
+        for place, (phrase, items) in enumerate(zip(named, found, strict=True)):
+            ends.append((row, text.char_to_token(phrase.end() - 1)))
+            item = items[0] if len(items) == 1 else None
             attributes = [
                 known.index(getattr(item, name)) if item else IGNORE_INDEX
                 for name, known in CELL_CLASSES.items()
             ]
-            classes.append([min(len(found), MOST), *attributes])
-            centres.append([item.x, item.y] if item else [0.0, 0.0])
+            compared = [place, int(reached[place] == max(reached))] if reached else [IGNORE_INDEX] * 2
+            classes.append([min(len(items), MOST), *attributes, *compared])
+            centre = [item.x, item.y] if item else [math.nan] * 2
+            places.append([*centre, reached[place] if reached else math.nan])
     return {
         "ends": np.array(ends, np.int64).reshape(-1, 2),
-        "classes": np.array(classes, np.int64).reshape(-1, 1 + len(CELL_CLASSES)),
-        "centres": np.array(centres, np.float32).reshape(-1, 2) * GRID / IMAGE_SIZE,
+        "classes": np.array(classes, np.int64).reshape(-1, 3 + len(CELL_CLASSES)),
+        "places": np.array(places, np.float32).reshape(-1, 3) * GRID / IMAGE_SIZE,
     }
+
+
+def reach(source: str, found: list[list[Object]]) -> list[float]:
+    """How far two compared objects lie the way that a text of two phrases asks about; else nothing."""
+    compares = COMPARES.search(source)
+    if compares is None or [len(items) for items in found] != [1, 1]:
+        return []
+    right, down = TOWARDS[compares[1] or SIDES[compares[2]]]
+    return [right * item.x + down * item.y for (item,) in found]
 
 
 def fitting(scene: Scene, phrase: str) -> list[Object]:

@@ -79,7 +79,7 @@ def measured(backbone: Backbone) -> dict[Any, Tensor]:
     model = PromptedModel(backbone).eval()
     drawn = DrawnBatches(scenes, backbone.tokenizer, 0, QUESTIONS)
     batch = next(batch for batch in drawn if batch["rows"].shape[1:] == (1,))
-    arguments = {k: v for k, v in tensors(batch, features).items() if k not in ("ends", "classes", "centres")}
+    arguments = {k: v for k, v in tensors(batch, features).items() if k not in ("ends", "classes", "places")}
     hooks = [
         m.register_forward_pre_hook(note)
         for n, m in backbone.language.named_modules()

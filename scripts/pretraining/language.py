@@ -54,12 +54,13 @@ WARMUP_STEPS = 200
 """Of the language model."""
 FITTED_SCENES = 1000
 """Scenes that a projection is fitted to another tower on."""
-HEADS = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2]
-"""What is read at the end of a phrase: how many objects it fits; of one, the classes and the centre."""
+HEADS = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2, 2, 3]
+"""What is read at the end of a phrase: how many objects it fits; of one, the classes; of two that are
+compared, which it is and whether it lies further that way; centre of one, and how far that way it lies."""
 FORK = multiprocessing.get_context("fork")
 UNFINISHED = "unfinished"
 """Folder with the backbone as it was at the last evaluation, while it is trained."""
-PHRASE_WEIGHT = 0.5
+PHRASE_WEIGHT, COMPARISON_WEIGHT = 0.5, 1.0
 """Of what the encoder is taught of each phrase, beside the answers."""
 
 
@@ -277,7 +278,7 @@ def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray]
     The second finds in hundreds of steps what the answers alone teach in thousands.
     """
     arguments = tensors(batch, features)
-    ends, classes, centres = (arguments.pop(name) for name in ("ends", "classes", "centres"))
+    ends, classes, places = (arguments.pop(name) for name in ("ends", "classes", "places"))
     labels = arguments.pop("labels")
     encoded_source, mask = model.encode(**arguments)
     loss = sequence_loss(model.backbone.language_model.logits(encoded_source, mask, labels), labels)
@@ -286,12 +287,20 @@ def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray]
     # The text is padded on the right and comes first.
     states = encoded_source.last_hidden_state[ends[:, 0], ends[:, 1]]
     *named, found = heads(states.float()).float().split(HEADS, dim=-1)
-    for scores, target in zip(named, classes.unbind(1), strict=True):
+    compared = ~places[:, -1].isnan()
+    # Comparisons are few, and count by themselves.
+    weights = [PHRASE_WEIGHT / len(ends)] * (1 + len(CELL_CLASSES))
+    weights += [COMPARISON_WEIGHT / max(1, int(compared.sum()))] * 2
+    for scores, target, weight in zip(named, classes.unbind(1), weights, strict=True):
         wrong = nn.functional.cross_entropy(scores, target, ignore_index=IGNORE_INDEX, reduction="sum")
-        loss = loss + PHRASE_WEIGHT * wrong / len(ends)
-    known = classes[:, 1] != IGNORE_INDEX
-    off = nn.functional.smooth_l1_loss(found[known], centres[known], beta=0.1, reduction="sum")
-    return loss + PHRASE_WEIGHT * off / len(ends)
+        loss = loss + weight * wrong
+    for column, weight in ((slice(2), weights[0]), (slice(2, 3), weights[-1])):
+        known = ~places[:, column].isnan()
+        off = nn.functional.smooth_l1_loss(
+            found[:, column][known], places[:, column][known], beta=0.1, reduction="sum"
+        )
+        loss = loss + weight * off
+    return loss
 
 
 def rate(step: int, done: float) -> float:

@@ -57,7 +57,7 @@ class PretrainConfig(Options):
     spatial_share: Rate = 0.5
     """Share of the questions that are about places and comparisons of them."""
     spatial: tuple[str, ...] = SPATIAL
-    """Families of these; one that is named twice is asked twice as often."""
+    """Families of these, with `more`; one that is named twice is asked twice as often."""
     affirmative_share: Rate = 0.15
     """Share of the steps, at the start, without negated and comparing questions. Yes and no mean the
     opposite in the two, and learning both at once from nothing stays at chance for long."""

@@ -10,6 +10,7 @@ from torch import nn
 from dept_vl.cli import parse
 from dept_vl.config import RunConfig, flat, to_json
 from dept_vl.models.projection import VisualProjection
+from dept_vl.models.vlm import open_backbone
 from dept_vl.presets import MODELS, OWN_ROW, PAPER, PRESETS, RELEASED, VL_ADAPTER
 from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.methods import build
@@ -117,6 +118,16 @@ def test_models_that_are_named_are_kept() -> None:
     assert (named.vision, named.language, named.pooled_grid) == ("x/clip", "x/bart", 0)
     folder = parse(RunConfig(), "", [*flags, "--backbone", "data/tiny-clip-t5"]).backbone
     assert (folder.vision, folder.language, folder.object_order) == (None, None, "frozen")
+
+
+@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+@pytest.mark.parametrize("preset", ["vl-adapter", "paper"])
+def test_a_backbone_that_ships_is_of_the_published_protocol(name: str, preset: str) -> None:
+    flags = ["--task", "vqav2", "--preset", preset, "--backbone", str(PAGE.parents[1] / name)]
+    options = parse(RunConfig(), "", flags).backbone
+    backbone = open_backbone(**options.loading())
+    for key in ("visual_position_bias", "object_order", "visual_norm", "image_fit"):
+        assert getattr(backbone, key) in (getattr(options, key), None)
 
 
 def test_a_ready_made_model_has_no_such_protocol() -> None:

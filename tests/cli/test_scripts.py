@@ -1,23 +1,27 @@
 import json
+import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.scenes.questions import NOUNS, ask
+from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, PHRASINGS, QA, ask
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, Sample, phrases
 from pretraining.convert import convert
 from pretraining.language import FORK, Course, build_language, fit_projection
-from pretraining.measure import encode_scenes
+from pretraining.measure import encode_scenes, exact_match
 from scripts import pretrain_tiny
 
+DATA = Path(__file__).parents[2] / "data"
 TINY = pretrain_tiny.PretrainConfig(
     vision_steps=2,
     vision_batch=4,
@@ -87,6 +91,33 @@ def test_pretraining_goes_on_after_a_finished_first_stage(pretrained: Path, tmp_
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+def test_the_card_of_a_shipped_backbone_is_that_of_its_record(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(DATA / name, tmp_path / name)
+    record = json.loads((folder / "pretraining.json").read_text())
+    pretrain_tiny.write_card(folder, record)
+    assert (folder / "README.md").read_text() == (DATA / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+def test_a_shipped_backbone_scores_what_its_record_says(name: str) -> None:
+    backbone, rng = Backbone.from_pretrained(DATA / name), Random(99)
+    scenes = [sample_scene(rng) for _ in range(300)]
+    samples: dict[str, list[Sample]] = {"place": [], "neighbour": [], "relation": [], "exists": []}
+    for row, scene in enumerate(scenes):
+        for family, asked in samples.items():
+            fact = FAMILIES[family][0](scene, rng)
+            if fact is not None:
+                text = rng.choice(PHRASINGS[family]).format(*fact.slots)
+                asked.append(Sample(QA(text, fact.answer), (row,)))
+    features = encode_scenes(backbone, scenes, 0)
+    record = json.loads((DATA / name / "pretraining.json").read_text())["exact_match"]
+    for family, asked in samples.items():
+        # Three standard errors, of both.
+        off = 3 * math.sqrt(record[family] * (1 - record[family]) * 2 / len(asked)) + 0.01
+        assert exact_match(PromptedModel(backbone), asked, features) == pytest.approx(record[family], abs=off)
+
+
 def test_pretraining_overwrites_nothing(pretrained: Path) -> None:
     with pytest.raises(FileExistsError, match="output_dir"):
         pretrain_tiny.main(replace(TINY, output_dir=pretrained))
@@ -112,7 +143,7 @@ def test_phrases_are_taught_what_they_refer_to(pretrained: Path) -> None:
     tokenizer = Backbone.from_pretrained(pretrained).tokenizer
     taught = phrases(tokenizer, batch, scenes)
     names = list(CELL_CLASSES)
-    for (place, token), (count, *classes), centre in zip(*taught.values(), strict=True):
+    for (place, token), (count, *classes), (*centre, _) in zip(*taught.values(), strict=True):
         text = batch[place].qa.source_text
         words = tokenizer.decode(tokenizer(text).input_ids[: token + 1]).split()
         assert words[-1].removesuffix("s") in {*SHAPES, *NOUNS, "cros"}
@@ -125,10 +156,47 @@ def test_phrases_are_taught_what_they_refer_to(pretrained: Path) -> None:
         assert count == min(len(found), MOST), text
         if count == 1:
             expected = [CELL_CLASSES[name].index(getattr(found[0], name)) for name in names]
-            assert list(classes) == expected
-            assert centre.tolist() == pytest.approx([found[0].x / 16, found[0].y / 16])
+            assert list(classes[:3]) == expected
+            assert centre == pytest.approx([found[0].x / 16, found[0].y / 16])
         else:
             assert set(classes) == {-100}
+            assert np.isnan(centre).all()
+
+
+def test_phrases_that_are_compared_are_taught_which_and_how_far(pretrained: Path) -> None:
+    rng = Random(3)
+    scenes = [sample_scene(rng) for _ in range(200)]
+    scenes = [scene for scene in scenes if len(scene.objects) > 1]
+    asked = [
+        Sample(ask(scene, rng, ("relation", "further", "more")), (row,)) for row, scene in enumerate(scenes)
+    ]
+    tokenizer = Backbone.from_pretrained(pretrained).tokenizer
+    told = Counter[str]()
+    for row, sample in enumerate(asked):
+        taught = phrases(tokenizer, [replace(sample, rows=(0,))], [scenes[row]])
+        _, _, _, _, place, wins = taught["classes"].T
+        reach, text = taught["places"][:, 2], sample.qa.source_text
+        if "more" in text or "outnumber" in text or "name the object" in text:  # three phrases
+            assert np.isnan(reach).all()
+            assert set(place) | set(wins) == {-100}
+            continue
+        assert place.tolist() == [0, 1]
+        assert wins.tolist() == [reach[0] > reach[1], reach[1] > reach[0]]
+        assert abs(reach[0] - reach[1]) >= 0.5  # cells: half of 16 pixels
+        if sample.qa.target_text in ("yes", "no"):
+            assert sample.qa.target_text == ("yes" if wins[0] else "no"), text
+        else:
+            _, shape, colour, *_ = taught["classes"][wins.argmax()]
+            named = f"{CELL_CLASSES['colour'][colour]} {CELL_CLASSES['shape'][shape]}"
+            assert sample.qa.target_text == named, text
+        told[sample.qa.target_text] += 1
+    assert min(told["yes"], told["no"], told.total() - told["yes"] - told["no"]) > 10
+
+
+def test_a_family_that_fits_every_scene_is_asked_for(pretrained: Path) -> None:
+    tokenizer = Backbone.from_pretrained(pretrained).tokenizer
+    with pytest.raises(ValueError, match="more"):
+        DrawnBatches([sample_scene(Random(0))], tokenizer, 0, 8, spatial_share=1.0, spatial=("relation",))
 
 
 def test_questions_about_places_are_of_the_families_named_and_about_several_objects(pretrained: Path) -> None:

@@ -14,6 +14,8 @@ from dept_vl.tasks.scenes.questions import (
     NOUNS,
     NUMBERS,
     PHRASINGS,
+    RELATIONS,
+    SIDES,
     Fact,
     ask,
     ask_pair,
@@ -261,10 +263,11 @@ def test_distances_are_in_eighths_of_the_image_from_the_other_side(scenes: list[
 def test_of_two_objects_the_one_further_to_a_side_is_named(scenes: list[Scene]) -> None:
     asked = Counter[int]()
     for scene, fact in facts(scenes, "further"):
-        side, *phrases = fact.slots
+        side, *phrases, relation = fact.slots
         pair = [fitting(scene, phrase)[0] for phrase in phrases]
         off = [{"left": -o.x, "right": o.x, "top": -o.y, "bottom": o.y}[side] for o in pair]
         found = pair[0] if off[0] > off[1] else pair[1]
+        assert relation == {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[side]
         assert fact.answer == f"{found.colour} {found.shape}", (scene, fact)
         assert abs(off[0] - off[1]) >= 8
         asked[pair.index(found)] += 1
@@ -338,7 +341,10 @@ def test_every_family_has_wordings_for_its_slots(scenes: list[Scene]) -> None:
         for wording in PHRASINGS[family]:
             text = wording.format(*fact.slots)
             assert "{" not in text
-            assert all(slot in text for slot in fact.slots)
+            left_out = {slot for slot in fact.slots if slot not in text}
+            # Which way two objects are compared is said as a side or as a relation.
+            assert len(left_out) == (family == "further")
+            assert left_out <= {*SIDES, *RELATIONS}
 
 
 def test_only_the_families_named_are_asked(scenes: list[Scene]) -> None:

@@ -119,6 +119,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     "further": (
         "which is at the far {0}, the {1} or the {2}?",
         "name the object at the far {0}: the {1} or the {2}",
+        "the {1} or the {2}: which is {3} the other?",
+        "which is {3} the other, the {1} or the {2}?",
     ),
     "describe": ("describe the object", "what object is in the image?", "name the object"),
 }
@@ -380,7 +382,7 @@ def _further(scene: Scene, rng: Random) -> Fact | None:
     if first is None or second is None:
         return None
     found = pair[0] if RELATIONS[relation](*pair) else pair[1]
-    return Fact((side, first, second), f"{found.colour} {found.shape}")
+    return Fact((side, first, second, relation), f"{found.colour} {found.shape}")
 
 
 def _describe(scene: Scene, rng: Random) -> Fact | None:
