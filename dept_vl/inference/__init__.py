@@ -6,6 +6,7 @@ The same question gets the same answer in evaluation, prediction, the demo and f
 __all__ = [
     "bulk",
     "chat",
+    "cluster",
     "decoding",
     "demo",
     "endpoints",

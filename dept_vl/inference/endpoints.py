@@ -9,7 +9,6 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +161,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         super().__init__()
         self.api_path = "/v1/chat/completions"
         self.config, self.metrics = config, metrics
+        self.server: LitServer  # once it is there
         self.numbers = map(str, itertools.count(1))
         self.models = {name: Model(next(self.numbers), source, {}) for name, source in sources.items()}
         self.changing = asyncio.Lock()
@@ -185,17 +185,16 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         """Called by LitServe before it starts a process."""
         super().setup(server)
         if self.replica.shared is None:
-            manager: SyncManager = server.manager
-            self.replica.shared = manager.dict()
+            server.manager.end_with_parent(LONGEST_PAUSE / 10)  # after those that ask it for questions
+            self.replica.shared = server.manager.dict()
             self._share()
 
-    def started(self, server: LitServer) -> None:
+    def started(self) -> None:
         """Take over what the processes say of the models.
 
         Raises:
             UsageError: If an adapter is called like the backbone.
         """
-        self.server = server
         about = self.replica.shared["models"]
         for model in self.models.values():
             model.about = about[model.number]
@@ -309,26 +308,37 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         Raises:
             Refused: If they cannot answer, or do not in time.
         """
-        uid = uuid.uuid4().hex
-        item = self.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
         self.metrics.waiting.inc()
         try:
-            self.request_queue.put((self.server.app.response_queue_id, uid, time.monotonic(), question))
             async with asyncio.timeout(self.config.timeout):
-                await item.event.wait()
+                reply = await self.outcome(question)
         except TimeoutError:
             text = f"no answer within {self.config.timeout:g} seconds: try again later"
             raise Refused(503, text, code="timeout") from None
         finally:
-            del self.response_buffer[uid]
             self.metrics.waiting.dec()
-        reply, status = item.response
-        if status != LitAPIStatus.OK:
-            raise Refused(503, "the process with the model has died: try again", code="process_died")
         if reply["batch"]:
             self.metrics.batch.observe(reply["batch"])
         if "error" in reply:
             raise Refused(reply["status"], reply["error"], code=reply["code"], param=param)
+        return reply
+
+    async def outcome(self, question: Question) -> dict[str, Any]:
+        """What `Replica.predict` says to a question.
+
+        Raises:
+            Refused: If the process that had it has died.
+        """
+        uid = uuid.uuid4().hex
+        item = self.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
+        try:
+            self.request_queue.put((self.server.app.response_queue_id, uid, time.monotonic(), question))
+            await item.event.wait()
+        finally:
+            del self.response_buffer[uid]
+        reply, status = item.response
+        if status != LitAPIStatus.OK:
+            raise Refused(503, "the process with the model has died: try again", code="process_died")
         return dict(reply)
 
     async def watch(self) -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import queue
+import threading
 import time
 import traceback
 import warnings
@@ -21,7 +22,7 @@ if TYPE_CHECKING:  # the server itself has no model, and loads no torch
     from dept_vl.inference.predictor import Ask, Predictor, Reply
 
 IDLE = 0.2
-"""Seconds after which a process that waits for questions looks whether the server is still there."""
+"""Seconds that a process waits for a question at a time."""
 END = (None, None, None, None)
 """In the place of a question: end the process that takes it."""
 BASE, FIRST = "backbone", "first"
@@ -49,6 +50,24 @@ class Question:
     loading: bool = False
 
 
+def end_with_parent(after: float = 0.0) -> None:
+    """End this process when the one that has started it is gone, also where that was killed.
+
+    Args:
+        after: Seconds until then, for others to end before.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        assert parent is not None
+        parent.join()
+        time.sleep(after)
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Batches(BatchedLoop):  # type: ignore[misc]
     """LitServe's loop over batches, which waits for the first question without asking a thousand times."""
 
@@ -67,9 +86,6 @@ class Batches(BatchedLoop):  # type: ignore[misc]
             except queue.Empty:
                 if taken:
                     break
-                server = multiprocessing.parent_process()
-                if server is not None and not server.is_alive():
-                    os._exit(1)  # it was killed, and nobody else ends this process
                 continue
             if uid is None:
                 raise SystemExit(0)
@@ -107,6 +123,7 @@ class Replica(LitAPI):  # type: ignore[misc]
 
         from dept_vl.inference.mixed import load_many
 
+        end_with_parent()
         disable_progress_bar()
         set_verbosity_error()
         try:

@@ -13,9 +13,11 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from litserve import LitServer
 from litserve.connector import check_cuda_with_nvidia_smi
 from litserve.utils import WorkerSetupStatus, wrap_litserve_start
@@ -30,7 +32,7 @@ from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import error_body
 from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate
 from dept_vl.inference.gate import Refused, is_loopback
-from dept_vl.inference.replica import END, Replica
+from dept_vl.inference.replica import END, Replica, end_with_parent
 
 TOKEN_VARIABLE = "DEPT_VL_TOKEN"
 KEPT_OPEN = 30
@@ -41,17 +43,12 @@ LONGEST_END = 2.0
 
 def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
     """The server, whose processes are not started yet."""
+    # LitServe's queue is a process of this kind, which it starts.
+    SyncManager.register("end_with_parent", end_with_parent)
     metrics = Metrics()
     spec = ChatSpec(config, names_of(config.adapters), metrics)
-    replica = Replica(
-        config.adapters[0],
-        None if config.backbone is None else str(config.backbone),
-        max_batch_size=config.max_batch_size,
-        max_wait=config.max_wait_ms / 1000,
-        spec=spec,
-    )
     server = LitServer(
-        replica,
+        replica_of(config, spec),
         accelerator=config.device or ("cuda" if check_cuda_with_nvidia_smi() else "cpu"),
         workers_per_device=config.copies,
         timeout=config.timeout,
@@ -59,10 +56,27 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
         healthcheck_path="/litserve/health",
         info_path="/litserve/info",
         disable_openapi_url=True,
-        middlewares=[(ServerGate, {"config": config, "token": token, "metrics": metrics})],
     )
+    guard(server.app, config, token, metrics)
     # Then it says which process has begun a question: with one that is known anyhow, and costs time.
     server.restart_workers = len(server.devices) * config.copies > 1
+    return server, spec
+
+
+def replica_of(config: ServeConfig, spec: ChatSpec) -> Replica:
+    """The model, not loaded yet."""
+    return Replica(
+        config.adapters[0],
+        None if config.backbone is None else str(config.backbone),
+        max_batch_size=config.max_batch_size,
+        max_wait=config.max_wait_ms / 1000,
+        spec=spec,
+    )
+
+
+def guard(app: FastAPI, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
+    """Put the gate in front of an application, whose refusals are then in OpenAI's form."""
+    app.add_middleware(ServerGate, config=config, token=token, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException):
@@ -74,8 +88,7 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
         return JSONResponse(error_body(error), error.status, again)
 
     for kind in (Refused, HTTPException, Exception):
-        server.app.add_exception_handler(kind, refuse)
-    return server, spec
+        app.add_exception_handler(kind, refuse)
 
 
 def serve(config: ServeConfig) -> None:
@@ -92,7 +105,8 @@ def serve(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, _leave)
     with bound(config.host, config.port) as listening, suppress(KeyboardInterrupt), started(server, spec):
         wait_until_ready(server, spec)
-        spec.started(server)
+        spec.server = server
+        spec.started()
         asyncio.run(_answer(config, server, spec, listening))
 
 

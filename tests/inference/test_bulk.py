@@ -1,20 +1,28 @@
 """A table is answered into one file: in order, after any stop, by any number of processes, as by `answer`."""
 
 import json
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 from runs import in_two_processes, with_
 
 import dept_vl
 from dept_vl._utils.errors import InUseError, UsageError
+from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, PredictConfig, RunConfig
 from dept_vl.inference import bulk
 from dept_vl.inference.predict import predict
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
+from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.run import run
 
@@ -127,6 +135,47 @@ def test_a_stop_changes_nothing(
     assert asked.output.read_bytes() == whole.output.read_bytes()
 
 
+@pytest.mark.slow
+def test_two_machines_write_what_one_writes(asked: PredictConfig, tmp_path: Path) -> None:
+    predict(replace(asked, output=tmp_path / "whole.jsonl"))
+    assert asked.output is not None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "2",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+    launch += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    command = ["-m", "dept_vl", "predict", "--adapter", asked.adapter, "--data", str(asked.own.data)]
+    command += [
+        "--images",
+        str(PHOTOS),
+        "--output",
+        str(asked.output),
+        "--batch_size",
+        "5",
+        "--device",
+        "cpu",
+    ]
+    machines = [
+        subprocess.Popen(
+            [*launch, "--machine_rank", rank, *command, "--device", "cpu"], stdout=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    told = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert "rows a second on 2 processes" in told[0]
+    assert asked.output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_a_file_has_one_writer(asked: PredictConfig) -> None:
     assert asked.output is not None
     asked.output.parent.mkdir()
@@ -168,6 +217,27 @@ def test_captions_need_images_alone(
     assert [row["answer"] for row in rows(config.output)] == predictor.answer(sorted(PHOTOS.iterdir()))
     with pytest.raises(UsageError, match="question"):
         predict(replace(config, adapter=asked.adapter, output=tmp_path / "other.jsonl"))
+
+
+@pytest.mark.parametrize("family", ["blip2", "llava"])
+def test_pretrained_models_answer_tables(
+    family: str, pretrained_folder: Callable[[str], Path], asked: PredictConfig, tmp_path: Path
+) -> None:
+    backbone = open_backbone(model=pretrained_folder(family)).eval()
+    torch.manual_seed(0)
+    prompt = DePT(backbone.d_model, prompt_length=3, rank=2, max_source_length=64)
+    for parameter in prompt.parameters():
+        torch.nn.init.normal_(parameter)
+    Adapter.of(PromptedModel(backbone, prompt), task="vqav2", metrics={}).save(tmp_path / "adapter")
+    predict(replace(asked, adapter=str(tmp_path / "adapter")))
+    assert asked.output is not None
+    found = rows(asked.output)
+    table = dept_vl.load_task("vqa", split="all", **vars(asked.own))
+    images = [table[place].images[0] for place in range(len(table))]
+    predictor = dept_vl.load(tmp_path / "adapter", device="cpu")
+    answers = [row["answer"] for row in found]
+    assert answers == predictor.answer(images, [row["question"] for row in found])
+    assert len(set(answers)) > 3
 
 
 def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from dept_vl.inference.gate import Refused
 from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 from scripts import bench_serve
 
@@ -124,9 +125,8 @@ class Served:
 
 def start(root: Path, sources: list[str], *flags: str) -> tuple["subprocess.Popen[str]", int]:
     """The server's process and port, once it serves."""
-    command = [sys.executable, "-m", "dept_vl", "serve", "--adapters", *sources]
     process = subprocess.Popen(
-        [*command, "--backbone", str(BACKBONE), "--port", "0", *flags],
+        [sys.executable, "-m", "dept_vl", "serve", "--adapters", *sources, "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=(root / "stderr.txt").open("w"),
         text=True,
@@ -155,7 +155,16 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     process, port = start(
         root,
         list(sources.values()),
-        *["--allow_adapter_changes", "--allow_urls", "--max_wait_ms", "20", "--timeout", "20"],
+        *[
+            "--backbone",
+            str(BACKBONE),
+            "--allow_adapter_changes",
+            "--allow_urls",
+            "--max_wait_ms",
+            "20",
+            "--timeout",
+            "20",
+        ],
         *["--max_request_mb", "1", "--max_requests", "200"],
     )
     many = load_many(sources | {"late": str(root / "late")}, backbone=backbone)
@@ -484,6 +493,44 @@ def test_what_was_asked_before_the_end_is_answered(served: Served) -> None:
 
 
 # Without that server
+
+
+@pytest.mark.parametrize("family", ["blip2", "llava"])
+def test_pretrained_models_are_served_and_all_ends_with_the_server(
+    family: str, pretrained_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    backbone = open_backbone(model=pretrained_folder(family)).eval()
+    sources = {name: str(tmp_path / name) for name in ("short", "long")}
+    torch.manual_seed(0)
+    for length, source in enumerate(sources.values(), 2):
+        prompt = DePT(backbone.d_model, prompt_length=length, rank=2, max_source_length=64)
+        for parameter in prompt.parameters():
+            torch.nn.init.normal_(parameter)
+        Adapter.of(PromptedModel(backbone, prompt), task="vqav2", metrics={}).save(source)
+    process, port = start(tmp_path, list(sources.values()), "--max_wait_ms", "200")
+    many = load_many(sources, backbone=backbone)
+    served = Served(process, port, many, tmp_path)
+    try:
+        rows = [(name, place) for name in (*sources, family) for place in range(3)]
+
+        def ask(row: tuple[str, int]) -> str:
+            return str(served.ask(row[0], QUESTIONS[0], IMAGES[row[1]]).choices[0].message.content)
+
+        with ThreadPoolExecutor(9) as clients:
+            answers = list(clients.map(ask, rows))
+        assert answers == [
+            many.predictor(None if name == family else name).answer(IMAGES[place], QUESTIONS[0])
+            for name, place in rows
+        ]
+        assert len(set(answers)) > 3
+        assert served.metric("dept_vl_batch_size_count") < len(rows)
+        with pytest.raises(openai.BadRequestError):
+            served.ask("short", QUESTIONS[0], b"no picture")
+        children = psutil.Process(process.pid).children(True)
+        assert len(children) > 1  # the model, and LitServe's queue
+    finally:
+        process.kill()
+    served.until(lambda: not any(map(psutil.pid_exists, (child.pid for child in children))))
 
 
 @pytest.mark.slow

@@ -1,0 +1,80 @@
+"""The server on a cluster: the same addresses, limits and model as a deployment of Ray Serve.
+
+from dept_vl.config import ServeConfig
+from dept_vl.inference.cluster import deployment
+app = deployment(ServeConfig(("runs/vqa", "runs/gqa")), num_replicas=8, ray_actor_options={"num_gpus": 1})
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.adapters.hub import names_of
+from dept_vl.config import ServeConfig
+from dept_vl.inference.endpoints import ChatSpec, Metrics
+from dept_vl.inference.replica import Question
+from dept_vl.inference.server import find_token, guard, replica_of
+
+
+class ClusterSpec(ChatSpec):
+    """The addresses of a process with the model, whose questions Ray batches."""
+
+    def load(self) -> None:
+        """Load the model here."""
+        import torch
+
+        self.replica = replica_of(self.config, self)
+        self.replica.shared = {}
+        self._share()
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+        self.replica.setup(self.config.device or accelerator)
+        self.started()
+        wait = self.config.max_wait_ms / 1000
+        batched = serve.batch(max_batch_size=self.config.max_batch_size, batch_wait_timeout_s=wait)
+        self.answers = batched(self._predict)
+
+    async def _predict(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(self.replica.predict, questions)
+
+    async def health(self, request: Request) -> Response:
+        """See `ChatSpec.health`; Ray asks nothing of a process that is not ready."""
+        return JSONResponse({"status": "ok", "ready": 1, "processes": 1})
+
+    async def outcome(self, question: Question) -> dict[str, Any]:
+        """See `ChatSpec.outcome`."""
+        return dict(await self.answers(question))
+
+
+def deployment(config: ServeConfig, **options: Any) -> serve.Application:
+    """What `serve run` and `ray.serve.run` start.
+
+    Args:
+        config: As for `dept-vl serve`; Ray says where it listens, and adapters stay as they are.
+        **options: Of `serve.deployment`, such as `num_replicas`.
+
+    Raises:
+        UsageError: If requests could add adapters, which one of several processes alone would know.
+    """
+    if config.allow_adapter_changes:
+        raise UsageError("adapters of a cluster change by deploying it anew; leave out allow_adapter_changes")
+    token = find_token(config)
+    usual = {"name": "dept_vl", "max_ongoing_requests": config.max_requests}
+    # Sent to the processes, which call it.
+    made = serve.ingress(lambda: _app(config, token))()
+    return serve.deployment(made, **(usual | options)).bind()
+
+
+def _app(config: ServeConfig, token: str | None) -> FastAPI:
+    metrics, app = Metrics(), FastAPI(openapi_url=None)
+    spec = ClusterSpec(config, names_of(config.adapters), metrics)
+    spec.load()
+    for path, endpoint, methods in spec.endpoints:
+        app.add_api_route(path, endpoint, methods=methods)
+    guard(app, config, token, metrics)
+    return app
