@@ -120,7 +120,7 @@ def test_models_that_are_named_are_kept() -> None:
     assert (folder.vision, folder.language, folder.object_order) == (None, None, "frozen")
 
 
-@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+@pytest.mark.parametrize("name", ["tiny-clip-t5", "tiny-clip-bart"])
 @pytest.mark.parametrize("preset", ["vl-adapter", "paper"])
 def test_a_backbone_that_ships_is_of_the_published_protocol(name: str, preset: str) -> None:
     flags = ["--task", "vqav2", "--preset", preset, "--backbone", str(PAGE.parents[1] / name)]

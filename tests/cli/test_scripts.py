@@ -91,7 +91,7 @@ def test_pretraining_goes_on_after_a_finished_first_stage(pretrained: Path, tmp_
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+@pytest.mark.parametrize("name", ["tiny-clip-t5", "tiny-clip-bart"])
 def test_the_card_of_a_shipped_backbone_is_that_of_its_record(name: str, tmp_path: Path) -> None:
     folder = shutil.copytree(DATA / name, tmp_path / name)
     record = json.loads((folder / "pretraining.json").read_text())
@@ -99,7 +99,7 @@ def test_the_card_of_a_shipped_backbone_is_that_of_its_record(name: str, tmp_pat
     assert (folder / "README.md").read_text() == (DATA / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["tiny-clip-bart"])
+@pytest.mark.parametrize("name", ["tiny-clip-t5", "tiny-clip-bart"])
 def test_a_shipped_backbone_scores_what_its_record_says(name: str) -> None:
     backbone, rng = Backbone.from_pretrained(DATA / name), Random(99)
     scenes = [sample_scene(rng) for _ in range(300)]
