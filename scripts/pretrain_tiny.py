@@ -1,8 +1,8 @@
-"""Pretrain the small backbones that the project ships, from nothing.
+"""Pretrain small backbones, from nothing or from another; the cards of those that ship list their commands.
 
     python scripts/pretrain_tiny.py --vision_only --output_dir runs/tower
-    python scripts/pretrain_tiny.py --vision_from runs/tower --output_dir data/tiny-clip-t5
-    python scripts/pretrain_tiny.py --vision_from runs/tower --language bart --output_dir data/tiny-clip-bart
+    python scripts/pretrain_tiny.py --vision_from runs/tower --output_dir runs/tiny-clip-t5
+    python scripts/pretrain_tiny.py --vision_from runs/tower --language bart --output_dir runs/tiny-clip-bart
 
 First the vision tower, supervised cell by cell on rendered scenes; then, with the tower frozen and
 its features cached, a T5 or BART on questions, captions, statements about pairs and text alone. All parts
