@@ -164,7 +164,8 @@ class BackboneOptions(Options):
     """Folder of a saved backbone, such as data/tiny-clip-t5; or model, or vision and language, instead."""
     model: str | None = None
     """Hub name or folder of a pretrained vision-language model, such as Salesforce/blip2-flan-t5-xl or
-    Qwen/Qwen2.5-VL-3B-Instruct: any of transformers' AutoModelForImageTextToText."""
+    Qwen/Qwen2.5-VL-3B-Instruct: any of transformers' AutoModelForImageTextToText; or, for text alone, of
+    AutoModelForCausalLM and AutoModelForSeq2SeqLM."""
     text_form: str = ""
     """How model is asked: chat for its chat template, or a text with {text} (and {image}); left out, the chat
     template where there is one, else as its authors ask it. The adapter keeps it."""
@@ -219,7 +220,7 @@ class BackboneOptions(Options):
             changed = [name for name in options if getattr(self, name) != getattr(usual, name)]
             if changed:
                 these = ", ".join(f"--{name}" for name in changed)
-                raise UsageError(f"--model is a whole vision-language model; leave out {these}")
+                raise UsageError(f"--model is a whole model; leave out {these}")
             return {"model": self.model, "text_form": self.text_form, "exif": self.exif}
         if self.text_form:
             raise UsageError("--text_form is how a pretrained model is asked (--model); leave it out here")

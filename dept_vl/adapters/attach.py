@@ -1,52 +1,40 @@
-"""A prompt on a ready-made encoder-decoder vision-language model, by hooks that leave no trace.
+"""A prompt on a ready-made model of transformers, by hooks that leave no trace.
 
-| family       | class                                    | what is prompted                          |
-|--------------|------------------------------------------|-------------------------------------------|
-| BLIP-2       | `Blip2ForConditionalGeneration`          | encoder of its T5 (not OPT: no encoder)   |
-| InstructBLIP | `InstructBlipForConditionalGeneration`   | encoder of its T5 (not Vicuna)            |
-| Florence-2   | `Florence2ForConditionalGeneration`      | encoder of its BART                       |
-| T5Gemma 2    | `T5Gemma2ForConditionalGeneration`       | text model in its encoder                 |
-
-All four write the image's features over placeholder tokens of the source. The text encoder then reads
-`[P ; E]` with the offset on the embeddings of the text alone: a token's position is its place among the text
-tokens of its row, wherever image and padding are, and P stands in front of the first token that is not
-padding. Every position counts as the stock encoder counts it: BART's learned ones too, so that P takes m of
-them, and T5Gemma 2's windows, so that in its sliding layers only what is near the front sees P. The decoder's
-cross-attention mask grows by the m positions of P.
-
-Three hooks do it: on the word embeddings (which tokens are text?), before the text encoder, and before the
-decoder (its mask). They are entered by `forward` and `generate` alike.
+It goes in as `models.placeholders` has it: in encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5,
+Florence-2, T5Gemma 2) and decoder-only models (LLaVA, Qwen-VL, PaliGemma, Gemma 3, InternVL, ...), with
+images or for text alone. P stands in front of all but padding and a start token, and takes m of the model's
+positions; what comes back is as long as without it. The offset goes to the text of the source: a token's
+position is its place among the text tokens of its row, wherever image and padding are. What is between the
+first token of an image and the last is no text, nor is the answer of a decoder-only model, which begins with
+the first label.
 """
 
 import functools
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.families import (
-    Parts,
-    check_model,
-    describe_model,
-    model_name,
-    over_items,
-    special_tokens,
-)
+from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, over_items
 from dept_vl.adapters.offload import device_of
 from dept_vl.models.padding import insert, packing, take
+from dept_vl.models.placeholders import Placement, place, put, text_of
+from dept_vl.models.source import PER_TOKEN
+from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 
+CALLS = ("forward", "generate")
 _MODEL = re.compile(r"(?<![^.])model\.")
 
 
@@ -66,15 +54,16 @@ def new_prompt(
         ValueError: If the model is not supported, or a size is out of range.
     """
     parts = Parts.of(model)
-    prompt = DePT(parts.width, prompt_length=prompt_length, rank=rank, max_source_length=max_source_length)
     embedding = parts.embedding
+    vocabulary, width = embedding.weight.shape
+    prompt = DePT(width, prompt_length=prompt_length, rank=rank, max_source_length=max_source_length)
     initialise(
         prompt,
         "vocabulary",
         # Through the module, which may scale (T5Gemma 2).
         lambda ids: embedding(ids.to(device_of(embedding))).cpu().float(),
-        vocabulary_size=embedding.weight.shape[0],
-        special_tokens=(*parts.image_tokens, *special_tokens(parts.encoder)),
+        vocabulary_size=vocabulary,
+        special_tokens=parts.special_tokens,
         generator=torch.Generator().manual_seed(seed),
     )
     return prompt
@@ -84,11 +73,11 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
     """Put a prompt on a model, freeze the model, and return the handle that takes both back.
 
     Args:
-        model: Of a class in `SUPPORTED`; not yet wrapped or compiled.
+        model: Of a class in `families.SUPPORTED`; not yet wrapped or compiled.
         prompt: Moved to the device that the model's word embeddings run on. `new_prompt` makes one.
 
     Raises:
-        ValueError: If the model is not supported, or the prompt does not fit its width or positions.
+        ValueError: If the model is not supported, has a prompt, or has another width or too few positions.
 
     Example:
         >>> import dept_vl  # `blip2` is a Blip2ForConditionalGeneration
@@ -97,22 +86,20 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
         >>> attached.detach()
     """
     parts = Parts.of(model)
-    if prompt.d_model != parts.width:
+    width = parts.embedding.weight.shape[1]
+    if prompt.d_model != width:
         raise ValueError(
-            f"the prompt is {prompt.d_model} wide and {model_name(model)} is {parts.width} wide; build the "
-            f"prompt with d_model={parts.width}"
+            f"the prompt is {prompt.d_model} wide and {model_name(model)} is {width} wide; build the "
+            f"prompt with d_model={width}"
         )
     if prompt.needs_encoder or prompt.visual_offset is not None:
         raise UsageError(
             "a ready-made model takes what changes its text alone: pt, dept, adept and the like, without "
             f"visual_offset; this prompt is of method {prompt.describe()['method']}"
         )
-    if parts.positions is not None and prompt.prompt_length >= parts.positions:
-        raise ValueError(
-            f"the prompt has {prompt.prompt_length} vectors and the text encoder of {model_name(model)} has "
-            f"{parts.positions} positions for prompt, image and text together; shorten the prompt "
-            "(prompt_length)"
-        )
+    parts.check_length(model_name(model), prompt.prompt_length, 1)
+    if isinstance(getattr(getattr(model.forward, "func", None), "__self__", None), Attached):
+        raise ValueError(f"{model_name(model)} has a prompt already; detach that one first")
     kind: Any = type(model)
     return _attached_to(kind)(model, prompt.to(device_of(parts.embedding)), parts)
 
@@ -151,18 +138,21 @@ class Attached(nn.Module):
         self.prompt = prompt
         self._parts = parts
         self._active = True
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self._placed: Placement | None = None
         self._unfrozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
         # A state is what is trained: the model is written and read by itself.
         self.register_state_dict_post_hook(_forget_model)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_model)  # type: ignore[no-untyped-call]
-        self._hooks = [
-            parts.embedding.register_forward_hook(self._see_tokens, with_kwargs=True),
-            parts.encoder.register_forward_pre_hook(self._prompt_encoder, with_kwargs=True),
-            parts.decoder.register_forward_pre_hook(self._lengthen_mask, with_kwargs=True),
-        ]
+        self._hook = parts.embedding.register_forward_hook(self._look_up, with_kwargs=True)
+        self._before = {name: vars(model)[name] for name in CALLS if name in vars(model)}
+        for name in CALLS:
+            run = getattr(model, name, None)
+            if run is not None:
+                prompted: Any = functools.partial(self._call, run)
+                prompted.__signature__ = inspect.signature(run)
+                setattr(model, name, prompted)
 
     @classmethod
     def load(
@@ -219,7 +209,8 @@ class Attached(nn.Module):
         except AttributeError:
             if name == "model":  # not there yet, as in unpickling
                 raise
-            if name == "base_model":  # trainers of decoder-only models compute a loss of their own from it
+            # Trainers of decoder-only models compute a loss of their own from it.
+            if name == "base_model" and self._parts.encoder_decoder:
                 raise AttributeError(
                     f"{model_name(self.model)} is an encoder-decoder, whose loss is its own: a trainer that "
                     "computes it from hidden states, as TRL's SFTTrainer does, is for decoder-only models. "
@@ -254,11 +245,13 @@ class Attached(nn.Module):
 
     def detach(self) -> None:
         """Take the hooks off, and set free what was frozen; the model is as it was before `attach`."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
+        for name in CALLS:
+            vars(self.model).pop(name, None)
+        vars(self.model).update(self._before)
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
-        self._hooks, self._unfrozen, self._seen = [], [], None
+        self._unfrozen, self._before = [], {}
 
     def __enter__(self) -> "Attached":
         return self
@@ -268,116 +261,111 @@ class Attached(nn.Module):
     ) -> None:
         self.detach()
 
-    def _see_tokens(
+    def _call(self, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        """Run `forward` or `generate` with placeholders in what it reads and none in what it gives."""
+        if not self._active or self._placed is not None:  # `generate` calls `forward`
+            return run(*inputs, **named)
+        named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
+        if named.get("inputs") is not None:  # as `generate` calls the tokens
+            named["input_ids"] = named.pop("inputs")
+        try:
+            named |= self._prompted(named)
+            made, placed = run(**named), self._placed
+        finally:
+            self._placed = None
+        return made if placed is None or self._parts.encoder_decoder else self._shortened(made, placed)
+
+    def _look_up(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], embedded: Tensor
-    ) -> None:
-        """Keep the tokens looked up last; the encoder is next."""
+    ) -> Tensor | None:
         ids = (*inputs, *named.values())[0]
-        if ids.ndim == 2:  # none: a single placeholder, looked up to be compared with
-            self._seen = (ids, embedded.detach())
+        return None if self._placed is None else put(self.prompt, self._placed, ids, embedded)
 
-    def _prompt_encoder(
-        self, encoder: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Replace the embeddings by `[P ; E + offset]`, and all that has their length."""
-        if not self._active:
-            self._seen = None
-            return None
-        if inputs:
-            named |= dict(zip(inspect.signature(encoder.forward).parameters, inputs, strict=False))
-        embeddings = named.get("inputs_embeds")
-        if embeddings is None:
-            embeddings = self._parts.embedding(named["input_ids"])
-        ids = self._tokens_of(embeddings)
-        mask = named.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if not isinstance(mask, Tensor) or mask.shape != ids.shape:
-            given = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"a prompted encoder needs an attention_mask of the shape of its tokens, {tuple(ids.shape)}, "
-                f"that is zero on padding; found {given}"
-            )
-        self._check_length(ids.shape[1])
-        text = mask.bool() & self._is_text(ids)
-        prompt, embeddings = self._shift(embeddings, text)
-        named |= {
-            "input_ids": None,
-            "inputs_embeds": insert(prompt, embeddings, mask),
-            "attention_mask": insert(mask.new_ones(prompt.shape[:2]), mask, mask),
-        }
-        positions = named.get("position_ids")
-        if positions is not None:
-            first = torch.arange(prompt.shape[1], device=positions.device).expand(len(mask), -1)
-            shifted = positions.expand_as(mask) + prompt.shape[1]
-            named["position_ids"] = insert(first, shifted, mask)
-        return (), named
-
-    def _lengthen_mask(
-        self, decoder: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Add P to the cross-attention mask, if what the encoder gave has P in it."""
-        states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-        length = self.prompt.prompt_length
-        if not isinstance(mask, Tensor) or states is None or states.shape[1] != mask.shape[1] + length:
-            return None
-        return inputs, named | {
-            "encoder_attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)
-        }
-
-    def _tokens_of(self, embeddings: Float[Tensor, "batch source d_model"]) -> Int[Tensor, "batch source"]:
-        """The ids that the embeddings were looked up by, before image features went into their places."""
-        seen, self._seen = self._seen, None
-        tokens = "no tokens were seen"
-        if seen is not None:
-            ids, embedded = (tensor.to(embeddings.device) for tensor in seen)
-            tokens = f"the tokens seen last are {tuple(ids.shape)}"
-            if embedded.shape == embeddings.shape:
-                # Values cannot be asked for while compiling.
-                if torch.compiler.is_compiling():
-                    return ids
-                same = (embedded == embeddings).all(-1) | ~self._is_text(ids)
-                if bool(same.all()):
-                    return ids
-                tokens = "the tokens seen last have others"
-        raise ValueError(
-            "the prompt has to know which embeddings are of text and which of images: the encoder got "
-            f"embeddings of shape {tuple(embeddings.shape)}, and {tokens}. Give the model input_ids, not "
-            "inputs_embeds; if another prompt is attached to it, detach that one first"
-        )
-
-    def _is_text(self, ids: Int[Tensor, "batch source"]) -> Bool[Tensor, "batch source"]:
-        text = torch.ones_like(ids, dtype=torch.bool)
-        for token in self._parts.image_tokens:
-            text &= ids != token
-        return text
-
-    def _check_length(self, source: int) -> None:
-        limit, prompt = self._parts.positions, self.prompt.prompt_length
-        if limit is not None and prompt + source > limit:
-            raise ValueError(
-                f"the text encoder of {model_name(self.model)} has {limit} positions and the input needs "
-                f"{prompt + source}: {prompt} prompt + {source} image and text; shorten the prompt "
-                "(prompt_length) or the text"
-            )
-
-    def _shift(
-        self, embeddings: Float[Tensor, "batch source d_model"], text: Bool[Tensor, "batch source"]
-    ) -> tuple[Float[Tensor, "batch prompt d_model"], Float[Tensor, "batch source d_model"]]:
-        """P for every row, and the embeddings with the offset where the text is.
+    def _prompted(self, named: Mapping[str, Any]) -> dict[str, Any]:
+        """What changes of a call: the source gets placeholders, and `_placed` is what they stand for.
 
         Raises:
-            ValueError: If a text is longer than `max_source_length`.
+            ValueError: If the source is given in another way than by its tokens, or is too long.
         """
-        # The prompt sees the text alone, moved together, so that a column is a position.
-        longest = int(text.sum(1).max())
-        columns = packing(text)[:, :longest]
-        together, is_text = take(embeddings, columns), take(text, columns)
-        prompted, _ = self.prompt(together, is_text)
-        prompt, shifted = prompted.split([prompted.shape[1] - longest, longest], dim=1)
-        # Shorter rows are filled up with what is no text.
-        shifted = shifted.where(is_text[..., None], together)
-        return prompt, embeddings.scatter(1, columns[..., None].expand_as(shifted), shifted)
+        ids, mask, length = named.get("input_ids"), named.get("attention_mask"), self.prompt.prompt_length
+        if named.get("encoder_outputs") is not None:  # which may have P in them
+            if mask is None or named["encoder_outputs"][0].shape[1] != mask.shape[1] + length:
+                return {}
+            return {"attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)}
+        if ids is None or named.get("inputs_embeds") is not None:
+            raise ValueError(
+                "the prompt has to know which embeddings are of text and which of images: give the model "
+                "input_ids, not inputs_embeds"
+            )
+        for name in () if self._parts.encoder_decoder else ("past_key_values", "position_ids"):
+            if named.get(name) is not None:
+                raise ValueError(f"a prompted model makes its own {name}; leave yours out, or call generate")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if getattr(mask, "shape", None) != ids.shape:
+            raise ValueError(
+                f"a prompted model needs an attention_mask of the shape of its tokens, {tuple(ids.shape)}, "
+                f"that is zero on padding; found {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        self._parts.check_length(model_name(self.model), length, ids.shape[1])
+        labels = None if self._parts.encoder_decoder else named.get("labels")
+        self._placed = placed = place(
+            self.prompt,
+            ids,
+            mask.bool(),
+            self._is_text(ids, mask.bool(), labels),
+            {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None},
+            placeholder=self._parts.placeholder,
+            start=self._parts.start,
+            padding_first=None,
+        )
+        changed = placed.others | {"input_ids": placed.ids, "attention_mask": placed.mask.to(mask.dtype)}
+        if labels is not None:
+            nothing = torch.full_like(placed.ids, IGNORE_INDEX)
+            changed["labels"] = nothing.scatter(1, _given(placed, length), labels)
+        positions = named.get("position_ids")
+        if positions is not None:
+            first = torch.arange(length, device=positions.device).expand(len(mask), -1)
+            changed["position_ids"] = insert(first, positions.expand_as(mask) + length, mask)
+        return changed
+
+    def _is_text(
+        self, ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"], labels: Tensor | None
+    ) -> Bool[Tensor, "batch source"]:
+        """Where the offset goes.
+
+        Raises:
+            UsageError: If labels begin in front of all text.
+        """
+        text = text_of(ids, mask, torch.tensor(self._parts.image_tokens, dtype=torch.long))
+        if labels is None:
+            return text
+        asked = text & ((labels != IGNORE_INDEX).cumsum(1) == 0)
+        if self.prompt.offset_a is not None and text.any() and not asked.any():
+            raise UsageError(
+                "the labels leave no text of a question (-100), which the offset goes to; label the answer "
+                "alone, or take a prompt without offset (rank=0)"
+            )
+        return asked
+
+    def _shortened(self, made: Any, placed: Placement) -> Any:
+        """What a decoder-only model gives, without the columns of placeholders."""
+        if isinstance(made, tuple):
+            return tuple(self._shortened(part, placed) for part in made)
+        if isinstance(made, dict):
+            for name in made.keys() & {"logits", "sequences"}:
+                made[name] = self._shortened(made[name], placed)
+        width = placed.ids.shape[1]
+        if not isinstance(made, Tensor) or made.ndim < 2 or made.shape[1] < width:
+            return made
+        kept = _given(placed, self.prompt.prompt_length).repeat_interleave(len(made) // len(placed.ids), 0)
+        behind = torch.arange(width, made.shape[1], device=kept.device).expand(len(kept), -1)
+        return take(made, torch.cat([kept, behind], dim=1).to(made.device))
+
+
+def _given(placed: Placement, length: int) -> Int[Tensor, "batch given"]:
+    """The columns that are no placeholders, of which every row has as many."""
+    given = (placed.columns < 0) | (placed.columns >= length)
+    return packing(given)[:, : placed.ids.shape[1] - length]
 
 
 @functools.cache

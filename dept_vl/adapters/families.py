@@ -1,103 +1,114 @@
-"""Ready-made vision-language models that a prompt can be attached to: their parts, and their identity."""
+"""Ready-made models that a prompt can be attached to: what the hooks need of them, and their identity."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.fingerprint import check_base, describe_base
+from dept_vl.models.placeholders import is_encoder_decoder, words_of
 from dept_vl.models.tokens import IGNORE_INDEX
 
+OF_IMAGES = "AutoModelForImageTextToText"
 SUPPORTED = {
-    "Blip2ForConditionalGeneration": "Salesforce/blip2-flan-t5-xl",
-    "InstructBlipForConditionalGeneration": "Salesforce/instructblip-flan-t5-xl",
-    "Florence2ForConditionalGeneration": "florence-community/Florence-2-base",
-    "T5Gemma2ForConditionalGeneration": "google/t5gemma-2-270m-270m",
+    OF_IMAGES: auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""Classes of transformers, each with a checkpoint of the Hub that it reads."""
+"""Whatever transformers opens by these."""
+IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end", "boi", "eoi")
+"""What configurations call the token of an image, and those that fence it in."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the hooks are put on.
+    """What of a model the hooks need.
 
     Attributes:
-        embedding: Looks the source's tokens up, placeholders included.
-        encoder: Reads embeddings; the text encoder alone.
-        decoder: Attends to what the encoder gave.
-        image_tokens: Ids of the placeholders, and of the tokens that fence an image in.
-        positions: How many the encoder has; None where there is no limit.
+        embedding: Looks the source's tokens up, those of images included.
+        encoder_decoder: Whether an answer is a sequence of its own.
+        image_tokens: Ids of the tokens of an image, and of those that fence it in.
+        special_tokens: Ids of all tokens that the configuration names.
+        start: Id of the token that a source of a decoder-only model begins with, if it has one.
+        positions: How many there are; None where there is no limit.
     """
 
     embedding: nn.Embedding
-    encoder: nn.Module
-    decoder: nn.Module
+    encoder_decoder: bool
     image_tokens: tuple[int, ...]
+    special_tokens: tuple[int, ...]
+    start: int | None
     positions: int | None
 
     @property
-    def width(self) -> int:
-        """Of the embeddings (d)."""
-        width: int = self.embedding.weight.shape[1]
-        return width
+    def placeholder(self) -> int:
+        """A token that means nothing to the model."""
+        return next(n for n in range(len(self.special_tokens) + 1) if n not in self.special_tokens)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "Parts":
         """Find them in a model.
 
         Raises:
-            ValueError: If the model is of no supported class, has no encoder, or names no placeholder.
+            ValueError: If it is none that answers, or names no token of an image.
         """
-        supported = "; ".join(f"{name} (such as {hub})" for name, hub in SUPPORTED.items())
-        known = [c.__name__ for c in type(model).__mro__ if c.__name__ in SUPPORTED]
+        classes = {kind.__name__ for kind in type(model).__mro__}
+        known = [name for name, kinds in SUPPORTED.items() if classes & {*kinds.values()}]
         if not known:
             raise ValueError(
-                f"a prompt cannot be attached to a {type(model).__name__}; supported are {supported}. Attach "
-                "before the model is wrapped or compiled; for an image encoder and a language model of your "
-                "own choice there is dept_vl.Backbone"
+                f"a prompt cannot be attached to a {type(model).__name__}; supported is what transformers "
+                f"opens by {', '.join(SUPPORTED)}. Attach before the model is wrapped or compiled; for an "
+                "image encoder and a language model of your own choice there is dept_vl.Backbone"
             )
-        config = model.config
-        if known[0].startswith("T5Gemma2"):
-            config = model.config.encoder
-            encoder, decoder = model.get_encoder().text_model, model.get_decoder()
-        else:
-            holder = model.model if known[0].startswith("Florence2") else model
-            language = holder.language_model
-            if not language.config.is_encoder_decoder:
-                raise ValueError(
-                    f"the language model of {model_name(model)} is a {type(language).__name__}, which has no "
-                    f"encoder to prompt; take a checkpoint with FLAN-T5 such as {SUPPORTED[known[0]]}"
-                )
-            encoder, decoder = language.get_encoder(), language.get_decoder()
-        names = ("image_token_id", "boi_token_id", "eoi_token_id")
-        ids = [getattr(config, name, None) for name in names]
-        if ids[0] is None:
+        tokens = [*_tokens_of(model.config.to_dict())]
+        images = {token for name, token in tokens if name in IMAGE_TOKENS}
+        if OF_IMAGES in known and not images:
             raise ValueError(
                 f"the configuration of {model_name(model)} has no image_token_id, without which images "
                 "cannot be told from text; load the checkpoint's current revision"
             )
+        encoder_decoder, text = is_encoder_decoder(model.config), model.config.get_text_config()
         return cls(
-            embedding=model.get_input_embeddings(),
-            encoder=encoder,
-            decoder=decoder,
-            image_tokens=tuple(token for token in ids if token is not None),
-            positions=getattr(encoder.config, "max_position_embeddings", None),
+            embedding=words_of(model),
+            encoder_decoder=encoder_decoder,
+            image_tokens=tuple(sorted(images)),
+            special_tokens=tuple({token for _, token in tokens}),
+            start=None if encoder_decoder else getattr(text, "bos_token_id", None),
+            positions=getattr(text, "max_position_embeddings", None),
         )
+
+    def check_length(self, name: str, prompt: int, source: int) -> None:
+        """Refuse a source for which the model has too few positions.
+
+        Raises:
+            ValueError: With the limit and what each part takes of it.
+        """
+        if self.positions is not None and prompt + source > self.positions:
+            raise ValueError(
+                f"{name} has {self.positions} positions and the input needs {prompt + source}: {prompt} "
+                f"prompt + {source} image and text; shorten the prompt (prompt_length) or the text"
+            )
+
+
+def _tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
+    """Names and ids of the tokens in a configuration and in those of its parts."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _tokens_of(value)
+        name, token, _ = str(key).rpartition("_token_")
+        for number in (value if isinstance(value, list) else [value]) if token else []:
+            if isinstance(number, int):
+                yield name, number
 
 
 def model_name(model: PreTrainedModel) -> str:
     """Name of a model for messages and adapters: where it was loaded from, or its class."""
     name: str = model.name_or_path
     return name or type(model).__name__
-
-
-def special_tokens(encoder: nn.Module) -> list[int]:
-    """Ids of padding, start and end, which a prompt should not start from."""
-    names = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
-    ids = (getattr(encoder.config, name, None) for name in names)
-    return [token for token in ids if isinstance(token, int)]
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dept_vl._utils.images import ImageSource, read_image
 from dept_vl.config import OnBadImage
 from dept_vl.data.features import FeatureTable, load_pixels
+from dept_vl.models.image_features import FEATURES, PIXELS
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.source import SourceReader
 from dept_vl.models.tokens import IGNORE_INDEX, target_ids
@@ -21,6 +22,9 @@ from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Example
 from dept_vl.tasks.io.predictions import ExampleId
+
+BLANK = (64, 64)
+"""Size of what stands for an image whose features are known."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class Collator:
         max_target_length: Likewise for answers.
         images: A table of features, or the encoder whose preprocessing makes pixels; None for text.
         on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
-        processor: Of a pretrained model, which makes sources of texts and images; `images` is None then.
+        processor: Of a pretrained model, which makes sources; `images` is a table then, or None.
         exif: It reads images turned as their EXIF orientation says.
         pad_to_multiple_of: Texts and answers are padded to the longest of the batch, and on to a multiple
             of this; of texts no further than `max_source_length`, the prompt's last position.
@@ -163,7 +167,13 @@ class Collator:
         source = (
             self._source(texts)
             if self.processor is None
-            else process(self.processor, texts, visual.pop("files"), [self.max_source_length] * len(texts))
+            else process(
+                self.processor,
+                texts,
+                visual.pop("files"),
+                [self.max_source_length] * len(texts),
+                visual.pop("visual_features", None),
+            )
         )
         _check_texts(ids, source["attention_mask"])
         batch = Batch(
@@ -206,10 +216,10 @@ class Collator:
     ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
         """The draws whose images are there, the images, and the ids of the other draws."""
         read: FeatureTable | _PixelReader | _ImageReader
-        if self.processor is not None:
+        if self.processor is not None and not isinstance(self.images, FeatureTable):
             read, name = _ImageReader(self.exif), "files"
         elif self.images is None or not draws[0].example.images:
-            return draws, {}, ()
+            return draws, {} if self.processor is None else {"files": [[]] * len(draws)}, ()
         elif isinstance(self.images, FeatureTable):
             read, name = self.images, "visual_features"
         else:
@@ -226,7 +236,11 @@ class Collator:
                         "--on_bad_image skip continues without it"
                     ) from None
                 skipped.append(draw.example.example_id)
-        return kept, {name: read([draw.example.images for draw in kept])} if kept else {}, tuple(skipped)
+        images = [draw.example.images for draw in kept]
+        visual: dict[str, Any] = {name: read(images)} if kept else {}
+        if self.processor is not None and name != "files":  # which make as many tokens as any others
+            visual["files"] = [[Image.new("RGB", BLANK)] * len(of_one) for of_one in images]
+        return kept, visual, tuple(skipped)
 
 
 def _check_texts(ids: Sequence[ExampleId], mask: Int[Tensor, "batch text"]) -> None:
@@ -259,6 +273,7 @@ def process(
     texts: Sequence[str],
     images: Sequence[Sequence[Image.Image]],
     longest: Sequence[int],
+    features: Float[Tensor, "batch images tokens d_vision"] | None = None,
 ) -> dict[str, Tensor]:
     """Tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
 
@@ -267,8 +282,13 @@ def process(
         texts: Of each example.
         images: Of each example.
         longest: Tokens of text of each.
+        features: What the model makes of the images, which are blank then.
     """
-    return processor([_without_prefix(text) for text in texts], images, longest)
+    source = processor([_without_prefix(text) for text in texts], images, longest)
+    if features is not None:
+        del source[PIXELS]
+        source[FEATURES] = features.flatten(0, 1)
+    return source
 
 
 class _ImageReader:

@@ -96,7 +96,7 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
     Unlike an adapter's, this fingerprint is of every bit of the weights: features are stored, not adapted.
     """
     weights = hashlib.sha256()
-    for name, tensor in sorted(vision.model.state_dict().items()):
+    for name, tensor in sorted(vision.weights().items()):
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of a spread tower
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor_bytes(whole.detach().cpu()))

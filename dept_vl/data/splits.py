@@ -277,22 +277,17 @@ def read_features(
         ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
             encoded that is not to be skipped.
     """
-    vision = backbone.vision
-    if vision is None and backbone.reads_images and any(one.options.features == "cached" for one in splits):
-        raise UsageError(
-            f"features of a pretrained model are not kept in files ({backbone.name}): it encodes its images "
-            "in every step; leave out --features cached"
-        )
     wanted = [(part.options, _image_files(part)) for part in splits]
-    if vision is None or not any(paths for _, paths in wanted):
-        return vision
     first = splits[0].options
+    vision = encoder_of(backbone, first.features) if any(paths for _, paths in wanted) else None
+    if vision is None:
+        return backbone.vision
     table = mapped_features(vision, wanted, first.features, accelerator)
     if table is None:
         paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
         if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
             say("visual features: encoded at every step")
-            return vision
+            return backbone.vision
         main = accelerator.is_main_process
         table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
         say("visual features: encoded once, in memory")
@@ -302,6 +297,33 @@ def read_features(
             if (split.options.on_bad_image or default) == "raise":
                 check_readable(table, task)
     return table
+
+
+def encoder_of(
+    backbone: FrozenBackbone, choice: Features, stored: DataOptions | None = None
+) -> VisionEncoder | None:
+    """Return what encodes images, if its features may be kept; None if they are not to be.
+
+    Args:
+        backbone: The models.
+        choice: Whether features may, must or must not be used.
+        stored: Ask only if there are some of this task.
+
+    Raises:
+        UsageError: If they must be and cannot.
+    """
+    if backbone.processor is None:
+        return backbone.vision
+    there = stored is None or (features_folder(stored) / INDEX_FILE).is_file()
+    if choice == "live" or not (there or choice == "cached"):
+        return None
+    try:
+        return backbone.image_features()
+    except UsageError as error:
+        if choice == "cached":
+            raise
+        say(f"visual features: encoded at every step; {error}")
+        return None
 
 
 def _image_files(splits: Splits) -> list[Path]:

@@ -10,6 +10,7 @@ __all__ = [
     "checks",
     "generation",
     "graphs",
+    "image_features",
     "language",
     "options",
     "padding",

@@ -67,6 +67,14 @@ class FrozenBackbone(nn.Module, ABC):
         """How images get the shape of the image encoder's pixels; None where that is not chosen."""
         return None if self.vision is None else self.vision.image_fit
 
+    def image_features(self) -> VisionEncoder | None:
+        """What encodes images before any text is read, so that it may be kept; None without images.
+
+        Raises:
+            UsageError: If that cannot be.
+        """
+        return self.vision
+
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the word embeddings."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
 from dept_vl.models.padding import insert, packing, take
 from dept_vl.prompts.dept import DePT
@@ -48,7 +49,7 @@ def place(
     *,
     placeholder: int,
     start: int | None = None,
-    padding_first: bool = False,
+    padding_first: bool | None = False,
 ) -> Placement:
     """Put placeholders into a source, and its padding to one side.
 
@@ -60,7 +61,7 @@ def place(
         others: Further values per token; they are zero for placeholders.
         placeholder: Token that the model treats as any word.
         start: Token that stays in front, if a row begins with it.
-        padding_first: Padding goes first, so that an answer follows the text.
+        padding_first: Padding goes first, so that an answer follows the text; None leaves it where it is.
     """
     batch = len(ids)
     length = 0 if prompt is None else prompt.prompt_length
@@ -83,13 +84,36 @@ def place(
     columns = with_front(in_prompt.where(real, -1), text)
     mask = with_front(real, mask.bool())
     rows = {name: with_front(front[name], row) for name, row in others.items()}
-    moved = packing(mask, padding_first=padding_first)
-    ids, mask, columns = take(ids, moved), take(mask, moved), take(columns, moved)
+    if padding_first is not None:
+        moved = packing(mask, padding_first=padding_first)
+        ids, mask, columns = take(ids, moved), take(mask, moved), take(columns, moved)
+        rows = {name: take(row, moved) for name, row in rows.items()}
     texts = columns >= length
     order = packing(texts)[:, : int(texts.sum(1).max())]
-    return Placement(
-        ids, mask, {name: take(row, moved) for name, row in rows.items()}, columns, order, take(texts, order)
-    )
+    return Placement(ids, mask, rows, columns, order, take(texts, order))
+
+
+def text_of(
+    ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"], image_tokens: Int[Tensor, " tokens"]
+) -> Bool[Tensor, "batch source"]:
+    """Which tokens are text: all but padding and what is between the first of an image and the last."""
+    image = torch.isin(ids, image_tokens.to(ids.device)) & mask
+    begun = image.cumsum(1) > 0
+    ended = image.flip(1).cumsum(1).flip(1) == 0
+    return mask & (~begun | ended)
+
+
+def words_of(model: PreTrainedModel) -> nn.Embedding:
+    """The module that looks up the tokens of a source."""
+    if is_encoder_decoder(model.config) and not hasattr(model, "get_image_features"):
+        model = model.get_encoder()  # where each stack of a language model has its own
+    words: nn.Embedding = model.get_input_embeddings()
+    return words
+
+
+def is_encoder_decoder(config: PretrainedConfig) -> bool:
+    """Whether a model's answer is a sequence of its own."""
+    return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
 
 @contextmanager
@@ -105,7 +129,7 @@ def prompting(embedding: nn.Module, prompt: DePT | None, placed: Placement) -> I
         yield
         return
     hook = embedding.register_forward_hook(
-        lambda module, inputs, named, embedded: _put(prompt, placed, (*inputs, *named.values())[0], embedded),
+        lambda module, inputs, named, embedded: put(prompt, placed, (*inputs, *named.values())[0], embedded),
         with_kwargs=True,
     )
     try:
@@ -114,7 +138,7 @@ def prompting(embedding: nn.Module, prompt: DePT | None, placed: Placement) -> I
         hook.remove()
 
 
-def _put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor | None:
+def put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor | None:
     """Replace the embeddings of placeholders and text, if it is the source that is looked up."""
     rows, width = placed.ids.shape
     # Not a single token to compare with, a step of decoding, or a decoder's own.
@@ -134,8 +158,8 @@ def _put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor 
     prompted = _prompted(prompt, take(read[::copies], order), is_text)
     if copies > 1:
         prompted = prompted.repeat_interleave(copies, 0)
-    put: Tensor = torch.where(changed[..., None], take(prompted, columns.clamp(min=0)), read)
-    return torch.cat([put, embedded[:, width:]], dim=1) if ids.shape[1] > width else put
+    source_read: Tensor = torch.where(changed[..., None], take(prompted, columns.clamp(min=0)), read)
+    return torch.cat([source_read, embedded[:, width:]], dim=1) if ids.shape[1] > width else source_read
 
 
 def _prompted(

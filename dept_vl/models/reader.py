@@ -1,6 +1,8 @@
 """The wrapper that scores and generates answers with a whole pretrained model; see `vlm`."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dept_vl.models.generation import GENERATING, generate
+from dept_vl.models.image_features import FEATURES, PIXELS, given_features
 from dept_vl.models.language import Answerer
-from dept_vl.models.placeholders import Placement, prompting
+from dept_vl.models.placeholders import Placement, prompting, words_of
 from dept_vl.models.tokens import IGNORE_INDEX, AnswerStyle
 from dept_vl.prompts.dept import DePT
 
@@ -52,9 +55,11 @@ class PretrainedReader(Answerer):
         special_tokens: dict[str, Any],
     ) -> None:
         super().__init__(model, model, name)
+        self.word_embeddings = words_of(model)
         self.encoder_decoder, self.answer_type = encoder_decoder, answer_type
         self.special_tokens = special_tokens
         self.counts_text = True
+        self.output_of_images: tuple[type, bool] | None = None
         self.taken = set(inspect.signature(model.forward).parameters)
         # Models with positions in three dimensions make them from the tokens.
         self.counted = "position_ids" in self.taken and not any(
@@ -79,6 +84,19 @@ class PretrainedReader(Answerer):
         limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit
 
+    @contextmanager
+    def _reading(self, encoded: Source, inputs: dict[str, Any]) -> Iterator[None]:
+        """Within, the model reads the prompt, and features of images if they are given."""
+        features = inputs.pop(FEATURES, None)
+        with prompting(self.word_embeddings, encoded.prompt, encoded.placed):
+            if features is None:
+                yield
+                return
+            assert self.output_of_images is not None, "features come from `image_features`"
+            inputs[PIXELS] = features.to(self.word_embeddings.weight.dtype)
+            with given_features(self.model, self.output_of_images):
+                yield
+
     def logits(
         self, encoded: Source, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
     ) -> Float[Tensor, "batch target vocabulary"]:
@@ -88,7 +106,7 @@ class PretrainedReader(Answerer):
         inputs: dict[str, Any] = {"input_ids": placed.ids, "attention_mask": mask.long()}
         inputs |= placed.others | encoded.more
         if self.encoder_decoder:
-            with prompting(self.word_embeddings, encoded.prompt, placed):
+            with self._reading(encoded, inputs):
                 separate: Tensor = self.model(**inputs, labels=labels, use_cache=False).logits
             return separate
         answered = labels != IGNORE_INDEX
@@ -105,7 +123,7 @@ class PretrainedReader(Answerer):
         keep = labels.shape[1] + 1
         if "logits_to_keep" in self.taken:
             inputs["logits_to_keep"] = keep
-        with prompting(self.word_embeddings, encoded.prompt, placed):
+        with self._reading(encoded, inputs):
             logits: Tensor = self.model(**inputs, use_cache=False).logits
         return logits[:, -keep:-1]  # each token is foretold at the one before it
 
@@ -121,7 +139,7 @@ class PretrainedReader(Answerer):
             options["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, tokens[width:])
         inputs = {"input_ids": placed.ids, "attention_mask": mask.long(), **placed.others, **encoded.more}
         # Threads of a server may share the model, and its hook with it.
-        with GENERATING, prompting(self.word_embeddings, encoded.prompt, placed):
+        with GENERATING, self._reading(encoded, inputs):
             tokens = generate(self.model, self.special_tokens, options, inputs)
         return tokens if self.encoder_decoder else tokens[:, width:]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
+from dept_vl.models.placeholders import text_of
 from dept_vl.models.tokens import AnswerStyle, write_answers_as
 
 CHAT = "chat"
@@ -170,34 +171,34 @@ class SourceReader:
     def is_text(
         self, ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"]
     ) -> Bool[Tensor, "batch source"]:
-        """Which tokens are text: all but padding and what is between the first of an image and the last."""
-        image = torch.isin(ids, self.image_tokens.to(ids.device)) & mask
-        begun = image.cumsum(1) > 0
-        ended = image.flip(1).cumsum(1).flip(1) == 0
-        return mask & (~begun | ended)
+        """See `placeholders.text_of`."""
+        return text_of(ids, mask, self.image_tokens)
 
-    def learn(self, image: int | None, name: str, *, encoder_decoder: bool) -> None:
+    def learn(
+        self, image: int | None, name: str, *, encoder_decoder: bool, reads_images: bool = True
+    ) -> None:
         """Find what the form adds to a question, which tokens are an image's, and how an answer continues.
 
         Args:
             image: Token of an image, as the model's configuration has it.
             name: Of the model, for messages.
             encoder_decoder: Whether an answer is a sequence of its own.
+            reads_images: Whether it is asked with an image.
 
         Raises:
             ValueError: If the processor makes nothing of a question, or is not the model's.
         """
-        blank = Image.new("RGB", (64, 64))
+        blank = [Image.new("RGB", (64, 64))] * reads_images
         for nested in (True, False):
             self.nested = nested
             try:
-                source = self.process([QUESTION], [[blank]])
+                source = self.process([QUESTION], [blank])
                 break
             except Exception as error:
                 problem = f"{type(error).__name__}: {one_line(error)}"
         else:
             raise ValueError(
-                f"the processor of {name} makes nothing of a question and an image: {problem}; give another "
+                f"the processor of {name} makes nothing of a question: {problem}; give another "
                 "--text_form, or the processor that belongs to the model"
             )
         ids, tokenizer = source["input_ids"][0].tolist(), self.tokenizer
@@ -217,9 +218,9 @@ class SourceReader:
         if not words or tokenizer.unk_token_id in of_text:
             raise ValueError(f"the tokenizer of {name} knows no words: {QUESTION!r} becomes {of_text}")
         self.placeholder = words[0]
-        self._learn_answers(ids, special, encoder_decoder)
+        self._learn_answers(ids, special, encoder_decoder, len(blank))
 
-    def _learn_answers(self, ids: list[int], special: set[int], encoder_decoder: bool) -> None:
+    def _learn_answers(self, ids: list[int], special: set[int], encoder_decoder: bool, images: int) -> None:
         """Find how an answer continues a source, and what ends it."""
         tokenizer = self.tokenizer
         end = tokenizer.eos_token_id
@@ -230,7 +231,7 @@ class SourceReader:
         if self.form.ask == CHAT:
             answer = {"role": "assistant", "content": [{"type": "text", "text": MARK}]}
             whole = self.processor.apply_chat_template(
-                [*self.conversation(QUESTION, 1), answer], tokenize=False
+                [*self.conversation(QUESTION, images), answer], tokenize=False
             )
             behind = tokenizer(whole.partition(MARK)[2].strip(), add_special_tokens=False).input_ids
             end = next((n for n in behind[:1] if n in special), end)

@@ -146,6 +146,10 @@ class VisionEncoder(nn.Module):
             "pooled_grid": self.pooled_grid,
         }
 
+    def weights(self) -> dict[str, Tensor]:
+        """Everything that features depend on besides options, by name."""
+        return self.model.state_dict()
+
     def fit_of(self, recorded: ImageFit) -> ImageFit:
         """What a recorded fit means for this encoder: `own` is one of the others."""
         return self.own_fit if recorded == "own" else recorded

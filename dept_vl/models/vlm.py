@@ -1,11 +1,11 @@
-"""A pretrained vision-language model of transformers as a backbone: any of `AutoModelForImageTextToText`.
+"""A pretrained model of transformers as a backbone: any of `AutoModelForImageTextToText`, or of text alone.
 
-Its processor makes the source, and a prompt goes in by `placeholders`. `VisionLanguageModel.probe` says
-whether that works with a model, by running it.
+Its processor, or its tokenizer, makes the source, and a prompt goes in by `placeholders`.
+`VisionLanguageModel.probe` says whether that works with a model, by running it.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoProcessor,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from dept_vl._utils.io import one_line
@@ -28,9 +34,11 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_weights, loading
-from dept_vl.models.placeholders import place
+from dept_vl.models.image_features import ImageFeatures, image_parts
+from dept_vl.models.placeholders import is_encoder_decoder, place
 from dept_vl.models.reader import PretrainedReader, Source, special_tokens_of
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
+from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.dept import DePT
 
 ANSWER_TYPE = {"paligemma": 1}
@@ -41,16 +49,22 @@ ATTENTION = ("q_proj", "v_proj", "q", "v")
 """Names of queries and values, where LoRA goes."""
 ENDS = ("id", "index")
 """Of the names that the token of an image has in configurations."""
+KINDS: tuple[tuple[Any, str, Any], ...] = (
+    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "a vision-language model", AutoModelForImageTextToText),
+    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "a language model", AutoModelForSeq2SeqLM),
+    (MODEL_FOR_CAUSAL_LM_MAPPING, "a language model", AutoModelForCausalLM),
+)
+"""Configurations of models, what these are, and what opens them."""
 CLOSE = 1e-3
 """Difference that padding may make, as a share of the largest logit: sums come in another order."""
 
 
 class VisionLanguageModel(FrozenBackbone):
-    """A pretrained vision-language model, frozen, with its processor.
+    """A pretrained vision-language model, or a language model alone, frozen, with its processor.
 
     Args:
-        model: Of a class of `AutoModelForImageTextToText`.
-        processor: The model's.
+        model: Of a class of `KINDS`.
+        processor: The model's; a tokenizer, for text alone.
         name: What an adapter calls it.
         text_form: How a question is asked: `chat`, or a text with `{text}`; empty for the usual form.
         exif: Turn images as their EXIF orientation says.
@@ -67,15 +81,16 @@ class VisionLanguageModel(FrozenBackbone):
         self, model: PreTrainedModel, processor: Any, *, name: str, text_form: str = "", exif: bool = True
     ) -> None:
         super().__init__()
-        self.name, self.language, self.exif = name, model, exif
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        reads_images = self.tokenizer is not processor
+        self.name, self.language, self.exif = name, model, exif if reads_images else None
         self.vision = self.visual_projection = None
         self.visual_position_bias, self.object_order, self.visual_norm = "relative", "none", None
         config = model.config
-        text = config.get_text_config()
-        encoder_decoder = bool(config.is_encoder_decoder or text.is_encoder_decoder)
+        encoder_decoder = is_encoder_decoder(config)
         self.text_form = text_form
-        self.tokenizer = getattr(processor, "tokenizer", None)
-        if self.tokenizer is None:
+        self._reads_images: list[nn.Module] | None = None
+        if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"the processor of {name} has no tokenizer ({type(processor).__name__})")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -86,7 +101,7 @@ class VisionLanguageModel(FrozenBackbone):
             list(inspect.signature(model.forward).parameters),
             [] if image is None else [image],
         )
-        self.processor.learn(image, name, encoder_decoder=encoder_decoder)
+        self.processor.learn(image, name, encoder_decoder=encoder_decoder, reads_images=reads_images)
         self.frame, self.placeholder = self.processor.frame, self.processor.placeholder
         self.language_model = PretrainedReader(
             model,
@@ -126,21 +141,46 @@ class VisionLanguageModel(FrozenBackbone):
             except ValueError as error:  # a type of which transformers knows nothing, or code of its own
                 problem = one_line(error).partition(". ")[0]
                 raise ValueError(f"{name_or_path} is no vision-language model: {problem}") from None
-        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        opened = [(what, opens) for mapping, what, opens in KINDS if type(config) in mapping]
+        if not opened:
             raise ValueError(
-                f"{name_or_path} has type {config.model_type!r}, which answers no questions about images in "
-                "transformers (AutoModelForImageTextToText); take one that does, or --language for text "
-                "alone, with --vision for images"
+                f"{name_or_path} has type {config.model_type!r}, which answers no questions in transformers; "
+                "take what AutoModelForImageTextToText, AutoModelForSeq2SeqLM or AutoModelForCausalLM opens"
             )
+        what, opens = opened[0]
         with loading(name_or_path, "a processor"):
             processor = _processor(name_or_path, config.model_type)
         model: PreTrainedModel
-        with loading(name_or_path, "a vision-language model"):
-            model, info = AutoModelForImageTextToText.from_pretrained(
+        with loading(name_or_path, what):
+            model, info = opens.from_pretrained(
                 name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
         check_weights(name_or_path, info)
         return cls(model, processor, name=str(name_or_path), text_form=text_form, exif=exif)
+
+    def image_features(self) -> VisionEncoder:
+        """See `FrozenBackbone.image_features`."""
+        features = ImageFeatures(self.language, self.processor, exif=self.exif is not False)
+        self.language_model.output_of_images = features.output
+        return features
+
+    def train(self, mode: bool = True) -> "VisionLanguageModel":
+        """Training mode; what reads images stays in evaluation mode, as a vision tower does."""
+        super().train(mode)
+        if mode:
+            for part in self._image_parts():
+                part.training = False
+        return self
+
+    def _image_parts(self) -> Iterable[nn.Module]:
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.language.parameters())
+        if sharded or not hasattr(self.language, "get_image_features"):
+            encoder = self.image_encoder()
+            return () if encoder is None else encoder.modules()
+        if self._reads_images is None:
+            blank = self.processor.process([QUESTION], [[Image.new("RGB", (64, 64))]])
+            self._reads_images = [*image_parts(self.language, blank).values()]
+        return self._reads_images
 
     def image_encoder(self) -> nn.Module | None:
         """See `FrozenBackbone.image_encoder`."""

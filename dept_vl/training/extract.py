@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar
 
-from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import waiting
@@ -17,6 +16,7 @@ from dept_vl.data.feature_store import DTYPES, write_features
 from dept_vl.data.splits import GIB, check_images, features_folder, image_root, load_split
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.models.vlm import open_backbone
 from dept_vl.training.errors import explained
 
 
@@ -101,10 +101,9 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
         ValueError: If there is none.
     """
     if options.model is not None:
-        raise UsageError(
-            f"features of a pretrained model are not kept in files ({options.model}): it encodes its images "
-            "in every step; leave dept-vl features out"
-        )
+        features = open_backbone(**options.loading()).image_features()
+        assert features is not None
+        return features
     fit = options.loading()["image_fit"]
     if options.backbone is not None:
         vision = Backbone.from_pretrained(options.backbone, exif=options.exif, image_fit=fit).vision

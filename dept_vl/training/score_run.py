@@ -25,6 +25,7 @@ from dept_vl.data.splits import (
     check_readable,
     choose_decoding,
     data_options,
+    encoder_of,
     informed,
     load_split,
     mapped_features,
@@ -211,9 +212,10 @@ class ScoreRun(Stages):
         place_model(self.model, accelerator)
         self.model.backbone.probe(task.image_count)
         images: FeatureTable | VisionEncoder | None = self.model.backbone.vision
-        if isinstance(images, VisionEncoder):
-            wanted = [(options, list(task.image_files()))]
-            images = mapped_features(images, wanted, config.features, accelerator) or images
+        paths = list(task.image_files())
+        vision = encoder_of(self.model.backbone, config.features, options) if paths else None
+        if vision is not None:
+            images = mapped_features(vision, [(options, paths)], config.features, accelerator) or images
         if isinstance(images, FeatureTable) and config.on_bad_image == "raise":
             check_readable(images, task)
         if config.mixed_precision == "bf16":

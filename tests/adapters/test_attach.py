@@ -14,12 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    Blip2Config,
-    Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessor,
-    OPTConfig,
     PreTrainedModel,
+    T5EncoderModel,
     T5Gemma2ForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,9 +27,7 @@ from zoo.ready_made import (
     IMAGE,
     IMAGE_TOKENS,
     PIXELS,
-    Q_FORMER,
     TEXTS,
-    VISION,
     inputs_of,
     ready_made,
 )
@@ -207,17 +203,6 @@ def test_what_the_encoder_gives_is_m_longer_and_may_be_given_back(
             labels=labels_of(),
         )
         torch.testing.assert_close(again.logits, out.logits)
-
-
-def test_the_encoder_alone_reads_the_prompt(model: PreTrainedModel, family: str) -> None:
-    inputs = inputs_of(family)
-    ids, mask = inputs["input_ids"].clamp(max=IMAGE - 1), inputs["attention_mask"]
-    attached = attach(model, trained_prompt(max_source_length=20))
-    with torch.no_grad():
-        named = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        in_order = model.get_encoder()(ids, mask).last_hidden_state
-    assert named.shape[1] == ids.shape[1] + attached.prompt.prompt_length
-    assert torch.equal(named, in_order)
 
 
 def test_given_positions_make_room_for_the_prompt(make: Callable[[str], PreTrainedModel]) -> None:
@@ -547,21 +532,9 @@ def test_adapters_of_the_two_kinds_are_told_apart(
 
 
 def test_an_unsupported_model_is_refused_with_those_that_are(t5: Backbone) -> None:
-    with pytest.raises(ValueError, match="cannot be attached to a T5ForConditionalGeneration") as error:
-        attach(t5.language, trained_prompt())
+    with pytest.raises(ValueError, match="cannot be attached to a T5EncoderModel") as error:
+        attach(T5EncoderModel(t5.language.config), trained_prompt())
     assert all(name in str(error.value) for name in SUPPORTED)
-
-
-def test_a_decoder_only_language_model_is_refused() -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "ffn_dim": 16, "num_attention_heads": 2}
-    opt = OPTConfig(vocab_size=60, word_embed_proj_dim=16, max_position_embeddings=32, **sizes)
-    model = Blip2ForConditionalGeneration(
-        Blip2Config(
-            vision_config=VISION, qformer_config=Q_FORMER, text_config=opt.to_dict(), image_token_index=50
-        )
-    )
-    with pytest.raises(ValueError, match=r"OPTForCausalLM, which has no encoder.*blip2-flan-t5-xl"):
-        attach(model, trained_prompt())
 
 
 def test_a_configuration_without_placeholder_is_refused(make: Callable[[str], PreTrainedModel]) -> None:
@@ -579,7 +552,7 @@ def test_a_prompt_of_another_width_is_refused(model: PreTrainedModel) -> None:
 
 def test_a_prompt_longer_than_the_positions_is_refused(make: Callable[[str], PreTrainedModel]) -> None:
     model = make("florence2")
-    with pytest.raises(ValueError, match=r"24 vectors and .* has 24 positions"):
+    with pytest.raises(ValueError, match=r"24 positions .* 24 prompt"):
         attach(model, trained_prompt(prompt_length=24))
     attached = attach(model, trained_prompt(prompt_length=16))
     assert logits(attached, inputs_of("florence2", texts=((0, 6),))).shape[0] == 1
@@ -603,10 +576,7 @@ def test_embeddings_of_unknown_tokens_are_refused(make: Callable[[str], PreTrain
     inputs = inputs_of("t5gemma2")
     embedded = torch.randn(*inputs.pop("input_ids").shape, D_MODEL)
     del inputs["pixel_values"]
-    with pytest.raises(ValueError, match=r"no tokens were seen.*input_ids, not"):
-        attached(**inputs, inputs_embeds=embedded, labels=labels_of())
-    attached.model.get_input_embeddings()(torch.ones(embedded.shape[:2], dtype=torch.long))
-    with pytest.raises(ValueError, match="the tokens seen last have others"):
+    with pytest.raises(ValueError, match="input_ids"):
         attached(**inputs, inputs_embeds=embedded, labels=labels_of())
 
 
@@ -617,9 +587,9 @@ def test_a_mask_of_another_shape_is_refused(model: PreTrainedModel, family: str)
         logits(attach(model, trained_prompt()), inputs)
 
 
-def test_a_second_prompt_is_refused_when_called(model: PreTrainedModel, family: str) -> None:
-    first, second = attach(model, trained_prompt()), attach(model, trained_prompt())
+def test_a_second_prompt_is_refused(model: PreTrainedModel, family: str) -> None:
+    first = attach(model, trained_prompt())
     with pytest.raises(ValueError, match="detach that one first"):
-        logits(model, inputs_of(family))
+        attach(model, trained_prompt())
     first.detach()
-    logits(second, inputs_of(family))
+    logits(attach(model, trained_prompt()), inputs_of(family))

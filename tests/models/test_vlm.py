@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from zoo.vlms import TEXT_ONLY
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import BackboneOptions
@@ -174,9 +175,31 @@ def test_a_method_that_acts_elsewhere_is_refused(pretrained_folder: Folder) -> N
         PromptedModel(backbone, prompt)
 
 
-def test_a_model_without_images_is_refused(language_folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=str(language_folders["t5"])):
-        open_backbone(model=language_folders["t5"])
+def test_a_model_that_writes_nothing_is_refused(vision_folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=str(vision_folders["clip"])):
+        open_backbone(model=vision_folders["clip"])
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_models_of_text_go_the_same_way(pretrained_folder: Folder, name: str) -> None:
+    """Their own loss of an answer; by the chat template where there is one."""
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(name)).eval()
+    assert not backbone.reads_images
+    backbone.probe(0)
+    asked = backbone.processor.written("is it red ?", 0)
+    assert ("<|turn|>user" in asked) == (name == "llama_text")
+    prompt = DePT(backbone.d_model, prompt_length=2, rank=1, max_source_length=9 + backbone.frame)
+    bare, model = PromptedModel(backbone, None).eval(), PromptedModel(backbone, prompt).eval()
+    batch = Collator.for_model(model, 6)([Draw(Example(0, "is it red ?", (), ()), "no")])
+    assert batch.labels is not None
+    ids, labels = batch.input_ids, batch.labels
+    if not backbone.language_model.encoder_decoder:
+        ids, labels = (torch.cat([one, labels], 1) for one in (ids, torch.full_like(ids, -100)))
+    expected = backbone.language(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+    torch.testing.assert_close(bare(**batch.training_inputs()).loss, expected, rtol=1e-4, atol=1e-5)
+    model(**batch.training_inputs()).loss.backward()
+    assert all(parameter.grad is not None for parameter in prompt.parameters())
+    assert model.generate(**batch.inputs(), max_new_tokens=3).ndim == 2
 
 
 def test_tokens_of_another_processor_are_refused(copied: Callable[..., Path]) -> None:

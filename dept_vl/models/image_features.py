@@ -1,0 +1,179 @@
+"""What a pretrained model makes of an image before it reads any text, as an image encoder of its own.
+
+Whatever its `get_image_features` gives is kept, and given back to it in place of pixels: the vectors of
+BLIP-2's Q-Former, the projected patches of LLaVA, PaliGemma, Gemma 3, Florence-2 and T5Gemma 2. Where that
+depends on the question, or is of another length for every image, features are not kept.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import check_shape, to_rgb
+from dept_vl.models.source import QUESTION, SourceReader
+from dept_vl.models.vision import VisionEncoder
+
+PIXELS, FEATURES = "pixel_values", "image_features"
+"""What a source has of its images; the second in place of the first."""
+SIZES = ((64, 64), (640, 160), (200, 900))
+"""Of images that tell whether all have as many tokens."""
+OTHER_QUESTION = "is it two"
+
+
+class ImageFeatures(VisionEncoder):
+    """The part of a pretrained model that reads images, as `VisionEncoder` is one.
+
+    Args:
+        model: Of transformers.
+        reader: Makes pixels.
+        exif: Turn images as their EXIF orientation says.
+
+    Attributes:
+        output: What `given_features` gives the model back.
+
+    Raises:
+        UsageError: If what it makes of an image cannot be kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, reader: SourceReader, *, exif: bool) -> None:
+        nn.Module.__init__(self)
+        self.model, self.reader, self.exif = model, reader, exif
+        self.processor = reader.processor.image_processor
+        self.layer, self.class_token, self.pooled_grid = -1, False, 0
+        self.own_fit = self.image_fit = "own"
+        source = reader.process([QUESTION], [[Image.new("RGB", SIZES[0])]])
+        problem = self._problem(source)
+        if problem:
+            raise UsageError(f"features of images are not kept, since of {type(model).__name__} {problem}")
+        self.pixel_shape = tuple(source[PIXELS].shape[1:])
+        with torch.no_grad():
+            made = encoded(model, source)
+        self.output = type(made), isinstance(made.pooler_output, Tensor)
+        self.token_count, self.d_vision = made.pooler_output[0].shape
+        self.own_weights = {
+            f"{prefix}.{name}": tensor
+            for prefix, part in image_parts(model, source).items()
+            for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        }
+        if any(tensor.requires_grad for tensor in self.own_weights.values()):
+            raise UsageError("features of images are not kept while what makes them is trained")
+
+    def _problem(self, source: Mapping[str, Tensor]) -> str:
+        """What is in the way of keeping features; empty if nothing is."""
+        if not hasattr(self.model, "get_image_features"):
+            return "no get_image_features is known"
+        if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            return "every process has a part"
+        other = self.reader.process([OTHER_QUESTION], [[Image.new("RGB", SIZES[0])]])
+        read = inputs_of(self.model, source)
+        asked = sorted(name for name in read if not _same(read[name], other.get(name)))
+        if asked:
+            return f"they depend on the question ({', '.join(asked)})"
+        pixels = [self.reader.process([QUESTION], [[Image.new("RGB", size)]])[PIXELS] for size in SIZES]
+        if len(read) > 1 or len({one.shape for one in pixels}) > 1 or len(pixels[0]) != 1:
+            return "an image has as many tokens as its size makes"
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For processes that read images: they compute nothing."""
+        return {**vars(self), "_modules": {}, "own_weights": {}}
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `VisionEncoder.weights`."""
+        return self.own_weights
+
+    def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+        """See `VisionEncoder.preprocess`."""
+        for image in images:
+            check_shape(*image.size, None)
+        return torch.cat([self.reader.process([QUESTION], [[to_rgb(image)]])[PIXELS] for image in images])
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch tokens d_vision"]:
+        """See `VisionEncoder.forward`."""
+        pooled = encoded(self.model, {PIXELS: pixel_values}).pooler_output
+        return pooled if isinstance(pooled, Tensor) else torch.stack(list(pooled))
+
+
+def inputs_of(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a source a model reads its images from."""
+    taken = inspect.signature(model.get_image_features).parameters
+    device = model.get_input_embeddings().weight.device
+    return {name: value.to(device) for name, value in source.items() if name in taken}
+
+
+def encoded(model: PreTrainedModel, source: Mapping[str, Tensor]) -> Any:
+    """What a model makes of the images of a source, without dropout."""
+    was_training = {part for part in model.modules() if part.training}
+    model.eval()
+    try:
+        return model.get_image_features(**inputs_of(model, source), return_dict=True)
+    finally:
+        for part in was_training:
+            part.training = True
+
+
+@torch.no_grad()
+def image_parts(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The modules by name that a model reads images with, and those around them."""
+    parts = {name: part for name, part in model.named_modules() if hasattr(part, "get_image_features")}
+    hooks = [
+        module.register_forward_pre_hook(lambda part, _, name=name: parts.update({name: part}))
+        for name, module in model.named_modules()
+    ]
+    try:
+        encoded(model, source)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return parts
+
+
+@contextmanager
+def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterator[None]:
+    """Within, what a model gets as pixels is what it makes of images.
+
+    Args:
+        model: Of transformers.
+        output: Of `ImageFeatures`.
+    """
+    kind, together = output
+
+    def given(pixel_values: Tensor, *_: Any, **__: Any) -> Any:
+        return kind(pooler_output=pixel_values if together else list(pixel_values))
+
+    makers = [part for part in model.modules() if hasattr(part, "get_image_features")]
+    replaced: list[tuple[nn.Module, str, Any]] = [(maker, "get_image_features", given) for maker in makers]
+    if hasattr(model, "qformer"):  # BLIP-2's own `generate` calls its parts itself
+        replaced += [
+            (model.vision_model, "forward", lambda pixel_values, **_: BaseModelOutput(pixel_values)),
+            (
+                model.qformer,
+                "forward",
+                lambda encoder_hidden_states, **_: BaseModelOutput(encoder_hidden_states),
+            ),
+            (model.language_projection, "forward", lambda states: states),
+        ]
+    for part, name, function in replaced:
+        vars(part)[name] = function
+    try:
+        yield
+    finally:
+        for part, name, _ in replaced:
+            del vars(part)[name]
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and torch.equal(one, other)

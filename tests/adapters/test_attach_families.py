@@ -1,0 +1,125 @@
+"""A prompt attached to any pretrained model gives what it gives behind `--model`, in training and answers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from zoo.vlms import FAMILIES, TEXT_ONLY
+
+from dept_vl.adapters.attach import Attached, attach, new_prompt
+from dept_vl.adapters.families import Parts
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.prompts.dept import DePT
+
+Folder = Callable[[str], Path]
+QUESTIONS = ("what colour is the star ?", "how many ?")
+ANSWER = 4
+OPTIONS: dict[str, Any] = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
+
+
+def trained(width: int) -> DePT:
+    torch.manual_seed(1)
+    prompt = DePT(width, prompt_length=3, rank=2, max_source_length=40)
+    for parameter in prompt.parameters():
+        nn.init.normal_(parameter)
+    return prompt
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone(request: pytest.FixtureRequest, pretrained_folder: Folder) -> VisionLanguageModel:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(request.param)).eval()
+    # Of fences that no configuration names, `attach` knows nothing.
+    backbone.processor.image_tokens = torch.tensor(Parts.of(backbone.language).image_tokens)
+    return backbone
+
+
+def read(backbone: VisionLanguageModel, *rows: int) -> dict[str, Tensor]:
+    images = [[Image.new("RGB", (40 - 8 * row, 32), (200, 60 * row, 40))] for row in rows]
+    return backbone.processor([QUESTIONS[row] for row in rows], images, [40] * len(rows))
+
+
+def joined(inputs: dict[str, Tensor], answer: Tensor, answer_type: int) -> dict[str, Tensor]:
+    """Source and answer in one sequence, as decoder-only models are trained."""
+    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    more["token_type_ids"] = torch.full_like(answer, answer_type)
+    more["mm_token_type_ids"] = torch.zeros_like(answer)
+    return {name: torch.cat([row, more[name]], 1) if name in more else row for name, row in inputs.items()}
+
+
+def test_training_and_answers_are_those_of_the_pipeline(backbone: VisionLanguageModel) -> None:
+    prompt = trained(backbone.d_model)
+    whole, reader, start = PromptedModel(backbone, prompt).eval(), backbone.language_model, backbone.start
+    labels = torch.tensor([[40, 50, 60, 41]])
+    options, expected = OPTIONS | reader.special_tokens, []
+    for row in (0, 1):
+        inputs = read(backbone, row)
+        ids, mask = inputs.pop("input_ids"), inputs.pop("attention_mask")
+        expected.append(
+            (
+                whole(ids, mask, labels, processed=inputs).logits.detach(),
+                whole.generate(ids, mask, processed=inputs, **options)[:, -ANSWER:],
+            )
+        )
+    attached = attach(backbone.language, prompt)
+    assert attached._parts.start in (None, start) or start is None
+    for row, (logits, answer) in enumerate(expected):
+        inputs = read(backbone, row)
+        asked = attached.generate(**inputs, **options)
+        assert torch.equal(asked[:, -ANSWER:], answer)
+        if reader.encoder_decoder:
+            found = attached(**inputs, labels=labels).logits
+        else:
+            assert torch.equal(asked[:, :-ANSWER], inputs["input_ids"])
+            width = inputs["input_ids"].shape[1]
+            together = joined(inputs, labels, reader.answer_type)
+            spared = torch.cat([torch.full((1, width), -100), labels], 1)
+            found = attached(**together, labels=spared).logits
+            assert found.shape[1] == width + ANSWER
+            found = found[:, width - 1 : -1]
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    both = read(backbone, 0, 1)
+    if not reader.encoder_decoder:
+        backbone.tokenizer.padding_side = "left"
+        both = read(backbone, 0, 1)
+    asked = attached.generate(**both, **options)[:, -ANSWER:]
+    if backbone.language.config.model_type != "florence2":  # whose positions count padding on the left
+        assert torch.equal(asked, torch.cat([answer for _, answer in expected]))
+
+
+@pytest.mark.parametrize("name", TEXT_ONLY)
+def test_models_of_text_take_a_prompt(pretrained_folder: Folder, name: str) -> None:
+    opened = AutoModelForSeq2SeqLM if name in ("t5_text", "bart_text") else AutoModelForCausalLM
+    model = opened.from_pretrained(pretrained_folder(name)).eval()
+    inputs = AutoTokenizer.from_pretrained(pretrained_folder(name))([QUESTIONS[0]], return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    before = model.generate(**inputs, **OPTIONS)
+    attached = attach(model, new_prompt(model, prompt_length=3, rank=2, max_source_length=20))
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    loss = attached(**inputs, labels=labels).loss
+    loss.backward()
+    assert {n for n, p in attached.prompt.named_parameters() if p.grad is None} == set()
+    nn.init.normal_(attached.prompt.soft_prompt)  # type: ignore[arg-type]
+    assert attached.generate(inputs["input_ids"], **OPTIONS).shape == before.shape
+    if opened is AutoModelForCausalLM:
+        with pytest.raises(ValueError, match="-100"):
+            attached(**inputs, labels=inputs["input_ids"])
+    attached.detach()
+    assert torch.equal(model.generate(**inputs, **OPTIONS), before)
+
+
+def test_an_adapter_of_a_decoder_only_model_is_loaded(pretrained_folder: Folder, tmp_path: Path) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("qwen2_5_vl")).eval()
+    inputs = read(backbone, 0)
+    with attach(backbone.language, trained(backbone.d_model)) as attached:
+        attached.save(tmp_path)
+        with torch.no_grad():
+            expected = attached(**inputs).logits
+    with Attached.load(tmp_path, backbone.language) as again, torch.no_grad():
+        assert torch.equal(again(**inputs).logits, expected)
