@@ -45,7 +45,7 @@ def test_features_are_as_good_as_pixels(pretrained_folder: Folder, family: str, 
     model = model_of(pretrained_folder(family))
     folder = write_vqa(tmp_path, images=3)
     asked = VQAv2().load(folder, "val")
-    draws = [Draw(asked[number], "red") for number in range(3)]
+    draws = [Draw(asked[number], "red") for number in (0, len(asked) // 2, len(asked) - 1)]
     encoder = model.backbone.image_features()
     assert encoder is not None
     paths = list(asked.image_files())

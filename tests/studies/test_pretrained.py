@@ -1,0 +1,98 @@
+"""Comparison, transfer, search, ranking, demo and card of pretrained models, after a run of each family."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers import write_vqa
+from runs import reset_accelerate, tiny_run, with_
+
+import dept_vl
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.card import model_card
+from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig, to_json
+from dept_vl.inference import demo
+from dept_vl.studies.compare import compare
+from dept_vl.studies.options import CompareConfig, TransferConfig
+from dept_vl.studies.search import tune
+from dept_vl.studies.transfer import transfer
+from dept_vl.training.run import run
+from dept_vl.training.score_run import score_run
+
+pytestmark = [pytest.mark.usefixtures("fresh_accelerate"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module", params=["blip2", "qwen2_5_vl", "paligemma"])
+def trained(
+    request: pytest.FixtureRequest,
+    pretrained_folder: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunConfig:
+    """A run: on an encoder-decoder, with positions in three dimensions, with a prefix read both ways."""
+    root, model = tmp_path_factory.mktemp(request.param), pretrained_folder(request.param)
+    data = DataOptions(data_dir=write_vqa(root / "vqa", images=8), holdout_images=2)
+    config = tiny_run(data, vision=model, language=model)
+    config = replace(config, backbone=BackboneOptions(model=str(model)), output_dir=root / "run")
+    reset_accelerate()
+    run(with_(config, prompt={"rank": None}))
+    return with_(config, prompt={"rank": None})
+
+
+def test_compared_with_lora(trained: RunConfig, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    (tmp_path / "base.json").write_text(json.dumps(to_json(trained)))
+    methods = ("zero-shot", "pt", "dept", "LoRA", "BitFit")
+    compare(
+        CompareConfig(
+            tasks=(str(tmp_path / "base.json"),),
+            methods=methods,
+            seeds=(1,),
+            rounds=1,
+            output_dir=tmp_path / "compare",
+            smallest=True,
+        )
+    )
+    report = (tmp_path / "compare" / "comparison.md").read_text()
+    assert all(method in report for method in methods)
+
+
+def test_transferred_and_searched(trained: RunConfig, tmp_path: Path) -> None:
+    reset_accelerate()
+    transfer(
+        TransferConfig(
+            source=(str(trained.output_dir),),
+            target="vqav2",
+            data_dir=trained.data.data_dir,
+            k=(1,),
+            seeds=1,
+            max_steps=2,
+            test_limit=4,
+            output_dir=tmp_path / "transfer",
+        )
+    )
+    assert (tmp_path / "transfer" / "transfer.md").is_file()
+    reset_accelerate()
+    best = tune(with_(trained, tune=2, output_dir=tmp_path / "search"))
+    assert (best.output_dir / "best").is_dir()
+
+
+def test_answers_cards_and_pages(trained: RunConfig, tmp_path: Path) -> None:
+    folder = trained.output_dir
+    assert folder is not None
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert trained.data.data_dir is not None
+    picture = next(trained.data.data_dir.rglob("*.jpg"))
+    many = dept_vl.load_many({"one": folder, "two": folder})
+    together = many.answer([picture] * 3, ["is it red?"] * 3, adapters=["one", None, "two"])
+    assert together[0] == together[2] == dept_vl.load(folder).answer(picture, "is it red?")
+    shown = {"path": str(picture), "orig_name": picture.name}
+    assert demo.respond(many, "one", [shown, None], "is it red?", picture.parent) == (together[0], "")
+    (tmp_path / "candidates.json").write_text(json.dumps(["yes", "no", "two"]))
+    ranked = score_run(EvaluateConfig(run=folder, candidates=tmp_path / "candidates.json"))
+    assert set(ranked.evaluation.predictions.values()) <= {"yes", "no", "two"}
+    adapter = json.loads((folder / "best" / "adapter.json").read_text())
+    card = model_card("someone/prompt", adapter, images=True)
+    assert adapter["backbone"]["name"] in card
+    assert Adapter.from_pretrained(folder).trainable_parameters["total"] > 0
