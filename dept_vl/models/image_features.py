@@ -38,9 +38,6 @@ class ImageFeatures(VisionEncoder):
         reader: Makes pixels.
         exif: Turn images as their EXIF orientation says.
 
-    Attributes:
-        output: What `given_features` gives the model back.
-
     Raises:
         UsageError: If what it makes of an image cannot be kept.
     """
@@ -58,7 +55,6 @@ class ImageFeatures(VisionEncoder):
         self.pixel_shape = tuple(source[PIXELS].shape[1:])
         with torch.no_grad():
             made = encoded(model, source)
-        self.output = type(made), isinstance(made.pooler_output, Tensor)
         self.token_count, self.d_vision = made.pooler_output[0].shape
         self.own_weights = {
             f"{prefix}.{name}": tensor
@@ -126,6 +122,13 @@ def encoded(model: PreTrainedModel, source: Mapping[str, Tensor]) -> Any:
 
 
 @torch.no_grad()
+def output_of(model: PreTrainedModel, reader: SourceReader) -> tuple[type, bool]:
+    """In what a model has what it makes of images, and whether that is one tensor for all."""
+    made = encoded(model, reader.process([QUESTION], [[Image.new("RGB", SIZES[0])]]))
+    return type(made), isinstance(made.pooler_output, Tensor)
+
+
+@torch.no_grad()
 def image_parts(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """The modules by name that a model reads images with, and those around them."""
     parts = {name: part for name, part in model.named_modules() if hasattr(part, "get_image_features")}
@@ -147,7 +150,7 @@ def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterato
 
     Args:
         model: Of transformers.
-        output: Of `ImageFeatures`.
+        output: See `output_of`.
     """
     kind, together = output
 

@@ -92,7 +92,7 @@ class PretrainedReader(Answerer):
             if features is None:
                 yield
                 return
-            assert self.output_of_images is not None, "features come from `image_features`"
+            assert self.output_of_images is not None  # `VisionLanguageModel.read` has it
             inputs[PIXELS] = features.to(self.word_embeddings.weight.dtype)
             with given_features(self.model, self.output_of_images):
                 yield

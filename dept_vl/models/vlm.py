@@ -34,7 +34,7 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_weights, loading
-from dept_vl.models.image_features import ImageFeatures, image_parts
+from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.placeholders import is_encoder_decoder, place
 from dept_vl.models.reader import PretrainedReader, Source, special_tokens_of
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
@@ -160,9 +160,7 @@ class VisionLanguageModel(FrozenBackbone):
 
     def image_features(self) -> VisionEncoder:
         """See `FrozenBackbone.image_features`."""
-        features = ImageFeatures(self.language, self.processor, exif=self.exif is not False)
-        self.language_model.output_of_images = features.output
-        return features
+        return ImageFeatures(self.language, self.processor, exif=self.exif is not False)
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
         """Training mode; what reads images stays in evaluation mode, as a vision tower does."""
@@ -225,6 +223,8 @@ class VisionLanguageModel(FrozenBackbone):
     ) -> tuple[Source, Bool[Tensor, "batch source"]]:
         """See `FrozenBackbone.read`; the source with placeholders, still to be read."""
         more = dict(processed or {})
+        if FEATURES in more and self.language_model.output_of_images is None:
+            self.language_model.output_of_images = output_of(self.language, self.processor)
         others = {name: more.pop(name) for name in list(more) if name.endswith(PER_TOKEN)}
         mask = attention_mask.bool()
         placed = place(

@@ -67,7 +67,7 @@ def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, St
     collate = Collator.for_model(
         model,
         splits.decoding.max_new_tokens,
-        max_source_length=first.prompt.max_source_length,
+        max_source_length=first.prompt.max_source_length + model.backbone.frame,
         images=read_features(model.backbone, [splits], num_workers=0, accelerator=accelerator),
     )
     draws = TrainingDraws([splits.train], first.train.seed)
