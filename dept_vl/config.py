@@ -591,7 +591,7 @@ def differences(
     """
     usual, more = flat(to_json(RunConfig())), flat(to_json(DataOptions()), "data.")
     found = []
-    for options in (_before_exif(current_names(started)), now):
+    for options in (current_options(started), now):
         options = _located(_with_splits(options), folder)
         also = {f"also[{place}]": data for place, data in enumerate(options.pop("also"))}
         usual |= {name.replace("data", task, 1): value for task in also for name, value in more.items()}
@@ -638,18 +638,23 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def current_names(options: dict[str, Any]) -> dict[str, Any]:
+def current_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an older configuration, in groups or not, by their names of today.
 
-    Two models that an older run joined are joined as they were then.
+    What a run of an older version leaves out is as it was then: how two models are joined, and that pixels
+    are taken as stored.
     """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
-    joined = named.get("backbone")
-    # A run writes every option, so what is missing beside these was no option yet.
-    if isinstance(joined, dict) and joined.get("vision") and {"vision_layer", "pooled_grid"} <= joined.keys():
-        named["backbone"] = {**BEFORE_ORDER, **joined}
+    backbone, also = named.get("backbone"), named.get("also")
+    # A run writes every option, these from the first version on, so what is missing was no option yet.
+    if isinstance(backbone, dict) and {"vision_layer", "pooled_grid"} <= backbone.keys():
+        parts = [named.get("data"), *(also if isinstance(also, list) else [])]
+        names = [part.get("task") for part in parts if isinstance(part, dict)]
+        images = any(isinstance(name, str) and name in TASKS and TASKS[name].image_count for name in names)
+        joined = BEFORE_ORDER if backbone.get("vision") else {}
+        named["backbone"] = {**({"exif": False} if images else {}), **joined, **backbone}
     return named
 
 
@@ -700,26 +705,13 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
     content = read_json(path)
     if isinstance(content, dict):
-        of_run = "output_dir" in content
         for name in ("output_dir", "resume", "accept_changes", "wait"):
             content.pop(name, None)
-        content = current_names(content)
-        # That of a run says all; another one may leave out anything.
-        content = _before_exif(content) if of_run else content
-        content = _over(_located(content, path.parent), to_json(base or RunConfig()))
+        content = _over(_located(current_options(content), path.parent), to_json(base or RunConfig()))
     try:
         return build(RunConfig, content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-def _before_exif(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a run; one about images that says nothing of EXIF took pixels as stored."""
-    backbone = options.get("backbone")
-    tasks = [part.get("task") for part in (options.get("data", {}), *options.get("also", []))]
-    if not isinstance(backbone, dict) or not any(name in TASKS and TASKS[name].image_count for name in tasks):
-        return options
-    return options | {"backbone": {"exif": False} | backbone}
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import printable
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of grey images with more than eight bits, which its own conversion would clip."""
@@ -95,7 +96,7 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
                 raise
             return _read(BytesIO(_without_texts(content)), exif)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no image at {source!s}") from None
+        raise FileNotFoundError(f"no image at {_called(source)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{_called(source)} is no readable image: {one_line(error)} If it is meant to be so large, raise "
@@ -129,7 +130,9 @@ def data_url_bytes(url: str, name: str = "image") -> bytes:
         content = unquote_to_bytes(data)
         return base64.b64decode(content, validate=True) if kind.endswith(";base64") else content
     except (ValueError, binascii.Error) as error:
-        raise ValueError(f"{name}: expected a data URL, data:image/png;base64,...: {error}") from None
+        raise ValueError(
+            f"{name}: expected a data URL, data:image/png;base64,...: {one_line(error)}"
+        ) from None
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
@@ -235,7 +238,7 @@ def _called(source: ImageSource) -> str:
     """Name of an image in messages."""
     if isinstance(source, bytes):
         return f"what was given ({len(source):,} bytes)"
-    return f"{source!s}" if isinstance(source, str | Path) else "what was given"
+    return printable(source) if isinstance(source, str | Path) else "what was given"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

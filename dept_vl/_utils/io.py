@@ -18,6 +18,7 @@ from typing import Any
 from dept_vl._utils.checksums import checksum, file_checksum
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.options import check
+from dept_vl._utils.printable import printable
 
 LONGEST_JSON = 1 << 26
 """Bytes; descriptions and configurations have a few thousand."""
@@ -223,8 +224,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bearable length: it may quote the file."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    """What an error says, on one line of bearable length that prints: it may quote the file."""
+    return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def read_json(path: Path) -> Any:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dept_vl._utils.io import check_noted, write_atomically, write_noted
+from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, copies, load_exactly, read_tensors, under
 from dept_vl.adapters import authors
 from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training_of
@@ -339,7 +340,7 @@ class Adapter:
             ValueError: If there is no prompt in the adapter.
         """
         if self.prompt is None:
-            raise ValueError(f"this adapter of {self.backbone['name']} holds no prompt")
+            raise ValueError(f"this adapter of {printable(self.backbone['name'])} holds no prompt")
         return build(described_method(self.prompt))
 
     def apply(self, model: PromptedModel) -> None:

@@ -10,7 +10,7 @@ from dept_vl._utils.printable import markdown_text, printable
 from dept_vl._utils.run_files import CONFIG_FILE, is_hub_name
 from dept_vl._utils.tables import markdown_table
 from dept_vl.adapters.fingerprint import shown
-from dept_vl.config import current_names, flat
+from dept_vl.config import current_options, flat
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, scale_of, shown_metrics
 
@@ -46,7 +46,7 @@ def training_of(run: Path, task: str) -> dict[str, Any]:
     tasks = _tasks_of(config)
     if "+".join(tasks) != task:
         raise ValueError(f"the adapter was trained on {task}, and the run at {run} on {'+'.join(tasks)}")
-    found: dict[str, Any] = _without_local(current_names(config))
+    found: dict[str, Any] = _without_local(current_options(config))
     backbone = found.get("backbone", {})
     folders = {name for name in MODELS if backbone.get(name) and not _on_hub(str(backbone[name]))}
     return found | {"backbone": {name: v for name, v in backbone.items() if name not in folders}}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from dept_vl._utils.printable import warn
+from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
@@ -133,7 +133,9 @@ def check_base(
     if not problem and not note:
         return
     name = getattr(model, "name_or_path", "") or type(model).__name__
-    bases = f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
+    bases = printable(
+        f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
+    )
     if not problem:
         warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
         return
@@ -188,7 +190,7 @@ def _compare_words(
         return "", ""
     mine = Sample.recorded(here)
     if sample is None or mine is None:
-        return _compare_older(record, here, words)
+        return _compare_older(record, words)
     rows = _rows(sample.vocabulary)
     both = rows < mine.vocabulary
     rows, exact = rows[both], _exact(sample.dtype, mine.dtype)
@@ -211,14 +213,17 @@ def _compare_words(
     return f"it has other word embeddings ({len(different)} of {len(rows)} sampled rows differ)", ""
 
 
-def _compare_older(
-    record: Mapping[str, str], here: Mapping[str, str], words: Mapping[str, Tensor]
-) -> tuple[str, str]:
+def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> tuple[str, str]:
     """The same with a record of hashes alone, which float16 changes."""
-    if here["dtype"] == "float16":
-        return "", "its word embeddings were not compared: an older version recorded none for float16"
     if record.get("embeddings") == fingerprint((name, tensor.half()) for name, tensor in words.items()):
         return "", ""
+    values = _values(words["weight"], _rows(len(words["weight"])))
+    # What was rounded already does not tell any more what float16 made of it.
+    if values.dtype == torch.float16 or torch.equal(values, values.bfloat16().to(values.dtype)):
+        return "", (
+            "its word embeddings could not be compared: an older version recorded a hash of them, which "
+            "rounding to float16 or bfloat16 changes"
+        )
     return "it has other word embeddings", ""
 
 
@@ -341,15 +346,15 @@ def check_name(name: str, backbone: FrozenBackbone, accepted: Collection[str]) -
     """
     if Path(name).name not in {Path(other).name for other in accepted}:
         raise ValueError(
-            f"this adapter was trained on {name} and does not fit {backbone.name}; load {name}, or set "
-            "backbone.name if this is the same model under another name"
+            f"this adapter was trained on {printable(name)} and does not fit {backbone.name}; load that one, "
+            "or set backbone.name if this is the same model under another name"
         )
 
 
 def _check_backbone_of_authors(name: str, backbone: FrozenBackbone) -> None:
     if backbone.reads_images:
         raise ValueError(
-            f"this adapter was trained on {name} for text alone and does not fit {backbone.name}, "
+            f"this adapter was trained on {printable(name)} for text alone and does not fit {backbone.name}, "
             "which has a vision tower; load the language model without one"
         )
     check_name(name, backbone, [backbone.name])
@@ -362,4 +367,4 @@ def _check_backbone_of_authors(name: str, backbone: FrozenBackbone) -> None:
 
 def _text(identity: Mapping[str, Any], keys: Sequence[str]) -> str:
     values = {**identity, "fingerprint": shown(identity["fingerprint"])}
-    return f"{identity['name']} ({', '.join(f'{key} {values[key]}' for key in keys)})"
+    return f"{printable(identity['name'])} ({', '.join(f'{key} {values[key]}' for key in keys)})"

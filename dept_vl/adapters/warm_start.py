@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import load_exactly, under
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import InitParts
@@ -73,7 +74,7 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
     language = (trained_on["fingerprint"] or {}).get("language")
     if language != backbone.fingerprint["language"]:
         raise ValueError(
-            f"the source at {path} was trained on {trained_on['name']} (fingerprint "
+            f"the source at {path} was trained on {printable(trained_on['name'])} (fingerprint "
             f"{trained_on['fingerprint']}), and this is {backbone.name} (fingerprint {backbone.fingerprint}"
             "); a prompt goes from task to task, not from language model to language model"
         )

@@ -1,6 +1,7 @@
 """Answers that a tokenizer cannot write back, or that are cut: counted before anything is learnt."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,8 @@ class Lost:
 
     Attributes:
         answers: Answers looked at, each as often as it is learnt.
-        unwritable: Those that come back different from the tokenizer, by how often.
+        unwritable: Those that come back different from the tokenizer, by how often; of candidates those that
+            have the tokens of another.
         cut: Those that are longer than the limit, likewise.
         longest: Tokens of the longest answer, end included.
     """
@@ -69,6 +71,27 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
     return Lost(counts.total(), unwritable, cut, longest)
 
 
+def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], limit: int) -> Lost:
+    """Tokenise the only answers there are: one is lost if its tokens are another's too, or it is cut.
+
+    Args:
+        task: Training split.
+        tokenizer: Of the language model.
+        candidates: The answers.
+        limit: As for `look_at_answers`.
+    """
+    counts, _ = task.target_counts(EXAMPLES)
+    tokens = dict(zip(candidates, map(tuple, target_ids(tokenizer, candidates)), strict=True))
+    shared = Counter(tokens.values())
+    known = {text: count for text, count in counts.items() if text in tokens}
+    return Lost(
+        counts.total(),
+        Counter({text: count for text, count in known.items() if shared[tokens[text]] > 1}),
+        Counter({text: count for text, count in known.items() if len(tokens[text]) > (limit or LONGEST)}),
+        max(map(len, tokens.values())),
+    )
+
+
 def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
     """Set the length of the answers, and say what is lost.
 
@@ -80,11 +103,13 @@ def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
     """
     options, decoding, task = splits.options, splits.decoding, splits.train
     limit = options.max_answer_tokens
-    if decoding.candidates:
-        return splits, []  # chosen among, and given back as they are
     if not limit and not task.fits_answers:
         limit = decoding.max_new_tokens
-    lost = look_at_answers(task, tokenizer, limit)
+    if decoding.candidates:  # which are given back as they are
+        lost = look_at_candidates(task, tokenizer, decoding.candidates, limit)
+        unwritable = "have the same tokens as others, from which they cannot be told apart"
+    else:
+        lost, unwritable = look_at_answers(task, tokenizer, limit), "cannot be written back by the tokenizer"
     if not limit:
         limit = min(lost.longest, LONGEST)
     lines = [
@@ -96,7 +121,7 @@ def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
                 f"have more than {limit} tokens and are cut",
                 "; --max_answer_tokens takes longer ones",
             ),
-            (lost.unwritable, "cannot be written back by the tokenizer", ""),
+            (lost.unwritable, unwritable, ""),
         )
         if counts
     ]

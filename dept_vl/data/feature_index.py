@@ -6,6 +6,7 @@ An image is known by its path below the data folder: two splits may have files o
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import is_turned
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
+from dept_vl._utils.printable import say
 from dept_vl.config import Precision
 from dept_vl.data.features import EXTRACT
 from dept_vl.models.options import ImageFit
@@ -114,7 +116,7 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a folder of features; one of version 1 has no `image_times`.
+    """Read the index of a folder of features; what one of version 1 lacks is filled in (see `is_first`).
 
     Raises:
         FileNotFoundError: If there is none.
@@ -148,7 +150,65 @@ def read_index(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedFileError(f"{path} is damaged: {error}; {EXTRACT} makes it again") from None
     index: dict[str, Any] = content
+    if version == 1:
+        index |= {"fingerprint": {**index["fingerprint"], "orientation": "stored"}, "image_times": []}
     return index
+
+
+def is_first(index: Mapping[str, Any]) -> bool:
+    """Whether an index is of version 1, which keeps no times of images; orientation was then no option."""
+    return bool(index["format_version"] == 1)
+
+
+def identity_of(index: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """What a shard says of itself: by what it was made, of which images, by name, size and time."""
+    made_by, images = index["fingerprint"], [index[part][rows] for part in ("images", "image_bytes")]
+    if is_first(index):
+        made_by = {part: value for part, value in made_by.items() if part != "orientation"}
+    else:
+        images.append(index["image_times"][rows])
+    return {"fingerprint": made_by, "images": digest(images)}
+
+
+def shard_sum(index: Mapping[str, Any], content: memoryview) -> dict[str, Any]:
+    """The checksum of a shard's features, under the name that the shard has for it."""
+    return {"crc32": zlib.crc32(content)} if is_first(index) else {"xxh3": checksum(content)}
+
+
+def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[Path]:
+    """Images of other size or time than those that were encoded; one that is gone since may be.
+
+    Args:
+        index: Of the features.
+        rows: Row of every image in it.
+    """
+    sizes, times = index["image_bytes"], index["image_times"]
+    return [
+        path
+        for (path, row), (size, time) in zip(rows.items(), file_stats(list(rows)), strict=True)
+        if size and (size != sizes[row] or (not is_first(index) and time != times[row]))
+    ]
+
+
+def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *, exif: bool) -> None:
+    """Note what features of version 1 do not tell, and check that their images are as they were read.
+
+    Raises:
+        ValueError: If some of the images are turned today.
+    """
+    if not is_first(index):
+        return
+    say(
+        f"note: the visual features at {folder} have no times of images: changes besides their size go "
+        f"unnoticed; {EXTRACT} makes them again",
+        error=True,
+    )
+    if turned := _turned(paths) if exif else []:
+        raise ValueError(
+            f"the EXIF orientation of {len(turned):,} of {len(paths):,} images turns them (first: "
+            f"{turned[0]}), and the visual features at {folder} are of images as they are stored; "
+            f"{EXTRACT} makes them again, or give --no_exif"
+        )
 
 
 def _seal(content: Any) -> str:
@@ -163,12 +223,15 @@ def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
     return [os.fspath(path).removeprefix(start).replace(os.sep, "/") for path in paths]
 
 
-def check_encoder(stored: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
+def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
     """Reject features that another encoder made.
 
     Raises:
         ValueError: With both fingerprints, and the parts in which they differ.
     """
+    stored = index["fingerprint"]
+    if is_first(index):  # images that nothing turns are the same either way
+        stored = {**stored, "orientation": expected["orientation"]}
     differing = [part for part in {**stored, **expected} if stored.get(part) != expected.get(part)]
     if differing:
         stored, expected = {"image_fit": "own", **stored}, {"image_fit": "own", **expected}
@@ -243,8 +306,7 @@ def _embedded_stat(path: Path) -> tuple[int, int]:
     return len(content), int(checksum(content)[:15], 16)
 
 
-def turned_images(paths: Sequence[Path]) -> list[Path]:
-    """The images that their EXIF orientation turns."""
+def _turned(paths: Sequence[Path]) -> list[Path]:
     with ThreadPoolExecutor(LOOKERS) as pool:
         return [path for path, turned in zip(paths, pool.map(is_turned, paths), strict=True) if turned]
 

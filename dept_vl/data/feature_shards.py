@@ -1,7 +1,6 @@
 """A file of visual features: what it says of itself, and whether that is true."""
 
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dept_vl._utils.checksums import checksum, note_compared, was_compared
+from dept_vl._utils.checksums import note_compared, was_compared
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.options import check
-from dept_vl.data.feature_index import INDEX_FILE, digest, file_size, tensor_bytes
+from dept_vl.data.feature_index import INDEX_FILE, file_size, identity_of, shard_sum, tensor_bytes
 from dept_vl.data.features import EXTRACT, read_shard
 
 
@@ -29,35 +28,38 @@ def rows_of(index: Mapping[str, Any], number: int) -> slice:
     return slice(number * per_shard, min((number + 1) * per_shard, len(index["images"])))
 
 
-def identity_of(index: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """What a shard says of itself: by what it was made, of which images, by name, size and time."""
-    images = [index[part][rows] for part in ("images", "image_bytes", "image_times") if part in index]
-    return {"fingerprint": index["fingerprint"], "images": digest(images)}
-
-
 def shard_content(
     features: Float[Tensor, "images tokens d_vision"],
-    identity: Mapping[str, Any],
+    index: Mapping[str, Any],
+    number: int,
     unreadable: Mapping[str, str],
 ) -> bytes:
     """A shard's file."""
-    content = {**identity, "xxh3": checksum(tensor_bytes(features)), "unreadable": unreadable}
+    content = _description(features, index, number, unreadable)
     file: bytes = save({"features": features}, metadata={"dept_vl": json.dumps(content)})
     return file
 
 
-def unreadable_of(path: Path, identity: Mapping[str, Any]) -> dict[str, str] | None:
+def _description(
+    features: Float[Tensor, "images tokens d_vision"],
+    index: Mapping[str, Any],
+    number: int,
+    unreadable: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a shard says of itself."""
+    identity = identity_of(index, rows_of(index, number))
+    return {**identity, **shard_sum(index, tensor_bytes(features)), "unreadable": unreadable}
+
+
+def unreadable_of(folder: Path, index: Mapping[str, Any], number: int) -> dict[str, str] | None:
     """Unreadable images of a stored shard that is whole and of these images; None without such a shard."""
+    path = folder / shard_name(number)
     try:
         features = read_shard(path)
         with safe_open(path, "pt") as file:
             content = json.loads(file.metadata()["dept_vl"])
         unreadable: dict[str, str] = check(content["unreadable"], dict[str, str])
-        sealed = tensor_bytes(features)
-        sums: dict[str, Any] = (
-            {"crc32": zlib.crc32(sealed)} if "crc32" in content else {"xxh3": checksum(sealed)}
-        )
-        expected = {**identity, **sums, "unreadable": unreadable}
+        expected = _description(features, index, number, unreadable)
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
     return unreadable if content == expected else None
@@ -79,7 +81,7 @@ def check_shard(index: Mapping[str, Any], number: int, folder: Path) -> None:
         return
     names = set(index["images"][rows])
     unreadable = {name: error for name, error in index["unreadable"].items() if name in names}
-    if unreadable_of(path, identity_of(index, rows)) != unreadable:
+    if unreadable_of(folder, index, number) != unreadable:
         raise DamagedFileError(
             f"{path} is damaged, or of other images: its checksum is not that of its content, or it is not "
             f"what {INDEX_FILE} says; {EXTRACT} makes it again"

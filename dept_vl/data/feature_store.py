@@ -31,17 +31,18 @@ from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
     INDEX_FILE,
+    changed_images,
     check_encoder,
+    check_first,
     file_stats,
     fingerprint,
     image_keys,
+    is_first,
     read_index,
-    turned_images,
     write_index,
 )
 from dept_vl.data.feature_shards import (
     check_shard,
-    identity_of,
     rows_of,
     shard_content,
     shard_name,
@@ -151,8 +152,7 @@ def _write(
     images, per_shard = index["images"], index["shard_images"]
     shards = range(accelerator.process_index, -(-len(images) // per_shard), accelerator.num_processes)
     of = {n: rows_of(index, n) for n in shards}
-    contents = {n: identity_of(index, of[n]) for n in shards}
-    stored = {n: unreadable_of(folder / shard_name(n), contents[n]) for n in shards}
+    stored = {n: unreadable_of(folder, index, n) for n in shards}
     unreadable = {n: errors for n, errors in stored.items() if errors is not None}
     todo = [n for n in shards if n not in unreadable or (unreadable[n] and not skip_unreadable)]
     if not any(gather_object([bool(todo) or index["shard_bytes"] is None])):
@@ -178,9 +178,7 @@ def _write(
                     )
                 unreadable[n] |= errors
                 parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
-            write_atomically(
-                folder / shard_name(n), shard_content(torch.cat(parts), contents[n], unreadable[n])
-            )
+            write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), index, n, unreadable[n]))
     ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
     with waiting("waiting for the other processes"):
         whole = sorted(gather_object(ours))
@@ -210,11 +208,8 @@ def open_features(
     """
     index = read_index(folder)
     dtype = index["fingerprint"]["dtype"]
-    made_by = {**fingerprint(vision), "dtype": dtype}
-    if index["format_version"] == 1:
-        _check_orientation(vision, paths, folder)
-        del made_by["orientation"]
-    check_encoder(index["fingerprint"], made_by, folder)
+    check_first(index, folder, paths, exif=vision.exif)
+    check_encoder(index, {**fingerprint(vision), "dtype": dtype}, folder)
     shape = [vision.token_count, vision.d_vision]
     if index["shape"] != shape:
         raise ValueError(f"{folder / INDEX_FILE} is damaged: expected shape {shape}, found {index['shape']}")
@@ -231,7 +226,7 @@ def open_features(
             f"{missing[0]}); {EXTRACT} adds them, with --splits for splits besides a run's own"
         )
     places = {path: rows[key] for path, key in zip(paths, keys, strict=True)}
-    changed = _changed(index, places)
+    changed = changed_images(index, places)
     if len(changed) > renewable:
         examples = ", ".join(map(str, changed[:3]))
         raise ValueError(
@@ -261,35 +256,6 @@ def open_features(
     return table
 
 
-def _check_orientation(vision: VisionEncoder, paths: Sequence[Path], folder: Path) -> None:
-    """Note that features are of format version 1, whose images were read as they are stored.
-
-    Raises:
-        ValueError: If some of the images are read otherwise today.
-    """
-    say(
-        f"note: the visual features at {folder} have no times of images: changes besides their size go "
-        f"unnoticed; {EXTRACT} makes them again",
-        error=True,
-    )
-    if turned := turned_images(paths) if vision.exif else []:
-        raise ValueError(
-            f"the EXIF orientation of {len(turned):,} of {len(paths):,} images turns them (first: "
-            f"{turned[0]}), and the visual features at {folder} are of images as they are stored; "
-            f"{EXTRACT} makes them again, or give --no_exif"
-        )
-
-
-def _changed(index: Mapping[str, Any], places: Mapping[Path, int]) -> list[Path]:
-    """Images of other size or time than those that were encoded; one that is gone since may be."""
-    sizes, times = index["image_bytes"], index.get("image_times")
-    return [
-        path
-        for (path, row), (size, time) in zip(places.items(), file_stats(list(places)), strict=True)
-        if size and (size != sizes[row] or (times is not None and time != times[row]))
-    ]
-
-
 def _plan(
     vision: VisionEncoder,
     root: Path,
@@ -304,13 +270,10 @@ def _plan(
     whole = None
     before = _index_before(folder)
     if before is not None:
-        if before["format_version"] == 1:
-            # Of the same encoder otherwise, it is made again.
-            before["fingerprint"]["orientation"] = made_by["orientation"]
-            before["shard_bytes"] = None
-        check_encoder(before["fingerprint"], made_by, folder)
+        check_encoder(before, made_by, folder)
         known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
-        whole, shard_images = before["shard_bytes"], before["shard_images"]
+        # One of version 1 is made again.
+        whole, shard_images = None if is_first(before) else before["shard_bytes"], before["shard_images"]
         _check_images(root, before, folder)
     images = list(dict.fromkeys([*known, *image_keys(paths, root)]))
     stats = file_stats([root / image for image in images])

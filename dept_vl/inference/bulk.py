@@ -33,10 +33,11 @@ from dept_vl._utils.io import read_json, write_json, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.terminal import Count, duration
+from dept_vl.adapters.fingerprint import describe_backbone
 from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
 from dept_vl.data import workers
 from dept_vl.data.collate import Batch, Collator, Draw
-from dept_vl.data.content import rows_content
+from dept_vl.data.content import rows_content, sizes_content
 from dept_vl.data.lengths import check_source_lengths
 from dept_vl.data.splits import check_images, load_split, mapped_features
 from dept_vl.inference.evaluate import decode
@@ -183,10 +184,12 @@ def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
     """What answers depend on, in a few digits each."""
     adapter, options = predictor.adapter, (predictor.decoding, predictor.max_source_length)
     tensors = {} if adapter is None else adapter.tensors
+    backbone = {**describe_backbone(predictor.model.backbone), "name": None}  # it may move
     return {
         "rows": rows_content(table.rows),
+        "images": sizes_content(table.image_files() if table.image_count else []),
         "adapter": checksum(safetensors.torch.save(tensors)),
-        "backbone": checksum(repr(adapter and adapter.backbone).encode()),
+        "backbone": checksum(repr(backbone).encode()),
         "decoding": f"{predictor.task.name} {checksum(repr(options).encode())}",
     }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
@@ -9,6 +10,25 @@ from torch import Tensor
 
 from dept_vl.models.tokens import start_tokens, target_ids, target_texts
 from dept_vl.tasks.base import Decoding
+
+Spelled = dict[str, tuple[tuple[int, ...], str]]
+MOST_KNOWN = 1 << 17
+"""Answers whose tokens are kept."""
+_KNOWN: WeakKeyDictionary[Any, Spelled] = WeakKeyDictionary()
+
+
+def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
+    """The tokens of answers as training targets have them, and what they are decoded to; each made once."""
+    known = _KNOWN.setdefault(tokenizer, {})
+    found = {answer: known[answer] for answer in answers if answer in known}
+    new = [answer for answer in dict.fromkeys(answers) if answer not in found]
+    if new:
+        for answer, ids in zip(new, target_ids(tokenizer, new), strict=True):
+            found[answer] = tuple(ids), target_texts(tokenizer, torch.tensor([ids]))[0]
+        if len(known) + len(new) > MOST_KNOWN:
+            known.clear()
+        known |= found
+    return [found[answer] for answer in answers]
 
 
 def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
@@ -67,7 +87,7 @@ class Trie:
     def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:
         if not candidates:
             raise ValueError("expected at least one candidate answer, found none")
-        sequences = [tuple(ids) for ids in target_ids(tokenizer, candidates)]
+        sequences = [ids for ids, _ in tokens_of(tokenizer, candidates)]
         following: dict[tuple[int, ...], dict[int, None]] = {}
         for ids in sequences:
             for length in range(len(ids)):
@@ -88,8 +108,5 @@ def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
     A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
     candidate back as it was.
     """
-    sequences = target_ids(tokenizer, candidates) if candidates else []
-    return {
-        target_texts(tokenizer, torch.tensor([ids]))[0]: candidate
-        for ids, candidate in zip(sequences, candidates, strict=True)
-    }
+    pairs = zip(tokens_of(tokenizer, candidates), candidates, strict=True)
+    return {text: candidate for (_, text), candidate in pairs}

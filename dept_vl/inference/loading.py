@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import warn
+from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
@@ -121,11 +121,11 @@ def find_backbone(
     if isinstance(backbone, FrozenBackbone):
         return backbone
     known = adapter.backbone
-    fingerprint = known["fingerprint"] or {}
+    fingerprint, called = known["fingerprint"] or {}, printable(known["name"])
     if "class" in fingerprint:
         raise ValueError(
-            f"this adapter was put on a ready-made {fingerprint['class']} ({known['name']}); load it with "
-            "dept_vl.adapters.attach.Attached.load"
+            f"this adapter was put on a ready-made {printable(fingerprint['class'])} ({called}); load it "
+            "with dept_vl.adapters.attach.Attached.load"
         )
     name = known["name"] if backbone is None else str(backbone)
     if backbone is None:
@@ -160,7 +160,7 @@ def find_backbone(
     # transformers says so of models that are neither on the disk nor on the Hub.
     except OSError as error:
         raise FileNotFoundError(
-            f"the backbone of this adapter ({known['name']}) cannot be loaded: {one_line(error)}. "
+            f"the backbone of this adapter ({called}) cannot be loaded: {one_line(error)}. "
             "Say where it is: backbone=... (scripts: --backbone ...), the folder of a saved backbone, as "
             "data/tiny-clip-t5 is one, or VISION+LANGUAGE, two names of the Hub or folders"
         ) from None
@@ -190,7 +190,7 @@ def _note_orientation(adapter: Adapter, exif: bool) -> None:
 def _two(name: str) -> tuple[str, str]:
     parts = name.split("+")
     if len(parts) != 2:
-        raise FileNotFoundError(f"there is no backbone folder {name}, and it names no two models")
+        raise FileNotFoundError(f"there is no backbone folder {printable(name)}, and it names no two models")
     return parts[0], parts[1]
 
 

@@ -105,7 +105,8 @@ class Backbone(FrozenBackbone):
         self.vision = vision
         self.language = language
         self.tokenizer = tokenizer
-        self.tokenizer.padding_side = "right"
+        # Whatever its files say.
+        self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
         self.visual_position_bias = visual_position_bias
         if vision is not None and not language.config.is_encoder_decoder:
             raise ValueError(

@@ -24,7 +24,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
-from dept_vl.config import RunConfig, current_names, differences, to_json, validate
+from dept_vl.config import RunConfig, current_options, differences, to_json, validate
 from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import TASKS
 from dept_vl.training.folder import existing
@@ -208,7 +208,7 @@ class _Study:
         self.drawn.enqueue_trial({name: own[name] for name in space})
         for trial in self.study.get_trials(deepcopy=False):
             again = self.drawn.ask(self.distributions)
-            params = current_names(trial.params)
+            params = current_options(trial.params)
             if again.params != params:
                 raise ValueError(
                     f"trial {trial.number} of the study in {folder} has {params}, and would be drawn "
@@ -230,7 +230,7 @@ class _Study:
                 for key, value in self.study.user_attrs.items()
                 if key.startswith(prefix)
             }
-            return number, current_names(known[number].params), scores
+            return number, current_options(known[number].params), scores
         trial = self.drawn.ask(self.distributions)
         self.study.add_trial(
             optuna.trial.create_trial(

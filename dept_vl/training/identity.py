@@ -26,6 +26,7 @@ from dept_vl.data.content import rows_content, sizes_content
 from dept_vl.data.lengths import tokenizer_description
 from dept_vl.data.splits import Splits
 from dept_vl.models.base import FrozenBackbone
+from dept_vl.tasks.base import Task
 from dept_vl.training.checkpoint import processes_of
 
 PACKAGES = ("torch", "transformers", "numpy")
@@ -92,6 +93,19 @@ def keep_identity(
     on_main(accelerator, keep)
 
 
+def changed_rows(folder: Path, task: Task, part: str) -> str:
+    """Return what a run and its data say of the rows of a split where they differ, else nothing.
+
+    Args:
+        folder: Of the run.
+        task: The split as it is now.
+        part: What the run made of it: train, dev or test.
+    """
+    path, name = folder / IDENTITY_FILE, f"{task.name}.{part}"
+    then = check(read_json(path), Identity).content if is_there(path) else {}
+    return "; ".join(_differences(then, {name: _rows(task)}))
+
+
 def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> None:
     """Store the new identity and configuration.
 
@@ -156,11 +170,15 @@ def _content(splits: Sequence[Splits]) -> dict[str, str]:
     found = {}
     for part in splits:
         for name, task in (("train", part.train), ("dev", part.dev), ("test", part.test)):
-            found[f"{task.name}.{name}"] = f"{len(task)} rows {rows_content(task.rows)}"
+            found[f"{task.name}.{name}"] = _rows(task)
             images = task.image_files() if task.image_count else []
             if images:
                 found[f"{task.name}.{name}.images"] = f"{len(images)} files, sizes {sizes_content(images)}"
     return found
+
+
+def _rows(task: Task) -> str:
+    return f"{len(task)} rows {rows_content(task.rows)}"
 
 
 def _weights(backbone: FrozenBackbone, *, folder_too: bool) -> dict[str, str]:

@@ -163,7 +163,10 @@ class Loop:
         if logging:
             self.log.loss(counted.loss, rates)
         if evaluating:
-            self._evaluate()
+            # A pause may evaluate where a run without one does not, whose dropout draws on undisturbed.
+            extra = step % options.eval_every != 0
+            with torch.random.fork_rng(devices=[], enabled=extra):
+                self._evaluate()
             progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
         # The test split comes after the last step, and takes long: a run that is stopped there resumes there.
         if saving or progress.stopped_by or self._out_of_patience():

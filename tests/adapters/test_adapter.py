@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dept_vl.adapters.adapter import ADAPTER_FILE, FORMAT_VERSION, TENSORS_FILE, Adapter
 from dept_vl.adapters.tensors import count_trainable
+from dept_vl.inference.loading import load
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
@@ -355,3 +356,30 @@ def test_whole_numbers_among_the_figures_are_read(t5: Backbone, tmp_path: Path) 
     loaded = Adapter.load(tmp_path)
     assert loaded.metrics == {"overall": 71.0}
     assert isinstance(loaded.metrics["overall"], float)
+
+
+def odd_ones(content: Any) -> Iterator[Any]:
+    """The same content with one text or name in it that steers a terminal, for each of them."""
+    odd = "\x1b]0;x\x07\n"
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from ({**content, name: changed} for changed in odd_ones(value))
+            yield {odd + key if key == name else key: kept for key, kept in content.items()}
+    elif isinstance(content, str):
+        yield odd + content
+
+
+def test_errors_show_what_strangers_wrote_as_it_is_written(t5: Backbone, tmp_path: Path) -> None:
+    adapter_of(trained(t5)).save(tmp_path)
+    forget_checksums(tmp_path)
+    texts = []
+    for changed in odd_ones(json.loads((tmp_path / ADAPTER_FILE).read_text())):
+        (tmp_path / ADAPTER_FILE).write_text(json.dumps(changed))
+        named = changed.get("backbone", {}).get("name", t5.name)
+        try:
+            # A backbone of the odd name is nowhere.
+            load(tmp_path, backbone=t5 if named == t5.name else None)
+        except (ValueError, FileNotFoundError) as error:
+            texts.append(str(error))
+    assert all(text.isprintable() for text in texts)
+    assert sum("\\x1b" in text for text in texts) > 20

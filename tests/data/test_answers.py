@@ -62,3 +62,22 @@ def test_official_tasks_are_counted_too(scenes: Path, t5: Backbone) -> None:
     options = DataOptions(data_dir=scenes / "vqav2", max_answer_tokens=1, max_lost_answers=1.0)
     _, lines = fit_answers(Splits(task, task, task, task.decoding, options), t5.tokenizer)
     assert any("have more than 1 tokens" in line for line in lines)
+
+
+def test_candidates_that_the_tokenizer_makes_alike_are_counted(
+    splits: Callable[..., Splits], t5: Backbone
+) -> None:
+    longest = "yellow star above two purple crosses"
+    made = splits("red", "red", "red", "日本", "中国", longest)
+    made = replace(made, decoding=replace(made.decoding, candidates=("red", "日本", "中国", longest)))
+    fitted, lines = fit_answers(made, t5.tokenizer)
+    assert fitted.decoding.max_new_tokens == len(t5.tokenizer(longest).input_ids)
+    assert len(lines) == 1
+    assert "2 of 6 training answers" in lines[0]
+    assert "'日本', '中国'" in lines[0]
+    _, lines = fit_answers(replace(made, options=replace(made.options, max_answer_tokens=3)), t5.tokenizer)
+    assert [longest in line for line in lines] == [True, False]
+    many = splits(*["日本", "中国"] * 5)
+    many = replace(many, decoding=replace(many.decoding, candidates=("日本", "中国")))
+    with pytest.raises(UsageError, match="max_lost_answers"):
+        fit_answers(many, t5.tokenizer)

@@ -4,6 +4,7 @@ import json
 import socket
 import subprocess
 import sys
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from runs import in_two_processes, with_
 
 import dept_vl
@@ -126,6 +128,11 @@ def test_a_stop_changes_nothing(
         predict(replace(asked, task="vqav2"))
     with pytest.raises(UsageError, match="rows"):
         predict(replace(asked, own=replace(asked.own, data=str(OWN / "qa.jsonl"), columns=("id=question",))))
+    photos = tmp_path / "photos"
+    shutil.copytree(asked.own.images or PHOTOS, photos)
+    Image.new("RGB", (50, 40), "red").save(photos / "scan-3.png")
+    with pytest.raises(UsageError, match="images"):
+        predict(replace(asked, own=replace(asked.own, images=photos)))
     if processes == 1:
         capsys.readouterr()
         predict(asked)

@@ -9,9 +9,11 @@ from conftest import LANGUAGES, random_features, random_text
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from dept_vl.inference.decoding import Trie, generation_options, spellings
+from dept_vl.inference import decoding as module
+from dept_vl.inference.decoding import Trie, choice_options, generation_options, spellings
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.tokens import target_ids
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Decoding
 
@@ -211,3 +213,22 @@ def test_a_decoded_candidate_is_told_however_it_is_spelled(tokenizer: Any) -> No
     spelled = spellings(tokenizer, candidates)
     assert [spelled[text] for text in decoded] == list(candidates)
     assert spellings(tokenizer, ()) == {}
+
+
+def test_answers_are_tokenised_once(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def counted(tokenizer: Any, answers: Sequence[str]) -> list[list[int]]:
+        asked.extend(answers)
+        return target_ids(tokenizer, answers)
+
+    monkeypatch.setattr(module, "target_ids", counted)
+    rows = [("red", "no"), ("no", "yes"), ("red", "many")]
+    for _ in range(2):
+        choice_options(rows, tokenizer)
+        generation_options(Decoding(5, 1, ("red", "yes")), tokenizer)
+        assert spellings(tokenizer, ("yes", "no")) == {"yes": "yes", "no": "no"}
+    assert asked == ["red", "no", "yes", "many"]
+    monkeypatch.setattr(module, "MOST_KNOWN", 3)
+    tries = [Trie(tokenizer, row).following for row in (("blue", "red"), ("red", "no"))]
+    assert tries == [Trie(tokenizer, row).following for row in (("blue", "red"), ("red", "no"))]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
 from PIL import Image
-from runs import in_two_processes, log, reset_accelerate, with_
+from runs import forget_checksums, in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.training.run
 from dept_vl._utils.run_files import REPORT_FILE
@@ -162,6 +162,20 @@ def test_the_page_is_made_again_from_the_folder(
     assert remake(ReportConfig(copy)) == copy / REPORT_FILE
     assert "report: " in capsys.readouterr().out
     assert (copy / REPORT_FILE).read_bytes() == (finished / REPORT_FILE).read_bytes()
+
+
+def test_a_page_of_data_that_have_changed_says_so(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    known = json.loads((copy / "identity.json").read_text())
+    known["content"]["vqav2.test"] = "7 rows 0123456789abcdef"
+    forget_checksums(copy)
+    (copy / "identity.json").write_text(json.dumps(known))
+    remake(ReportConfig(copy))
+    said = capsys.readouterr().out
+    assert "vqav2.test=7 rows 0123456789abcdef -> " in said
+    assert (copy / REPORT_FILE).is_file()
 
 
 def test_an_evaluation_leaves_a_page(finished: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import dept_vl.training.loop
 import dept_vl.training.stages
 from dept_vl import load
+from dept_vl._utils.errors import UsageError
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, read_config, to_json
 from dept_vl.inference.evaluate import evaluate
@@ -476,6 +477,40 @@ def test_options_that_came_later_had_their_defaults(config: RunConfig) -> None:
     assert differences(before, to_json(config)) == []
     changed = replace(config, train=replace(config.train, compile=True))
     assert differences(before, to_json(changed)) == ["train.compile=False -> True"]
+
+
+def test_what_an_older_run_leaves_out_is_as_it_was_then(config: RunConfig, tmp_path: Path) -> None:
+    joined = ("object_order", "visual_norm", "image_fit")
+    path, content = tmp_path / "config.json", to_json(config)
+    for name in ("exif", *joined):
+        del content["backbone"][name]
+    path.write_text(json.dumps(content))
+    read = read_config(path).backbone
+    assert [getattr(read, name) for name in ("exif", *joined)] == [False, "none", "twice", "own"]
+    # One written by hand, with a folder or without, means what is usual today.
+    by_hand = {"output_dir": "x", "backbone": {"vision": "a", "language": "b"}}
+    path.write_text(json.dumps(by_hand))
+    assert read_config(path).backbone == replace(RunConfig().backbone, vision="a", language="b")
+    for wrong in ({"data": 5}, {"also": {}}, {"backbone": content["backbone"], "also": [3]}):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UsageError, match=str(path)):
+            read_config(path)
+
+
+def test_an_evaluation_that_only_a_pause_makes_shifts_no_dropout(
+    config: RunConfig, whole: RunResult, tmp_path: Path
+) -> None:
+    paused = replace(config, output_dir=tmp_path / "run", resume="auto")
+    for step in (3, 5, 0):
+        reset_accelerate()
+        run(replace(paused, train=replace(config.train, pause_at=step)))
+    ours, theirs = result_of(tmp_path / "run"), result_of(whole.output_dir)
+    assert [line["step"] for line in ours["log"] if "score" in line] == [3, 4, 5, 8, 9]
+    lasts = [
+        {key: t for (name, key), t in found["tensors"].items() if name == "last"} for found in (ours, theirs)
+    ]
+    assert lasts[0] == lasts[1]
+    assert [line for line in theirs["log"] if line not in ours["log"]] == []
 
 
 def test_resume_goes_on_past_a_pause(config: RunConfig, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ so that a copy of a Hub repository is read as it is.
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dept_vl._utils.errors import is_user_error
 from dept_vl._utils.io import one_line
 from dept_vl.tasks.io.records import read_array, read_lines
 
@@ -143,7 +145,28 @@ def _hub(published: DatasetName, split: str, needed: Sequence[str], wanted: Sequ
 def _saved(folder: Path, needed: Sequence[str], wanted: Sequence[str]) -> Source:
     from datasets import load_from_disk
 
-    return _of_dataset(str(folder), load_from_disk(str(folder)), needed, wanted)
+    with _whole(folder):
+        source = _of_dataset(str(folder), load_from_disk(str(folder)), needed, wanted)
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        with _whole(folder):
+            yield from source.rows
+
+    return Source(source.place, source.files, rows())
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[None]:
+    """Within, whatever the library raises over a folder of `save_to_disk` says that it is damaged."""
+    try:
+        yield
+    except Exception as error:  # of a dozen kinds
+        if is_user_error(error) and not isinstance(error, OSError):
+            raise
+        raise ValueError(
+            f"{folder} is no whole folder of save_to_disk: {type(error).__name__}: {one_line(error)}; save "
+            "it again"
+        ) from None
 
 
 def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequence[str]) -> Source:
@@ -151,7 +174,13 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
     columns = [name for name in (*needed, *wanted) if name in dataset.column_names]
     files = tuple(Path(file["filename"]) for file in dataset.cache_files)
     batches = dataset.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
-    return Source(place, files, (row for batch in batches for row in batch.to_pylist()))
+
+    def rows() -> Iterator[Mapping[str, Any]]:
+        for batch in batches:
+            batch.validate(full=True)  # damaged places in a file end a process
+            yield from batch.to_pylist()
+
+    return Source(place, files, rows())
 
 
 def _read_files(

@@ -11,6 +11,7 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.config import ReportConfig, read_config
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
+from dept_vl.training.identity import changed_rows
 from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_run_report
 from dept_vl.training.summary import Summary
@@ -51,6 +52,8 @@ def remake_page(run: Path) -> Path:
         split = options.splits()[-1]
         task = load_split(options, split).answered()
         task = limit(task, options.test_limit, trained.train.seed)
+        if changed := changed_rows(run, task, "test"):
+            say(f"warning: the data have changed since the run ({changed}); the page shows those of now")
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
         predictions = task.prediction_format.read(run / f"predictions{suffix}{task.prediction_format.suffix}")
         scores = {
