@@ -220,6 +220,24 @@ def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
     return None if path is None else read_candidates(path)
 
 
+def run_decoding(
+    config: EvaluateConfig, options: DataOptions, task: Task, learnt: Task, longest: int
+) -> Decoding:
+    """Return how a run's answers are decoded: among the labels that were learnt, not those that data have.
+
+    Args:
+        config: Names the run.
+        options: Of the task.
+        task: Whose answers are decoded.
+        learnt: The blank task and its longest answer, as `informed` returns them.
+        longest: See there.
+    """
+    candidates = run_candidates(config, options.task)
+    if candidates is None:
+        candidates = learnt.decoding.candidates or None
+    return choose_decoding(task, options, candidates, longest)
+
+
 def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
     """The task, all of whose images are there; if they may be skipped, it is left as it is.
 

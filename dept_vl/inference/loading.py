@@ -16,7 +16,7 @@ from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.config import EvaluateConfig, RunConfig, read_config
-from dept_vl.data.splits import choose_decoding, data_options, informed, run_candidates
+from dept_vl.data.splits import data_options, informed, run_decoding
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
 from dept_vl.models.base import FrozenBackbone
@@ -78,12 +78,8 @@ def load(
         longest = trained.prompt.max_source_length + base.frame
         if chosen.loaded_as in _tasks_of(trained):
             config = EvaluateConfig(run, task=chosen.loaded_as)
-            decoding = choose_decoding(
-                chosen,
-                data_options(config, trained),
-                run_candidates(config, chosen.loaded_as),
-                longest_answer,
-            )
+            options = data_options(config, trained)
+            decoding = run_decoding(config, options, chosen, chosen, longest_answer)
     if model.prompt is not None:
         longest = model.prompt.max_source_length
     # Now, rather than at the first question.

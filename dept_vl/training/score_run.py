@@ -23,13 +23,12 @@ from dept_vl.data.features import FeatureTable
 from dept_vl.data.splits import (
     check_images,
     check_readable,
-    choose_decoding,
     data_options,
     encoder_of,
     informed,
     load_split,
     mapped_features,
-    run_candidates,
+    run_decoding,
 )
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
@@ -198,12 +197,7 @@ class ScoreRun(Stages):
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         blank, longest = informed(TASKS[options.task], self.adapter.answering, config.run)
-        candidates = run_candidates(config, options.task)
-        if candidates is None and blank.decoding.candidates:
-            candidates = (
-                blank.decoding.candidates
-            )  # the labels that were learnt, not those that these data have
-        decoding = choose_decoding(task, options, candidates, longest)
+        decoding = run_decoding(config, options, task, blank, longest)
         for note in task.notes:
             say(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
