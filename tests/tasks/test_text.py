@@ -604,18 +604,16 @@ def test_damage_is_told_with_its_place(tmp_path: Path, name: str, content: bytes
 
 
 @pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
-@pytest.mark.parametrize("damage", ["removed", "cut", "zeros"])
+@pytest.mark.parametrize("damage", ["removed", "cut"])
 def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path: Path, file: str, damage: str) -> None:
     rows = [row | {"sentence": f"text {n}"} for n, row in enumerate(rows_of("sst2") * 40)]
     datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(str(tmp_path))
     path = tmp_path / "train" / file
     content = path.read_bytes()
-    middle = len(content) // 2
     if damage == "removed":
         path.unlink()
     else:
-        zeros = bytes(middle) if "arrow" in file else bytes(9)
-        path.write_bytes(content[:middle] + (b"" if damage == "cut" else zeros))
+        path.write_bytes(content[: len(content) // 2])
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path)):
         load_task("sst2", tmp_path, "train")
 
