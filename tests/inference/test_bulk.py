@@ -1,10 +1,10 @@
 """A table is answered into one file: in order, after any stop, by any number of processes, as by `answer`."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
