@@ -318,6 +318,9 @@ class TrainOptions(Options):
 class OptimOptions(Options):
     """AdamW with a learning rate for each part; linear warm-up, then linear decay to zero."""
 
+    rates: Literal["absolute", "relative"] = "absolute"
+    """absolute: prompt_lr and offset_lr are taken as they are; relative: they are those of T5-base, scaled by
+    the size of this model's word embeddings over that of T5-base's (16.6)."""
     prompt_lr: Rate = 0.3
     """Peak learning rate of the soft prompt (alpha1 of the paper; its winners: 0.3 and 0.4)."""
     offset_lr: Rate = 1e-3

@@ -5,6 +5,9 @@
 Answers of a T5 and a CLIP with random weights to questions about images, whose features are at hand. Both
 ways are taken in turn, another one first each round; a figure is the median of the rounds' ratios, with the
 least and the largest. Every adapter has a visual projection of its own.
+
+A second table is of adapters behind the encoder (`memory`) that are asked the same about one image: they
+share its encoder's pass.
 """
 
 import copy
@@ -13,7 +16,8 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
 from dept_vl._utils.options import Options, Positive
 from dept_vl._utils.tables import markdown_table
@@ -139,6 +143,47 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
     )
 
 
+def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
+    """Milliseconds of the processor for a question: one `memory` adapter, several together, and apart."""
+    import torch
+
+    from dept_vl.adapters.adapter import Adapter
+    from dept_vl.inference.mixed import ManyAdapters
+    from dept_vl.inference.predictor import Predictor
+    from dept_vl.models.prompted import PromptedModel
+    from dept_vl.prompts.base import sized
+    from dept_vl.prompts.methods import build
+    from dept_vl.studies.bench.measure import in_turn
+    from dept_vl.studies.bench.methods import draw_batch
+    from dept_vl.tasks import TASKS
+
+    task, predictors = TASKS["vqav2"], {}
+    sizes = {"d_model": backbone.d_model, "prompt_length": 0, "rank": 49, "max_source_length": 64}
+    for number in range(config.batch_size):
+        model = PromptedModel(backbone, build(sized("memory", **sizes)).to(backbone.device)).eval()
+        adapter = Adapter.of(model, task=task.name, metrics={})
+        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, 64)
+    many, names = ManyAdapters(backbone, predictors), list(predictors)
+    ways = {"one": [names[:1]], "together": [names], "one after the other": [[name] for name in names]}
+    options = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "do_sample": False}
+    measured: dict[str, list[float]] = {way: [] for way in ways}
+    for number, order in enumerate(in_turn(list(ways), config.rounds + 1)):
+        question = draw_batch(backbone, questions_shape(), 1, number)
+        del question["labels"]
+        for way in order:
+            started = time.process_time()
+            for rows in ways[way]:
+                batch = {
+                    name: tensor.repeat(len(rows), *[1] * (tensor.dim() - 1)).to(config.device)
+                    for name, tensor in question.items()
+                }
+                many.model(rows).generate(**batch, **options)
+            if config.device != "cpu":
+                torch.accelerator.synchronize()
+            measured[way].append(1000 * (time.process_time() - started))
+    return {way: median(times[1:]) for way, times in measured.items()}
+
+
 def main(config: BenchConfig) -> dict[str, Figures]:
     """Measure equally long prompts, and unequal ones."""
     import torch
@@ -156,10 +201,15 @@ def main(config: BenchConfig) -> dict[str, Figures]:
     ]
     title = f"{len(equal)} adapters in a batch of {config.batch_size}, T5-{config.model}, {config.device}"
     print(markdown_table([title, "by the clock", "by processor time", "ms, the longest alone"], rows))
+    same = measure_same(config, backbone)
+    rows = [(way, f"{ms:.0f}", f"{ms / same['one']:.2f}") for way, ms in same.items()]
+    title = f"{config.batch_size} `memory` adapters, one question"
+    print("\n" + markdown_table([title, "ms of the processor", "relative to one"], rows))
     met = figures[str(equal)].processor.median >= BAR
     print(f"\n{'met' if met else 'NOT met'}: {BAR} of a single adapter's throughput, prompts equally long")
     if config.json_out is not None:
-        content = {lengths: asdict(found) for lengths, found in figures.items()}
+        content: dict[str, Any] = {lengths: asdict(found) for lengths, found in figures.items()}
+        content["same"] = same
         config.json_out.write_text(json.dumps(content, indent=2) + "\n")
     return figures
 

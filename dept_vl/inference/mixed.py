@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.inference.given import as_images
@@ -136,8 +137,14 @@ class ManyAdapters:
         backbone = self.backbone
         if backbone.visual_projection is not None:
             rows_of = {name: (rows == self._places[name]).nonzero().squeeze(1) for name in predictors}
-            parts = [(p.model.backbone.visual_projection, rows_of[name]) for name, p in predictors.items()]
-            backbone = backbone.with_projection(RowProjections(parts))
+            parts: dict[nn.Module | None, list[torch.Tensor]] = {}
+            for (
+                name,
+                predictor,
+            ) in predictors.items():  # adapters without one of their own share the backbone's
+                parts.setdefault(predictor.model.backbone.visual_projection, []).append(rows_of[name])
+            projections = [(part, torch.cat(of_part).sort().values) for part, of_part in parts.items()]
+            backbone = backbone.with_projection(RowProjections(projections))
         return PromptedModel(backbone, RowPrompts(self._prompts, rows))
 
     def predictor(self, name: str | None) -> Predictor:

@@ -32,6 +32,7 @@ from dept_vl.models.language import (
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.padding import packing, take
 from dept_vl.models.projection import MAX_IMAGES, embedding_norm, new_projection
+from dept_vl.models.row_prompts import RowPrompts, repeated
 from dept_vl.models.vision import VisionEncoder, VisionOptions
 from dept_vl.prompts.dept import DePT
 
@@ -289,13 +290,30 @@ class Backbone(FrozenBackbone):
         mask = take(mask, columns)
         look_up = self.embed if word_table is None else word_table
         embeddings = look_up(take(input_ids, columns))
+        if isinstance(prompt, RowPrompts) and pixel_values is not None and self.vision is not None:
+            again = repeated(pixel_values)
+            if again is not None:  # one image that several adapters are asked about
+                seen = pixel_values[again[0]]
+                features = self.vision(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
+                pixel_values, visual_features = None, features[again[1]]
         visual = self.project(pixel_values=pixel_values, visual_features=visual_features)
         if prompt is None:
             return self.encode(embeddings, mask, visual)
         embeddings, mask = prompt(embeddings, mask)
         if visual is not None:
             visual = prompt.shift_visual(visual)
-        encoded, mask = self.encode(embeddings, mask, visual, prompt_length=prompt.prompt_length)
+        again = None
+        if isinstance(prompt, RowPrompts) and self.language.config.is_encoder_decoder:
+            again = repeated(embeddings, mask, visual)
+        if again is not None:  # adapters that leave the encoder alone, asked the same, share its pass
+            first, which = again
+            visual = None if visual is None else visual[first]
+            encoded, mask = self.encode(
+                embeddings[first], mask[first], visual, prompt_length=prompt.prompt_length
+            )
+            encoded.last_hidden_state, mask = encoded.last_hidden_state[which], mask[which]
+        else:
+            encoded, mask = self.encode(embeddings, mask, visual, prompt_length=prompt.prompt_length)
         if prompt.needs_encoder:
             encoded.last_hidden_state = prompt.shift_memory(encoded.last_hidden_state)
         return encoded, mask

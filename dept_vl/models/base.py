@@ -15,6 +15,7 @@ from dept_vl.models.options import ImageFit, ObjectOrder, TrainedPart, VisualNor
 from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.source import SourceReader
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.prompts.initialise import COMMON_TOKENS
 
 if TYPE_CHECKING:
     from dept_vl.prompts.dept import DePT
@@ -186,6 +187,12 @@ class FrozenBackbone(nn.Module, ABC):
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
         """Word embeddings as the language model uses them (BART's scale included)."""
         return self.language_model.embed(input_ids)
+
+    def word_size(self) -> float:
+        """Root mean square of the embeddings of common words, as the language model uses them."""
+        words = self.language_model.word_embeddings.weight
+        common = torch.arange(min(COMMON_TOKENS, len(words)), device=words.device)
+        return float(self.embed(common[None]).detach().float().square().mean().sqrt())
 
     def probe(self, images: int = 1) -> None:  # a composed backbone was made for prompts
         """Check on the model itself that a prompt works, with so many images to a question.

@@ -162,6 +162,20 @@ class RowPrompts(DePT):
         return vectors
 
 
+def repeated(*parts: Tensor | None) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " batch"]] | None:
+    """Return the first of all rows that are equal, and for each row which of these it is; None if none are.
+
+    Args:
+        parts: Of a batch; rows are equal if they are in all of them.
+    """
+    flat = torch.cat([part.flatten(1).float() for part in parts if part is not None], dim=1)
+    _, which = torch.unique(flat, dim=0, return_inverse=True)
+    count, rows = int(which.max()) + 1, torch.arange(len(which), device=which.device)
+    if count == len(which):
+        return None
+    return rows.new_full((count,), len(which)).scatter_reduce(0, which, rows, "amin"), which
+
+
 class RowProjections(nn.Module):
     """A visual projection for a batch whose rows have different ones.
 

@@ -35,6 +35,9 @@ from dept_vl.prompts.base import METHODS, Method, check_sizes
 RENAMED = {"lora_a": "offset_a", "lora_b": "offset_b"}
 """Parameters by the names that older files have for them."""
 
+POWERS = {"offset_b": 1, "down.weight": -1, "up.weight": 1, "up.bias": 1}
+"""Of the embeddings' size, by the end of a parameter's name; of P, and of what moves it, 1, of others 0."""
+
 
 class PromptSource(nn.Module, ABC):
     """Computes P where its vectors are not parameters themselves."""
@@ -247,6 +250,26 @@ class DePT(nn.Module):
             "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_tokens],
         }
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
+
+    def powers(self) -> dict[nn.Parameter, int]:
+        """Return by which power of the embeddings' size each parameter grows, all else being equal.
+
+        Were all embeddings c times as large, P, B and B' would be too, and A' as much smaller. The encoder's
+        output is normed, and what acts on it stays as it is.
+        """
+        vectors = set(self.parameter_groups()["prompt"])
+        return {
+            parameter: 0
+            if name.startswith("memory_offset.")
+            else next((of for end, of in POWERS.items() if name.endswith(end)), int(parameter in vectors))
+            for name, parameter in self.named_parameters()
+        }
+
+    @torch.no_grad()
+    def resize(self, size: float) -> None:
+        """Make of an untrained prompt what it would be for embeddings that are so many times as large."""
+        for parameter, power in self.powers().items():
+            parameter.mul_(size**power)
 
     def describe(self) -> dict[str, Any]:
         """Return method and sizes as `adapter.json` has them, enough to build the prompt again."""

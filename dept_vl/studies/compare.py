@@ -1,56 +1,64 @@
 """Methods side by side: several tasks and seeds, one budget, the same search for every method.
 
-    OUTPUT/TASK/features/                                     visual features, encoded once
-    OUTPUT/TASK/METHOD/try,prompt_lr=0.15,offset_lr=0.02/     a third of the steps, scored on the dev split
-    OUTPUT/TASK/METHOD/seed1,prompt_lr=0.15,offset_lr=0.02/   a whole run, scored on the test split
-    OUTPUT/TASK/steps.json                                    time and memory of a step
-    OUTPUT/comparison.json, .md                               of the seeds that are finished
+    OUTPUT/TASK/features/                                      visual features, encoded once
+    OUTPUT/TASK/steps.json                                     time and memory of a step
+    OUTPUT/60-steps/TASK/METHOD/seed1,prompt_lr=0.15,.../      a run
+    OUTPUT/60-steps/comparison.json, .md, .png, curves.png     of the seeds that are finished
+    OUTPUT/lengths.md                                          all lengths that are there
 
-Every method trains for the same steps on the same examples in the same order, and is what it is after the
-last. It tries each of its rates (as many for one method as for another) for a third of the steps and takes
-those of the best dev figure. Test figures decide nothing. Finished runs are kept; all are done with one seed
-before the next one is begun, so that a comparison that was stopped is one of fewer seeds.
+Every method trains for the same steps on the same examples in the same order, and is what it is at the best
+of its evaluations on the dev split. With the first seed each of its rates is tried (as many for one method as
+for another, and again for each length), the best dev figure decides, and the other seeds run with those. Test
+figures decide nothing. Finished runs are kept; all are done with one seed before the next one is begun, so
+that a comparison that was stopped is one of fewer seeds. The same command may be given several times at once:
+each takes the runs that no other one has.
+
+What it takes, of one core: a run of 60 steps 2 (`memory`) to 9 seconds (`pt`) in its steps, 2 in its
+evaluations, and half a second in all else, since data, backbone and features are read once for all runs.
+Eleven methods, eight tasks, five seeds and three tries so take about an hour.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
+from dept_vl._utils.errors import InUseError
 from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
-from dept_vl._utils.run_files import SUMMARY_FILE
+from dept_vl._utils.run_files import LOG_FILE, SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl._utils.terminal import waiting
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.data.splits import load_splits
+from dept_vl.models.vlm import open_backbone
 from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_methods import Rates, compared
-from dept_vl.studies.compare_report import Row, report
+from dept_vl.studies.compare_report import Row, over_lengths, report
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
-from dept_vl.training.log import best_dev
+from dept_vl.training.log import best_dev, read_log
+from dept_vl.training.owner import owning
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import Summary
 
 STEPS_FILE = "steps.json"
-FEW_SEEDS = 3
-"""Of methods that train something else than a prompt alone."""
-TRY = 3
-"""Part of the steps for which rates are tried."""
+EVALUATED, MOST = 20, 10
+"""Steps from one evaluation to the next, of a run that has no more than so many of them."""
 UNUSED = 8
-"""Examples of a split that decides nothing in a run."""
+"""Examples of a split in the smallest comparison."""
 
 
 def compare(config: CompareConfig) -> list[Row]:
     """Run what is missing, and write the tables after every seed.
 
     Returns:
-        A row for each method on each task, over all seeds.
+        A row for each method on each task, over all seeds, of the last length.
 
     Raises:
         FileNotFoundError: If a configuration or data are missing.
@@ -60,32 +68,152 @@ def compare(config: CompareConfig) -> list[Row]:
     config.check()
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
-    own = config.own.data
-    names = (
-        {Path(name).stem: name for name in config.tasks} if own is None else {Path(own).stem: config.tasks[0]}
-    )
-    bases = {name: task_config(config, file) for name, file in names.items()}
-    bases = {task: _prepared(config, task, base) for task, base in bases.items() if _can_run(task, base)}
-    usual = {task: majority(base) for task, base in bases.items()}
-    pairs = [
-        (task, name)
-        for task, name in product(bases, config.methods or compared())
-        if not (compared()[name].reads_images and not TASKS[bases[task].data.task].image_count)
-    ]
+    if config.smallest:
+        config = replace(config, max_steps=(2,), seeds=config.seeds[:1])
     rows: list[Row] = []
-    for count, seed in enumerate(config.seeds[:1] if config.smallest else config.seeds, start=1):
-        for task, name in pairs:
-            if count <= FEW_SEEDS or not compared()[name].few_seeds:
-                seeded_run(config, task, bases[task], name, seed)
-        costs = {task: step_costs(config, task, base, pairs) for task, base in bases.items()}
-        seeds = config.seeds[:count]
-        rows = [row_of(config, task, bases[task], name, seeds, costs[task].get(name)) for task, name in pairs]
-        settings = to_json(replace(config, seeds=seeds))
-        del settings["output_dir"]
-        if own is None:
-            del settings["own"]
-        report(settings, usual, rows, config.output_dir)
+    for steps in config.max_steps:
+        rows = _Comparison(config, steps).run()
+    over_lengths(config.output_dir)
     return rows
+
+
+class _Comparison:
+    """The comparison at one length.
+
+    Args:
+        config: Of the whole.
+        steps: Of every run.
+    """
+
+    def __init__(self, config: CompareConfig, steps: int) -> None:
+        self.config, self.steps = config, steps
+        self.folder = config.output_dir / f"{steps}-steps"
+        own = config.own.data
+        named = {Path(name).stem: name for name in config.tasks}
+        names = named if own is None else {Path(own).stem: config.tasks[0]}
+        bases = {task: task_config(config, name, steps) for task, name in names.items()}
+        self.bases = {
+            task: _prepared(config, task, base) for task, base in bases.items() if _can_run(task, base)
+        }
+        self.pairs = [
+            (task, name)
+            for task, name in product(self.bases, config.methods or compared())
+            if not (compared()[name].reads_images and not TASKS[self.bases[task].data.task].image_count)
+        ]
+
+    def run(self) -> list[Row]:
+        """Run what is missing, and write the tables after every seed."""
+        config = self.config
+        usual = {task: majority(base) for task, base in self.bases.items()}
+        rows: list[Row] = []
+        for count, seed in enumerate(config.seeds, start=1):
+            others = [pair for pair in self.pairs if not self._try(*pair, seed)]
+            for task, name in others:  # what another process had, is there when that has done
+                self.seeded_run(task, name, seed, wait=True)
+            try:
+                costs = self._costs(wait=count == len(config.seeds))
+            except InUseError:  # who measures writes the tables of this seed
+                continue
+            seeds = config.seeds[:count]
+            rows = [self.row(task, name, seeds, costs[task].get(name)) for task, name in self.pairs]
+            settings = to_json(replace(config, seeds=seeds, max_steps=(self.steps,)))
+            del settings["output_dir"]
+            if config.own.data is None:
+                del settings["own"]
+            settings["backbones"] = fingerprints(self.bases)
+            report(settings, usual, rows, self.folder)
+        return rows
+
+    def _costs(self, *, wait: bool) -> dict[str, dict[str, StepCost]]:
+        """Of a step, by task and method."""
+        return {
+            task: step_costs(self.config, task, base, self.names(task), wait=wait)
+            for task, base in self.bases.items()
+        }
+
+    def names(self, task: str) -> list[str]:
+        """The methods on a task."""
+        return [name for of_task, name in self.pairs if of_task == task]
+
+    def _try(self, task: str, name: str, seed: int) -> bool:
+        """Run with a seed, and whatever rates are to be tried first; False if another process has some."""
+        try:
+            self.seeded_run(task, name, seed)
+        except InUseError:
+            return False
+        return True
+
+    def seeded_run(self, task: str, name: str, seed: int, *, wait: bool = False) -> Path:
+        """The folder of a method's run, which is made if it is missing."""
+        rates, _ = self.choose_rates(task, name, wait=wait)
+        return self._run(task, name, seed, rates, wait=wait)
+
+    def choose_rates(self, task: str, name: str, *, wait: bool = False) -> tuple[Rates, dict[str, float]]:
+        """The rates of a method, and the dev figure of all that were tried, with the first seed."""
+        method, seed = compared()[name], self.config.seeds[0]
+        if method.like:
+            return self.choose_rates(task, method.like, wait=wait)
+        grid = method.rates[:1] if self.config.smallest else method.rates
+        if len(grid) < 2:
+            return (grid[0] if grid else {}), {}
+        tried, busy = dict[str, float](), None
+        for rates in grid:
+            try:
+                tried[_label(rates)] = best_dev(self._run(task, name, seed, rates, wait=wait))
+            except InUseError as error:  # the next one may be free
+                busy = error
+        if busy is not None:
+            raise busy
+        return max(grid, key=lambda rates: tried[_label(rates)]), tried
+
+    def _run(self, task: str, name: str, seed: int, rates: Rates, *, wait: bool) -> Path:
+        """Run with these rates, unless the run is finished; return its folder."""
+        folder = self.folder / task / name.replace(" ", "_")
+        output_dir = existing(folder / ",".join(filter(None, [f"seed{seed}", _label(rates)])))
+        if not (output_dir / SUMMARY_FILE).is_file():
+            say("", output_dir)
+        configured = compared()[name].configure(self.bases[task])
+        optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
+        train = replace(configured.train, seed=seed)
+        return run_once(
+            replace(configured, optim=optim, train=train, output_dir=output_dir, wait=wait)
+        ).output_dir
+
+    def row(self, task: str, name: str, seeds: tuple[int, ...], cost: StepCost | None) -> Row:
+        """What a method came to with some seeds."""
+        rates, tried = self.choose_rates(task, name)
+        runs = [self.seeded_run(task, name, seed) for seed in seeds]
+        summaries = [read_object(path / SUMMARY_FILE, Summary) for path in runs]
+        figure = next(iter(summaries[0]["scores"]))
+        scores = [summary["scores"][figure] for summary in summaries]
+        return Row(
+            task=task,
+            method=name,
+            figure=figure,
+            score=interval(scores),
+            scores=scores,
+            rates=rates,
+            tried=tried,
+            parameters=summaries[0]["trainable_parameters"]["total"],
+            tokens=summaries[0]["tokens_per_example"],
+            cost=cost,
+            curve=dict(_curve(runs)),
+        )
+
+
+def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:
+    """Dev figures of all runs, by step."""
+    logs = [read_log(path / LOG_FILE) if (path / LOG_FILE).is_file() else [] for path in runs]
+    scores = [{line["step"]: float(line["score"]) for line in log if "score" in line} for log in logs]
+    for step in scores[0]:
+        yield step, [of_run[step] for of_run in scores]
+
+
+def fingerprints(bases: dict[str, RunConfig]) -> dict[str, dict[str, str]]:
+    """Of the backbones of all tasks, by name."""
+    loaded = {str(base.backbone.loading()): base.backbone for base in bases.values()}
+    backbones = [open_backbone(**options.loading()) for options in loaded.values()]
+    return {backbone.name: backbone.fingerprint for backbone in backbones}
 
 
 def _can_run(name: str, base: RunConfig) -> bool:
@@ -98,7 +226,7 @@ def _can_run(name: str, base: RunConfig) -> bool:
     return True
 
 
-def task_config(config: CompareConfig, name: str) -> RunConfig:
+def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
     """What all methods on a task have in common.
 
     Raises:
@@ -110,22 +238,27 @@ def task_config(config: CompareConfig, name: str) -> RunConfig:
     dev, test, size = config.dev_limit, config.test_limit, config.batch_size
     if config.smallest:
         dev, test, size = UNUSED, UNUSED, min(size, 4)
+    backbone = base.backbone
+    if config.backbone is not None:
+        backbone = replace(backbone, backbone=config.backbone)
     return with_steps(
         replace(
             base,
+            backbone=backbone,
             # Greedy, and captions by CIDEr: beams and METEOR cost more than they would show here.
             data=replace(base.data, dev_limit=dev, test_limit=test, num_beams=1, meteor=False),
             train=replace(base.train, per_device_batch_size=size, eval_batch_size=64),
         ),
-        2 if config.smallest else config.max_steps,
+        steps,
     )
 
 
 def with_steps(base: RunConfig, steps: int) -> RunConfig:
-    """So many steps, a tenth of them to warm up, and one evaluation behind the last."""
+    """So many steps, a tenth of them to warm up, and evaluations at equal distances."""
+    evaluations = min(MOST, max(1, steps // EVALUATED))
     return replace(
         base,
-        train=replace(base.train, max_steps=steps, eval_every=steps, checkpoint_every=0),
+        train=replace(base.train, max_steps=steps, eval_every=-(-steps // evaluations), checkpoint_every=0),
         optim=replace(base.optim, warmup_steps=steps // 10),
     )
 
@@ -139,99 +272,28 @@ def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
     return with_features(base, config.output_dir / task / "features")
 
 
-def seeded_run(config: CompareConfig, task: str, base: RunConfig, name: str, seed: int) -> Path:
-    """The folder of a method's run, which is made if it is missing."""
-    rates, _ = choose_rates(config, task, base, name)
-    configured = compared()[name].configure(base)
-    data = replace(configured.data, dev_limit=UNUSED)
-    configured = replace(configured, data=data, train=replace(configured.train, seed=seed))
-    return _run(configured, rates, config.output_dir / task / _folder(name), f"seed{seed}")
-
-
-def choose_rates(
-    config: CompareConfig, task: str, base: RunConfig, name: str
-) -> tuple[Rates, dict[str, float]]:
-    """The rates of a method, and the dev figure of all that were tried, with the first seed."""
-    method = compared()[name]
-    if method.like:
-        return choose_rates(config, task, base, method.like)
-    grid = method.rates[:1] if config.smallest else method.rates
-    if len(grid) < 2:
-        return (grid[0] if grid else {}), {}
-    short = with_steps(method.configure(base), max(1, base.train.max_steps // TRY))
-    data, train = replace(short.data, test_limit=UNUSED), replace(short.train, seed=config.seeds[0])
-    short = replace(short, data=data, train=train)
-    folder = config.output_dir / task / _folder(name)
-    tried = {_label(rates): best_dev(_run(short, rates, folder, "try")) for rates in grid}
-    return max(grid, key=lambda rates: tried[_label(rates)]), tried
-
-
-def _folder(name: str) -> str:
-    return name.replace(" ", "_")
-
-
 def _label(rates: Rates) -> str:
     return ",".join(f"{option}={rate:g}" for option, rate in rates.items())
 
 
-def _run(configured: RunConfig, rates: Rates, folder: Path, kind: str) -> Path:
-    """Run with these rates, unless the run is finished; return its folder."""
-    output_dir = existing(folder / ",".join(filter(None, [kind, _label(rates)])))
-    optim: OptimOptions = replace(configured.optim, **rates)  # type: ignore[arg-type]  # all are fractions
-    if not (output_dir / SUMMARY_FILE).is_file():
-        say("", output_dir)
-    return run_once(replace(configured, optim=optim, output_dir=output_dir)).output_dir
-
-
 def step_costs(
-    config: CompareConfig, task: str, base: RunConfig, pairs: list[tuple[str, str]]
+    config: CompareConfig, task: str, base: RunConfig, names: list[str], *, wait: bool
 ) -> dict[str, StepCost]:
     """Time and memory of a step of every method, measured in turn, once."""
-    names = [name for of_task, name in pairs if of_task == task]
-    path = config.output_dir / task / STEPS_FILE
+    folder = config.output_dir / task
     rounds = 1 if config.smallest else config.rounds
     settings = {"batch_size": base.train.per_device_batch_size, "rounds": rounds}
-    if path.is_file():
-        kept = read_json(path)  # written below
-        costs = {name: StepCost(**cost) for name, cost in kept["costs"].items()}
-        if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
-            return costs
-    seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
-    configs = {name: compared()[name].configure(seeded) for name in names}
-    costs = measure_steps(configs, rounds)
-    write_noted_json(
-        path, {"settings": settings, "costs": {name: asdict(cost) for name, cost in costs.items()}}
-    )
+    with owning(folder, wait=wait):  # a second process finds what the first one measured
+        if (folder / STEPS_FILE).is_file():
+            kept = read_json(folder / STEPS_FILE)  # written below
+            costs = {name: StepCost(**cost) for name, cost in kept["costs"].items()}
+            if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
+                return costs
+        seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
+        costs = measure_steps({name: compared()[name].configure(seeded) for name in names}, rounds)
+        content = {name: asdict(cost) for name, cost in costs.items()}
+        write_noted_json(folder / STEPS_FILE, {"settings": settings, "costs": content})
     return costs
-
-
-def row_of(
-    config: CompareConfig,
-    task: str,
-    base: RunConfig,
-    name: str,
-    seeds: tuple[int, ...],
-    cost: StepCost | None,
-) -> Row:
-    """What a method came to with some seeds."""
-    rates, tried = choose_rates(config, task, base, name)
-    seeds = seeds[:FEW_SEEDS] if compared()[name].few_seeds else seeds
-    runs = [seeded_run(config, task, base, name, seed) for seed in seeds]
-    summaries = [read_object(path / SUMMARY_FILE, Summary) for path in runs]
-    figure = next(iter(summaries[0]["scores"]))
-    scores = [summary["scores"][figure] for summary in summaries]
-    return Row(
-        task=task,
-        method=name,
-        figure=figure,
-        score=interval(scores),
-        scores=scores,
-        rates=rates,
-        tried=tried,
-        parameters=summaries[0]["trainable_parameters"]["total"],
-        tokens=summaries[0]["tokens_per_example"],
-        cost=cost,
-    )
 
 
 @waiting("looking at the data")

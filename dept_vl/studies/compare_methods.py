@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from dept_vl.config import RunConfig
@@ -22,8 +23,6 @@ class Compared:
         method: Method of the prompt, which decides what is tried.
         like: Method whose rates it takes instead.
         reads_images: It trains the visual projection, and means nothing for text.
-        few_seeds: The first seeds are enough: it is there to compare prompts with. Zero-shot, which is too,
-            has all of them: nothing is trained, and test examples differ by seed.
     """
 
     configure: Callable[[RunConfig], RunConfig]
@@ -31,12 +30,11 @@ class Compared:
     method: str = ""
     like: str = ""
     reads_images: bool = False
-    few_seeds: bool = True
 
     @property
     def rates(self) -> tuple[Rates, ...]:
         """The learning rates that are tried."""
-        if not self.method:
+        if self.tried or not self.method:
             return self.tried
         groups = METHODS[self.method].groups()
         if "prompt" not in groups:
@@ -70,14 +68,20 @@ def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart |
 
 def with_lora(config: RunConfig) -> RunConfig:
     """LoRA of the largest rank within the budget of the prompts, or of 1."""
-    from dept_vl.models.vlm import open_backbone
-
-    backbone = open_backbone(**config.backbone.loading())
-    backbone.add_lora(1)
-    each = sum(p.numel() for p in backbone.language.parameters() if p.requires_grad)
-    rank = max(1, config.prompt.reference_prompt_length * backbone.d_model // each)
+    width, each = _lora_sizes(tuple(config.backbone.loading().items()))
+    rank = max(1, config.prompt.reference_prompt_length * width // each)
     config = bare(config, language="lora")
     return replace(config, backbone=replace(config.backbone, lora_rank=rank))
+
+
+@cache
+def _lora_sizes(loading: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
+    """Width of a backbone, and the parameters of LoRA of rank 1 on it."""
+    from dept_vl.models.vlm import open_backbone
+
+    backbone = open_backbone(**dict(loading))
+    backbone.add_lora(1)
+    return backbone.d_model, sum(p.numel() for p in backbone.language.parameters() if p.requires_grad)
 
 
 def with_lora_and_projection(config: RunConfig) -> RunConfig:
@@ -91,35 +95,57 @@ def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
     return tuple(dict(zip(options, values, strict=True)) for values in zip(*options.values(), strict=True))
 
 
-LONG_RATES = _rates(prompt_lr=(0.15, 0.02, 0.05, 0.3))
-BOTH_RATES = _rates(prompt_lr=(0.15, 0.15, 0.05, 0.3), offset_lr=(0.02, 0.005, 0.02, 0.001))
-OFFSET_RATES = _rates(offset_lr=(0.01, 0.003, 0.03, 0.001))
-PROJECTION_RATES = _rates(projection_lr=(1e-3, 3e-4, 3e-3, 1e-2))
-PART_RATES = _rates(backbone_lr=(3e-3, 1e-3, 1e-2, 3e-2))
-WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3, 3e-3))
-"""Four tries for every method; `offset_lr` trains what of a prompt `prompt_lr` does not. The last of a
+BOTH_RATES = _rates(prompt_lr=(0.3, 0.15, 0.15), offset_lr=(1e-3, 0.005, 0.02))
+LONG_RATES = _rates(prompt_lr=(0.3, 0.15, 0.05))
+OFFSET_RATES = _rates(offset_lr=(0.01, 0.003, 0.03))
+PROJECTION_RATES = _rates(projection_lr=(0.01, 3e-3, 0.03))
+LORA_RATES = _rates(backbone_lr=(0.01, 3e-3, 1e-3))
+BIAS_RATES = _rates(backbone_lr=(0.1, 0.03, 0.01))
+WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3))
+"""Three tries for every method; `offset_lr` trains what of a prompt `prompt_lr` does not. The first of a
 prompt's two are the defaults of `OptimOptions`."""
 
 
 def compared() -> dict[str, Compared]:
     """Return every way to adapt, by name. T5 has no biases; BitFit trains the scales of its norms."""
     return {
-        "zero-shot": Compared(bare, few_seeds=False),
+        "zero-shot": Compared(bare),
         "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
-        "BitFit": Compared(lambda c: bare(c, language="biases"), PART_RATES),
-        "LoRA": Compared(with_lora, PART_RATES),
+        "BitFit": Compared(lambda c: bare(c, language="biases"), BIAS_RATES),
+        "LoRA": Compared(with_lora, LORA_RATES),
         "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
-        **{name: Compared(prompted(name), method=name, few_seeds=False) for name in METHODS},
-        "adept + images": Compared(
-            prompted("adept", visual_offset=True), method="adept", reads_images=True, few_seeds=False
-        ),
+        **{name: Compared(prompted(name), method=name) for name in METHODS},
+        "adept + images": Compared(prompted("adept", visual_offset=True), method="adept"),
         "adept + images, m = 0": Compared(
-            prompted("adept", visual_offset=True, prompt_length=0),
-            method="adept",
-            reads_images=True,
-            few_seeds=False,
+            prompted("adept", visual_offset=True, prompt_length=0), OFFSET_RATES, method="adept"
         ),
         "pt + projection": Compared(prompted("pt", projection=True), like="pt", reads_images=True),
         "dept + projection": Compared(prompted("dept", projection=True), like="dept", reads_images=True),
         "LoRA + projection": Compared(with_lora_and_projection, like="LoRA", reads_images=True),
+        **ablated(),
+    }
+
+
+def ablated() -> dict[str, Compared]:
+    """Return what the paper takes apart: split and size of the budget, one rate for two, the start of P."""
+    of_split = {0: OFFSET_RATES, 100: LONG_RATES}
+    one_rate = _rates(prompt_lr=(0.1, 0.03, 0.01), offset_lr=(0.1, 0.03, 0.01))
+    starts = {"noise": "random", "words": "vocabulary", "a text": "text"}
+    text = "answer the question about the image"
+    return {
+        **{
+            f"dept, m = {m}": Compared(prompted("dept", prompt_length=m), of_split.get(m, BOTH_RATES))
+            for m in (0, 20, 40, 60, 80, 100)
+        },
+        **{
+            f"dept, l = {length}": Compared(
+                prompted("dept", reference_prompt_length=length, prompt_length=length // 5), BOTH_RATES
+            )
+            for length in (12, 25, 50, 100, 200)
+        },
+        **{
+            f"dept, from {start}": Compared(prompted("dept", prompt_init=init, init_text=text), BOTH_RATES)
+            for start, init in starts.items()
+        },
+        "dept, one rate": Compared(prompted("dept"), one_rate),
     }

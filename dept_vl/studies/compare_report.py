@@ -2,21 +2,23 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from dept_vl._utils.io import write_atomically
+from dept_vl._utils.io import read_json, write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.bench.measure import Ratio
-from dept_vl.training.report.plots import score_plot
+from dept_vl.training.report.plots import curve_plot, score_plot
 
+RIVALS = ("LoRA", "pt")
+"""Methods that all are held against."""
 MET = {True: "met", False: "not met"}
 CIDER_SCALE = 10
 """CIDEr goes to 1000, other figures to 100; so divided it has as much weight in a mean over tasks."""
@@ -38,6 +40,7 @@ class Row:
         parameters: Trained.
         tokens: The encoder's, per example.
         cost: Of a training step; None if nothing is trained.
+        curve: Dev figure of each seed, by step.
     """
 
     task: str
@@ -50,6 +53,7 @@ class Row:
     parameters: int
     tokens: float
     cost: StepCost | None
+    curve: dict[int, list[float]] = field(default_factory=dict)
 
 
 def report(
@@ -64,14 +68,16 @@ def report(
         settings: What was compared.
         usual: The commonest answer of each task and its score.
         rows: Every method on every task.
-        folder: For `comparison.json` and `.md`, and `.png` where matplotlib is installed.
+        folder: For `comparison.json` and `.md`, and where matplotlib is installed `.png` and `curves.png`.
     """
-    parts = [overview(usual, rows), bars(rows), rates_table(rows), *task_tables(usual, rows)]
+    relative = (against(name, rows) for name in RIVALS)
+    parts = [overview(usual, rows), *relative, bars(rows), rates_table(rows), *task_tables(usual, rows)]
     text = "\n\n".join(filter(None, parts))
     content = {"config": settings, "majority": usual, "rows": [asdict(row) for row in rows]}
     write_atomically(folder / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(folder / "comparison.md", (text + "\n").encode())
     draw(rows, folder / "comparison.png")
+    draw_curves(rows, folder / "curves.png")
     say("", *text.split("\n"), "", f"written to {folder / 'comparison.md'}")
 
 
@@ -95,31 +101,104 @@ def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row])
     lines = [["majority answer", *(f"{found[1]:.2f}" if found else "" for found in known), *[""] * 4]]
     whole = by_method(rows, everywhere=True)
     for name, mine in by_method(rows).items():
-        mean, costs = "", list[StepCost]()
+        mean, cost = "", None
         if name in whole:
-            mean, costs = str(interval(means_over_tasks(mine))), [row.cost for row in mine if row.cost]
+            mean, cost = str(interval(means_over_tasks(mine))), mean_cost(mine)
         lines.append(
             [
                 name,
                 *(scores.get((task, name), "") for task in tasks),
                 mean,
                 f"{mine[0].parameters:,}",
-                f"{fmean(cost.milliseconds for cost in costs):.0f}" if costs else "",
-                f"{fmean(cost.mib for cost in costs):.0f}" if costs else "",
+                *((f"{one:.0f}" for one in cost) if cost else ("", "")),
             ]
         )
     header = ["method", *tasks, "mean over tasks", "trained", "CPU ms per step", "MiB of a step"]
     return markdown_table(header, lines)
 
 
+def against(rival: str, rows: Sequence[Row]) -> str:
+    """Every method relative to one: the score seed by seed, time and memory of a step; empty without it."""
+    whole = by_method(rows, everywhere=True)
+    if rival not in whole:
+        return ""
+    theirs, of_rival = means_over_tasks(whole[rival]), mean_cost(whole[rival])
+    lines = []
+    for name, mine in whole.items():
+        if name == rival:
+            continue
+        gain = interval([a - b for a, b in zip(means_over_tasks(mine), theirs, strict=True)])
+        cost, ratios = mean_cost(mine), ["", ""]
+        if cost and of_rival:
+            ratios = [f"{a / b:.2f}" for a, b in zip(cost, of_rival, strict=True)]
+        lines.append([name, f"{'+' if gain.mean > 0 else ''}{gain}", *ratios])
+    return f"Relative to {rival}:\n\n{markdown_table(['method', 'score', 'time', 'memory'], lines)}"
+
+
+def mean_cost(mine: Sequence[Row]) -> tuple[float, float] | None:
+    """Milliseconds and MiB of a step of a method, over its tasks; None if nothing is trained."""
+    costs = [row.cost for row in mine if row.cost]
+    return (fmean(cost.milliseconds for cost in costs), fmean(cost.mib for cost in costs)) if costs else None
+
+
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """The mean over the tasks against what a step costs, of methods that are on all of them."""
     points = {
-        name: {fmean(costs): interval(means_over_tasks(mine))}
+        name: {cost[0]: interval(means_over_tasks(mine))}
         for name, mine in by_method(rows, everywhere=True).items()
-        if (costs := [row.cost.milliseconds for row in mine if row.cost])
+        if (cost := mean_cost(mine))
     }
-    return bool(points) and score_plot(points, path, x="CPU ms per step", y="mean over tasks", points=True)
+    axes = {"x": "CPU ms per step", "y": "mean over tasks"}
+    return bool(points) and score_plot(points, path, **axes, points=True, corner="better: up and left")
+
+
+def draw_curves(rows: Sequence[Row], path: Path) -> bool:
+    """The mean over the tasks of the dev figures, over steps and over the processor's time."""
+    steps, seconds = dict[str, dict[float, Interval]](), dict[str, dict[float, Interval]]()
+    for name, mine in by_method(rows, everywhere=True).items():
+        if cost := mean_cost(mine):
+            places = set.intersection(*(set(row.curve) for row in mine))
+            means = {
+                step: interval(means_over_tasks([replace(row, scores=row.curve[step]) for row in mine]))
+                for step in sorted(places)
+            }
+            steps[name] = {float(step): score for step, score in means.items()}
+            seconds[name] = {step * cost[0] / 1000: score for step, score in means.items()}
+    panes = {"steps": steps, "CPU seconds of steps": seconds}
+    return any(steps.values()) and curve_plot(panes, path, y="mean over tasks, dev split")
+
+
+def over_lengths(folder: Path) -> str:
+    """Write and return the means of all lengths of a comparison, of tasks and methods that each of them has.
+
+    Args:
+        folder: With `N-steps/comparison.json`.
+    """
+    found = {
+        int(path.parent.name.removesuffix("-steps")): [_row(row) for row in read_json(path)["rows"]]
+        for path in folder.glob("*-steps/comparison.json")
+    }
+    lengths = sorted(found)
+    tasks = set.intersection(*({row.task for row in rows} for rows in found.values()))
+    whole = {
+        steps: by_method([row for row in rows if row.task in tasks], everywhere=True)
+        for steps, rows in found.items()
+    }
+    names = [name for name in whole[lengths[-1]] if all(name in of_length for of_length in whole.values())]
+    lines = [
+        [name, *(str(interval(means_over_tasks(whole[steps][name]))) for steps in lengths)] for name in names
+    ]
+    table = markdown_table(["method", *(f"{steps} steps" for steps in lengths)], lines)
+    text = f"Means over {', '.join(sorted(tasks))}:\n\n{table}"
+    write_atomically(folder / "lengths.md", (text + "\n").encode())
+    return text
+
+
+def _row(content: dict[str, Any]) -> Row:
+    """A row as `report` wrote it."""
+    cost = content["cost"] and StepCost(**content["cost"])
+    curve = {int(step): scores for step, scores in content["curve"].items()}
+    return Row(**{**content, "score": Interval(**content["score"]), "cost": cost, "curve": curve})
 
 
 def means_over_tasks(rows: Sequence[Row]) -> list[float]:
@@ -137,9 +216,8 @@ def bars(rows: Sequence[Row]) -> str:
         return ""
     means = {name: means_over_tasks(mine) for name, mine in whole.items()}
     ours = means["dept"]
-    # Methods with fewer seeds have the first ones.
     differences = {
-        name: interval([a - b for a, b in zip(values, ours, strict=False)])
+        name: interval([a - b for a, b in zip(values, ours, strict=True)])
         for name, values in means.items()
         if name != "dept"
     }

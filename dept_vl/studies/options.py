@@ -29,6 +29,13 @@ COMPARED_TASKS = _files("easy-vqa") | SOURCES | _files("scenes-coco") | CONCEPTS
 labelling and a new judgement; text."""
 
 
+MAIN = (
+    *("zero-shot", "pt", "dept", "adept", "adept + images", "adept + images, m = 0", "memory", "residual"),
+    *("BitFit", "LoRA", "full fine-tuning", "dept + projection", "LoRA + projection"),
+)
+"""Methods that are compared unless others are named."""
+
+
 @dataclass(frozen=True)
 class TransferConfig(Options):
     """From where, to where, with how much."""
@@ -123,12 +130,14 @@ class CompareConfig(Options):
 
     tasks: tuple[str, ...] = tuple(COMPARED_TASKS)
     """Names of tasks, or configuration files."""
-    methods: tuple[str, ...] = ()
-    """Names of methods; empty takes them all."""
+    methods: tuple[str, ...] = MAIN
+    """Names of methods."""
     seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
-    """One run of each method per seed; of what is no prompt alone, for the first three."""
-    max_steps: Count = 60
-    """Steps of every run; of a try a third."""
+    """One run of each method per seed; with the first one all rates are tried."""
+    max_steps: tuple[Positive, ...] = (60,)
+    """Steps of every run; several for a comparison at each."""
+    backbone: Path | None = None
+    """Folder of another backbone than the tasks' own."""
     batch_size: Positive = 8
     """Examples of a step."""
     dev_limit: Count = 150

@@ -11,6 +11,7 @@ from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 from dept_vl.prompts.methods import build
+from dept_vl.training.optim import relative_size
 
 
 def build_model(config: RunConfig) -> PromptedModel:
@@ -28,7 +29,8 @@ def build_model(config: RunConfig) -> PromptedModel:
         visual_projection=not options.train_projection,
         but=options.train_only,
     )
-    prompt = build_prompt(config.prompt, backbone, config.train.seed)
+    size = relative_size(backbone) if config.optim.rates == "relative" else 1.0
+    prompt = build_prompt(config.prompt, backbone, config.train.seed, size)
     model = PromptedModel(backbone, prompt, backbone_dropout=options.backbone_dropout)
     if config.prompt.init_from:
         inherit(model, config.prompt.init_from, config.prompt.init_parts)
@@ -47,8 +49,17 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
     )
 
 
-def build_prompt(options: PromptOptions, backbone: FrozenBackbone, seed: int) -> DePT | None:
-    """Build the prompt with its initial vectors; None if both its parts are of size zero."""
+def build_prompt(
+    options: PromptOptions, backbone: FrozenBackbone, seed: int, size: float = 1.0
+) -> DePT | None:
+    """Build the prompt with its initial vectors; None if both its parts are of size zero.
+
+    Args:
+        options: Of the prompt.
+        backbone: That it is for.
+        seed: Of its initial vectors.
+        size: Of the backbone's word embeddings, if what is random is to be as large; see `relative_size`.
+    """
     widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length + backbone.frame}
     prompt_length, rank = METHODS[options.method].solve(
         reference_prompt_length=options.reference_prompt_length,
@@ -61,6 +72,8 @@ def build_prompt(options: PromptOptions, backbone: FrozenBackbone, seed: int) ->
         return None
     sizes = widths | {"prompt_length": prompt_length, "rank": rank, "visual_offset": options.visual_offset}
     prompt = build(sized(options.method, **sizes, alpha=options.alpha, seed=seed))
+    if size != 1.0:
+        prompt.resize(size)
     initialise(
         prompt,
         options.prompt_init,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dept_vl._utils.printable import say
@@ -31,7 +31,7 @@ from dept_vl.models.sharding import average_gradients, is_spread
 from dept_vl.training.checkpoint import TrainingState
 from dept_vl.training.graphs import Backward, GraphedStep, Inputs
 from dept_vl.training.log import Log
-from dept_vl.training.optim import build_optimizer, build_schedule
+from dept_vl.training.optim import build_optimizer, build_schedule, clip, sizes_of
 from dept_vl.training.progress import Progress
 
 ECHO_SECONDS = 3.0
@@ -75,7 +75,8 @@ class Loop:
     ) -> None:
         self.model, self.tasks, self.dev_collator, self.generate = model, tasks, dev_collator, generate
         self.accelerator, self.output_dir, self.options = accelerator, output_dir, options
-        optimizer = build_optimizer(model.parameter_groups(), optim)
+        self.sizes = sizes_of(model, optim)
+        optimizer = build_optimizer(model.parameter_groups(), optim, self.sizes)
         self.schedule = build_schedule(optimizer, optim, options.max_steps)
         self.state = TrainingState(output_dir, model, optimizer, self.schedule, accelerator)
         self.progress = Progress() if checkpoint is None else self.state.load(checkpoint)
@@ -185,7 +186,7 @@ class Loop:
             if accelerator.sync_gradients:
                 if self.spread:
                     average_gradients(self.trained, accelerator)
-                nn.utils.clip_grad_norm_(self.trained, options.max_grad_norm)
+                clip(self.trained, options.max_grad_norm, self.sizes)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.log.note(batch, tokens, loss)

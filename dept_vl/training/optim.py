@@ -1,5 +1,9 @@
 """Parameter groups, each with its own learning rate and weight decay, and the schedule."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import AdamW
@@ -7,13 +11,58 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
 from dept_vl.config import OptimOptions
+from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.prompted import PromptedModel
 
 SUSPICIOUS_PROMPT_LR = 1e-2
 """Below this a soft prompt hardly moves: its vectors are as large as word embeddings."""
 
 
-def build_optimizer(groups: dict[str, list[nn.Parameter]], options: OptimOptions) -> AdamW:
+T5_WORD_SIZE = 16.6
+"""Root mean square of T5-base's embeddings of common words. T5-base itself was not at hand: DePT's authors
+published two prompts that were started from the same eleven words and trained on different tasks, and the
+mean product of their vectors place by place is its square."""
+
+
+def relative_size(backbone: FrozenBackbone) -> float:
+    """How large a backbone's word embeddings are, T5-base's being 1."""
+    return backbone.word_size() / T5_WORD_SIZE
+
+
+def sizes_of(model: PromptedModel, options: OptimOptions) -> dict[nn.Parameter, float]:
+    """What the parameters of a prompt are measured in, where rates are relative; others are missing.
+
+    Training in these units is the same on backbones that differ in the size of their embeddings alone.
+    """
+    if options.rates == "absolute" or model.prompt is None:
+        return {}
+    size = relative_size(model.backbone)
+    return {parameter: size**power for parameter, power in model.prompt.powers().items() if power}
+
+
+def clip(parameters: list[nn.Parameter], longest: float, sizes: Mapping[nn.Parameter, float]) -> None:
+    """Shorten gradients to a norm, that of parameters with a size in units of theirs."""
+    for parameter, size in sizes.items():
+        if parameter.grad is not None:
+            parameter.grad.mul_(size)
+    nn.utils.clip_grad_norm_(parameters, longest)
+    for parameter, size in sizes.items():
+        if parameter.grad is not None:
+            parameter.grad.div_(size)
+
+
+def build_optimizer(
+    groups: dict[str, list[nn.Parameter]],
+    options: OptimOptions,
+    sizes: Mapping[nn.Parameter, float] = MappingProxyType({}),
+) -> AdamW:
     """AdamW over the trainable parameters, one named group for each learning rate.
+
+    Args:
+        groups: Parameters by name, see `PromptedModel.parameter_groups`.
+        options: Their rates.
+        sizes: See `sizes_of`. A step, epsilon and decay of such a parameter are those of one in units of its
+            size.
 
     Raises:
         ValueError: If nothing is trained.
@@ -22,12 +71,18 @@ def build_optimizer(groups: dict[str, list[nn.Parameter]], options: OptimOptions
         raise ValueError(
             "nothing to train: prompt_length and rank are 0, and projection and backbone are frozen"
         )
-    rates = {name: options.of_group(name) for name in groups}
+    parts = list[dict[str, Any]]()
+    for name, group in groups.items():
+        lr, decay = options.of_group(name)
+        for size in dict.fromkeys(sizes.get(parameter, 1.0) for parameter in group):
+            own = {} if size == 1 else {"eps": options.adam_eps / size}
+            of_size = [parameter for parameter in group if sizes.get(parameter, 1.0) == size]
+            label = name if size == 1 else f"{name} x {size:.3g}"
+            parts.append(
+                {"name": label, "params": of_size, "lr": lr * size, "weight_decay": decay / size, **own}
+            )
     return AdamW(
-        [
-            {"name": name, "params": groups[name], "lr": lr, "weight_decay": decay}
-            for name, (lr, decay) in rates.items()
-        ],
+        parts,
         eps=options.adam_eps,
         fused=all(p.device.type in ("cpu", "cuda") for group in groups.values() for p in group),
     )

@@ -3,7 +3,8 @@
 import copy
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,41 @@ def test_rows_of_different_adapters_differ(backbone: Backbone, tmp_path: Path) -
     logits = many.model(list(many.predictors))(**inputs, labels=labels).logits
     distances = torch.cdist(logits.flatten(1), logits.flatten(1)) + 10 * torch.eye(len(logits))
     assert distances.min() > 0.1
+
+
+@torch.no_grad()
+def test_adapters_that_leave_the_encoder_alone_share_its_pass(backbone: Backbone, tmp_path: Path) -> None:
+    backbone.freeze(visual_projection=True)  # else they differ there
+    sizes = dict.fromkeys(("one", "other", "third"), SIZES["memory"])
+    many = ManyAdapters(backbone, predictors(backbone, tmp_path, None, **sizes, prompt=SIZES["short"]))
+    rows = ("one", "other", "one", "third", "prompt", "one")
+    inputs = {name: tensor[[0, 0, 1, 0, 0, 1]] for name, tensor in batch_of(backbone, rows).items()}
+    widths: list[int] = []
+    encoder = backbone.language.get_encoder()
+    with taken(
+        encoder.register_forward_pre_hook(lambda *given: widths.append(width(given)), with_kwargs=True)
+    ):
+        logits = many.model(rows)(**inputs, labels=(labels := random_labels((4,) * len(rows)))).logits
+    # Of three with the first question one, the prompt's, and one of two that are the same in all.
+    assert widths == [3]
+    for row, name in enumerate(rows):
+        expected = alone(many, name)(**cut(inputs, row), labels=labels[row : row + 1]).logits
+        torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=1e-4)
+
+
+def width(given: tuple[Any, ...]) -> int:
+    """Rows that an encoder is given."""
+    count: int = given[-1]["inputs_embeds"].shape[0]
+    return count
+
+
+@contextmanager
+def taken(handle: Any) -> Iterator[None]:
+    """Remove a hook in the end."""
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """The comparison: one budget, as many tries for each method, runs that are kept, tables."""
 
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import D_MODEL
 from helpers import write_vqa
 from runs import forget_checksums
@@ -19,7 +22,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.compare import compare, task_config
-from dept_vl.studies.compare_methods import compared
+from dept_vl.studies.compare_methods import ablated, compared
 from dept_vl.studies.compare_report import Row, bars, report
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
@@ -28,6 +31,7 @@ from dept_vl.tasks.scenes.official import write_concepts
 from dept_vl.tasks.scenes.questions import CODES
 from dept_vl.training.build import build_model
 from dept_vl.training.log import best_dev
+from dept_vl.training.owner import owning
 from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
 
@@ -55,11 +59,13 @@ def base(
 def test_every_method_has_as_many_tries() -> None:
     tries = {name: len(compared()[method.like or name].rates) for name, method in compared().items()}
     assert tries.pop("zero-shot") == 0
-    assert set(tries.values()) == {4}
+    assert set(tries.values()) == {3}
     assert set(METHODS) < compared().keys()
-    # What is said of the last one.
+    # Every one of them is another setting of what the method trains.
+    assert len({str(rates) for rates in compared()["adept + images, m = 0"].rates}) == 3
+    # What is said of the first one.
     default = OptimOptions()
-    assert compared()["dept"].rates[-1] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
+    assert compared()["dept"].rates[0] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
 
 
 def test_every_shipped_task_has_a_configuration() -> None:
@@ -67,7 +73,7 @@ def test_every_shipped_task_has_a_configuration() -> None:
 
 
 def trained(base: Path, name: str) -> dict[str, int]:
-    config = task_config(CompareConfig(), str(base))
+    config = task_config(CompareConfig(), str(base), 60)
     return count_trainable(build_model(compared()[name].configure(config)))
 
 
@@ -101,7 +107,7 @@ def source(base: Path) -> dict[str, str]:
 
 def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
     pytest.importorskip("peft")
-    config = task_config(CompareConfig(), str(base))
+    config = task_config(CompareConfig(), str(base), 60)
     wider = replace(config, prompt=replace(config.prompt, reference_prompt_length=90))
     configured = compared()["LoRA"].configure(wider)
     assert configured.backbone.lora_rank == 90 * D_MODEL // (6 * 4 * D_MODEL) == 3
@@ -114,36 +120,34 @@ def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
 def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tmp_path: Path) -> None:
     methods = ("zero-shot", "dept", "dept + projection")
     config = CompareConfig(
-        tasks=(str(base),), methods=methods, seeds=(1, 2, 3, 4), max_steps=3, rounds=2, output_dir=tmp_path
+        tasks=(str(base),), methods=methods, seeds=(1, 2), max_steps=(3,), rounds=2, output_dir=tmp_path
     )
     rows = compare(config)
     assert [(row.task, row.method) for row in rows] == [("tiny", name) for name in methods]
     zero, dept, both = rows
-    folders = sorted(path.name for path in (tmp_path / "tiny" / "dept").iterdir())
-    tries = {
-        name.removeprefix("try,"): tmp_path / "tiny" / "dept" / name for name in folders if "try" in name
-    }
+    runs = tmp_path / "3-steps" / "tiny" / "dept"
+    tries = {path.name.removeprefix("seed1,"): path for path in runs.glob("seed1,*")}
     assert dept.tried == {name: best_dev(path) for name, path in tries.items()}
-    assert len(dept.tried) == 4
-    assert steps(next(iter(tries.values()))) == 1
-    seeded = [name for name in folders if name.startswith("seed")]
+    assert len(dept.tried) == 3
     best = ",".join(f"{option}={rate:g}" for option, rate in dept.rates.items())
     assert dept.tried[best] == max(dept.tried.values())
-    assert seeded == [f"seed{seed},{best}" for seed in config.seeds]
-    assert steps(tmp_path / "tiny" / "dept" / seeded[0]) == 3
-    # A prompt with more beside it takes the prompt's rates, and fewer seeds.
+    assert [path.name for path in runs.glob("seed2,*")] == [f"seed2,{best}"]
+    assert {steps(path) for path in runs.iterdir()} == {3}
+    # A prompt with more beside it takes the prompt's rates.
     assert both.rates == dept.rates
-    assert (dept.score.count, both.score.count) == (4, 3)
-    assert not list((tmp_path / "tiny" / "dept_+_projection").glob("try*"))
+    assert len(list((runs.parent / "dept_+_projection").iterdir())) == 2
+    assert dept.curve == {3: [best_dev(runs / f"seed{seed},{best}") for seed in config.seeds]}
     assert zero.tried == zero.rates == {}
     assert zero.cost is None
     assert zero.parameters == 0 < dept.parameters
     assert dept.cost is not None
     assert len(dept.cost.seconds) == 2
     assert dept.cost.bytes > 12 * dept.parameters
-    content = json.loads((tmp_path / "comparison.json").read_text())
+    content = json.loads((tmp_path / "3-steps" / "comparison.json").read_text())
     assert content["rows"][1]["scores"] == dept.scores
-    assert content["config"]["seeds"] == [1, 2, 3, 4]
+    assert content["config"]["seeds"] == [1, 2]
+    (backbone,) = content["config"]["backbones"].values()
+    assert backbone == Backbone.from_pretrained(**source(base)).fingerprint
     # Again: only what is missing is run.
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("summary.json")}
     missing = next(iter(times))
@@ -172,7 +176,7 @@ def test_a_comparison_that_is_stopped_is_one_of_fewer_seeds(
         patch.setattr(dept_vl.training.run, "run", stopped_at_second)
         with pytest.raises(KeyboardInterrupt):
             compare(config)
-    one = json.loads((tmp_path / "comparison.json").read_text())
+    one = json.loads((tmp_path / "60-steps" / "comparison.json").read_text())
     assert one["config"]["seeds"] == [1]
     assert len(one["rows"][0]["scores"]) == 1
     (row,) = compare(config)
@@ -203,6 +207,67 @@ def test_smallest_is_one_run_of_two_steps(base: Path, tmp_path: Path) -> None:
     (summary,) = tmp_path.rglob("summary.json")
     assert json.loads(summary.read_text())["steps"] == 2
     assert row.score.count == 1
+
+
+@pytest.mark.parametrize("name", ablated())
+def test_what_the_paper_takes_apart_has_its_budget(base: Path, name: str) -> None:
+    config = task_config(CompareConfig(), str(base), 60)
+    wide = replace(config, prompt=replace(config.prompt, reference_prompt_length=100))
+    configured = compared()[name].configure(wide)
+    spent = count_trainable(build_model(configured))["total"]
+    length = int(name.rpartition("l = ")[2]) if "l = " in name else 100
+    assert length * D_MODEL - (D_MODEL + 20) < spent <= length * D_MODEL
+    if "m = " in name:
+        assert configured.prompt.prompt_length == int(name.rpartition("m = ")[2])
+
+
+def test_constant_shifts_have_the_budget_and_read_nothing(base: Path) -> None:
+    from scripts import why_slow
+
+    names = why_slow.ConstantInput.name, why_slow.ConstantOutput.name
+    try:
+        for name in names:
+            model = build_model(compared()[name].configure(task_config(CompareConfig(), str(base), 60)))
+            assert BUDGET - 2 * D_MODEL < count_trainable(model)["total"] <= BUDGET
+            assert model.prompt is not None
+            shift = model.prompt.memory_offset or model.prompt.visual_offset
+            assert shift is not None
+            torch.nn.init.normal_(next(shift.parameters()))
+            once, again = (shift(torch.randn(2, 9, D_MODEL)) for _ in range(2))
+            assert torch.equal(once, again)
+            assert len(once.unique(dim=0)) == min(9, len(next(shift.parameters())))
+    finally:  # other tests have the methods of the package
+        for name in names:
+            METHODS.unregister(name)
+
+
+def test_two_processes_share_the_runs(base: Path, tmp_path: Path) -> None:
+    config = CompareConfig(
+        tasks=(str(base),), methods=("pt",), seeds=(1,), max_steps=(1,), rounds=1, output_dir=tmp_path
+    )
+    runs = tmp_path / "1-steps" / "tiny" / "pt"
+    first, *others = (runs / f"seed1,prompt_lr={rates['prompt_lr']:g}" for rates in compared()["pt"].rates)
+    with ThreadPoolExecutor() as pool:
+        with owning(first):  # as another process has it
+            compared_here = pool.submit(compare, config)
+            while not all((folder / "summary.json").is_file() for folder in others):
+                assert not compared_here.done()
+                time.sleep(0.01)
+            assert not (first / "summary.json").exists()
+        (row,) = compared_here.result()
+    assert len(row.tried) == 3
+    assert (first / "summary.json").is_file()
+
+
+def test_lengths_side_by_side(base: Path, tmp_path: Path) -> None:
+    config = CompareConfig(
+        tasks=(str(base),), methods=("zero-shot", "LoRA"), seeds=(1,), rounds=1, output_dir=tmp_path
+    )
+    rows = {steps: compare(replace(config, max_steps=(steps,))) for steps in (1, 2)}
+    text = (tmp_path / "lengths.md").read_text()
+    assert "| 1 steps | 2 steps |" in text
+    for place, name in enumerate(config.methods):
+        assert [f"{of_length[place].score}" in text for of_length in rows.values()] == [True, True], name
 
 
 def test_tables_and_bars(tmp_path: Path) -> None:
@@ -279,7 +344,14 @@ def test_concepts_are_new_and_in_the_form_of_vqav2(tmp_path: Path) -> None:
 def test_data_of_ones_own_are_compared_on(file: str, base: Path, tmp_path: Path) -> None:
     own = OwnOptions(data=str(OWN / file), images=OWN / "photos")
     config = CompareConfig(
-        (str(base),), ("zero-shot",), (1,), max_steps=1, rounds=1, output_dir=tmp_path, smallest=True, own=own
+        (str(base),),
+        ("zero-shot",),
+        (1,),
+        max_steps=(1,),
+        rounds=1,
+        output_dir=tmp_path,
+        smallest=True,
+        own=own,
     )
     (row,) = compare(config)
     assert (row.task, row.method) == (Path(file).stem, "zero-shot")

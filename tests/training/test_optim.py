@@ -1,18 +1,30 @@
 """Parameter groups with their rates, and the schedule."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+from zoo.subjects import targets, texts
 
-from dept_vl.config import OptimOptions
+from dept_vl.config import OptimOptions, PromptOptions
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts.base import METHODS
 from dept_vl.prompts.dept import DePT
-from dept_vl.training.optim import build_optimizer, build_schedule
+from dept_vl.training.build import build_prompt
+from dept_vl.training.optim import (
+    T5_WORD_SIZE,
+    build_optimizer,
+    build_schedule,
+    clip,
+    relative_size,
+    sizes_of,
+)
 
 OPTIONS = OptimOptions(
     prompt_lr=0.4,
@@ -127,3 +139,75 @@ def test_epsilon_is_that_of_the_options(t5: Backbone) -> None:
 def test_without_warm_up_the_first_step_is_the_peak() -> None:
     assert rates_over(50, replace(OPTIONS, warmup_steps=0))[0] == [0.4, 3e-3]
     assert rates_over(9, OPTIONS)[0] == [0.4, 3e-3]
+
+
+@torch.no_grad()
+def with_larger_words(t5: Backbone, size: float) -> Backbone:
+    """The same function of its words, with embeddings of another size: the whole residual stream has it."""
+    backbone = deepcopy(t5)
+    language, projection = backbone.language, backbone.visual_projection
+    for module in backbone.modules():
+        if isinstance(module, T5LayerNorm):
+            module.variance_epsilon = 1e-30
+    language.lm_head.weight = nn.Parameter(language.lm_head.weight.clone(), requires_grad=False)  # untied
+    language.shared.weight.mul_(size)
+    for name, parameter in language.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            parameter.mul_(size)
+    for parameter in (projection.norm.weight, projection.image_order.weight, projection.object_order.weight):
+        parameter.mul_(size)
+    backbone.freeze(visual_projection=True)
+    return backbone
+
+
+def curve(t5: Backbone, size: float, prompt: PromptOptions, optim: OptimOptions) -> torch.Tensor:
+    """Losses of a few steps."""
+    backbone = with_larger_words(t5, size)
+    torch.manual_seed(0)
+    unit = relative_size(backbone) if optim.rates == "relative" else 1.0
+    model = PromptedModel(backbone, build_prompt(prompt, backbone, 0, unit), backbone_dropout=False).train()
+    sizes = sizes_of(model, optim)
+    optimizer = build_optimizer(model.parameter_groups(), optim, sizes)
+    inputs = texts(backbone)
+    losses = []
+    for _ in range(12):
+        loss = model(**inputs, labels=targets(len(inputs["input_ids"]))).loss
+        loss.backward()
+        clip([p for group in optimizer.param_groups for p in group["params"]], 0.5, sizes)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    ("method", "more"), [*((method, {}) for method in METHODS), ("adept", {"visual_offset": True})]
+)
+def test_relative_rates_do_not_depend_on_the_size_of_words(
+    t5: Backbone, method: str, more: dict[str, bool]
+) -> None:
+    prompt = PromptOptions(
+        method=method, prompt_length=3, rank=2, reference_prompt_length=6, max_source_length=20, **more
+    )
+    if method == "pt":
+        prompt = replace(prompt, rank=None)
+    relative = OptimOptions(rates="relative", prompt_lr=1.0, offset_lr=0.02, prompt_weight_decay=0.1)
+    usual = curve(t5, 1, prompt, relative)
+    assert usual[-1] < usual[0] - 0.02
+    assert torch.equal(curve(t5, 2**-5, prompt, relative), usual)
+    for size in (0.02, 30):  # no powers of two: what is rounded otherwise grows from step to step
+        assert (curve(t5, size, prompt, relative) - usual)[:8].abs().max() < 1e-3
+    if method != "memory":  # acts behind the last norm
+        absolute = replace(relative, rates="absolute", prompt_lr=0.1)
+        assert (curve(t5, 30, prompt, absolute) - curve(t5, 0.02, prompt, absolute)).abs().max() > 0.02
+
+
+def test_relative_rates_are_those_of_t5_at_its_size(t5: Backbone) -> None:
+    as_t5 = with_larger_words(t5, T5_WORD_SIZE / t5.word_size())
+    model = full_model(as_t5)
+    options = replace(OPTIONS, rates="relative")
+    found = {
+        group["name"].partition(" x ")[0]: (group["lr"], group["weight_decay"])
+        for group in build_optimizer(model.parameter_groups(), options, sizes_of(model, options)).param_groups
+    }
+    assert found == {name: pytest.approx(rates, rel=1e-5) for name, rates in RATES.items()}

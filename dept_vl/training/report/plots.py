@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.printable import printable
 from dept_vl._utils.stats import Interval
+
+NAME_HEIGHT = 10
+"""Points from one name to the next."""
 
 
 @contextmanager
@@ -34,7 +36,13 @@ def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
 
 
 def score_plot(
-    lines: Mapping[str, Mapping[Any, Interval]], path: Path, *, x: str, y: str, points: bool = False
+    lines: Mapping[str, Mapping[Any, Interval]],
+    path: Path,
+    *,
+    x: str,
+    y: str,
+    points: bool = False,
+    corner: str = "",
 ) -> bool:
     """Means with their 95% intervals, a line for each name.
 
@@ -43,19 +51,71 @@ def score_plot(
         path: PNG file to write.
         x: What the horizontal axis is.
         y: What the vertical axis is.
-        points: Whether each line is one point: each then has a marker of its own, and the names stand beside.
+        points: Whether each line is one point, which has its name beside it.
+        corner: What is written above the upper left corner.
 
     Returns:
         Whether matplotlib is installed; without it nothing is drawn.
     """
     try:
         with drawn(path, figsize=(8, 5) if points else (6, 4), layout="constrained") as (pane,):
-            for marker, (name, of_name) in zip(cycle("osD^v<>pPX*hd" if points else "o"), lines.items()):
+            for name, of_name in lines.items():
                 means = [score.mean for score in of_name.values()]
                 widths = [score.half_width or 0.0 for score in of_name.values()]
-                pane.errorbar(list(of_name), means, widths, marker=marker, capsize=3, label=name)
+                pane.errorbar(list(of_name), means, widths, marker="o", capsize=3, label=name)
             pane.set(xlabel=x, ylabel=y)
-            pane.legend(**({"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if points else {}))
+            if points:
+                _name_ends(pane, lines)
+            else:
+                pane.legend()
+            pane.set_title(corner, loc="left", style="italic", fontsize=10)
     except ImportError:
         return False
     return True
+
+
+def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path: Path, *, y: str) -> bool:
+    """Means over different horizontal axes, one pane each, with the names at the ends of the curves.
+
+    Args:
+        panes: By what the horizontal axis is, by name, by place on it.
+        path: PNG file to write.
+        y: What the vertical axis is.
+
+    Returns:
+        Whether matplotlib is installed; without it nothing is drawn.
+    """
+    try:
+        with drawn(path, len(panes), figsize=(14, 6), layout="constrained") as drawing:
+            for pane, (x, lines) in zip(drawing, panes.items(), strict=True):
+                for of_name in lines.values():
+                    pane.plot(list(of_name), [score.mean for score in of_name.values()], marker="o", ms=3)
+                pane.set(xlabel=x)
+                _name_ends(pane, lines)
+            drawing[0].set(ylabel=y)
+    except ImportError:
+        return False
+    return True
+
+
+def _name_ends(pane: Any, lines: Mapping[str, Mapping[Any, Interval]]) -> None:
+    """Write each name to the right of its last point, no two over each other where there is room below."""
+    pane.margins(x=0.2)
+    pane.figure.draw_without_rendering()  # without it places are not those of the file
+    ends = {
+        name: (list(of_name)[-1], list(of_name.values())[-1].mean)
+        for name, of_name in lines.items()
+        if of_name
+    }
+    taken: list[tuple[float, float, float]] = []  # left, right and height of the names so far, in points
+    scale = 72 / pane.figure.dpi
+    for name, place in sorted(ends.items(), key=lambda end: -end[1][1]):
+        left, height = (scale * pixel for pixel in pane.transData.transform(place))
+        left, right, lowered = left + 6, left + 6 + 4.5 * len(name), height + 2
+        for other_left, other_right, other in sorted(taken, key=lambda one: -one[2]):
+            if left < other_right and other_left < right and abs(other - lowered) < NAME_HEIGHT:
+                lowered = other - NAME_HEIGHT
+        taken.append((left, right, lowered))
+        pane.annotate(
+            name, place, xytext=(6, lowered - height), textcoords="offset points", va="center", fontsize=8
+        )

@@ -1,0 +1,47 @@
+"""The paper's ablations: the split of the budget, its size, one rate for two, the start of P, and shots.
+
+    python scripts/ablations.py
+
+m from 0 to l at the budget of l = 100 vectors; l from an eighth to twice that, with m = l / 5; A and B at
+the rate of P; P from noise, common words or a text; and k shots, from scratch and from a source. Finished
+runs are kept under `--output_dir`, so the same command goes on where it was stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dept_vl._utils.options import Positive, Seed
+from dept_vl.cli import entry, parse_options
+from dept_vl.studies.compare_methods import ablated
+from dept_vl.studies.options import CompareConfig, SuiteConfig
+
+
+@dataclass(frozen=True)
+class AblationConfig(CompareConfig):
+    """What is taken apart, and where."""
+
+    tasks: tuple[str, ...] = ("scenes-vqav2", "scenes-gqa")
+    """Names of tasks, or configuration files."""
+    methods: tuple[str, ...] = tuple(ablated())
+    """Names of methods."""
+    seeds: tuple[Seed, ...] = (1, 2, 3)
+    """One run of each method per seed; with the first one all rates are tried."""
+    k: tuple[Positive, ...] = (2, 4, 8, 16, 32, 64)
+    """Shots; none leaves this part out."""
+    output_dir: Path = Path("runs/ablations")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+
+
+def main(options: AblationConfig) -> None:
+    """Run what is missing, and write the tables."""
+    from dept_vl.studies.compare import compare
+    from dept_vl.studies.transfer_suite import transfer_suite
+
+    compare(options)
+    if options.k:
+        shots = SuiteConfig(k=options.k, output_dir=options.output_dir / "shots", smallest=options.smallest)
+        transfer_suite(shots)
+
+
+if __name__ == "__main__":
+    entry(lambda arguments: main(parse_options(AblationConfig, arguments, "ablations.py", __doc__)))

@@ -1,0 +1,97 @@
+"""Are prompts slow because they change every input alike? A constant against a function, at the same place.
+
+    python scripts/why_slow.py
+
+Nothing else differs: no prompt, the same budget, the same tries of the rates. At the encoder's input every
+word and visual token is shifted by a vector of its position, or by f of itself (`adept` with visual tokens,
+m = 0); at its output every vector is, by one of its position or by f of itself (`memory`). Finished runs are
+kept, and the tables are those of `scripts/compare.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dept_vl
+from dept_vl.cli import entry, parse_options
+from dept_vl.prompts.base import Method, Shapes
+from dept_vl.prompts.dept import DePT
+from dept_vl.studies.options import CompareConfig
+
+
+class ByPosition(nn.Module):
+    """A vector for each position, whatever is there; the last one for all that follow. Zero until trained."""
+
+    def __init__(self, positions: int, d_model: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(positions, d_model))
+
+    def forward(self, vectors: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "length d_model"]:
+        """The shift of each position."""
+        places = torch.arange(vectors.shape[1], device=vectors.device)
+        return self.table[places.clamp(max=len(self.table) - 1)].to(vectors.dtype)
+
+
+@dept_vl.register_method
+class ConstantInput(Method):
+    """A shift of each position of the text, and one of each visual token; the rank counts positions."""
+
+    name = "constant-input"
+    has_prompt = False
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        each = (self.rank, self.d_model)
+        return {"low_rank": {"token_offset.table": each, "visual_offset.table": each}}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        tables = {name: ByPosition(self.rank, self.d_model) for name in ("token_offset", "visual_offset")}
+        return DePT(**self.common, **tables)
+
+
+@dept_vl.register_method
+class ConstantOutput(Method):
+    """A shift of each position of the encoder's output; the rank counts positions."""
+
+    name = "constant-output"
+    has_prompt = False
+
+    def shapes(self) -> dict[str, Shapes]:
+        """See `Method.shapes`."""
+        return {"low_rank": {"memory_offset.table": (self.rank, self.d_model)}}
+
+    def build(self) -> DePT:
+        """See `Method.build`."""
+        return DePT(**self.common, memory_offset=ByPosition(self.rank, self.d_model))
+
+
+PAIRS = ("constant-input", "adept + images, m = 0", "constant-output", "memory")
+
+
+@dataclass(frozen=True)
+class WhyConfig(CompareConfig):
+    """Where it is tried."""
+
+    tasks: tuple[str, ...] = ("relabelled", "scenes-vqav2")
+    """Names of tasks, or configuration files."""
+    methods: tuple[str, ...] = PAIRS
+    """Names of methods."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """One run of each method per seed; with the first one all rates are tried."""
+    output_dir: Path = Path("runs/why")
+    """Folder of all runs; those finished are not repeated, those stopped go on."""
+
+
+def main(options: WhyConfig) -> None:
+    """Run what is missing, and write the tables."""
+    from dept_vl.studies.compare import compare
+
+    compare(options)
+
+
+if __name__ == "__main__":
+    entry(lambda arguments: main(parse_options(WhyConfig, arguments, "why_slow.py", __doc__)))
