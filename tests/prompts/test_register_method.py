@@ -98,7 +98,7 @@ def test_it_is_compared(config: RunConfig, tmp_path: Path) -> None:
     )
     assert row.method == "shifted"
     assert set(row.rates) == {"prompt_lr", "offset_lr"}
-    assert (tmp_path / "compared" / "comparison.md").is_file()
+    assert (tmp_path / "compared" / "2-steps" / "comparison.md").is_file()
 
 
 def test_a_name_is_taken_once_and_known_only_while_registered(config: RunConfig) -> None:

@@ -54,7 +54,7 @@ def test_compared_with_lora(trained: RunConfig, tmp_path: Path) -> None:
             smallest=True,
         )
     )
-    report = (tmp_path / "compare" / "comparison.md").read_text()
+    report = (tmp_path / "compare" / "2-steps" / "comparison.md").read_text()
     assert all(method in report for method in methods)
 
 

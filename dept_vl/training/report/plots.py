@@ -100,7 +100,7 @@ def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path
 
 def _name_ends(pane: Any, lines: Mapping[str, Mapping[Any, Interval]]) -> None:
     """Write each name to the right of its last point, no two over each other where there is room below."""
-    pane.margins(x=0.2)
+    pane.margins(x=0.3)
     pane.figure.draw_without_rendering()  # without it places are not those of the file
     ends = {
         name: (list(of_name)[-1], list(of_name.values())[-1].mean)
