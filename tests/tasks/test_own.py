@@ -4,6 +4,7 @@ Images of `fixtures/own` are rendered; its tables are written by hand in the for
 """
 
 import base64
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -123,6 +124,13 @@ def test_unambiguous_oddities_are_read(tmp_path: Path, content: bytes, name: str
     if name == "data.jsonl" and content.startswith(b"{\n "):
         pytest.skip("one object over several lines is no JSON Lines")
     assert own(written(tmp_path, content, name))[0].answers == ("blue",)
+
+
+def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+    usual = csv.field_size_limit()
+    text = f"image,question,answer\nIMG_0001.JPG,{'w' * 2 * usual},blue\n"
+    assert len(own(written(tmp_path, text, "data.csv"))[0].question) == 2 * usual
+    assert csv.field_size_limit() == usual
 
 
 def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:

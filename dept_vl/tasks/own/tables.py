@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ijson
@@ -24,6 +25,8 @@ UNITS = {".csv": "line", ".tsv": "line", ".jsonl": "line", ".ndjson": "line"}
 DELIMITERS = ",\t;|"
 LONGEST_CELL = 1 << 27
 """Characters of a cell of CSV: a data URL of an image may be long."""
+CELL_LIMIT = Lock()
+"""Held while the limit of `csv`, which is the whole process's, is another than usual."""
 BATCH_ROWS = 1000
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
@@ -103,7 +106,6 @@ def read_csv(path: Path) -> Numbered:
     Raises:
         UsageError: If there is no header, a row has other cells than it, or quotes are not closed.
     """
-    csv.field_size_limit(LONGEST_CELL)
     rows = None
     try:
         with text_of(path) as file:
@@ -115,7 +117,7 @@ def read_csv(path: Path) -> Numbered:
             delimiter = max(DELIMITERS, key=lambda mark: (first.count(mark), mark == usual))
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             header = _header(path, next(rows))
-            for cells in rows:
+            for cells in _long_cells(rows):
                 if len(cells) == len(header):
                     yield rows.line_num, dict(zip(header, cells, strict=True))
                 elif any(cells):
@@ -128,6 +130,20 @@ def read_csv(path: Path) -> Numbered:
     except csv.Error as error:
         line = 1 if rows is None else rows.line_num
         raise UsageError(f"{place(path, line)}: {error}; a quote inside of quotes is written twice") from None
+
+
+def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
+    """Rows whose cells may be longer than `csv` has it; its limit is changed for no one else."""
+    while True:
+        with CELL_LIMIT:
+            usual = csv.field_size_limit(LONGEST_CELL)
+            try:
+                cells = next(rows, None)
+            finally:
+                csv.field_size_limit(usual)
+        if cells is None:
+            return
+        yield cells
 
 
 def _header(path: Path, cells: Sequence[str]) -> list[str]:
