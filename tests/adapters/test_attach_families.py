@@ -31,7 +31,13 @@ def trained(width: int) -> DePT:
     return prompt
 
 
-@pytest.fixture(params=FAMILIES)
+ALWAYS = ("blip2", "florence2", "qwen2_5_vl", "paligemma", "gemma3")
+"""In the default suite."""
+
+
+@pytest.fixture(
+    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 def backbone(request: pytest.FixtureRequest, pretrained_folder: Folder) -> VisionLanguageModel:
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder(request.param)).eval()
     # Of fences that no configuration names, `attach` knows nothing.

@@ -28,7 +28,16 @@ from dept_vl.training.score_run import score_run
 KEPT = ("blip2", "florence2", "t5gemma2", "llava", "paligemma", "paligemma2", "gemma3")
 ASKED = ("instructblip",)
 SIZED = tuple(name for name in FAMILIES if name not in (*KEPT, *ASKED))
+ALWAYS = ("blip2", "llava", "paligemma", "instructblip", "qwen2_5_vl")
+"""In the default suite."""
 Folder = Callable[[str], Path]
+
+
+def families(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "family",
+        [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in names],
+    )
 
 
 def model_of(folder: Path) -> PromptedModel:
@@ -39,7 +48,7 @@ def model_of(folder: Path) -> PromptedModel:
     return PromptedModel(backbone, prompt).eval()
 
 
-@pytest.mark.parametrize("family", KEPT)
+@families(*KEPT)
 def test_features_are_as_good_as_pixels(pretrained_folder: Folder, family: str, tmp_path: Path) -> None:
     """To the bit for one image; for several, whose sums come in another order, as near as that."""
     model = model_of(pretrained_folder(family))
@@ -77,7 +86,7 @@ def test_features_are_as_good_as_pixels(pretrained_folder: Folder, family: str, 
     assert "get_image_features" not in vars(model.backbone.language)
 
 
-@pytest.mark.parametrize("family", [*ASKED, *SIZED])
+@families(*ASKED, *SIZED)
 def test_what_cannot_be_kept_is_refused_by_name(pretrained_folder: Folder, family: str) -> None:
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family))
     reason = "qformer_input_ids" if family in ASKED else "as its size makes"
