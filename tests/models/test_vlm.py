@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from zoo.vlms import TEXT_ONLY
+from zoo.vlms import DECODER_ONLY, TEXT_ONLY
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import BackboneOptions
@@ -178,6 +178,28 @@ def test_a_method_that_acts_elsewhere_is_refused(pretrained_folder: Folder) -> N
 def test_a_model_that_writes_nothing_is_refused(vision_folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=str(vision_folders["clip"])):
         open_backbone(model=vision_folders["clip"])
+
+
+@pytest.mark.parametrize("name", DECODER_ONLY)
+def test_decoder_only_models_behind_a_q_former(pretrained_folder: Folder, name: str) -> None:
+    """A row answers alone as it does in a batch, with a prompt that changes its answer."""
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(name)).eval()
+    assert not backbone.language_model.encoder_decoder
+    backbone.probe()
+    torch.manual_seed(0)
+    prompt = DePT(backbone.d_model, prompt_length=3, rank=2, max_source_length=40)
+    nn.init.normal_(prompt.soft_prompt)  # type: ignore[arg-type]
+    image, answers = Image.new("RGB", (40, 32), (200, 60, 40)), []
+    for texts in (["what colour is the star ?"], ["how many ?"], ["what colour is the star ?", "how many ?"]):
+        made = backbone.processor(texts, [[image]] * len(texts), [40] * len(texts))
+        inputs = {key: made.pop(key) for key in ("input_ids", "attention_mask")}
+        model = PromptedModel(backbone, prompt).eval()
+        answers.append(model.generate(**inputs, processed=made, max_new_tokens=4, min_new_tokens=4))
+    assert torch.equal(answers[2], torch.cat(answers[:2]))
+    bare = PromptedModel(backbone, None).eval()
+    assert not torch.equal(
+        bare.generate(**inputs, processed=made, max_new_tokens=4, min_new_tokens=4), answers[2]
+    )
 
 
 @pytest.mark.parametrize("name", TEXT_ONLY)

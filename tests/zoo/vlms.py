@@ -57,6 +57,26 @@ def blip_parts(tokens: PreTrainedTokenizerFast, q_former: dict[str, Any]) -> dic
     return {**parts, "num_query_tokens": 4, "image_token_index": image}
 
 
+def blip2_opt() -> Made:
+    """BLIP-2 with OPT, which is decoder-only."""
+    tokens = words("</s> $A", ["<image>"])
+    sizes = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    text = hf.OPTConfig(vocab_size=len(tokens), **sizes, **ids).to_dict()
+    model = model_of("blip-2", **blip_parts(tokens, Q_FORMER) | {"text_config": text})
+    return model, hf.Blip2Processor(hf.BlipImageProcessor(size=SQUARE), tokens, num_query_tokens=4)
+
+
+def instructblip_vicuna() -> Made:
+    """InstructBLIP with Vicuna, which is decoder-only."""
+    tokens, q_former = words("<s> $A", ["<image>"]), words("<s> $A </s>")
+    parts = blip_parts(tokens, Q_FORMER | {"vocab_size": len(q_former)})
+    model = model_of("instructblip", **parts | {"text_config": decoder("llama", tokens)})
+    images = hf.BlipImageProcessor(size=SQUARE)
+    return model, hf.InstructBlipProcessor(images, tokens, q_former, num_query_tokens=4)
+
+
 def florence2() -> Made:
     """Florence-2."""
     tokens = words("<s> $A </s>", image_token="<image>")
@@ -367,12 +387,14 @@ FAMILIES = (
     | _by_name(llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl)
     | _by_name(paligemma, paligemma2, idefics3, smolvlm, gemma3, internvl)
 )
+DECODER_ONLY = _by_name(blip2_opt, instructblip_vicuna)
+"""Families of encoder-decoders with another language model."""
 TEXT_ONLY = _by_name(gpt2_text, llama_text, t5_text, bart_text)
 
 
 def saved(name: str, folder: Path) -> Path:
-    """Write a model of `FAMILIES` or `TEXT_ONLY` and its processor, and return the folder."""
-    model, processor = (FAMILIES | TEXT_ONLY)[name]()
+    """Write a model of one of these tables and its processor, and return the folder."""
+    model, processor = (FAMILIES | DECODER_ONLY | TEXT_ONLY)[name]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
