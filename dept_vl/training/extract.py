@@ -70,6 +70,8 @@ def extract(config: ExtractConfig) -> list[Path]:
 
 def with_features(config: RunConfig, folder: Path) -> RunConfig:
     """A run of one task with images that reads its visual features from a folder, made first if need be."""
+    if config.backbone.model is not None:  # every run keeps in memory what it may: not where that is trained
+        return config
     data = replace(config.data, features_dir=folder)
     extract(ExtractConfig(data=data, backbone=config.backbone, dtype="float32"))
     return replace(config, data=replace(data, features="cached"))
