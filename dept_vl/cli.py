@@ -81,7 +81,9 @@ def evaluate(arguments: list[str]) -> None:
     """Score a finished run on any split; of a test split, write the file for its server."""
     config = parse_options(EvaluateConfig, arguments, "dept-vl evaluate", evaluate.__doc__)
     _check_task(config.task)
-    _check_exists("--run", config.run / CONFIG_FILE, config.adapter, config.data_dir, config.candidates)
+    _check_exists("--run", config.run / CONFIG_FILE)
+    for name in ("adapter", "data_dir", "candidates"):
+        _check_exists(f"--{name}", getattr(config, name))
     _check_own(config.own)
     from dept_vl.training.score_run import score_run
 

@@ -205,6 +205,11 @@ class Backbone(FrozenBackbone):
                 f"{PROJECTION_FILE} there; for models of the Hub give --vision and --language instead"
             )
         options = read_object(folder / BACKBONE_FILE, BackboneFile, BEFORE_ORDER)
+        for part in ("language", *(["vision"] if options["vision"] is not None else [])):
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(
+                    f"the backbone at {folder} is not whole: expected a folder {part} there"
+                )
         seen = options["vision"] or {}
         asked = {
             "vision": (vision, None),

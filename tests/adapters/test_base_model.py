@@ -178,6 +178,24 @@ def test_what_peft_adds_to_a_base_is_none_of_it(folder: Path, tmp_path: Path) ->
 # -- the vocabulary
 
 
+def test_rows_that_resizing_makes_are_no_other_base(folder: Path, tmp_path: Path) -> None:
+    """transformers draws them near the mean of the others, so that some are the same where sampled."""
+
+    def resized(seed: int) -> PreTrainedModel:
+        base = load(folder)
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(VOCABULARY + 5)
+        words = base.get_encoder().get_input_embeddings().weight
+        with torch.no_grad():
+            words[-5:-1] = words[:-5].mean(0)
+            words[-1] = torch.randn(words.shape[1])
+        return base
+
+    get_peft_model(resized(0), config()).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="last word embeddings, after row"):
+        PeftModel.from_pretrained(resized(3), tmp_path)
+
+
 @pytest.mark.parametrize("more", [28, -4])
 def test_a_base_of_another_vocabulary_size_is_compared_by_the_rows_that_both_have(
     folder: Path, tmp_path: Path, more: int

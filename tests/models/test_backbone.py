@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -378,6 +379,14 @@ def test_missing_backbone_is_reported(tmp_path: Path, language_folders: dict[str
     # A folder with a model, but not with a backbone, is no backbone either.
     with pytest.raises(FileNotFoundError, match=r"backbone\.json"):
         Backbone.from_pretrained(language_folders["t5"])
+
+
+@pytest.mark.parametrize("part", ["vision", "language"])
+def test_a_backbone_that_lacks_a_part_is_named(t5: Backbone, tmp_path: Path, part: str) -> None:
+    t5.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*{part}"):
+        Backbone.from_pretrained(tmp_path)
 
 
 def test_missing_language_is_reported_by_transformers(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
         return places
 
     if split not in (TRAIN, VALIDATION, TEST) and split not in present:
-        raise UsageError(f"the data have the splits {', '.join(filter(None, present))}; got {split!r}")
+        known = dict.fromkeys([TRAIN, VALIDATION, TEST, ALL, *filter(None, present)])
+        raise UsageError(f"the data have the splits {', '.join(known)}; got {split!r}")
     missing = [name for name in (VALIDATION, TEST) if name not in present]
     if split in present and split != TRAIN:
         return of(split)
