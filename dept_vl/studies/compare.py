@@ -121,7 +121,8 @@ class _Comparison:
             if config.own.data is None:
                 del settings["own"]
             settings["backbones"] = fingerprints(self.bases)
-            report(settings, usual, rows, self.folder)
+            with owning(self.folder, wait=True):  # processes that end together write one after the other
+                report(settings, usual, rows, self.folder)
         return rows
 
     def _costs(self, *, wait: bool) -> dict[str, dict[str, StepCost]]:
