@@ -14,7 +14,7 @@ that a comparison that was stopped is one of fewer seeds. The same command may b
 each takes the runs that no other one has.
 
 What it takes, of one core: a run of 60 steps 2 (`memory`) to 9 seconds (`pt`) in its steps, 2 in its
-evaluations, and half a second in all else, since data, backbone and features are read once for all runs.
+evaluations, and half a second in all else; features are extracted once and read by all runs.
 Eleven methods, eight tasks, five seeds and three tries so take about an hour.
 """
 
