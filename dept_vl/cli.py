@@ -148,8 +148,8 @@ def check_data(
         return bool(check(task, root, sample, report))
     _check_own(own)
     _check_exists("--backbone", backbone)
+    from dept_vl.data.check_own import check_own
     from dept_vl.models.checks import load_tokenizer
-    from dept_vl.training.check_own import check_own
 
     named = backbone / "language" if backbone else language
     tokenizer = None if named is None else load_tokenizer(named)

@@ -1,10 +1,11 @@
 """From examples to batches: splits, shots, collating, sampling, workers, visual features.
 
-`collate` makes a batch, `sampling` says which example comes when.
+`collate` makes a batch, `sampling` says which example comes when, `check_own` looks at your own data.
 """
 
 __all__ = [
     "answers",
+    "check_own",
     "collate",
     "content",
     "feature_index",
@@ -12,6 +13,7 @@ __all__ = [
     "feature_store",
     "features",
     "lengths",
+    "pictures",
     "sampling",
     "shots",
     "splits",

@@ -77,12 +77,12 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
         first, last = begun // size, math.ceil(len(table) / size)
         mine = range(first + accelerator.process_index, last, processes)
         loader = workers.load(
-            _Asked(table, predictor.task),
+            _Numbered(table),
             config.num_workers,
             batch_sampler=[range(n * size, min((n + 1) * size, len(table))) for n in mine],
             collate_fn=collate,
         )
-        answers, at_once, unread = _answers(predictor, loader), 1 if processes == 1 else ROUND, 0
+        answers, at_once, unread = _answers(predictor, table, loader), 1 if processes == 1 else ROUND, 0
         with Count("answering", len(table) - begun, show=accelerator.is_main_process) as count:
             for _ in range(math.ceil((last - first) / (processes * at_once))):
                 found = [pair for batch in islice(answers, at_once) for pair in batch]
@@ -108,17 +108,7 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
         task=task, own=config.own, features=config.features, features_dir=config.features_dir
     )
     with main_first(accelerator):  # the first to read the table keeps its rows for all
-        table = load_split(options, config.split)
-    if len(table[0].images) != asked.image_count:
-        raise UsageError(
-            f"{asked.name} is about {asked.image_count or 'no'} images, and rows of {config.own.data} have "
-            f"{len(table[0].images)}"
-        )
-    if asked.asks and not table.asks:
-        raise UsageError(
-            f"{asked.name} answers questions, and {config.own.data} has none; --columns question=NAME says "
-            "where they are"
-        )
+        table = load_split(options, config.split).asked_by(asked)
     for note in table.notes:
         say(f"note: {note}")
     check_source_lengths(
@@ -139,28 +129,26 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
     return table, collate
 
 
-class _Asked(Dataset[Draw]):
-    """The rows of a table as an adapter's task asks about them, by their numbers."""
+class _Numbered(Dataset[Draw]):
+    """The rows of a table, by their numbers."""
 
-    def __init__(self, table: Task, asked: Task) -> None:
-        self.table, self.asked = table, asked
+    def __init__(self, table: Task) -> None:
+        self.table = table
 
     def __getitem__(self, row: int) -> Draw:
-        example = self.table[row]
-        source = self.asked.source(example.question if self.asked.asks else "")
-        return Draw(replace(example, example_id=row, source_text=source))
+        return Draw(replace(self.table[row], example_id=row))
 
 
 @torch.no_grad()
-def _answers(predictor: Predictor, batches: Iterable[Batch]) -> Iterator[Answers]:
+def _answers(predictor: Predictor, table: Task, batches: Iterable[Batch]) -> Iterator[Answers]:
     model, (options, spelled) = predictor.model, predictor.generation
     for batch in batches:
         pairs: Answers = [(int(row), None) for row in batch.skipped]
         if batch.ids:
             texts = decode(model, batch.to(model.backbone.device), options, spelled)
-            pairs += [
-                (int(row), predictor.task.written(text)) for row, text in zip(batch.ids, texts, strict=True)
-            ]
+            # A choice stays as the table spells it, which a scorer's normalisation would not.
+            written = table.written if batch.choices else predictor.task.written
+            pairs += [(int(row), written(text)) for row, text in zip(batch.ids, texts, strict=True)]
         yield pairs
 
 

@@ -194,6 +194,14 @@ class Task(ABC):
         """Return the examples that can be learnt and scored."""
         return self
 
+    def asked_by(self, asker: "Task") -> "Task":
+        """Return the examples as an adapter's task asks; those of official files are asked in their own way.
+
+        Raises:
+            UsageError: If they do not fit that task.
+        """
+        return self
+
     def target_counts(self, examples: int) -> tuple[Counter[str], int]:
         """Count the answers to learn, of so many examples spread over the split.
 

@@ -6,7 +6,6 @@ finished run again.
 
 __all__ = [
     "build",
-    "check_own",
     "checkpoint",
     "errors",
     "extract",

@@ -116,7 +116,7 @@ def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: 
             own=config.own,
             question_case=predictor.task.question_case,
         )
-        task = load_split(options, split)
+        task = load_split(options, split).asked_by(predictor.task)
     task = check_images(limit(task, config.limit, 0), config.on_bad_image)
     evaluation = evaluate(
         predictor.model,
@@ -196,8 +196,10 @@ class ScoreRun(Stages):
         task.check_requirements()  # now, rather than when all is answered
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
-        blank, longest = informed(TASKS[options.task], self.adapter.answering, config.run)
-        decoding = run_decoding(config, options, task, blank, longest)
+        asker, longest = informed(self._asker(), self.adapter.answering, config.run)
+        task = task.asked_by(asker.reading(options.question_case))
+        answering = asker if task.fits_answers else task
+        decoding = run_decoding(config, options, answering, asker, longest)
         for note in task.notes:
             say(f"note: {note}")
         self.parts = [Part(task, self.split, decoding)]
@@ -222,6 +224,14 @@ class ScoreRun(Stages):
             on_bad_image=config.on_bad_image,
             device=accelerator.device,
         )
+
+    def _asker(self) -> Task:
+        """Return the task in whose way questions are asked: of the run, where the data are your own."""
+        asked = TASKS[self.options.task]
+        if not asked.fits_answers:
+            return asked
+        trained = [TASKS[one.task] for one in (self.trained.data, *self.trained.also)]
+        return next((task for task in trained if task.loaded_as == asked.loaded_as), trained[0])
 
     def _longest(self) -> int:
         """Longest text, in tokens."""

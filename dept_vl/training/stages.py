@@ -11,11 +11,11 @@ from dept_vl._utils.io import write_noted, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl.data.collate import Collator
+from dept_vl.data.pictures import picture_grid
 from dept_vl.inference.evaluate import Evaluation, Generate, evaluate
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks.base import Decoding, Task
 from dept_vl.training.report.html import Answered, or_warn
-from dept_vl.training.report.pictures import picture_grid
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from runs import forget_checksums, with_
 import dept_vl
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
-from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, PredictConfig, RunConfig
 from dept_vl.data.splits import data_options
-from dept_vl.tasks import load_task
+from dept_vl.inference import bulk
+from dept_vl.inference.predict import predict
+from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
@@ -138,6 +140,13 @@ def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:
     assert own(written(tmp_path, text, "data.csv"))[0].question == 'red; or "blue"?\nsay'
     listed = "image\tquestion\tchoices\tanswer\nIMG_0001.JPG\tq\tred|blue\tblue\n"
     assert own(written(tmp_path, listed, "data.tsv"))[0].choices == ("red", "blue")
+
+
+def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
+    usual = csv.field_size_limit()
+    text = f"image,question,answer\nIMG_0001.JPG,{'w' * 2 * usual},blue\n"
+    assert len(own(written(tmp_path, text, "data.csv"))[0].question) == 2 * usual
+    assert csv.field_size_limit() == usual
 
 
 @pytest.mark.parametrize(
@@ -278,6 +287,51 @@ def test_own_data_are_trained_scored_and_asked(
     assert not task.labels or answer in task.labels
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("task", "prefix"), [("gqa", "gqa: "), ("nlvr2", "nlvr: "), ("coco", "caption:")])
+def test_an_adapter_of_another_task_is_asked_in_its_own_way(
+    task: str,
+    prefix: str,
+    tmp_path: Path,
+    scenes: Path,
+    make_run: Callable[..., RunConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images: dict[str, Any] = {"images": ["scan-3.png"] * 2 if task == "nlvr2" else ["scan-3.png"]}
+    rows = [images | {"question": text, "answer": "yes"} for text in ("A?", "Is it red?")]
+    options = OwnOptions(data=str(written(tmp_path, lines(*rows))), images=PHOTOS)
+    learnt = DataOptions(task=task, data_dir=scenes / task, meteor=False, test_limit=2)
+    config = with_(make_run(learnt, max_steps=1), output_dir=tmp_path / "run")
+    run(config)
+    asked: list[str] = []
+    decode = bulk.decode
+
+    def spy(model: Any, batch: Any, *rest: Any) -> list[str]:
+        asked.extend(model.backbone.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True))
+        return decode(model, batch, *rest)
+
+    predictor = dept_vl.load(config.output_dir, device="cpu")
+    wanted = [predictor.task.source(text if task != "coco" else "") for text in ("A?", "Is it red?")]
+    tokenizer = predictor.model.backbone.tokenizer
+    wanted = [tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) for text in wanted]
+    assert wanted[0].startswith(tokenizer.decode(tokenizer(prefix).input_ids, skip_special_tokens=True))
+    for place in ("evaluate", "bulk"):
+        monkeypatch.setattr(f"dept_vl.inference.{place}.decode", spy)
+    scored = score_run(EvaluateConfig(run=config.output_dir, own=options, output_dir=tmp_path / "scored"))
+    assert dept_vl.evaluate(predictor, **vars(options)).predictions == scored.predictions
+    output = tmp_path / "answers.jsonl"
+    predict(PredictConfig((), str(config.output_dir), own=options, output=output, device="cpu"))
+    assert asked == wanted * 3
+
+
+def test_an_adapter_is_asked_only_what_it_answers() -> None:
+    whole, captions = own(OWN / "qa.csv"), own(OWN / "captions.jsonl")
+    assert captions.asked_by(TASKS["coco"])[0].source_text == "caption:"
+    for data, task, reason in ((whole, "nlvr2", "2"), (whole, "rte", "no images"), (captions, "gqa", "none")):
+        with pytest.raises(UsageError, match=reason):
+            data.asked_by(TASKS[task])
+
+
 def test_a_run_on_own_captions_is_evaluated_with_its_own_options() -> None:
     columns = ("image=photo", "answer=truth")
     of_run = OwnOptions(data="a.csv", images=Path("photos"), columns=columns, metric="f1")
@@ -345,4 +399,4 @@ def test_an_adapter_alone_knows_its_labels_and_longest_answer(
 
 def test_facts_of_strangers_are_checked() -> None:
     with pytest.raises(ValueError, match="form"):
-        dept_vl.tasks.TASKS["vqa"].with_facts({"form": "x", "scoring": "one", "labels": [], "image_count": 1})
+        TASKS["vqa"].with_facts({"form": "x", "scoring": "one", "labels": [], "image_count": 1})

@@ -10,8 +10,8 @@ from PIL import Image
 
 from dept_vl._utils.stats import interval
 from dept_vl._utils.tables import markdown_table
+from dept_vl.data.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
 from dept_vl.tasks.vqav2 import VQAv2
-from dept_vl.training.report.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
 from dept_vl.training.report.plots import score_plot
 
 Pixel = tuple[int, int, int]

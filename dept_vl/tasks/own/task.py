@@ -63,6 +63,7 @@ class OwnTask(Task):
         meteor: Score captions by METEOR too.
         notes: What was noticed in the data.
         question_case: How questions are read.
+        asker: Task of the adapter that is asked, in whose way questions are put; None for `PREFIXES`.
     """
 
     rows: Rows = NO_ROWS
@@ -76,6 +77,7 @@ class OwnTask(Task):
     meteor: bool = True
     notes: tuple[str, ...] = ()
     question_case: QuestionCase = "lower"
+    asker: Task | None = None
 
     scales: ClassVar = {"CIDEr": "x100"}
     id_column = "id"
@@ -198,13 +200,32 @@ class OwnTask(Task):
         known = pc.list_value_length(self.rows.column("answers")).to_numpy(zero_copy_only=False) > 0
         return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
 
+    def asked_by(self, asker: Task) -> "OwnTask":
+        """Return the examples as an adapter's task asks about them.
+
+        Raises:
+            UsageError: If they have other images than its, or no question where it needs one.
+        """
+        data = self.options.data
+        if asker.image_count != self.image_count:
+            raise UsageError(
+                f"{asker.name} is about {asker.image_count or 'no'} images, and rows of {data} have "
+                f"{self.image_count}"
+            )
+        if asker.asks and not self.asks:
+            raise UsageError(
+                f"{asker.name} answers questions, and {data} has none; --columns question=NAME says where "
+                "they are"
+            )
+        return replace(self, asker=asker)
+
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         answers = tuple(row["answers"])
         kinds = (("class", answers[0]),) if answers and self.form == "label" else ()
         return Example(
             example_id=row["id"],
-            source_text=self.source(row["question"]) if self.form == "question" else self.prefix,
+            source_text=self.source(row["question"] if self.form == "question" else ""),
             images=self._paths(row["images"], row["place"]),
             targets=_targets(answers, self.form, self.scoring),
             in_turn=self.form == "caption",
@@ -221,6 +242,8 @@ class OwnTask(Task):
         Raises:
             ValueError: If a question is asked where there is none.
         """
+        if self.asker is not None:
+            return self.asker.source(question if self.asker.asks else "")
         if self.form == "question":
             return super().source(question)
         if question.strip():

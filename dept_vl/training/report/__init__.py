@@ -1,6 +1,6 @@
-"""What a person looks at after a run: a page, plots, and pictures of answers.
+"""What a person looks at after a run: a page and plots.
 
-`html` fills the page of a run, `page` draws it, `pictures` and `plots` draw images.
+`html` fills the page of a run, `page` draws it, `plots` draws images, as `data.pictures` does.
 """
 
-__all__ = ["html", "page", "pictures", "plots", "remake"]
+__all__ = ["html", "page", "plots", "remake"]

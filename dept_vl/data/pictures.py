@@ -1,4 +1,4 @@
-"""What a person looks at after a run: a table, and a picture of questions with their answers."""
+"""A picture of questions with their images and answers, to look at."""
 
 import textwrap
 from collections.abc import Mapping

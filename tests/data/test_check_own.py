@@ -10,9 +10,9 @@ from PIL import Image
 
 from dept_vl.cli import data as command
 from dept_vl.cli import exit_status
+from dept_vl.data.check_own import check_own
 from dept_vl.models.checks import load_tokenizer
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.training.check_own import check_own
 
 OWN = Path(__file__).parents[1] / "fixtures" / "own"
 PHOTOS = OWN / "photos"

@@ -11,13 +11,13 @@ from dept_vl._utils.images import read_image
 from dept_vl.config import DataOptions
 from dept_vl.data.answers import look_at_answers
 from dept_vl.data.lengths import source_lengths
+from dept_vl.data.pictures import picture_grid
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
 from dept_vl.tasks.prepare.check import Finding, check_files
-from dept_vl.training.report.pictures import picture_grid
 
 SHOWN = 10
 """Of the commonest answers, and of the rows in which something is wrong."""
