@@ -10,6 +10,7 @@ import os
 from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -17,8 +18,9 @@ from dept_vl._utils.checksums import open_sealed
 
 SUFFIXES = (".parquet", ".arrow")
 ARROW_MAGIC = b"ARROW1"
-KEPT_GROUPS = 4
-"""Row groups of Parquet files that stay decoded: neighbours are usually read one after the other."""
+BATCH_ROWS = 8
+"""Rows of a Parquet file that are decoded at a time: a row group may hold gigabytes. Its pages are decoded
+whole."""
 
 
 def embedded_path(file: str, column: str, row: int, item: int | None = None) -> str:
@@ -72,7 +74,7 @@ def _value(file: str, column: str, row: int) -> Any:
     changed = os.stat(file).st_mtime_ns
     starts = _parquet(file, changed)[1]
     group = bisect_right(starts, row) - 1
-    return _group(file, changed, group, column)[row - starts[group]].as_py()
+    return _group(file, changed, group, column, os.getpid()).value(row - starts[group])
 
 
 @lru_cache(maxsize=64)
@@ -102,7 +104,32 @@ def _parquet(file: str, changed: int) -> tuple[Any, list[int]]:
     return opened, starts
 
 
-@lru_cache(maxsize=KEPT_GROUPS)
-def _group(file: str, changed: int, number: int, column: str) -> Any:
-    opened, _ = _parquet(file, changed)
-    return opened.read_row_group(number, columns=[column]).column(0)
+class _Group:
+    """A column of a row group, decoded a few rows at a time, forwards."""
+
+    def __init__(self, file: str, changed: int, number: int, column: str) -> None:
+        self._opened, _ = _parquet(file, changed)
+        self._number, self._column, self._lock = number, column, Lock()
+        self._rewind()
+
+    def _rewind(self) -> None:
+        self._batches = self._opened.iter_batches(
+            BATCH_ROWS, row_groups=[self._number], columns=[self._column], use_threads=False
+        )
+        self._start, self._batch = 0, next(self._batches)
+
+    def value(self, place: int) -> Any:
+        """Return the value of a row, counted from the first of the group."""
+        with self._lock:
+            if place < self._start:
+                self._rewind()
+            while place >= self._start + len(self._batch):
+                self._start += len(self._batch)
+                self._batch = next(self._batches)
+            return self._batch.column(0)[place - self._start].as_py()
+
+
+@lru_cache(maxsize=1)  # neighbours are usually read one after the other
+def _group(file: str, changed: int, number: int, column: str, process: int) -> _Group:
+    # Of this process alone: what a worker inherits may be in the middle of a read.
+    return _Group(file, changed, number, column)

@@ -83,7 +83,7 @@ def _questions(task: Task) -> Iterator[Finding]:
 
 def _answers(rows: Rows) -> Iterator[Finding]:
     column = rows.column("answers")
-    counts = pc.list_value_length(column).to_numpy()
+    counts = rows.lengths("answers")
     values, times = pc.list_flatten(column).combine_chunks().value_counts().flatten()
     total = int(counts.sum())
     if not total:

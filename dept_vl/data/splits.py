@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
-from dept_vl._utils.images import missing_files
 from dept_vl._utils.io import is_there, read_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
@@ -244,16 +243,18 @@ def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
     Raises:
         FileNotFoundError: If images are missing.
     """
-    files = task.image_files()
-    missing = missing_files(files)
+    _check_missing(task, task.missing_images(), on_bad_image)
+    return task
+
+
+def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage) -> None:
     if missing and on_bad_image == "raise":
         names = ", ".join(path.name for path in missing[:3])
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(files):,} images of {task.name} are missing from "
+            f"{len(missing):,} of {len(task.image_files()):,} images of {task.name} are missing from "
             f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
             "--on_bad_image skip continues without them"
         )
-    return task
 
 
 def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
@@ -262,8 +263,8 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
     Raises:
         FileNotFoundError: If images are missing and not to be skipped, or all are.
     """
-    check_images(task, on_bad_image)
-    missing = set(missing_files(task.image_files()))
+    missing = set(task.missing_images())
+    _check_missing(task, list(missing), on_bad_image)
     if not missing:
         return task
     kept = [index for index in range(len(task)) if missing.isdisjoint(task.images(index))]

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import missing_files
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
@@ -253,6 +254,10 @@ class Task(ABC):
     def image_files(self) -> list[Path]:
         """Return the different image files of all examples."""
         return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
+
+    def missing_images(self) -> list[Path]:
+        """Return the image files that are not there; override it where that is possible without all paths."""
+        return missing_files(self.image_files())
 
     def subset(self, indices: Sequence[int]) -> "Task":
         """Return the same split with these examples alone, scored alone."""

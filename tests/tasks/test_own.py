@@ -18,6 +18,7 @@ import pytest
 from runs import forget_checksums, with_
 
 import dept_vl
+from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, PredictConfig, RunConfig
@@ -74,6 +75,7 @@ def test_usual_forms_are_read(
     assert task[1].images == (PHOTOS / image,)
     assert dict(task[1].targets) == targets
     assert not missing_files(task.image_files())
+    assert not task.missing_images()
     ids = task.example_ids()
     assert len(set(ids)) == size
     answers = {key: task[place].answer for place, key in enumerate(ids)}
@@ -102,6 +104,16 @@ def test_answers_of_any_type(tmp_path: Path, answer: Any, text: str) -> None:
     assert own(file)[1].answers == (text,)
 
 
+def test_missing_images_are_those_that_no_name_finds(tmp_path: Path) -> None:
+    names = ("IMG_0001.JPG", "img_0005", "4", "gone.png", "deep/gone", "IMG_0001.JPG")
+    task = own(written(tmp_path, lines(*(QUESTION | {"image": name} for name in names))))
+    assert (
+        task.missing_images()
+        == missing_files(task.image_files())
+        == [PHOTOS / "gone.png", PHOTOS / "deep/gone"]
+    )
+
+
 def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
     row = {"photo": "img_0001", "ask": "which?", "truth": "blue", "id": 7}
     task = own(written(tmp_path, lines(row, row)), columns=("image=photo", "question=ask", "answer=truth"))
@@ -119,12 +131,20 @@ def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
         lines(QUESTION).replace("}\n", "},\n").encode(),
         json.dumps([QUESTION]).encode(),
         json.dumps(QUESTION, indent=1).encode(),
+        ("\n \n" + lines(QUESTION) + "\n" + lines(QUESTION)).encode(),
+        (" " + lines(QUESTION)).replace("\n", "\r").encode(),
+        ("\n" + json.dumps({"data": [QUESTION]})).encode(),
+        json.dumps({"a": QUESTION}).encode(),
     ],
 )
 @pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_unambiguous_oddities_are_read(tmp_path: Path, content: bytes, name: str) -> None:
-    if name == "data.jsonl" and content.startswith(b"{\n "):
-        pytest.skip("one object over several lines is no JSON Lines")
+@pytest.mark.parametrize("chunk", [3, 1 << 16])
+def test_unambiguous_oddities_are_read(
+    tmp_path: Path, content: bytes, name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dept_vl.tasks.own.tables.CHUNK", chunk)
+    if name == "data.jsonl" and content.strip().startswith((b"{\n ", b'{"data"', b'{"a"')):
+        pytest.skip("is no JSON Lines")
     assert own(written(tmp_path, content, name))[0].answers == ("blue",)
 
 
@@ -204,6 +224,27 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
     assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
 
 
+def test_images_in_tables_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:
+    one, count = 50_000, 400
+    images = [{"bytes": bytes([n % 251]) * one, "path": f"{n}.png"} for n in range(count)]
+    for name, column in (("image", images), ("images", [[image, image] for image in images])):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({name: column, "question": ["a"] * count}), path, write_batch_size=4)
+    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    try:
+        alone = [
+            load_task("vqa", data=tmp_path / f"{name}.parquet", split="all") for name in ("image", "images")
+        ]
+        for row in (0, 399, 7):
+            (path,) = alone[0][row].images
+            assert embedded_bytes(path) == images[row]["bytes"]
+        assert embedded_bytes(alone[1][9].images[1]) == images[9]["bytes"]
+    finally:
+        pa.set_memory_pool(usual)
+    assert pool.max_memory() < one * count / 3
+
+
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes((PHOTOS / "scan-3.png").read_bytes())
     folder = tmp_path / "mine"
@@ -212,6 +253,8 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     task = load_task("vqa", data=written(folder, lines(QUESTION | {"image": "a.png"})), split="all")
     with pytest.raises(UsageError, match="outside"):
         task.image_files()
+    with pytest.raises(UsageError, match="outside"):
+        task.missing_images()
 
 
 def test_splits_of_files_columns_and_held_out_images(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """What a row has -> the usual names of its column, the first that is there."""
 CAPTIONS = ("captions", "caption", "text")
+ODD = (":", "//", "/.")
+"""What no plain path below a folder has; others are looked at closely."""
 PARTS = ("answer", "text", "raw", "caption", "value")
 """Fields of an answer that is an object."""
 
@@ -78,6 +80,7 @@ class Columns:
         found = self._find(record, where)
         base = self._base(record, found, where)
         if turns is None:
+            self._check_images(base["images"], record, where)
             yield base | self._one(record, found, where, text_cells=text_cells)
             return
         pairs, inside = pairs_of(turns, where)
@@ -116,13 +119,10 @@ class Columns:
         return found
 
     def _base(self, record: Record, found: Mapping[str, str], where: str) -> dict[str, Any]:
-        images = self._images(record, found, where)
-        if turns_of(record) is None:
-            self._check_images(images, record, where)
         split, kind = (record.get(found.get(role, "")) for role in ("split", "type"))
         return {
             "id": _identity(record.get(found["id"])) if "id" in found else "",
-            "images": images,
+            "images": self._images(record, found, where),
             "split": split if isinstance(split, str) else "",
             "type": kind if isinstance(kind, str) else "",
             "choices": [],
@@ -253,6 +253,8 @@ def confine(reference: str, root: Path, where: str) -> str:
         UsageError: If it leads outside.
     """
     if reference.startswith((EMBEDDED, INLINE)):
+        return reference
+    if reference[:1] not in "/." and reference[-1] != "/" and not any(part in reference for part in ODD):
         return reference
     path = posixpath.normpath(reference)
     if posixpath.isabs(path):

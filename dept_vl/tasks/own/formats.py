@@ -13,6 +13,7 @@ from typing import Any
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.own.tables import (
     Numbered,
+    begins_with_list,
     json_lists,
     place,
     read_arrow,
@@ -22,7 +23,6 @@ from dept_vl.tasks.own.tables import (
     read_objects,
     read_parquet,
     read_record,
-    text_of,
 )
 
 QUESTIONS, ANNOTATIONS, IMAGES = "questions", "annotations", "images"
@@ -43,7 +43,7 @@ def read_records(path: Path) -> Numbered:
         case ".csv" | ".tsv":
             return read_csv(path)
         case ".jsonl" | ".ndjson":
-            return read_json(path) if _begins_with_list(path) else read_lines(path)
+            return read_json(path) if begins_with_list(path) else read_lines(path)
         case ".parquet":
             return read_parquet(path)
         case ".arrow":
@@ -53,11 +53,6 @@ def read_records(path: Path) -> Numbered:
     raise UsageError(
         f"{path}: expected a table (.json, .jsonl, .csv, .tsv, .parquet, .arrow), found {path.suffix!r}"
     )
-
-
-def _begins_with_list(path: Path) -> bool:
-    with text_of(path) as file:
-        return next((line for line in file if line.strip()), "").lstrip().startswith("[")
 
 
 def _read_json(path: Path) -> Numbered:

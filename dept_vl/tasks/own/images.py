@@ -2,9 +2,11 @@
 
 import os
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import missing_files
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
@@ -56,6 +58,19 @@ class ImageFolder:
             if files:
                 return self._inside((here or files)[0], True)
         return Path(self._start + name)
+
+    def missing(self, names: Iterable[str]) -> list[Path]:
+        """Return the files of these images that are not there.
+
+        Raises:
+            UsageError: As `find` does.
+        """
+        searched = []
+        for name in names:
+            folder, _, base = name.rpartition("/")
+            if self._list(folder).get(base, True):  # not there under this name, or a link
+                searched.append(self.find(name))
+        return missing_files(searched)
 
     def _list(self, folder: str) -> dict[str, bool]:
         """Return the names in a folder, and whether each is a link."""

@@ -81,23 +81,25 @@ def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int) -
 
 def image_groups(rows: Rows, places: Sequence[int] | Indices) -> Indices:
     """Return a number for each row; rows that share an image, also by way of others, have the same."""
-    images = rows.subset(places).column("images").combine_chunks()
+    chosen = rows if len(places) == len(rows) else rows.subset(places)
+    images = chosen.column("images").combine_chunks()
     starts = images.offsets.to_numpy()
     codes = images.flatten().dictionary_encode().indices.to_numpy()
     codes = codes.astype(np.int64)
     first = codes[starts[:-1] - starts[0]]
+    if len(codes) == len(first):  # one each
+        return first
     parent = np.arange(int(codes.max()) + 1)
-    if len(codes) > len(first):  # some have several
 
-        def root(code: int) -> int:
-            while parent[code] != code:
-                parent[code] = code = parent[parent[code]]
-            return code
+    def root(code: int) -> int:
+        while parent[code] != code:
+            parent[code] = code = parent[parent[code]]
+        return code
 
-        for place in np.flatnonzero(np.diff(starts) > 1):
-            for code in codes[starts[place] - starts[0] : starts[place + 1] - starts[0]]:
-                parent[root(int(code))] = root(int(first[place]))
-        first = np.array([root(int(code)) for code in first])
+    for place in np.flatnonzero(np.diff(starts) > 1):
+        for code in codes[starts[place] - starts[0] : starts[place + 1] - starts[0]]:
+            parent[root(int(code))] = root(int(first[place]))
+    first = np.array([root(int(code)) for code in first])
     numbers: Indices = np.unique(first, return_inverse=True)[1]
     return numbers
 

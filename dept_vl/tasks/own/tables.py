@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
 from threading import Lock
@@ -28,6 +29,8 @@ LONGEST_CELL = 1 << 27
 CELL_LIMIT = Lock()
 """Held while the limit of `csv`, which is the whole process's, is another than usual."""
 BATCH_ROWS = 1000
+IMAGE_ROWS = 16
+"""Rows read at a time where images have to be read with them."""
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
 EMBEDDED = "embedded:"
@@ -36,7 +39,12 @@ EMBEDDED = "embedded:"
 
 def place(path: Path, number: int) -> str:
     """Name a record for messages."""
-    return f"{path}, {UNITS.get(path.suffix.lower(), 'row')} {number}"
+    return f"{_unit(path)} {number}"
+
+
+@lru_cache(maxsize=64)
+def _unit(path: Path) -> str:
+    return f"{path}, {UNITS.get(path.suffix.lower(), 'row')}"
 
 
 def encoding_of(path: Path) -> str:
@@ -161,14 +169,12 @@ def json_lists(path: Path) -> str:
         UsageError: If it is none of these.
     """
     try:
-        with text_of(path) as file:
-            first = next((line for line in file if line.strip()), "")
-            second = next((line for line in file if line.strip()), "")
+        first, end, second = _lines(path)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: {_not_text(error)}") from None
-    if first.lstrip().startswith("[") or not first:
+    if first in ("[", ""):
         return "list"
-    if first.lstrip().startswith("{") and (second.lstrip().startswith("{") or first.rstrip().endswith("},")):
+    if first == "{" and (second == "{" or end == "},"):
         return "lines"
     with _Utf8(path) as raw, _json_errors(path):
         key = ""
@@ -182,6 +188,29 @@ def json_lists(path: Path) -> str:
     if not second:
         return "lines"  # one record alone
     return "record"
+
+
+def _lines(path: Path) -> tuple[str, str, str]:
+    """Return how the first line begins and ends, and how the second begins; blank ones are passed over.
+
+    One character each and two of the end: a whole file of JSON may be one line.
+    """
+    first = end = ""
+    with text_of(path) as file:
+        while chunk := file.read(CHUNK):
+            line, newline, rest = (chunk if first else chunk.lstrip()).replace("\r", "\n").partition("\n")
+            first = first or line[:1]
+            end = (end + line[-CHUNK:]).rstrip()[-2:]
+            if first and newline:
+                while rest and not rest.lstrip():
+                    rest = file.read(CHUNK)
+                return first, end, rest.lstrip()[:1]
+    return first, end, ""
+
+
+def begins_with_list(path: Path) -> bool:
+    """Return whether a file of text begins with a bracket."""
+    return _lines(path)[0] == "["
 
 
 def read_json(path: Path, key: str = "") -> Numbered:
@@ -263,9 +292,10 @@ def read_parquet(path: Path) -> Numbered:
             types = {field.name: field.type for field in file.schema_arrow}
             names = _class_names(file.schema_arrow.metadata)
             read = [leaf for leaf in leaves if not _holds_bytes(leaf, types, leaves)]
+            size = IMAGE_ROWS if any(leaf.endswith(".bytes") for leaf in read) else BATCH_ROWS
             paths = [name for name in types if _is_image(types[name]) and not _is_list(types[name])]
             start = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=read):
+            for batch in file.iter_batches(size, columns=read):
                 rows = batch.to_pylist()
                 for offset, row in enumerate(rows):
                     for name in paths:
@@ -321,8 +351,11 @@ def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]
     name = next(name for name in types if leaf == name or leaf.startswith(f"{name}."))
     if not _is_image(types[name]):
         return False
-    # Of several images in a row the lists are needed, to see how many there are.
-    return not _is_list(types[name]) or leaf.endswith(".bytes")
+    if not _is_list(types[name]):
+        return True
+    # Of several images in a row one leaf is needed, to see how many there are: their names, if they have any.
+    own = [one for one in leaves if one.startswith(f"{name}.")]
+    return leaf != next((one for one in own if one.endswith(".path")), own[0])
 
 
 def _listed(row: Record, types: dict[str, pa.DataType], path: Path, number: int) -> Record:

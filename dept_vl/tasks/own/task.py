@@ -178,10 +178,10 @@ class OwnTask(Task):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()
         form = self.form if self.form != "question" else next(f for f in FORMS if f in forms)
-        counts = pc.list_value_length(rows.column("images")).unique().to_pylist()
-        if len(counts) > 1:
+        counts = rows.lengths("images")
+        if counts.min() != counts.max():
             raise UsageError(
-                f"{data}: expected as many images in every row, found {min(counts)} to {max(counts)}"
+                f"{data}: expected as many images in every row, found {counts.min()} to {counts.max()}"
             )
         return replace(
             self,
@@ -191,13 +191,13 @@ class OwnTask(Task):
             root=base,
             scoring=_scoring(rows),
             labels=_labels(rows) if form == "label" else (),
-            image_count=counts[0],
+            image_count=int(counts[0]),
             notes=tuple(_notes(rows, chosen, split)),
         )
 
     def answered(self) -> "OwnTask":
         """Return the examples that have an answer."""
-        known = pc.list_value_length(self.rows.column("answers")).to_numpy(zero_copy_only=False) > 0
+        known = self.rows.lengths("answers") > 0
         return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
 
     def asked_by(self, asker: Task) -> "OwnTask":
@@ -260,6 +260,12 @@ class OwnTask(Task):
         if any(name.startswith(INLINE_NUMBER) for name in names):
             return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
         return list(self._paths(names, 0))
+
+    def missing_images(self) -> list[Path]:
+        """Return the image files that are not there; those in tables are, since the tables were read."""
+        names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
+        named = (name for name in names if not name.startswith((EMBEDDED, INLINE_NUMBER)))
+        return (self.folder or ImageFolder(Path())).missing(named)
 
     def _paths(self, references: list[str], row: int) -> tuple[Path, ...]:
         return tuple(self._path(reference, row) for reference in references)
@@ -361,9 +367,9 @@ def _targets(answers: tuple[str, ...], form: str, scoring: str) -> tuple[tuple[s
 
 
 def _scoring(rows: Rows) -> str:
-    if (pc.min(pc.list_value_length(rows.column("choices"))).as_py() or 0) > 1:
+    if rows.lengths("choices").min() > 1:
         return "choices"
-    return "several" if (pc.max(pc.list_value_length(rows.column("answers"))).as_py() or 0) > 1 else "one"
+    return "several" if rows.lengths("answers").max() > 1 else "one"
 
 
 def _labels(rows: Rows) -> tuple[str, ...]:
@@ -375,7 +381,7 @@ def _notes(rows: Rows, chosen: Rows, split: str) -> Iterator[str]:
     renamed = pc.sum(rows.column("renamed")).as_py() or 0
     if renamed:
         yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
-    answers = pc.list_value_length(chosen.column("answers")).to_numpy()
+    answers = chosen.lengths("answers")
     unanswered = int((answers == 0).sum())
     if 0 < unanswered < len(chosen):
         yield f"{unanswered:,} of {len(chosen):,} rows of {split} have no answer and are not learnt or scored"
