@@ -2,11 +2,13 @@
 
     python scripts/bench_loading.py --output_dir /tmp/vqav2-sized
     python scripts/bench_loading.py --output_dir /tmp/mnli-sized --text_pairs 400000
+    python scripts/bench_loading.py --output_dir /tmp/own-sized --own_rows 1000000 --images 300000
 
 Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783
 image names), then loads them in fresh processes: once cold, then from the
 converted columns. With `--text_pairs` it is text pairs of MNLI's form instead: read, tokenised and their
-lengths kept, and how much of a batch is padding. Times are of this machine; the sizes are what matters.
+lengths kept, and how much of a batch is padding. With `--own_rows` it is a table of your own data. Times are
+of this machine, and processor seconds beside them leave out what else it did; the sizes are what matters.
 """
 
 import json
@@ -20,15 +22,18 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TextIO
+from typing import Literal, TextIO
 
 from dept_vl._utils.options import Count, Options, Positive
 from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
+from dept_vl.tasks.base import Task
 from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
 
 SUBTYPE = "train2014"
 PAIRS = "train.jsonl"
+OWN = {"lines": "rows.jsonl", "list": "rows.json", "nested": "answers.json"}
+"""Your own data: JSON Lines, a list in one line, and such a list with ten answers as objects in each row."""
 BATCH, BATCHES = 32, 1000
 """Text pairs in a batch, and batches looked at for padding."""
 WORDS = (
@@ -60,6 +65,10 @@ class BenchConfig(Options):
     """Different images."""
     text_pairs: Count = 0
     """Pairs of MNLI's form to load instead of VQAv2's files."""
+    own_rows: Count = 0
+    """Rows of your own data to load instead."""
+    own_form: Literal["lines", "list", "nested"] = "lines"
+    """JSON Lines, a list in one line, or such a list with ten answers as objects in each row."""
     tokenizer: Path = Path("data/tiny-clip-t5/language")
     """Folder of the tokenizer of the pairs."""
     rounds: Count = 3
@@ -76,12 +85,14 @@ class Load:
 
     Attributes:
         seconds: From the call to a split whose images were looked for.
+        processor_seconds: Of these, what this process computed.
         resident_gib: Memory of the process afterwards, mapped file pages included.
         peak_gib: The most that it had.
         examples: Read.
     """
 
     seconds: float
+    processor_seconds: float
     resident_gib: float
     peak_gib: float
     examples: int
@@ -145,6 +156,40 @@ def write_pairs(config: BenchConfig) -> None:
             file.write(json.dumps(pair) + "\n")
 
 
+def write_own(config: BenchConfig) -> None:
+    """Write a table of your own data, and the names of its images."""
+    folder = config.output_dir / "photos"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = Random(0)
+    in_list = config.own_form != "lines"
+    with (config.output_dir / OWN[config.own_form]).open("w") as file:
+        for number in range(config.own_rows):
+            answer = f"{rng.choice(WORDS)} {rng.choice(WORDS)}"
+            row = {
+                "id": number,
+                "image": f"photos/{number % config.images:06d}.jpg",
+                "question": f"{rng.choice(STARTS)} {rng.choice(WORDS)} the {rng.choice(WORDS)}?",
+            }
+            if config.own_form == "nested":
+                row["answers"] = [{"answer": answer, "answer_confidence": "yes"} for _ in range(10)]
+            else:
+                row["answer"] = answer
+            file.write((", " if number else "[") * in_list + json.dumps(row) + "\n" * (not in_list))
+        file.write("]" * in_list)
+    for number in range(config.images):
+        (folder / f"{number:06d}.jpg").touch()
+
+
+def load_own(config: BenchConfig) -> Load:
+    """Load all rows of your own data in this process."""
+    from dept_vl.data.splits import check_images
+    from dept_vl.tasks import load_task
+
+    started = time.perf_counter(), time.process_time()
+    data = config.output_dir / OWN[config.own_form]
+    return _measured(started, check_images(load_task("vqa", data=data, split="train"), "raise"))
+
+
 def load_pairs(config: BenchConfig) -> Load:
     """Read the pairs and count their tokens in this process; say how much of a batch is padding."""
     from transformers import AutoTokenizer
@@ -154,10 +199,10 @@ def load_pairs(config: BenchConfig) -> Load:
     from dept_vl.tasks.text.task import TextTask, read_rows
 
     tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=False)
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     task = TextTask("mnli", read_rows("mnli", config.output_dir, "train"))
     lengths = source_lengths(task, tokenizer)
-    found = _measured(time.perf_counter() - started, len(task))
+    found = _measured(started, task)
     for name, grouping in (("mixed", None), ("grouped by length", [lengths])):
         batches = TrainingBatches([len(task)], [BATCH], seed=0, lengths=grouping)
         taken = [lengths[[number % len(task) for _, number in batch]] for batch in islice(batches, BATCHES)]
@@ -171,16 +216,15 @@ def load(root: Path) -> Load:
     """Load the split in this process."""
     from dept_vl.data.splits import check_images
 
-    started = time.perf_counter()
-    task = check_images(VQAv2().load(root, "train"), "raise")
-    seconds = time.perf_counter() - started
+    started = time.perf_counter(), time.process_time()
+    return _measured(started, check_images(VQAv2().load(root, "train"), "raise"))
+
+
+def _measured(started: tuple[float, float], task: Task) -> Load:
+    seconds, processor = time.perf_counter() - started[0], time.process_time() - started[1]
     # Read as training does, all over the file, so that mapped pages are counted.
     for index in range(0, len(task), max(1, len(task) // 5000)):
         task[index]
-    return _measured(seconds, len(task))
-
-
-def _measured(seconds: float, examples: int) -> Load:
     # Linux says kibibytes, macOS bytes.
     unit = 1024 if sys.platform != "darwin" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
@@ -189,16 +233,22 @@ def _measured(seconds: float, examples: int) -> Load:
     if status.is_file():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
         resident = int(line.split()[1]) / 2**20
-    return Load(round(seconds, 2), round(resident, 2), round(peak, 2), examples)
+    return Load(round(seconds, 2), round(processor, 2), round(resident, 2), round(peak, 2), len(task))
 
 
 def main(config: BenchConfig) -> list[Load]:
     """Generate, load cold, load again; returns the loads in that order."""
     if config.load_only:
-        found = load_pairs(config) if config.text_pairs else load(config.output_dir)
+        if config.own_rows:
+            found = load_own(config)
+        else:
+            found = load_pairs(config) if config.text_pairs else load(config.output_dir)
         print(json.dumps(asdict(found)))
         return [found]
-    if config.text_pairs and not (config.output_dir / PAIRS).is_file():
+    if config.own_rows:
+        if not (config.output_dir / OWN[config.own_form]).is_file():
+            write_own(config)
+    elif config.text_pairs and not (config.output_dir / PAIRS).is_file():
         write_pairs(config)
     elif not config.text_pairs and not (config.output_dir / SUBTYPE).is_dir():
         print(f"writing {config.questions:,} questions to {config.output_dir}")
@@ -211,6 +261,7 @@ def main(config: BenchConfig) -> list[Load]:
             [
                 *(sys.executable, __file__, "--output_dir", str(config.output_dir), "--load_only"),
                 *("--text_pairs", str(config.text_pairs), "--tokenizer", str(config.tokenizer)),
+                *("--own_rows", str(config.own_rows), "--own_form", config.own_form),
             ],
             env={**os.environ, "DEPT_VL_CACHE": str(cache)},
             check=True,
@@ -219,14 +270,16 @@ def main(config: BenchConfig) -> list[Load]:
         )
         loads.append(Load(**json.loads(finished.stdout.splitlines()[-1])))
     rows = [
-        (name, f"{one.seconds:.2f}", f"{one.resident_gib:.2f}", f"{one.peak_gib:.2f}")
+        (name, *(f"{n:.2f}" for n in (one.seconds, one.processor_seconds, one.resident_gib, one.peak_gib)))
         for name, one in zip(
             ["cold", *[f"from its cache, {n}" for n in range(1, config.rounds + 1)]], loads, strict=True
         )
     ]
-    size = sum(path.stat().st_size for path in config.output_dir.glob("*.json*")) / 2**20
-    what = "text pairs" if config.text_pairs else "questions"
-    header = [f"{loads[0].examples:,} {what}, {size:.0f} MiB of JSON", "s", "GiB resident", "GiB at most"]
+    tables = [OWN[config.own_form]] if config.own_rows else ["*.json*"]
+    size = sum(path.stat().st_size for name in tables for path in config.output_dir.glob(name)) / 2**20
+    what = "rows to train on" if config.own_rows else "text pairs" if config.text_pairs else "questions"
+    about = f"{loads[0].examples:,} {what}, {size:.0f} MiB of JSON"
+    header = [about, "s", "s of processor", "GiB resident", "GiB at most"]
     print(markdown_table(header, rows))
     if config.json_out is not None:
         config.json_out.write_text(json.dumps([asdict(one) for one in loads], indent=2) + "\n")
