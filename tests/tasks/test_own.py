@@ -127,6 +127,8 @@ def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
     [
         b"\xef\xbb\xbf" + lines(QUESTION).encode(),
         lines(QUESTION).encode("utf-16"),
+        lines(QUESTION).encode("utf-16-le"),
+        lines(QUESTION).encode("utf-16-be"),
         lines(QUESTION).replace("\n", "\r\n").encode(),
         lines(QUESTION).replace("}\n", "},\n").encode(),
         json.dumps([QUESTION]).encode(),
@@ -148,11 +150,16 @@ def test_unambiguous_oddities_are_read(
     assert own(written(tmp_path, content, name))[0].answers == ("blue",)
 
 
-def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> None:
-    usual = csv.field_size_limit()
-    text = f"image,question,answer\nIMG_0001.JPG,{'w' * 2 * usual},blue\n"
-    assert len(own(written(tmp_path, text, "data.csv"))[0].question) == 2 * usual
-    assert csv.field_size_limit() == usual
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_csv_of_a_spreadsheet(tmp_path: Path, encoding: str) -> None:
+    long = "what is this? " * 714
+    text = f'image,question,answer,\r\nIMG_0001.JPG,"a\r\nb é",3,\r\nIMG_0001.JPG,{long},say ""hi"",\r\n'
+    task = own(written(tmp_path, text.encode(encoding), "data.csv"))
+    assert [(task[n].question, task[n].answers) for n in (0, 1)] == [
+        ("a\r\nb é", ("3",)),
+        (long.strip(), ('say ""hi""',)),
+    ]
+    assert len(long) > 9_990
 
 
 def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:
@@ -186,6 +193,22 @@ def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         ("data.parquet", "no parquet", "data.parquet"),
         ("data.jsonl", lines(QUESTION | {"choices": ["red", "green"]}), "line 1, column 'choices'"),
         ("data.jsonl", "", "data.jsonl"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"image": {"a": 1}}), "line 2, column 'image'"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"answer": {"a": 1}}), "line 2, column 'answer'"),
+        ("data.jsonl", lines(QUESTION | {"image": "https://x/y.jpg"}), "line 1, column 'image'"),
+        ("data.jsonl", lines(QUESTION | {"image": "data:image/png;base64,@"}), "line 1, column 'image'"),
+        ("data.jsonl", lines(QUESTION, QUESTION | {"images": ["a", "b"]}), "row 2"),
+        ("data.jsonl", lines(QUESTION).encode() + b'{"question": "caf\xe9"}\n', "line 2"),
+        ("data.json", b'[{"question":\n "caf\xe9"}]', "line 2"),
+        ("data.json", f"[{json.dumps(QUESTION)},\n]", "line 2, column 1"),
+        ("data.json", json.dumps([QUESTION])[:-9], "line 1, column"),
+        ("data.csv", "image,question\n,what?\n", "line 2, column 'image'"),
+        ("data.csv", "image,question\n/etc/passwd,what?\n", "line 2, column 'image'"),
+        ("data.csv", 'image,question\na.png,"what?\nb.png,which?\n', "line 2"),
+        ("data.csv", 'image,question\na.png,"what"?\n', "line 2"),
+        ("data.csv", "foo,bar\n1,2\n", "columns are foo, bar. Understood are images, image"),
+        ("data.csv", "image,bar\na.png,2\n", "--columns question=NAME answer=NAME"),
+        ("data.xlsx", "PK", "data.xlsx"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_clear_error(

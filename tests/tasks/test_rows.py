@@ -320,7 +320,7 @@ def test_error_in_the_records_comes_out_and_leaves_nothing(
 def test_record_that_does_not_fit_is_refused(source: Path, cache: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"every '{name}' to fit") as caught:
         made(source, [*records(3), {"id": 9, "kind": "a", "answers": [], name: value}])
-    assert str(caught.value).startswith(f"{source}: ")
+    assert str(caught.value).startswith(f"{source}, record 4: ")
     assert "\n" not in str(caught.value)
     assert files_in(cache) == []
 

@@ -228,15 +228,21 @@ def _writing(folder: Path, source: Path) -> Iterator[None]:
 def _batches(
     schema: pa.Schema, records: Iterator[Mapping[str, Any]], source: Path
 ) -> Iterator[pa.RecordBatch]:
+    start = 0
     while chunk := list(islice(records, CHUNK_ROWS)):
-        yield pa.record_batch([_column(column, chunk, source) for column in schema], schema=schema)
+        yield pa.record_batch([_column(column, chunk, source, start) for column in schema], schema=schema)
+        start += len(chunk)
 
 
-def _column(column: pa.Field, chunk: Sequence[Mapping[str, Any]], source: Path) -> pa.Array:
+def _column(column: pa.Field, chunk: Sequence[Mapping[str, Any]], source: Path, start: int) -> pa.Array:
     try:
         return pa.array([record[column.name] for record in chunk], column.type)
     # Arrow's own errors are among these: too large a number, a lone surrogate, a list of other things.
     except (TypeError, ValueError, OverflowError) as error:
+        if len(chunk) > 1:  # to name the one
+            for number, record in enumerate(chunk):
+                _column(column, [record], source, start + number)
         raise ValueError(
-            f"{source}: expected every {column.name!r} to fit {column.type}, found one that does not: {error}"
+            f"{source}, record {start + 1:,}: expected every {column.name!r} to fit {column.type}, found one "
+            f"that does not: {error}"
         ) from None

@@ -123,6 +123,7 @@ class Columns:
         return {
             "id": _identity(record.get(found["id"])) if "id" in found else "",
             "images": self._images(record, found, where),
+            "column": found.get("image", "images"),
             "split": split if isinstance(split, str) else "",
             "type": kind if isinstance(kind, str) else "",
             "choices": [],
@@ -140,8 +141,9 @@ class Columns:
 
     def _check_images(self, images: Sequence[str], record: Record, where: str) -> None:
         if not images:
+            known = [f", column {name!r}" for name in NAMES["image"] if name in record]
             raise UsageError(
-                f"{where}: expected an image, found none; the columns are "
+                f"{where}{''.join(known[:1])}: expected an image, found none; the columns are "
                 f"{', '.join(map(str, record)) or 'none'}. Understood are {', '.join(NAMES['image'])}; "
                 "--columns image=NAME takes another"
             )
@@ -149,7 +151,7 @@ class Columns:
     def _image(self, value: Any, where: str) -> str:
         """Return the reference to an image: a path, an embedded one, or a data URL."""
         if isinstance(value, dict):
-            value = value.get("path") or value.get("url") or value.get("image")
+            value = value.get("path") or value.get("url") or value.get("image") or value
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str) or not value:

@@ -68,7 +68,8 @@ def _records(
             for row in columns.rows(record, where, text_cells=text_cells):
                 row["split"] = row["split"] or table.split
                 row["id"], row["renamed"] = _new_id(row["id"], count, seen)
-                row["images"], row["embedded"] = _references(row["images"], folder, base, below, where)
+                at = f"{where}, column {row['column']!r}"
+                row["images"], row["embedded"] = _references(row["images"], folder, base, below, at)
                 row["place"] = count
                 count += 1
                 yield row

@@ -4,6 +4,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
@@ -48,10 +49,15 @@ def _unit(path: Path) -> str:
 
 
 def encoding_of(path: Path) -> str:
-    """Return the encoding of a text file by its byte order mark; without one UTF-8."""
+    """Return the encoding of a text file: by its byte order mark, by the zeros of UTF-16, else UTF-8."""
     with path.open("rb") as file:
         start = file.read(3)
-    return next((name for bom, name in BOMS.items() if start.startswith(bom)), "utf-8")
+    for mark, name in BOMS.items():
+        if start.startswith(mark):
+            return name
+    if 0 in start[:2]:  # a table begins with a character of ASCII
+        return "utf-16-le" if start[0] else "utf-16-be"
+    return "utf-8"
 
 
 def text_of(path: Path) -> TextIOWrapper:
@@ -65,15 +71,11 @@ def read_lines(path: Path) -> Numbered:
     Raises:
         UsageError: If a line is no JSON object.
     """
-    number = 0
-    try:
-        with text_of(path) as file:
-            for number, line in enumerate(file, start=1):
-                text = line.strip().removesuffix(",")
-                if text:
-                    yield number, _object(path, number, text)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{place(path, _undecodable(path))}: {_not_text(error)}") from None
+    with _decoding(path), text_of(path) as file:
+        for number, line in enumerate(file, start=1):
+            text = line.strip().removesuffix(",")
+            if text:
+                yield number, _object(path, number, text)
 
 
 def _object(path: Path, number: int, text: str) -> Record:
@@ -101,6 +103,15 @@ def _undecodable(path: Path) -> int:
     return 1
 
 
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Turn bytes that are no text into one line with the number of theirs."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}, line {_undecodable(path)}: {_not_text(error)}") from None
+
+
 def _not_text(error: UnicodeDecodeError) -> str:
     return (
         f"the byte 0x{error.object[error.start]:02x} is no UTF-8; save the file as UTF-8 (in a spreadsheet "
@@ -114,9 +125,9 @@ def read_csv(path: Path) -> Numbered:
     Raises:
         UsageError: If there is no header, a row has other cells than it, or quotes are not closed.
     """
-    rows = None
+    line = 1
     try:
-        with text_of(path) as file:
+        with _decoding(path), text_of(path) as file:
             first = file.readline()
             file.seek(0)
             if not first.strip():
@@ -125,6 +136,7 @@ def read_csv(path: Path) -> Numbered:
             delimiter = max(DELIMITERS, key=lambda mark: (first.count(mark), mark == usual))
             rows = csv.reader(file, delimiter=delimiter, strict=True)
             header = _header(path, next(rows))
+            line = rows.line_num + 1
             for cells in _long_cells(rows):
                 if len(cells) == len(header):
                     yield rows.line_num, dict(zip(header, cells, strict=True))
@@ -133,10 +145,8 @@ def read_csv(path: Path) -> Numbered:
                         f"{place(path, rows.line_num)}: expected {len(header)} cells ({', '.join(header)}), "
                         f"found {len(cells)}; text that holds {delimiter!r} needs double quotes around it"
                     )
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{place(path, _undecodable(path))}: {_not_text(error)}") from None
+                line = rows.line_num + 1  # where the next row begins: a quote may hold more lines
     except csv.Error as error:
-        line = 1 if rows is None else rows.line_num
         raise UsageError(f"{place(path, line)}: {error}; a quote inside of quotes is written twice") from None
 
 
@@ -168,10 +178,7 @@ def json_lists(path: Path) -> str:
     Raises:
         UsageError: If it is none of these.
     """
-    try:
-        first, end, second = _lines(path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: {_not_text(error)}") from None
+    first, end, second = _lines(path)
     if first in ("[", ""):
         return "list"
     if first == "{" and (second == "{" or end == "},"):
@@ -194,9 +201,12 @@ def _lines(path: Path) -> tuple[str, str, str]:
     """Return how the first line begins and ends, and how the second begins; blank ones are passed over.
 
     One character each and two of the end: a whole file of JSON may be one line.
+
+    Raises:
+        UsageError: If it is no text.
     """
     first = end = ""
-    with text_of(path) as file:
+    with _decoding(path), text_of(path) as file:
         while chunk := file.read(CHUNK):
             line, newline, rest = (chunk if first else chunk.lstrip()).replace("\r", "\n").partition("\n")
             first = first or line[:1]
@@ -273,7 +283,7 @@ class _json_errors:  # used like a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UnicodeDecodeError):
-            raise UsageError(f"{self.path}: {_not_text(error)}") from None
+            raise UsageError(f"{self.path}, line {_undecodable(self.path)}: {_not_text(error)}") from None
         if not isinstance(error, ijson.JSONError):
             return
         where, reason = json_fault(self.path, error, encoding_of(self.path))

@@ -179,9 +179,11 @@ class OwnTask(Task):
         forms = rows.column("form").unique().to_pylist()
         form = self.form if self.form != "question" else next(f for f in FORMS if f in forms)
         counts = rows.lengths("images")
-        if counts.min() != counts.max():
+        other = np.flatnonzero(counts != counts[0])
+        if len(other):
             raise UsageError(
-                f"{data}: expected as many images in every row, found {counts.min()} to {counts.max()}"
+                f"{data}: expected as many images in every row, found {counts[0]} in the first and "
+                f"{counts[other[0]]} in row {other[0] + 1} (id {rows.value('id', int(other[0]))})"
             )
         return replace(
             self,
