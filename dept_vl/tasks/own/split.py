@@ -86,7 +86,7 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices) -> Indices:
     starts = images.offsets.to_numpy()
     codes = images.flatten().dictionary_encode().indices.to_numpy()
     codes = codes.astype(np.int64)
-    first = codes[starts[:-1] - starts[0]]
+    first: Indices = codes[starts[:-1] - starts[0]]
     if len(codes) == len(first):  # one each
         return first
     parent = np.arange(int(codes.max()) + 1)
