@@ -8,6 +8,7 @@ So they are read when they are needed, and never written out.
 
 import os
 from bisect import bisect_right
+from collections import deque
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -21,6 +22,10 @@ ARROW_MAGIC = b"ARROW1"
 BATCH_ROWS = 8
 """Rows of a Parquet file that are decoded at a time: a row group may hold gigabytes. Its pages are decoded
 whole."""
+
+
+KEPT_BATCHES = 8
+"""That stay decoded: threads that read one row after the other come a little out of order."""
 
 
 def embedded_path(file: str, column: str, row: int, item: int | None = None) -> str:
@@ -72,7 +77,7 @@ def _value(file: str, column: str, row: int) -> Any:
     if file.endswith(".arrow"):
         return open_arrow(file, os.stat(file).st_mtime_ns).column(column)[row].as_py()
     changed = os.stat(file).st_mtime_ns
-    starts = _parquet(file, changed)[1]
+    starts = _group_starts(file, changed)
     group = bisect_right(starts, row) - 1
     return _group(file, changed, group, column, os.getpid()).value(row - starts[group])
 
@@ -93,22 +98,26 @@ def open_arrow(file: str, changed: int) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _parquet(file: str, changed: int) -> tuple[Any, list[int]]:
+def _group_starts(file: str, changed: int) -> list[int]:
+    """The first row of each row group."""
     import pyarrow.parquet as pq
 
-    opened = pq.ParquetFile(file, memory_map=True)
+    metadata = pq.read_metadata(file, memory_map=True)
     starts, row = [], 0
-    for number in range(opened.num_row_groups):
+    for number in range(metadata.num_row_groups):
         starts.append(row)
-        row += opened.metadata.row_group(number).num_rows
-    return opened, starts
+        row += metadata.row_group(number).num_rows
+    return starts
 
 
 class _Group:
     """A column of a row group, decoded a few rows at a time, forwards."""
 
-    def __init__(self, file: str, changed: int, number: int, column: str) -> None:
-        self._opened, _ = _parquet(file, changed)
+    def __init__(self, file: str, number: int, column: str) -> None:
+        import pyarrow.parquet as pq
+
+        # An opened file each: threads must not decode from one at a time.
+        self._opened = pq.ParquetFile(file, memory_map=True)
         self._number, self._column, self._lock = number, column, Lock()
         self._rewind()
 
@@ -116,20 +125,22 @@ class _Group:
         self._batches = self._opened.iter_batches(
             BATCH_ROWS, row_groups=[self._number], columns=[self._column], use_threads=False
         )
-        self._start, self._batch = 0, next(self._batches)
+        self._kept, self._end = deque[tuple[int, Any]](maxlen=KEPT_BATCHES), 0
 
     def value(self, place: int) -> Any:
         """Return the value of a row, counted from the first of the group."""
         with self._lock:
-            if place < self._start:
+            if self._kept and place < self._kept[0][0]:
                 self._rewind()
-            while place >= self._start + len(self._batch):
-                self._start += len(self._batch)
-                self._batch = next(self._batches)
-            return self._batch.column(0)[place - self._start].as_py()
+            while place >= self._end:
+                batch = next(self._batches)
+                self._kept.append((self._end, batch))
+                self._end += len(batch)
+            start, batch = next(pair for pair in reversed(self._kept) if pair[0] <= place)
+            return batch.column(0)[place - start].as_py()
 
 
 @lru_cache(maxsize=1)  # neighbours are usually read one after the other
 def _group(file: str, changed: int, number: int, column: str, process: int) -> _Group:
     # Of this process alone: what a worker inherits may be in the middle of a read.
-    return _Group(file, changed, number, column)
+    return _Group(file, number, column)

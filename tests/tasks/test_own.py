@@ -8,6 +8,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from runs import forget_checksums, with_
 
 import dept_vl
+from dept_vl._utils import embedded
 from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
@@ -29,12 +31,15 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.tasks.own.split import image_groups
 from dept_vl.training.extract import extract
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 
 OWN = Path(__file__).parents[1] / "fixtures" / "own"
 PHOTOS = OWN / "photos"
+POOL = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Counts what is allocated; it outlives all of that."""
 CAPTIONS = {"a green square": 1.0, "one square that is green": 1.0}
 QUESTION = {"image": "IMG_0001.JPG", "question": "what color is it?", "answer": "blue"}
 
@@ -244,28 +249,34 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
             assert pixels == [read_image(one).tobytes()] * count
     labels = load_task("vqa", data=tmp_path / "a.parquet", split="all")
     assert (labels.name, labels.labels, labels[1].answer) == ("labels", ("blue", "red"), "red")
+    both = own(written(tmp_path, lines(*(QUESTION | {"image": url} for _ in range(3)), QUESTION), "e.jsonl"))
+    assert image_groups(both.rows, range(4)).tolist() == [0, 0, 0, 1]  # are held out together
     assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
 
 
 def test_images_in_tables_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:
-    one, count = 50_000, 400
+    one, count = 20_000, 1000
     images = [{"bytes": bytes([n % 251]) * one, "path": f"{n}.png"} for n in range(count)]
     for name, column in (("image", images), ("images", [[image, image] for image in images])):
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.table({name: column, "question": ["a"] * count}), path, write_batch_size=4)
-    usual, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
-    pa.set_memory_pool(pool)
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(POOL)
     try:
         alone = [
             load_task("vqa", data=tmp_path / f"{name}.parquet", split="all") for name in ("image", "images")
         ]
-        for row in (0, 399, 7):
+        for row in (0, 999, 7):
             (path,) = alone[0][row].images
             assert embedded_bytes(path) == images[row]["bytes"]
         assert embedded_bytes(alone[1][9].images[1]) == images[9]["bytes"]
+        with ThreadPoolExecutor(8) as threads:  # as sizes of images are looked up
+            paths = [alone[0][row].images[0] for row in range(count)]
+            assert list(threads.map(embedded_bytes, paths)) == [image["bytes"] for image in images]
     finally:
+        embedded._group.cache_clear()
         pa.set_memory_pool(usual)
-    assert pool.max_memory() < one * count / 3
+    assert POOL.max_memory() < one * count / 3
 
 
 def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:

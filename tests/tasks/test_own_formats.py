@@ -417,7 +417,7 @@ def test_every_format_is_learnt_scored_and_answered(
     scores = run(trained).scores
     assert form.primary in scores
     found = score_run(EvaluateConfig(run=tmp_path / "run", output_dir=tmp_path / "again"))
-    assert found.scores == scores
+    assert {name: found.scores[name] for name in scores} == scores
     if form.tests:
         (tmp_path / "test").mkdir()
         own = OwnOptions.of(**form.write(tmp_path / "test", False))

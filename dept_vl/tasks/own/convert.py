@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from dept_vl._utils.checksums import checksum
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Rows, convert
 from dept_vl.tasks.own.columns import INLINE, Columns, confine, read_mapping
@@ -34,7 +35,8 @@ SCHEMA = pa.schema(
     }
 )
 INLINE_NUMBER = "inline:"
-"""Begins the reference to an image of the column `embedded`, which data URLs go into."""
+"""Begins the reference to an image of the column `embedded`, which data URLs go into: its number in the row,
+and its checksum, by which the same image of other rows is known."""
 
 
 def rows_of(
@@ -44,7 +46,7 @@ def rows_of(
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
-    key = repr(("relative", said, str(folder.absolute()), [table.split for table in tables], images_alone))
+    key = repr(("checksums", said, str(folder.absolute()), [table.split for table in tables], images_alone))
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     columns = Columns(
         read_mapping(options.columns), all_turns=options.turns == "all", images_alone=images_alone
@@ -95,8 +97,9 @@ def _references(
     embedded: list[bytes] = []
     for image in images:
         if image.startswith(INLINE):
-            references.append(f"{INLINE_NUMBER}{len(embedded)}")
-            embedded.append(_decoded(image, where))
+            content = _decoded(image, where)
+            references.append(f"{INLINE_NUMBER}{len(embedded)}:{checksum(content)}")
+            embedded.append(content)
         elif image.startswith(EMBEDDED):
             # Below the folder of the data, which may be moved.
             references.append(EMBEDDED + image[len(EMBEDDED) :].removeprefix(f"{base.absolute()}/"))

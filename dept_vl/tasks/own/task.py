@@ -276,7 +276,7 @@ class OwnTask(Task):
         if reference.startswith(EMBEDDED):
             return self.root / reference[len(EMBEDDED) :]
         if reference.startswith(INLINE_NUMBER):
-            number = int(reference[len(INLINE_NUMBER) :])
+            number = int(reference[len(INLINE_NUMBER) :].partition(":")[0])
             return Path(embedded_path(str(self.rows.files[0]), "embedded", row, number))
         return Path(reference) if self.folder is None else self.folder.find(reference)
 
