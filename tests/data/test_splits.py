@@ -307,7 +307,7 @@ def test_files_that_do_not_serve_are_refused_or_left_with_a_warning(
     said = {
         "encoder": r"of another encoder.* differ in vision_layer",
         "truncated": r"features-00001\.safetensors is damaged: expected [\d,]+ bytes, found 5",
-        "unfinished": r"are not finished; dept-vl features goes on",
+        "unfinished": r"are not finished; dept-vl features resumes",
         "lacking": r"images have no visual features in .*dept-vl features adds them",
     }[damage]
     with pytest.raises((ValueError, FileNotFoundError), match=said):
