@@ -6,6 +6,7 @@ Images of `fixtures/own` are rendered; its tables are written by hand in the for
 import base64
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.split import image_groups
+from dept_vl.tasks.own.split import image_groups, leaks
 from dept_vl.training.extract import extract
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
@@ -252,6 +253,20 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
     both = own(written(tmp_path, lines(*(QUESTION | {"image": url} for _ in range(3)), QUESTION), "e.jsonl"))
     assert image_groups(both.rows, range(4)).tolist() == [0, 0, 0, 1]  # are held out together
     assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
+
+
+def test_one_image_in_several_rows_of_a_table_is_one_image(tmp_path: Path) -> None:
+    first, second = ({"bytes": (PHOTOS / name).read_bytes()} for name in ("IMG_0001.JPG", "scan-3.png"))
+    table = {
+        "image": [first, first, second, first],
+        "question": ["what?"] * 4,
+        "answer": ["a"] * 4,
+        "split": ["train", "train", "train", "test"],
+    }
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    rows = own(tmp_path / "a.parquet").rows
+    assert image_groups(rows, range(4), tmp_path).tolist() == [0, 0, 1, 0]
+    assert [re.findall(r"\d+", line) for line in leaks(rows, tmp_path)] == [["1", "1"]]
 
 
 def test_images_in_tables_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 """Splits that the data have, and those that are held out of the training images."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
 
+from dept_vl._utils.checksums import checksum
+from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
 from dept_vl.tasks.own.files import SPLITS
+from dept_vl.tasks.own.tables import EMBEDDED
 
 TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto"
 NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
-def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
+def choose(rows: Rows, split: str, share: float, seed: int, root: Path = Path()) -> Indices:
     """Return the rows of a split.
 
     Args:
@@ -22,6 +26,7 @@ def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
             all.
         share: Of the training images, held out for each of validation and test that the data do not have.
         seed: Of the draw.
+        root: Folder that names of tables with images start from.
 
     Raises:
         UsageError: If there is no such split, or there are too few images.
@@ -53,18 +58,18 @@ def choose(rows: Rows, split: str, share: float, seed: int) -> Indices:
         )
     if not missing:
         return train
-    sides = hold_out(rows, train, len(missing), share, seed)
+    sides = hold_out(rows, train, len(missing), share, seed, root)
     held = dict(zip((*missing, TRAIN), sides, strict=True))
     return held[split]
 
 
-def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int) -> list[Indices]:
+def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int, root: Path) -> list[Indices]:
     """Split rows by image, so that no image is on two sides: the parts held out, then the rest.
 
     Raises:
         UsageError: If there are fewer images than sides.
     """
-    groups = image_groups(rows, places)
+    groups = image_groups(rows, places, root)
     count = int(groups.max()) + 1
     if count <= parts:
         raise UsageError(
@@ -79,38 +84,54 @@ def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int) -
     return [places[side[groups] == number] for number in range(parts + 1)]
 
 
-def image_groups(rows: Rows, places: Sequence[int] | Indices) -> Indices:
+def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path = Path()) -> Indices:
     """Return a number for each row; rows that share an image, also by way of others, have the same."""
     chosen = rows if len(places) == len(rows) else rows.subset(places)
     images = chosen.column("images").combine_chunks()
     starts = images.offsets.to_numpy()
-    codes = images.flatten().dictionary_encode().indices.to_numpy()
-    codes = codes.astype(np.int64)
+    encoded = images.flatten().dictionary_encode()
+    numbered: dict[str, int] = {}
+    same = [
+        numbered.setdefault(image, len(numbered)) for image in _contents(encoded.dictionary.to_pylist(), root)
+    ]
+    codes = np.array(same, np.int64)[encoded.indices.to_numpy()]
     first: Indices = codes[starts[:-1] - starts[0]]
     if len(codes) == len(first):  # one each
         return first
     parent = np.arange(int(codes.max()) + 1)
 
-    def root(code: int) -> int:
+    def least(code: int) -> int:
         while parent[code] != code:
             parent[code] = code = parent[parent[code]]
         return code
 
     for place in np.flatnonzero(np.diff(starts) > 1):
         for code in codes[starts[place] - starts[0] : starts[place + 1] - starts[0]]:
-            parent[root(int(code))] = root(int(first[place]))
-    first = np.array([root(int(code)) for code in first])
+            parent[least(int(code))] = least(int(first[place]))
+    first = np.array([least(int(code)) for code in first])
     numbers: Indices = np.unique(first, return_inverse=True)[1]
     return numbers
 
 
-def leaks(rows: Rows) -> list[str]:
+def _contents(references: Sequence[str], root: Path) -> list[str]:
+    """Return what tells images apart: a checksum where a table has the bytes, again for each question."""
+
+    def content(reference: str) -> str:
+        try:
+            return checksum(embedded_bytes(root / reference.removeprefix(EMBEDDED)))
+        except ValueError:  # No bytes: reading the image reports it.
+            return reference
+
+    return [content(one) if one.startswith(EMBEDDED) else one for one in references]
+
+
+def leaks(rows: Rows, root: Path = Path()) -> list[str]:
     """Return a line for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]
     images = {}
     for name in present:
         column = rows.where("split", [name]).column("images").combine_chunks()
-        images[name] = set(column.flatten().unique().to_pylist())
+        images[name] = set(_contents(column.flatten().unique().to_pylist(), root))
     return [
         f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
         for place, name in enumerate(present)

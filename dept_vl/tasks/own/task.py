@@ -173,7 +173,8 @@ class OwnTask(Task):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of images: {folder}")
         rows = rows_of(tables, folder, base, self.options, images_alone=not self.asks)
-        chosen = rows.subset(splits.choose(rows, split, self.options.holdout_share, self.options.split_seed))
+        own = self.options
+        chosen = rows.subset(splits.choose(rows, split, own.holdout_share, own.split_seed, base))
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()
@@ -194,7 +195,7 @@ class OwnTask(Task):
             scoring=_scoring(rows),
             labels=_labels(rows) if form == "label" else (),
             image_count=int(counts[0]),
-            notes=tuple(_notes(rows, chosen, split)),
+            notes=tuple(_notes(rows, chosen, split, base)),
         )
 
     def answered(self) -> "OwnTask":
@@ -379,7 +380,7 @@ def _labels(rows: Rows) -> tuple[str, ...]:
     return tuple(labels) if len(labels) <= MOST_LABELS else ()
 
 
-def _notes(rows: Rows, chosen: Rows, split: str) -> Iterator[str]:
+def _notes(rows: Rows, chosen: Rows, split: str, root: Path) -> Iterator[str]:
     renamed = pc.sum(rows.column("renamed")).as_py() or 0
     if renamed:
         yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
@@ -387,7 +388,7 @@ def _notes(rows: Rows, chosen: Rows, split: str) -> Iterator[str]:
     unanswered = int((answers == 0).sum())
     if 0 < unanswered < len(chosen):
         yield f"{unanswered:,} of {len(chosen):,} rows of {split} have no answer and are not learnt or scored"
-    yield from splits.leaks(rows)
+    yield from splits.leaks(rows, root)
     asked = "question" in rows.column("form").unique().to_pylist()
     if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
         yield (
