@@ -79,8 +79,10 @@ class TransferConfig(Options):
         """Check what can be seen before anything is run.
 
         Raises:
-            UsageError: If a name is unknown, or a list is empty.
+            UsageError: If a name is unknown or missing, or a list is empty.
         """
+        if not self.target:
+            raise UsageError("a target is missing: give --target TASK, or --data FILE")
         if self.target not in TASKS:
             raise UnknownNameError("target", self.target, TASKS)
         if self.seeds < 1 or not self.k or min(self.k) < 1 or not self.source or not self.starts:
