@@ -6,8 +6,8 @@ Object order: the shipped backbone without vectors of the places (none), or with
 trained).
 Image fit: scenes twice as wide as high, with objects in the outer quarters too,
 squashed, cropped or padded. A prompt and the visual projection are trained each time, on the same questions;
-all runs are scored on the same questions about other scenes. Finished runs are kept, so the same command goes
-on where it was stopped.
+all runs are scored on the same questions about other scenes. Finished runs are kept, so the same command
+continues where it was stopped.
 """
 
 import json

@@ -4,7 +4,7 @@
 
 m from 0 to l at the budget of l = 100 vectors; l from an eighth to twice that, with m = l / 5; A and B at
 the rate of P; P from noise, common words or a text; and k shots, from scratch and from a source. Finished
-runs are kept under `--output_dir`, so the same command goes on where it was stopped.
+runs are kept under `--output_dir`, so the same command continues where it was stopped.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class AblationConfig(CompareConfig):
     k: tuple[Positive, ...] = (2, 4, 8, 16, 32, 64)
     """Shots; none leaves this part out."""
     output_dir: Path = Path("runs/ablations")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
 
 
 def main(options: AblationConfig) -> None:
