@@ -10,7 +10,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.images import missing_files
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
@@ -257,6 +256,8 @@ class Task(ABC):
 
     def missing_images(self) -> list[Path]:
         """Return the image files that are not there; override it where that is possible without all paths."""
+        from dept_vl._utils.images import missing_files
+
         return missing_files(self.image_files())
 
     def subset(self, indices: Sequence[int]) -> "Task":
