@@ -2,8 +2,8 @@
 
     python scripts/ablate_images.py
 
-Object order: the shipped backbone without vectors of the places (none), or with random ones (frozen,
-trained).
+Object order: the shipped backbone with the vectors of the places that it was pretrained with (own),
+without any (none), or with random ones instead (frozen, trained).
 Image fit: scenes twice as wide as high, with objects in the outer quarters too,
 squashed, cropped or padded. A prompt and the visual projection are trained each time, on the same questions;
 all runs are scored on the same questions about other scenes. Finished runs are kept, so the same command
@@ -69,7 +69,7 @@ class Kind:
 
 
 KINDS = (
-    *(Kind("square", order) for order in ("none", "frozen", "trained")),
+    *(Kind("square", order) for order in ("own", "none", "frozen", "trained")),
     *(Kind("wide", "own", fit) for fit in ("squash", "crop", "pad")),
 )
 
