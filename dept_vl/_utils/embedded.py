@@ -133,7 +133,9 @@ class _Group:
             if self._kept and place < self._kept[0][0]:
                 self._rewind()
             while place >= self._end:
-                batch = next(self._batches)
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise IndexError(place)
                 self._kept.append((self._end, batch))
                 self._end += len(batch)
             start, batch = next(pair for pair in reversed(self._kept) if pair[0] <= place)

@@ -33,7 +33,7 @@ def line_of(folder: Path) -> str:
 @pytest.mark.parametrize("kind", ["whisper", "qwen2_audio", "vjepa2", "clip"])
 def test_a_model_that_hears_or_answers_nothing(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    assert f"'{kind}'" in line_of(tmp_path)
+    assert kind in line_of(tmp_path)
 
 
 def test_a_model_of_films(tmp_path: Path) -> None:
