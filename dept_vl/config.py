@@ -314,6 +314,10 @@ class TrainOptions(Options):
     differ in the last digits. Slower there; an operation without such a form is an error."""
 
 
+RATES = {"prompt": "prompt", "low_rank": "offset", "visual_projection": "projection", "backbone": "backbone"}
+"""What the options of each group of `PromptedModel.parameter_groups` begin with."""
+
+
 @dataclass(frozen=True)
 class OptimOptions(Options):
     """AdamW with a learning rate for each part; linear warm-up, then linear decay to zero."""
@@ -346,12 +350,8 @@ class OptimOptions(Options):
 
     def of_group(self, group: str) -> tuple[float, float]:
         """Learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
-        return {
-            "prompt": (self.prompt_lr, self.prompt_weight_decay),
-            "low_rank": (self.offset_lr, self.offset_weight_decay),
-            "visual_projection": (self.projection_lr, self.projection_weight_decay),
-            "backbone": (self.backbone_lr, self.backbone_weight_decay),
-        }[group]
+        name = RATES[group]
+        return getattr(self, f"{name}_lr"), getattr(self, f"{name}_weight_decay")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
+from dept_vl.inference.mixed import ManyAdapters, load_many
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
+from dept_vl.prompts.dept import DePT
 
 
 def tiny_run(
@@ -138,3 +142,20 @@ def assert_same(ours: Path, theirs: Path, *, atol: float = 0.0) -> None:
         for name in mine:
             difference = (mine[name] - other[name]).abs().max().item()
             assert difference <= atol, (which, name)
+
+
+def two_adapters(folder: Path, root: Path) -> tuple[dict[str, str], ManyAdapters]:
+    """Save two random adapters of a pretrained model, and load them together.
+
+    Returns:
+        Folder of each by name, and both on the model.
+    """
+    backbone = open_backbone(model=folder).eval()
+    sources = {name: str(root / name) for name in ("short", "long")}
+    torch.manual_seed(0)
+    for length, source in enumerate(sources.values(), 2):
+        prompt = DePT(backbone.d_model, prompt_length=length, rank=2, max_source_length=64)
+        for parameter in prompt.parameters():
+            torch.nn.init.normal_(parameter)
+        Adapter.of(PromptedModel(backbone, prompt), task="vqav2", metrics={}).save(source)
+    return sources, load_many(sources, backbone=backbone)

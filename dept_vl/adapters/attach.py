@@ -1,12 +1,11 @@
 """A prompt on a ready-made model of transformers, by hooks that leave no trace.
 
-It goes in as `models.placeholders` has it: in encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5,
+Insert it with the hook of `models.placeholders` into encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5,
 Florence-2, T5Gemma 2) and decoder-only models (LLaVA, Qwen-VL, PaliGemma, Gemma 3, InternVL, ...), with
-images or for text alone. P stands in front of all but padding and a start token, and takes m of the model's
-positions; what comes back is as long as without it. The offset goes to the text of the source: a token's
-position is its place among the text tokens of its row, wherever image and padding are. What is between the
-first token of an image and the last is no text, nor is the answer of a decoder-only model, which begins with
-the first label.
+images or for text alone. P stands behind padding and a start token, and takes m of the model's positions;
+outputs keep the length that they have without it. The offset is added to the text of the source, by a
+token's place among the text tokens of its row. Text is neither what stands between the first token of an
+image and the last, nor the answer of a decoder-only model, which begins with the first label.
 """
 
 import functools

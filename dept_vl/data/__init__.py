@@ -10,6 +10,7 @@ __all__ = [
     "content",
     "feature_index",
     "feature_shards",
+    "feature_source",
     "feature_store",
     "features",
     "lengths",

@@ -38,8 +38,9 @@ from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
 from dept_vl.data import workers
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.content import rows_content, sizes_content
+from dept_vl.data.feature_source import mapped_features
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import check_images, load_split, mapped_features
+from dept_vl.data.splits import check_images, load_split
 from dept_vl.inference.evaluate import decode
 from dept_vl.inference.predictor import Predictor
 from dept_vl.tasks.base import Task

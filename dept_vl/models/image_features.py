@@ -1,8 +1,8 @@
-"""What a pretrained model makes of an image before it reads any text, as an image encoder of its own.
+"""Image features of a pretrained model: what it computes from an image before it reads any text.
 
-Whatever its `get_image_features` gives is kept, and given back to it in place of pixels: the vectors of
-BLIP-2's Q-Former, the projected patches of LLaVA, PaliGemma, Gemma 3, Florence-2 and T5Gemma 2. Where that
-depends on the question, or is of another length for every image, features are not kept.
+Store the output of its `get_image_features`, and return it in place of pixels later: the vectors of BLIP-2's
+Q-Former, the projected patches of LLaVA, PaliGemma, Gemma 3, Florence-2 and T5Gemma 2. Raise where the output
+depends on the question, or where its length depends on the image.
 """
 
 import inspect

@@ -6,12 +6,11 @@
     OUTPUT/60-steps/comparison.json, .md, .png, curves.png     of the seeds that are finished
     OUTPUT/lengths.md                                          all lengths that are there
 
-Every method trains for the same steps on the same examples in the same order, and is what it is at the best
-of its evaluations on the dev split. With the first seed each of its rates is tried (as many for one method as
-for another, and again for each length), the best dev figure decides, and the other seeds run with those. Test
-figures decide nothing. Finished runs are kept; all are done with one seed before the next one is begun, so
-that a comparison that was stopped is one of fewer seeds. The same command may be given several times at once:
-each takes the runs that no other one has.
+Train every method for the same steps on the same examples in the same order, and score its best checkpoint by
+the dev split. Try the rates of a method with the first seed, as many for each method and again for each
+length, and run the other seeds with those that have the best dev score; test scores decide nothing. Finish
+all runs of a seed before the next one, so that a stopped comparison is one of fewer seeds, and resume it with
+the same command. Several processes with the same command share the runs.
 
 What it takes, of one core: a run of 60 steps 2 (`memory`) to 9 seconds (`pt`) in its steps, 2 in its
 evaluations, and half a second in all else; features are extracted once and read by all runs.

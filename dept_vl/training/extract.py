@@ -12,8 +12,9 @@ from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import waiting
 from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
 from dept_vl.data.feature_index import read_index
+from dept_vl.data.feature_source import GIB, features_folder
 from dept_vl.data.feature_store import DTYPES, write_features
-from dept_vl.data.splits import GIB, check_images, features_folder, image_root, load_split
+from dept_vl.data.splits import check_images, image_root, load_split
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.models.vlm import open_backbone

@@ -30,9 +30,9 @@ def relative_size(backbone: FrozenBackbone) -> float:
 
 
 def sizes_of(model: PromptedModel, options: OptimOptions) -> dict[nn.Parameter, float]:
-    """What the parameters of a prompt are measured in, where rates are relative; others are missing.
+    """Return the unit of each parameter of a prompt for relative rates; empty for absolute ones.
 
-    Training in these units is the same on backbones that differ in the size of their embeddings alone.
+    Training in these units is the same on backbones that differ only in the scale of their embeddings.
     """
     if options.rates == "absolute" or model.prompt is None:
         return {}

@@ -36,9 +36,10 @@ from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, TrainOptions, validate
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
+from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import Splits, answering_of, load_splits, read_features
+from dept_vl.data.splits import Splits, answering_of, load_splits
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step

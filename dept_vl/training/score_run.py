@@ -19,17 +19,9 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, read_config
 from dept_vl.data.collate import Collator
+from dept_vl.data.feature_source import check_readable, encoder_of, mapped_features
 from dept_vl.data.features import FeatureTable
-from dept_vl.data.splits import (
-    check_images,
-    check_readable,
-    data_options,
-    encoder_of,
-    informed,
-    load_split,
-    mapped_features,
-    run_decoding,
-)
+from dept_vl.data.splits import check_images, data_options, informed, load_split, run_decoding
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.precision import hold_frozen_in_bfloat16

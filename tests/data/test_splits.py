@@ -17,9 +17,10 @@ from torch import nn
 import dept_vl.data.features
 from dept_vl.config import DataOptions, OnBadImage
 from dept_vl.data.feature_index import read_index, write_index
+from dept_vl.data.feature_source import GIB, read_features
 from dept_vl.data.feature_store import write_features
 from dept_vl.data.features import FeatureTable, table_bytes
-from dept_vl.data.splits import GIB, Splits, load_splits, read_features
+from dept_vl.data.splits import Splits, load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import load_task

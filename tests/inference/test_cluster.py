@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from runs import two_adapters
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import ServeConfig
-from dept_vl.inference.mixed import ManyAdapters, load_many
-from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
-from dept_vl.prompts.dept import DePT
 
 openai = pytest.importorskip("openai")
 ray = pytest.importorskip("ray")
@@ -38,19 +33,6 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     ray.shutdown()
 
 
-def adapters(folder: Path, root: Path) -> tuple[dict[str, str], ManyAdapters]:
-    """Two of an encoder-decoder."""
-    backbone = open_backbone(model=folder).eval()
-    sources = {name: str(root / name) for name in ("short", "long")}
-    torch.manual_seed(0)
-    for length, source in enumerate(sources.values(), 2):
-        prompt = DePT(backbone.d_model, prompt_length=length, rank=2, max_source_length=64)
-        for parameter in prompt.parameters():
-            torch.nn.init.normal_(parameter)
-        Adapter.of(PromptedModel(backbone, prompt), task="vqav2", metrics={}).save(source)
-    return sources, load_many(sources, backbone=backbone)
-
-
 @pytest.mark.slow
 def test_a_cluster_answers_as_a_predictor(
     pretrained_folder: Callable[[str], Path], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,7 +42,7 @@ def test_a_cluster_answers_as_a_predictor(
 
     from dept_vl.inference.cluster import deployment
 
-    sources, many = adapters(pretrained_folder("blip2"), tmp_path)
+    sources, many = two_adapters(pretrained_folder("blip2"), tmp_path)
     monkeypatch.setenv("DEPT_VL_TOKEN", "word")
     config = ServeConfig(tuple(sources.values()), device="cpu", max_wait_ms=100.0)
     serve.run(deployment(config), route_prefix="/")

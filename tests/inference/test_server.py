@@ -29,6 +29,7 @@ import torch
 from conftest import random_image
 from pages import many_of
 from PIL import Image
+from runs import two_adapters
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
@@ -37,7 +38,6 @@ from dept_vl.inference.gate import Refused
 from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 from scripts import bench_serve
 
@@ -499,16 +499,8 @@ def test_what_was_asked_before_the_end_is_answered(served: Served) -> None:
 def test_pretrained_models_are_served_and_all_ends_with_the_server(
     family: str, pretrained_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    backbone = open_backbone(model=pretrained_folder(family)).eval()
-    sources = {name: str(tmp_path / name) for name in ("short", "long")}
-    torch.manual_seed(0)
-    for length, source in enumerate(sources.values(), 2):
-        prompt = DePT(backbone.d_model, prompt_length=length, rank=2, max_source_length=64)
-        for parameter in prompt.parameters():
-            torch.nn.init.normal_(parameter)
-        Adapter.of(PromptedModel(backbone, prompt), task="vqav2", metrics={}).save(source)
+    sources, many = two_adapters(pretrained_folder(family), tmp_path)
     process, port = start(tmp_path, list(sources.values()), "--max_wait_ms", "200")
-    many = load_many(sources, backbone=backbone)
     served = Served(process, port, many, tmp_path)
     try:
         rows = [(name, place) for name in (*sources, family) for place in range(3)]

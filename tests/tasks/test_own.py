@@ -251,7 +251,7 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
     labels = load_task("vqa", data=tmp_path / "a.parquet", split="all")
     assert (labels.name, labels.labels, labels[1].answer) == ("labels", ("blue", "red"), "red")
     both = own(written(tmp_path, lines(*(QUESTION | {"image": url} for _ in range(3)), QUESTION), "e.jsonl"))
-    assert image_groups(both.rows, range(4)).tolist() == [0, 0, 0, 1]  # are held out together
+    assert image_groups(both.rows, range(4), tmp_path).tolist() == [0, 0, 0, 1]  # are held out together
     assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
 
 

@@ -11,21 +11,22 @@ from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
 from dept_vl.tasks.own.files import SPLITS
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.tables import EMBEDDED
 
 TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto"
 NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
-def choose(rows: Rows, split: str, share: float, seed: int, root: Path = Path()) -> Indices:
+def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
     """Return the rows of a split.
 
     Args:
         rows: All, whose column `split` says what the data say, or nothing.
         split: One of `NAMES`, or another that the data have; auto is the test split if there is one, else
             all.
-        share: Of the training images, held out for each of validation and test that the data do not have.
-        seed: Of the draw.
+        options: The share of the training images that is held out for each of validation and test that the
+            data do not have, and the seed of the draw.
         root: Folder that names of tables with images start from.
 
     Raises:
@@ -58,12 +59,12 @@ def choose(rows: Rows, split: str, share: float, seed: int, root: Path = Path())
         )
     if not missing:
         return train
-    sides = hold_out(rows, train, len(missing), share, seed, root)
+    sides = hold_out(rows, train, len(missing), options, root)
     held = dict(zip((*missing, TRAIN), sides, strict=True))
     return held[split]
 
 
-def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int, root: Path) -> list[Indices]:
+def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path) -> list[Indices]:
     """Split rows by image, so that no image is on two sides: the parts held out, then the rest.
 
     Raises:
@@ -76,15 +77,15 @@ def hold_out(rows: Rows, places: Indices, parts: int, share: float, seed: int, r
             f"cannot hold out validation and test images of {count}; give more images, or name the splits in "
             "a column `split` or in files train, validation and test"
         )
-    size = max(1, min(round(share * count), (count - 1) // parts))
-    order = Random(seed).sample(range(count), parts * size)
+    size = max(1, min(round(options.holdout_share * count), (count - 1) // parts))
+    order = Random(options.split_seed).sample(range(count), parts * size)
     side = np.full(count, parts)
     for number in range(parts):
         side[order[number * size : (number + 1) * size]] = number
     return [places[side[groups] == number] for number in range(parts + 1)]
 
 
-def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path = Path()) -> Indices:
+def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Indices:
     """Return a number for each row; rows that share an image, also by way of others, have the same."""
     chosen = rows if len(places) == len(rows) else rows.subset(places)
     images = chosen.column("images").combine_chunks()
@@ -125,7 +126,7 @@ def _contents(references: Sequence[str], root: Path) -> list[str]:
     return [content(one) if one.startswith(EMBEDDED) else one for one in references]
 
 
-def leaks(rows: Rows, root: Path = Path()) -> list[str]:
+def leaks(rows: Rows, root: Path) -> list[str]:
     """Return a line for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]
     images = {}

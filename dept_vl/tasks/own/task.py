@@ -122,8 +122,7 @@ class OwnTask(Task):
         """What `mark` measures."""
         if self.form == "caption":
             return "word F1 with the closest human caption"
-        several = self.form == "question" and self.scoring == "several"
-        return "VQA accuracy" if several else "right or wrong"
+        return "VQA accuracy" if (self.form, self.scoring) == ("question", "several") else "right or wrong"
 
     @property
     def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
@@ -173,8 +172,7 @@ class OwnTask(Task):
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of images: {folder}")
         rows = rows_of(tables, folder, base, self.options, images_alone=not self.asks)
-        own = self.options
-        chosen = rows.subset(splits.choose(rows, split, own.holdout_share, own.split_seed, base))
+        chosen = rows.subset(splits.choose(rows, split, self.options, base))
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()

@@ -297,15 +297,24 @@ def _two(scene: Scene, rng: Random, relation: str) -> tuple[Object, Object] | No
     return (a, b) if clear(relation, a, b) else None
 
 
-def _relation(scene: Scene, rng: Random) -> Fact | None:
-    relation = rng.choice(list(RELATIONS))
+def _two_named(
+    scene: Scene, rng: Random, relation: str
+) -> tuple[tuple[Object, Object], tuple[str, str]] | None:
+    """Draw two objects that a relation clearly holds of or not, with a phrase for each; None if it cannot."""
     pair = _two(scene, rng, relation)
     if pair is None:
         return None
     first, second = (referring(scene, o, rng) for o in pair)
-    if first is None or second is None:
+    return None if first is None or second is None else (pair, (first, second))
+
+
+def _relation(scene: Scene, rng: Random) -> Fact | None:
+    relation = rng.choice(list(RELATIONS))
+    named = _two_named(scene, rng, relation)
+    if named is None:
         return None
-    return Fact((first, second, relation), _yes(RELATIONS[relation](*pair)))
+    pair, phrases = named
+    return Fact((*phrases, relation), _yes(RELATIONS[relation](*pair)))
 
 
 def _beside(scene: Scene, rng: Random) -> tuple[tuple[str, str], Object | None] | None:
@@ -375,14 +384,12 @@ def _distance(scene: Scene, rng: Random) -> Fact | None:
 
 def _further(scene: Scene, rng: Random) -> Fact | None:
     side, relation = rng.choice(list(SIDES.items()))
-    pair = _two(scene, rng, relation)
-    if pair is None:
+    named = _two_named(scene, rng, relation)
+    if named is None:
         return None
-    first, second = (referring(scene, o, rng) for o in pair)
-    if first is None or second is None:
-        return None
-    found = pair[0] if RELATIONS[relation](*pair) else pair[1]
-    return Fact((side, first, second, relation), f"{found.colour} {found.shape}")
+    pair, phrases = named
+    further = pair[0] if RELATIONS[relation](*pair) else pair[1]
+    return Fact((side, *phrases, relation), f"{further.colour} {further.shape}")
 
 
 def _describe(scene: Scene, rng: Random) -> Fact | None:

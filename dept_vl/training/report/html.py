@@ -21,7 +21,7 @@ from dept_vl._utils.terminal import duration
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.adapters.schema import read_description
-from dept_vl.config import RunConfig, flat, to_json
+from dept_vl.config import RATES, RunConfig, flat, to_json
 from dept_vl.tasks.base import Example, Task, shown_metrics
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.training.log import read_log
@@ -198,13 +198,10 @@ def _deciding(answered: Sequence[Answered], chosen: str | None) -> str:
     return f"{metric} ({task.scale_of(metric)})"
 
 
-RATES = {
-    "prompt": "prompt_lr",
-    "low_rank": "offset_lr",
-    "visual_projection": "projection_lr",
-    "backbone": "backbone_lr",
-}
-"""The option of each group's learning rate."""
+def _rate(name: str) -> str:
+    """The option of a group's learning rate; with `--rates relative` a group may have a size behind it."""
+    group, *size = name.removeprefix("lr/").split(" ", 1)
+    return " ".join([f"{RATES[group]}_lr", *size])
 
 
 def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> list[dict[str, Any]]:
@@ -220,7 +217,7 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> li
         chart("Score on the dev split", {"score": scores}, y=metric, note=note, marked=best),
         chart(
             "Learning rates",
-            {RATES.get(name[3:], name[3:]): line(name) for name in rates},
+            {_rate(name): line(name) for name in rates},
             y="rate",
             logarithmic=True,
         ),

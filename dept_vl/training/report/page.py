@@ -68,6 +68,7 @@ def chart(
     y: str,
     logarithmic: bool = False,
     note: str = "",
+    order: Sequence[str] = (),
     marked: Point | None = None,
 ) -> dict[str, Any] | None:
     """Curves over the steps of a run, for the template's `chart`; None if there is no point.
@@ -78,6 +79,7 @@ def chart(
         y: Name and unit of the vertical axis.
         logarithmic: Of the vertical axis; what is not above 0 is then left out.
         note: Below the title, of a single curve.
+        order: Names that keep their colours when others are missing.
         marked: A point to set apart.
     """
     kept = {
@@ -103,6 +105,7 @@ def chart(
         "title": title,
         "note": note,
         "curves": {name: [place(*point) for point in _thinned(points)] for name, points in kept.items()},
+        "colours": {name: order.index(name) if name in order else at for at, name in enumerate(kept)},
         "marked": marked and place(*marked),
         "y": y,
         "x_ticks": [(place(tick, y_ticks[0])[0], f"{tick:g}") for tick in x_ticks],

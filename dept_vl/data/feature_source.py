@@ -1,0 +1,158 @@
+"""Where the visual features of a run come from: files, memory, or the encoder as images come."""
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from dept_vl._utils.errors import UsageError
+from dept_vl._utils.printable import say
+from dept_vl.config import DataOptions, Features
+from dept_vl.data.feature_index import INDEX_FILE
+from dept_vl.data.feature_store import open_features
+from dept_vl.data.features import FeatureTable, table_bytes
+from dept_vl.data.splits import Splits, image_root
+from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.base import Task, data_folder
+from dept_vl.tasks.io.rows import cache_folder
+
+GIB = 2**30
+
+
+def read_features(
+    backbone: FrozenBackbone,
+    splits: list[Splits],
+    *,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> FeatureTable | VisionEncoder | None:
+    """Features of all images, from files or in memory, else the encoder that makes them as they come.
+
+    Which of these is what the first task's options say.
+
+    Raises:
+        FileNotFoundError: If features are to come from files that are missing, or lack some of the images.
+        ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
+            encoded that is not to be skipped.
+    """
+    wanted = [(part.options, _image_files(part)) for part in splits]
+    first = splits[0].options
+    vision = encoder_of(backbone, first.features) if any(paths for _, paths in wanted) else None
+    if vision is None:
+        return backbone.vision
+    table = mapped_features(vision, wanted, first.features, accelerator)
+    if table is None:
+        paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
+        if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
+            say("visual features: encoded at every step")
+            return backbone.vision
+        main = accelerator.is_main_process
+        table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
+        say("visual features: encoded once, in memory")
+    # Now, rather than when they come up.
+    for split in splits if table.errors else ():
+        for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
+            if (split.options.on_bad_image or default) == "raise":
+                check_readable(table, task)
+    return table
+
+
+def encoder_of(
+    backbone: FrozenBackbone, choice: Features, stored: DataOptions | None = None
+) -> VisionEncoder | None:
+    """Return what encodes images, if its features may be kept; None if they are not to be.
+
+    Args:
+        backbone: The models.
+        choice: Whether features may, must or must not be used.
+        stored: Ask only if there are some of this task.
+
+    Raises:
+        UsageError: If they must be and cannot.
+    """
+    if backbone.processor is None:
+        return backbone.vision
+    there = stored is None or (features_folder(stored) / INDEX_FILE).is_file()
+    if choice == "live" or not (there or choice == "cached"):
+        return None
+    try:
+        return backbone.image_features()
+    except UsageError as error:
+        if choice == "cached":
+            raise
+        say(f"visual features: encoded at every step; {error}")
+        return None
+
+
+def _image_files(splits: Splits) -> list[Path]:
+    parts = (splits.train, splits.dev, splits.test)
+    return list(dict.fromkeys(path for task in parts for path in task.image_files()))
+
+
+def mapped_features(
+    vision: VisionEncoder,
+    wanted: list[tuple[DataOptions, list[Path]]],
+    choice: Features,
+    accelerator: Accelerator,
+) -> FeatureTable | None:
+    """Features that `dept-vl features` made, mapped into memory; None if they are not to be used.
+
+    Args:
+        vision: The encoder that the run has.
+        wanted: The images of each task.
+        choice: Whether they may, must or must not be used. If they may, problems with them are printed.
+        accelerator: Of the run.
+
+    Raises:
+        FileNotFoundError: If they must be used and are missing, or lack some of the images.
+        ValueError: If they must be used and are of another encoder, unfinished or damaged.
+    """
+    folders = [features_folder(options) for options, paths in wanted if paths]
+    complete = all((folder / INDEX_FILE).is_file() for folder in folders)
+    if not folders or choice == "live" or (choice == "auto" and not complete):
+        return None
+    memory = wanted[0][0].feature_memory * GIB
+    renewable = int(memory // table_bytes(vision, 1)) if choice == "auto" else 0
+    problem: Exception | None = None
+    try:
+        table = FeatureTable.joined(
+            [
+                open_features(
+                    vision, image_root(options), paths, features_folder(options), renewable=renewable
+                )
+                for options, paths in wanted
+                if paths
+            ]
+        )
+    except (FileNotFoundError, ValueError) as error:
+        problem = error
+    # All processes have them, or none.
+    problems = [text for text in gather_object([str(problem or "")]) if text]
+    if problems and choice == "cached":
+        raise problem or ValueError(problems[0])
+    if problems:
+        say(f"warning: {problems[0]}. The images are encoded anew")
+        return None
+    say(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
+    return table
+
+
+def features_folder(options: DataOptions) -> Path:
+    """Where the visual features of a task are."""
+    own = options.own
+    if own.data is not None and own.folder() is None and options.features_dir is None:
+        return cache_folder() / "features" / own.data.replace("/", "--")
+    folder = own.folder() or data_folder(options.task, options.data_dir)
+    return options.features_dir or folder / "features"
+
+
+def check_readable(table: FeatureTable, task: Task) -> None:
+    """Refuse a split with an image that could not be encoded.
+
+    Raises:
+        ValueError: With what is wrong with the first of them.
+    """
+    for path in task.image_files():
+        if path in table.errors:
+            raise ValueError(f"{table.errors[path]}. --on_bad_image skip continues without it")
