@@ -1,23 +1,29 @@
-"""Images whose bytes are in a column of a Parquet or Arrow file, named like files below it.
+"""Images whose bytes are in a table, named like files below it.
 
     photos.parquet/image/17      row 17 of the column `image`
-    photos.parquet/images/17/0   the first of several images of row 17
+    photos.parquet/images/17/0   the first of several images of row 17, or of the data URLs there
+    photos.jsonl/bytes/120/4096  a data URL in a file of text, from byte 120 on, 4,096 bytes long
 
 So they are read when they are needed, and never written out.
 """
 
+import base64
+import binascii
 import os
+import re
 from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from dept_vl._utils.checksums import open_sealed
 
-SUFFIXES = (".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow")
+NAME = re.compile(r"(.*\.(?:parquet|arrow|jsonl?|ndjson|[ct]sv))/([^/]+)/([0-9]+)(?:/([0-9]+))?", re.I | re.S)
 ARROW_MAGIC = b"ARROW1"
 BATCH_ROWS = 8
 """Rows of a Parquet file that are decoded at a time: a row group may hold gigabytes. Its pages are decoded
@@ -50,8 +56,12 @@ def embedded_bytes(path: str | Path) -> bytes:
     if parts is None:
         raise FileNotFoundError(f"no image at {path}")
     file, column, row, item = parts
+    if not file.lower().endswith(COLUMNAR):
+        return data_url_bytes(_text_at(file, row, item or 0), str(path))
     try:
         value = _value(file, unquote(column), row)
+        if urls := list(data_urls(value)):
+            return data_url_bytes(urls[item or 0], str(path))
         value = value[item] if item is not None else value
     except (KeyError, IndexError, TypeError):
         raise FileNotFoundError(f"no image at {path}: {file} has no such row") from None
@@ -61,20 +71,59 @@ def embedded_bytes(path: str | Path) -> bytes:
     return content
 
 
+def is_data_url(text: str) -> bool:
+    """Return whether a text begins as a data URL does."""
+    return text[:5].lower() == "data:"
+
+
+def data_url_bytes(url: str, name: str = "image") -> bytes:
+    """Return the content of a data URL.
+
+    Args:
+        url: Such as `data:image/png;base64,...`.
+        name: In messages.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    kind, comma, data = url.partition(",")
+    try:
+        if not comma or not is_data_url(kind):
+            raise ValueError(f"found {url[:40]!r}")
+        content = unquote_to_bytes(data)
+        return base64.b64decode(content, validate=True) if kind.endswith(";base64") else content
+    except (ValueError, binascii.Error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: expected a data URL, data:image/png;base64,...: {reason}") from None
+
+
+def data_urls(value: Any) -> Iterator[str]:
+    """Find the data URLs in what JSON can say, in the order in which they stand there."""
+    if isinstance(value, str):
+        if is_data_url(value):
+            yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from data_urls(part)
+
+
+def _text_at(file: str, start: int, length: int) -> str:
+    with open(file, "rb") as opened:
+        opened.seek(start)
+        content = opened.read(length)
+    # A data URL is ASCII: of UTF-16 every other byte is zero, and some writers of JSON escape the slash.
+    return content.replace(b"\0", b"").replace(b"\\/", b"/").decode("latin-1")
+
+
 def _parts(path: str) -> tuple[str, str, int, int | None] | None:
-    for suffix in SUFFIXES:
-        file, mark, rest = path.rpartition(suffix + "/")
-        names = rest.split("/")
-        if mark and len(names) in (2, 3) and all(name.isdecimal() for name in names[1:]):
-            file += suffix
-            if os.path.isfile(file):
-                item = int(names[2]) if len(names) == 3 else None
-                return file, names[0], int(names[1]), item
-    return None
+    match = NAME.fullmatch(path)
+    if match is None or not os.path.isfile(match[1]):
+        return None
+    return match[1], match[2], int(match[3]), None if match[4] is None else int(match[4])
 
 
 def _value(file: str, column: str, row: int) -> Any:
-    if file.endswith(".arrow"):
+    if file.lower().endswith(".arrow"):
         return open_arrow(file, os.stat(file).st_mtime_ns).column(column)[row].as_py()
     changed = os.stat(file).st_mtime_ns
     starts = _group_starts(file, changed)

@@ -1,7 +1,5 @@
 """Image files, read with care: they come by the hundred thousand, and some are broken."""
 
-import base64
-import binascii
 import errno
 import math
 import os
@@ -10,7 +8,6 @@ from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -111,28 +108,6 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)
         problem = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(error)
         raise ValueError(f"{_called(source)} is no readable image: {problem}") from None
-
-
-def data_url_bytes(url: str, name: str = "image") -> bytes:
-    """The content of a data URL.
-
-    Args:
-        url: Such as `data:image/png;base64,...`.
-        name: In messages.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    kind, comma, data = url.partition(",")
-    try:
-        if not comma:
-            raise ValueError("it has no comma")
-        content = unquote_to_bytes(data)
-        return base64.b64decode(content, validate=True) if kind.endswith(";base64") else content
-    except (ValueError, binascii.Error) as error:
-        raise ValueError(
-            f"{name}: expected a data URL, data:image/png;base64,...: {one_line(error)}"
-        ) from None
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dept_vl._utils.images import data_url_bytes
+from dept_vl._utils.embedded import data_url_bytes
 from dept_vl.inference.gate import MOST_UPLOADED, Refused
 
 LONGEST_FETCH = 10.0

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dept_vl._utils.images import ImageSource, data_url_bytes
+from dept_vl._utils.embedded import data_url_bytes, is_data_url
+from dept_vl._utils.images import ImageSource
 
 CHANNELS = (1, 3, 4)
 KINDS = (
@@ -67,7 +68,7 @@ def as_image(given: Any, name: str = "image") -> ImageSource:
     Raises:
         ValueError: If it is none of these.
     """
-    if isinstance(given, str) and given[:5].lower() == "data:":
+    if isinstance(given, str) and is_data_url(given):
         return data_url_bytes(given, name)
     if isinstance(given, str | Path | bytes | Image.Image):
         return given

@@ -11,12 +11,15 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from runs import forget_checksums, with_
 
 import dept_vl
@@ -239,8 +242,6 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
         {"images": pa.array([[{"bytes": one, "path": "x"}] * 2 for one in content]), "question": ["a", "b"]}
     )
     pq.write_table(lists, tmp_path / "c.parquet")
-    url = f"data:image/png;base64,{base64.b64encode(content[1]).decode()}"
-    inline = written(tmp_path, lines(QUESTION, QUESTION | {"image": url}), "d.jsonl")
     for name, count in (("a.parquet", 1), ("b.arrow", 1), ("c.parquet", 2)):
         task = load_task("vqa", data=tmp_path / name, split="all")
         assert task.image_count == count
@@ -250,9 +251,87 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
             assert pixels == [read_image(one).tobytes()] * count
     labels = load_task("vqa", data=tmp_path / "a.parquet", split="all")
     assert (labels.name, labels.labels, labels[1].answer) == ("labels", ("blue", "red"), "red")
-    both = own(written(tmp_path, lines(*(QUESTION | {"image": url} for _ in range(3)), QUESTION), "e.jsonl"))
-    assert image_groups(both.rows, range(4), tmp_path).tolist() == [0, 0, 0, 1]  # are held out together
-    assert read_image(own(inline)[1].images[0]).tobytes() == read_image(content[1]).tobytes()
+
+
+def with_urls(folder: Path, form: str, rows: list[dict[str, Any]]) -> Path:
+    """A table of these rows, in one of the forms that may hold data URLs."""
+    if form.startswith("csv"):
+        cells = [["image", "question", "answer"], *([row[k] for k in QUESTION] for row in rows)]
+        text = "\n".join(",".join(f'"{cell}"' for cell in line) for line in cells)
+        return written(folder, text.encode(form.removeprefix("csv ") or "utf-8"), "a.csv")
+    if form == "list":
+        return written(folder, json.dumps(rows, indent=1), "a.json")
+    if form == "escaped":
+        return written(folder, lines(*rows).replace("/", "\\/"), "a.jsonl")
+    if form == "messages.parquet":
+        parts = [{"type": "image", "image": None, "text": None}, {"type": "text", "image": None}]
+        rows = [
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [parts[0] | {"image": row["image"]}, parts[1] | {"text": "what?"}],
+                    },
+                    {"role": "assistant", "content": [parts[1] | {"text": row["answer"]}]},
+                ]
+            }
+            for row in rows
+        ]
+    if form.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), folder / "a.parquet", row_group_size=2)
+        return folder / "a.parquet"
+    if form == "arrow":
+        table = pa.Table.from_pylist([row | {"image": [row["image"]]} for row in rows])
+        with pa.OSFile(str(folder / "a.arrow"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        return folder / "a.arrow"
+    return written(folder, lines(*rows), "a.jsonl")
+
+
+URL_FORMS = ("lines", "escaped", "list", "csv utf-8", "csv utf-16", "csv utf-16-le", "parquet")
+
+
+@pytest.mark.parametrize("form", [*URL_FORMS, "messages.parquet", "arrow"])
+def test_data_urls_are_read_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("DEPT_VL_CACHE", str(tmp_path / "cache"))
+    content = []
+    for seed in (0, 1):
+        file = BytesIO()
+        noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(file, "PNG")
+        content.append(file.getvalue())
+    urls = [f"data:image/png;base64,{base64.b64encode(one).decode()}" for one in content]
+    (tmp_path / "data").mkdir()
+    rows = [QUESTION | {"image": urls[one]} for one in (0, 1, 1, 0, 1)]
+    task = own(with_urls(tmp_path / "data", form, rows))
+    written_out = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*"))
+    assert written_out < min(map(len, content)) / 2
+    assert len(task.image_files()) == 2  # each once, however many ask about it
+    assert not task.missing_images()
+    assert image_groups(task.rows, range(5), tmp_path / "data").tolist() == [0, 1, 1, 0, 1]
+    for index, one in enumerate((0, 1, 1, 0, 1)):
+        assert embedded_bytes(task[index].images[0]) == content[one]
+
+
+def test_a_name_like_a_reference_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    url = f"data:image/png;base64,{base64.b64encode((PHOTOS / 'scan-3.png').read_bytes()).decode()}"
+    hidden = written(tmp_path, url, "hidden.json")
+    for name in (f"embedded:{hidden}/bytes/0/{len(url)}", f"{hidden}/bytes/0/{len(url)}"):
+        with pytest.raises(UsageError) as caught:
+            own(written(tmp_path / "data", lines(QUESTION | {"image": name}), "a.jsonl"))
+        assert "a.jsonl, line 1" in str(caught.value)
+
+
+def test_a_data_url_that_changed_is_no_image(tmp_path: Path) -> None:
+    url = f"data:image/png;base64,{base64.b64encode((PHOTOS / 'scan-3.png').read_bytes()).decode()}"
+    table = written(tmp_path, lines(QUESTION | {"image": url}), "a.jsonl")
+    image = own(table)[0].images[0]
+    table.write_text("\n" * 5 + table.read_text())
+    with pytest.raises(ValueError, match=r"a\.jsonl"):
+        read_image(image)
 
 
 def test_one_image_in_several_rows_of_a_table_is_one_image(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "files",
     "formats",
     "images",
+    "inline",
     "options",
     "split",
     "tables",

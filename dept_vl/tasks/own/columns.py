@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.own.conversations import pairs_of, turns_of
-from dept_vl.tasks.own.tables import EMBEDDED, Record
+from dept_vl.tasks.own.inline import EMBEDDED, Embedded
+from dept_vl.tasks.own.tables import Record
 
-INLINE = "data:"
-"""Begins a data URL."""
 NAMES: dict[str, tuple[str, ...]] = {
     "image": (
         *("images", "image", "image_path", "file_path", "file_name", "filename", "img", "img_path"),
@@ -156,7 +156,7 @@ class Columns:
             return str(value)
         if not isinstance(value, str) or not value:
             raise UsageError(f"{where}: expected the path of an image, found {brief(value)}")
-        if value.startswith((EMBEDDED, INLINE)):
+        if isinstance(value, Embedded) or is_data_url(value):
             return value
         if "://" in value:
             raise UsageError(
@@ -254,8 +254,6 @@ def confine(reference: str, root: Path, where: str) -> str:
     Raises:
         UsageError: If it leads outside.
     """
-    if reference.startswith((EMBEDDED, INLINE)):
-        return reference
     if reference[:1] not in "/." and reference[-1] != "/" and not any(part in reference for part in ODD):
         return reference
     path = posixpath.normpath(reference)
@@ -267,7 +265,7 @@ def confine(reference: str, root: Path, where: str) -> str:
                 path = Path(path).relative_to(root.resolve()).as_posix()
             except ValueError:
                 path = ".."
-    if path == ".." or path.startswith("../") or ":" in path.split("/")[0][1:2]:
+    if path == ".." or path.startswith(("../", EMBEDDED)) or ":" in path.split("/")[0][1:2]:
         raise UsageError(
             f"{where}: the image {reference!r:.100} is outside of {root}; --images FOLDER says where they are"
         )

@@ -1,7 +1,5 @@
 """Rows of all tables in one form, converted once and kept in the cache folder."""
 
-import base64
-import binascii
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -10,14 +8,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from dept_vl._utils.checksums import checksum
+from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Rows, convert
-from dept_vl.tasks.own.columns import INLINE, Columns, confine, read_mapping
+from dept_vl.tasks.own.columns import Columns, confine, read_mapping
 from dept_vl.tasks.own.files import TableFile
 from dept_vl.tasks.own.formats import annotations_of, read_records
+from dept_vl.tasks.own.inline import EMBEDDED, Embedded, InlineImages
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.tables import EMBEDDED, place
+from dept_vl.tasks.own.tables import place
 
 SCHEMA = pa.schema(
     {
@@ -30,13 +29,8 @@ SCHEMA = pa.schema(
         "split": pa.string(),
         "type": pa.string(),
         "renamed": pa.bool_(),
-        "embedded": pa.list_(pa.binary()),
-        "place": pa.int64(),
     }
 )
-INLINE_NUMBER = "inline:"
-"""Begins the reference to an image of the column `embedded`, which data URLs go into: its number in the row,
-and its checksum, by which the same image of other rows is known."""
 
 
 def rows_of(
@@ -46,7 +40,7 @@ def rows_of(
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
-    key = repr(("checksums", said, str(folder.absolute()), [table.split for table in tables], images_alone))
+    key = repr(("places", said, str(folder.absolute()), [table.split for table in tables], images_alone))
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     columns = Columns(
         read_mapping(options.columns), all_turns=options.turns == "all", images_alone=images_alone
@@ -65,14 +59,20 @@ def _records(
         beside = table.path.stem == "metadata" and options.images is None and table.folder != base
         below = f"{table.folder.relative_to(base).as_posix()}/" if beside else ""
         before = count
+        inline = InlineImages(table.path, base)
         for number, record in read_records(table.path):
             where = place(table.path, number)
+            inline.next_record()
             for row in columns.rows(record, where, text_cells=text_cells):
                 row["split"] = row["split"] or table.split
                 row["id"], row["renamed"] = _new_id(row["id"], count, seen)
                 at = f"{where}, column {row['column']!r}"
-                row["images"], row["embedded"] = _references(row["images"], folder, base, below, at)
-                row["place"] = count
+                row["images"] = [
+                    inline.reference(image, record, number, at)
+                    if is_data_url(image)
+                    else _reference(image, folder, base, below, at)
+                    for image in row["images"]
+                ]
                 count += 1
                 yield row
         if count == before:
@@ -89,32 +89,8 @@ def _new_id(given: str, number: int, seen: set[str]) -> tuple[str, bool]:
     return chosen, bool(given) and chosen != given
 
 
-def _references(
-    images: list[str], folder: Path, base: Path, below: str, where: str
-) -> tuple[list[str], list[bytes]]:
-    """Return references that stay inside the folder, and the bytes of data URLs."""
-    references: list[str] = []
-    embedded: list[bytes] = []
-    for image in images:
-        if image.startswith(INLINE):
-            content = _decoded(image, where)
-            references.append(f"{INLINE_NUMBER}{len(embedded)}:{checksum(content)}")
-            embedded.append(content)
-        elif image.startswith(EMBEDDED):
-            # Below the folder of the data, which may be moved.
-            references.append(EMBEDDED + image[len(EMBEDDED) :].removeprefix(f"{base.absolute()}/"))
-        elif image.startswith("/"):
-            references.append(confine(image, folder, where))
-        else:
-            references.append(confine(below + image, folder, where))
-    return references, embedded
-
-
-def _decoded(url: str, where: str) -> bytes:
-    header, comma, content = url.partition(",")
-    try:
-        if comma and header.endswith(";base64"):
-            return base64.b64decode(content, validate=True)
-    except binascii.Error:
-        pass
-    raise UsageError(f"{where}: expected a data URL data:image/...;base64,..., found {url[:60]!r}")
+def _reference(image: str, folder: Path, base: Path, below: str, where: str) -> str:
+    """Return the reference to an image inside the folder, or in a table below the folder of the data."""
+    if isinstance(image, Embedded):
+        return EMBEDDED + image[len(EMBEDDED) :].removeprefix(f"{base.absolute()}/")
+    return confine(image if image.startswith("/") else below + image, folder, where)

@@ -11,8 +11,8 @@ from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
 from dept_vl.tasks.own.files import SPLITS
+from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.tables import EMBEDDED
 
 TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto"
 NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)

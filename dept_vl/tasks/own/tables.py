@@ -15,9 +15,10 @@ import ijson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dept_vl._utils.embedded import embedded_path, open_arrow
+from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.records import brief, json_fault, json_reason
+from dept_vl.tasks.own.inline import Embedded
 
 Record = dict[str, Any]
 Numbered = Iterator[tuple[int, Record]]
@@ -34,8 +35,6 @@ IMAGE_ROWS = 16
 """Rows read at a time where images have to be read with them."""
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
-EMBEDDED = "embedded:"
-"""Begins the reference to an image whose bytes are in the table."""
 
 
 def place(path: Path, number: int) -> str:
@@ -309,7 +308,7 @@ def read_parquet(path: Path) -> Numbered:
                 rows = batch.to_pylist()
                 for offset, row in enumerate(rows):
                     for name in paths:
-                        row[name] = EMBEDDED + embedded_path(str(path.absolute()), name, start + offset)
+                        row[name] = Embedded.at(path, name, start + offset)
                     yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
                 start += len(rows)
     except (pa.ArrowInvalid, OSError) as error:
@@ -337,7 +336,7 @@ def read_arrow(path: Path) -> Numbered:
         rows = plain.slice(start, size).to_pylist() if plain.num_columns else [{} for _ in range(size)]
         for offset, row in enumerate(rows):
             for name in flat:
-                row[name] = EMBEDDED + embedded_path(str(path.absolute()), name, start + offset)
+                row[name] = Embedded.at(path, name, start + offset)
             for name in lists:
                 row[name] = [None] * len(table.column(name)[start + offset])
             yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
@@ -372,10 +371,7 @@ def _listed(row: Record, types: dict[str, pa.DataType], path: Path, number: int)
     """Return a row whose lists of images are references."""
     for name, value in row.items():
         if isinstance(value, list) and _is_image(types[name]):
-            row[name] = [
-                EMBEDDED + embedded_path(str(path.absolute()), name, number, item)
-                for item in range(len(value))
-            ]
+            row[name] = [Embedded.at(path, name, number, item) for item in range(len(value))]
     return row
 
 

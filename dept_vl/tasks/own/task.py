@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.compute as pc
 from pydantic import Field
 
-from dept_vl._utils.embedded import embedded_path
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.options import LARGEST_COUNT, check
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
@@ -22,11 +21,11 @@ from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accura
 from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
-from dept_vl.tasks.own.convert import INLINE_NUMBER, rows_of
+from dept_vl.tasks.own.convert import rows_of
 from dept_vl.tasks.own.files import find_tables
 from dept_vl.tasks.own.images import ImageFolder
+from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.tables import EMBEDDED
 
 NO_OPTIONS = OwnOptions()
 FORMS = {"question": "vqa", "caption": "captions", "label": "labels"}
@@ -227,7 +226,7 @@ class OwnTask(Task):
         return Example(
             example_id=row["id"],
             source_text=self.source(row["question"] if self.form == "question" else ""),
-            images=self._paths(row["images"], row["place"]),
+            images=self._paths(row["images"]),
             targets=_targets(answers, self.form, self.scoring),
             in_turn=self.form == "caption",
             question=row["question"] or (answers[0] if answers and self.form == "caption" else ""),
@@ -253,30 +252,25 @@ class OwnTask(Task):
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The images of an example."""
-        return self._paths(self.rows.value("images", index), self.rows.value("place", index))
+        return self._paths(self.rows.value("images", index))
 
     def image_files(self) -> list[Path]:
         """The different images."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
-        if any(name.startswith(INLINE_NUMBER) for name in names):
-            return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
-        return list(self._paths(names, 0))
+        return list(self._paths(names))
 
     def missing_images(self) -> list[Path]:
         """Return the image files that are not there; those in tables are, since the tables were read."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
-        named = (name for name in names if not name.startswith((EMBEDDED, INLINE_NUMBER)))
+        named = (name for name in names if not name.startswith(EMBEDDED))
         return (self.folder or ImageFolder(Path())).missing(named)
 
-    def _paths(self, references: list[str], row: int) -> tuple[Path, ...]:
-        return tuple(self._path(reference, row) for reference in references)
+    def _paths(self, references: list[str]) -> tuple[Path, ...]:
+        return tuple(self._path(reference) for reference in references)
 
-    def _path(self, reference: str, row: int) -> Path:
+    def _path(self, reference: str) -> Path:
         if reference.startswith(EMBEDDED):
             return self.root / reference[len(EMBEDDED) :]
-        if reference.startswith(INLINE_NUMBER):
-            number = int(reference[len(INLINE_NUMBER) :].partition(":")[0])
-            return Path(embedded_path(str(self.rows.files[0]), "embedded", row, number))
         return Path(reference) if self.folder is None else self.folder.find(reference)
 
     def written(self, answer: str) -> str:
