@@ -43,6 +43,7 @@ from dept_vl.tasks.own.options import OwnOptions
 
 ShotsPer = Literal["class", "all"]
 Features = Literal["auto", "cached", "live"]
+TrainFeatures = Literal["auto", "cached", "live", "encoded"]
 OnBadImage = Literal["raise", "skip"]
 """What is done with an example whose image cannot be read."""
 Precision = Literal["float16", "bfloat16", "float32"]
@@ -125,15 +126,16 @@ class DataOptions(Options):
     on_bad_image: OnBadImage | None = None
     """raise or skip where an image is missing or cannot be read; left out, examples are skipped and
     counted in training, and evaluation stops. Of several tasks the first says it for all."""
-    features: Features = "auto"
+    features: TrainFeatures = "auto"
     """Where visual features come from. cached: from the files that dept-vl features made; live:
     every image is read and encoded at every step; auto: from those files if they are there for this encoder
-    and all images, else encoded once before training if feature_memory is enough, else live. Of several
-    tasks the first says it for all."""
+    and all images, else encoded once before training if feature_memory is enough, else live. encoded, for
+    method memory: what the frozen encoder makes of every text with its images is kept, in feature_memory.
+    Of several tasks the first says it for all."""
     features_dir: Path | None = None
     """Folder of the files with the task's visual features; left out, features in its data_dir."""
     feature_memory: Annotated[float, Field(ge=0)] = 4.0
-    """GiB of memory for visual features that are encoded once before training. Of several tasks the first
+    """GiB of memory for features that are encoded once before training. Of several tasks the first
     says it for all images together."""
     own: Own = field(default_factory=OwnOptions)
 

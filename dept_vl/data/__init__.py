@@ -8,6 +8,7 @@ __all__ = [
     "check_own",
     "collate",
     "content",
+    "encoded",
     "feature_index",
     "feature_shards",
     "feature_source",

@@ -1,6 +1,6 @@
 """From examples to tensors: targets, batches, and which example comes when."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dept_vl._utils.images import ImageSource, read_image
 from dept_vl.config import OnBadImage
+from dept_vl.data.encoded import EncodedSources
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.models.image_features import FEATURES, PIXELS
 from dept_vl.models.prompted import PromptedModel
@@ -96,6 +97,7 @@ class Collator:
         on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
         processor: Of a pretrained model, which makes sources; `images` is a table then, or None.
         exif: It reads images turned as their EXIF orientation says.
+        encoded: What the encoder made of texts and images, which are not read again then.
         pad_to_multiple_of: Texts and answers are padded to the longest of the batch, and on to a multiple
             of this; of texts no further than `max_source_length`, the prompt's last position.
     """
@@ -107,6 +109,7 @@ class Collator:
     on_bad_image: OnBadImage = "raise"
     processor: SourceReader | None = None
     exif: bool = True
+    encoded: EncodedSources | None = None
     pad_to_multiple_of: int = 1
 
     @classmethod
@@ -176,6 +179,8 @@ class Collator:
             )
         )
         _check_texts(ids, source["attention_mask"])
+        if self.encoded is not None:
+            source |= self.encoded([draw.example for draw in draws])
         batch = Batch(
             ids,
             source.pop("input_ids"),
@@ -197,6 +202,10 @@ class Collator:
         weights = torch.tensor([draw.weight for draw in draws], dtype=torch.float32)
         return replace(batch, labels=labels, weights=weights)
 
+    def of_examples(self, examples: Sequence[Example]) -> Batch:
+        """Make a batch without targets."""
+        return self([Draw(example) for example in examples])
+
     def _source(self, texts: list[str]) -> dict[str, Tensor]:
         """Tokens of texts, and their mask."""
         source = self.tokenizer(
@@ -216,6 +225,9 @@ class Collator:
     ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
         """The draws whose images are there, the images, and the ids of the other draws."""
         read: FeatureTable | _PixelReader | _ImageReader
+        if self.encoded is not None:
+            kept, skipped = self._readable(draws, self.encoded.check)
+            return kept, {}, skipped
         if self.processor is not None and not isinstance(self.images, FeatureTable):
             read, name = _ImageReader(self.exif), "files"
         elif self.images is None or not draws[0].example.images:
@@ -224,10 +236,21 @@ class Collator:
             read, name = self.images, "visual_features"
         else:
             read, name = _PixelReader(self.images), "pixel_values"
+        kept, skipped = self._readable(draws, read.check)
+        images = [draw.example.images for draw in kept]
+        visual: dict[str, Any] = {name: read(images)} if kept else {}
+        if self.processor is not None and name != "files":  # which make as many tokens as any others
+            visual["files"] = [[Image.new("RGB", BLANK)] * len(of_one) for of_one in images]
+        return kept, visual, skipped
+
+    def _readable(
+        self, draws: Sequence[Draw], check: Callable[[Sequence[Path]], None]
+    ) -> tuple[list[Draw], tuple[ExampleId, ...]]:
+        """The draws whose images can be read, and the ids of the others."""
         kept, skipped = [], []
         for draw in draws:
             try:
-                read.check(draw.example.images)
+                check(draw.example.images)
                 kept.append(draw)
             except (ValueError, FileNotFoundError) as error:
                 if self.on_bad_image == "raise":
@@ -236,11 +259,7 @@ class Collator:
                         "--on_bad_image skip continues without it"
                     ) from None
                 skipped.append(draw.example.example_id)
-        images = [draw.example.images for draw in kept]
-        visual: dict[str, Any] = {name: read(images)} if kept else {}
-        if self.processor is not None and name != "files":  # which make as many tokens as any others
-            visual["files"] = [[Image.new("RGB", BLANK)] * len(of_one) for of_one in images]
-        return kept, visual, tuple(skipped)
+        return kept, tuple(skipped)
 
 
 def _check_texts(ids: Sequence[ExampleId], mask: Int[Tensor, "batch text"]) -> None:

@@ -38,13 +38,14 @@ def read_features(
     """
     wanted = [(part.options, _image_files(part)) for part in splits]
     first = splits[0].options
-    vision = encoder_of(backbone, first.features) if any(paths for _, paths in wanted) else None
+    choice: Features = "auto" if first.features == "encoded" else first.features
+    vision = encoder_of(backbone, choice) if any(paths for _, paths in wanted) else None
     if vision is None:
         return backbone.vision
-    table = mapped_features(vision, wanted, first.features, accelerator)
+    table = mapped_features(vision, wanted, choice, accelerator)
     if table is None:
         paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
-        if first.features == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
+        if choice == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
             say("visual features: encoded at every step")
             return backbone.vision
         main = accelerator.is_main_process

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from dept_vl._utils.io import read_object, write_json
@@ -38,6 +39,8 @@ from dept_vl.prompts.dept import DePT
 
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
+ENCODED, ENCODED_MASK = "encoded", "encoded_mask"
+"""What `encode` made of a source before, in what `read` is given as processed."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,11 @@ class Backbone(FrozenBackbone):
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
-        """See `FrozenBackbone.read`; what `encode` makes of the source."""
+        """See `FrozenBackbone.read`; what `encode` makes of the source, or made of it before."""
+        if processed is not None and ENCODED in processed:
+            kept = processed[ENCODED]
+            kept = kept if prompt is None else prompt.shift_memory(kept)
+            return BaseModelOutput(last_hidden_state=kept), processed[ENCODED_MASK]
         mask = attention_mask.bool()
         # Padding goes last before anything is looked up, so that a column is a position from here on.
         columns = packing(mask)

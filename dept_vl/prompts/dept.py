@@ -174,6 +174,12 @@ class DePT(nn.Module):
         """Whether the prompt acts on an encoder's output."""
         return self.memory_offset is not None
 
+    @property
+    def changes_input(self) -> bool:
+        """Whether the encoder reads anything else than it would without the prompt."""
+        parts = (self.token_offset, self.visual_offset)
+        return bool(self.prompt_length or self.rank) or any(part is not None for part in parts)
+
     def vectors(self) -> Float[Tensor, "prompt d_model"] | None:
         """Return P; None if m = 0."""
         return self.soft_prompt if self.source is None else self.source()

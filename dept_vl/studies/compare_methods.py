@@ -66,6 +66,12 @@ def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart |
     )
 
 
+def with_encoder_kept(config: RunConfig) -> RunConfig:
+    """Method `memory` on outputs of the encoder that are computed once."""
+    config = prompted("memory")(config)
+    return replace(config, data=replace(config.data, features="encoded"))
+
+
 def with_lora(config: RunConfig) -> RunConfig:
     """LoRA of the largest rank within the budget of the prompts, or of 1."""
     width, each = _lora_sizes(tuple(config.backbone.loading().items()))
@@ -115,6 +121,7 @@ def compared() -> dict[str, Compared]:
         "LoRA": Compared(with_lora, LORA_RATES),
         "full fine-tuning": Compared(lambda c: bare(c, language="all"), WHOLE_RATES),
         **{name: Compared(prompted(name), method=name) for name in METHODS},
+        "memory, encoded": Compared(with_encoder_kept, method="memory"),
         "adept + images": Compared(prompted("adept", visual_offset=True), method="adept"),
         "adept + images, m = 0": Compared(
             prompted("adept", visual_offset=True, prompt_length=0), OFFSET_RATES, method="adept"

@@ -33,6 +33,7 @@ def why_not(
     accumulation: int = 1,
     checkpointing: bool = False,
     pretrained: bool = False,
+    encoded: bool = False,
 ) -> str:
     """Return why steps cannot be recorded; empty if they can.
 
@@ -42,7 +43,10 @@ def why_not(
         accumulation: Batches of a step.
         checkpointing: Layers are run again in the backward pass.
         pretrained: The model has a processor of its own.
+        encoded: Steps read outputs of the encoder that are kept.
     """
+    if encoded:
+        return "outputs of the encoder that are kept have no fixed shape"
     if pretrained:
         return "what a pretrained model reads has no fixed shape"
     if device.type != "cuda":
@@ -56,7 +60,9 @@ def why_not(
     return ""
 
 
-def can_record(accelerator: Accelerator, options: TrainOptions, pretrained: bool) -> bool:
+def can_record(
+    accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool = False
+) -> bool:
     """Whether steps are recorded; why those that should be are not is printed."""
     if not options.cuda_graphs:
         return False
@@ -66,6 +72,7 @@ def can_record(accelerator: Accelerator, options: TrainOptions, pretrained: bool
         accumulation=options.gradient_accumulation_steps,
         checkpointing=options.gradient_checkpointing,
         pretrained=pretrained,
+        encoded=encoded,
     )
     if reason:
         say(f"steps are not recorded as CUDA graphs: {reason}")

@@ -36,6 +36,7 @@ from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, RunConfig, TrainOptions, validate
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
+from dept_vl.data.encoded import check_encoder_alone, check_memory, encode_sources
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
@@ -234,6 +235,8 @@ class Run(Stages):
         )
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
+            if config.data.features == "encoded":
+                precision += ", encoded with the text"
             keep_precision(self.output_dir, precision, accelerator)
         # After the features, which the tower computes in full precision.
         prepare_step(
@@ -252,11 +255,37 @@ class Run(Stages):
             on_bad_image=config.data.on_bad_image or "raise",
             device=accelerator.device,
         )
-        self.graphs = can_record(accelerator, config.train, self.model.backbone.processor is not None)
+        if config.data.features == "encoded":
+            self._encode_sources()
+        self.graphs = can_record(
+            accelerator,
+            config.train,
+            pretrained=self.model.backbone.processor is not None,
+            encoded=self.collator.encoded is not None,
+        )
         if self.graphs:
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)
             self.generate = GraphedAnswers(self.model, self.batch_size, say)
+
+    def _encode_sources(self) -> None:
+        """Let the frozen encoder read every text with its images once."""
+        tasks = [task for splits in self.splits for task in (splits.train, splits.dev, splits.test)]
+        check_encoder_alone(self.model)
+        check_memory(
+            self.model,
+            tasks,
+            longest=self.collator.max_source_length,
+            itemsize=2 if self.accelerator.mixed_precision == "bf16" else 4,
+            gib=self.config.data.feature_memory,
+        )
+        encoded = encode_sources(
+            self.model,
+            (task[index] for task in tasks for index in range(len(task))),
+            replace(self.collator, on_bad_image="skip").of_examples,
+            self.accelerator,
+        )
+        self.collator = replace(self.collator, images=None, encoded=encoded)
 
     def fit(self) -> None:
         """Train what is trainable; nothing if nothing is."""

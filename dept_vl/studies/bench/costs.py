@@ -1,8 +1,8 @@
 """Processor time and memory of a training step, for several configurations of one task in turn."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from statistics import median
 
@@ -12,7 +12,8 @@ from torch.optim import AdamW
 
 from dept_vl._utils.terminal import waiting
 from dept_vl.config import RunConfig
-from dept_vl.data.collate import Batch, Collator
+from dept_vl.data.collate import Batch, Collator, Draw
+from dept_vl.data.encoded import encode_sources
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.data.splits import load_splits
@@ -75,22 +76,41 @@ def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, St
     order = TrainingBatches(
         [len(splits.train)], [first.train.per_device_batch_size], seed=first.train.seed
     )  # fmt: skip
-    batches = [collate([draws[place] for place in places]) for places in islice(order, rounds + 1)]
+    drawn = [[draws[place] for place in places] for places in islice(order, rounds + 1)]
+    batches = {
+        name: list(map(_collator(collate, drawn, model, configs[name], accelerator), drawn))
+        for name, model in models.items()
+    }
     optimizers = {
         name: build_optimizer(groups, configs[name].optim)
         for name, model in models.items()
         if (groups := model.parameter_groups())
     }
     costs = {
-        name: StepCost([], _memory(models[name], optimizer, batches[0]))
+        name: StepCost([], _memory(models[name], optimizer, batches[name][0]))
         for name, optimizer in optimizers.items()
     }
     for name, optimizer in optimizers.items():  # a first step makes AdamW's moments
-        _step(models[name], optimizer, batches[0], configs[name])
-    for batch, names in zip(batches[1:], in_turn(list(costs), rounds), strict=True):
+        _step(models[name], optimizer, batches[name][0], configs[name])
+    for number, names in enumerate(in_turn(list(costs), rounds), start=1):
         for name in names:
-            costs[name].seconds.append(_step(models[name], optimizers[name], batch, configs[name]))
+            seconds = _step(models[name], optimizers[name], batches[name][number], configs[name])
+            costs[name].seconds.append(seconds)
     return costs
+
+
+def _collator(
+    collate: Collator,
+    drawn: Sequence[Sequence[Draw]],
+    model: PromptedModel,
+    config: RunConfig,
+    accelerator: Accelerator,
+) -> Collator:
+    """Return what makes the batches of a configuration: with the encoder's outputs, if these are kept."""
+    if config.data.features != "encoded":
+        return collate
+    examples = [draw.example for draws in drawn for draw in draws]
+    return replace(collate, encoded=encode_sources(model, examples, collate.of_examples, accelerator))
 
 
 def _memory(model: PromptedModel, optimizer: AdamW, batch: Batch) -> int:
