@@ -7,6 +7,7 @@ __all__ = [
     "adapter",
     "attach",
     "authors",
+    "calls",
     "card",
     "families",
     "fingerprint",

@@ -11,29 +11,24 @@ image and the last, nor the answer of a decoder-only model, which begins with th
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.calls import PromptedCalls, is_prompted
 from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, over_items
 from dept_vl.adapters.offload import device_of
-from dept_vl.models.padding import insert, packing, take
-from dept_vl.models.placeholders import Placement, place, put, text_of
-from dept_vl.models.source import PER_TOKEN
-from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 
-CALLS = ("forward", "generate")
 _MODEL = re.compile(r"(?<![^.])model\.")
 
 
@@ -96,14 +91,14 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
             "a ready-made model takes what changes its text alone: pt, dept, adept and the like, without "
             f"visual_offset; this prompt is of method {prompt.describe()['method']}"
         )
-    parts.check_length(model_name(model), prompt.prompt_length, 1)
-    if isinstance(getattr(getattr(model.forward, "func", None), "__self__", None), Attached):
+    parts.check_length(prompt.prompt_length, 1)
+    if is_prompted(model):
         raise ValueError(f"{model_name(model)} has a prompt already; detach that one first")
     kind: Any = type(model)
     return _attached_to(kind)(model, prompt.to(device_of(parts.embedding)), parts)
 
 
-class Attached(nn.Module):
+class Attached(PromptedCalls, nn.Module):
     """A model with a prompt on it; made by `attach` or `load`.
 
     `model(...)` and `model.generate(...)` read the prompt until `detach`, and so does this module, which
@@ -135,9 +130,7 @@ class Attached(nn.Module):
         super().__init__()
         self.model = model
         self.prompt = prompt
-        self._parts = parts
         self._active = True
-        self._placed: Placement | None = None
         self._unfrozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
@@ -145,13 +138,8 @@ class Attached(nn.Module):
         self.register_state_dict_post_hook(_forget_model)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_model)  # type: ignore[no-untyped-call]
         self._hook = parts.embedding.register_forward_hook(self._look_up, with_kwargs=True)
-        self._before = {name: vars(model)[name] for name in CALLS if name in vars(model)}
-        for name in CALLS:
-            run = getattr(model, name, None)
-            if run is not None:
-                prompted: Any = functools.partial(self._call, run)
-                prompted.__signature__ = inspect.signature(run)
-                setattr(model, name, prompted)
+        # Trainers replace `forward`, and call what is within the model.
+        self._enter(model, parts, self)
 
     @classmethod
     def load(
@@ -225,6 +213,15 @@ class Attached(nn.Module):
         """What is trained, by learning rate: prompt, low_rank; for `optim.build_optimizer`."""
         return {name: group for name, group in self.prompt.parameter_groups().items() if group}
 
+    def current_prompt(self) -> DePT | None:
+        """See `PromptedCalls`."""
+        return self.prompt if self._active else None
+
+    def _look_up(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], embedded: Tensor
+    ) -> Tensor | None:
+        return self._put((*inputs, *named.values())[0], embedded)
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the model, with the prompt."""
         return self.model(*inputs, **named)
@@ -245,12 +242,10 @@ class Attached(nn.Module):
     def detach(self) -> None:
         """Take the hooks off, and set free what was frozen; the model is as it was before `attach`."""
         self._hook.remove()
-        for name in CALLS:
-            vars(self.model).pop(name, None)
-        vars(self.model).update(self._before)
+        self._leave(self.model)
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
-        self._unfrozen, self._before = [], {}
+        self._unfrozen = []
 
     def __enter__(self) -> "Attached":
         return self
@@ -259,112 +254,6 @@ class Attached(nn.Module):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
-
-    def _call(self, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        """Run `forward` or `generate` with placeholders in what it reads and none in what it gives."""
-        if not self._active or self._placed is not None:  # `generate` calls `forward`
-            return run(*inputs, **named)
-        named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
-        if named.get("inputs") is not None:  # as `generate` calls the tokens
-            named["input_ids"] = named.pop("inputs")
-        try:
-            named |= self._prompted(named)
-            made, placed = run(**named), self._placed
-        finally:
-            self._placed = None
-        return made if placed is None or self._parts.encoder_decoder else self._shortened(made, placed)
-
-    def _look_up(
-        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], embedded: Tensor
-    ) -> Tensor | None:
-        ids = (*inputs, *named.values())[0]
-        return None if self._placed is None else put(self.prompt, self._placed, ids, embedded)
-
-    def _prompted(self, named: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes of a call: the source gets placeholders, and `_placed` is what they stand for.
-
-        Raises:
-            ValueError: If the source is given in another way than by its tokens, or is too long.
-        """
-        ids, mask, length = named.get("input_ids"), named.get("attention_mask"), self.prompt.prompt_length
-        if named.get("encoder_outputs") is not None:  # which may have P in them
-            if mask is None or named["encoder_outputs"][0].shape[1] != mask.shape[1] + length:
-                return {}
-            return {"attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)}
-        if ids is None or named.get("inputs_embeds") is not None:
-            raise ValueError(
-                "the prompt has to know which embeddings are of text and which of images: give the model "
-                "input_ids, not inputs_embeds"
-            )
-        for name in () if self._parts.encoder_decoder else ("past_key_values", "position_ids"):
-            if named.get(name) is not None:
-                raise ValueError(f"a prompted model makes its own {name}; leave yours out, or call generate")
-        mask = torch.ones_like(ids) if mask is None else mask
-        if getattr(mask, "shape", None) != ids.shape:
-            raise ValueError(
-                f"a prompted model needs an attention_mask of the shape of its tokens, {tuple(ids.shape)}, "
-                f"that is zero on padding; found {getattr(mask, 'shape', type(mask).__name__)}"
-            )
-        self._parts.check_length(model_name(self.model), length, ids.shape[1])
-        labels = None if self._parts.encoder_decoder else named.get("labels")
-        self._placed = placed = place(
-            self.prompt,
-            ids,
-            mask.bool(),
-            self._is_text(ids, mask.bool(), labels),
-            {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None},
-            placeholder=self._parts.placeholder,
-            start=self._parts.start,
-            padding_first=None,
-        )
-        changed = placed.others | {"input_ids": placed.ids, "attention_mask": placed.mask.to(mask.dtype)}
-        if labels is not None:
-            nothing = torch.full_like(placed.ids, IGNORE_INDEX)
-            changed["labels"] = nothing.scatter(1, _given(placed, length), labels)
-        positions = named.get("position_ids")
-        if positions is not None:
-            first = torch.arange(length, device=positions.device).expand(len(mask), -1)
-            changed["position_ids"] = insert(first, positions.expand_as(mask) + length, mask)
-        return changed
-
-    def _is_text(
-        self, ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"], labels: Tensor | None
-    ) -> Bool[Tensor, "batch source"]:
-        """Where the offset goes.
-
-        Raises:
-            UsageError: If labels begin in front of all text.
-        """
-        text = text_of(ids, mask, torch.tensor(self._parts.image_tokens, dtype=torch.long))
-        if labels is None:
-            return text
-        asked = text & ((labels != IGNORE_INDEX).cumsum(1) == 0)
-        if self.prompt.offset_a is not None and text.any() and not asked.any():
-            raise UsageError(
-                "the labels leave no text of a question (-100), which the offset goes to; label the answer "
-                "alone, or take a prompt without offset (rank=0)"
-            )
-        return asked
-
-    def _shortened(self, made: Any, placed: Placement) -> Any:
-        """What a decoder-only model gives, without the columns of placeholders."""
-        if isinstance(made, tuple):
-            return tuple(self._shortened(part, placed) for part in made)
-        if isinstance(made, dict):
-            for name in made.keys() & {"logits", "sequences"}:
-                made[name] = self._shortened(made[name], placed)
-        width = placed.ids.shape[1]
-        if not isinstance(made, Tensor) or made.ndim < 2 or made.shape[1] < width:
-            return made
-        kept = _given(placed, self.prompt.prompt_length).repeat_interleave(len(made) // len(placed.ids), 0)
-        behind = torch.arange(width, made.shape[1], device=kept.device).expand(len(kept), -1)
-        return take(made, torch.cat([kept, behind], dim=1).to(made.device))
-
-
-def _given(placed: Placement, length: int) -> Int[Tensor, "batch given"]:
-    """The columns that are no placeholders, of which every row has as many."""
-    given = (placed.columns < 0) | (placed.columns >= length)
-    return packing(given)[:, : placed.ids.shape[1] - length]
 
 
 @functools.cache

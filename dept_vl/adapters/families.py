@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
@@ -29,7 +29,8 @@ class Parts:
     """What of a model the hooks need.
 
     Attributes:
-        embedding: Looks the source's tokens up, those of images included.
+        name: Of the model, for messages.
+        embedding: Looks the source's tokens up, those of images included; see `words_of`.
         encoder_decoder: Whether an answer is a sequence of its own.
         image_tokens: Ids of the tokens of an image, and of those that fence it in.
         special_tokens: Ids of all tokens that the configuration names.
@@ -37,7 +38,8 @@ class Parts:
         positions: How many there are; None where there is no limit.
     """
 
-    embedding: nn.Embedding
+    name: str
+    embedding: Any
     encoder_decoder: bool
     image_tokens: tuple[int, ...]
     special_tokens: tuple[int, ...]
@@ -50,7 +52,7 @@ class Parts:
         return next(n for n in range(len(self.special_tokens) + 1) if n not in self.special_tokens)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Parts":
+    def of(cls, model: Any) -> "Parts":
         """Find them in a model.
 
         Raises:
@@ -73,6 +75,7 @@ class Parts:
             )
         encoder_decoder, text = is_encoder_decoder(model.config), model.config.get_text_config()
         return cls(
+            name=model_name(model),
             embedding=words_of(model),
             encoder_decoder=encoder_decoder,
             image_tokens=tuple(sorted(images)),
@@ -81,7 +84,7 @@ class Parts:
             positions=getattr(text, "max_position_embeddings", None),
         )
 
-    def check_length(self, name: str, prompt: int, source: int) -> None:
+    def check_length(self, prompt: int, source: int) -> None:
         """Refuse a source for which the model has too few positions.
 
         Raises:
@@ -89,7 +92,7 @@ class Parts:
         """
         if self.positions is not None and prompt + source > self.positions:
             raise ValueError(
-                f"{name} has {self.positions} positions and the input needs {prompt + source}: {prompt} "
+                f"{self.name} has {self.positions} positions and the input needs {prompt + source}: {prompt} "
                 f"prompt + {source} image and text; shorten the prompt (prompt_length) or the text"
             )
 

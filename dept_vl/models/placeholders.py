@@ -103,12 +103,11 @@ def text_of(
     return mask & (~begun | ended)
 
 
-def words_of(model: PreTrainedModel) -> nn.Embedding:
-    """The module that looks up the tokens of a source."""
+def words_of(model: PreTrainedModel) -> Any:
+    """The `nn.Embedding` that looks up the tokens of a source, or what was put around it."""
     if is_encoder_decoder(model.config) and not hasattr(model, "get_image_features"):
         model = model.get_encoder()  # where each stack of a language model has its own
-    words: nn.Embedding = model.get_input_embeddings()
-    return words
+    return model.get_input_embeddings()
 
 
 def is_encoder_decoder(config: PretrainedConfig) -> bool:

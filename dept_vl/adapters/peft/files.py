@@ -23,6 +23,8 @@ from dept_vl.adapters.fingerprint import check_base, check_name, describe_base
 from dept_vl.adapters.schema import read_configuration
 from dept_vl.config import PositiveSize, Size
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.placeholders import is_encoder_decoder, words_of
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
 
@@ -61,7 +63,7 @@ class ConfigFields:
     base_fingerprint: dict[str, str] | None
 
 
-def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
+def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> None:
     """Write an adapter in PEFT's two files.
 
     Args:
@@ -84,16 +86,16 @@ def to_peft(adapter: Adapter, backbone: Backbone, folder: str | Path) -> None:
         )
     config = {
         "peft_type": PEFT_TYPE,
-        "task_type": "SEQ_2_SEQ_LM",
+        "task_type": _task_type(backbone.language),
         "base_model_name_or_path": backbone.language.name_or_path,
         "inference_mode": True,
         "prompt_length": prompt.prompt_length,
         "rank": prompt.rank,
         "max_source_length": prompt.max_source_length,
         "alpha": prompt.alpha,
-        "base_fingerprint": describe_base(backbone.language, encoder_words(backbone.language)),
+        "base_fingerprint": describe_base(backbone.language, words_of(backbone.language)),
     }
-    prefix = f"base_model.model.{encoder_name(backbone.language)}.{CONTAINER}."
+    prefix = f"base_model.model.{wrapped_name(backbone.language)}.{CONTAINER}."
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ def add_use(folder: Path) -> None:
 
 
 def from_peft(
-    folder: str | Path, backbone: Backbone, *, task: str, metrics: Mapping[str, float] | None = None
+    folder: str | Path, backbone: FrozenBackbone, *, task: str, metrics: Mapping[str, float] | None = None
 ) -> Adapter:
     """Read an adapter that PEFT saved.
 
@@ -143,7 +145,7 @@ def from_peft(
     check_base(
         record,
         backbone.language,
-        encoder_words(backbone.language),
+        words_of(backbone.language),
         adapter=f"the adapter at {folder}",
         trained_on=base,
     )
@@ -175,10 +177,17 @@ def base_record(base: Mapping[str, str] | None, embedding: str | None) -> dict[s
     return {"embeddings": embedding} if embedding else {}
 
 
-def encoder_words(model: PreTrainedModel) -> nn.Module:
-    """The word embeddings that a prompt is put in front of."""
-    words: nn.Module = model.get_encoder().get_input_embeddings()
-    return words
+def is_text_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model is an encoder-decoder that reads text alone, whose encoder can be wrapped."""
+    config = getattr(model, "config", None)
+    return (
+        isinstance(model, PreTrainedModel)
+        and getattr(config, "is_encoder_decoder", False)
+        and not hasattr(model, "get_image_features")
+        and model.main_input_name == "input_ids"
+        and model.get_encoder() is not model
+        and isinstance(model.get_encoder().get_input_embeddings(), nn.Embedding)
+    )
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -186,19 +195,35 @@ def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
 
 
-def encoder_name(model: PreTrainedModel) -> str:
-    """The name of an encoder-decoder's encoder in the model: `encoder` in T5, `model.encoder` in BART."""
-    encoder = model.get_encoder()
-    name: str = next(name for name, module in model.named_modules() if module is encoder)
+def wrapped(model: PreTrainedModel) -> nn.Module:
+    """The part of a model that PEFT wraps: the encoder of text, or the word embeddings."""
+    part: nn.Module = model.get_encoder() if is_text_encoder_decoder(model) else words_of(model)
+    return part
+
+
+def wrapped_name(model: PreTrainedModel) -> str:
+    """The name of this part: `encoder` in T5, `model.encoder` in BART, `transformer.wte` in GPT-2."""
+    part = wrapped(model)
+    name: str = next(name for name, module in model.named_modules() if module is part)
     return name
 
 
-def _check_positions(backbone: Backbone) -> None:
+def _task_type(model: PreTrainedModel) -> str | None:
+    """Of PEFT's class that passes on what the model takes."""
+    if is_text_encoder_decoder(model):
+        return "SEQ_2_SEQ_LM"
+    return None if is_encoder_decoder(model.config) else "CAUSAL_LM"
+
+
+def _check_positions(backbone: FrozenBackbone) -> None:
     """In PEFT the stock encoder reads `[P ; text]`, and counts the positions of the prompt too."""
+    if not isinstance(backbone, Backbone):
+        _check_pretrained(backbone)
+        return
     if not backbone.language.config.is_encoder_decoder:
         raise ValueError(
-            f"{backbone.name} is decoder-only; in PEFT, DePT runs on encoder-decoders alone: use "
-            "dept_vl.PromptedModel"
+            f"{backbone.name} is decoder-only, and was loaded by --language, which puts the prompt in front "
+            "of the start token; in PEFT it goes behind: load and train the model by --model"
         )
     names = {name for name, _ in backbone.language.get_encoder().named_modules()}
     if backbone.visual_position_bias == "none" and "embed_positions" in names:
@@ -206,4 +231,12 @@ def _check_positions(backbone: Backbone) -> None:
             f"in PEFT the encoder of {backbone.name} counts the positions of the prompt, and with "
             "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load "
             "the backbone with visual_position_bias='relative'"
+        )
+
+
+def _check_pretrained(backbone: FrozenBackbone) -> None:
+    if is_text_encoder_decoder(backbone.language):
+        raise ValueError(
+            f"in PEFT the prompt is in front of the text of {backbone.name}, and with --model behind its "
+            "start token: load the model by --language"
         )

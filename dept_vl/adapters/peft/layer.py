@@ -1,5 +1,10 @@
-"""What `peft_plugin` puts around an encoder and on its decoder: prompts in front, masks that see them."""
+"""What `plugin` puts around a part of a model: an encoder of text, or the word embeddings of any other model.
 
+In front of an encoder's text go prompts, and masks that see them; of word embeddings, those of placeholders
+are replaced (see `adapters.calls`).
+"""
+
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
@@ -10,6 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dept_vl.adapters.calls import PromptedCalls
+from dept_vl.adapters.families import Parts
 from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import CONTAINER
 from dept_vl.models.language import LanguageModel
@@ -21,24 +28,22 @@ BASE = "__base__"
 """In `adapter_names`, a row that no prompt is put in front of."""
 
 
-class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A text encoder with prompts in front, one by adapter.
+class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A part of a model with prompts, one by adapter.
 
-    Whatever is not asked of the prompts is asked of the encoder: this class has its attributes too.
+    Whatever is not asked of the prompts is asked of the part: this class has its attributes too.
 
     Args:
-        base_layer: The encoder.
-        decoder: Its decoder, which needs the prompt's positions; not a submodule of this one.
+        base_layer: The part.
     """
 
     adapter_layer_names = (CONTAINER,)
 
-    def __init__(self, base_layer: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.dept_prompt = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._decoder_hook = decoder.register_forward_pre_hook(_lengthen_mask, with_kwargs=True)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -52,7 +57,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "dept." + super().__repr__()
 
     def update_layer(self, adapter_name: str, prompt: DePT, *, inference_mode: bool) -> None:
-        """Add an adapter, on the encoder's device and in its data type."""
+        """Add an adapter, on the part's device and in its data type."""
         self.dept_prompt[adapter_name] = prompt
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -66,7 +71,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ValueError(
                 f"one prompt is active at a time; got {list(adapter_names)}: for rows with different prompts "
-                "pass adapter_names to forward or generate"
+                "pass adapter_names to forward or generate of an encoder-decoder"
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
@@ -77,12 +82,74 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The encoder as it was; its decoder no longer sees the prompt's positions."""
+        """The part as it was, and the model around it."""
         if merge:
             refuse_merging()
+        self.leave()
+        part: nn.Module = self.base_layer
+        return part
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Take off what is on other parts of the model."""
+
+    @property
+    def read_adapters(self) -> list[str]:
+        """The adapters that are read now: the active one, unless all are disabled."""
+        return [] if self.disable_adapters else [n for n in self.active_adapters if n in self.dept_prompt]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        words: Any = base_layer
+        if not isinstance(words, nn.Embedding):
+            words = words.get_input_embeddings()
+        return device_of(words), words.weight.dtype
+
+
+class DeptWords(PromptedCalls, DeptTunerLayer):
+    """The word embeddings of a model; see `calls`.
+
+    Args:
+        model: With these word embeddings.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        parts = Parts.of(model)
+        DeptTunerLayer.__init__(self, parts.embedding)
+        self._enter(model, parts)
+        # No submodule: it is around this one.
+        self._around = (model,)
+
+    def current_prompt(self) -> DePT | None:
+        """See `PromptedCalls`."""
+        active = self.read_adapters
+        return cast(DePT, self.dept_prompt[active[0]]) if active else None
+
+    def leave(self) -> None:
+        """See `DeptTunerLayer`."""
+        self._leave(*self._around)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Embeddings of tokens, with those of the prompt."""
+        embedded: Tensor = self.base_layer(input)
+        prompted = self._put(input, embedded)
+        return embedded if prompted is None else prompted
+
+
+class DeptLayer(DeptTunerLayer):
+    """A text encoder with prompts in front.
+
+    Args:
+        base_layer: The encoder.
+        decoder: Its decoder, which needs the prompt's positions; not a submodule of this one.
+    """
+
+    def __init__(self, base_layer: nn.Module, decoder: nn.Module) -> None:
+        super().__init__(base_layer)
+        self._decoder_hook = decoder.register_forward_pre_hook(_lengthen_mask, with_kwargs=True)
+
+    def leave(self) -> None:
+        """See `DeptTunerLayer`: the decoder no longer sees the prompt's positions."""
         self._decoder_hook.remove()
-        encoder: nn.Module = self.base_layer
-        return encoder
 
     def forward(
         self,
@@ -105,7 +172,7 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Raises:
             ValueError: If text and prompt are longer than the encoder or the prompt admits.
         """
-        active = [name for name in self.active_adapters if name in self.dept_prompt]
+        active = self.read_adapters
         if self.disable_adapters or not (active or adapter_names):
             return self.base_layer(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
@@ -179,12 +246,6 @@ class DeptLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             nn.functional.pad(with_mask, (0, missing)),
             torch.cat([in_prompt, columns.argsort(dim=1) + lengths[:, None]], dim=1),
         )
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: PreTrainedModel
-    ) -> tuple[torch.device, torch.dtype]:
-        words = base_layer.get_input_embeddings()
-        return device_of(words), words.weight.dtype
 
 
 def _rearranged(output: ModelOutput, columns: Int[Tensor, "batch column"]) -> ModelOutput:

@@ -1,22 +1,27 @@
 """DePT as a method of PEFT: `import dept_vl.adapters.peft.plugin`, then use `DeptConfig` like a `LoraConfig`.
 
-The tuner wraps the text encoder of an encoder-decoder: stacks size their masks before they embed, so
-wrapping the embedding alone could not put a prompt in front. A hook on the decoder lengthens the mask
-of the cross-attention by the prompt. The arithmetic is `dept.DePT`.
+Of an encoder-decoder that reads text alone, the tuner wraps the encoder: stacks size their masks before they
+embed, so wrapping the embedding alone could not put a prompt in front. A hook on the decoder lengthens the
+mask of the cross-attention by the prompt. Of decoder-only models, and of those that read images, it wraps the
+word embeddings, and hooks on the model's calls put placeholders in (`adapters.calls`). The arithmetic is
+`dept.DePT`.
 
-|                         | here                                                       |
-|-------------------------|------------------------------------------------------------|
-| wrapped                 | the encoder, by `DeptLayer`; the decoder gets one hook     |
-| tensors                 | `<encoder>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}` |
-| encoder reads           | `[P ; text ; padding]`, every position counted             |
-| decoder sees            | `[P ; text]`, the text in the columns that it came in      |
-| merging                 | raises: a prompt is not a weight                           |
+|                      | encoder-decoders of text                  | all others                         |
+|----------------------|-------------------------------------------|------------------------------------|
+| wrapped              | the encoder, by `DeptLayer`               | word embeddings, by `DeptWords`    |
+| hooks                | one on the decoder                        | on the model                       |
+| reads                | `[P ; text ; padding]`                    | `[padding ; start ; P ; the rest]` |
+| gives                | the decoder sees `[P ; text]`             | columns as without a prompt        |
+| rows with `adapter_names` | may differ                           | raises                             |
+| merging              | raises: a prompt is not a weight          | the same                           |
 
-`unload` takes the wrapper and the hook away again. Written against PEFT 0.21.
+Tensors are `<wrapped>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}`.
+`unload` takes the wrapper and the hooks away again. Written against PEFT 0.21.
 """
 
 import enum
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,12 +41,29 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dept_vl.adapters.families import Parts
 from dept_vl.adapters.fingerprint import check_base, describe_base
 from dept_vl.adapters.offload import device_of
-from dept_vl.adapters.peft.files import CONTAINER, PEFT_TYPE, add_use, base_record, encoder_words
-from dept_vl.adapters.peft.layer import BASE, DeptLayer, hide_unused, refuse_merging, tell_adapter_names
+from dept_vl.adapters.peft.files import (
+    CONTAINER,
+    PEFT_TYPE,
+    add_use,
+    base_record,
+    is_text_encoder_decoder,
+    wrapped,
+)
+from dept_vl.adapters.peft.layer import (
+    BASE,
+    DeptLayer,
+    DeptTunerLayer,
+    DeptWords,
+    hide_unused,
+    refuse_merging,
+    tell_adapter_names,
+)
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import LanguageModel
+from dept_vl.models.placeholders import words_of
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.initialise import initialise
@@ -71,7 +93,9 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
     rank: int | None = _option(
         None, "Rank of the offset (r); 0 is plain prompt tuning, None takes what the budget leaves."
     )
-    max_source_length: int = _option(256, "Longest text in tokens (s); padding counts.")
+    max_source_length: int = _option(
+        256, "Longest text in tokens (s); of encoder-decoders of text, padding counts."
+    )
     alpha: float = _option(8.0, "The offset is scaled by alpha / sqrt(rank).")
     reference_prompt_length: int = _option(
         100, "Where rank is None: the plain prompt whose parameters may be spent."
@@ -90,7 +114,7 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
     trainable_token_indices: dict[str, list[int]] | None = _option(
         None, "Tokens whose embeddings are trained and saved as well, by module: of the decoder."
     )
-    target_modules: list[str] | str | None = _option(None, "Not for DePT, which wraps the encoder.")
+    target_modules: list[str] | str | None = _option(None, "Not for DePT, which finds what it wraps.")
     base_fingerprint: dict[str, str] | None = _option(
         None, "Of the base's weights; taken from the base, and compared on loading."
     )
@@ -129,7 +153,7 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
             )
         if self.target_modules is not None:
             raise ValueError(
-                "DePT wraps the encoder, which it finds by itself; leave target_modules out (got "
+                "DePT finds by itself what it wraps; leave target_modules out (got "
                 f"{self.target_modules!r:.100})"
             )
 
@@ -145,7 +169,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     """PEFT's tuner: puts prompts on the encoder of a model, and takes them off again."""
 
     prefix = "dept_"
-    tuner_layer_cls = DeptLayer
+    tuner_layer_cls = DeptTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name and form
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
@@ -169,16 +193,13 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
 
     def _check_new_adapter_config(self, config: DeptConfig) -> None:
         super()._check_new_adapter_config(config)
-        encoder = text_encoder(self.model)
-        LanguageModel(encoder, encoder, type(self.model).__name__).check_positions(
-            "encoder", prompt=config.prompt_length, text=1
-        )
+        check_length(self.model, config.prompt_length)
         # One to be trained on, or a configuration that is used a second time, may be on another base.
         strict = config.inference_mode
         check_base(
             base_record(config.base_fingerprint, config.embedding_fingerprint),
             self.model,
-            encoder_words(self.model),
+            words_of(self.model),
             trained_on=config.base_model_name_or_path,
             adapter="this adapter" if strict else "the adapter of this configuration",
             strict=strict,
@@ -186,7 +207,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
 
     def _prepare_adapter_config(self, peft_config: DeptConfig, model_config: dict[str, Any]) -> DeptConfig:
         if peft_config.rank is None:
-            width = text_encoder(self.model).get_input_embeddings().embedding_dim
+            width = words_of(self.model).embedding_dim
             _, rank = METHODS["dept"].solve(
                 d_model=width,
                 max_source_length=peft_config.max_source_length,
@@ -202,7 +223,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         return peft_config
 
     def _check_target_module_exists(self, peft_config: DeptConfig, key: str) -> bool:
-        return self.model.get_submodule(key) is self.model.get_encoder()
+        return self.model.get_submodule(key) is wrapped(self.model)
 
     def _create_and_replace(
         self,
@@ -214,13 +235,15 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        encoder = text_encoder(self.model)
-        prompt = _new_prompt(peft_config, encoder)
-        if fingerprint := describe_base(self.model, encoder_words(self.model)):
+        prompt = _new_prompt(peft_config, self.model)
+        if fingerprint := describe_base(self.model, words_of(self.model)):
             peft_config.base_fingerprint, peft_config.embedding_fingerprint = fingerprint, None
         layer = target
-        if not isinstance(layer, DeptLayer):
-            layer = DeptLayer(target, self.model.get_decoder())
+        if not isinstance(layer, DeptTunerLayer):
+            if is_text_encoder_decoder(self.model):
+                layer = DeptLayer(target, self.model.get_decoder())
+            else:
+                layer = DeptWords(self.model)
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, prompt, inference_mode=peft_config.inference_mode)
         if layer is not target:
@@ -235,13 +258,17 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DeptConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Also take the tensors of our own adapter, `prompt.soft_prompt` and so on, and older names."""
-        layer = next(name for name, module in model.named_modules() if isinstance(module, DeptLayer))
+        """Also take the tensors of our own adapter, `prompt.soft_prompt` and so on, and older names.
+
+        What is wrapped may have been another part in an older version.
+        """
+        layer = next(name for name, module in model.named_modules() if isinstance(module, DeptTunerLayer))
+        of_prompt = re.compile(rf"^(prompt\.|(.*\.)?{CONTAINER}\.)")
         renamed = {
-            f"{layer}.{CONTAINER}.{current_name(name.removeprefix('prompt.'))}"
-            if name.startswith("prompt.")
-            else current_name(name): tensor
-            for name, tensor in state_dict.items()
+            f"{layer}.{CONTAINER}.{current_name(of_prompt.sub('', name))}"
+            if of_prompt.match(name)
+            else name: t
+            for name, t in state_dict.items()
         }
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, renamed
@@ -257,6 +284,12 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if not is_text_encoder_decoder(self.model):
+            raise ValueError(
+                "in PEFT, rows with different prompts (adapter_names) are for encoder-decoders of text, and "
+                f"{type(self.model).__name__} is none: choose one prompt by set_adapter, or mix rows by "
+                "dept_vl.load with several adapters"
+            )
         layer = self.model.get_encoder()
         unknown = sorted(set(names) - layer.dept_prompt.keys() - {BASE})
         if unknown:
@@ -313,35 +346,28 @@ def create_dept_optimizer(
     )
 
 
-def text_encoder(model: nn.Module) -> PreTrainedModel:
-    """The text encoder of an encoder-decoder, without its wrapper.
+def check_length(model: nn.Module, prompt_length: int) -> None:
+    """Refuse a model that no prompt can be put on, or not one so long.
 
     Raises:
-        ValueError: If the model is of another kind.
+        ValueError: With what is supported, or the model's positions.
     """
-    config = getattr(model, "config", None)
-    if (
-        isinstance(model, PreTrainedModel)
-        and getattr(config, "is_encoder_decoder", False)
-        and getattr(config, "vision_config", None) is None
-        and model.main_input_name == "input_ids"
-        and model.get_encoder() is not model
-        and isinstance(model.get_encoder().get_input_embeddings(), nn.Embedding)
-    ):
-        encoder = model.get_encoder()
-        unwrapped: PreTrainedModel = encoder.base_layer if isinstance(encoder, DeptLayer) else encoder
-        return unwrapped
-    raise ValueError(
-        f"in PEFT, DePT prompts the text encoder of an encoder-decoder, and {type(model).__name__} is none. "
-        "Supported are T5, FLAN-T5, mT5, UMT5, LongT5, T5Gemma, BART, mBART, Pegasus, Marian and models like "
-        "them; decoder-only models and images are prompted by dept_vl.PromptedModel"
-    )
+    if is_text_encoder_decoder(model):
+        _language(model).check_positions("encoder", prompt=prompt_length, text=1)
+    else:
+        Parts.of(model).check_length(prompt_length, 1)
 
 
-def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
+def _language(model: nn.Module) -> LanguageModel:
+    """The text encoder of an encoder-decoder, without its wrapper."""
+    encoder = cast(PreTrainedModel, model).get_encoder()
+    encoder = encoder.base_layer if isinstance(encoder, DeptLayer) else encoder
+    return LanguageModel(encoder, encoder, type(model).__name__)
+
+
+def _new_prompt(config: DeptConfig, model: PreTrainedModel) -> DePT:
     """A DePT as configured, its prompt started from words if so."""
-    language = LanguageModel(encoder, encoder, type(encoder).__name__)
-    words = language.word_embeddings
+    words = words_of(model)
     assert config.rank is not None  # solved in `_prepare_adapter_config`
     prompt = DePT(
         words.embedding_dim,
@@ -357,18 +383,23 @@ def _new_prompt(config: DeptConfig, encoder: PreTrainedModel) -> DePT:
         if config.inference_mode:  # an adapter that is about to be loaded needs no tokenizer
             return prompt
         tokenizer = load_tokenizer(str(config.tokenizer_name_or_path))
-        check_tokenizer(tokenizer, encoder, str(config.tokenizer_name_or_path))
-    special = (getattr(encoder.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+        check_tokenizer(tokenizer, model, str(config.tokenizer_name_or_path))
+    of_text = is_text_encoder_decoder(model)
     initialise(
         prompt,
         cast(Init, config.prompt_init),
-        lambda ids: language.embed(ids[None].to(device_of(words)))[0],
+        lambda ids: (_language(model).embed if of_text else words)(ids[None].to(device_of(words)))[0],
         vocabulary_size=words.num_embeddings,
-        special_tokens=[token for token in special if isinstance(token, int)],
+        special_tokens=_special_tokens(model) if of_text else Parts.of(model).special_tokens,
         tokenizer=tokenizer,
         text=config.prompt_init_text or "",
     )
     return prompt
+
+
+def _special_tokens(model: PreTrainedModel) -> list[int]:
+    special = (getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
+    return [token for token in special if isinstance(token, int)]
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[DeptType.DEPT] = DeptConfig

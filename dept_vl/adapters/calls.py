@@ -1,0 +1,193 @@
+"""Calls of a model with a prompt: placeholders in what it reads, and none in what it gives.
+
+Hooks around `forward` and one around `generate` put the placeholders of `models.placeholders` into a call,
+whoever makes it and whatever has become of `forward`; the word embeddings then ask `_put`.
+"""
+
+import functools
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dept_vl._utils.errors import UsageError
+from dept_vl.adapters.families import Parts
+from dept_vl.models.padding import insert, packing, take
+from dept_vl.models.placeholders import Placement, place, put, text_of
+from dept_vl.models.source import PER_TOKEN
+from dept_vl.models.tokens import IGNORE_INDEX
+from dept_vl.prompts.dept import DePT
+
+GIVEN = "given"
+"""Marks the tokens that are no placeholders."""
+
+
+class PromptedCalls:
+    """What a model with a prompt does besides: for classes of modules that hold the prompt."""
+
+    _parts: Parts
+    _placed: Placement | None = None
+    _given: Int[Tensor, "batch given"]
+    _outermost: int | None = None
+
+    @abstractmethod
+    def current_prompt(self) -> DePT | None:
+        """The prompt that is read now; None if there is none."""
+
+    def _enter(self, model: PreTrainedModel, parts: Parts, *around: nn.Module) -> None:
+        """Put the hooks on a model, and on modules around it that are called in its place."""
+        self._parts = parts
+        self._handles = [
+            handle
+            for module in (model, *around)
+            for handle in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            )
+        ]
+        self._own_generate = {name: run for name, run in vars(model).items() if name == "generate"}
+        if hasattr(model, "generate"):
+            prompted: Any = functools.partial(self._generate, model.generate)
+            prompted.__wrapped__ = model.generate  # has the signature
+            vars(model)["generate"] = prompted
+
+    def _leave(self, model: PreTrainedModel) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        vars(model).pop("generate", None)
+        vars(model).update(self._own_generate)
+        self._handles, self._own_generate = [], {}
+
+    def _before(
+        self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        prompt = self.current_prompt()
+        if prompt is None or self._placed is not None:  # within another call
+            return None
+        self._outermost = id(module)
+        named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
+        return (), named | self._prompted(prompt, named)
+
+    def _after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> Any:
+        if self._outermost != id(module):
+            return None
+        placed, self._placed, self._outermost = self._placed, None, None
+        return self._as_given(made, placed)
+
+    def _generate(self, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+        prompt = self.current_prompt()
+        if prompt is None or self._placed is not None:
+            return run(*inputs, **named)
+        named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
+        if named.get("inputs") is not None:  # as `generate` calls the tokens
+            named["input_ids"] = named.pop("inputs")
+        try:
+            named |= self._prompted(prompt, named)
+            return self._as_given(run(**named), self._placed)
+        finally:
+            self._placed = None
+
+    def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
+        """The embeddings of a source with its prompt; None leaves them as they are."""
+        prompt = self.current_prompt()
+        return None if prompt is None or self._placed is None else put(prompt, self._placed, ids, embedded)
+
+    def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
+        """What changes of a call: the source gets placeholders, and `_placed` is what they stand for.
+
+        Raises:
+            ValueError: If the source is given in another way than by its tokens, or is too long.
+        """
+        ids, mask, length = named.get("input_ids"), named.get("attention_mask"), prompt.prompt_length
+        if named.get("encoder_outputs") is not None:  # which may have P in them
+            if mask is None or named["encoder_outputs"][0].shape[1] != mask.shape[1] + length:
+                return {}
+            return {"attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)}
+        if ids is None or named.get("inputs_embeds") is not None:
+            raise ValueError(
+                "the prompt has to know which embeddings are of text and which of images: give the model "
+                "input_ids, not inputs_embeds"
+            )
+        for name in () if self._parts.encoder_decoder else ("past_key_values", "position_ids"):
+            if named.get(name) is not None:
+                raise ValueError(f"a prompted model makes its own {name}; leave yours out, or call generate")
+        mask = torch.ones_like(ids) if mask is None else mask
+        if getattr(mask, "shape", None) != ids.shape:
+            raise ValueError(
+                f"a prompted model needs an attention_mask of the shape of its tokens, {tuple(ids.shape)}, "
+                f"that is zero on padding; found {getattr(mask, 'shape', type(mask).__name__)}"
+            )
+        self._parts.check_length(length, ids.shape[1])
+        labels = None if self._parts.encoder_decoder else named.get("labels")
+        others = {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None}
+        self._placed = placed = place(
+            prompt,
+            ids,
+            mask.bool(),
+            self._is_text(prompt, ids, mask.bool(), labels),
+            others | {GIVEN: torch.ones_like(ids)},
+            placeholder=self._parts.placeholder,
+            start=self._parts.start,
+            padding_first=None,
+        )
+        # Every row has as many.
+        self._given = packing(placed.others.pop(GIVEN).bool())[:, : ids.shape[1]]
+        changed = placed.others | {"input_ids": placed.ids, "attention_mask": placed.mask.to(mask.dtype)}
+        if labels is not None:
+            changed["labels"] = torch.full_like(placed.ids, IGNORE_INDEX).scatter(1, self._given, labels)
+        positions = named.get("position_ids")
+        if positions is not None:
+            first = torch.arange(length, device=positions.device).expand(len(mask), -1)
+            changed["position_ids"] = insert(first, positions.expand_as(mask) + length, mask)
+        return changed
+
+    def _is_text(
+        self,
+        prompt: DePT,
+        ids: Int[Tensor, "batch source"],
+        mask: Bool[Tensor, "batch source"],
+        labels: Tensor | None,
+    ) -> Bool[Tensor, "batch source"]:
+        """Where the offset goes.
+
+        Raises:
+            UsageError: If labels begin in front of all text.
+        """
+        text = text_of(ids, mask, torch.tensor(self._parts.image_tokens, dtype=torch.long))
+        if labels is None:
+            return text
+        asked = text & ((labels != IGNORE_INDEX).cumsum(1) == 0)
+        if prompt.offset_a is not None and text.any() and not asked.any():
+            raise UsageError(
+                "the labels leave no text of a question (-100), which the offset goes to; label the answer "
+                "alone, or take a prompt without offset (rank=0)"
+            )
+        return asked
+
+    def _as_given(self, made: Any, placed: Placement | None) -> Any:
+        """What a decoder-only model gives, without the columns of placeholders."""
+        if placed is None or self._parts.encoder_decoder:
+            return made
+        if isinstance(made, tuple):
+            return tuple(self._as_given(part, placed) for part in made)
+        if isinstance(made, dict):
+            for name in made.keys() & {"logits", "sequences"}:
+                made[name] = self._as_given(made[name], placed)
+        width = placed.ids.shape[1]
+        if not isinstance(made, Tensor) or made.ndim < 2 or made.shape[1] < width:
+            return made
+        kept = self._given.repeat_interleave(len(made) // len(placed.ids), 0)
+        behind = torch.arange(width, made.shape[1], device=kept.device).expand(len(kept), -1)
+        return take(made, torch.cat([kept, behind], dim=1).to(made.device))
+
+
+def is_prompted(model: nn.Module) -> bool:
+    """Whether a model has a prompt already."""
+    hooks = model._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks)
