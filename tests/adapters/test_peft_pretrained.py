@@ -45,6 +45,7 @@ ALWAYS = ("llava", "qwen2_5_vl", "paligemma", "blip2")
 TEXT = ("gpt2_text", "llama_text")
 CHAT = "llava_onevision"
 """With a chat template, as TRL asks for."""
+README = Path(__file__).parents[2] / "dept_vl" / "adapters" / "README.md"
 LABELS = torch.tensor([[40, 50, 60, 41]])
 
 
@@ -377,3 +378,19 @@ def test_trainer_trains_the_prompt_at_two_rates(
     by_name = {n.rpartition(".")[2]: size for n, size in moved.items() if "dept_prompt" in n}
     assert by_name["soft_prompt"] > 20 * by_name["offset_b"] > 0
     assert {n for n, size in moved.items() if size} == {n for n in moved if "dept_prompt" in n}
+
+
+def test_the_readme_trains_on_images(
+    pretrained_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trl", reason="trl is not installed")
+    monkeypatch.chdir(tmp_path)
+    blocks = [block.split("```")[0] for block in README.read_text().split("```python")[1:]]
+    (block,) = [block for block in blocks if "SFTTrainer(" in block]
+    name, options = "Qwen/Qwen2.5-VL-3B-Instruct", "max_length=None, "
+    assert block.count(name) == block.count(options) == 1
+    small = block.replace(name, str(pretrained_folder(CHAT)))
+    small = small.replace(options, f"{options}use_cpu=True, bf16=False, max_steps=1, report_to='none', ")
+    given: dict[str, Any] = {"examples": [(Image.new("RGB", (32, 32)), "is it red ?", "no")]}
+    exec(compile(small, str(README), "exec"), given)
+    assert {path.name for path in (tmp_path / "sft-adapter").iterdir()} > {"adapter_config.json"}
