@@ -10,10 +10,10 @@ whenever one is read; a file that this does not name, as one from elsewhere, is 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dept_vl._utils.checksums import checksum, file_checksum
 from dept_vl._utils.errors import DamagedFileError
@@ -31,6 +31,56 @@ Noted = tuple[int, str]
 """Size and checksum of a file, or of the beginning of one that grows."""
 Checksums = dict[str, dict[str, Noted]]
 """Noted of `files`, and of what was there `before` those that are being written."""
+
+
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in one JSON object: one of its values would be lost."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r:.60} stands twice in one object; keep one of them")
+
+
+class UniqueKeys(dict[str, Any]):
+    """A JSON object that ijson fills one key after the other, each of which may come once: see `check_keys`.
+
+    ijson does not stop at an error that is raised here.
+    """
+
+    __slots__ = ("repeated",)
+    met: ClassVar = False
+    """Whether any object of this process has a key twice."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key in self:
+            self.repeated = key
+            UniqueKeys.met = True
+        dict.__setitem__(self, key, value)
+
+
+def check_keys(value: Any) -> None:
+    """Check that no object in what ijson read has a key twice.
+
+    Raises:
+        RepeatedKeyError: If one has.
+    """
+    if not UniqueKeys.met:
+        return
+    if isinstance(value, UniqueKeys) and hasattr(value, "repeated"):
+        raise RepeatedKeyError(value.repeated)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        check_keys(part)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_unique).decode
+"""Parse JSON text as `json.loads` does, but raise `RepeatedKeyError` where an object has a key twice."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -187,7 +237,7 @@ def _all_of(known: Checksums, name: str) -> list[Noted]:
 def _read_checksums(folder: Path) -> Checksums:
     path = folder / CHECKSUMS_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         found: Checksums = check(content, Checksums)
         if found.keys() != {"files", "before"}:
             raise ValueError(f"it has {sorted(found)}"[:100])
@@ -228,8 +278,12 @@ def one_line(error: BaseException) -> str:
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
     """Read a JSON file of ours.
+
+    Args:
+        path: The file.
+        parse: Turns its text into what it says; of files that others read too, `json.loads`, as these do.
 
     Raises:
         FileNotFoundError: If there is none.
@@ -244,7 +298,9 @@ def read_json(path: Path) -> Any:
             f"{path} is damaged or another file: expected at most {LONGEST_JSON:,} bytes, found {size:,}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8"))
+    except RepeatedKeyError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from None
     # Nesting a thousand deep ends the decoder with a RecursionError.
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None

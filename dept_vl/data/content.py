@@ -14,6 +14,8 @@ from dept_vl.tasks.io.rows import Rows
 
 ROWS = 65_536
 """Rows that are hashed at a time; a part of what the digits mean."""
+REMARKS = frozenset({"cleaned"})
+"""Columns that say what was done to others: rows of before, which lack them, have the same content."""
 MISSING = -1
 """Size of an image that is not there."""
 
@@ -26,7 +28,7 @@ def rows_content(rows: Rows) -> str:
             part = rows.table.slice(start, ROWS)
         else:
             part = rows.table.take(pa.array(rows.indices[start : start + ROWS]))
-        for name in sorted(part.column_names):
+        for name in sorted(set(part.column_names) - REMARKS):
             column = part.column(name).combine_chunks()
             digest.update(f"{name} {len(column)} ".encode())
             for piece in _pieces(column):

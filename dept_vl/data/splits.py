@@ -45,6 +45,30 @@ class Splits:
         return self.options.choose_by or self.dev.primary
 
 
+def options_together(config: RunConfig) -> list[DataOptions]:
+    """Return the options of every task; the first one says what is done with bad images.
+
+    Raises:
+        ValueError: If a task comes twice, or one has another opinion of bad images.
+    """
+    names = [options.task for options in (config.data, *config.also)]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"expected different tasks to train on together, found {', '.join(repeated)} more than once"
+        )
+    on_bad_image = config.data.on_bad_image
+    for place, options in enumerate(config.also):
+        if options.on_bad_image not in (None, on_bad_image):
+            raise ValueError(
+                f"expected one on_bad_image for all tasks, found {on_bad_image!r} in data and "
+                f"{options.on_bad_image!r} in also[{place}]; leave it out there"
+            )
+    case = config.data.question_case
+    together = (config.data, *config.also)
+    return [replace(one, on_bad_image=on_bad_image, question_case=case) for one in together]
+
+
 def load_splits(options: DataOptions, seed: int) -> Splits:
     """Read the splits of a task and look for their images.
 

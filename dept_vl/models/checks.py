@@ -85,7 +85,7 @@ def _check_folder(folder: Path) -> None:
     for name in CHECKED_FILES:
         path = folder / name
         if path.exists():
-            content = read_json(path)
+            content = read_json(path, json.loads)
             if not isinstance(content, dict):
                 raise ValueError(
                     f"{path} is damaged: expected a JSON object, found a {type(content).__name__}"
@@ -98,7 +98,7 @@ def _check_folder(folder: Path) -> None:
                         f"{printable(value)!r:.80} at {printable(place):.80}"
                     )
     config_path = folder / "config.json"
-    config = read_json(config_path) if config_path.exists() else {}
+    config = read_json(config_path, json.loads) if config_path.exists() else {}
     layers, experts = _check_sizes(config, config_path)
     _check_tables(config, config_path, sum(p.stat().st_size for p in folder.glob("*.safetensors")))
     most = TENSORS_ANYWAY + TENSORS_PER_LAYER * layers * max(1, experts)
@@ -173,7 +173,7 @@ def _check_index(path: Path) -> None:
     Raises:
         ValueError: If it is damaged, or names something else.
     """
-    content = read_json(path)
+    content = read_json(path, json.loads)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise ValueError(f"{path} is damaged: expected 'weight_map' to name a file for every tensor")

@@ -41,6 +41,7 @@ from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
+from dept_vl.training.identity import contents, forget_contents
 from dept_vl.training.log import best_dev, read_log
 from dept_vl.training.owner import owning
 from dept_vl.training.run import run_once
@@ -60,11 +61,13 @@ def compare(config: CompareConfig) -> list[Row]:
         A row for each method on each task, over all seeds, of the last length.
 
     Raises:
+        DifferentError: If a run that is there was made with other options, data or models.
         FileNotFoundError: If a configuration or data are missing.
         SystemExit: If a signal stopped it.
         ValueError: If a method or a task is unknown.
     """
     config.check()
+    forget_contents()
     # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
     torch.set_num_threads(1)
     if config.smallest:
@@ -72,7 +75,7 @@ def compare(config: CompareConfig) -> list[Row]:
     rows: list[Row] = []
     for steps in config.max_steps:
         rows = _Comparison(config, steps).run()
-    over_lengths(config.output_dir)
+    over_lengths(config.output_dir, config.max_steps[-1])
     return rows
 
 
@@ -120,6 +123,9 @@ class _Comparison:
             if config.own.data is None:
                 del settings["own"]
             settings["backbones"] = fingerprints(self.bases)
+            settings["contents"] = {
+                task: contents(with_seed(base, seeds[0])) for task, base in self.bases.items()
+            }
             with owning(self.folder, wait=True):  # processes that end together write one after the other
                 report(settings, usual, rows, self.folder)
         return rows
@@ -282,18 +288,34 @@ def step_costs(
     """Time and memory of a step of every method, measured in turn, once."""
     folder = config.output_dir / task
     rounds = 1 if config.smallest else config.rounds
-    settings = {"batch_size": base.train.per_device_batch_size, "rounds": rounds}
+    seeded = with_seed(base, config.seeds[0])
+    settings = {
+        "batch_size": base.train.per_device_batch_size,
+        "rounds": rounds,
+        "options": to_json(with_steps(replace(seeded, output_dir=None), EVALUATED)),
+        "contents": contents(seeded),
+    }
     with owning(folder, wait=wait):  # a second process finds what the first one measured
         if (folder / STEPS_FILE).is_file():
             kept = read_json(folder / STEPS_FILE)  # written below
             costs = {name: StepCost(**cost) for name, cost in kept["costs"].items()}
-            if kept["settings"] == settings and all(name in costs for name in names if name != "zero-shot"):
+            missing = [name for name in names if name != "zero-shot" and name not in costs]
+            # Older files have fewer settings.
+            changed = [name for name, value in kept["settings"].items() if settings.get(name) != value]
+            if not missing and not changed:
                 return costs
-        seeded = replace(base, train=replace(base.train, seed=config.seeds[0]))
+            if changed:
+                others = " and ".join(changed)
+                say(f"note: {folder / STEPS_FILE} is of other {others}; steps are measured again")
         costs = measure_steps({name: compared()[name].configure(seeded) for name in names}, rounds)
         content = {name: asdict(cost) for name, cost in costs.items()}
         write_noted_json(folder / STEPS_FILE, {"settings": settings, "costs": content})
     return costs
+
+
+def with_seed(base: RunConfig, seed: int) -> RunConfig:
+    """The same, of another seed."""
+    return replace(base, train=replace(base.train, seed=seed))
 
 
 @waiting("looking at the data")

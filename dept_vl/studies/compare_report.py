@@ -168,15 +168,25 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
     return any(steps.values()) and curve_plot(panes, path, y="mean over tasks, dev split")
 
 
-def over_lengths(folder: Path) -> str:
+def over_lengths(folder: Path, like: int) -> str:
     """Write and return the means of all lengths of a comparison, of tasks and methods that each of them has.
 
     Args:
         folder: With `N-steps/comparison.json`.
+        like: Steps of a length; those of other data or models are left out, which is printed.
     """
-    found = {
-        int(path.parent.name.removesuffix("-steps")): [_row(row) for row in read_json(path)["rows"]]
+    written = {
+        int(path.parent.name.removesuffix("-steps")): read_json(path)
         for path in folder.glob("*-steps/comparison.json")
+    }
+    known = {steps: _compared_on(content["config"]) for steps, content in written.items()}
+    others = [steps for steps in written if _differ(known[steps], known[like])]
+    for steps in others:
+        say(f"note: the comparison of {steps} steps is of other data or models than that of {like}: left out")
+    found = {
+        steps: [_row(row) for row in content["rows"]]
+        for steps, content in written.items()
+        if steps not in others
     }
     lengths = sorted(found)
     tasks = set.intersection(*({row.task for row in rows} for rows in found.values()))
@@ -192,6 +202,18 @@ def over_lengths(folder: Path) -> str:
     text = f"Means over {', '.join(sorted(tasks))}:\n\n{table}"
     write_atomically(folder / "lengths.md", (text + "\n").encode())
     return text
+
+
+def _compared_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison read, by name; an older one did not note all of it."""
+    found: dict[str, Any] = dict(config.get("backbones", {}))
+    for task, contents in config.get("contents", {}).items():
+        found |= {f"{task} {name}": content for name, content in contents.items()}
+    return found
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return any(one[name] != other[name] for name in one.keys() & other.keys())
 
 
 def _row(content: dict[str, Any]) -> Row:

@@ -28,6 +28,7 @@ from dept_vl.config import RunConfig, current_options, differences, to_json, val
 from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import TASKS
 from dept_vl.training.folder import existing
+from dept_vl.training.identity import changed_contents, forget_contents
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run, run_once
 from dept_vl.training.summary import RunResult
@@ -80,7 +81,7 @@ def tune(config: RunConfig) -> RunResult:
         FileExistsError: If the folder holds a study, finished or not, that is not to go on.
         FileNotFoundError: If there is no study to go on with.
         ImportError: If Optuna is not installed.
-        ValueError: If a study was begun with other options, or there is nothing to search.
+        ValueError: If a study was begun with other options or data, or there is nothing to search.
     """
     validate(config)
     if config.train.num_epochs:
@@ -91,7 +92,8 @@ def tune(config: RunConfig) -> RunResult:
     processes = PartialState(cpu=not torch.accelerator.is_available())
     folder = _folder(config)
     opened: list[_Study] = []
-    on_main(processes, lambda: opened.append(_open(config, folder, search)))
+    forget_contents()
+    on_main(processes, lambda: opened.append(_open(config, folder, search, processes.num_processes)))
     study = opened[0] if opened else None
     steps = rungs(config.train.max_steps)
     trials: list[Trial] = []
@@ -255,7 +257,7 @@ def _main(study: "_Study | None") -> "_Study":
     return study
 
 
-def _open(config: RunConfig, folder: Path, space: Space) -> "_Study":
+def _open(config: RunConfig, folder: Path, space: Space, processes: int) -> "_Study":
     """The study, begun or gone on with."""
     try:
         import optuna  # noqa: F401  # now, rather than when the first trial is to be proposed
@@ -275,10 +277,14 @@ def _open(config: RunConfig, folder: Path, space: Space) -> "_Study":
                 f"{folder}, or choose another --output_dir"
             )
         changed = differences(started, to_json(config))
+        # Scores of trials are kept in the study, so that what these were made of is compared here.
+        first = next(iter(sorted(folder.glob("trial-*/config.json"))), None)
+        if first is not None and not changed:
+            changed = changed_contents(first.parent, replace(config, tune=0), processes)
         if changed:
             raise ValueError(
-                f"the study in {folder} was begun with other options ({'; '.join(changed)}); go on with its "
-                f"own, by --config {folder / CONFIG_FILE}, or begin a new one"
+                f"the study in {folder} was begun with other options or data ({'; '.join(changed)}); go on "
+                f"with its own, by --config {folder / CONFIG_FILE}, or begin a new one"
             )
     elif (folder / CONFIG_FILE).exists():
         raise FileExistsError(f"{folder} holds a run; choose another --output_dir for the search")

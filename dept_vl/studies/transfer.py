@@ -34,6 +34,7 @@ from dept_vl.data.splits import load_splits
 from dept_vl.studies.options import Start, TransferConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_model
+from dept_vl.training.identity import contents, forget_contents
 from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import RunResult
@@ -51,11 +52,13 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
         more_to_come: Another transfer follows in this program, so its processes stay together.
 
     Raises:
+        DifferentError: If a run that is there was made with other options, data, models or sources.
         FileNotFoundError: If a source, a configuration or data are missing.
         SystemExit: If a signal stopped a run.
         ValueError: If there are too few examples of a class, or a source does not fit.
     """
     config.check()
+    forget_contents()
     processes = PartialState(cpu=not torch.accelerator.is_available())
     base = target_config(config)
     sources = []
@@ -160,18 +163,30 @@ def cell_config(
 def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
     """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
     processes = PartialState()
-    losses = on_main(processes, lambda: read_json(path)["losses"] if is_there(path) else {})  # written below
+    all_sources = replace(cell, prompt=replace(cell.prompt, init_from=tuple(sources), init_parts="prompt"))
+    now = on_main(processes, lambda: contents(all_sources, processes.num_processes))
+    losses = on_main(processes, lambda: _kept_losses(path, now))
     if not losses:
         for source in sources:
             prompt = replace(cell.prompt, init_from=(source,), init_parts="prompt")
             losses[str(source)] = dev_loss(replace(cell, prompt=prompt), processes)
-        on_main(processes, lambda: _keep_losses(path, losses))
+        on_main(processes, lambda: _keep_losses(path, losses, now))
     return min(sources, key=lambda source: losses[str(source)])
 
 
-def _keep_losses(path: Path, losses: dict[str, float]) -> None:
+def _kept_losses(path: Path, now: dict[str, str]) -> dict[str, float]:
+    """Losses that were measured before; none if they are of other data, models or sources."""
+    kept = read_json(path) if is_there(path) else {"losses": {}}  # written below
+    if kept.get("contents", now) != now:  # older files do not say
+        say(f"note: {path} is of other data, models or sources; the sources are tried again")
+        return {}
+    losses: dict[str, float] = kept["losses"]
+    return losses
+
+
+def _keep_losses(path: Path, losses: dict[str, float], now: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_noted_json(path, {"losses": losses})
+    write_noted_json(path, {"losses": losses, "contents": now})
 
 
 @torch.no_grad()

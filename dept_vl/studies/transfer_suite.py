@@ -27,6 +27,7 @@ from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.studies.options import SOURCES, TARGETS, Start, SuiteConfig, TransferConfig
 from dept_vl.studies.transfer import NAMES, transfer
 from dept_vl.training.extract import with_features
+from dept_vl.training.identity import forget_contents
 from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
 
@@ -37,11 +38,13 @@ def transfer_suite(config: SuiteConfig) -> None:
     """Run what is missing, and write the table.
 
     Raises:
+        DifferentError: If a run that is there was made with other options, data, models or sources.
         FileNotFoundError: If data are missing.
         SystemExit: If a signal stopped a run.
         ValueError: If a target is unknown.
     """
     config.check()
+    forget_contents()
     torch.set_num_threads(1)  # as `compare` does
     if config.smallest:
         config = replace(config, k=(1,), seeds=1, source_steps=2, max_steps=2, test_limit=8)

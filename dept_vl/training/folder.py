@@ -23,7 +23,7 @@ from dept_vl._utils.run_files import (
 from dept_vl.config import RENAMED, RunConfig, to_json
 from dept_vl.training.checkpoint import newest, steps_of
 from dept_vl.training.errors import explained
-from dept_vl.training.identity import changed_options
+from dept_vl.training.identity import check_kept, forget_contents
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -
 
     Raises:
         FileExistsError: If it holds a run and resuming was not asked for.
-        UsageError: If that has ended with other options.
+        DifferentError: If that has ended with other options or data.
     """
-    return on_main(accelerator, lambda: _open(config, output_dir))
+    return on_main(accelerator, lambda: _open(config, output_dir, accelerator.num_processes))
 
 
-def _open(config: RunConfig, output_dir: Path) -> Opened:
+def _open(config: RunConfig, output_dir: Path, processes: int) -> Opened:
     if not _holds_run(output_dir):
         with explained(output_dir):
             write_noted_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
@@ -101,7 +101,8 @@ def _open(config: RunConfig, output_dir: Path) -> Opened:
     if not config.resume:
         raise _taken(output_dir)
     if (output_dir / SUMMARY_FILE).is_file():
-        check_unchanged(output_dir, config)
+        forget_contents()
+        check_kept(output_dir, config, processes)
         return Opened(output_dir, None, claimed=False)
     return Opened(output_dir, _newest(output_dir), claimed=False)
 
@@ -124,20 +125,6 @@ def _newest(output_dir: Path) -> Path | None:
     where = f"step {steps_of(checkpoint):,}" if checkpoint else "the beginning: it has no checkpoint"
     say(f"resuming {output_dir} from {where}")
     return checkpoint
-
-
-def check_unchanged(folder: Path, config: RunConfig) -> None:
-    """Check that a run that has ended had these options.
-
-    Raises:
-        ValueError: If options differ on which the result depends; the message lists them.
-    """
-    changed = changed_options(folder, config)
-    if changed:
-        raise ValueError(
-            f"{folder} was started with other options ({'; '.join(changed)}) and has ended; start a new run "
-            "in another --output_dir"
-        )
 
 
 def _new_folder(task: str) -> Path:

@@ -1,13 +1,15 @@
-"""Compare a resumed run with its start, which `identity.json` stores.
+"""Compare a run that is resumed, or kept, with its start, which `identity.json` stores.
 
-Raise if its rows, image sizes, weights or examples per step differ; print a note if only threads, device or
-versions do, which change the last bits. Paths and file formats may change: data are compared by content.
+Raise if its rows, image sizes, weights, sources or examples per step differ; print a note if only threads,
+device or versions do, which change the last bits. Paths and file formats may change: data are compared by
+content.
 """
 
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,24 @@ from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
-from dept_vl._utils.tensors import fingerprint
-from dept_vl.config import BATCHES, LOCATIONS, RunConfig, differences, read_config, to_json
+from dept_vl._utils.tensors import exact_fingerprint, fingerprint
+from dept_vl._utils.terminal import waiting
+from dept_vl.adapters.adapter import Adapter
+from dept_vl.config import (
+    BATCHES,
+    LOCATIONS,
+    BackboneOptions,
+    DataOptions,
+    RunConfig,
+    differences,
+    read_config,
+    to_json,
+)
 from dept_vl.data.content import rows_content, sizes_content
 from dept_vl.data.lengths import tokenizer_description
-from dept_vl.data.splits import Splits
+from dept_vl.data.splits import Splits, load_splits, options_together
 from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.vlm import open_backbone
 from dept_vl.tasks.base import Task
 from dept_vl.training.checkpoint import processes_of
 
@@ -86,11 +100,96 @@ def keep_identity(
         content = {
             **_content(splits),
             **_weights(backbone, folder_too=config.backbone.backbone is not None),
+            **_sources(config),
             "batches": batches(config, accelerator.num_processes),
         }
         _keep(folder, config, Identity(str(Path.cwd()), content, _setup(accelerator)), checkpoint)
 
     on_main(accelerator, keep)
+
+
+def check_kept(folder: Path, config: RunConfig, processes: int) -> None:
+    """Check that a run that has ended had these options, and that the same would be read today.
+
+    Args:
+        folder: Of the run.
+        config: Configuration that it would be made with now.
+        processes: Which it would be made by.
+
+    Raises:
+        DifferentError: If options, data, models or sources differ; the message lists them.
+    """
+    options = changed_options(folder, config)
+    content = [] if options else changed_contents(folder, config, processes)
+    if options or content:
+        raise DifferentError(
+            f"{folder} was started with {_other(options, content)} and has ended; nothing was changed there. "
+            "Start a new run in another --output_dir, or remove this folder to have it made again"
+        )
+
+
+def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[str]:
+    """What a run read and what would be read today, where they differ; an older one did not note it."""
+    if not is_there(folder / IDENTITY_FILE):
+        _remark(folder, f"it has no {IDENTITY_FILE}")
+        return []
+    then = check(read_json(folder / IDENTITY_FILE), Identity).content
+    try:
+        if _differences(then, contents(config, processes)):
+            forget_contents()  # they may have been looked at before they were changed, or put back
+        return _differences(then, contents(config, processes))
+    except FileNotFoundError as error:
+        _remark(folder, str(error))
+        return []
+
+
+@cache
+def _remark(folder: Path, reason: str) -> None:
+    say(f"note: {folder} is kept; that its data are the same cannot be checked: {reason}")
+
+
+def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
+    """What a run would be made of now, by name; data and models are looked at once.
+
+    Raises:
+        FileNotFoundError: If something is missing.
+    """
+    found: dict[str, str] = {}
+    for options in options_together(config):
+        found |= _contents_of(options, config.train.seed)
+    found |= _weights_of(config.backbone)
+    sources = [Adapter.from_pretrained(path) for path in config.prompt.init_from]
+    if any("visual_projection" in source.trainable_parameters for source in sources):
+        found.pop("backbone.projection", None)  # the run began with the source's
+    return found | _sources(config) | {"batches": batches(config, processes)}
+
+
+def forget_contents() -> None:
+    """Look at data and models again: another study of this process may come after they were changed."""
+    _contents_of.cache_clear()
+    _weights_of.cache_clear()
+
+
+@cache
+@waiting("looking whether the data are the same")
+def _contents_of(options: DataOptions, seed: int) -> dict[str, str]:
+    # No figure is computed, and METEOR need not be there.
+    return _content([load_splits(replace(options, meteor=False, choose_by=None), seed)])
+
+
+@cache
+@waiting("looking whether the model is the same")
+def _weights_of(options: BackboneOptions) -> dict[str, str]:
+    return _weights(open_backbone(**options.loading()), folder_too=options.backbone is not None)
+
+
+def _sources(config: RunConfig) -> dict[str, str]:
+    """What trained prompts a prompt starts from."""
+    adapters = {path: Adapter.from_pretrained(path) for path in config.prompt.init_from}
+    return {
+        f"init_from {path}": exact_fingerprint(adapter.tensors, adapter.prompt)
+        for path, adapter in adapters.items()
+    }
 
 
 def changed_rows(folder: Path, task: Task, part: str) -> str:
@@ -126,10 +225,8 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         content += [f"{change} (dropout draws other numbers)" for change in processes]
     changed = options + content
     if changed and not config.accept_changes:
-        kinds = (("options", options), ("contents", content))
-        found = " and ".join(f"other {kind} ({'; '.join(which)})" for kind, which in kinds if which)
         raise DifferentError(
-            f"{folder} was started with {found}; continue with its own, by "
+            f"{folder} was started with {_other(options, content)}; continue with its own, by "
             f"--config {folder / CONFIG_FILE}, with these by --accept_changes, or start a new run in another "
             "--output_dir"
         )
@@ -142,6 +239,11 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
         write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
     changes = [*then.changes, *dict.fromkeys(everything + changed + setup)]
     write_noted_json(path, asdict(Identity(then.started_in, now.content, now.setup, changes)))
+
+
+def _other(options: Sequence[str], content: Sequence[str]) -> str:
+    kinds = (("options", options), ("contents", content))
+    return " and ".join(f"other {kind} ({'; '.join(which)})" for kind, which in kinds if which)
 
 
 def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:

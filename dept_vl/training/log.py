@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from dept_vl._utils.errors import DamagedFileError
-from dept_vl._utils.io import check_noted, note, noted, one_line, write_noted, writing
+from dept_vl._utils.io import check_noted, note, noted, one_line, parse_json, write_noted, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOG_FILE
 from dept_vl.data.collate import Batch
@@ -206,7 +206,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     # What was written after the last checkpoint is of no use without it, and the last line may be cut.
     lines = (content if size < 0 else content[:size]).splitlines(keepends=True)
     try:
-        records = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        records = [parse_json(line.decode()) for line in lines if line.endswith(b"\n")]
         if not all(isinstance(record["step"], int) for record in records):
             raise ValueError("a step is no whole number")
     except (ValueError, LookupError, TypeError, RecursionError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,7 +40,7 @@ from dept_vl.data.encoded import check_encoder_alone, check_memory, encode_sourc
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import Splits, answering_of, load_splits
+from dept_vl.data.splits import Splits, answering_of, load_splits, options_together
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
@@ -52,7 +52,6 @@ from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import (
     Opened,
-    check_unchanged,
     choose_folder,
     is_complete,
     keep_precision,
@@ -60,7 +59,7 @@ from dept_vl.training.folder import (
     release,
 )
 from dept_vl.training.graphs import can_record
-from dept_vl.training.identity import keep_identity
+from dept_vl.training.identity import check_kept, keep_identity
 from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
 from dept_vl.training.owner import owning
@@ -100,7 +99,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
-    task_options = _together(config)
+    task_options = options_together(config)
     output_dir = choose_folder(config, accelerator)
     # What is complete is only looked at: its disk may be read-only.
     complete = bool(config.resume) and on_main(accelerator, lambda: is_complete(output_dir))
@@ -147,12 +146,14 @@ def run_once(config: RunConfig) -> RunResult:
 
     Raises:
         SystemExit: If a signal stopped the run, with the status that the program should exit with.
-        ValueError: If the run was started with other options.
+        DifferentError: If the run was started with other options or data, which are looked at once: see
+            `forget_contents`.
     """
     config = replace(config, resume="auto")
     folder = Path(config.output_dir or "")
     if (folder / SUMMARY_FILE).is_file():
-        check_unchanged(folder, config)
+        processes = PartialState(cpu=not torch.accelerator.is_available())
+        on_main(processes, lambda: check_kept(folder, config, processes.num_processes))
         return finished(folder)
     result = run(config, more_to_come=True)
     if result.exit_status:
@@ -447,23 +448,3 @@ def visual_tokens(model: PromptedModel, task: Task) -> int:
     """Visual tokens of an example."""
     vision = model.backbone.vision
     return 0 if vision is None else vision.token_count * len(task[0].images)
-
-
-def _together(config: RunConfig) -> list[DataOptions]:
-    """Return the options of every task; the first one says what is done with bad images."""
-    names = [options.task for options in (config.data, *config.also)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"expected different tasks to train on together, found {', '.join(repeated)} more than once"
-        )
-    on_bad_image = config.data.on_bad_image
-    for place, options in enumerate(config.also):
-        if options.on_bad_image not in (None, on_bad_image):
-            raise ValueError(
-                f"expected one on_bad_image for all tasks, found {on_bad_image!r} in data and "
-                f"{options.on_bad_image!r} in also[{place}]; leave it out there"
-            )
-    case = config.data.question_case
-    together = (config.data, *config.also)
-    return [replace(one, on_bad_image=on_bad_image, question_case=case) for one in together]

@@ -1,6 +1,7 @@
 """The comparison: one budget, as many tries for each method, runs that are kept, tables."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,15 @@ import pytest
 import torch
 from conftest import D_MODEL
 from helpers import write_vqa
-from runs import forget_checksums
+from runs import forget_checksums, with_
+from safetensors.torch import load_file, save
 
+import dept_vl.training.identity
 import dept_vl.training.run
 from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
-from dept_vl.config import DataOptions, OptimOptions, RunConfig, to_json
+from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
+from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
 from dept_vl.studies.bench.costs import StepCost
@@ -30,6 +34,7 @@ from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.scenes.official import write_concepts
 from dept_vl.tasks.scenes.questions import CODES
 from dept_vl.training.build import build_model
+from dept_vl.training.identity import DifferentError
 from dept_vl.training.log import best_dev
 from dept_vl.training.owner import owning
 from dept_vl.training.run import run
@@ -155,6 +160,62 @@ def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tm
     assert [row.scores for row in compare(config)] == [row.scores for row in rows]
     assert missing.is_file()
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
+
+
+def test_runs_of_other_data_or_models_are_no_rows(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = read_config(base)
+    data = Path(shutil.copytree(usual.data.data_dir or "", tmp_path / "data"))
+    language = Path(shutil.copytree(usual.backbone.language or "", tmp_path / "language"))
+    own = with_(usual, data={"data_dir": data}, backbone={"language": str(language)})
+    (tmp_path / "own.json").write_text(json.dumps(to_json(own)))
+    out = tmp_path / "out"
+    config = CompareConfig(tasks=(str(tmp_path / "own.json"),), methods=("zero-shot", "LoRA"), seeds=(1,))
+    config = replace(config, rounds=1, max_steps=(1,), output_dir=out)
+    compare(config)
+    costs = out / "own" / "steps.json"
+    kept = {path: path.read_bytes() for path in [costs, *out.glob("1-steps/**/*")] if path.is_file()}
+    weights, image = language / "model.safetensors", next(data.glob("train2014/*"))
+    answers = next(data.glob("*annotations*.json"))
+    moved = {name: tensor + 1 for name, tensor in load_file(weights).items()}
+    for path, changed, named in (
+        (weights, save(moved, {"format": "pt"}), "backbone.language weights="),
+        (image, image.read_bytes() + b" ", r"vqav2\.(train|dev|test)\.images="),
+        (answers, answers.read_bytes().replace(b'"answer": "red"', b'"answer": "rad"'), r"vqav2\.train="),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(changed)
+        with pytest.raises(DifferentError, match=named) as error:
+            compare(config)
+        assert str(out / "1-steps" / "own" / "zero-shot") in str(error.value)
+        path.write_bytes(before)
+    assert {path: path.read_bytes() for path in kept} == kept
+    # Another length is made of what is there now, and so are its costs; the table of all has this one alone.
+    path.write_bytes(changed)
+    capsys.readouterr()
+    compare(replace(config, max_steps=(2,)))
+    assert "the comparison of 1 steps is of other data or models" in capsys.readouterr().out
+    table = (out / "lengths.md").read_text()
+    assert ("1 steps" in table, "2 steps" in table) == (False, True)
+    assert json.loads(costs.read_text())["settings"] != json.loads(kept[costs])["settings"]
+
+
+def test_data_are_looked_at_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CompareConfig(tasks=(str(base),), methods=("dept",), seeds=(1,), rounds=1, max_steps=(1,))
+    config = replace(config, output_dir=tmp_path)
+    (row,) = compare(config)
+    looked = []
+
+    def counted(*arguments: Any) -> Any:
+        looked.append(arguments)
+        return load_splits(*arguments)
+
+    monkeypatch.setattr(dept_vl.training.identity, "load_splits", counted)
+    (again,) = compare(config)
+    assert (again.scores, again.tried) == (row.scores, row.tried)
+    assert len(row.tried) == 3
+    assert len(looked) == 1
 
 
 def steps(folder: Path) -> int:

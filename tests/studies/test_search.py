@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -166,6 +167,19 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     assert len(more) == 1
     with pytest.raises(FileExistsError, match="a finished study"):
         tune(config)
+
+
+def test_scores_of_other_data_are_no_trials(base: RunConfig, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(base.data.data_dir or "", tmp_path / "data"))
+    config = with_(base, tune=1, output_dir=tmp_path / "search", data={"data_dir": data})
+    tune(config)
+    path = next(data.glob("*annotations*.json"))
+    path.write_text(path.read_text().replace('"answer": "red"', '"answer": "rad"'))
+    before = (config.output_dir / "study.db").read_bytes()
+    reset_accelerate()
+    with pytest.raises(ValueError, match=r"other options or data \(vqav2\."):
+        tune(replace(config, resume="auto"))
+    assert (config.output_dir / "study.db").read_bytes() == before
 
 
 def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(

@@ -1,6 +1,7 @@
 """Few shots, prompts that start from trained ones, and the table of both."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from dept_vl.studies.transfer import target_config, transfer
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.vqav2 import VQAv2
+from dept_vl.training.identity import DifferentError
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -356,6 +358,38 @@ def test_of_several_the_one_with_the_least_loss(base: RunConfig, source: Path, t
     transfer(mean)
     written = json.loads((tmp_path / "mean" / "k2" / "seed1" / "prompt" / "config.json").read_text())
     assert written["prompt"]["init_from"] == list(sources)
+
+
+def test_runs_from_another_source_are_no_rows(
+    base: RunConfig, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = [Adapter.load(source / "best") for _ in range(2)]
+    sources = [tmp_path / name for name in ("one", "other")]
+    for path, adapter in zip(sources, adapters, strict=True):
+        adapter.save(path)
+    config = transfer_config(base, tmp_path, *map(str, sources), k=(2,), seeds=1, starts=("prompt",))
+    transfer(config)
+    run_folder = tmp_path / "out" / "k2" / "seed1" / "prompt"
+    started = json.loads((run_folder / "config.json").read_text())["prompt"]["init_from"]
+    assert started == [str(sources[0])]  # the first of two that are alike
+    # It is still the one with the least loss: only what the run began with differs.
+    adapters[0].tensors["prompt.soft_prompt"] *= 1 + 2**-20
+    adapters[0].save(sources[0])
+    adapters[1].tensors["prompt.soft_prompt"] += 50.0
+    adapters[1].save(sources[1])
+    before = (run_folder / "summary.json").read_bytes()
+    with pytest.raises(DifferentError, match="init_from") as error:
+        transfer(config)
+    assert str(sources[0]) in str(error.value)
+    assert str(run_folder) in str(error.value)
+    assert (run_folder / "summary.json").read_bytes() == before
+    assert "the sources are tried again" in capsys.readouterr().out
+    losses = json.loads((run_folder.parent / "pick.json").read_text())["losses"]
+    assert losses[str(sources[1])] > losses[str(sources[0])] + 1
+    # Without the run it is made again.
+    shutil.rmtree(run_folder)
+    transfer(config)
+    assert (run_folder / "summary.json").is_file()
 
 
 def test_a_task_is_trained_on_first(base: RunConfig, tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, PredictConfig, RunConfig
+from dept_vl.data.content import rows_content
 from dept_vl.data.splits import data_options
 from dept_vl.inference import bulk
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
@@ -45,6 +47,8 @@ PHOTOS = OWN / "photos"
 POOL = pa.proxy_memory_pool(pa.default_memory_pool())
 """Counts what is allocated; it outlives all of that."""
 CAPTIONS = {"a green square": 1.0, "one square that is green": 1.0}
+TWICE = '{"image": "img_0001", "question": "which?", "answer": "blue", "answer": "red"}\n'
+"""A key twice, of which one value would be lost."""
 QUESTION = {"image": "IMG_0001.JPG", "question": "what color is it?", "answer": "blue"}
 
 
@@ -202,6 +206,13 @@ def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         ("data.parquet", "no parquet", "data.parquet"),
         ("data.jsonl", lines(QUESTION | {"choices": ["red", "green"]}), "line 1, column 'choices'"),
         ("data.jsonl", "", "data.jsonl"),
+        ("data.jsonl", lines(QUESTION) + TWICE, "line 2: the key 'answer'"),
+        ("data.jsonl", lines(QUESTION, QUESTION) + f"[{TWICE.strip()}]\n", "line 3: the key 'answer'"),
+        ("data.json", f"[{json.dumps(QUESTION)}, {TWICE}]", "row 2: the key 'answer'"),
+        ("data.json", f'{{"a": {json.dumps(QUESTION)}, "b": {TWICE}}}', "row 2: the key 'answer'"),
+        ("data.json", f'{{"data": [{json.dumps(QUESTION)}, {TWICE}]}}', "row 2: the key 'answer'"),
+        ("data.json", f"{{{TWICE[1:]}", "the key 'answer'"),
+        ("data.csv", 'image,answer\na.png,"[{""text"": ""x"", ""text"": 2}]"\n', "line 2, column 'answer'"),
         ("data.jsonl", lines(QUESTION, QUESTION | {"image": {"a": 1}}), "line 2, column 'image'"),
         ("data.jsonl", lines(QUESTION, QUESTION | {"answer": {"a": 1}}), "line 2, column 'answer'"),
         ("data.jsonl", lines(QUESTION | {"image": "https://x/y.jpg"}), "line 1, column 'image'"),
@@ -227,6 +238,88 @@ def test_what_cannot_be_read_is_one_clear_error(
         own(written(tmp_path, content, name))
     assert where in str(caught.value)
     assert "download" not in str(caught.value)
+
+
+def test_a_question_answered_twice_in_its_file_is_told(tmp_path: Path) -> None:
+    questions = [{"question_id": 1, "image_id": 3, "question": "which?"}]
+    given = [{"question_id": 1, "answers": [{"answer": colour}]} for colour in ("red", "blue")]
+    (tmp_path / "mine_questions.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "mine_annotations.json").write_text(json.dumps({"annotations": given}))
+    with pytest.raises(UsageError, match="row 2: the question_id 1 stands there twice"):
+        own(tmp_path / "mine_questions.json")
+
+
+NFC, NFD = "gy\u0151ri caf\u00e9", "gyo\u030bri cafe\u0301"
+
+
+@pytest.mark.parametrize(
+    ("written_as", "read_as"),
+    [
+        (NFD, NFC),
+        ("re\0d", "red"),
+        ("\ufeffred\u200b", "red"),
+        ("red\u00a0car", "red car"),
+        ("red\u3000 \tcar\n", "red car"),
+        ("\u200ered\u200e\u200d ", "red"),
+        ("co\u00adop", "coop"),
+        (
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        ),
+        ("\U0001f469\u200d\U0001f680", "\U0001f469\u200d\U0001f680"),
+        ("Red", "Red"),
+        ("\u2460", "\u2460"),
+    ],
+)
+def test_answers_are_read_as_they_look(tmp_path: Path, written_as: str, read_as: str) -> None:
+    rows = [QUESTION | {"answer": one, "question": f"is it {one}"} for one in (written_as, read_as)]
+    task = own(written(tmp_path, lines(*rows)))
+    assert [task[place].answer for place in (0, 1)] == [read_as] * 2
+    assert "".join(task[0].question.split()) == "".join(task[1].question.split())
+    assert task.score({"0": written_as, "1": written_as})["exact_match"] == 100.0
+    assert task.mark(task[0], written_as) == 1.0
+    assert task.written(written_as) == read_as
+    choices = [read_as, "other"]
+    chosen = own(written(tmp_path, lines(*(row | {"choices": choices} for row in rows)), "choices.jsonl"))
+    assert chosen.score({"0": read_as, "1": written_as})["accuracy"] == 100.0
+    several = [QUESTION | {"answers": [written_as, read_as, "x", "y"]} for _ in range(2)]
+    targets = own(written(tmp_path, lines(*several), "several.jsonl"))[0].targets
+    assert [text for text, _ in targets].count(read_as) == 1
+
+
+def test_labels_that_look_alike_are_one(tmp_path: Path) -> None:
+    spelled = [NFC, NFD, f"{NFC} ", NFC.replace(" ", "\u00a0"), f"\u200b{NFC}", "Yes", "yes"]
+    rows = [{"image": "IMG_0001.JPG", "label": label} for label in spelled]
+    task = own(written(tmp_path, lines(*rows)))
+    assert task.labels == ("Yes", NFC, "yes")
+    assert task.decoding.candidates == task.labels
+    scores = task.score({str(place): label for place, label in enumerate(spelled)})
+    assert scores == {"accuracy": 100.0, "macro_f1": 100.0}
+    notes = " ".join(task.notes)
+    assert "1 of 7 rows have control characters" in notes
+    assert "'Yes' and 'yes'" in notes
+
+
+def test_splits_and_image_names_are_read_as_they_look(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    stored, named = [NFC, f"2 {NFD}", "3"], [NFD, f"2 {NFC}", "3"]
+    for name in stored:
+        shutil.copy(PHOTOS / "IMG_0001.JPG", photos / f"{name}.jpg")
+    splits = ["Train\u00a0", " test", "val\n"]
+    rows = [QUESTION | {"image": f"{n}.jpg", "split": split} for n, split in zip(named, splits, strict=True)]
+    file = written(tmp_path, lines(*rows))
+    task = own(file, images=photos)
+    assert task.missing_images() == []
+    assert [path.name for path in task.image_files()] == [f"{name}.jpg" for name in stored]
+    assert [len(own(file, name, images=photos)) for name in ("train", "test", "validation")] == [1, 1, 1]
+
+
+def test_rows_from_before_have_the_same_content(tmp_path: Path) -> None:
+    rows = own(written(tmp_path, lines(QUESTION))).rows
+    assert "cleaned" in rows.table.column_names
+    before = Rows(rows.table.drop_columns(["cleaned"]))
+    assert rows_content(before) == rows_content(rows)
 
 
 def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:

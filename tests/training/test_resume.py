@@ -19,7 +19,7 @@ import pytest
 import torch
 from helpers import annotations_path, questions_path, read_rows, write_rows, write_vqa
 from PIL import Image
-from runs import forget_checksums, reset_accelerate
+from runs import forget_checksums, reset_accelerate, with_
 from safetensors.torch import load_file, save_file
 
 import dept_vl.training.loop
@@ -242,6 +242,28 @@ def test_a_finished_run_is_left_as_it_is(
     assert "finished already" in capsys.readouterr().out
     assert result.scores == whole.scores
     assert {path: path.stat().st_mtime_ns for path in whole.output_dir.rglob("*")} == before
+
+
+def test_a_finished_run_of_other_data_is_not_passed_off_as_one_of_these(
+    config: RunConfig, whole: RunResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(whole.output_dir, tmp_path / "run")
+    again = replace(copied_data(config, tmp_path / "data"), output_dir=folder, resume="auto")
+    assert run(again).scores == whole.scores
+    wider = with_(again, train={"per_device_batch_size": 2 * config.train.per_device_batch_size})
+    with pytest.raises(DifferentError, match="batches="):
+        run(wider)
+    change_an_answer(again.data.data_dir)  # type: ignore[arg-type]
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(DifferentError, match=r"vqav2\.(train|dev)=") as error:
+        run(again)
+    assert str(folder) in str(error.value)
+    # Data that are gone cannot be compared, which is printed.
+    shutil.rmtree(tmp_path / "data")
+    capsys.readouterr()
+    assert run(again).scores == whole.scores
+    assert "cannot be checked" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_other_options_are_refused_by_name(config: RunConfig, tmp_path: Path) -> None:

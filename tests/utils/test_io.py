@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dept_vl._utils import io as files
+from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import one_line, read_json, read_object
 from dept_vl._utils.options import check
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
@@ -67,6 +68,16 @@ def test_bad_json_is_one_line_with_the_path(tmp_path: Path, content: bytes) -> N
         read_json(tmp_path / "x.json")
     assert str(error.value).startswith(str(tmp_path / "x.json"))
     assert "\n" not in str(error.value)
+
+
+def test_a_key_twice_is_damage_to_our_own_files(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1, "b": {"c": [1], "c": [1]}}')
+    with pytest.raises(DamagedFileError, match=r"config\.json .*'c' stands twice"):
+        read_json(path)
+    assert read_json(path, json.loads) == {"a": 1, "b": {"c": [1]}}
+    path.write_text('{"a": 1, "b": {"a": [1]}}')
+    assert read_json(path) == json.loads(path.read_text())
 
 
 def test_missing_and_overlong_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

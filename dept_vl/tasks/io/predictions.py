@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dept_vl._utils.io import check_noted
+from dept_vl._utils.io import check_noted, parse_json
 
 ExampleId = int | str
 
@@ -78,7 +78,7 @@ class PredictionFormat:
             # Not as text: line ends inside of an answer stay as they are.
             text = path.read_bytes().decode("utf-8-sig")
             if self.kind == "json":
-                content = json.loads(text)
+                content = parse_json(text)
             else:
                 content = _csv_lines(text) if self.kind == "csv" else _lines(text)
         except (ValueError, RecursionError, csv.Error) as error:

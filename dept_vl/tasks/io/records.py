@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_json
 from dept_vl._utils.terminal import Count
 
 CHUNK = 1 << 14
@@ -54,7 +55,7 @@ def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]
         ValueError: If it is no such object, is cut short, or empty.
     """
     with _json(path, source) as file:
-        records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True)
+        records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         yield from _checked(records, path, "an object of objects")
 
 
@@ -83,7 +84,9 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode().rstrip())
+                record = parse_json(line.decode().rstrip())
+            except RepeatedKeyError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
             except (ValueError, RecursionError) as error:
                 column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 raise ValueError(
@@ -198,7 +201,7 @@ def _json(path: Path, source: str) -> Iterator[_Shallow]:
 
 
 def _items(file: _Shallow, prefix: str) -> Iterator[Any]:
-    values: Iterator[Any] = ijson.items(file, prefix, buf_size=CHUNK, use_float=True)
+    values: Iterator[Any] = ijson.items(file, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
     return values
 
 
@@ -208,6 +211,10 @@ def _checked(records: Iterable[tuple[Any, Any]], path: Path, expected: str) -> I
     for name, record in records:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, entry {name!r}: expected an object, found {reprlib.repr(record)}")
+        try:
+            check_keys(record)
+        except RepeatedKeyError as error:
+            raise ValueError(f"{path}, entry {name!r:.60}: {error}") from None
         found = True
         yield name, record
     if not found:

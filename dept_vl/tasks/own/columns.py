@@ -1,13 +1,16 @@
 """From a record of anybody's table to a row: columns are found by their usual names, or by those given."""
 
-import json
 import posixpath
+import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.io import RepeatedKeyError, parse_json
+from dept_vl._utils.printable import JOINERS
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.own.conversations import pairs_of, turns_of
 from dept_vl.tasks.own.inline import EMBEDDED, Embedded
@@ -29,8 +32,30 @@ NAMES: dict[str, tuple[str, ...]] = {
 CAPTIONS = ("captions", "caption", "text")
 ODD = (":", "//", "/.")
 """What no plain path below a folder has; others are looked at closely."""
+DROPPED = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
+)
+"""Control characters, and what neither prints nor shapes the letters beside it."""
+SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
 PARTS = ("answer", "text", "raw", "caption", "value")
 """Fields of an answer that is an object."""
+
+
+def plain(text: str) -> str:
+    """Return a text as it looks: composed (NFC), without what does not show, with spaces of one kind.
+
+    What two keyboards or programs write otherwise is one text then.
+    """
+    if text.isascii() and text.isprintable():
+        return text.strip()
+    text = LINE_ENDS.sub("\n", SPACES.sub(" ", DROPPED.sub("", text)))
+    return unicodedata.normalize("NFC", text).strip(JOINERS + " \t\r\n")
+
+
+def one_line(text: str) -> str:
+    """Return the same with single spaces: answers, which are compared as they are written."""
+    return " ".join(plain(text).split())
 
 
 def read_mapping(columns: Sequence[str]) -> dict[str, str]:
@@ -64,6 +89,7 @@ class Columns:
     ) -> None:
         self.mapping, self.all_turns, self.images_alone = mapping, all_turns, images_alone
         self._known: dict[tuple[str, ...], dict[str, str]] = {}
+        self._cleaned = False
 
     def rows(self, record: Record, where: str, *, text_cells: bool) -> Iterator[dict[str, Any]]:
         """Make the rows of a record: one, or of a conversation one for every question.
@@ -76,24 +102,26 @@ class Columns:
         Raises:
             UsageError: If there is no image, or something is of a type that cannot be understood.
         """
+        self._cleaned = False
         turns = turns_of(record)
         found = self._find(record, where)
         base = self._base(record, found, where)
         if turns is None:
             self._check_images(base["images"], record, where)
-            yield base | self._one(record, found, where, text_cells=text_cells)
+            yield base | self._one(record, found, where, text_cells) | {"cleaned": self._cleaned}
             return
         pairs, inside = pairs_of(turns, where)
         base["images"] = base["images"] or [self._image(one, where) for one in inside]
         self._check_images(base["images"], record, where)
         for number, (question, answer) in enumerate(pairs if self.all_turns else pairs[:1]):
             identity = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
-            answers = [] if answer is None else [answer]
+            answers = [] if answer is None else [one_line(self._shown(answer))]
             yield base | {
                 "id": identity if self.all_turns else base["id"],
                 "form": "question",
-                "question": question,
+                "question": plain(self._shown(question)),
                 "answers": answers,
+                "cleaned": self._cleaned,
             }
 
     def _find(self, record: Record, where: str) -> dict[str, str]:
@@ -124,8 +152,8 @@ class Columns:
             "id": _identity(record.get(found["id"])) if "id" in found else "",
             "images": self._images(record, found, where),
             "column": found.get("image", "images"),
-            "split": split if isinstance(split, str) else "",
-            "type": kind if isinstance(kind, str) else "",
+            "split": one_line(split) if isinstance(split, str) else "",
+            "type": one_line(kind) if isinstance(kind, str) else "",
             "choices": [],
         }
 
@@ -166,19 +194,17 @@ class Columns:
             raise UsageError(f"{where}: expected the path of an image, found {value!r:.60}")
         return value.replace("\\", "/")
 
-    def _one(
-        self, record: Record, found: Mapping[str, str], where: str, *, text_cells: bool
-    ) -> dict[str, Any]:
+    def _one(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> dict[str, Any]:
         """Return question, answers and choices of a record that is no conversation."""
         question = record.get(found.get("question", ""))
         if question is not None and not isinstance(question, str):
             raise UsageError(f"{where}, column {found['question']!r}: expected text, found {brief(question)}")
         column = found.get("answer", "")
-        answers = _answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
+        answers = self._answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
         choices: list[str] = []
         if found.get("choices") and record.get(found["choices"]) is not None:
             at = f"{where}, column {found['choices']!r}"
-            choices = _answers(record[found["choices"]], at, text_cells=text_cells)
+            choices = self._answers(record[found["choices"]], at, text_cells=text_cells)
             if text_cells and len(choices) == 1:
                 choices = [one.strip() for one in choices[0].split("|")]
             answers, choices = _of_choices(record, column, answers, choices, at)
@@ -196,7 +222,47 @@ class Columns:
                 f"Understood are {', '.join((*NAMES['question'], *NAMES['answer']))}; --columns "
                 "question=NAME answer=NAME takes others"
             )
-        return {"form": form, "question": (question or "").strip(), "answers": answers, "choices": choices}
+        return {
+            "form": form,
+            "question": plain(self._shown(question or "")),
+            "answers": answers,
+            "choices": choices,
+        }
+
+    def _answers(self, value: Any, where: str, *, text_cells: bool) -> list[str]:
+        """Return the answers in a cell: text, a number, a boolean, an object with one, or a list of these."""
+        if value is None:
+            return []
+        if isinstance(value, str):
+            text = one_line(self._shown(value))
+            if text_cells and text.startswith("[") and text.endswith("]"):
+                try:
+                    return self._answers(parse_json(text), where, text_cells=False)
+                except RepeatedKeyError as error:
+                    raise UsageError(f"{where}: {error}") from None
+                except ValueError:
+                    pass
+            return [text] if text else []
+        if isinstance(value, bool):
+            return ["yes" if value else "no"]
+        if isinstance(value, int):
+            return [str(value)]
+        if isinstance(value, float):
+            if value != value:  # what tables have for nothing
+                return []
+            return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
+        if isinstance(value, list):
+            return [text for one in value for text in self._answers(one, where, text_cells=False)]
+        if isinstance(value, dict):
+            for name in PARTS:
+                if name in value:
+                    return self._answers(value[name], where, text_cells=False)
+        raise UsageError(f"{where}: expected an answer or a list of answers, found {brief(value)}")
+
+    def _shown(self, text: str) -> str:
+        """Return the text, and note whether it has characters that are left out."""
+        self._cleaned = self._cleaned or DROPPED.search(text) is not None
+        return text
 
 
 def _of_choices(
@@ -217,35 +283,6 @@ def _of_choices(
 
 def _identity(value: Any) -> str:
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
-
-
-def _answers(value: Any, where: str, *, text_cells: bool) -> list[str]:
-    """Return the answers in a cell: text, a number, a boolean, an object with one, or a list of these."""
-    if value is None:
-        return []
-    if isinstance(value, str):
-        text = value.strip()
-        if text_cells and text.startswith("[") and text.endswith("]"):
-            try:
-                return _answers(json.loads(text), where, text_cells=False)
-            except ValueError:
-                pass
-        return [text] if text else []
-    if isinstance(value, bool):
-        return ["yes" if value else "no"]
-    if isinstance(value, int):
-        return [str(value)]
-    if isinstance(value, float):
-        if value != value:  # what tables have for nothing
-            return []
-        return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
-    if isinstance(value, list):
-        return [text for one in value for text in _answers(one, where, text_cells=False)]
-    if isinstance(value, dict):
-        for name in PARTS:
-            if name in value:
-                return _answers(value[name], where, text_cells=False)
-    raise UsageError(f"{where}: expected an answer or a list of answers, found {brief(value)}")
 
 
 def confine(reference: str, root: Path, where: str) -> str:

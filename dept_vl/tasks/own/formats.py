@@ -111,6 +111,10 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
     for number, row in read_json(annotations, ANNOTATIONS):
         if "question_id" not in row:
             raise UsageError(f"{place(annotations, number)}: expected a question_id, found {', '.join(row)}")
+        if row["question_id"] in answers:
+            raise UsageError(
+                f"{place(annotations, number)}: the question_id {row['question_id']!r:.60} stands there twice"
+            )
         given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
         texts = [one.get("answer") if isinstance(one, dict) else one for one in _as_list(given)]
         # The same few thousand answers come again and again; each is kept once.

@@ -1,6 +1,7 @@
 """A folder of images in which they are found by name, whatever their extension and its case."""
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,7 @@ class ImageFolder:
 
 def _keys(name: str) -> tuple[str, ...]:
     """Return what a name is looked up by, the most exact first."""
-    lower = name.lower()
+    lower = unicodedata.normalize("NFC", name).lower()  # accents apart, as macOS writes them
     stem, suffix = os.path.splitext(lower)
     stem = stem if suffix in SUFFIXES else lower
     base = stem.rpartition("/")[2]

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_json
 from dept_vl.tasks.io.records import brief, json_fault, json_reason
 from dept_vl.tasks.own.inline import Embedded
 
@@ -79,7 +80,9 @@ def read_lines(path: Path) -> Numbered:
 
 def _object(path: Path, number: int, text: str) -> Record:
     try:
-        record = json.loads(text)
+        record = parse_json(text)
+    except RepeatedKeyError as error:
+        raise UsageError(f"{place(path, number)}: {error}") from None
     except (ValueError, RecursionError) as error:
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UsageError(
@@ -229,8 +232,9 @@ def read_json(path: Path, key: str = "") -> Numbered:
         UsageError: If it is damaged, or holds something else than objects.
     """
     with _Utf8(path) as raw, _json_errors(path):
-        items = ijson.items(raw, f"{key}.item" if key else "item", buf_size=CHUNK, use_float=True)
-        for number, record in enumerate(items, start=1):
+        prefix = f"{key}.item" if key else "item"
+        items = ijson.items(raw, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
+        for number, record in _numbered(items, path):
             if not isinstance(record, dict):
                 raise UsageError(f"{place(path, number)}: expected an object, found {brief(record)}")
             yield number, record
@@ -249,11 +253,20 @@ def read_objects(path: Path) -> Numbered:
         UsageError: If it is damaged, or holds something else than objects.
     """
     with _Utf8(path) as raw, _json_errors(path):
-        items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True)
-        for number, (name, record) in enumerate(items, start=1):
+        items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
+        for number, (name, record) in _numbered(items, path):
             if not isinstance(record, dict):
                 raise UsageError(f"{path}, entry {name!r:.60}: expected an object, found {brief(record)}")
             yield number, {"id": name, **record}
+
+
+def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
+    for number, item in enumerate(items, start=1):
+        try:
+            check_keys(item[1] if isinstance(item, tuple) else item)
+        except RepeatedKeyError as error:
+            raise UsageError(f"{place(path, number)}: {error}") from None
+        yield number, item
 
 
 class _Utf8:

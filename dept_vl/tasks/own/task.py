@@ -1,7 +1,7 @@
 """Your own images and questions as a task; captions and labels follow from the columns."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accura
 from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
+from dept_vl.tasks.own.columns import one_line, plain
 from dept_vl.tasks.own.convert import rows_of
 from dept_vl.tasks.own.files import find_tables
 from dept_vl.tasks.own.images import ImageFolder
@@ -183,6 +184,7 @@ class OwnTask(Task):
                 f"{data}: expected as many images in every row, found {counts[0]} in the first and "
                 f"{counts[other[0]]} in row {other[0] + 1} (id {rows.value('id', int(other[0]))})"
             )
+        labels = _labels(rows) if form == "label" else ()
         return replace(
             self,
             rows=chosen,
@@ -190,9 +192,9 @@ class OwnTask(Task):
             folder=ImageFolder(folder),
             root=base,
             scoring=_scoring(rows),
-            labels=_labels(rows) if form == "label" else (),
+            labels=labels,
             image_count=int(counts[0]),
-            notes=tuple(_notes(rows, chosen, split, base)),
+            notes=tuple(_notes(rows, chosen, split, base, labels)),
         )
 
     def answered(self) -> "OwnTask":
@@ -245,7 +247,7 @@ class OwnTask(Task):
         if self.asker is not None:
             return self.asker.source(question if self.asker.asks else "")
         if self.form == "question":
-            return super().source(question)
+            return super().source(plain(question))
         if question.strip():
             raise ValueError(f"{self.name} answer no question, and {question!r:.60} is one; leave it out")
         return self.prefix
@@ -274,11 +276,12 @@ class OwnTask(Task):
         return Path(reference) if self.folder is None else self.folder.find(reference)
 
     def written(self, answer: str) -> str:
-        """A decoded answer on one line."""
-        return " ".join(answer.split())
+        """A decoded answer on one line, in the form of those that were read."""
+        return one_line(answer)
 
     def mark(self, example: Example, prediction: str) -> float:
         """Rate one answer as `marked_by` says."""
+        prediction = one_line(prediction)
         if self.form == "caption":
             return squad([prediction], [example.answers])["f1"] / 100
         if self.form == "question" and self.scoring == "several":
@@ -296,7 +299,7 @@ class OwnTask(Task):
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute all metrics that fit what is there."""
         answers = self.rows.column("answers").to_pylist()
-        said = [predictions[key] for key in self.example_ids()]
+        said = [one_line(predictions[key]) for key in self.example_ids()]
         if self.form == "caption":
             figures = score_captions(
                 dict(enumerate(answers)), dict(enumerate(said)), meteor=self.meteor
@@ -372,10 +375,26 @@ def _labels(rows: Rows) -> tuple[str, ...]:
     return tuple(labels) if len(labels) <= MOST_LABELS else ()
 
 
-def _notes(rows: Rows, chosen: Rows, split: str, root: Path) -> Iterator[str]:
+def _differ_in_case(labels: Sequence[str]) -> list[str]:
+    """Return pairs of labels that a person may take for one."""
+    first: dict[str, str] = {}
+    pairs = ((first.setdefault(label.casefold(), label), label) for label in labels)
+    return [f"{one!r} and {other!r}" for one, other in pairs if one != other]
+
+
+def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[str]) -> Iterator[str]:
     renamed = pc.sum(rows.column("renamed")).as_py() or 0
     if renamed:
         yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
+    cleaned = pc.sum(rows.column("cleaned")).as_py() or 0
+    if cleaned:
+        yield (
+            f"{cleaned:,} of {len(rows):,} rows have control characters in their text, or others that do not "
+            "show; these are left out"
+        )
+    alike = _differ_in_case(labels)
+    if alike:
+        yield f"labels that differ in case alone are apart: {', '.join(alike[:3])}"
     answers = chosen.lengths("answers")
     unanswered = int((answers == 0).sum())
     if 0 < unanswered < len(chosen):
