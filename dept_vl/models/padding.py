@@ -50,10 +50,12 @@ def insert(
 
     Padding on the left would otherwise stand between prompt and text, and change their distance.
     """
-    both = torch.cat([front, row], dim=1)
-    length = front.shape[1]
-    padding = (mask.bool().cumsum(1) == 0).sum(1, keepdim=True)
-    column = torch.arange(both.shape[1], device=row.device)[None]
+    return take(torch.cat([front, row], dim=1), inserting(mask, front.shape[1]))
+
+
+def inserting(mask: Shaped[Tensor, "batch source"], length: int) -> Int[Tensor, "batch prompt_source"]:
+    """The order of columns, for `take`, in which so many in front of a row go behind its padding."""
+    padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+    column = torch.arange(length + mask.shape[1], device=mask.device)
     columns = torch.where(column < padding + length, column - padding, column)
-    columns = torch.where(column < padding, column + length, columns)
-    return take(both, columns)
+    return torch.where(column < padding, column + length, columns)

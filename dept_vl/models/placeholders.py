@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dept_vl.models.padding import insert, packing, take
+from dept_vl.models.padding import inserting, packing, take
 from dept_vl.prompts.dept import DePT
 
 
@@ -71,23 +71,23 @@ def place(
     if lengths is not None:  # of rows with prompts of their own, a shorter one's padding is in front
         real = in_prompt >= length - lengths[:, None]
     text = torch.where(is_text, is_text.cumsum(1) - 1 + length, -1)
-    behind = mask.bool()
+    mask = mask.bool()
+    behind = mask
     if start is not None:
-        first = (behind.cumsum(1) == 1) & behind
-        behind = behind & ~(first & (ids == start))
-    front = {name: row.new_zeros(batch, length, *row.shape[2:]) for name, row in others.items()}
-
-    def with_front(at: Tensor, row: Tensor) -> Tensor:
-        return insert(at, row, behind) if length else row
-
-    ids = with_front(torch.full_like(in_prompt, placeholder), ids)
-    columns = with_front(in_prompt.where(real, -1), text)
-    mask = with_front(real, mask.bool())
-    rows = {name: with_front(front[name], row) for name, row in others.items()}
+        first = (mask.cumsum(1) == 1) & mask
+        behind = mask & ~(first & (ids == start))
+    # One order of columns for all: placeholders behind padding and start, then padding to its side.
+    at = inserting(behind, length)
     if padding_first is not None:
-        moved = packing(mask, padding_first=padding_first)
-        ids, mask, columns = take(ids, moved), take(mask, moved), take(columns, moved)
-        rows = {name: take(row, moved) for name, row in rows.items()}
+        at = take(at, packing(take(torch.cat([real, mask], dim=1), at), padding_first=padding_first))
+
+    def put_in(front: Tensor, row: Tensor) -> Tensor:
+        return take(torch.cat([front, row], dim=1), at)
+
+    ids = put_in(torch.full_like(in_prompt, placeholder), ids)
+    columns = put_in(in_prompt.where(real, -1), text)
+    rows = {name: put_in(row.new_zeros(batch, length, *row.shape[2:]), row) for name, row in others.items()}
+    mask = put_in(real, mask)
     texts = columns >= length
     order = packing(texts)[:, : int(texts.sum(1).max())]
     return Placement(ids, mask, rows, columns, order, take(texts, order))

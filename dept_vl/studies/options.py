@@ -176,7 +176,8 @@ class BenchConfig(Options):
     output_dir: Path
     """Folder for bench.json, bench.md and bench.png."""
     models: str = "small,base,large"
-    """Of small, base and large, widths and depths of T5; tiny is for tests."""
+    """Of small, base and large, widths and depths of T5, and blip2, florence2 and qwen2.5-vl, pretrained
+    models of widths that fit a CPU; tiny is for tests."""
     shapes: str = "vl,glue,mrqa"
     """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
     methods: str = ""

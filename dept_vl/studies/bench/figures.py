@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from dept_vl._utils.tables import markdown_table
+from dept_vl.studies.bench import pretrained
 from dept_vl.studies.bench.measure import Ratio
-from dept_vl.studies.bench.methods import METHODS
+from dept_vl.studies.bench.methods import METHODS as OF_T5
 from dept_vl.training.report.plots import drawn
 
 WORKS = {
@@ -17,8 +18,12 @@ WORKS = {
     "generate4": "4 tokens generated",
     "generate20": "20 tokens generated",
     "images": "a training step on image files",
+    "cached": "a training step with features of images kept",
+    "labels": "a training step, the loss the model's own",
+    "generate10": "10 tokens generated",
 }
 
+METHODS = OF_T5 | pretrained.METHODS
 FIGURES = {"seconds": "step time", "memory": "activations"}
 
 Measured = dict[str, Any]
@@ -75,6 +80,23 @@ BARS = (
     Bar(f"{PLAIN} over {OURS}, 20 tokens generated", LONG, "pt100", "dept40", TIME, 1.25, at_least=True),
     Bar("features looked up over images read, step time", FILES, "cached", "live", TIME, 0.75),
 )
+SAME_LENGTH = 1.02
+"""Prompt and offset over the bare model at equal length, at most."""
+PRETRAINED_BARS = tuple(
+    Bar(
+        f"{model}, {WORKS[work]}: {METHODS[ours]} over the model alone at its length, {word}",
+        f"{model}/vl/{work}",
+        ours,
+        "bare40",
+        figure,
+        SAME_LENGTH,
+    )
+    for model in pretrained.MODELS
+    for (_, work), methods in pretrained.of_pretrained(model).items()
+    for ours in ("dept40", "attached40")
+    if ours in methods
+    for figure, word in ((TIME, "time"), (MEMORY, "peak memory"))
+)
 MET = {True: "met", False: "NOT met", None: ""}
 GROWTH = ("small", "base", "large")
 """The saving is to grow with the model."""
@@ -85,13 +107,16 @@ def bar_rows(results: Measured) -> list[tuple[str, str, str, str]]:
     groups = results["groups"]
     tiny = bool(results["config"]["tiny"])
     rows = []
-    for bar in BARS:
+    # Of what nobody asked for, nothing is shown.
+    of_t5 = not groups or any(key.partition("/")[0] not in pretrained.MODELS for key in groups)
+    bars = [bar for bar in PRETRAINED_BARS if bar.group in groups]
+    for bar in (*(BARS if of_t5 else ()), *bars):
         record = groups.get(bar.group.replace("base", "tiny") if tiny else bar.group)
         found = ratio(record, bar.ours, bar.theirs, bar.figure)
         met = None if found is None else bar.met(found)
         asked = f"{'>=' if bar.at_least else '<='} {bar.limit:.2f}"
         rows.append((bar.what, asked, str(found or "not measured"), MET[met]))
-    for figure, word in FIGURES.items():
+    for figure, word in FIGURES.items() if of_t5 else ():
         of_models = [ratio(groups.get(f"{model}/vl/train"), "dept40", "pt100", figure) for model in GROWTH]
         whole = [one.median for one in of_models if one is not None]
         grows = whole == sorted(whole, reverse=True) if len(whole) == len(GROWTH) else None
@@ -108,12 +133,13 @@ def tables(results: Measured) -> str:
     parts = []
     for record in results["groups"].values():
         measured = record["measured"]
-        base = (
-            "live" if record["work"] == "images" else "pt100" if "pt100" in measured else next(iter(measured))
-        )
+        bases = ("live" if record["work"] == "images" else "bare40", "pt100", *measured)
+        base = next(name for name in bases if name in measured)
         rounds = len(measured[base]["seconds"])
+        of_t5 = record["model"] not in pretrained.MODELS
+        model = f"T5-{record['model']}, {record['shape']}" if of_t5 else record["model"]
         title = (
-            f"T5-{record['model']}, {record['shape']}: {WORKS[record['work']]}, "
+            f"{model}: {WORKS[record['work']]}, "
             f"batch {record['batch_size']}, {rounds} round{'s' if rounds > 1 else ''}"
         )
         rows = [_row(record, name, base) for name in measured]
@@ -122,9 +148,10 @@ def tables(results: Measured) -> str:
     parts.append(
         f"{results['dtype']}, {machine['device']}, {machine['threads']} threads of {machine['processors']} "
         f"processors, torch {machine['torch']}, transformers {machine['transformers']}. Ratios are to plain "
-        "prompt tuning's (image files: to reading them), the median over the rounds and the range. On a "
+        "prompt tuning's (image files: to reading them; pretrained models: to the model alone with 40 words "
+        "more), the median over the rounds and the range. On a "
         "CPU times are those that the process's threads computed, whatever else the machine did. MiB "
-        "are those that a step adds at its peak; on a CPU, those that its forward pass keeps for the "
+        "are those that a step adds at its peak; of T5 on a CPU, those that its forward pass keeps for the "
         "backward pass."
     )
     return "\n\n".join(parts + share_lines(results))
@@ -138,7 +165,7 @@ def _row(record: Measured, name: str, base: str) -> list[str]:
         METHODS.get(name, name),
         f"{one['trained']:,}" if one["trained"] else "",
         str(one["tokens"]),
-        f"{one['encoder_flops'] / 1e9:.3g}",
+        f"{one['encoder_flops'] / 1e9:.3g}" if one["encoder_flops"] else "",
         f"{1000 * median(one['seconds']):,.0f}",
         str(time_ratio),
         "" if memory is None else f"{memory / 2**20:,.1f}",
@@ -168,7 +195,7 @@ def draw(results: Measured, path: Path) -> None:
     record = max(groups, key=lambda group: len(group["measured"]))
     names = [name for name in METHODS if name in record["measured"]][::-1]
     size = (10, 1.5 + 0.35 * len(names))
-    title = f"T5-{record['model']}, {record['shape']}, batch {record['batch_size']}, {results['dtype']}"
+    title = f"{record['model']}, {record['shape']}, batch {record['batch_size']}, {results['dtype']}"
     with drawn(path, len(FIGURES), figsize=size, dpi=120, layout="tight") as panes:
         for pane, (figure, word) in zip(panes, FIGURES.items(), strict=True):
             ratios = {

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MEMORY = "[memory]"
+"""Name of torch's events of memory."""
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
@@ -32,6 +37,19 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
         total: int = sum(storage.nbytes() for storage in kept.values())
     del result
     return total
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of the processor's memory that a call adds at its peak, those that it frees again included.
+
+    Args:
+        run: Called once; what it leaves is counted.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == MEMORY]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
 
 
 def encoder_flops(*, batch: int, tokens: int, d_model: int, d_inner: int, d_ff: int, layers: int) -> int:

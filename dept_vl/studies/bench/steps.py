@@ -18,7 +18,7 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.printable import say
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
-from dept_vl.studies.bench.measure import encoder_flops, in_turn, saved_bytes
+from dept_vl.studies.bench.measure import encoder_flops, in_turn, peak_bytes, saved_bytes
 from dept_vl.studies.bench.methods import (
     COMPILED,
     METHODS,
@@ -33,6 +33,13 @@ from dept_vl.studies.bench.methods import (
     needs_peft,
     seeing,
     write_images,
+)
+from dept_vl.studies.bench.pretrained import MODELS as PRETRAINED
+from dept_vl.studies.bench.pretrained import (
+    build_pretrained,
+    build_pretrained_runners,
+    draw_pretrained,
+    of_pretrained,
 )
 from dept_vl.studies.options import BenchConfig
 
@@ -57,6 +64,7 @@ PLAN: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("large", "vl", "train"): PAIR,
 }
 """What is measured unless the flags say otherwise, in this order: (model, shape, work) and methods."""
+PLAN |= {(model, *key): methods for model in PRETRAINED for key, methods in of_pretrained(model).items()}
 
 
 @dataclass(frozen=True)
@@ -82,21 +90,20 @@ def plan(config: BenchConfig) -> list[Group]:
     Raises:
         ValueError: If a name is unknown, or nothing is left to measure.
     """
-    models = _names(config.models, SIZES, "models")
+    models = _names(config.models, SIZES | PRETRAINED, "models")
     shapes = _names(config.shapes, SHAPES, "shapes")
     methods = _names(config.methods, METHODS, "methods")
     entries = PLAN
     if config.tiny:
-        models = ["tiny"]
-        entries = {("tiny", *key[1:]): names for key, names in PLAN.items() if key[0] == "base"}
-    elif "tiny" in models:
+        models = [model for model in models if model in PRETRAINED] or ["tiny"]
+    if "tiny" in models:
         entries = PLAN | {("tiny", *key[1:]): names for key, names in PLAN.items() if key[0] == "base"}
     if methods:
         entries = {(model, shape, "train"): tuple(methods) for model in models for shape in shapes}
     groups = []
     for (model, shape, work), names in entries.items():
         if model in models and shape in shapes:
-            answers = work.startswith("generate")
+            answers = work.startswith("generate") and model not in PRETRAINED
             long = model == "large" or shape == "mrqa" or answers
             rounds = max(1, config.rounds // 3) if long else config.rounds
             share = 4 if shape == "mrqa" else 2 if model == "large" else 1
@@ -171,8 +178,11 @@ class Bench:
             mine = [group for group in groups if group.model == model and not self._has(group)]
             if not mine:
                 continue
-            images = any(SHAPES[group.shape].image for group in mine)
             torch.manual_seed(0)
+            if model in PRETRAINED:
+                self._measure_pretrained(model, mine)
+                continue
+            images = any(SHAPES[group.shape].image for group in mine)
             backbone = build_backbone(SIZES[model], self.tokenizer, vision=images).to(self.device)
             stock = None
             if any(needs_peft(name) for group in mine for name in group.methods):
@@ -227,15 +237,31 @@ class Bench:
         else:
             choose_attention(backbone.language, self.device, bfloat16=self.bfloat16)
         multiple = 8 if self.device.type == "cuda" else 1  # as in training
-        batches = [
-            {
-                name: tensor.to(self.device)
-                for name, tensor in draw_batch(
-                    backbone, shape, group.batch_size, number, multiple=multiple
-                ).items()
-            }
-            for number in range(group.rounds + 1)
-        ]
+
+        def draw(number: int) -> dict[str, Any]:
+            batch = draw_batch(backbone, shape, group.batch_size, number, multiple=multiple)
+            return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+        self._measure_rounds(group, runners, [draw(number) for number in range(group.rounds + 1)])
+
+    def _measure_pretrained(self, model: str, groups: list[Group]) -> None:
+        """All groups of a model; see `bench.pretrained`."""
+        width = "tiny" if self.config.tiny else "small"
+        backbone = build_pretrained(model, width, self.tokenizer, self.device)
+        if self.bfloat16:
+            hold_frozen_in_bfloat16(backbone.language)
+            choose_attention(backbone.language, self.device, bfloat16=True)
+        for group in groups:
+            cached, numbers = group.work == "cached", range(group.rounds + 1)
+            with self._autocast():
+                runners = build_pretrained_runners(group.methods, backbone, group.work)
+                batches = [draw_pretrained(backbone, group.batch_size, n, cached=cached) for n in numbers]
+            self._measure_rounds(group, runners, batches)
+
+    def _measure_rounds(
+        self, group: Group, runners: dict[str, Runner], batches: list[dict[str, Any]]
+    ) -> None:
+        """Sizes and memory of every method by the first batch, then a round by each of the others."""
         record = {**asdict(group), "methods": list(group.methods), "measured": {}}
         self.results["groups"][group.key] = record
         for name, runner in runners.items():  # the warm-up too
@@ -258,12 +284,16 @@ class Bench:
         self, group: Group, runner: Runner, batch: dict[str, Any], given: dict[str, Any]
     ) -> dict[str, int]:
         """Trained parameters, encoder positions of the first batch, operations of its encoder pass."""
-        size = SIZES[group.model]
         text = given.get("input_ids", batch["input_ids"]).shape[1]
+        trained = sum(parameter.numel() for parameter in runner.trained)
+        if group.model in PRETRAINED:
+            tokens = runner.prompt_length + batch["input_ids"].shape[1]
+            return {"trained": trained, "tokens": tokens, "encoder_flops": 0}
+        size = SIZES[group.model]
         visual = batch["visual_features"].shape[1:3].numel() if "visual_features" in batch else 0
         tokens = runner.prompt_length + text + visual
         return {
-            "trained": sum(parameter.numel() for parameter in runner.trained),
+            "trained": trained,
             "tokens": tokens,
             "encoder_flops": encoder_flops(
                 batch=group.batch_size,
@@ -288,6 +318,8 @@ class Bench:
             self._run(group, runner, given)
             return torch.cuda.max_memory_allocated(self.device) - before
         self._run(group, runner, given)
+        if group.model in PRETRAINED:
+            return peak_bytes(lambda: self._run(group, runner, given))
         if group.work.startswith("generate"):
             return None
         known = [tensor for module in runner.modules for tensor in (*module.parameters(), *module.buffers())]

@@ -50,8 +50,8 @@ def _launches(results: Results) -> str:
 
 def _model(results: Results, part: str) -> str:
     """Return what a ready-made model takes, bare and adapted; empty for other parts."""
-    entries = _entries(results, part).items()
-    measured = {name: entry for name, entry in entries if "generate_10_ms" in entry}
+    entries = _entries(results, part)
+    measured = {name: entry for name, entry in entries.items() if "generate_10_ms" in entry}
     bare = measured.get("bare")
     lines = [
         (
@@ -63,8 +63,28 @@ def _model(results: Results, part: str) -> str:
         )
         for name, entry in measured.items()
     ]
-    header = [part, "ms per step", "of the bare model", "peak MiB", "ms for 10 tokens"]
-    return markdown_table(header, lines) if lines else ""
+    header = [
+        part,
+        "ms per step",
+        "of the shorter bare model",
+        "peak MiB",
+        "ms for 10 tokens",
+    ]
+    equal = [
+        (
+            name,
+            f"{entry['ratio']:.3f} ({entry['low']:.3f}-{entry['high']:.3f})",
+            f"{entry['memory_ratio']:.3f}" if entry["memory_ratio"] else "",
+        )
+        for name, entry in entries.items()
+        if "ratio" in entry
+    ]
+    tables = [markdown_table(header, lines)] if lines else []
+    if equal:
+        tables.append(
+            markdown_table([part, "time of prompt and offset over the model alone", "memory"], equal)
+        )
+    return "\n\n".join(tables)
 
 
 def _entries(results: Results, part: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a part has measured so far, on disk after every entry, and how it is timed."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from dept_vl._utils.io import one_line, read_json, write_json
 from dept_vl._utils.printable import say
+from dept_vl.studies.bench.measure import in_turn
 
 RESULTS_FILE = "gpu_check.json"
 TOKENIZER = Path("data", "tiny-clip-t5", "language")
@@ -66,6 +67,17 @@ class Measuring:
         say(f"{self.part}: {name}: {measured}")
         with updating(self.path) as content:
             content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
+
+    def in_rounds(self, steps: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of several steps by name, taken in turn: each once a round, and another one first."""
+        for step in steps.values():
+            for _ in range(1 if self.small else 3):
+                step()
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        for names in in_turn(list(steps), 2 if self.small else 15):
+            for name in names:
+                seconds[name].append(self._timed(steps[name], 1))
+        return seconds
 
     def milliseconds(self, step: Callable[[], object]) -> Entry:
         """Time a step: rounds of several, each ended by one wait for the device; the median and the range."""

@@ -1,0 +1,392 @@
+"""Pretrained models with random weights at published widths: alone, prompted, with LoRA, at equal length.
+
+The model alone is called as transformers has it, with as many further words in its source as the prompt has
+vectors. Nothing of this package is in it but the gradient of its embeddings, so that it is run back as deep.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    BartConfig,
+    Blip2Config,
+    Florence2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    T5Config,
+)
+
+from dept_vl.adapters.attach import attach
+from dept_vl.models.checks import load_tokenizer
+from dept_vl.models.image_features import FEATURES, PIXELS, encoded, given_features, output_of
+from dept_vl.models.prompted import PromptedModel, sequence_loss
+from dept_vl.models.source import PER_TOKEN
+from dept_vl.models.tokens import IGNORE_INDEX
+from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.studies.bench.methods import Inputs, Runner, Shape, build_prompt
+
+Width = Literal["tiny", "small", "real"]
+TEXT, ANSWER, NEW_TOKENS = 24, 4, 10
+"""Tokens of each text, of each answer that is learnt, and of each that is generated."""
+LENGTH = 40
+"""Vectors of the prompt, and further words of the bare model."""
+ASKED = Shape(TEXT, 0.0, TEXT + 2, True)
+TINY_VOCABULARY = 1024
+WORDS = 500
+"""Tokens that texts are drawn from; those of images have higher numbers."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as a model reads it.
+
+    Attributes:
+        ids: Its tokens.
+        shown: Pixels and whatever belongs to them, of so many images.
+        typed: The model is told which tokens are of images.
+    """
+
+    ids: tuple[int, ...]
+    shown: Callable[[int], dict[str, Tensor]]
+    typed: bool = False
+
+    def source(self, texts: Tensor, mask: Tensor) -> Inputs:
+        """An image in front of each text."""
+        ids = torch.tensor(self.ids).repeat(len(texts), 1)
+        source = {
+            "input_ids": torch.cat([ids, texts], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(ids), mask], dim=1),
+        }
+        if self.typed:
+            source["mm_token_type_ids"] = (source["input_ids"] == self.ids[1]).long()
+        return source | self.shown(len(texts))
+
+
+def blip2(width: Width) -> tuple[PretrainedConfig, Picture]:
+    """BLIP-2: real is with FLAN-T5-XL and EVA's ViT-g, small with FLAN-T5-base; 32 queries."""
+    d_model, d_ff, layers, heads = {
+        "tiny": (64, 64, 2, 2),
+        "small": (768, 2048, 12, 12),
+        "real": (2048, 5120, 24, 32),
+    }[width]
+    vocabulary = TINY_VOCABULARY if width == "tiny" else 32128
+    vision: dict[str, int] = {}
+    if width != "real":
+        size = {"tiny": 64, "small": 384}[width]
+        vision = {"hidden_size": size, "intermediate_size": 4 * size}
+        vision |= {"num_hidden_layers": 2, "num_attention_heads": size // 32}
+    text = T5Config(
+        vocab_size=vocabulary,
+        d_model=d_model,
+        d_kv=64,
+        d_ff=d_ff,
+        num_layers=layers,
+        num_heads=heads,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config={"encoder_hidden_size": vision.get("hidden_size", 1408), **vision},
+        text_config=text.to_dict(),
+        num_query_tokens=32,
+        image_token_index=vocabulary - 28,
+    )
+    return config, Picture((vocabulary - 28,) * 32, _pixels(224))
+
+
+def florence2(width: Width) -> tuple[PretrainedConfig, Picture]:
+    """Florence-2: real is large with DaViT at 768 pixels (577 tokens), small is base at 256 (65 tokens)."""
+    pixels = {"tiny": 128, "small": 256, "real": 768}[width]
+    d_model, layers, d_ff = {"tiny": (64, 2, 64), "small": (768, 6, 3072), "real": (1024, 12, 4096)}[width]
+    vocabulary = TINY_VOCABULARY if width == "tiny" else 51289
+    embed = {"tiny": 16, "small": 128, "real": 256}[width]
+    groups = [1] * 4 if width == "tiny" else [embed >> 5 << place for place in range(4)]
+    text = BartConfig(
+        vocab_size=vocabulary,
+        d_model=d_model,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_ffn_dim=d_ff,
+        decoder_ffn_dim=d_ff,
+        max_position_embeddings=4096,
+        forced_eos_token_id=None,
+    )
+    config = Florence2Config(
+        vision_config={
+            "embed_dim": [16] * 4 if width == "tiny" else [embed << place for place in range(4)],
+            "num_heads": groups,
+            "num_groups": groups,
+            "projection_dim": d_model,
+        },
+        text_config=text.to_dict(),
+        image_token_id=vocabulary - 1,
+    )
+    return config, Picture((vocabulary - 1,) * ((pixels // 32) ** 2 + 1), _pixels(pixels))
+
+
+def qwen(width: Width) -> tuple[PretrainedConfig, Picture]:
+    """Qwen2.5-VL: real is of 3B at 448 pixels (256 tokens), small has 12 layers at 224 (64 tokens)."""
+    d_model, d_ff, layers, heads = {
+        "tiny": (256, 64, 2, 2),
+        "small": (1024, 4096, 12, 8),
+        "real": (2048, 11008, 36, 16),
+    }[width]
+    side = {"tiny": 8, "small": 16, "real": 32}[width]
+    depth, seen, inner = {"tiny": (2, 64, 64), "small": (4, 512, 1368), "real": (32, 1280, 3420)}[width]
+    vocabulary = TINY_VOCABULARY if width == "tiny" else 151936
+    start, end, image = (vocabulary - place for place in (284, 283, 281))
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": d_model,
+            "intermediate_size": d_ff,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128000,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+        },
+        vision_config={
+            "depth": depth,
+            "hidden_size": seen,
+            "num_heads": seen // 32 if width == "tiny" else 16,
+            "intermediate_size": inner,
+            "out_hidden_size": d_model,
+            "fullatt_block_indexes": [7, 15, 23, 31] if width == "real" else [depth - 1],
+            "window_size": 112,
+        },
+        tie_word_embeddings=True,
+        **{"image_token_id": image, "vision_start_token_id": start, "vision_end_token_id": end},
+    )
+
+    def shown(count: int) -> dict[str, Tensor]:
+        grid = torch.tensor([[1, side, side]] * count)
+        return {PIXELS: torch.randn(count * side * side, 1176), "image_grid_thw": grid}
+
+    return config, Picture((start, *[image] * (side * side // 4), end), shown, typed=True)
+
+
+def _pixels(size: int) -> Callable[[int], dict[str, Tensor]]:
+    return lambda count: {PIXELS: torch.randn(count, 3, size, size)}
+
+
+MODELS: dict[str, Callable[[Width], tuple[PretrainedConfig, Picture]]] = {
+    "blip2": blip2,
+    "florence2": florence2,
+    "qwen2.5-vl": qwen,
+}
+METHODS = {
+    "bare": "model alone",
+    "bare40": "model alone, 40 words more",
+    "attached40": "DePT (m=40), attached",
+}
+"""Beside those of `methods.METHODS`."""
+AT_EQUAL_LENGTH = ("bare40", "dept40")
+PLAN = {
+    "train": ("bare", *AT_EQUAL_LENGTH, "pt100", "lora8"),
+    "cached": AT_EQUAL_LENGTH,
+    "labels": ("bare40", "attached40"),
+    f"generate{NEW_TOKENS}": (*AT_EQUAL_LENGTH, "attached40"),
+}
+"""Work and methods, of every model."""
+VARIABLE = ("qwen2.5-vl",)
+"""Models whose images have as many tokens as their size makes, so that no features of them are kept."""
+
+
+def of_pretrained(model: str) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Shape and work, and methods, of a model."""
+    return {
+        ("vl", work): methods
+        for work, methods in PLAN.items()
+        if not (work == "cached" and model in VARIABLE)
+    }
+
+
+class Processor:
+    """Puts tokens of an image in front of a text; stands for the processor that random weights lack.
+
+    Args:
+        tokenizer: Any; of its tokens those below `WORDS` are used.
+        picture: What an image becomes.
+    """
+
+    def __init__(self, tokenizer: Any, picture: Picture) -> None:
+        self.tokenizer, self.picture = tokenizer, picture
+
+    def __call__(self, text: list[str], **_: Any) -> Inputs:
+        """See `source.SourceReader.process`."""
+        made = self.tokenizer(text, padding=True, return_tensors="pt")
+        return self.picture.source(made.input_ids, made.attention_mask)
+
+
+def build_pretrained(
+    name: str, width: Width, tokenizer: Path, device: torch.device, dtype: torch.dtype = torch.float32
+) -> VisionLanguageModel:
+    """A frozen model with random weights, as `--model` would load it.
+
+    Args:
+        name: Of `MODELS`.
+        width: Of its published sizes, or smaller.
+        tokenizer: Folder of any tokenizer.
+        device: Where it is made.
+        dtype: Of its weights.
+    """
+    config, picture = MODELS[name](width)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    processor = Processor(load_tokenizer(tokenizer), picture)
+    return VisionLanguageModel(model.eval(), processor, name=f"{name}, random weights").eval()
+
+
+def draw_pretrained(backbone: VisionLanguageModel, size: int, seed: int, *, cached: bool = False) -> Inputs:
+    """A batch on the model's device; what `PromptedModel` reads.
+
+    Args:
+        backbone: With the processor of `build_pretrained`.
+        size: Examples.
+        seed: Of the batch.
+        cached: With features of the images in place of pixels.
+    """
+    torch.manual_seed(seed)
+    picture = cast(Processor, backbone.processor.processor).picture
+    texts = torch.randint(5, WORDS, (size, TEXT))
+    source = picture.source(texts, torch.ones_like(texts)) | {
+        "labels": torch.randint(5, WORDS, (size, ANSWER))
+    }
+    source = {name: tensor.to(backbone.device) for name, tensor in source.items()}
+    source[PIXELS] = source[PIXELS].to(backbone.language_model.word_embeddings.weight.dtype)
+    if cached:
+        with torch.no_grad():
+            made = encoded(backbone.language, source).pooler_output
+        source[FEATURES] = made if isinstance(made, Tensor) else torch.stack(list(made))
+        del source[PIXELS]
+    own = ("input_ids", "attention_mask", "labels")
+    return {name: source.pop(name) for name in own} | {"processed": source}
+
+
+def sharing(module: nn.Module) -> Any:
+    """A copy of a module with hooks and layers of its own, and the same weights."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
+
+
+def build_pretrained_runners(
+    names: Sequence[str], backbone: VisionLanguageModel, work: str = "train"
+) -> dict[str, Runner]:
+    """A runner for each method.
+
+    Args:
+        names: Of `PLAN`.
+        backbone: Ready for a step; its weights are shared.
+        work: Of `PLAN`.
+    """
+    answered = int(work.removeprefix("generate")) if work.startswith("generate") else 0
+    return {name: _runner(name, backbone, work, answered) for name in names}
+
+
+def _runner(name: str, backbone: VisionLanguageModel, work: str, answered: int) -> Runner:
+    if name.startswith("bare"):
+        model = sharing(backbone.language)
+        model.get_input_embeddings().register_forward_hook(_need)
+        return _called(backbone, model, work, answered, more=LENGTH if name == "bare40" else 0)
+    if name == "lora8":
+        with_lora = sharing(backbone)
+        with_lora.add_lora(8)
+        return _ours(PromptedModel(with_lora, None), answered)
+    length = int("".join(filter(str.isdigit, name)))
+    prompt = build_prompt(backbone.d_model, ASKED, length).to(backbone.device)
+    if name.startswith("attached"):
+        return _called(backbone, attach(sharing(backbone.language), prompt), work, answered)
+    return _ours(PromptedModel(backbone, prompt), answered)
+
+
+def _ours(model: PromptedModel, answered: int) -> Runner:
+    """The way of `--model`."""
+    model.eval()  # the backbone has no dropout here
+    trained = [parameter for group in model.parameter_groups().values() for parameter in group]
+    length = 0 if model.prompt is None else model.prompt.prompt_length
+
+    def forward(batch: Inputs) -> Tensor:
+        if not answered:
+            loss: Tensor = model(**batch).loss
+            return loss
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return model.generate(**given, **_greedy(answered))
+
+    return Runner(forward, [model], [] if answered else trained, length)
+
+
+def _called(backbone: VisionLanguageModel, model: Any, work: str, answered: int, *, more: int = 0) -> Runner:
+    """A model of transformers as anybody calls it.
+
+    Args:
+        backbone: It, in this package.
+        model: Called, bare or with a prompt attached.
+        work: Of `PLAN`; with `labels` the model makes the loss.
+        answered: Tokens to generate; 0 trains.
+        more: Words in front of the source.
+    """
+    prompt = getattr(model, "prompt", None)
+    trained = [] if prompt is None or answered else list(prompt.parameters())
+    length = more if prompt is None else prompt.prompt_length
+    output = output_of(backbone.language, backbone.processor)
+    joined = not backbone.language_model.encoder_decoder and not answered
+
+    def prepare(batch: Inputs) -> Inputs:
+        given = {
+            "input_ids": batch["input_ids"],
+            "attention_mask": batch["attention_mask"],
+            **batch["processed"],
+        }
+        labels = batch["labels"]
+        for name, row in given.items():
+            if name == "input_ids" or name == "attention_mask" or name.endswith(PER_TOKEN):
+                front = row.new_full((len(row), more), int(name == "attention_mask"))
+                front += backbone.placeholder * (name == "input_ids")
+                behind = labels * (name == "input_ids") + int(name == "attention_mask")
+                given[name] = torch.cat([front, row, *([behind] if joined else [])], dim=1)
+        if FEATURES in given:
+            given[PIXELS] = given.pop(FEATURES)
+        return given | {"labels": labels, "cached": FEATURES in batch["processed"]}
+
+    def forward(given: Inputs) -> Tensor:
+        given = dict(given)
+        labels = given.pop("labels")
+        with given_features(model, output) if given.pop("cached") else nullcontext():
+            if answered:
+                tokens: Tensor = model.generate(**given, **_greedy(answered))
+                return tokens
+            if work == "labels" or not joined:
+                if joined:
+                    source = given["input_ids"].shape[1] - ANSWER
+                    labels = nn.functional.pad(labels, (source, 0), value=IGNORE_INDEX)
+                loss: Tensor = model(**given, labels=labels, use_cache=False).loss
+                return loss
+            logits = model(**given, logits_to_keep=ANSWER + 1, use_cache=False).logits[:, :-1]
+            return sequence_loss(logits, labels)
+
+    return Runner(forward, [model], trained, length, prepare)
+
+
+def _greedy(count: int) -> dict[str, Any]:
+    return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "num_beams": 1}
+
+
+def _need(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    """A gradient of the embeddings, so that the model is run back as deep as for a prompt."""
+    return output.requires_grad_() if torch.is_grad_enabled() else output
