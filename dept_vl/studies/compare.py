@@ -18,27 +18,29 @@ Eleven methods, eight tasks, five seeds and three tries so take about an hour.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from dept_vl._utils.errors import InUseError
+from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOG_FILE, SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
+from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.data.splits import load_splits
+from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
 from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_methods import Rates, compared
 from dept_vl.studies.compare_report import Row, over_lengths, report
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
+from dept_vl.training.build import build_prompt
 from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
 from dept_vl.training.identity import contents, forget_contents
@@ -63,6 +65,7 @@ def compare(config: CompareConfig) -> list[Row]:
     Raises:
         DifferentError: If a run that is there was made with other options, data or models.
         FileNotFoundError: If a configuration or data are missing.
+        UsageError: If a backbone can carry none of the methods.
         SystemExit: If a signal stopped it.
         ValueError: If a method or a task is unknown.
     """
@@ -97,11 +100,16 @@ class _Comparison:
         self.bases = {
             task: _prepared(config, task, base) for task, base in bases.items() if _can_run(task, base)
         }
-        self.pairs = [
+        named_methods = config.methods or tuple(compared())
+        pairs = [
             (task, name)
-            for task, name in product(self.bases, config.methods or compared())
+            for task, name in product(self.bases, named_methods)
             if not (compared()[name].reads_images and not TASKS[self.bases[task].data.task].image_count)
         ]
+        self.fingerprints, self.left_out = _left_out(self.bases, pairs)
+        self.pairs = [pair for pair in pairs if pair not in self.left_out]
+        if self.left_out and not self.pairs:
+            raise UsageError("; ".join(dict.fromkeys(self.left_out.values())))
 
     def run(self) -> list[Row]:
         """Run what is missing, and write the tables after every seed."""
@@ -122,12 +130,14 @@ class _Comparison:
             del settings["output_dir"]
             if config.own.data is None:
                 del settings["own"]
-            settings["backbones"] = fingerprints(self.bases)
+            if config.model is None:
+                del settings["model"]
+            settings["backbones"] = self.fingerprints
             settings["contents"] = {
                 task: contents(with_seed(base, seeds[0])) for task, base in self.bases.items()
             }
             with owning(self.folder, wait=True):  # processes that end together write one after the other
-                report(settings, usual, rows, self.folder)
+                report(settings, usual, rows, self.folder, list(dict.fromkeys(self.left_out.values())))
         return rows
 
     def _costs(self, *, wait: bool) -> dict[str, dict[str, StepCost]]:
@@ -215,11 +225,39 @@ def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:
         yield step, [of_run[step] for of_run in scores]
 
 
-def fingerprints(bases: dict[str, RunConfig]) -> dict[str, dict[str, str]]:
-    """Of the backbones of all tasks, by name."""
+def _left_out(
+    bases: Mapping[str, RunConfig], pairs: Sequence[tuple[str, str]]
+) -> tuple[dict[str, dict[str, str]], dict[tuple[str, str], str]]:
+    """Load each backbone once; return fingerprints by name, and pairs that it cannot carry, with why."""
     loaded = {str(base.backbone.loading()): base.backbone for base in bases.values()}
-    backbones = [open_backbone(**options.loading()) for options in loaded.values()]
-    return {backbone.name: backbone.fingerprint for backbone in backbones}
+    found, reasons = dict[str, dict[str, str]](), dict[tuple[str, str], str]()
+    for key, options in loaded.items():
+        backbone = open_backbone(**options.loading())
+        found[backbone.name] = backbone.fingerprint
+        mine = [pair for pair in pairs if str(bases[pair[0]].backbone.loading()) == key]
+        reasons |= {(task, name): why for task, name in mine if (why := _why(name, bases[task], backbone))}
+    for why in dict.fromkeys(reasons.values()):
+        say(why)
+    return found, reasons
+
+
+def _why(name: str, base: RunConfig, backbone: FrozenBackbone) -> str:
+    """Why a method is left out on a backbone, in a line; empty if it is not."""
+    if compared()[name].reads_images and backbone.visual_projection is None:
+        return (
+            f"{name} is left out: it trains the visual projection of a composed backbone, and that of "
+            f"{backbone.name} stays frozen; take the same without it"
+        )
+    options = compared()[name].configure(base).prompt
+    # At a budget of which every part of a method gets its share.
+    options = replace(options, reference_prompt_length=max(100, options.reference_prompt_length))
+    prompt = build_prompt(options, backbone, base.train.seed)
+    try:
+        if prompt is not None:
+            backbone.check_prompt(prompt)
+    except ValueError as error:
+        return f"{name} is left out: {error}"
+    return ""
 
 
 def _can_run(name: str, base: RunConfig) -> bool:
@@ -247,6 +285,10 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
     backbone = base.backbone
     if config.backbone is not None:
         backbone = replace(backbone, backbone=config.backbone)
+    if config.model is not None:
+        backbone = BackboneOptions(
+            model=config.model, exif=backbone.exif, backbone_dropout=backbone.backbone_dropout
+        )
     return with_steps(
         replace(
             base,

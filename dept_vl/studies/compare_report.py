@@ -61,6 +61,7 @@ def report(
     usual: Mapping[str, tuple[str, float] | None],
     rows: Sequence[Row],
     folder: Path,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write and print the tables.
 
@@ -69,9 +70,17 @@ def report(
         usual: The commonest answer of each task and its score.
         rows: Every method on every task.
         folder: For `comparison.json` and `.md`, and where matplotlib is installed `.png` and `curves.png`.
+        notes: Why methods are left out.
     """
     relative = (against(name, rows) for name in RIVALS)
-    parts = [overview(usual, rows), *relative, bars(rows), rates_table(rows), *task_tables(usual, rows)]
+    parts = [
+        overview(usual, rows),
+        *relative,
+        bars(rows),
+        rates_table(rows),
+        *task_tables(usual, rows),
+        *notes,
+    ]
     text = "\n\n".join(filter(None, parts))
     content = {"config": settings, "majority": usual, "rows": [asdict(row) for row in rows]}
     write_atomically(folder / "comparison.json", (json.dumps(content, indent=1) + "\n").encode())

@@ -140,6 +140,8 @@ class CompareConfig(Options):
     """Steps of every run; several for a comparison at each."""
     backbone: Path | None = None
     """Folder of another backbone than the tasks' own."""
+    model: str | None = None
+    """Hub name or folder of a pretrained model instead; methods that it cannot carry are left out."""
     batch_size: Positive = 8
     """Examples of a step."""
     dev_limit: Count = 150
@@ -161,6 +163,8 @@ class CompareConfig(Options):
         Raises:
             UnknownNameError: If one is unknown.
         """
+        if self.backbone is not None and self.model is not None:
+            raise UsageError("--model is a whole model; leave out --backbone, or --model")
         for method in self.methods:
             if method not in compared():
                 raise UnknownNameError("method", method, compared())

@@ -27,6 +27,8 @@ RESULTS = {
             "bare": {"ms": 10.0, "peak_mib": 2.0, "generate_10_ms": 5.0},
             "dept40": {"ms": 12.5, "peak_mib": 2.0, "generate_10_ms": 6.0},
             "4-bit": {"skipped": "no library"},
+            "equal length: train": {"ratio": 1.01, "low": 0.99, "high": 1.03, "memory_ratio": None},
+            "equal length: cached": {"ratio": 1.0, "low": 1.0, "high": 1.0, "memory_ratio": 1.002},
         }
     },
     "runs": {"entries": {"main job": {"scores": {"overall": 99.5, "other": 1.0}, "seconds": 3.0}}},
@@ -44,6 +46,8 @@ def test_ratios_are_of_what_was_measured() -> None:
     assert ["256", "memory", "eager", "80.0", "", "1.00"] in found
     assert ["64", "pt100", "eager", "100.0", "1.000", ""] in found
     assert ["dept40", "12", "1.250", "2", "6"] in found
+    assert ["equal length: train", "1.010 (0.990-1.030)", ""] in found
+    assert ["equal length: cached", "1.000 (1.000-1.000)", "1.002"] in found
     assert ["main job", "scores 99.5, seconds 3"] in found
     assert not any(cell in ("16", "4-bit") for row in found for cell in row)
 

@@ -4,17 +4,20 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import write_vqa
 from runs import reset_accelerate, tiny_run, with_
 
 import dept_vl
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import printable
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.card import model_card
 from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig, to_json
 from dept_vl.inference import demo
+from dept_vl.models.vlm import open_backbone
 from dept_vl.studies.compare import compare
 from dept_vl.studies.options import CompareConfig, TransferConfig
 from dept_vl.studies.search import tune
@@ -41,22 +44,46 @@ def trained(
     return with_(config, prompt={"rank": None})
 
 
+def comparison(trained: RunConfig, tmp_path: Path, **options: Any) -> CompareConfig:
+    (tmp_path / "base.json").write_text(json.dumps(to_json(trained)))
+    return CompareConfig(
+        tasks=(str(tmp_path / "base.json"),),
+        seeds=(1,),
+        rounds=1,
+        output_dir=tmp_path / "compare",
+        smallest=True,
+        **options,
+    )
+
+
 def test_compared_with_lora(trained: RunConfig, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    (tmp_path / "base.json").write_text(json.dumps(to_json(trained)))
-    methods = ("zero-shot", "pt", "dept", "LoRA", "BitFit")
-    compare(
-        CompareConfig(
-            tasks=(str(tmp_path / "base.json"),),
-            methods=methods,
-            seeds=(1,),
-            rounds=1,
-            output_dir=tmp_path / "compare",
-            smallest=True,
-        )
-    )
-    report = (tmp_path / "compare" / "2-steps" / "comparison.md").read_text()
-    assert all(method in report for method in methods)
+    # Of a composed backbone, which the model replaces.
+    composed = with_(trained, backbone={"model": None, "backbone": Path("data/tiny-clip-t5")})
+    carried, left_out = {"zero-shot", "pt", "dept", "LoRA", "BitFit"}, {"memory", "adept + images"}
+    left_out |= {"dept + projection", "LoRA + projection"}
+    methods = tuple(sorted(carried | left_out))
+    config = comparison(composed, tmp_path, model=trained.backbone.model, methods=methods)
+    rows = {row.method: row for row in compare(config)}
+    assert set(rows) == carried
+    width = open_backbone(model=trained.backbone.model).d_model
+    budget = trained.prompt.reference_prompt_length * width
+    assert 0 < rows["dept"].parameters <= rows["pt"].parameters == budget
+    assert rows["LoRA"].parameters > 0
+    assert rows["LoRA"].cost is not None
+    assert rows["zero-shot"].parameters == 0
+    report = (tmp_path / "compare" / "2-steps" / "comparison.md").read_text().splitlines()
+    noted = [line.partition(" is left out: ")[0] for line in report if " is left out: " in line]
+    assert set(noted) == left_out
+    assert len(noted) == len(left_out)
+
+
+def test_what_no_pretrained_model_carries_is_refused_where_nothing_else_is_asked_for(
+    trained: RunConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"memory is left out: .*pt, dept, adept"):
+        compare(comparison(trained, tmp_path, methods=("memory",)))
+    assert not (tmp_path / "compare" / "2-steps").exists()
 
 
 def test_transferred_and_searched(trained: RunConfig, tmp_path: Path) -> None:

@@ -369,7 +369,8 @@ def _called(backbone: VisionLanguageModel, model: Any, work: str, answered: int,
         labels = given.pop("labels")
         with given_features(model, output) if given.pop("cached") else nullcontext():
             if answered:
-                tokens: Tensor = model.generate(**given, **_greedy(answered))
+                special = backbone.language_model.special_tokens
+                tokens: Tensor = model.generate(**given, **_greedy(answered), **special)
                 return tokens
             if work == "labels" or not joined:
                 if joined:
