@@ -36,6 +36,7 @@ from dept_vl.studies.bench.methods import (
 )
 from dept_vl.studies.bench.pretrained import MODELS as PRETRAINED
 from dept_vl.studies.bench.pretrained import (
+    Width,
     build_pretrained,
     build_pretrained_runners,
     draw_pretrained,
@@ -246,7 +247,7 @@ class Bench:
 
     def _measure_pretrained(self, model: str, groups: list[Group]) -> None:
         """All groups of a model; see `bench.pretrained`."""
-        width = "tiny" if self.config.tiny else "small"
+        width: Width = "tiny" if self.config.tiny else "small"
         backbone = build_pretrained(model, width, self.tokenizer, self.device)
         if self.bfloat16:
             hold_frozen_in_bfloat16(backbone.language)

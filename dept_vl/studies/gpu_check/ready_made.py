@@ -1,6 +1,7 @@
 """Pretrained models of published sizes, random weights: alone, prompted, with LoRA, on a base of 4 bits."""
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dept_vl.studies.bench.pretrained import (
     AT_EQUAL_LENGTH,
     NEW_TOKENS,
     PLAN,
+    Width,
     build_pretrained,
     build_pretrained_runners,
     draw_pretrained,
@@ -32,7 +34,7 @@ def measure(measuring: Measuring, root: Path) -> None:
     """Measure the model that the part is named after: every method, then at equal length in rounds."""
     name = MODELS[measuring.part]
     torch.manual_seed(0)
-    width = "tiny" if measuring.small else "real"
+    width: Width = "tiny" if measuring.small else "real"
     backbone = build_pretrained(name, width, root / TOKENIZER, measuring.device, torch.bfloat16)
     count = 2 if measuring.small else BATCH
     batch = draw_pretrained(backbone, count, 0)
@@ -58,7 +60,8 @@ def _overhead(measuring: Measuring, backbone: VisionLanguageModel, batch: Inputs
 
 
 def _step(runner: Runner, given: Inputs, work: str) -> partial[object]:
-    return partial(runner.forward if work == GENERATED else runner.train_step, given)
+    run: Callable[[Inputs], object] = runner.forward if work == GENERATED else runner.train_step
+    return partial(run, given)
 
 
 def _four_bits(measuring: Measuring, backbone: VisionLanguageModel, batch: Inputs) -> Entry:
