@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, RELATIONS, SIDES, ask, ask_pair, caption
+from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, RELATIONS, SIDES, ask
 from dept_vl.tasks.scenes.render import (
     COLOURS,
     GRID,
@@ -24,7 +24,7 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from dept_vl.tasks.scenes.texts import ask_text
+from dept_vl.tasks.scenes.texts import ask_pair, ask_text, caption
 from pretraining.options import SPATIAL
 
 IGNORE_INDEX = -100

@@ -31,18 +31,9 @@ from transformers import (
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel, sequence_loss
-from dept_vl.tasks.scenes.questions import (
-    AFFIRMATIVE,
-    CAPTION_PHRASINGS,
-    KEPT_OUT,
-    PAIR_PHRASINGS,
-    PHRASINGS,
-    ask,
-    ask_pair,
-    caption,
-)
+from dept_vl.tasks.scenes.questions import AFFIRMATIVE, KEPT_OUT, PHRASINGS, ask
 from dept_vl.tasks.scenes.render import Scene, sample_scene
-from dept_vl.tasks.scenes.texts import WORDS, ask_text
+from dept_vl.tasks.scenes.texts import CAPTION_PHRASINGS, PAIR_PHRASINGS, WORDS, ask_pair, ask_text, caption
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, loader
 from pretraining.measure import encode_scenes, evaluate, tensors
 from pretraining.options import PretrainConfig

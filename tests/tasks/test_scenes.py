@@ -18,8 +18,6 @@ from dept_vl.tasks.scenes.questions import (
     SIDES,
     Fact,
     ask,
-    ask_pair,
-    caption,
 )
 from dept_vl.tasks.scenes.render import (
     COLOURS,
@@ -31,7 +29,7 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from dept_vl.tasks.scenes.texts import ask_text
+from dept_vl.tasks.scenes.texts import ask_pair, ask_text, caption
 
 SCENES = 300
 EASY_VQA_ANSWERS = {

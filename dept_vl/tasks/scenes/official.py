@@ -9,22 +9,16 @@ something to learn. Figures on it say nothing about the real data sets.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare.staging import staging_for
-from dept_vl.tasks.scenes.questions import (
-    NUMBERS,
-    QA,
-    ask_code,
-    ask_kept_out,
-    ask_many_or_few,
-    listings,
-    pair_statement,
-)
+from dept_vl.tasks.scenes.questions import NUMBERS, QA, ask_code, ask_kept_out
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, Scene, render, sample_scene
+from dept_vl.tasks.scenes.texts import listings, pair_statement
 
 QUESTIONS_PER_IMAGE = 4
 ANNOTATORS = 10
@@ -88,7 +82,10 @@ def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed:
     _check(output_dir, {"train": train, "val": val})
     rng = Random(seed)
     with staging_for(output_dir) as staging:
-        for name, ask, most in (("relabelled", ask_code, 1), ("many-or-few", ask_many_or_few, 4)):
+        for name, ask, most in (
+            ("relabelled", ask_code, 1),
+            ("many-or-few", partial(ask_kept_out, names=("many or few",)), 4),
+        ):
             numbers = iter(range(1, 1 + train + val))
             splits = {
                 split: [Drawn(next(numbers), sample_scene(rng, max_objects=most)) for _ in range(count)]

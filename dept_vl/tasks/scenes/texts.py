@@ -1,9 +1,22 @@
-"""Small tasks on words alone: pretraining without an image."""
+"""Captions of scenes, statements about two, and small tasks on words alone."""
 
 from random import Random
 
-from dept_vl.tasks.scenes.questions import NOUNS, NUMBERS, QA
-from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES
+from dept_vl.tasks.scenes.questions import (
+    NOUNS,
+    NUMBERS,
+    QA,
+    TRUE,
+    WORDINGS,
+    matches,
+    noun,
+    place,
+    random_phrase,
+)
+from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, Scene
+
+CAPTION_PHRASINGS = tuple(WORDINGS["captions"])
+PAIR_PHRASINGS = tuple(WORDINGS["pairs"])
 
 OPPOSITES = {
     "left": "right",
@@ -47,3 +60,52 @@ def ask_text(rng: Random) -> QA:
         return QA(f"how many words: {listed}", NUMBERS[len(words)])
     probe = rng.choice([rng.choice(WORDS), rng.choice(words)])
     return QA(f"is {probe} in: {listed}", "yes" if probe in words else "no")
+
+
+def caption(scene: Scene, rng: Random) -> QA:
+    """All objects from left to right: `a small red circle at the top left and a ...`."""
+    parts = [f"a {o.size} {noun(o)} at the {place(o)}" for o in scene.objects]
+    return QA(rng.choice(CAPTION_PHRASINGS), " and ".join(parts))
+
+
+def pair_statement(left: Scene, right: Scene, rng: Random) -> tuple[str, bool]:
+    """A sentence about two images and whether it is true."""
+    phrase, wanted = random_phrase(rng.choice([left, right]), rng)
+    counts = [sum(matches(o, wanted) for o in scene.objects) for scene in (left, right)]
+    in_left, in_right = (count > 0 for count in counts)
+    said = rng.randint(0, 4)
+    sentence, truth = rng.choice(
+        [
+            ("both images show a {}", in_left and in_right),
+            ("a {} is in each image", in_left and in_right),
+            ("neither image shows a {}", not (in_left or in_right)),
+            ("exactly one image contains a {}", in_left != in_right),
+            ("the left image contains a {}", in_left),
+            ("the right image contains a {}", in_right),
+            ("at least one image contains a {}", in_left or in_right),
+            ("there are {}s in the left image only", in_left and not in_right),
+            ("the left image has more {}s", counts[0] > counts[1]),
+            (f"there are {NUMBERS[sum(counts)]} {{}}s in all", True),
+            (f"there are {NUMBERS[said]} {{}}s in all", said == sum(counts)),
+        ]
+    )
+    return sentence.format(phrase), truth
+
+
+def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
+    """A statement about two images, true or false."""
+    sentence, truth = pair_statement(left, right, rng)
+    return QA(rng.choice(PAIR_PHRASINGS).format(sentence), TRUE[truth])
+
+
+def listings(scene: Scene) -> list[str]:
+    """Five captions in a style that pretraining never uses: what there is, without size or place."""
+    things = [noun(o) for o in scene.objects]
+    nouns = [f"a {thing}" for thing in things]
+    return [
+        " and ".join(nouns),
+        f"a picture of {' and '.join(nouns)}",
+        f"there is {', '.join(nouns)}",
+        ", ".join(things),
+        f"{NUMBERS[len(things)]} shapes: {', '.join(things)}",
+    ]
