@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads im
     from dept_vl.tasks.io.official_files import Published
     from dept_vl.tasks.io.rows import Rows
     from dept_vl.tasks.own.options import OwnOptions
-    from dept_vl.tasks.prepare.hub import Copy
 
 
 USUAL_SCALE = "0-100"
@@ -122,8 +121,6 @@ class Task(ABC):
     """Split -> what its authors say of its files."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
     """File or folder -> where it is published, if not where the rest is."""
-    hub_copy: ClassVar["Copy | None"] = None
-    """The parquet copy on the Hub that the official files can be written from."""
     example_call = '"image.jpg", "..."'
     """Arguments of `Predictor.answer`, for the model card."""
     pipeline = "image-text-to-text"

@@ -8,7 +8,7 @@ from https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip 
 Training is on train and restval together, as everyone does.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,16 +18,13 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
-from dept_vl.tasks.io.official_files import Published, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
-from dept_vl.tasks.metrics.caption import CaptionScore, check_installed, check_meteor, score_captions
+from dept_vl.tasks.metrics.caption import check_installed, check_meteor, score_captions
 from dept_vl.tasks.metrics.text import squad
-from dept_vl.tasks.prepare.hub import Copy
-from dept_vl.tasks.prepare.parquet import Part, Source
-from dept_vl.tasks.prepare.staging import Output, json_list
 
 KARPATHY_FILE = "dataset_coco.json"
 KARPATHY_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
@@ -58,65 +55,6 @@ PUBLISHED = {
 }
 
 
-COPY_SPLITS = {"train": "train", "restval": "restval", "validation": "val", "test": "test"}
-"""Split of the copy -> its name in the official file."""
-
-
-def _copy_files(split: str) -> tuple[str, ...]:
-    return (KARPATHY_FILE,)
-
-
-def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
-    opened = [
-        (
-            COPY_SPLITS[part[1]],
-            source.rows(part, ("cocoid", "filepath", "filename", "sentences"), carried=("imgid", "sentids")),
-        )
-        for part in parts
-    ]
-    count = 0
-    with json_list(output.staging / KARPATHY_FILE, {"dataset": "coco"}, "images") as add:
-        for name, rows in opened:
-            for where, row in rows:
-                add(_copied_record(row, name, where))
-                count += 1
-    return count
-
-
-def _copied_record(row: dict[str, Any], split: str, where: str) -> dict[str, Any]:
-    captions = [
-        sentence.get("raw") if isinstance(sentence, dict) else sentence
-        for sentence in required(row, "sentences", list, where)
-    ]
-    if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{where}: expected captions under 'sentences', found {brief(row['sentences'])}")
-    carried = {name: row[name] for name in ("imgid", "sentids") if row.get(name) is not None}
-    sentences = [{"raw": caption} for caption in captions]
-    if len(carried.get("sentids", ())) == len(sentences):
-        sentences = [
-            {**one, "sentid": number} for one, number in zip(sentences, carried["sentids"], strict=True)
-        ]
-    return {
-        **{name: confined(required(row, name, str, where), where) for name in ("filepath", "filename")},
-        "cocoid": required(row, "cocoid", int, where),
-        "split": split,
-        "sentences": sentences,
-        **carried,
-    }
-
-
-HUB_COPY = Copy(
-    hub="yerevann/coco-karpathy",
-    official=KARPATHY_SOURCE,
-    parts={"all": tuple((None, split) for split in COPY_SPLITS)},
-    files=_copy_files,
-    write=_write_copy,
-    examples="captioned_images",
-    note="No images: put train2014 and val2014 beside the file, published at "
-    f"{IMAGE_SOURCE}. No tokens of captions (`tokens`), which nothing here reads.",
-)
-
-
 @dataclass(frozen=True)
 class COCOCaptions(Task):
     """One split; an example is an image with its five or more captions, each learnt in turn.
@@ -144,14 +82,12 @@ class COCOCaptions(Task):
     test_split = "test"
     published: ClassVar = PUBLISHED
     elsewhere: ClassVar = {"train2014": IMAGE_SOURCE, "val2014": IMAGE_SOURCE}
-    hub_copy: ClassVar = HUB_COPY
     example_call = '"image.jpg"'
     pipeline = "image-to-text"
 
     def read(self, root: Path, split: str) -> "COCOCaptions":
         """Read a split from a folder with `dataset_coco.json` and images; the errors are those of `load`."""
-        if split not in SPLITS:
-            raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
+        check_split(split, SPLITS, "COCO")
         file = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
         rows = read_rows(file).where("split", SPLITS[split])
         if not len(rows):
@@ -205,9 +141,8 @@ class COCOCaptions(Task):
 
         CIDEr weighs words by the captions scored, so that of a subset is the subset's own.
         """
-        figures = score_rows(self.rows, predictions, meteor=self.meteor).to_json()
-        names = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
-        return {name: float(figures[name]) for name in names if name in figures}
+        captions = {int(key): caption for key, caption in predictions.items()}
+        return score_captions(references_of(self.rows), captions, meteor=self.meteor).metrics()
 
     def without_slow_metrics(self) -> "COCOCaptions":
         """Return the task without METEOR, a Java program that takes seconds."""
@@ -231,9 +166,8 @@ def read_rows(path: Path) -> Rows:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path}, found no such file; it is published at {KARPATHY_SOURCE}")
-    return convert("coco", [path], SCHEMA, _records(path), unique="image_id")
+    sources = [existing(path, "COCO", KARPATHY_SOURCE)]
+    return convert("coco", sources, SCHEMA, _records(path), unique="image_id")
 
 
 def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
@@ -244,10 +178,8 @@ def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
         ValueError: If it is damaged or the split unknown.
     """
     if split:
-        if split not in SPLITS:
-            raise ValueError(f"COCO captions have the splits {', '.join(SPLITS)}; got {split!r}")
-        rows = read_rows(path).where("split", SPLITS[split])
-        return dict(zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True))
+        check_split(split, SPLITS, "COCO")
+        return references_of(read_rows(path).where("split", SPLITS[split]))
     if path.name == KARPATHY_FILE:
         raise ValueError(f"{path} holds the splits {', '.join(SPLITS)}; say which with --split")
     captions: dict[int, list[str]] = {}
@@ -260,19 +192,13 @@ def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
 
 def karpathy_split(path: Path, split: str) -> list[int]:
     """The COCO image ids of one of Karpathy's splits: train (with restval), val or test."""
-    return [
-        int(image_id)
-        for image_id in read_rows(path).where("split", SPLITS[split]).column("image_id").to_pylist()
-    ]
+    ids: list[int] = read_rows(path).where("split", SPLITS[split]).column("image_id").to_pylist()
+    return ids
 
 
-def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], *, meteor: bool = True) -> CaptionScore:
-    """The figures of one caption for each image."""
-    references = dict(
-        zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True)
-    )
-    captions = {int(key): caption for key, caption in predictions.items()}
-    return score_captions(references, captions, meteor=meteor)
+def references_of(rows: Rows) -> dict[int, list[str]]:
+    """Human captions by image id."""
+    return dict(zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True))
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,6 @@ parts in the folder `train_all_questions`.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -22,14 +21,11 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Example, QuestionCase, Task
-from dept_vl.tasks.io.official_files import Published, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_mapping
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa
-from dept_vl.tasks.prepare.hub import Copy, structs
-from dept_vl.tasks.prepare.parquet import Part, Source, placing
-from dept_vl.tasks.prepare.staging import Output, joined
 
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 FOLDERS = ("images", "allImages/images")
@@ -83,88 +79,6 @@ PUBLISHED = {
 }
 
 
-ANSWER_COLUMNS = ("answer", "groups", "entailed", "types", "semantic")
-UNANSWERED = ("test", "challenge", "submission")
-NO_PUNCTUATION = re.compile(r"[^\s,'\"\[\]]+")
-
-
-def _copy_files(split: str) -> tuple[str, ...]:
-    return (f"{split}_questions.json",)
-
-
-def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
-    answered = split.split("_")[0] not in UNANSWERED
-    questions = source.rows(
-        parts[0],
-        ("id", "imageId", "question", "isBalanced", *(ANSWER_COLUMNS if answered else ())),
-        carried=("fullAnswer", "equivalent", "semanticStr") if answered else (),
-    )
-    for where, row in source.rows(parts[1], ("id", "image"), images=("image",)):
-        output.image(f"{FOLDERS[0]}/{field(row, 'id', str, where)}.jpg", row["image"], where)
-    count = 0
-    pictureless: list[str] = []
-    with joined(output.staging / _copy_files(split)[0], "{", "}") as add:
-        for where, row in questions:
-            count += 1
-            record = _copied_record(row, where, answered)
-            if f"{FOLDERS[0]}/{record['imageId']}.jpg" not in output.images:
-                pictureless.append(record["imageId"])
-            add(f"{json.dumps(field(row, 'id', str, where))}: {json.dumps(record)}")
-    if pictureless:
-        raise ValueError(
-            f"{source.place}: {len(pictureless):,} of {count:,} questions in {parts[0][0]} ask about images "
-            f"that are not in {parts[1][0]} (first: {pictureless[:3]}); the copy is not whole. "
-            f"{placing(source.hub)}"
-        )
-    return count
-
-
-def _copied_record(row: dict[str, Any], where: str, answered: bool) -> dict[str, Any]:
-    record = {name: field(row, name, str, where) for name in ("imageId", "question")}
-    if not isinstance(row["isBalanced"], bool):
-        raise ValueError(f"{where}: expected 'isBalanced' to be bool, found {brief(row['isBalanced'])}")
-    record["isBalanced"] = row["isBalanced"]
-    if not answered:
-        return record
-    carried = {name: row[name] for name in ("fullAnswer", "semanticStr") if row.get(name) is not None}
-    if "equivalent" in row:
-        carried["equivalent"] = _ids(row["equivalent"], f"{where}, equivalent")
-    return {
-        **record,
-        "answer": field(row, "answer", str, where),
-        "groups": field(row, "groups", dict, where),
-        "types": field(row, "types", dict, where),
-        "entailed": _ids(row["entailed"], f"{where}, entailed"),
-        "semantic": structs(row["semantic"], f"{where}, semantic"),
-        **carried,
-    }
-
-
-def _ids(value: Any, where: str) -> list[str]:
-    """A list of ids, which the copy of GQA keeps as text."""
-    if value is None:
-        return []
-    ids = NO_PUNCTUATION.findall(value) if isinstance(value, str) else value
-    if not isinstance(ids, list) or not all(isinstance(one, str) for one in ids):
-        raise ValueError(f"{where}: expected a list of ids, or one as text, found {brief(value)}")
-    return ids
-
-
-HUB_COPY = Copy(
-    hub="lmms-lab/GQA",
-    official=SOURCE,
-    parts={
-        split: tuple((f"{split}_{kind}", split.split("_")[0]) for kind in ("instructions", "images"))
-        for split in SPLITS
-    },
-    files=_copy_files,
-    write=_write_copy,
-    examples="questions",
-    short=SHORT,
-    note="No choices files, so no validity and plausibility; no annotations of objects (`annotations`).",
-)
-
-
 @dataclass(frozen=True)
 class GQA(Task):
     """One split. Figures are the official ones: percent, but for `distribution`, lower is better.
@@ -189,15 +103,13 @@ class GQA(Task):
     test_split = "testdev"
     server_split = "submission_all"
     published: ClassVar = PUBLISHED
-    hub_copy: ClassVar = HUB_COPY
     example_call = '"image.jpg", "is there a dog to the left of the car?"'
     pipeline = "visual-question-answering"
 
     def read(self, root: Path, split: str) -> "GQA":
         """Read a split from a folder that holds the official files; the errors are those of `load`."""
         split = SHORT.get(split, split)
-        if split not in (*SPLITS, *JOINED):
-            raise ValueError(f"GQA has the splits {', '.join((*SHORT, *JOINED, *SPLITS))}; got {split!r}")
+        check_split(split, (*SHORT, *JOINED, *SPLITS), "GQA")
         choices = f"{split.split('_')[0]}_choices.json"
         choices_file = next((p for p in (root / "eval" / choices, root / choices) if p.is_file()), None)
         paths = [path for part in JOINED.get(split, (split,)) for path in question_files(root, part)]
@@ -272,9 +184,8 @@ def read_rows(path: Path) -> Rows:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"GQA file not found: {path}; it is published at {SOURCE}")
-    return convert(f"gqa-{path.stem}", [path], SCHEMA, _records(path), unique="question_id")
+    sources = [existing(path, "GQA", SOURCE)]
+    return convert(f"gqa-{path.stem}", sources, SCHEMA, _records(path), unique="question_id")
 
 
 def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> GqaScore:

@@ -7,10 +7,8 @@ from https://github.com/lil-lab/nlvr (annotations) and, on request to the author
 in twenty of the images' addresses is dead, so a collection made from them has gaps.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,14 +16,11 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task
-from dept_vl.tasks.io.official_files import Published, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_lines
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
-from dept_vl.tasks.prepare.hub import Copy
-from dept_vl.tasks.prepare.parquet import Part, Source
-from dept_vl.tasks.prepare.staging import Output
 
 SOURCE = "https://github.com/lil-lab/nlvr/tree/master/nlvr2"
 SPLITS = {"train": "train", "dev": "dev", "test": "test1", "test1": "test1", "test2": "test2"}
@@ -60,67 +55,6 @@ PUBLISHED = {
 }
 
 
-CARRIED = ("left_url", "right_url", "writer", "synset", "query")
-
-
-def _copy_files(split: str) -> tuple[str, ...]:
-    return (f"{split}.json",)
-
-
-def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
-    # All opened before any is read, so that one that is not there is missed at once.
-    opened = [
-        source.rows(
-            part,
-            ("identifier", "question", "answer", "left_image", "right_image"),
-            carried=CARRIED,
-            images=("left_image", "right_image"),
-        )
-        for part in parts
-    ]
-    count = 0
-    with (output.staging / _copy_files(split)[0]).open("w", encoding="utf-8") as file:
-        for where, row in chain.from_iterable(opened):
-            count += 1
-            identifier = field(row, "identifier", str, where)
-            names = identifier.split("-")
-            if len(names) != 4 or names[0] != split or "/" in identifier:
-                raise ValueError(
-                    f"{where}: expected an identifier {split}-set-pair-sentence, found {identifier!r}"
-                )
-            label = str(row["answer"])
-            if label not in VERBALIZER:
-                raise ValueError(
-                    f"{where} ({identifier}): expected the answer 'True' or 'False', found {brief(label)}"
-                )
-            for side, number in (("left_image", 0), ("right_image", 1)):
-                output.image(f"{split}/{'-'.join(names[:3])}-img{number}.png", row[side], where)
-            record = {
-                "identifier": identifier,
-                "sentence": field(row, "question", str, where),
-                "label": label,
-                **{name: row[name] for name in CARRIED if row.get(name) is not None},
-            }
-            file.write(json.dumps(record) + "\n")
-    return count
-
-
-HUB_COPY = Copy(
-    hub="lmms-lab/NLVR2",
-    official=SOURCE,
-    parts={
-        split: tuple((None, f"{subset}_{there}") for subset in ("balanced", "unbalanced"))
-        for split, there in (("dev", "dev"), ("test1", "test_public"), ("test2", "test_unseen"))
-    },
-    files=_copy_files,
-    write=_write_copy,
-    examples="sentences",
-    short={"test": "test1"},
-    note="The balanced and the unbalanced subset together; sentences about image pairs that occur once "
-    "are in neither. No judgements of validators (`validation`, `extra_validations`).",
-)
-
-
 @dataclass(frozen=True)
 class NLVR2(Task):
     """One split. An answer is one of two words, chosen by the first token in which they differ.
@@ -145,13 +79,11 @@ class NLVR2(Task):
     dev_split = "dev"
     test_split = "test1"
     published: ClassVar = PUBLISHED
-    hub_copy: ClassVar = HUB_COPY
     example_call = '("left.jpg", "right.jpg"), "both images show a dog"'
 
     def read(self, root: Path, split: str) -> "NLVR2":
         """Read a split from a folder that holds the official files; the errors are those of `load`."""
-        if split not in SPLITS:
-            raise ValueError(f"NLVR2 has the splits {', '.join(SPLITS)}; got {split!r}")
+        check_split(split, SPLITS, "NLVR2")
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
         folder = find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE)
@@ -203,9 +135,8 @@ def read_rows(path: Path) -> Rows:
         FileNotFoundError: If there is no such file.
         ValueError: If it is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"NLVR2 file not found: {path}; it is published at {SOURCE}")
-    return convert(f"nlvr2-{path.stem}", [path], SCHEMA, _records(path), unique="identifier")
+    sources = [existing(path, "NLVR2", SOURCE)]
+    return convert(f"nlvr2-{path.stem}", sources, SCHEMA, _records(path), unique="identifier")
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,7 @@ than the official ones need a list beside them: `dataset_coco.json` (Karpathy & 
 Karpathy splits, `minival.json` (LXMERT, Tan & Bansal 2019) for minival and nominival.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from dept_vl._utils.io import read_json
 from dept_vl._utils.options import check
 from dept_vl.tasks.base import Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.io.official_files import Published, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.records import brief, read_array, read_list
 from dept_vl.tasks.io.records import field as required
@@ -38,9 +37,6 @@ from dept_vl.tasks.metrics.vqa import (
     soft_scores,
     vqa_accuracy,
 )
-from dept_vl.tasks.prepare.hub import Copy, structs
-from dept_vl.tasks.prepare.parquet import Part, Source
-from dept_vl.tasks.prepare.staging import Output, json_list
 
 SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"
@@ -100,7 +96,8 @@ def folder_names(subtype: str) -> tuple[str, str, str]:
     return name, f"images/{name}", f"Images/mscoco/{name}"
 
 
-def _image_prefix(subtype: str) -> str:
+def image_prefix(subtype: str) -> str:
+    """How the names of the images of a subtype begin."""
     return f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_"
 
 
@@ -123,76 +120,6 @@ PUBLISHED = {
     "test-dev": _published("test-dev", 107_394, None, None),
     "test": _published("test", 447_793, 81_434, None),
 }
-
-
-ANSWER_COLUMNS = ("question_type", "answer_type", "answers")
-COPY_HEADER = {
-    "info": {"description": "VQA v2.0, written from a parquet copy", "url": SOURCE, "version": "2.0"},
-    "license": {
-        "url": "http://creativecommons.org/licenses/by/4.0/",
-        "name": "Creative Commons Attribution 4.0 International License",
-    },
-    "data_type": "mscoco",
-}
-
-
-def _copy_files(split: str) -> tuple[str, ...]:
-    (subtype,) = SUBTYPES[split]
-    questions = question_names(subtype)[0]
-    return (questions, annotation_names(subtype)[0]) if subtype in ANSWERED else (questions,)
-
-
-def _write_copy(source: Source, output: Output, split: str, parts: Sequence[Part]) -> int:
-    (subtype,) = SUBTYPES[split]
-    folder = folder_names(subtype)[0]
-    questions_file, *annotations_file = _copy_files(split)
-    rows = source.rows(
-        parts[0],
-        ("question_id", "image_id", "question", "image", *(ANSWER_COLUMNS if annotations_file else ())),
-        carried=("multiple_choice_answer",) if annotations_file else (),
-        images=("image",),
-    )
-    header = COPY_HEADER | {"data_subtype": subtype}
-    count = 0
-    with ExitStack() as stack:
-        ask = stack.enter_context(
-            json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
-        )
-        answers = [
-            stack.enter_context(json_list(output.staging / name, header, "annotations"))
-            for name in annotations_file
-        ]
-        for where, row in rows:
-            count += 1
-            ids = {name: required(row, name, int, where) for name in ("question_id", "image_id")}
-            ask({**ids, "question": required(row, "question", str, where)})
-            for answer in answers:
-                answer({**ids, **_copied_annotation(row, where)})
-            output.image(f"{folder}/{_image_prefix(subtype)}{ids['image_id']:012d}.jpg", row["image"], where)
-    return count
-
-
-def _copied_annotation(row: dict[str, Any], where: str) -> dict[str, Any]:
-    answers = structs(row["answers"], f"{where}, answers")
-    for answer in answers:
-        required(answer, "answer", str, f"{where}, answers")
-    types = {name: required(row, name, str, where) for name in ("question_type", "answer_type")}
-    usual = row.get("multiple_choice_answer")
-    return {**types, "answers": answers} | ({} if usual is None else {"multiple_choice_answer": usual})
-
-
-HUB_COPY = Copy(
-    hub="lmms-lab/VQAv2",
-    official=SOURCE,
-    parts={
-        "val": ((None, "validation"),),
-        "test-dev": ((None, "testdev"),),
-        "test": ((None, "test"),),
-    },
-    files=_copy_files,
-    write=_write_copy,
-    examples="questions",
-)
 
 
 @dataclass(frozen=True)
@@ -231,14 +158,12 @@ class VQAv2(Task):
         "train2014": IMAGE_SOURCE,
         "val2014": IMAGE_SOURCE,
     }
-    hub_copy: ClassVar = HUB_COPY
     example_call = '"image.jpg", "what color is the cat?"'
     pipeline = "visual-question-answering"
 
     def read(self, root: Path, split: str) -> "VQAv2":
         """Read a split from a folder that holds the official files; the errors are those of `load`."""
-        if split not in SUBTYPES:
-            raise ValueError(f"VQAv2 has the splits {', '.join(SUBTYPES)}; got {split!r}")
+        check_split(split, SUBTYPES, "VQAv2")
         parts = [
             read_rows(
                 find(root, question_names(subtype), "VQAv2", SOURCE),
@@ -249,7 +174,7 @@ class VQAv2(Task):
         ]
         rows = _listed(Rows.open([path for part in parts for path in part.files]), root, split)
         folders = {
-            subtype: find_folder(root, folder_names(subtype), f"{_image_prefix(subtype)}*.jpg", SOURCE)
+            subtype: find_folder(root, folder_names(subtype), f"{image_prefix(subtype)}*.jpg", SOURCE)
             for subtype in SUBTYPES[split]
         }
         return replace(self, rows=rows, image_folders=folders)
@@ -312,7 +237,7 @@ class VQAv2(Task):
         return normalise_answer(answer)
 
     def _image(self, subtype: str, image_id: int) -> Path:
-        return self.image_folders[subtype] / f"{_image_prefix(subtype)}{image_id:012d}.jpg"
+        return self.image_folders[subtype] / f"{image_prefix(subtype)}{image_id:012d}.jpg"
 
 
 def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
@@ -322,10 +247,7 @@ def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str 
         FileNotFoundError: If a file is missing.
         ValueError: If one is damaged or they do not belong together.
     """
-    sources = [questions_file] + ([annotations_file] if annotations_file else [])
-    for path in sources:
-        if not path.is_file():
-            raise FileNotFoundError(f"VQAv2 file not found: {path}; it is published at {SOURCE}")
+    sources = [existing(path, "VQAv2", SOURCE) for path in (questions_file, annotations_file) if path]
     records = _records(questions_file, annotations_file, subtype)
     return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
 

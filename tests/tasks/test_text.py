@@ -587,12 +587,12 @@ def test_a_bad_row_is_named(name: str, change: dict[str, Any], message: str, tmp
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("train.csv", b'sentence1,sentence2,label\na,b,0\n"a,b,0\n', "train.csv, after line 2"),
-        ("train.csv", b"sentence1,sentence2,label\na,b,0\na,0\n", "line 3: expected 3 cells, .* found 2"),
-        ("train.csv", b"sentence1,sentence2,label\na,b,c,0\n", "line 2: expected 3 cells, .* found more"),
-        ("train.tsv", b"sentence1\tsentence2\tlabel\na\tb\t0\nx\xff\tb\t1\n", "train.tsv, after line 1"),
-        ("train.jsonl", b'{"label": 0, \n', "line 1, column 13: expected a JSON object"),
-        ("train.json", b'[{"label":', "line 1, column 11: the file is cut short"),
+        ("train.csv", b'sentence1,sentence2,label\na,b,0\n"a,b,0\n', "train.csv, line 3"),
+        ("train.csv", b"sentence1,sentence2,label\na,b,0\na,0\n", "line 3: expected 3 cells .* found 2"),
+        ("train.csv", b"sentence1,sentence2,label\na,b,c,0\n", "line 2: expected 3 cells .* found 4"),
+        ("train.tsv", b"sentence1\tsentence2\tlabel\na\tb\t0\nx\xff\tb\t1\n", "train.tsv, line 3"),
+        ("train.jsonl", b'{"label": 0, \n', "line 1, column 12: expected one JSON object"),
+        ("train.json", b'[{"label":', "line 1, column 11: the file is no whole JSON"),
         ("train.parquet", b"PAR1xxxxPAR1", "train.parquet is no whole Parquet file"),
     ],
 )

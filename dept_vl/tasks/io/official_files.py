@@ -1,6 +1,6 @@
 """Official files: found by name, and what was published about them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +54,26 @@ def find_folder(root: Path, names: Sequence[str], holds: str, source: str) -> Pa
         f"no image folder for {names[0]}: expected {root / names[0]} with {holds}; "
         f"the images are published at {source}"
     )
+
+
+def existing(path: Path, what: str, source: str) -> Path:
+    """Return the path of a file of a task, which must be there.
+
+    Raises:
+        FileNotFoundError: If it is not.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{what} file not found: expected {path}, found no such file; it is published at {source}"
+        )
+    return path
+
+
+def check_split(split: str, known: Iterable[str], what: str) -> None:
+    """Check the name of a split.
+
+    Raises:
+        ValueError: If it is unknown.
+    """
+    if split not in (names := tuple(known)):
+        raise ValueError(f"{what} has the splits {', '.join(names)}; got {split!r}")

@@ -22,6 +22,7 @@ from typing import Any
 from dept_vl._utils.terminal import waiting
 
 PERCENT = 100
+REPORTED = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
 
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 """What the package does not ship and SPICE cannot parse without."""
@@ -92,6 +93,11 @@ class CaptionScore:
         }
         computed = {name: figure for name, figure in figures.items() if figure is not None}
         return computed | {"scale": PERCENT, "n": self.count}
+
+    def metrics(self) -> dict[str, float]:
+        """The figures that a task reports, CIDEr first."""
+        figures = self.to_json()
+        return {name: float(figures[name]) for name in REPORTED if name in figures}
 
 
 def score_captions(

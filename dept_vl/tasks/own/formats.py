@@ -6,7 +6,7 @@ ST-VQA). VizWiz and A-OKVQA are plain lists.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,12 @@ SPLIT_NAMES = {"restval": "train"}
 """Karpathy's further training images."""
 
 
-def read_records(path: Path) -> Numbered:
+def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
     """Read the records of a file of any known format.
+
+    Args:
+        path: The file.
+        columns: Of Parquet, read these alone; empty reads all.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -45,7 +49,7 @@ def read_records(path: Path) -> Numbered:
         case ".jsonl" | ".ndjson":
             return read_json(path) if begins_with_list(path) else read_lines(path)
         case ".parquet":
-            return read_parquet(path)
+            return read_parquet(path, columns)
         case ".arrow":
             return read_arrow(path)
         case ".json":
@@ -174,12 +178,8 @@ def _coco_captions(path: Path) -> Numbered:
                 f"{', '.join(row)}"
             )
         captions.setdefault(row["image_id"], []).append(row["caption"])
-    for number, row in _image_records(path):
+    for number, row in read_json(path, IMAGES):
         yield (
             number,
             {"image": row.get("file_name"), "id": row.get("id"), "captions": captions.get(row.get("id"), [])},
         )
-
-
-def _image_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return read_json(path, IMAGES)

@@ -302,7 +302,7 @@ class _json_errors:  # used like a function
         raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
 
 
-def read_parquet(path: Path) -> Numbered:
+def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
     """Read a Parquet file; images in it become references, and their bytes stay where they are.
 
     Raises:
@@ -312,6 +312,8 @@ def read_parquet(path: Path) -> Numbered:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
             types = {field.name: field.type for field in file.schema_arrow}
+            if columns:
+                leaves = [leaf for leaf in leaves if leaf in columns or leaf.split(".")[0] in columns]
             names = _class_names(file.schema_arrow.metadata)
             read = [leaf for leaf in leaves if not _holds_bytes(leaf, types, leaves)]
             size = IMAGE_ROWS if any(leaf.endswith(".bytes") for leaf in read) else BATCH_ROWS

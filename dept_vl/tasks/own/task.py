@@ -34,7 +34,6 @@ FORMS = {"question": "vqa", "caption": "captions", "label": "labels"}
 PREFIXES = {"question": "vqa: ", "caption": "caption:", "label": "label:"}
 MOST_LABELS = 1000
 """Different labels that are chosen among; if there are more, labels are generated freely."""
-CAPTION_SCORES = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
 
 
 @dataclass(frozen=True)
@@ -301,10 +300,8 @@ class OwnTask(Task):
         answers = self.rows.column("answers").to_pylist()
         said = [one_line(predictions[key]) for key in self.example_ids()]
         if self.form == "caption":
-            figures = score_captions(
-                dict(enumerate(answers)), dict(enumerate(said)), meteor=self.meteor
-            ).to_json()
-            return {name: float(figures[name]) for name in CAPTION_SCORES if name in figures}
+            score = score_captions(dict(enumerate(answers)), dict(enumerate(said)), meteor=self.meteor)
+            return score.metrics()
         if self.form == "label":
             right = [one[0] for one in answers]
             return {"accuracy": _percent([a == b for a, b in zip(said, right, strict=True)])} | {

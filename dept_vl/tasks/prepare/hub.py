@@ -1,22 +1,15 @@
 """Parquet copies of the data sets, as on the Hub, written as the official files that the tasks read.
 
-So each task has one reader, and official scorers work on what was fetched. What the copies hold:
-
-    lmms-lab/VQAv2           val, test-dev, test; no train
-    lmms-lab/GQA             every official split, images and questions apart, joined by imageId
-    lmms-lab/NLVR2           dev, test1, test2 as two subsets, five sixths of each; no train
-    yerevann/coco-karpathy   Karpathy's splits and captions; no images
+So each task has one reader, and official scorers work on what was fetched. `copies` lists the copies.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.printable import markdown_text, say
 from dept_vl.tasks import TASKS
-from dept_vl.tasks.prepare.parquet import Part, Source, open_source
+from dept_vl.tasks.prepare.copies import COPIES, Copy
+from dept_vl.tasks.prepare.parquet import open_source
 from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, staging_for
 
 
@@ -60,7 +53,8 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
 
     with staging_for(output_dir) as staging:
         output = Output(staging, output_dir)
-        examples = copy.write(opened, output, name, copy.parts[name])
+        copy.write(opened, output, name, copy.parts[name])
+        examples = output.examples
         counts = {copy.examples: examples, **output.counts()}
         published = TASKS[task].published.get(name)
         lines = [copy.note] if copy.note else []
@@ -81,48 +75,12 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
     return counts
 
 
-@dataclass(frozen=True)
-class Copy:
-    """What is known of the copy of a task.
-
-    Attributes:
-        hub: Its usual name on the Hub.
-        official: Where the official files are published.
-        parts: Split -> the parts of the copy that it is made of.
-        files: Split -> the annotation files to write.
-        write: Writes a split from its parts and returns the number of examples.
-        examples: What they are.
-        short: Other names of splits.
-        note: What the copy has not.
-    """
-
-    hub: str
-    official: str
-    parts: Mapping[str, tuple[Part, ...]]
-    files: Callable[[str], tuple[str, ...]]
-    write: Callable[[Source, Output, str, Sequence[Part]], int]
-    examples: str
-    short: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-
-
 def find_copy(task: str) -> Copy:
     """Return what is known of the copy of a task.
 
     Raises:
         UnknownNameError: If there is no such task, or no copy of it.
     """
-    copies = {name: blank.hub_copy for name, blank in TASKS.items() if blank.hub_copy is not None}
-    if task not in copies:
-        raise UnknownNameError("task", task, copies)
-    return copies[task]
-
-
-def structs(value: Any, where: str) -> list[dict[str, Any]]:
-    """A list of structs; older versions of `datasets` give a struct of lists."""
-    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
-        columns = value.values()
-        value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise ValueError(f"{where}: expected a list of structs, found {value!r:.60}")
-    return value
+    if task not in COPIES:
+        raise UnknownNameError("task", task, COPIES)
+    return COPIES[task]

@@ -22,10 +22,12 @@ class Output:
     Attributes:
         staging: Where it is written.
         final: Where it will lie.
+        examples: How many were written.
     """
 
     staging: Path
     final: Path
+    examples: int = 0
     images: set[str] = field(default_factory=set)
     kept: int = 0
     reencoded: int = 0

@@ -5,7 +5,6 @@ A folder is looked through for a split's files, `validation.jsonl` for example, 
 so that a copy of a Hub repository is read as it is.
 """
 
-import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,12 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from dept_vl._utils.errors import is_user_error
+from dept_vl._utils.errors import UsageError, is_user_error
 from dept_vl._utils.io import one_line
-from dept_vl.tasks.io.records import read_array, read_lines
+from dept_vl.tasks.own.formats import read_records
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 BATCH_ROWS = 1000
@@ -80,7 +76,7 @@ def open_source(
 
     Raises:
         FileNotFoundError: If there is no such split; the message says how to place one.
-        ValueError: If columns are missing. Files without a header (JSON) are checked row by row.
+        ValueError: If columns of a data set are missing; those of a folder's files are checked row by row.
     """
     if folder is None:
         return _hub(published, split, needed, wanted)
@@ -97,7 +93,7 @@ def open_source(
             f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {published.placing(split)}"
         )
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return Source(f"{files[0]}{others}", files, _read_files(published, files, needed, wanted))
+    return Source(f"{files[0]}{others}", files, _read_files(files, needed, wanted))
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
@@ -184,54 +180,12 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
 
 
 def _read_files(
-    published: DatasetName, files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
+    files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
-    name = published.dataset or published.task
+    """Rows of tables, read as one's own tables are; their columns are checked with the rows."""
     for path in files:
-        if path.suffix == ".parquet":
-            yield from _read_parquet(path, needed, wanted)
-        elif path.suffix in (".csv", ".tsv"):
-            yield from _read_csv(path, needed)
-        elif _is_list(path):
-            yield from read_array(path, name)
-        else:
-            yield from read_lines(path, name)
-
-
-def _read_parquet(path: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    row = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            found = file.schema_arrow.names
-            check_columns(str(path), needed, found)
-            columns = [name for name in (*needed, *wanted) if name in found]
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                row += len(batch)
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is no whole Parquet file, after row {row:,}: {one_line(error)}") from None
-
-
-def _read_csv(path: Path, needed: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    line = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-            names = reader.fieldnames or []
-            check_columns(str(path), needed, names)
-            for row in reader:
-                if len(row) != len(names) or None in row.values():
-                    cells = [cell for cell in row.values() if cell is not None]
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: expected {len(names)} cells, as the header has, "
-                        f"found {len(cells) if None not in row else 'more'}"
-                    )
-                line = reader.line_num
+        try:
+            for _, row in read_records(path, columns=(*needed, *wanted)):
                 yield row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, after line {line}: expected rows in UTF-8: {one_line(error)}") from None
-
-
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        except UsageError as error:
+            raise ValueError(str(error)) from None
