@@ -12,6 +12,7 @@ loader of VQAv2 and scored by the official scorer, with no code of its own.
 
 import importlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ from PIL import Image
 
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
 from dept_vl._utils.printable import say
-from dept_vl.tasks.prepare.staging import staging_for
+from dept_vl.tasks.prepare.staging import dump, staging_for, unanimous
+from dept_vl.tasks.vqav2 import annotation_names, question_names
 
 MARKER = "easy_vqa_counts.json"
 """File of a finished conversion: what the other files hold, as `convert` returns it."""
@@ -39,7 +41,6 @@ QUESTION_TYPES = (
 )
 """Of the official VQA question types (`mscoco_question_types.txt`), those that occur here."""
 
-ANNOTATORS = 10
 QUESTIONS_PER_IMAGE = 1000
 """Room for question ids within an image, as in COCO-VQA."""
 
@@ -52,62 +53,25 @@ INFO = {
 }
 LICENSE = {"url": "https://opensource.org/licenses/MIT", "name": "MIT License"}
 
-SOURCE = """\
-# easy-VQA in the format of VQAv2
-
-Converted from the Python package `easy-vqa` 1.0 by Victor Zhou
-(https://github.com/vzhou842/easy-VQA, https://victorzhou.com/blog/easy-vqa/).
-
-Changes: its train split is `train2014` and its test split `val2014`; test image ids follow the
-train image ids; PNG images became JPEG; the one answer of a question stands ten times, once for
-each annotator; question types are the leading words of a question. Nothing here comes from COCO or
-VQAv2 but the format and the file names.
-
-## Licence
-
-MIT License
-
-Copyright (c) 2019 Victor Zhou
-
-Permission is hereby granted, free of charge, to any person obtaining a copy
-of this software and associated documentation files (the "Software"), to deal
-in the Software without restriction, including without limitation the rights
-to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
-copies of the Software, and to permit persons to whom the Software is
-furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all
-copies or substantial portions of the Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
-IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
-FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
-AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
-LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
-OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
-SOFTWARE.
-"""
+NOTICE = Path(__file__).with_suffix(".md")
+"""Where the data come from, what was changed, and their licence; written beside them."""
 
 Questions = tuple[list[str], list[str], list[int]]
 """Texts, answers and image ids, one entry a question: what the package's getters return."""
 
 
 def convert(output_dir: Path) -> dict[str, int]:
-    """Write easy-VQA as VQAv2: train becomes train2014, test becomes val2014.
+    """Write easy-VQA as VQAv2, whole or not at all: train becomes train2014, test becomes val2014.
 
-    The folder appears whole or not at all. If a finished conversion is there already, it is left
-    as it is and the package is not needed.
-
-    Image ids of train are kept (0 to 3,999); those of test, which start at 0 again, are raised by
-    the number of train images (4,000 to 4,999), so that an id is unique over both splits. Question
-    ids are `image_id * 1000 + n`, n counting the questions of the image, as in COCO-VQA.
+    A finished conversion stays as it is and needs no package. Image ids of train are kept (0 to 3,999); those
+    of test, which start at 0 again, follow them (4,000 to 4,999). Question ids are `image_id * 1000 + n`, n
+    counting the questions of the image, as in COCO-VQA.
 
     Args:
         output_dir: Folder to write; must not exist, or hold a finished conversion.
 
     Returns:
-        Number of images, questions and annotations of each split, by `train2014_images` and so on,
-        counted on disk.
+        Images, questions and annotations of each split on disk, by `train2014_images` and so on.
 
     Raises:
         FileExistsError: If `output_dir` is there and is no finished conversion.
@@ -130,16 +94,11 @@ def convert(output_dir: Path) -> dict[str, int]:
     offset = max(train_images) + 1
     with staging_for(output_dir) as staging:
         _write_split(staging, "train2014", easy_vqa.get_train_questions(), train_images, offset=0)
-        _write_split(
-            staging,
-            "val2014",
-            easy_vqa.get_test_questions(),
-            easy_vqa.get_test_image_paths(),
-            offset=offset,
-        )
-        (staging / "SOURCE.md").write_text(SOURCE, encoding="utf-8")
+        test_images = easy_vqa.get_test_image_paths()
+        _write_split(staging, "val2014", easy_vqa.get_test_questions(), test_images, offset=offset)
+        shutil.copyfile(NOTICE, staging / "SOURCE.md")
         counts = _count(staging)
-        _write_json(staging / MARKER, counts)
+        dump(staging / MARKER, counts)
         staging.rename(output_dir)
     return counts
 
@@ -172,28 +131,16 @@ def _finished_counts(output_dir: Path) -> dict[str, int] | None:
     return counts if counts == expected else None
 
 
-def _questions_file(split: str) -> str:
-    return f"v2_OpenEnded_mscoco_{split}_questions.json"
-
-
-def _annotations_file(split: str) -> str:
-    return f"v2_mscoco_{split}_annotations.json"
-
-
 def _count(folder: Path) -> dict[str, int]:
     """What the files in the folder hold."""
     counts = {}
     for split in ("train2014", "val2014"):
-        questions = json.loads((folder / _questions_file(split)).read_text(encoding="utf-8"))
-        annotations = json.loads((folder / _annotations_file(split)).read_text(encoding="utf-8"))
+        questions = json.loads((folder / question_names(split)[0]).read_text(encoding="utf-8"))
+        annotations = json.loads((folder / annotation_names(split)[0]).read_text(encoding="utf-8"))
         counts[f"{split}_images"] = sum(1 for _ in (folder / split).glob(f"COCO_{split}_*.jpg"))
         counts[f"{split}_questions"] = len(questions["questions"])
         counts[f"{split}_annotations"] = len(annotations["annotations"])
     return counts
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_split(
@@ -214,21 +161,15 @@ def _write_split(
         annotations.append(
             {
                 "question_type": question_type(question),
-                "multiple_choice_answer": answer,
-                "answers": [
-                    {"answer": answer, "answer_confidence": "yes", "answer_id": annotator}
-                    for annotator in range(1, ANNOTATORS + 1)
-                ],
+                **unanimous(answer),
                 "answer_type": "yes/no" if answer in ("yes", "no") else "other",
                 **ids,
             }
         )
     header = {"info": INFO, "license": LICENSE, "data_type": "mscoco", "data_subtype": split}
-    _write_json(
-        folder / _questions_file(split),
-        header | {"task_type": "Open-Ended", "questions": questions},
-    )
-    _write_json(folder / _annotations_file(split), header | {"annotations": annotations})
+    asking = header | {"task_type": "Open-Ended", "questions": questions}
+    dump(folder / question_names(split)[0], asking)
+    dump(folder / annotation_names(split)[0], header | {"annotations": annotations})
 
     (folder / split).mkdir()
     for source_id, path in image_paths.items():

@@ -13,6 +13,7 @@ from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY, confined, read_imag
 
 JPEG = b"\xff\xd8\xff"
 """How every JPEG file begins."""
+ANNOTATORS = 10
 
 
 @dataclass
@@ -113,6 +114,21 @@ def staging_for(output_dir: Path) -> Iterator[Path]:
         staging = Path(temporary) / output_dir.name
         staging.mkdir()
         yield staging
+
+
+def dump(path: Path, content: object) -> None:
+    """Write a JSON file in one line, and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def unanimous(answer: str) -> dict[str, Any]:
+    """Part of an annotation of VQAv2: an answer that all ten annotators give."""
+    answers = [
+        {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+        for number in range(1, ANNOTATORS + 1)
+    ]
+    return {"multiple_choice_answer": answer, "answers": answers}
 
 
 @contextmanager

@@ -15,13 +15,12 @@ from random import Random
 from typing import Any
 
 from dept_vl.tasks.metrics.vqa import normalise_answer
-from dept_vl.tasks.prepare.staging import staging_for
+from dept_vl.tasks.prepare.staging import dump, staging_for, unanimous
 from dept_vl.tasks.scenes.questions import NUMBERS, QA, ask_code, ask_kept_out
 from dept_vl.tasks.scenes.render import COLOURS, SHAPES, Scene, render, sample_scene
 from dept_vl.tasks.scenes.texts import listings, pair_statement
 
 QUESTIONS_PER_IMAGE = 4
-ANNOTATORS = 10
 SPLITS = ("train", "val", "test")
 
 
@@ -127,9 +126,9 @@ def _vqav2(
         if split == "test":
             parts["test-dev2015"] = questions[::4]
         else:
-            _dump(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations})
+            dump(folder / f"v2_mscoco_{subtype}_annotations.json", {"annotations": annotations})
         for name, rows in parts.items():
-            _dump(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {"questions": rows})
+            dump(folder / f"v2_OpenEnded_mscoco_{name}_questions.json", {"questions": rows})
 
 
 def _annotation(question: str, answer: str) -> dict[str, Any]:
@@ -137,11 +136,7 @@ def _annotation(question: str, answer: str) -> dict[str, Any]:
     return {
         "question_type": " ".join(question.rstrip("?").split()[:2]),
         "answer_type": answer_type,
-        "multiple_choice_answer": answer,
-        "answers": [
-            {"answer": answer, "answer_confidence": "yes", "answer_id": annotator}
-            for annotator in range(1, ANNOTATORS + 1)
-        ],
+        **unanimous(answer),
     }
 
 
@@ -157,13 +152,13 @@ def _gqa(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
                 others = next(group for group in _ANSWERS if answer in group)
                 choices[question_id] = {"valid": list(others), "plausible": list(others)}
             _save(drawn, folder / "images" / f"{drawn.number}.jpg")
-        _dump(folder / f"{name}_questions.json", questions)
-        _dump(folder / "eval" / f"{name.split('_')[0]}_choices.json", choices)
+        dump(folder / f"{name}_questions.json", questions)
+        dump(folder / "eval" / f"{name.split('_')[0]}_choices.json", choices)
         if split == "test":
             bare = {
                 key: {k: q[k] for k in ("question", "imageId", "isBalanced")} for key, q in questions.items()
             }
-            _dump(folder / "submission_all_questions.json", bare)
+            dump(folder / "submission_all_questions.json", bare)
 
 
 _ANSWERS = (
@@ -234,7 +229,7 @@ def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
                     ],
                 }
             )
-    _dump(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
+    dump(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
 
 
 def _save(drawn: Drawn, path: Path) -> None:
@@ -242,8 +237,3 @@ def _save(drawn: Drawn, path: Path) -> None:
     # Full chroma: halved, it would bleed the colours of shapes this small.
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
     render(drawn.scene).save(path, **options)
-
-
-def _dump(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")

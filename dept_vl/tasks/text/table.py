@@ -47,18 +47,13 @@ Which examples are drawn is the literature's too: the first of torch's permutati
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from dept_vl.tasks.metrics.text import accuracy, f1, macro_f1, matthews, multirc, pearson, squad
 
 Row = Mapping[str, Any]
 """A row of a data set as published."""
-
-Answers = Sequence[Sequence[str]]
-"""All right answers, of each example."""
-
-Score = Callable[[Sequence[str], Answers, Sequence[str]], dict[str, float]]
-"""Figures of predictions, from the right answers and the groups; the primary one first."""
 
 
 @dataclass(frozen=True)
@@ -76,98 +71,94 @@ class Part:
     size: int = 0
 
 
-HALVED = {
-    "train": Part("train"),
-    "validation": Part("validation", "drawn"),
-    "test": Part("validation", "rest"),
-}
+PUBLISHED = {"train": Part("train"), "validation": Part("validation"), "test": Part("test")}
+HALVED = PUBLISHED | {"validation": Part("validation", "drawn"), "test": Part("validation", "rest")}
 HELD_OUT = {
     "train": Part("train", "rest", 1000),
     "validation": Part("train", "drawn", 1000),
     "test": Part("validation"),
 }
-PUBLISHED = {"train": Part("train"), "validation": Part("validation"), "test": Part("test")}
 MNLI = PUBLISHED | {"validation": Part("validation_mismatched"), "test": Part("validation_matched")}
 YELP = HELD_OUT | {"test": Part("test")}
 
 
-def numbered(*words: str) -> dict[str, str]:
-    """Words of the classes 0, 1, ..."""
-    return {str(number): word for number, word in enumerate(words)}
+@dataclass(frozen=True)
+class Answered:
+    """A split with its predictions.
+
+    Attributes:
+        predictions: One for each example.
+        answers: All right answers of each.
+        groups: What each is scored together with.
+        classes: The words of the classes; empty where answers are free.
+    """
+
+    predictions: Sequence[str]
+    answers: Sequence[Sequence[str]]
+    groups: Sequence[str]
+    classes: Sequence[str]
+
+    @property
+    def labels(self) -> list[str]:
+        """The one right answer of each example."""
+        return [given[0] for given in self.answers]
+
+    @property
+    def chosen(self) -> list[str]:
+        """The predictions; of two classes, one that names neither becomes the one that is not the label."""
+        negative, positive = self.classes
+        opposite = {negative: positive, positive: negative}
+        pairs = zip(self.predictions, self.labels, strict=True)
+        return [prediction if prediction in opposite else opposite[label] for prediction, label in pairs]
 
 
-def first(answers: Answers) -> list[str]:
-    """The one right answer of each example."""
-    return [given[0] for given in answers]
+Score = Callable[[Answered], dict[str, float]]
+"""Metrics of a split, the primary one first."""
 
 
-def accuracy_alone(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
+def accuracy_alone(split: Answered) -> dict[str, float]:
     """Accuracy; what is no class is wrong."""
-    return {"accuracy": accuracy(predictions, first(answers))}
+    return {"accuracy": accuracy(split.predictions, split.labels)}
 
 
-def accuracy_and_f1(negative: str, positive: str) -> Score:
-    """Accuracy, and F1 of the positive class; as T5 has it, what is no class counts as the wrong one."""
-
-    def score(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
-        labels = first(answers)
-        chosen = wrong_where_no_class(predictions, labels, (negative, positive))
-        return {"accuracy": accuracy(chosen, labels), "f1": f1(chosen, labels, positive=positive)}
-
-    return score
+def accuracy_and_f1(split: Answered) -> dict[str, float]:
+    """Accuracy, and F1 of the second class; as T5 has it, what is no class counts as the wrong one."""
+    chosen, labels = split.chosen, split.labels
+    return {"accuracy": accuracy(chosen, labels), "f1": f1(chosen, labels, positive=split.classes[1])}
 
 
-def by_question(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
+def by_question(split: Answered) -> dict[str, float]:
     """MultiRC's F1 over all answers and share of questions without a mistake, among those of the split.
 
     A question's answers lie on both sides of the halved split, as in the literature.
     """
-    labels = first(answers)
-    chosen = wrong_where_no_class(predictions, labels, ("False", "True"))
-    return multirc(chosen, labels, groups, positive="True")
+    return multirc(split.chosen, split.labels, split.groups, positive=split.classes[1])
 
 
-def accuracy_and_macro_f1(*words: str) -> Score:
-    """Accuracy, and the mean over these classes of their F1."""
-
-    def score(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
-        labels = first(answers)
-        return {
-            "accuracy": accuracy(predictions, labels),
-            "macro_f1": macro_f1(predictions, labels, classes=words),
-        }
-
-    return score
+def accuracy_and_macro_f1(split: Answered) -> dict[str, float]:
+    """Accuracy, and the mean over the classes of their F1."""
+    macro = macro_f1(split.predictions, split.labels, classes=split.classes)
+    return {**accuracy_alone(split), "macro_f1": macro}
 
 
-def matthews_alone(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
+def matthews_alone(split: Answered) -> dict[str, float]:
     """Matthews correlation; what is no class is a class of its own, as T5 has it."""
-    return {"matthews": matthews(predictions, first(answers))}
+    return {"matthews": matthews(split.predictions, split.labels)}
 
 
-def pearson_alone(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
+def pearson_alone(split: Answered) -> dict[str, float]:
     """Pearson correlation with the rounded scores; what is no number is -1, as T5 has it."""
-    return {"pearson": pearson([number(text) for text in predictions], list(map(float, first(answers))))}
+    return {"pearson": pearson([number(text) for text in split.predictions], list(map(float, split.labels)))}
 
 
-def words_of_answers(predictions: Sequence[str], answers: Answers, groups: Sequence[str]) -> dict[str, float]:
+def words_of_answers(split: Answered) -> dict[str, float]:
     """Word F1 and exact match: MRQA's, the best over all human answers; and with the first of them alone.
 
     The latter (`f1_first`, `em_first`) is how DePT's code scores.
     """
-    figures, alone = squad(predictions, answers), squad(predictions, [given[:1] for given in answers])
-    return {"f1": figures["f1"], "em": figures["em"], "f1_first": alone["f1"], "em_first": alone["em"]}
-
-
-def wrong_where_no_class(
-    predictions: Sequence[str], labels: Sequence[str], classes: tuple[str, str]
-) -> list[str]:
-    """Predictions; one that names neither class becomes the one that is not the label."""
-    opposite = {classes[0]: classes[1], classes[1]: classes[0]}
-    return [
-        prediction if prediction in opposite else opposite[label]
-        for prediction, label in zip(predictions, labels, strict=True)
-    ]
+    best = squad(split.predictions, split.answers)
+    alone = squad(split.predictions, [given[:1] for given in split.answers])
+    return {"f1": best["f1"], "em": best["em"], "f1_first": alone["f1"], "em_first": alone["em"]}
 
 
 def number(text: str) -> float:
@@ -224,23 +215,21 @@ def with_marks(row: Row) -> Row:
     return {**row, "text": " ".join(words)}
 
 
-def as_published(row: Row) -> Row:
-    """The row."""
-    return row
-
-
 @dataclass(frozen=True)
 class TextSpec:
     """What there is to know of a text task.
 
     Attributes:
+        name: In the registry, and in front of the text.
         dataset: Its name on the Hub; empty where it is on none.
+        reads: The columns that go into the text, in order; `premise=sentence1` names one otherwise.
+        classes: Names of the classes 0, 1, ...; none where answers are free.
         config: Its configuration there.
-        text: The source text, with the columns that go into it.
-        words: Label -> the word that stands for it; none where answers are free.
+        keys: What the classes are called in the data, where not 0, 1, ...
+        task_name: Whether the text begins with the name of the task.
         label: Column of the label, the number or the answers.
         splits: What ours are made from.
-        score: Its figures.
+        score: Its metrics.
         primary: The first of them, that papers report.
         answer: Free answers only: how a label is written; None for a column that lists the answers.
         group: What examples that are scored together have in common.
@@ -250,10 +239,13 @@ class TextSpec:
         max_new_tokens: Longest answer, in tokens.
     """
 
+    name: str
     dataset: str
-    config: str | None
-    text: str
-    words: Mapping[str, str] = field(default_factory=dict)
+    reads: str
+    classes: str = ""
+    config: str | None = None
+    keys: str = ""
+    task_name: bool = True
     label: str = "label"
     splits: Mapping[str, Part] = field(default_factory=lambda: HALVED)
     score: Score = accuracy_alone
@@ -261,20 +253,42 @@ class TextSpec:
     answer: Callable[[Any], str] | None = None
     group: str = ""
     only: tuple[str, str] | None = None
-    prepare: Callable[[Row], Row] = as_published
+    prepare: Callable[[Row], Row] = dict
     columns: tuple[str, ...] = ()
     max_new_tokens: int = 16
 
+    @cached_property
+    def text(self) -> str:
+        """The template of the text that the encoder reads."""
+        pairs = (read.partition("=") for read in self.reads.split())
+        parts = [f"{shown}: {{{column or shown}}}" for shown, _, column in pairs]
+        return " ".join([self.name, *parts] if self.task_name else parts)
 
-GLUE, SUPER_GLUE = "nyu-mll/glue", "aps/super_glue"
+    @cached_property
+    def words(self) -> dict[str, str]:
+        """Label -> the word that stands for it."""
+        names = self.classes.split()
+        return dict(zip(self.keys.split() or map(str, range(len(names))), names, strict=True))
 
 
-def mrqa(subset: str) -> TextSpec:
+TWO_SENTENCES = "sentence1 sentence2"
+
+
+def _glue(name: str, reads: str, classes: str = "", **others: Any) -> TextSpec:
+    return TextSpec(name, "nyu-mll/glue", reads, classes, **{"config": name, **others})
+
+
+def _super_glue(name: str, reads: str, classes: str, **others: Any) -> TextSpec:
+    return TextSpec(name, "aps/super_glue", reads, classes, **{"config": name, **others})
+
+
+def _mrqa(name: str, subset: str) -> TextSpec:
     """A task of MRQA, told by its name in the column `subset`."""
     return TextSpec(
+        name,
         "mrqa-workshop/mrqa",
-        None,
-        "question: {question} context: {context}",
+        "question context",
+        task_name=False,
         label="answers",
         splits=HELD_OUT,
         score=words_of_answers,
@@ -284,141 +298,68 @@ def mrqa(subset: str) -> TextSpec:
     )
 
 
-TEXT_TASKS: dict[str, TextSpec] = {
-    "mnli": TextSpec(
-        GLUE,
-        "mnli",
-        "mnli hypothesis: {hypothesis} premise: {premise}",
-        numbered("entailment", "neutral", "contradiction"),
-        splits=MNLI,
-    ),
-    "qqp": TextSpec(
-        GLUE,
-        "qqp",
-        "qqp question1: {question1} question2: {question2}",
-        numbered("not_duplicate", "duplicate"),
-        splits=HELD_OUT,
-        score=accuracy_and_f1("not_duplicate", "duplicate"),
-    ),
-    "qnli": TextSpec(
-        GLUE,
-        "qnli",
-        "qnli question: {question} sentence: {sentence}",
-        numbered("entailment", "not_entailment"),
-        splits=HELD_OUT,
-    ),
-    "sst2": TextSpec(
-        GLUE,
-        "sst2",
-        "sst2 sentence: {sentence}",
-        numbered("negative", "positive"),
-        splits=HELD_OUT,
-    ),
-    "stsb": TextSpec(
-        GLUE,
-        "stsb",
-        "stsb sentence1: {sentence1} sentence2: {sentence2}",
-        answer=fifths,
-        score=pearson_alone,
-        primary="pearson",
-    ),
-    "mrpc": TextSpec(
-        GLUE,
-        "mrpc",
-        "mrpc sentence1: {sentence1} sentence2: {sentence2}",
-        numbered("not_equivalent", "equivalent"),
-        score=accuracy_and_f1("not_equivalent", "equivalent"),
-    ),
-    "rte": TextSpec(
-        GLUE,
-        "rte",
-        "rte sentence1: {sentence1} sentence2: {sentence2}",
-        numbered("entailment", "not_entailment"),
-    ),
-    "cola": TextSpec(
-        GLUE,
-        "cola",
-        "cola sentence: {sentence}",
-        numbered("unacceptable", "acceptable"),
-        score=matthews_alone,
-        primary="matthews",
-    ),
-    "multirc": TextSpec(
-        SUPER_GLUE,
+_TABLE = (
+    _glue("mnli", "hypothesis premise", "entailment neutral contradiction", splits=MNLI),
+    _glue("qqp", "question1 question2", "not_duplicate duplicate", splits=HELD_OUT, score=accuracy_and_f1),
+    _glue("qnli", "question sentence", "entailment not_entailment", splits=HELD_OUT),
+    _glue("sst2", "sentence", "negative positive", splits=HELD_OUT),
+    _glue("stsb", TWO_SENTENCES, answer=fifths, score=pearson_alone, primary="pearson"),
+    _glue("mrpc", TWO_SENTENCES, "not_equivalent equivalent", score=accuracy_and_f1),
+    _glue("rte", TWO_SENTENCES, "entailment not_entailment"),
+    _glue("cola", "sentence", "unacceptable acceptable", score=matthews_alone, primary="matthews"),
+    _super_glue(
         "multirc",
-        "multirc question: {question} answer: {answer} paragraph: {paragraph}",
-        numbered("False", "True"),
+        "question answer paragraph",
+        "False True",
         score=by_question,
         primary="f1a",
         group="{idx[paragraph]}-{idx[question]}",
         prepare=without_markup,
     ),
-    "boolq": TextSpec(
-        SUPER_GLUE,
-        "boolq",
-        "boolq question: {question} passage: {passage}",
-        numbered("False", "True"),
-    ),
-    "wic": TextSpec(
-        SUPER_GLUE,
-        "wic",
-        "wic sentence1: {sentence1} sentence2: {sentence2} word: {word}",
-        numbered("False", "True"),
-    ),
-    "wsc": TextSpec(
-        SUPER_GLUE,
-        "wsc.fixed",
-        "wsc text: {text}",
-        numbered("False", "True"),
+    _super_glue("boolq", "question passage", "False True"),
+    _super_glue("wic", "sentence1 sentence2 word", "False True"),
+    _super_glue(
+        "wsc",
+        "text",
+        "False True",
+        config="wsc.fixed",
         prepare=with_marks,
         columns=("span1_text", "span1_index", "span2_text", "span2_index"),
     ),
-    "cb": TextSpec(
-        SUPER_GLUE,
-        "cb",
-        "cb hypothesis: {hypothesis} premise: {premise}",
-        numbered("entailment", "contradiction", "neutral"),
-        score=accuracy_and_macro_f1("entailment", "contradiction", "neutral"),
-    ),
-    "naturalquestions": mrqa("NaturalQuestionsShort"),
-    "hotpotqa": mrqa("HotpotQA"),
-    "searchqa": mrqa("SearchQA"),
-    "newsqa": mrqa("NewsQA"),
-    "winogrande": TextSpec(
+    _super_glue("cb", "hypothesis premise", "entailment contradiction neutral", score=accuracy_and_macro_f1),
+    _mrqa("naturalquestions", "NaturalQuestionsShort"),
+    _mrqa("hotpotqa", "HotpotQA"),
+    _mrqa("searchqa", "SearchQA"),
+    _mrqa("newsqa", "NewsQA"),
+    TextSpec(
+        "winogrande",
         "allenai/winogrande",
-        "winogrande_xl",
-        "winogrande sentence: {sentence} option1: {option1} option2: {option2}",
-        {"1": "1", "2": "2"},
+        "sentence option1 option2",
+        "1 2",
+        config="winogrande_xl",
+        keys="1 2",
         label="answer",
         splits=HELD_OUT,
     ),
-    "yelp2": TextSpec(
-        "fancyzhx/yelp_polarity",
-        None,
-        "yelp2 sentence: {text}",
-        numbered("negative", "positive"),
-        splits=YELP,
-    ),
-    "scitail": TextSpec(
+    TextSpec("yelp2", "fancyzhx/yelp_polarity", "sentence=text", "negative positive", splits=YELP),
+    TextSpec(
+        "scitail",
         "allenai/scitail",
-        "snli_format",
-        "scitail hypothesis: {sentence2} premise: {sentence1}",
-        {"entailment": "entailment", "neutral": "neutral"},
+        "hypothesis=sentence2 premise=sentence1",
+        "entailment neutral",
+        config="snli_format",
+        keys="entailment neutral",
         label="gold_label",
     ),
-    "paws": TextSpec(
+    TextSpec(
+        "paws",
         "google-research-datasets/paws",
-        "labeled_final",
-        "paws sentence1: {sentence1} sentence2: {sentence2}",
-        numbered("not_equivalent", "equivalent"),
+        TWO_SENTENCES,
+        "not_equivalent equivalent",
+        config="labeled_final",
         splits=PUBLISHED,
     ),
-    "snippets": TextSpec(
-        "",
-        None,
-        "snippets sentence: {sentence}",
-        numbered("negative", "positive"),
-        splits=PUBLISHED,
-    ),
-}
+    TextSpec("snippets", "", "sentence", "negative positive", splits=PUBLISHED),
+)
+TEXT_TASKS = {spec.name: spec for spec in _TABLE}
 """By the names that the published hyper-parameters go by (`presets.PAPER`)."""

@@ -24,7 +24,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
 from dept_vl.tasks.text.source import DatasetName, Source, check_columns, open_source
-from dept_vl.tasks.text.table import TEXT_TASKS, Part, Row, TextSpec
+from dept_vl.tasks.text.table import TEXT_TASKS, Answered, Part, Row, TextSpec
 from dept_vl.tasks.text.table import number as read_number
 
 SCHEMA = pa.schema(
@@ -178,7 +178,8 @@ class TextTask(Task):
         if not all(answers):
             return {}
         groups = self.rows.column("group").to_pylist()
-        return self.spec.score([predictions[key] for key in ids], answers, groups)
+        classes = tuple(self.spec.words.values())
+        return self.spec.score(Answered([predictions[key] for key in ids], answers, groups, classes))
 
 
 def choose(count: int, part: Part) -> Indices:
