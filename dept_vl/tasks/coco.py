@@ -23,7 +23,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
-from dept_vl.tasks.metrics.caption import check_installed, check_meteor, score_captions
+from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
 from dept_vl.tasks.metrics.text import squad
 
 KARPATHY_FILE = "dataset_coco.json"
@@ -142,7 +142,7 @@ class COCOCaptions(Task):
         CIDEr weighs words by the captions scored, so that of a subset is the subset's own.
         """
         captions = {int(key): caption for key, caption in predictions.items()}
-        return score_captions(references_of(self.rows), captions, meteor=self.meteor).metrics()
+        return reported(score_captions(references_of(self.rows), captions, meteor=self.meteor))
 
     def without_slow_metrics(self) -> "COCOCaptions":
         """Return the task without METEOR, a Java program that takes seconds."""

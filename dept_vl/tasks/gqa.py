@@ -25,7 +25,7 @@ from dept_vl.tasks.io.official_files import Published, check_split, existing, fi
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_mapping
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
-from dept_vl.tasks.metrics.gqa import GqaQuestion, GqaScore, score_gqa
+from dept_vl.tasks.metrics.gqa import Figures, GqaQuestion, score_gqa
 
 SOURCE = "https://cs.stanford.edu/people/dorarad/gqa/download.html"
 FOLDERS = ("images", "allImages/images")
@@ -150,7 +150,7 @@ class GQA(Task):
         """
         choices = None if self.choices_file is None else read_choices(self.choices_file)
         score = score_rows(self.rows, {str(key): value for key, value in predictions.items()}, choices)
-        return {name: value for name, value in score.to_json().items() if isinstance(value, float)}
+        return {name: value for name, value in score.items() if isinstance(value, float)}
 
     def written(self, answer: str) -> str:
         """A decoded answer as the gold ones are written."""
@@ -188,7 +188,7 @@ def read_rows(path: Path) -> Rows:
     return convert(f"gqa-{path.stem}", sources, SCHEMA, _records(path), unique="question_id")
 
 
-def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> GqaScore:
+def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> Figures:
     """The official figures of predictions, compared as they stand; consistency where it can be had."""
     questions = {
         row["question_id"]: GqaQuestion(

@@ -121,7 +121,7 @@ class NLVR2(Task):
         labels = [answers[0] for answers in self.rows.column("answers").to_pylist()]
         ids = map(str, self.example_ids())
         score = score_nlvr2(zip(ids, labels, strict=True), {str(k): v for k, v in predictions.items()})
-        return {"accuracy": 100 * score.accuracy, "consistency": 100 * score.consistency}
+        return {name: 100 * score[name] for name in ("accuracy", "consistency")}
 
     def written(self, answer: str) -> str:
         """The word as the official script reads it."""

@@ -50,7 +50,7 @@ def vqav2(
     rows = vqav2_task.read_rows(questions, annotations)
     answers = VQAv2.prediction_format.read(predictions)
     check_ids(rows.column("question_id").to_pylist(), answers, str(predictions))
-    figures = vqav2_task.score_rows(rows, answers, normalisation).to_json()
+    figures = vqav2_task.score_rows(rows, answers, normalisation)
     return show(f"VQA accuracy, {normalisation} (0-100)", figures, output, ".2f")
 
 
@@ -69,9 +69,7 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
             f"{questions}: expected an answer to each question; the test and submission files have none"
         )
     answers = {str(key): answer for key, answer in GQA.prediction_format.read(predictions).items()}
-    figures = gqa_task.score_rows(
-        rows, answers, gqa_task.read_choices(choices) if choices else None
-    ).to_json()
+    figures = gqa_task.score_rows(rows, answers, gqa_task.read_choices(choices) if choices else None)
     left_out = [name for name in ("validity", "plausibility", "consistency") if name not in figures]
     if left_out:
         say(
@@ -97,7 +95,7 @@ def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
     if len(labels) != len(ids):
         raise ValueError(f"{examples}: expected a label for each example, found {len(labels)} of {len(ids)}")
     score = score_nlvr2(zip(ids, labels, strict=True), {str(key): value for key, value in answers.items()})
-    return show("NLVR2 (0-1)", score.to_json(), output, ".4f")
+    return show("NLVR2 (0-1)", score, output, ".4f")
 
 
 def coco(
@@ -115,7 +113,7 @@ def coco(
     captions = coco_task.read_references(references, split)
     answers = {int(key): caption for key, caption in COCOCaptions.prediction_format.read(predictions).items()}
     check_ids(captions, answers, str(predictions))
-    figures = score_captions(captions, answers, spice=spice).to_json()
+    figures = score_captions(captions, answers, spice=spice)
     return show("COCO captions (x100)", figures, output, ".2f")
 
 

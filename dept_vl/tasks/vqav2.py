@@ -30,7 +30,6 @@ from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.vqa import (
     Normalisation,
-    VqaScore,
     listed_scores,
     normalise_answer,
     score_vqa,
@@ -224,9 +223,9 @@ class VQAv2(Task):
         """Compute the official accuracy: `overall`, then per answer type and per question type."""
         score = score_rows(self.rows, predictions, self.normalisation)
         return {
-            "overall": score.overall,
-            **{f"answer_type/{name}": value for name, value in score.per_answer_type.items()},
-            **{f"question_type/{name}": value for name, value in score.per_question_type.items()},
+            "overall": score["overall"],
+            **{f"answer_type/{name}": value for name, value in score["perAnswerType"].items()},
+            **{f"question_type/{name}": value for name, value in score["perQuestionType"].items()},
         }
 
     def written(self, answer: str) -> str:
@@ -252,7 +251,9 @@ def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str 
     return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
 
 
-def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: Normalisation) -> VqaScore:
+def score_rows(
+    rows: Rows, predictions: Mapping[ExampleId, str], normalisation: Normalisation
+) -> dict[str, Any]:
     """The official figures of predictions, compared as they stand."""
     records = (
         (
@@ -262,7 +263,7 @@ def score_rows(rows: Rows, predictions: Mapping[ExampleId, str], normalisation: 
         )
         for row in rows
     )
-    return score_vqa(records, normalisation)
+    return score_vqa(records)
 
 
 @lru_cache(maxsize=100_000)

@@ -18,7 +18,7 @@ import test_metrics_vqa as vqa
 
 from dept_vl.cli import call
 from dept_vl.tasks import score
-from dept_vl.tasks.metrics.caption import CaptionScore, score_captions
+from dept_vl.tasks.metrics.caption import Figures, score_captions
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "score.py"
 Arguments = list[str]
@@ -95,9 +95,11 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the slow scorer of captions is asked, instead of asking it."""
     calls: list[dict[str, Any]] = []
 
-    def scorer(references: Any, predictions: Any, *, spice: bool) -> CaptionScore:
+    def scorer(references: Any, predictions: Any, *, spice: bool) -> Figures:
         calls.append({"references": references, "predictions": predictions, "spice": spice})
-        return CaptionScore(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 112.5, len(references), 8.0 if spice else None)
+        names = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L")
+        figures = {name: float(n) for n, name in enumerate(names, start=1)} | {"CIDEr": 112.5}
+        return figures | ({"SPICE": 8.0} if spice else {}) | {"scale": 100, "n": len(references)}
 
     monkeypatch.setattr(score, "score_captions", scorer)
     return calls
@@ -264,7 +266,7 @@ def test_coco_figures_are_those_of_the_scorer(coco_files: Arguments, tmp_path: P
         {7: ["A red dog.", "a dog that is red"], 3: ["Two cats sit.", "cats"]},
         {3: "two cats", 7: "a red dog runs"},
     )
-    assert scored(coco_files, tmp_path) == expected.to_json()
+    assert scored(coco_files, tmp_path) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dept_vl.tasks import coco as coco_module
 from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import KARPATHY_FILE, SPLITS, COCOCaptions, karpathy_split, read_references
 from dept_vl.tasks.metrics import caption as caption_module
-from dept_vl.tasks.metrics.caption import CaptionScore
+from dept_vl.tasks.metrics.caption import Figures
 
 SENTENCES = [{"raw": "A dog runs."}, {"raw": "a brown dog"}]
 PLAIN = {
@@ -26,7 +26,10 @@ PLAIN = {
     "split": "val",
     "sentences": SENTENCES,
 }
-SCORE = CaptionScore(61.0, 62.0, 63.0, 64.0, 30.5, 50.5, 112.5, count=2)
+SCORE: Figures = {
+    **{"Bleu_1": 61.0, "Bleu_2": 62.0, "Bleu_3": 63.0, "Bleu_4": 64.0, "METEOR": 30.5, "ROUGE_L": 50.5},
+    **{"CIDEr": 112.5, "scale": 100, "n": 2},
+}
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime on the PATH")
 
 
@@ -115,9 +118,9 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[int, list[str]], 
     """What is given to the scorer, which takes no time."""
     calls: list[tuple[dict[int, list[str]], dict[int, str]]] = []
 
-    def score(references: dict[int, list[str]], predictions: dict[int, str], *, meteor: bool) -> CaptionScore:
+    def score(references: dict[int, list[str]], predictions: dict[int, str], *, meteor: bool) -> Figures:
         calls.append((references, predictions))
-        return SCORE if meteor else replace(SCORE, meteor=None)
+        return {name: value for name, value in SCORE.items() if meteor or name != "METEOR"}
 
     monkeypatch.setattr(coco_module, "score_captions", score)
     return calls

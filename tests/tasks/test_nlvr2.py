@@ -129,8 +129,8 @@ def test_the_official_figures_in_percent(official: NLVR2) -> None:
     few = {EXAMPLES[index][0]: PREDICTIONS[EXAMPLES[index][0]] for index in some}
     expected = score_nlvr2([EXAMPLES[index] for index in some], few)
     assert official.subset(some).score(few) == {
-        "accuracy": 100 * expected.accuracy,
-        "consistency": 100 * expected.consistency,
+        "accuracy": 100 * expected["accuracy"],
+        "consistency": 100 * expected["consistency"],
     }
     assert official.subset([]).score({}) == {}
 

@@ -37,7 +37,7 @@ from dept_vl.inference.loading import load
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks import coco, load_task
-from dept_vl.tasks.metrics.caption import CaptionScore
+from dept_vl.tasks.metrics.caption import REPORTED, Figures
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.run import run as main
 from dept_vl.training.run import steps_of_epochs
@@ -741,9 +741,9 @@ def test_each_task_has_its_script(
 ) -> None:
     scored: list[dict[int, str]] = []
 
-    def scorer(references: Any, predictions: dict[int, str], *, meteor: bool) -> CaptionScore:
+    def scorer(references: Any, predictions: dict[int, str], *, meteor: bool) -> Figures:
         scored.append(predictions)
-        return CaptionScore(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, len(references))
+        return {name: float(n) for n, name in enumerate(REPORTED)} | {"scale": 100, "n": len(references)}
 
     monkeypatch.setattr(coco, "score_captions", scorer)
     result = main(parse(script.DEFAULTS, "Train.", [*flags, "--data_dir", str(scenes / task)]))

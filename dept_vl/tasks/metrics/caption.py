@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -49,55 +48,13 @@ Captions = dict[int, list[str]]
 """Captions by image id; of a prediction, one."""
 
 
-@dataclass(frozen=True)
-class CaptionScore:
-    """Caption scores of a set of images, all times 100, as papers print them.
+Figures = dict[str, float]
+"""By `pycocoevalcap`'s keys."""
 
-    `pycocoevalcap` itself prints fractions: its CIDEr of 1.125 is 112.5 here. CIDEr weighs words by
-    how few images have them among the references being scored, so that its figure for a subset does
-    not compare with that for the whole; it may exceed 100, and is 0 where there is one image only.
 
-    Attributes:
-        bleu_1: BLEU of single words, over the whole set, not the mean over images.
-        bleu_2: The same of up to 2 words.
-        bleu_3: The same of up to 3 words.
-        bleu_4: The same of up to 4 words.
-        meteor: METEOR 1.5 over the whole set, or None where it was not asked for.
-        rouge_l: Mean over images of ROUGE-L.
-        cider: Mean over images of CIDEr-D.
-        count: Number of images.
-        spice: Mean over images of SPICE, or None where it was not asked for.
-    """
-
-    bleu_1: float
-    bleu_2: float
-    bleu_3: float
-    bleu_4: float
-    meteor: float | None
-    rouge_l: float
-    cider: float
-    count: int
-    spice: float | None = None
-
-    def to_json(self) -> dict[str, float | int]:
-        """The figures under `pycocoevalcap`'s keys, their ``scale`` (100), and the images as ``n``."""
-        figures: dict[str, float | int | None] = {
-            "Bleu_1": self.bleu_1,
-            "Bleu_2": self.bleu_2,
-            "Bleu_3": self.bleu_3,
-            "Bleu_4": self.bleu_4,
-            "METEOR": self.meteor,
-            "ROUGE_L": self.rouge_l,
-            "CIDEr": self.cider,
-            "SPICE": self.spice,
-        }
-        computed = {name: figure for name, figure in figures.items() if figure is not None}
-        return computed | {"scale": PERCENT, "n": self.count}
-
-    def metrics(self) -> dict[str, float]:
-        """The figures that a task reports, CIDEr first."""
-        figures = self.to_json()
-        return {name: float(figures[name]) for name in REPORTED if name in figures}
+def reported(figures: Figures) -> Figures:
+    """The metrics that a task reports, CIDEr first."""
+    return {name: float(figures[name]) for name in REPORTED if name in figures}
 
 
 def score_captions(
@@ -106,7 +63,7 @@ def score_captions(
     *,
     meteor: bool = True,
     spice: bool = False,
-) -> CaptionScore:
+) -> Figures:
     """Score one predicted caption for each image against the captions people wrote for it.
 
     Captions are given as written: the Penn Treebank tokeniser of the COCO evaluation lower-cases them
@@ -121,7 +78,11 @@ def score_captions(
         spice: Whether to compute SPICE as well: minutes for thousands of images, and about 8 GB.
 
     Returns:
-        The scores, times 100, not rounded.
+        By `pycocoevalcap`'s keys, not rounded and times 100, as papers print them (its CIDEr of 1.125 is
+        112.5 here): `Bleu_1` to `Bleu_4` and `METEOR` 1.5, over the whole set and not the mean over images;
+        `ROUGE_L`, `CIDEr` (CIDEr-D) and `SPICE`, means over images; the `scale` (100), and the images as `n`.
+        CIDEr weighs words by how few images have them among the references being scored, so that its figure
+        for a subset does not compare with that for the whole; it may exceed 100, and is 0 of one image.
 
     Raises:
         ValueError: If the two mappings are not of the same images, there are no images, an image has
@@ -145,18 +106,14 @@ def score_captions(
     bleu, _ = Bleu(4).compute_score(human, predicted, verbose=0)
     rouge_l, _ = Rouge().compute_score(human, predicted)
     cider, _ = Cider().compute_score(human, predicted)
-    bleu_1, bleu_2, bleu_3, bleu_4 = (PERCENT * float(figure) for figure in bleu)
-    return CaptionScore(
-        bleu_1=bleu_1,
-        bleu_2=bleu_2,
-        bleu_3=bleu_3,
-        bleu_4=bleu_4,
-        meteor=PERCENT * _meteor(human, predicted) if meteor else None,
-        rouge_l=PERCENT * float(rouge_l),
-        cider=PERCENT * float(cider),
-        count=len(image_ids),
-        spice=PERCENT * _spice(human, predicted) if spice else None,
-    )
+    fractions = {f"Bleu_{words}": figure for words, figure in enumerate(bleu, start=1)}
+    if meteor:
+        fractions["METEOR"] = _meteor(human, predicted)
+    fractions |= {"ROUGE_L": rouge_l, "CIDEr": cider}
+    if spice:
+        fractions["SPICE"] = _spice(human, predicted)
+    figures = {name: PERCENT * float(figure) for name, figure in fractions.items()}
+    return figures | {"scale": PERCENT, "n": len(image_ids)}
 
 
 def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any]) -> None:

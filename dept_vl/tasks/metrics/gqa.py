@@ -10,7 +10,7 @@ Answers are compared as written, so ``Yes`` is wrong where ``yes`` is right. Not
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -104,74 +104,8 @@ class GqaQuestion:
         )
 
 
-@dataclass(frozen=True)
-class GqaGroup:
-    """Accuracy of one kind of question.
-
-    Attributes:
-        score: Accuracy in percent.
-        count: Number of balanced questions of the kind.
-    """
-
-    score: float
-    count: int
-
-
-@dataclass(frozen=True)
-class GqaScore:
-    """The official figures, of balanced questions: percent (0 to 100), except `distribution`.
-
-    Attributes:
-        accuracy: Share of right answers.
-        binary: The same for questions of every structural type but `query`; 0 if there are none.
-        open: The same for those of type `query`; 0 if there are none.
-        validity: Share of answers in the question's scope. None without choices.
-        plausibility: Share of answers that make sense in the real world. None without choices.
-        consistency: Mean, over the rightly answered questions that entail others, of the share of
-            these that are right as well; 0 if there is none. None if it was not asked for.
-        distribution: Chi-square distance of predicted from gold answers, lower is better. None if
-            no question has a global group (there the official scorer divides by zero).
-        accuracy_per_structural_type: Accuracy by structural type, keys sorted.
-        accuracy_per_semantic_type: Accuracy by semantic type, keys sorted.
-        accuracy_per_steps: Accuracy by number of reasoning steps, keys sorted.
-        accuracy_per_length: Accuracy by number of words of the question, keys sorted.
-    """
-
-    accuracy: float
-    binary: float
-    open: float
-    validity: float | None
-    plausibility: float | None
-    consistency: float | None
-    distribution: float | None
-    accuracy_per_structural_type: dict[str, GqaGroup]
-    accuracy_per_semantic_type: dict[str, GqaGroup]
-    accuracy_per_steps: dict[int, GqaGroup]
-    accuracy_per_length: dict[int, GqaGroup]
-
-    def to_json(self) -> dict[str, float | dict[str, dict[str, float | int]]]:
-        """The figures under the official scorer's keys, without those that are None."""
-        figures = {
-            "accuracy": self.accuracy,
-            "binary": self.binary,
-            "open": self.open,
-            "validity": self.validity,
-            "plausibility": self.plausibility,
-            "consistency": self.consistency,
-            "distribution": self.distribution,
-        }
-        return {
-            **{key: figure for key, figure in figures.items() if figure is not None},
-            "accuracyPerStructuralType": _groups_json(self.accuracy_per_structural_type),
-            "accuracyPerSemanticType": _groups_json(self.accuracy_per_semantic_type),
-            "accuracyPerSteps": _groups_json(self.accuracy_per_steps),
-            "accuracyPerLength": _groups_json(self.accuracy_per_length),
-        }
-
-
-def _groups_json(groups: Mapping[Key, GqaGroup]) -> dict[str, dict[str, float | int]]:
-    # JSON has no integer keys: steps and lengths become strings, still in numeric order.
-    return {str(key): asdict(group) for key, group in groups.items()}
+Figures = dict[str, Any]
+"""By the official scorer's keys."""
 
 
 def _percent(hits: Sequence[bool]) -> float:
@@ -179,11 +113,14 @@ def _percent(hits: Sequence[bool]) -> float:
     return sum(hits) / len(hits) * 100 if hits else 0.0
 
 
-def _percent_by(keys: Iterable[Key], right: Iterable[bool]) -> dict[Key, GqaGroup]:
+def _percent_by(keys: Iterable[Key], right: Iterable[bool]) -> dict[str, Figures]:
+    """Accuracy and count of each key, in the order of the keys; JSON has strings alone."""
     grouped: defaultdict[Key, list[bool]] = defaultdict(list)
     for key, is_right in zip(keys, right, strict=True):
         grouped[key].append(is_right)
-    return {key: GqaGroup(_percent(grouped[key]), len(grouped[key])) for key in sorted(grouped)}
+    return {
+        str(key): {"score": _percent(grouped[key]), "count": len(grouped[key])} for key in sorted(grouped)
+    }
 
 
 def _percent_allowed(
@@ -273,7 +210,7 @@ def score_gqa(
     choices: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     *,
     consistency: bool = True,
-) -> GqaScore:
+) -> Figures:
     """Score predicted answers as the official GQA scorer does (Hudson and Manning 2019).
 
     Balanced questions are scored. The others count for one thing: where a balanced question that is
@@ -291,8 +228,19 @@ def score_gqa(
             which needs a split's `all` questions. Pass False to score a `balanced` file.
 
     Returns:
-        The official figures, not rounded. The last digits of consistency and distribution follow
-        the order of the questions, as they do in the official scorer.
+        By the official keys, percent (0 to 100) of balanced questions, not rounded:
+
+        - `accuracy`; `binary` and `open`, of the structural types but `query` and of `query`, 0 without any;
+        - `validity` and `plausibility`, with choices: answers in the question's scope, and in the real world;
+        - `consistency`, if it is asked for: mean, over the rightly answered questions that entail others, of
+          the share of these that are right as well;
+        - `distribution`: chi-square distance of predicted from gold answers, lower is better; left out if no
+          question has a global group (there the official scorer divides by zero);
+        - `accuracyPerStructuralType`, `...SemanticType`, `...Steps` and `...Length` (words of the question):
+          `score` and `count` of each, keys sorted.
+
+        The last digits of consistency and distribution follow the order of the questions, as they do in the
+        official scorer.
 
     Raises:
         ValueError: If there is no balanced question, a prediction or the choices of a balanced
@@ -321,19 +269,23 @@ def score_gqa(
 
     right = [predictions[question.question_id] == question.answer for question in balanced]
     is_open = [question.structural == "query" for question in balanced]
-    return GqaScore(
-        accuracy=_percent(right),
-        binary=_percent([r for r, open_ in zip(right, is_open, strict=True) if not open_]),
-        open=_percent([r for r, open_ in zip(right, is_open, strict=True) if open_]),
-        validity=None if choices is None else _percent_allowed(balanced, predictions, choices, "valid"),
-        plausibility=(
-            None if choices is None else _percent_allowed(balanced, predictions, choices, "plausible")
-        ),
-        consistency=_consistency(balanced, right, by_id, predictions) if consistency else None,
-        distribution=_distribution(balanced, predictions),
-        accuracy_per_structural_type=_percent_by((question.structural for question in balanced), right),
-        accuracy_per_semantic_type=_percent_by((question.semantic for question in balanced), right),
-        accuracy_per_steps=_percent_by((question.steps for question in balanced), right),
+    figures = {
+        "accuracy": _percent(right),
+        "binary": _percent([r for r, open_ in zip(right, is_open, strict=True) if not open_]),
+        "open": _percent([r for r, open_ in zip(right, is_open, strict=True) if open_]),
+        **{
+            name: _percent_allowed(balanced, predictions, choices, kind)
+            for name, kind in (("validity", "valid"), ("plausibility", "plausible"))
+            if choices is not None
+        },
+        "consistency": _consistency(balanced, right, by_id, predictions) if consistency else None,
+        "distribution": _distribution(balanced, predictions),
+    }
+    return {
+        **{name: figure for name, figure in figures.items() if figure is not None},
+        "accuracyPerStructuralType": _percent_by((question.structural for question in balanced), right),
+        "accuracyPerSemanticType": _percent_by((question.semantic for question in balanced), right),
+        "accuracyPerSteps": _percent_by((question.steps for question in balanced), right),
         # Words are what spaces separate: "dog?" is one, "dog ?" would be two.
-        accuracy_per_length=_percent_by((len(question.question.split()) for question in balanced), right),
-    )
+        "accuracyPerLength": _percent_by((len(question.question.split()) for question in balanced), right),
+    }

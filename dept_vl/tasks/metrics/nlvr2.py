@@ -6,7 +6,6 @@ Follows the official NLVR2 scorer (``nlvr2/eval/metrics.py`` of the NLVR reposit
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 
 LABELS = ("true", "false")
 
@@ -14,33 +13,8 @@ SHOWN = 3
 """How many identifiers an error message shows."""
 
 
-@dataclass(frozen=True)
-class Nlvr2Score:
-    """The official figures.
-
-    Attributes:
-        accuracy: Share of examples judged rightly, 0 to 1.
-        consistency: Share of sentences all of whose image pairs were judged rightly, 0 to 1.
-        examples: Number of examples.
-    """
-
-    accuracy: float
-    consistency: float
-    examples: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """The figures by name."""
-        return asdict(self)
-
-
 def sentence_key(identifier: str) -> str:
-    """What the examples of one sentence share: the identifier with its third part removed.
-
-    Args:
-        identifier: An example's `split-set-pair-sentence`, such as ``dev-305-3-1``.
-
-    Returns:
-        The `split-set-sentence`, such as ``dev-305-1``.
+    """What the examples of one sentence share: `dev-305-1` of `dev-305-3-1`, without the pair.
 
     Raises:
         ValueError: If the identifier has not four parts.
@@ -55,7 +29,7 @@ def sentence_key(identifier: str) -> str:
     return f"{split}-{image_set}-{sentence}"
 
 
-def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, str]) -> Nlvr2Score:
+def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, str]) -> dict[str, float]:
     """Score judgements as the official NLVR2 scorer does (Suhr et al. 2019).
 
     Labels and predictions are compared in lower case: the dataset writes ``True``, models often
@@ -67,7 +41,8 @@ def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, s
         predictions: Predicted label by identifier; those of other examples are ignored.
 
     Returns:
-        Accuracy and consistency as fractions, not rounded.
+        Fractions, not rounded: `accuracy`, the share of examples judged rightly, and `consistency`, that of
+        sentences all of whose image pairs were; and the number of `examples`.
 
     Raises:
         ValueError: If there are no examples, a label is neither true nor false, an identifier has
@@ -94,8 +69,8 @@ def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, s
         key = sentence_key(identifier)
         right += is_right
         consistent[key] = consistent.get(key, True) and is_right
-    return Nlvr2Score(
-        accuracy=right / len(labels),
-        consistency=sum(consistent.values()) / len(consistent),
-        examples=len(labels),
-    )
+    return {
+        "accuracy": right / len(labels),
+        "consistency": sum(consistent.values()) / len(consistent),
+        "examples": len(labels),
+    }

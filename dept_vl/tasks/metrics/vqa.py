@@ -10,8 +10,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Normalisation = Literal["official", "always"]
 """``official``: raw comparison where all human answers agree. ``always``: normalise regardless."""
@@ -225,34 +224,6 @@ def listed_scores(answers: Sequence[str], answer_list: Set[str]) -> dict[str, fl
     return {answer: SOFT_SCORES[min(n, len(SOFT_SCORES)) - 1] for answer, n in counts.items()}
 
 
-@dataclass(frozen=True)
-class VqaScore:
-    """VQA accuracies of a set of questions.
-
-    Attributes:
-        overall: Mean accuracy in percent (0 to 100), rounded to 2 decimals.
-        per_answer_type: The same for the questions of each answer type, keys sorted.
-        per_question_type: The same for the questions of each question type, keys sorted.
-        count: Number of questions.
-        normalisation: ``official`` or ``always``, as given to `vqa_accuracy`.
-    """
-
-    overall: float
-    per_answer_type: dict[str, float]
-    per_question_type: dict[str, float]
-    count: int
-    normalisation: str
-
-    def to_json(self) -> dict[str, float | int | dict[str, float]]:
-        """The figures under the official scorer's keys, and the number of questions as ``n``."""
-        return {
-            "overall": self.overall,
-            "perAnswerType": dict(self.per_answer_type),
-            "perQuestionType": dict(self.per_question_type),
-            "n": self.count,
-        }
-
-
 def _mean_percent(accuracies: list[float]) -> float:
     # `fsum` rounds once, so shards gathered in another order give the same figure.
     return round(100 * math.fsum(accuracies) / len(accuracies), 2)
@@ -262,22 +233,20 @@ def _mean_percents(groups: dict[str, list[float]]) -> dict[str, float]:
     return {name: _mean_percent(groups[name]) for name in sorted(groups)}
 
 
-def score_vqa(records: Iterable[tuple[float, str, str]], normalisation: Normalisation) -> VqaScore:
+def score_vqa(records: Iterable[tuple[float, str, str]]) -> dict[str, Any]:
     """Average the accuracies of questions: overall, by answer type and by question type.
 
     Args:
         records: For each question ``(accuracy, answer_type, question_type)``, the accuracy from 0
             to 1 as returned by `vqa_accuracy`. Each question once.
-        normalisation: The variant used for the accuracies; recorded in the result.
 
     Returns:
-        Percentages rounded to 2 decimals, as in the official scorer.
+        By the official scorer's keys, in percent and rounded to 2 decimals as there: `overall`,
+        `perAnswerType` and `perQuestionType` (keys sorted); and the number of questions as `n`.
 
     Raises:
-        ValueError: If there are no records, an accuracy is not within 0 to 1, or
-            ``normalisation`` is unknown.
+        ValueError: If there are no records, or an accuracy is not within 0 to 1.
     """
-    _check_normalisation(normalisation)
     overall: list[float] = []
     by_answer_type: defaultdict[str, list[float]] = defaultdict(list)
     by_question_type: defaultdict[str, list[float]] = defaultdict(list)
@@ -291,10 +260,9 @@ def score_vqa(records: Iterable[tuple[float, str, str]], normalisation: Normalis
         by_question_type[question_type].append(accuracy)
     if not overall:
         raise ValueError("expected at least one scored question, found none")
-    return VqaScore(
-        overall=_mean_percent(overall),
-        per_answer_type=_mean_percents(by_answer_type),
-        per_question_type=_mean_percents(by_question_type),
-        count=len(overall),
-        normalisation=normalisation,
-    )
+    return {
+        "overall": _mean_percent(overall),
+        "perAnswerType": _mean_percents(by_answer_type),
+        "perQuestionType": _mean_percents(by_question_type),
+        "n": len(overall),
+    }

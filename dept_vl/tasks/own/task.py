@@ -16,7 +16,7 @@ from dept_vl._utils.options import LARGEST_COUNT, check
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
-from dept_vl.tasks.metrics.caption import check_installed, check_meteor, score_captions
+from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
 from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy
 from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
@@ -300,8 +300,8 @@ class OwnTask(Task):
         answers = self.rows.column("answers").to_pylist()
         said = [one_line(predictions[key]) for key in self.example_ids()]
         if self.form == "caption":
-            score = score_captions(dict(enumerate(answers)), dict(enumerate(said)), meteor=self.meteor)
-            return score.metrics()
+            pairs = dict(enumerate(answers)), dict(enumerate(said))
+            return reported(score_captions(*pairs, meteor=self.meteor))
         if self.form == "label":
             right = [one[0] for one in answers]
             return {"accuracy": _percent([a == b for a, b in zip(said, right, strict=True)])} | {
