@@ -28,9 +28,9 @@ class Lost:
 
     Attributes:
         answers: Answers looked at, each as often as it is learnt.
-        unwritable: Those that come back different from the tokenizer, by how often; of candidates those that
-            have the tokens of another.
-        cut: Those that are longer than the limit, likewise.
+        unwritable: How often each comes back different from the tokenizer, or has the tokens of another
+            candidate.
+        cut: How often each is longer than the limit.
         longest: Tokens of the longest answer, end included.
     """
 
@@ -46,13 +46,7 @@ class Lost:
 
 
 def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
-    """Tokenise the answers to learn, and back.
-
-    Args:
-        task: Training split.
-        tokenizer: Of the language model.
-        limit: Longest answer in tokens, end included; 0 takes that of the answers, up to `LONGEST`.
-    """
+    """Tokenise the answers to learn, and back; limit 0 is that of the answers, up to `LONGEST` tokens."""
     counts, _ = task.target_counts(EXAMPLES)
     texts = list(counts)
     unwritable, cut = Counter[str](), Counter[str]()
@@ -72,14 +66,7 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
 
 
 def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], limit: int) -> Lost:
-    """Tokenise the only answers there are: one is lost if its tokens are another's too, or it is cut.
-
-    Args:
-        task: Training split.
-        tokenizer: Of the language model.
-        candidates: The answers.
-        limit: As for `look_at_answers`.
-    """
+    """Tokenise the only answers there are: one is lost if its tokens are another's too, or it is cut."""
     counts, _ = task.target_counts(EXAMPLES)
     tokens = dict(zip(candidates, map(tuple, target_ids(tokenizer, candidates)), strict=True))
     shared = Counter(tokens.values())

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -50,16 +52,11 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        moved: dict[str, Any] = {
-            part.name: value.to(device, non_blocking=True)
-            for part in fields(self)
-            if isinstance(value := getattr(self, part.name), Tensor)
-        }
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        moved: dict[str, Any] = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
         if self.processed is not None:
-            moved["processed"] = {
-                name: value.to(device, non_blocking=True) for name, value in self.processed.items()
-            }
-        return replace(self, **moved)
+            moved["processed"] = self.processed
+        return replace(self, **send_to_device(moved, device, non_blocking=True))
 
     def inputs(self) -> dict[str, Any]:
         """What `PromptedModel.generate` takes."""
@@ -123,14 +120,14 @@ class Collator:
         on_bad_image: OnBadImage = "raise",
         device: torch.device | None = None,
     ) -> "Collator":
-        """Return the collator whose batches a model reads.
+        """Return the collator whose batches a model reads; the arguments are the attributes.
 
         Args:
             model: Model whose tokenizer makes the tokens.
-            max_target_length: See the attributes.
-            max_source_length: See the attributes; None takes the prompt's.
-            images: See the attributes.
-            on_bad_image: See the attributes.
+            max_target_length: Tokens of an answer.
+            max_source_length: Tokens of a text; None takes the prompt's.
+            images: Table, or encoder.
+            on_bad_image: Stop, or leave the example out.
             device: Device that computes: tensor cores work on tiles of 8, so a GPU pads to multiples of 8.
 
         Raises:
@@ -154,11 +151,10 @@ class Collator:
         )
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
-        """A batch; labels and weights only if the draws have targets.
+        """Make a batch; with labels and weights only if the draws have targets.
 
         Raises:
-            ValueError: If an image cannot be read and examples are not skipped, naming both; or if a
-                text has no token.
+            ValueError: If an image cannot be read and is not to be skipped, or a text has no token.
         """
         draws, visual, skipped = self._read_images(draws)
         ids = tuple(draw.example.example_id for draw in draws)
@@ -167,17 +163,11 @@ class Collator:
             return Batch(ids, none, none, skipped=skipped)
         choices = tuple(draw.example.choices for draw in draws)
         texts = [draw.example.source_text for draw in draws]
-        source = (
-            self._source(texts)
-            if self.processor is None
-            else process(
-                self.processor,
-                texts,
-                visual.pop("files"),
-                [self.max_source_length] * len(texts),
-                visual.pop("visual_features", None),
-            )
-        )
+        if self.processor is None:
+            source = self._source(texts)
+        else:
+            images, features = visual.pop("files"), visual.pop("visual_features", None)
+            source = process(self.processor, texts, images, [self.max_source_length] * len(texts), features)
         _check_texts(ids, source["attention_mask"])
         if self.encoded is not None:
             source |= self.encoded([draw.example for draw in draws])
@@ -224,21 +214,23 @@ class Collator:
         self, draws: Sequence[Draw]
     ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
         """The draws whose images are there, the images, and the ids of the other draws."""
-        read: FeatureTable | _PixelReader | _ImageReader
+        read: FeatureTable | _ImageReader
         if self.encoded is not None:
             kept, skipped = self._readable(draws, self.encoded.check)
             return kept, {}, skipped
         if self.processor is not None and not isinstance(self.images, FeatureTable):
-            read, name = _ImageReader(self.exif), "files"
+            read, name = _ImageReader(partial(read_image, exif=self.exif)), "files"
         elif self.images is None or not draws[0].example.images:
             return draws, {} if self.processor is None else {"files": [[]] * len(draws)}, ()
         elif isinstance(self.images, FeatureTable):
             read, name = self.images, "visual_features"
         else:
-            read, name = _PixelReader(self.images), "pixel_values"
+            read, name = _ImageReader(partial(load_pixels, self.images)), "pixel_values"
         kept, skipped = self._readable(draws, read.check)
         images = [draw.example.images for draw in kept]
         visual: dict[str, Any] = {name: read(images)} if kept else {}
+        if kept and name == "pixel_values":
+            visual[name] = torch.stack([torch.stack(pixels) for pixels in visual[name]])
         if self.processor is not None and name != "files":  # which make as many tokens as any others
             visual["files"] = [[Image.new("RGB", BLANK)] * len(of_one) for of_one in images]
         return kept, visual, skipped
@@ -270,23 +262,6 @@ def _check_texts(ids: Sequence[ExampleId], mask: Int[Tensor, "batch text"]) -> N
             )
 
 
-class _PixelReader:
-    """Pixels of an example's images; an image that stands in a batch twice is read once."""
-
-    def __init__(self, vision: VisionEncoder) -> None:
-        self.vision = vision
-        self.pixels: dict[Path, Tensor] = {}
-
-    def check(self, paths: Sequence[Path]) -> None:
-        for path in paths:
-            if path not in self.pixels:
-                self.pixels[path] = load_pixels(self.vision, path)
-
-    def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images 3 height width"]:
-        pixels = torch.stack([self.pixels[path] for paths in examples for path in paths])
-        return pixels.view(len(examples), -1, *pixels.shape[1:])
-
-
 def process(
     processor: SourceReader,
     texts: Sequence[str],
@@ -294,13 +269,13 @@ def process(
     longest: Sequence[int],
     features: Float[Tensor, "batch images tokens d_vision"] | None = None,
 ) -> dict[str, Tensor]:
-    """Tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
+    """Return tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
 
     Args:
         processor: The model's.
-        texts: Of each example.
-        images: Of each example.
-        longest: Tokens of text of each.
+        texts: One for each example.
+        images: Those of each example.
+        longest: Most tokens of each text.
         features: What the model makes of the images, which are blank then.
     """
     source = processor([_without_prefix(text) for text in texts], images, longest)
@@ -311,19 +286,19 @@ def process(
 
 
 class _ImageReader:
-    """Images of examples, for a processor; one that is in a batch twice is read once."""
+    """Images of examples; one that is in a batch twice is read once."""
 
-    def __init__(self, exif: bool) -> None:
-        self.exif = exif
-        self.read: dict[Any, Image.Image] = {}
+    def __init__(self, read: Callable[[ImageSource], Any]) -> None:
+        self.read = read
+        self.known: dict[Any, Any] = {}
 
     def check(self, sources: Sequence[ImageSource]) -> None:
         for source in sources:
-            if key_of(source) not in self.read:
-                self.read[key_of(source)] = read_image(source, exif=self.exif)
+            if key_of(source) not in self.known:
+                self.known[key_of(source)] = self.read(source)
 
-    def __call__(self, examples: Sequence[Sequence[ImageSource]]) -> list[list[Image.Image]]:
-        return [[self.read[key_of(source)] for source in sources] for sources in examples]
+    def __call__(self, examples: Sequence[Sequence[ImageSource]]) -> list[list[Any]]:
+        return [[self.known[key_of(source)] for source in sources] for sources in examples]
 
 
 def key_of(source: ImageSource | Tensor) -> Any:

@@ -40,8 +40,8 @@ VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "
 
 
 @dataclass(frozen=True)
-class Fingerprint:
-    """What made the features; `image_fit` is left out where it is the encoder's own, as in older files."""
+class Fingerprint1:
+    """What made the features, in format version 1."""
 
     weights: str
     architecture: str
@@ -49,30 +49,20 @@ class Fingerprint:
     vision_layer: int
     class_token: bool
     pooled_grid: int
-    orientation: Literal["exif", "stored"]
     dtype: Precision
+
+
+@dataclass(frozen=True)
+class Fingerprint(Fingerprint1):
+    """The same; `image_fit` is left out where it is the encoder's own, as in older files."""
+
+    orientation: Literal["exif", "stored"]
     image_fit: ImageFit = "own"
 
 
 @dataclass(frozen=True)
-class Fingerprint1:
-    """The same, of format version 1."""
-
-    weights: str
-    architecture: str
-    preprocessing: str
-    vision_layer: int
-    class_token: bool
-    pooled_grid: int
-    dtype: Precision
-
-
-@dataclass(frozen=True)
 class Index1:
-    """The fields of `index.json` of format version 1.
-
-    `shape` is tokens and width; `shard_bytes` is null until all are there.
-    """
+    """The fields of `index.json` of format version 1; `shard_bytes` is null until all shards are there."""
 
     format_version: int
     fingerprint: Fingerprint1
@@ -176,12 +166,7 @@ def shard_sum(index: Mapping[str, Any], content: memoryview) -> dict[str, Any]:
 
 
 def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[Path]:
-    """Images of other size or time than those that were encoded; one that is gone since may be.
-
-    Args:
-        index: Of the features.
-        rows: Row of every image in it.
-    """
+    """Return the images of other size or time than those encoded; one that is gone is not among them."""
     sizes, times = index["image_bytes"], index["image_times"]
     return [
         path
@@ -191,11 +176,7 @@ def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[P
 
 
 def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *, exif: bool) -> None:
-    """Note what features of version 1 do not tell, and check that their images are as they were read.
-
-    Raises:
-        ValueError: If some of the images are turned today.
-    """
+    """Note what features of version 1 do not tell; raise ValueError if an image is turned today."""
     if not is_first(index):
         return
     say(
@@ -203,7 +184,11 @@ def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *
         f"unnoticed; {EXTRACT} makes them again",
         error=True,
     )
-    if turned := _turned(paths) if exif else []:
+    if not exif:
+        return
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        turned = [path for path, is_so in zip(paths, pool.map(is_turned, paths), strict=True) if is_so]
+    if turned:
         raise ValueError(
             f"the EXIF orientation of {len(turned):,} of {len(paths):,} images turns them (first: "
             f"{turned[0]}), and the visual features at {folder} are of images as they are stored; "
@@ -224,26 +209,21 @@ def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
 
 
 def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
-    """Reject features that another encoder made.
-
-    Raises:
-        ValueError: With both fingerprints, and the parts in which they differ.
-    """
+    """Raise ValueError if another encoder made the features, with both fingerprints and their differences."""
     stored = index["fingerprint"]
     if is_first(index):  # images that nothing turns are the same either way
         stored = {**stored, "orientation": expected["orientation"]}
     differing = [part for part in {**stored, **expected} if stored.get(part) != expected.get(part)]
     if differing:
-        stored, expected = {"image_fit": "own", **stored}, {"image_fit": "own", **expected}
+        said, found = (
+            ", ".join(f"{part} {value}" for part, value in {"image_fit": "own", **one}.items())
+            for one in (expected, stored)
+        )
         raise ValueError(
             f"the visual features at {folder} are of another encoder, or other options of it: they differ in "
-            f"{', '.join(differing)}. Expected {_text(expected)}; found {_text(stored)}. Take the encoder "
-            "and options that made them, or another --features_dir"
+            f"{', '.join(differing)}. Expected {said}; found {found}. Take the encoder and options that made "
+            "them, or another --features_dir"
         )
-
-
-def _text(fingerprint: Mapping[str, Any]) -> str:
-    return ", ".join(f"{part} {value}" for part, value in fingerprint.items())
 
 
 def _check_counts(index: Index1) -> None:
@@ -264,16 +244,6 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
     """Write the index with its checksum, whole or not at all; the folder is made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INDEX_FILE, {**index, "checksum": _seal(index)})
-
-
-def file_size(path: Path) -> int:
-    """Size of a file, or of an image in a table, in bytes; 0 if it is missing."""
-    if is_embedded(path):
-        return len(embedded_bytes(path))
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
@@ -304,11 +274,6 @@ def _embedded_stat(path: Path) -> tuple[int, int]:
     except (FileNotFoundError, ValueError):
         return 0, 0
     return len(content), int(checksum(content)[:15], 16)
-
-
-def _turned(paths: Sequence[Path]) -> list[Path]:
-    with ThreadPoolExecutor(LOOKERS) as pool:
-        return [path for path, turned in zip(paths, pool.map(is_turned, paths), strict=True) if turned]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dept_vl._utils.checksums import note_compared, was_compared
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.options import check
-from dept_vl.data.feature_index import INDEX_FILE, file_size, identity_of, shard_sum, tensor_bytes
+from dept_vl.data.feature_index import INDEX_FILE, file_stats, identity_of, shard_sum, tensor_bytes
 from dept_vl.data.features import EXTRACT, read_shard
 
 
@@ -66,13 +66,9 @@ def unreadable_of(folder: Path, index: Mapping[str, Any], number: int) -> dict[s
 
 
 def check_shard(index: Mapping[str, Any], number: int, folder: Path) -> None:
-    """Check that a shard is whole and of the images of the index.
-
-    Raises:
-        DamagedFileError: If it is not.
-    """
+    """Raise DamagedFileError unless a shard is whole and of the images of the index."""
     path, rows = folder / shard_name(number), rows_of(index, number)
-    expected, size = index["shard_bytes"][number], file_size(path)
+    expected, size = index["shard_bytes"][number], file_stats([path])[0][0]
     if size != expected:
         raise DamagedFileError(
             f"{path} is damaged: expected {expected:,} bytes, found {size:,}; {EXTRACT} makes it again"

@@ -27,9 +27,9 @@ def read_features(
     num_workers: int,
     accelerator: Accelerator,
 ) -> FeatureTable | VisionEncoder | None:
-    """Features of all images, from files or in memory, else the encoder that makes them as they come.
+    """Return features of all images, from files or in memory, or the encoder that makes them as images come.
 
-    Which of these is what the first task's options say.
+    The first task's options choose.
 
     Raises:
         FileNotFoundError: If features are to come from files that are missing, or lack some of the images.
@@ -66,11 +66,8 @@ def encoder_of(
 
     Args:
         backbone: The models.
-        choice: Whether features may, must or must not be used.
+        choice: Whether features may, must or must not be used; UsageError if they must be and cannot.
         stored: Ask only if there are some of this task.
-
-    Raises:
-        UsageError: If they must be and cannot.
     """
     if backbone.processor is None:
         return backbone.vision
@@ -97,7 +94,7 @@ def mapped_features(
     choice: Features,
     accelerator: Accelerator,
 ) -> FeatureTable | None:
-    """Features that `dept-vl features` made, mapped into memory; None if they are not to be used.
+    """Map features that `dept-vl features` made; None if they are not to be used.
 
     Args:
         vision: The encoder that the run has.
@@ -149,11 +146,7 @@ def features_folder(options: DataOptions) -> Path:
 
 
 def check_readable(table: FeatureTable, task: Task) -> None:
-    """Refuse a split with an image that could not be encoded.
-
-    Raises:
-        ValueError: With what is wrong with the first of them.
-    """
+    """Raise ValueError if an image of a split could not be encoded."""
     for path in task.image_files():
         if path in table.errors:
             raise ValueError(f"{table.errors[path]}. --on_bad_image skip continues without it")

@@ -91,32 +91,20 @@ def write_features(
         How many images were encoded, over all processes.
 
     Raises:
-        ValueError: If the folder holds features of another encoder, an image cannot be read that may not be
+        ValueError: If another encoder made the folder's features, an image cannot be read that may not be
             skipped, or a feature is too large for the dtype.
-        FileNotFoundError: If images that are in the folder already are not in the data folder any more.
+        FileNotFoundError: If images of the folder are not in the data folder any more.
         OSError: If a file cannot be written; what was written before is untouched.
     """
     with _only_writer(folder, accelerator):
         made_by = {**fingerprint(vision), "dtype": dtype}
         index = on_main(accelerator, lambda: _plan(vision, root, paths, folder, made_by, shard_images))
-        return _write(
-            vision,
-            root,
-            folder,
-            accelerator,
-            index,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            skip_unreadable=skip_unreadable,
-        )
+        return _write(vision, root, folder, accelerator, index, batch_size, num_workers, skip_unreadable)
 
 
 @contextmanager
 def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other extractions out of a folder.
-
-    The lock is the system's own (`flock`), which a network disk passes on and a killed process loses.
-    """
+    """Keep other extractions out by a lock of the system's, which a killed process loses."""
     place = folder.resolve()
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     waited = False
@@ -143,7 +131,6 @@ def _write(
     folder: Path,
     accelerator: Accelerator,
     index: dict[str, Any],
-    *,
     batch_size: int,
     num_workers: int,
     skip_unreadable: bool,
@@ -268,7 +255,12 @@ def _plan(
     shape = [vision.token_count, vision.d_vision]
     known: list[str] = []
     whole = None
-    before = _index_before(folder)
+    before = None
+    if (folder / INDEX_FILE).is_file():
+        try:
+            before = read_index(folder)
+        except DamagedFileError as error:
+            say(f"note: {error}", error=True)  # and the index is made again
     if before is not None:
         check_encoder(before, made_by, folder)
         known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
@@ -290,23 +282,8 @@ def _plan(
     }
 
 
-def _index_before(folder: Path) -> dict[str, Any] | None:
-    """The index that is there; None without one, or with one that is damaged, which is made again."""
-    if not (folder / INDEX_FILE).is_file():
-        return None
-    try:
-        return read_index(folder)
-    except DamagedFileError as error:
-        say(f"note: {error}", error=True)
-        return None
-
-
 def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
-    """Check that the images of earlier features are still in the data folder: they may have to be made again.
-
-    Raises:
-        FileNotFoundError: If images that were encoded are not below the data folder.
-    """
+    """Raise FileNotFoundError if images that were encoded are gone: they may have to be encoded again."""
     images, per_shard = before["images"], before["shard_images"]
     shards = range(-(-len(images) // per_shard))
     written = {number for number in shards if (folder / shard_name(number)).is_file()}
@@ -327,11 +304,7 @@ def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
 def _stored(
     features: Float[Tensor, "batch tokens d_vision"], dtype: Precision, first: Path
 ) -> Float[Tensor, "batch tokens d_vision"]:
-    """Features as they are stored.
-
-    Raises:
-        ValueError: If some are too large for that.
-    """
+    """Return features as they are stored; raise ValueError if some are too large for that."""
     stored = features.to(DTYPES[dtype])
     if not stored.isfinite().all():
         raise ValueError(

@@ -23,12 +23,7 @@ EXTRACT = "dept-vl features"
 
 
 def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 height width"]:
-    """Read and preprocess one image.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no readable image, of no usable shape, or needs more memory than there is.
-    """
+    """Read and preprocess one image; raise FileNotFoundError without one, ValueError if it is not usable."""
     image = read_image(source, exif=vision.exif)
     try:
         return vision.preprocess([image])[0]
@@ -92,14 +87,14 @@ class FeatureTable:
         num_workers: int = 0,
         progress: bool = True,
     ) -> "FeatureTable":
-        """Encode images into memory, in float32.
+        """Encode images into memory, in float32, each once however often it is named.
 
         Args:
             vision: The frozen encoder.
-            paths: The images; each is encoded once however often it is named.
+            paths: The images.
             batch_size: Images encoded at a time.
             num_workers: Processes that read and preprocess images; 0 uses this one.
-            progress: Tell how far it is.
+            progress: Print how far it is.
         """
         distinct = list(dict.fromkeys(paths))
         batches = batches_of(0, len(distinct), batch_size)
@@ -118,20 +113,11 @@ class FeatureTable:
         errors: Mapping[Path, str],
         renewed: Sequence[Float[Tensor, "_ tokens d_vision"]] = (),
     ) -> "FeatureTable":
-        """Map shards into memory, in front of others that are there.
-
-        Raises:
-            FileNotFoundError: If one is missing.
-            ValueError: If one is truncated.
-        """
+        """Map shards into memory, in front of others that are there."""
         return cls([*map(read_shard, files), *renewed], places, errors, files)
 
     def with_renewed(self, vision: VisionEncoder, paths: Sequence[Path]) -> "FeatureTable":
-        """Encode some of the images again, in the precision of the others.
-
-        Raises:
-            ValueError: If a feature is too large for that.
-        """
+        """Encode some images again, in the dtype of the others; raise ValueError if that is too small."""
         new = FeatureTable.encode(vision, paths, progress=False)
         shard = new.shards[0].to(self.shards[0].dtype)
         if not shard.isfinite().all():
@@ -144,11 +130,7 @@ class FeatureTable:
 
     @classmethod
     def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
-        """Several mapped tables as one.
-
-        Raises:
-            ValueError: If they are of several dtypes.
-        """
+        """Join several mapped tables of one dtype."""
         places: dict[Path, tuple[int, int]] = {}
         errors: dict[Path, str] = {}
         files = [file for table in tables for file in table.files]
@@ -172,11 +154,7 @@ class FeatureTable:
         return FeatureTable, (self.shards, self.places, self.errors)
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Refuse images that could not be read.
-
-        Raises:
-            ValueError: With what is wrong with the first of them.
-        """
+        """Raise ValueError if one of the images could not be read, with what is wrong with the first."""
         for path in paths:
             if path in self.errors:
                 raise ValueError(self.errors[path])
@@ -228,12 +206,7 @@ def encode_images(
 
 
 def read_shard(path: Path) -> Float[Tensor, "images tokens d_vision"]:
-    """Map a shard into memory.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged.
-    """
+    """Map a shard into memory; raise FileNotFoundError without one, ValueError if it is damaged."""
     tensors = read_tensors(path)
     if tensors.keys() != {"features"} or tensors["features"].dim() != 3:
         raise ValueError(f"{path} is damaged: it holds no features; {EXTRACT} makes it again")

@@ -23,12 +23,10 @@ LENGTH_SAMPLE = 2000
 
 
 def source_lengths(task: Task, tokenizer: Any) -> Lengths:
-    """Tokens of every source text, special tokens included and nothing cut.
+    """Count the tokens of every source text, special tokens included and nothing cut.
 
-    Kept in the cache folder under a name made from the texts and the tokenizer.
-
-    Raises:
-        OSError: If the cache folder cannot be written.
+    They are kept in the cache folder, under a name made from the texts and the tokenizer; OSError if it
+    cannot be written.
     """
     texts = source_texts(task)
     path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.bin"
@@ -91,11 +89,7 @@ def tokenizer_description(tokenizer: Any) -> str:
 def check_source_lengths(
     task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
 ) -> None:
-    """Print how many texts are cut.
-
-    Raises:
-        ValueError: If the task prefix alone fills `max_source_length`.
-    """
+    """Print how many texts are cut; raise ValueError if the task prefix alone fills `max_source_length`."""
     text = task[0].source_text
     shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
     if max_source_length <= shared:

@@ -26,7 +26,7 @@ def picture_grid(
     rows: int = 3,
     mistakes: int = 5,
 ) -> None:
-    """Images with question, human answer and prediction: green where right, red where wrong.
+    """Draw images with question, human answer and prediction: green where right, red where wrong.
 
     Args:
         task: A split with images.

@@ -3,7 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import KW_ONLY, dataclass
 from random import Random
 
 from torch.utils.data import Dataset, Sampler
@@ -56,6 +56,7 @@ class EvaluationDraws(Dataset[Draw]):
         return Draw(self.task[index])
 
 
+@dataclass(eq=False)
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
     """This process's share of every batch: (task, draw number), in an order fixed by the seed.
 
@@ -67,33 +68,24 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     With lengths, texts of about the same length come together: the next `WINDOW` batches are sorted by
     length and put into a random order. They end where the epoch does, with the batch that runs across.
 
-    Args:
+    Attributes:
         example_counts: Examples in an epoch of each task.
         batch_sizes: Of one process, for each task.
         seed: Of the permutations and of the order of the tasks.
-        process, processes: Which of how many.
+        process: Which of `processes` this is.
+        processes: How many there are.
         lengths: Of the texts of each task, in tokens, as they are cut; None leaves them mixed.
         start: Batches to skip, of a run that resumes.
     """
 
-    def __init__(
-        self,
-        example_counts: Sequence[int],
-        batch_sizes: Sequence[int],
-        *,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-        lengths: Sequence[Lengths] | None = None,
-        start: int = 0,
-    ) -> None:
-        self.lengths = lengths
-        self.example_counts = example_counts
-        self.batch_sizes = batch_sizes
-        self.seed = seed
-        self.process = process
-        self.processes = processes
-        self.start = start
+    example_counts: Sequence[int]
+    batch_sizes: Sequence[int]
+    _: KW_ONLY
+    seed: int
+    process: int = 0
+    processes: int = 1
+    lengths: Sequence[Lengths] | None = None
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         numbers = [self._numbers(count) for count in self.example_counts]
@@ -128,7 +120,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
         while True:
             left_in_epoch = count - drawn % count
             size = batch_size * min(WINDOW, -(-left_in_epoch // batch_size))
-            window = sorted(islice(numbers, size), key=lambda number: int(lengths[number % count]))
+            window = sorted(itertools.islice(numbers, size), key=lambda number: int(lengths[number % count]))
             starts = list(range(0, size, batch_size))
             Random(f"{self.seed} {drawn} batches").shuffle(starts)
             for start in starts:

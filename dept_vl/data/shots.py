@@ -46,10 +46,7 @@ class Shots:
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
-    """The classes of a task: the words of a classification, yes and no where there is nothing else.
-
-    Empty where answers are open.
-    """
+    """Return the words of a classification, yes and no where these are all answers, else nothing."""
     if task.decoding.candidates:
         return tuple(sorted(task.decoding.candidates))
     answers: set[str] = set()
@@ -61,12 +58,7 @@ def classes_of(task: Task) -> tuple[str, ...]:
 
 
 def choose_shots(options: DataOptions, train: Task) -> Shots | None:
-    """The few examples that a run is to learn from, drawn or read; None if it is to learn from all.
-
-    Raises:
-        FileNotFoundError: If their file is missing.
-        ValueError: If both are asked for, there are too few examples, or the file does not fit the split.
-    """
+    """Draw or read the few examples to learn from, with the errors of either; None learns from all."""
     if options.shots and options.shots_file:
         raise ValueError(
             f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
@@ -124,15 +116,8 @@ def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: S
 
 
 def read_shots(path: Path, count: int) -> Shots:
-    """Read what a run wrote.
-
-    Args:
-        path: Its `shots.json`.
-        count: Examples in the training split.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        ValueError: If it is damaged, or of another split.
+    """Read what a run wrote for a training split of so many examples; raise ValueError if it is damaged or of
+    another split.
     """
     shots: Shots = check(read_object(path, Shots), Shots)
     places = [*shots.train, *shots.dev]

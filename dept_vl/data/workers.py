@@ -8,50 +8,45 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
 
 from dept_vl._utils.printable import say
 
 
 def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
-    """Batches that so many readers prepare; 0 prepares them where they are used.
-
-    A reader that is killed is noticed where its batch is missed. Torch would raise in this process at once,
-    in the middle of anything: of a line that holds a lock, say, for which other threads (a tracker's) then
-    wait forever. Its queues look every five seconds.
+    """Return batches that so many workers prepare; 0 prepares them where they are used.
 
     Args:
-        dataset: What a reader reads.
-        num_workers: Readers.
+        dataset: What a worker reads.
+        num_workers: Workers.
         **options: Of `DataLoader`.
     """
-    signal_handling._SIGCHLD_handler_set = True
     return _Loader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
 
 
 class _Loader(DataLoader[Any]):
-    """SIGTERM waits while readers are started: they inherit that, and get it once they are prepared.
-
-    Until then they would run the training process's own handler, which only notes the signal.
-    """
-
     def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
+        on_child = signal.getsignal(signal.SIGCHLD)
+        # Workers inherit that SIGTERM waits, and get it once they are prepared: until then they would run the
+        # training process's own handler, which only notes the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # Torch's handler would raise in the middle of anything, say of a line that holds a lock for which
+            # other threads then wait forever. Its queues notice a killed worker too, within five seconds.
+            if signal.getsignal(signal.SIGCHLD) is not on_child:
+                signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
 
 
 def prepare_reader(worker: int) -> None:
-    """For a process that reads images: it obeys the training process alone, and keeps no batch from it.
+    """Make a process that reads images obey the training process alone, and keep no batch from it.
 
-    Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its reader the step at hand could
-    not be ended. SIGTERM from the training process itself, which ends its readers so where it fails, is
-    obeyed. A batch that cannot be handed over (for want of open files, say) would be dropped, and waited
-    for forever: the reader ends, which is noticed.
+    Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its worker the step at hand could not
+    be ended. A batch that cannot be handed over (for want of open files, say) would be dropped, and waited
+    for forever: the worker ends instead, which is noticed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
