@@ -60,12 +60,7 @@ def seal(path: Path) -> None:
 
 
 def open_sealed(path: Path) -> "pa.Buffer":
-    """Map a sealed file into memory, without its seal; it is compared once in a process.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If the content is not what was sealed.
-    """
+    """Map a sealed file without its seal, compared once in a process; DamagedFileError if it changed."""
     import pyarrow as pa
 
     size = path.stat().st_size - len(SEAL) - DIGEST_BYTES

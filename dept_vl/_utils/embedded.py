@@ -46,12 +46,7 @@ def is_embedded(path: str | Path) -> bool:
 
 
 def embedded_bytes(path: str | Path) -> bytes:
-    """Read the bytes of an embedded image.
-
-    Raises:
-        FileNotFoundError: If the file is gone, or has no such row.
-        ValueError: If there are no bytes.
-    """
+    """Read an embedded image; raise FileNotFoundError without such a row, ValueError if it has no bytes."""
     parts = _parts(os.fspath(path))
     if parts is None:
         raise FileNotFoundError(f"no image at {path}")
@@ -77,15 +72,7 @@ def is_data_url(text: str) -> bool:
 
 
 def data_url_bytes(url: str, name: str = "image") -> bytes:
-    """Return the content of a data URL.
-
-    Args:
-        url: Such as `data:image/png;base64,...`.
-        name: In messages.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Return the content of a data URL; raise ValueError, with the name, if it is none."""
     kind, comma, data = url.partition(",")
     try:
         if not comma or not is_data_url(kind):

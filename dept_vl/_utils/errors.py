@@ -22,13 +22,7 @@ class DamagedFileError(ValueError):
 
 
 class UnknownNameError(UsageError):
-    """A name that nothing is registered under.
-
-    Args:
-        category: What the name should be of, such as `task`.
-        name: As given.
-        known: The names there are.
-    """
+    """A name of a category, such as `task`, that is not among the known ones."""
 
     def __init__(self, category: str, name: str, known: Iterable[str]) -> None:
         known = list(known)

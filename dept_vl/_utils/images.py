@@ -170,13 +170,8 @@ def is_turned(path: Path) -> bool:
 def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
     """Check what an image becomes before anything is made of it.
 
-    Args:
-        width: Of the image, in pixels.
-        height: Likewise.
-        shortest_edge: What its shorter side is resized to; None if both sides are.
-
-    Raises:
-        ValueError: If it is too long for its width, or too large after resizing.
+    `shortest_edge` is what its shorter side is resized to, in pixels; None if both sides are. Raise
+    ValueError if the image is too long for its width, or too large after resizing.
     """
     short, long = sorted((width, height))
     if short < 1 or long > LARGEST_RATIO * short:
@@ -244,15 +239,10 @@ def _finite(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[
 
 
 def confined(name: str, what: str) -> str:
-    """A path from a data file, which must stay inside the folder it is looked up in.
+    """Return a path of a data file, which must stay inside the folder it is looked up in.
 
-    Args:
-        name: The relative path, with forward slashes.
-        what: Where it was found, for the message.
-
-    Raises:
-        ValueError: If it is empty, absolute, goes up, or has characters of other systems' paths or none
-            of any name's: backslash, colon, control characters.
+    Raise ValueError, saying what was found where, if it is empty, absolute, goes up, or has a backslash, a
+    colon or control characters.
     """
     path = PurePosixPath(name)
     if (

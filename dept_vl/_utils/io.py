@@ -84,11 +84,7 @@ parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_unique).d
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it: whole or not at all.
-
-    Raises:
-        OSError: If it cannot be written, naming the file; what was there before is untouched.
-    """
+    """Write a file beside its place, flush it, and rename it: whole or not at all. OSError names the file."""
     partial = path.with_name(path.name + ".partial")
     try:
         write_flushed(partial, content, path)
@@ -109,11 +105,7 @@ def write_flushed(path: Path, content: bytes, name: Path | None = None) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file: whole or not at all.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
+    """Write a JSON file: whole or not at all."""
     write_atomically(path, _json(content, indent))
 
 
@@ -125,9 +117,6 @@ def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files of a folder, each whole or not at all, and note their checksums there.
 
     Old and new ones are both known meanwhile, so that whenever this ends none is taken for damaged.
-
-    Raises:
-        OSError: If one cannot be written.
     """
     known = _known(folder)
     before = {}
@@ -173,11 +162,7 @@ def remove_noted(folder: Path, *names: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is a file.
-
-    Raises:
-        DamagedFileError: If there is none, and one was written there.
-    """
+    """Return whether there is a file; raise DamagedFileError if there is none, and one was written there."""
     if path.is_file():
         return True
     check_noted(path)
@@ -279,15 +264,9 @@ def one_line(error: BaseException) -> str:
 
 
 def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
-    """Read a JSON file of ours.
+    """Read a JSON file of ours; raise DamagedFileError if it is damaged, or too long to be one.
 
-    Args:
-        path: The file.
-        parse: Turns its text into what it says; of files that others read too, `json.loads`, as these do.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If it is damaged, or too long to be one of ours.
+    `parse` turns its text into what it says; of files that others read too, `json.loads`, as these do.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON file at {path}, found none")

@@ -38,12 +38,7 @@ def to_json(options: Options) -> dict[str, Any]:
 
 
 def build(kind: type[T], content: Any) -> T:
-    """Build options from JSON; what is left out has its default.
-
-    Raises:
-        UsageError: With every option that is unknown, of another type or out of range, its value and what
-            is allowed.
-    """
+    """Build options from JSON, with defaults; raise UsageError with every problem, and what is allowed."""
     problems = _bad_text(content)
     if not problems:
         try:
@@ -57,12 +52,7 @@ def build(kind: type[T], content: Any) -> T:
 
 
 def check(content: Any, kind: Any) -> Any:
-    """Return JSON as a dataclass, or as another type that pydantic knows; a field is required if it is there.
-
-    Raises:
-        ValueError: With what is missing, unknown, of another type or out of range, its value and what is
-            allowed.
-    """
+    """Return JSON as a dataclass or other type; raise ValueError with every problem, and what is allowed."""
     try:
         # In a list, which has no settings of its own: its members take those given here.
         return TypeAdapter(list[kind], config=FILES).validate_json(json.dumps([content]))[0]
@@ -76,11 +66,7 @@ def check(content: Any, kind: Any) -> Any:
 
 
 def validate(options: Options) -> None:
-    """Check the values of options.
-
-    Raises:
-        UsageError: With every option that is out of range or of another type, its value and what is allowed.
-    """
+    """Check the values of options; raise UsageError with every problem, and what is allowed."""
     build(type(options), to_json(options))
 
 
@@ -104,13 +90,7 @@ def _bad_text(content: Any) -> list[str]:
 
 
 def _problem(kind: Any, details: Any, listed: set[str]) -> str:
-    """Describe what is wrong with one option, or one field of a file.
-
-    Args:
-        kind: The dataclass.
-        details: What pydantic reports.
-        listed: Groups whose options an earlier line names, so that this one need not.
-    """
+    """Describe what pydantic reports; `listed` are groups whose options an earlier line names."""
     name, context = f"{_name(details['loc']):.200}", details.get("ctx", {})
     what = "option" if isinstance(kind, type) and issubclass(kind, Options) else "field"
     match details["type"]:

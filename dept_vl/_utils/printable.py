@@ -23,12 +23,7 @@ JOINERS = "\u200c\u200d"
 
 
 def printable(text: object, *, lines: bool = False) -> str:
-    """Text with what does not print written as its escape: control characters, half characters, directions.
-
-    Args:
-        text: Anything, as `str` shows it.
-        lines: Leave ends of lines and tabs as they are.
-    """
+    """Write what does not print as its escape; `lines` leaves ends of lines and tabs as they are."""
     kept = JOINERS + "\n\t" if lines else JOINERS
     # Spaces of other scripts do print, whatever `isprintable` says.
     return "".join(

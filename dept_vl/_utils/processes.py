@@ -16,18 +16,7 @@ KINDS: tuple[type[Exception], ...] = (UsageError, OSError, ValueError, RuntimeEr
 
 
 def on_main(processes: Accelerator | PartialState | None, function: Callable[[], T]) -> T:
-    """Call a function on the main process.
-
-    Args:
-        processes: Those of the run, which all call this; None for a single one.
-        function: What it returns is sent to the others.
-
-    Returns:
-        What the function returned, on every process.
-
-    Raises:
-        Exception: What the function raised, on every process.
-    """
+    """Call a function on the main process; every process, all of which call this, gets result or error."""
     if processes is None or processes.num_processes == 1:
         return function()
     outcome: list[T | Exception | None] = [None, None]

@@ -22,11 +22,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T | str] = dict(built_in)
 
     def __getitem__(self, name: str) -> T:
-        """Return what is registered under a name.
-
-        Raises:
-            UnknownNameError: If nothing is; the message lists the closest names.
-        """
+        """Return what is registered under a name; raise UnknownNameError otherwise."""
         entry = self._entries.get(name)
         if entry is None:
             raise UnknownNameError(self.category, name, self)
@@ -36,11 +32,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return entry
 
     def check(self, name: str) -> str:
-        """Return a name that is registered, without importing what it names.
-
-        Raises:
-            UnknownNameError: If it is not; the message lists the closest names.
-        """
+        """Return a name that is registered, without importing its entry; raise UnknownNameError otherwise."""
         if name not in self._entries:
             raise UnknownNameError(self.category, name, self)
         return name
@@ -55,11 +47,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def register(self, name: str, entry: T) -> None:
-        """Add an entry.
-
-        Raises:
-            ValueError: If another entry has the name.
-        """
+        """Add an entry; raise ValueError if another has the name."""
         if name in self._entries:
             raise ValueError(f"a {self.category} {name!r} is registered already; choose another name")
         self._entries[name] = entry

@@ -28,11 +28,7 @@ class Interval:
 
 
 def interval(scores: Sequence[float]) -> Interval:
-    """Mean, sample standard deviation and 95% interval of the mean.
-
-    Raises:
-        ValueError: If there is no score.
-    """
+    """Mean, sample standard deviation and 95% interval of the mean; raise ValueError without scores."""
     if not scores:
         raise ValueError("expected one score or more, found none")
     if len(scores) == 1:

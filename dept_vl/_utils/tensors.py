@@ -19,12 +19,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of ours; what its header claims is compared with its size first.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If it is damaged.
-    """
+    """Read a safetensors file of ours; raise DamagedFileError if it is damaged."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
     check_noted(path)
@@ -37,11 +32,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that no training can have left.
-
-    Raises:
-        ValueError: If one is not of floating point, or not finite; the message names it.
-    """
+    """Raise ValueError, naming it, if a tensor is not of floating point, or not finite."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(
@@ -69,14 +60,8 @@ def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
     """Put tensors into all parameters of a module.
 
-    Args:
-        module: Where they go.
-        state: By the names of the module's parameters.
-        what: Whose tensors they are, for the message.
-        prefix: Of their names in the file, for the message.
-
-    Raises:
-        ValueError: If some are missing, unknown, or of another shape.
+    `what` says whose tensors they are, and `prefix` how their names begin in the file, for messages. Raise
+    ValueError if some are missing, unknown, or of another shape.
     """
     parameters = dict(module.named_parameters())
     missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())

@@ -118,14 +118,9 @@ def counted(
     size: Callable[[T], int] = lambda _: 1,
     show: bool = True,
 ) -> Iterator[T]:
-    """The items, each counted when the next one is asked for; see `Count`.
+    """Count items, each when the next one is asked for; see `Count`.
 
-    Args:
-        what: Is done.
-        items: Of it.
-        total: How much there is, over all processes.
-        size: How much of that an item is: of several processes those of the main one stand for all.
-        show: Whether this process tells.
+    `total` is over all processes; of several processes those of the main one stand for all, by their `size`.
     """
     with Count(what, total, show=show) as count:
         for item in items:

@@ -116,9 +116,7 @@ def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: S
 
 
 def read_shots(path: Path, count: int) -> Shots:
-    """Read what a run wrote for a training split of so many examples; raise ValueError if it is damaged or of
-    another split.
-    """
+    """Read the shots of a run; raise ValueError if they are damaged, or not of so many examples."""
     shots: Shots = check(read_object(path, Shots), Shots)
     places = [*shots.train, *shots.dev]
     if not shots.train or not shots.dev or len(set(places)) < len(places):

@@ -138,11 +138,7 @@ class Task(ABC):
         return self.name
 
     def with_options(self, options: "OwnOptions") -> "Task":
-        """Return the task that reads your own data.
-
-        Raises:
-            UsageError: If the task has its own files.
-        """
+        """Return the task that reads your own data; raise UsageError if it has files of its own."""
         raise UsageError(
             f"{self.name} reads its official files; --data is read by task vqa: leave out --task"
         )
@@ -156,11 +152,7 @@ class Task(ABC):
         return self
 
     def reading(self, question_case: QuestionCase) -> "Task":
-        """Return the task that reads questions in this case; texts and captions have but one.
-
-        Raises:
-            UsageError: If the task reads them in another case alone.
-        """
+        """Return the task that reads questions in this case; raise UsageError if it has another."""
         if "question_case" in {one.name for one in fields(self)}:  # type: ignore[arg-type]  # subclasses are
             return replace(self, question_case=question_case)  # type: ignore[type-var]
         if question_case != self.question_case and self.asks and self.image_count:
@@ -171,14 +163,7 @@ class Task(ABC):
         return self
 
     def with_published_labels(self, root: Path) -> "Task":
-        """Return the task that learns the published labels.
-
-        Args:
-            root: Folder with the task's files, which may have a list of answers of its own.
-
-        Raises:
-            UsageError: If the task has none.
-        """
+        """Return the task that learns published labels of its folder or ours; UsageError without any."""
         raise UsageError(
             f"answer_labels=published is of VQAv2's answers; {self.name} has one kind of labels: leave it out"
         )
@@ -192,19 +177,11 @@ class Task(ABC):
         return self
 
     def asked_by(self, asker: "Task") -> "Task":
-        """Return the examples as an adapter's task asks; those of official files are asked in their own way.
-
-        Raises:
-            UsageError: If they do not fit that task.
-        """
+        """Return the examples as an adapter's task asks; raise UsageError if they do not fit it."""
         return self
 
     def target_counts(self, examples: int) -> tuple[Counter[str], int]:
-        """Count the answers to learn, of so many examples spread over the split.
-
-        Returns:
-            How often each occurs, and how many examples were looked at.
-        """
+        """Count the answers to learn of about so many examples; return how many these are, too."""
         step = max(1, len(self) // examples)
         counts: Counter[str] = Counter()
         for index in range(0, len(self), step):
@@ -293,11 +270,7 @@ class Task(ABC):
         return self.scales.get(metric.rsplit("/", 1)[-1], USUAL_SCALE)
 
     def usual_answers(self, floor: int) -> tuple[str, ...]:
-        """Return the answers given to at least `floor` questions as their most usual one, commonest first.
-
-        Raises:
-            ValueError: If no answer is given that often.
-        """
+        """Return usual answers of `floor` or more questions, commonest first; ValueError without any."""
         counts: Counter[str] = Counter()
         for answers in self.rows.column("answers").to_pylist():
             if answers:
@@ -315,12 +288,7 @@ class Task(ABC):
         return self
 
     def check_requirements(self) -> None:  # noqa: B027  # most tasks need nothing
-        """Check that what the metrics need is installed.
-
-        Raises:
-            ImportError: If a package is missing.
-            FileNotFoundError: If a program is missing.
-        """
+        """Raise ImportError or FileNotFoundError if a package or program of the metrics is missing."""
 
 
 def data_folder(name: str, root: Path | None) -> Path:
@@ -334,11 +302,7 @@ def most_usual(answers: Sequence[str]) -> str:
 
 
 def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
-    """Split a task in two by image, so that no image is on both sides: (the rest, held out).
-
-    Raises:
-        ValueError: If that would leave nothing to train on.
-    """
+    """Split a task by image: (the rest, held out); raise ValueError if nothing is left to train on."""
     images = [task.images(index) for index in range(len(task))]
     distinct = sorted(set(images))
     if not 0 < count < len(distinct):

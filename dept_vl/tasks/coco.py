@@ -111,11 +111,7 @@ class COCOCaptions(Task):
         )
 
     def source(self, question: str) -> str:
-        """The same of every image.
-
-        Raises:
-            ValueError: If a question is asked.
-        """
+        """Return the prefix, the same for every image; raise ValueError if a question is asked."""
         if question.strip():
             raise ValueError(f"a caption answers no question, and {question!r:.60} is one; leave it out")
         return self.prefix
@@ -160,23 +156,13 @@ class COCOCaptions(Task):
 
 
 def read_rows(path: Path) -> Rows:
-    """All images of `dataset_coco.json`, as in `SCHEMA`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """Read all images of `dataset_coco.json`, as in `SCHEMA`."""
     sources = [existing(path, "COCO", KARPATHY_SOURCE)]
     return convert("coco", sources, SCHEMA, _records(path), unique="image_id")
 
 
 def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
-    """Human captions by image id: of COCO's own annotations, or of a split of `dataset_coco.json`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or the split unknown.
-    """
+    """Read human captions by image id, of COCO's own annotations or of a split of `dataset_coco.json`."""
     if split:
         check_split(split, SPLITS, "COCO")
         return references_of(read_rows(path).where("split", SPLITS[split]))

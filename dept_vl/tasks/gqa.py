@@ -158,11 +158,7 @@ class GQA(Task):
 
 
 def question_files(root: Path, split: str) -> list[Path]:
-    """The file of a split, or the parts of one that comes in parts.
-
-    Raises:
-        FileNotFoundError: If neither is there, or some of the parts are not.
-    """
+    """Return the file of a split, or its parts; raise FileNotFoundError if one is missing."""
     for folder in (root / f"{split}_questions", root / "questions" / f"{split}_questions"):
         if split not in PARTS or not folder.is_dir():
             continue
@@ -178,12 +174,7 @@ def question_files(root: Path, split: str) -> list[Path]:
 
 
 def read_rows(path: Path) -> Rows:
-    """A file of questions, as in `SCHEMA`; without answers those of the test splits.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """Read a file of questions, as in `SCHEMA`; those of the test splits have no answers."""
     sources = [existing(path, "GQA", SOURCE)]
     return convert(f"gqa-{path.stem}", sources, SCHEMA, _records(path), unique="question_id")
 
@@ -210,12 +201,7 @@ def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | No
 
 @lru_cache(maxsize=1)
 def read_choices(path: Path) -> Choices:
-    """Valid and plausible answers by question id.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """Read valid and plausible answers by question id."""
     content: dict[str, Any] = {}
     known: dict[str, tuple[str, ...]] = {}
     for question_id, record in read_mapping(path, SOURCE):

@@ -129,12 +129,7 @@ class NLVR2(Task):
 
 
 def read_rows(path: Path) -> Rows:
-    """A file of sentences, as in `SCHEMA`.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged.
-    """
+    """Read a file of sentences, as in `SCHEMA`."""
     sources = [existing(path, "NLVR2", SOURCE)]
     return convert(f"nlvr2-{path.stem}", sources, SCHEMA, _records(path), unique="identifier")
 

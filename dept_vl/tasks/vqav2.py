@@ -229,10 +229,7 @@ class VQAv2(Task):
         }
 
     def written(self, answer: str) -> str:
-        """A decoded answer as the official scorer's normalisation leaves it.
-
-        It must go into a submission like that: where the ten humans agree the scorer compares raw.
-        """
+        """Normalise an answer for a submission: where ten humans agree, the scorer compares raw."""
         return normalise_answer(answer)
 
     def _image(self, subtype: str, image_id: int) -> Path:
@@ -240,12 +237,7 @@ class VQAv2(Task):
 
 
 def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
-    """Questions with the annotations that belong to them, as in `SCHEMA`.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged or they do not belong together.
-    """
+    """Read questions with annotations, as in `SCHEMA`; raise ValueError if they do not belong together."""
     sources = [existing(path, "VQAv2", SOURCE) for path in (questions_file, annotations_file) if path]
     records = _records(questions_file, annotations_file, subtype)
     return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
@@ -358,12 +350,7 @@ def _minival_ids(path: Path) -> list[int]:
 
 
 def read_answer_list(path: Path) -> list[str]:
-    """Read a list of answers, a JSON list, or the published one, which names its source.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If it is something else.
-    """
+    """Read a JSON list of answers, or the published one with its source; raise DamagedFileError otherwise."""
     content = read_json(path)
     answers = content.get("answers") if isinstance(content, dict) else content
     try:

@@ -27,11 +27,7 @@ class Published:
 
 
 def find(root: Path, names: Sequence[str], what: str, source: str) -> Path:
-    """The first of these files that is there.
-
-    Raises:
-        FileNotFoundError: If none is.
-    """
+    """Return the first of these files that exists; raise FileNotFoundError if none does."""
     for name in names:
         if (root / name).is_file():
             return root / name
@@ -42,11 +38,7 @@ def find(root: Path, names: Sequence[str], what: str, source: str) -> Path:
 
 
 def find_folder(root: Path, names: Sequence[str], holds: str, source: str) -> Path:
-    """The first of these folders that is there.
-
-    Raises:
-        FileNotFoundError: If none is.
-    """
+    """Return the first of these folders that exists; raise FileNotFoundError if none does."""
     for name in names:
         if (root / name).is_dir():
             return root / name
@@ -57,11 +49,7 @@ def find_folder(root: Path, names: Sequence[str], holds: str, source: str) -> Pa
 
 
 def existing(path: Path, what: str, source: str) -> Path:
-    """Return the path of a file of a task, which must be there.
-
-    Raises:
-        FileNotFoundError: If it is not.
-    """
+    """Return the path of a file; raise FileNotFoundError if it is missing."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{what} file not found: expected {path}, found no such file; it is published at {source}"
@@ -70,10 +58,6 @@ def existing(path: Path, what: str, source: str) -> Path:
 
 
 def check_split(split: str, known: Iterable[str], what: str) -> None:
-    """Check the name of a split.
-
-    Raises:
-        ValueError: If it is unknown.
-    """
+    """Raise ValueError if the name of a split is unknown."""
     if split not in (names := tuple(known)):
         raise ValueError(f"{what} has the splits {', '.join(names)}; got {split!r}")

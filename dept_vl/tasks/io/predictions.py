@@ -55,12 +55,7 @@ class PredictionFormat:
         path.write_bytes(self.content(predictions))
 
     def read(self, path: Path) -> dict[ExampleId, str]:
-        """Read a file.
-
-        Raises:
-            FileNotFoundError: If there is none.
-            ValueError: If it is in another form, or an id stands there twice.
-        """
+        """Read a file; raise ValueError if it is in another form, or names an id twice."""
         if not path.is_file():
             raise FileNotFoundError(f"expected a file of predictions at {path}, found none")
         check_noted(path)
@@ -136,11 +131,7 @@ def _csv_lines(text: str) -> list[tuple[int, list[str]]]:
 
 
 def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:
-    """Refuse predictions that are not one for each example.
-
-    Raises:
-        ValueError: If ids are missing or unknown; the message counts them and names the first.
-    """
+    """Raise ValueError unless there is one prediction for each example; count and name the others."""
     wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
     missing = [key for key in wanted if key not in given]
     extra = [key for key in given if key not in wanted]

@@ -28,18 +28,14 @@ DEEPEST = 200
 
 
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
-    """The objects of the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
+    """Read the objects of the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
 
-    What stands behind the list is walked through too: a file cut there is damaged all the same.
-
-    Args:
-        path: The file.
-        key: Of the list.
-        source: Where the file is published, for the messages.
+    What stands behind the list is walked through too: a file cut there is damaged all the same. All readers
+    here take where the file is published, for messages.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such object, is cut short, or holds no record under the key.
+        FileNotFoundError: If there is no such file, here and in the readers below.
+        ValueError: If it is cut short, of another form, or has no record.
     """
     with _json(path, source) as file:
         records = enumerate(_items(file, f"{key}.item"))
@@ -48,36 +44,21 @@ def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
 
 
 def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The keys and objects of a JSON object of objects, such as GQA's questions by their ids.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no such object, is cut short, or empty.
-    """
+    """Read the keys and objects of a JSON object of objects, such as GQA's questions by their ids."""
     with _json(path, source) as file:
         records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         yield from _checked(records, path, "an object of objects")
 
 
 def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file that is one JSON list.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no list of objects, is cut short, or empty.
-    """
+    """Read the objects of a file that is one JSON list."""
     with _json(path, source) as file:
         for _, record in _checked(enumerate(_items(file, "item")), path, "a list of objects"):
             yield record
 
 
 def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; blank lines are passed over.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If a line is no JSON object, or there is none.
-    """
+    """Read the objects of a file with one JSON object a line; blank lines are passed over."""
     found = False
     with _open(path, source) as file:
         for number, line in enumerate(file, start=1):
@@ -102,11 +83,7 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """A field of a record, checked.
-
-    Raises:
-        ValueError: If it is missing or of another type; the message names `where`.
-    """
+    """Return a field of a record; raise ValueError, naming `where`, if it is missing or of another type."""
     value = record.get(name)
     # True and False are ints to Python, and no id to anyone.
     if not isinstance(value, kind) or isinstance(value, bool):
@@ -118,13 +95,7 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
 
 
 def json_fault(path: Path, error: Exception, encoding: str = "utf-8-sig") -> tuple[str, str]:
-    """Return where a file is no JSON, by line and column if it is not too large, and why.
-
-    Args:
-        path: The file.
-        error: What ijson says, whose own places are those of a chunk.
-        encoding: Of the file.
-    """
+    """Return where a file that ijson rejects is no JSON, by line and column if it is not large, and why."""
     where, reason = f"{path}", " ".join(str(error).removesuffix("(right here) ------^\n").split())[:200]
     if path.stat().st_size <= LONGEST_PARSED:
         text = ""

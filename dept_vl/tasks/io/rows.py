@@ -54,12 +54,7 @@ class Rows:
 
     @classmethod
     def open(cls, files: Sequence[Path], indices: Indices | None = None) -> "Rows":
-        """Map sealed Arrow files of one schema into memory.
-
-        Raises:
-            FileNotFoundError: If one is missing.
-            DamagedFileError: If one is not as it was written.
-        """
+        """Map sealed Arrow files of one schema into memory; raise DamagedFileError if one has changed."""
         tables = [pa.ipc.open_file(pa.BufferReader(open_sealed(path))).read_all() for path in files]
         return cls(pa.concat_tables(tables), indices, files)
 
@@ -121,11 +116,7 @@ class Rows:
         return list(zip(*(self.column(name).take(first).to_pylist() for name in names), strict=True))
 
     def subset(self, indices: Sequence[int] | Indices) -> "Rows":
-        """These rows alone.
-
-        Raises:
-            IndexError: If there is no such row.
-        """
+        """Return these rows alone; raise IndexError if there is no such row."""
         places = np.arange(len(self)) if self.indices is None else self.indices
         return Rows(self.table, places[np.asarray(indices, dtype=np.int64)], self.files)
 

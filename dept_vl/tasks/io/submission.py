@@ -29,11 +29,6 @@ class Submission:
 def write_submission(predictions: Mapping[ExampleId, str], whole: Task, path: Path) -> Submission:
     """Write predictions as a submission over a whole split; what was not asked is left empty.
 
-    Args:
-        predictions: Answers to the split, or to the part of it that a phase scores (test-dev).
-        whole: The split that the server wants.
-        path: The file.
-
     Raises:
         ValueError: If predictions belong to no example of the split.
     """
@@ -46,20 +41,11 @@ def write_submission(predictions: Mapping[ExampleId, str], whole: Task, path: Pa
 
 
 def check_submission(path: Path, ids: Sequence[ExampleId], form: PredictionFormat) -> int:
-    """Read a file as the server would.
-
-    Args:
-        path: The file.
-        ids: Of all examples that the server wants.
-        form: Of the server.
-
-    Returns:
-        How many predictions there are.
+    """Read a file as the server would, and return how many predictions there are.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is in another form, or ids are missing, unknown or there twice: the first are
-            named.
+        ValueError: If it is in another form, or ids are missing, unknown or there twice.
     """
     predictions = form.read(path)
     check_ids(ids, predictions, str(path))

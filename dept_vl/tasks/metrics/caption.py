@@ -143,12 +143,7 @@ def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any
 
 @cache
 def check_meteor() -> None:
-    """Score a caption by METEOR, once in a process: what stops it is known before anything slow.
-
-    Raises:
-        ImportError, FileNotFoundError: As `check_installed`.
-        RuntimeError: If it does not run here, or its figure is another one than everywhere.
-    """
+    """Score a caption by METEOR, once in a process; raise RuntimeError if it does not work here."""
     if os.environ.get("RANK", "0") != "0":  # the main process alone scores
         return
     check_installed()
@@ -260,11 +255,7 @@ def _spice(references: Captions, predictions: Captions) -> float:
 
 
 def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
-    """What a Java program prints.
-
-    Raises:
-        RuntimeError: If it fails, with the end of what it said.
-    """
+    """Return what a Java program prints; raise RuntimeError if it fails."""
     with waiting(f"running {program}"):
         done = subprocess.run(
             [*JAVA, *arguments],

@@ -80,15 +80,7 @@ class GqaQuestion:
 
     @classmethod
     def from_record(cls, question_id: str, record: dict[str, Any]) -> "GqaQuestion":
-        """Read one record of an official questions file (`val_all_questions.json` and the like).
-
-        Args:
-            question_id: The record's key in the file.
-            record: The record, as `json` reads it.
-
-        Raises:
-            ValueError: If a key is missing or its value is of another type; says of which question.
-        """
+        """Read one record of an official questions file; raise ValueError, naming it, if it is damaged."""
         where = f"GQA question {question_id!r:.60}"
         return cls(
             question_id=question_id,

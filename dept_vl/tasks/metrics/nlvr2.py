@@ -14,11 +14,7 @@ SHOWN = 3
 
 
 def sentence_key(identifier: str) -> str:
-    """What the examples of one sentence share: `dev-305-1` of `dev-305-3-1`, without the pair.
-
-    Raises:
-        ValueError: If the identifier has not four parts.
-    """
+    """Return what examples of one sentence share: `dev-305-1` of `dev-305-3-1`, without the pair."""
     parts = identifier.split("-")
     if len(parts) != 4:
         raise ValueError(

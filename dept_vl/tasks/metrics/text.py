@@ -33,24 +33,14 @@ def _check_pairs(predictions: Sequence[object], labels: Sequence[object], what: 
 
 
 def accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Share of predictions that equal their label.
-
-    Raises:
-        ValueError: If the lists are empty or differ in length, here and in every figure below.
-    """
+    """Share of predictions that equal their label; ValueError for unequal or empty lists, here and below."""
     _check_pairs(predictions, labels)
     right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
     return 100 * right / len(labels)
 
 
 def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive: Hashable) -> float:
-    """F1 of one class; 0.0 if it is neither predicted nor a label.
-
-    Args:
-        predictions: One for each label.
-        labels: The right classes.
-        positive: The class that is looked for; all others are its opposite.
-    """
+    """F1 of the class `positive`, against all others; 0.0 if it is neither predicted nor a label."""
     _check_pairs(predictions, labels)
     predicted = sum(prediction == positive for prediction in predictions)
     present = sum(label == positive for label in labels)
@@ -66,13 +56,10 @@ def macro_f1(
     *,
     classes: Sequence[Hashable] | None = None,
 ) -> float:
-    """Mean over the classes of their F1 (CB).
+    """Mean of the F1 of these classes (CB).
 
-    Args:
-        predictions: One for each label.
-        labels: The right classes.
-        classes: Those averaged over; None takes every class predicted or right, so a prediction
-            that is no class of the task adds one with an F1 of 0.
+    None takes every class predicted or right, so a prediction that is no class of the task adds one with an
+    F1 of 0.
     """
     _check_pairs(predictions, labels)
     averaged = {*predictions, *labels} if classes is None else set(classes)
@@ -82,10 +69,7 @@ def macro_f1(
 
 
 def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Matthews correlation of two or more classes (CoLA), from -100 to 100.
-
-    0.0 if all predictions, or all labels, are of one class.
-    """
+    """Matthews correlation (CoLA), from -100 to 100; 0.0 if predictions or labels are of one class."""
     _check_pairs(predictions, labels)
     predicted, present, count = Counter(predictions), Counter(labels), len(labels)
     right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
@@ -98,11 +82,7 @@ def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> flo
 
 
 def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Pearson correlation (STS-B), from -100 to 100; 0.0 if predictions or labels are all the same.
-
-    Raises:
-        ValueError: If a number is not finite.
-    """
+    """Pearson correlation (STS-B), -100 to 100; 0.0 if one side is constant; ValueError unless finite."""
     _check_pairs(predictions, labels)
     if not all(map(math.isfinite, (*predictions, *labels))):
         raise ValueError("expected finite numbers to correlate, found inf or nan")
@@ -129,12 +109,8 @@ def multirc(
 ) -> dict[str, float]:
     """`f1a`, F1 over all answers, and `em`, the share of questions with every answer judged right.
 
-    Args:
-        predictions: One for each candidate answer.
-        labels: Whether it is right.
-        questions: The question it belongs to; the id of a question in MultiRC counts within its
-            paragraph, so give both.
-        positive: The label of a right answer.
+    The id of a question in MultiRC counts within its paragraph: give both as `questions`, one for each
+    answer.
     """
     _check_pairs(predictions, labels)
     _check_pairs(predictions, questions, "questions")
@@ -156,15 +132,8 @@ def normalise_text(text: str) -> str:
 def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """`em` and `f1` of free answers, each the best over the human answers to its question.
 
-    As in SQuAD v1.1 and MRQA, two answers of which nothing is left agree exactly (`em`) and share no
-    word (`f1` of 0).
-
-    Args:
-        predictions: One for each question.
-        answers: All human answers to it.
-
-    Raises:
-        ValueError: If a question has no answer.
+    As in SQuAD v1.1 and MRQA, two answers of which nothing is left agree exactly (`em`) and share no word
+    (`f1` of 0). Raise ValueError if a question has no answer.
     """
     _check_pairs(predictions, answers, "lists of answers")
     exact, overlap = [], []

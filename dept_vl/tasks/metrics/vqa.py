@@ -114,16 +114,10 @@ def _process_words(text: str) -> str:
 
 
 def normalise_answer(text: str) -> str:
-    """Bring an answer to the form in which the official VQA scorer compares answers.
+    """Bring an answer to the form in which the official VQA scorer compares: lower case, single spaces.
 
-    Whitespace first, then punctuation, then words, as in the official scorer (Antol et al. 2015;
-    Goyal et al. 2017). The result may be empty: an answer of articles and punctuation only.
-
-    Args:
-        text: A human or predicted answer, as written.
-
-    Returns:
-        The normalised answer: lower case, single spaces.
+    Whitespace first, then punctuation, then words, as in the official scorer (Antol et al. 2015; Goyal et al.
+    2017). The result may be empty: an answer of articles and punctuation only.
     """
     return _process_words(_process_punctuation(_clean_whitespace(text)))
 
@@ -183,21 +177,11 @@ def vqa_accuracy(
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Soft label of a question: each distinct human answer with its training weight.
+    """Soft label of a question: the weight (0.3 to 1.0) of each human answer, in order of appearance.
 
-    Answers given by 1, 2, 3, and 4 or more annotators weigh 0.3, 0.6, 0.9 and 1.0, as in VL-T5
-    (Cho et al. 2021). Answers are normalised before they are counted, and dropped if nothing is
-    left of them.
-
-    Args:
-        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
-
-    Returns:
-        Weight (0.3 to 1.0) by normalised answer, in order of first appearance; empty if every
-        answer normalises to nothing.
-
-    Raises:
-        ValueError: If ``answers`` is empty or a bare string.
+    Answers given by 1, 2, 3, and 4 or more annotators weigh 0.3, 0.6, 0.9 and 1.0, as in VL-T5 (Cho et al.
+    2021). Answers, one for each annotator, are normalised before they are counted, and dropped if nothing is
+    left of them. Raise ValueError for no answers, or a bare string.
     """
     _check_answers(answers)
     counts = Counter(normalise_answer(answer) for answer in answers)
@@ -205,19 +189,10 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def listed_scores(answers: Sequence[str], answer_list: Set[str]) -> dict[str, float]:
-    """Soft label of a question within a list of answers: the published labels (LXMERT, VL-T5).
+    """Soft label of a question within the answers that are learnt: the published labels (LXMERT, VL-T5).
 
-    Answers are counted as they are written, and not normalised: "two" is no "2".
-
-    Args:
-        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
-        answer_list: The answers that are learnt.
-
-    Returns:
-        Weight (0.3 to 1.0) by answer, in order of first appearance; empty if none is in the list.
-
-    Raises:
-        ValueError: If ``answers`` is empty or a bare string.
+    Weights and errors are those of `soft_scores`. Answers are counted as they are written, and not
+    normalised: "two" is no "2".
     """
     _check_answers(answers)
     counts = Counter(answer for answer in answers if answer in answer_list)

@@ -59,11 +59,7 @@ def one_line(text: str) -> str:
 
 
 def read_mapping(columns: Sequence[str]) -> dict[str, str]:
-    """Read `image=photo` and the like.
-
-    Raises:
-        UsageError: If one is of another form, or its first part nothing that a row has.
-    """
+    """Read `image=photo` and the like; raise UsageError for another form, or an unknown first part."""
     mapping = {}
     for given in columns:
         role, equals, name = given.partition("=")
@@ -286,11 +282,7 @@ def _identity(value: Any) -> str:
 
 
 def confine(reference: str, root: Path, where: str) -> str:
-    """Return the path of an image below its folder.
-
-    Raises:
-        UsageError: If it leads outside.
-    """
+    """Return the path of an image below its folder; raise UsageError if it leads outside."""
     if reference[:1] not in "/." and reference[-1] != "/" and not any(part in reference for part in ODD):
         return reference
     path = posixpath.normpath(reference)

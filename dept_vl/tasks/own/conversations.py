@@ -26,13 +26,7 @@ def turns_of(record: dict[str, Any]) -> list[Any] | None:
 
 
 def pairs_of(turns: Sequence[Any], where: str) -> tuple[list[Pair], list[Any]]:
-    """Return questions with answers, and the images that stand in the turns themselves.
-
-    What a system prompt says is left out: it is the same in all of them.
-
-    Raises:
-        UsageError: If a turn is of no known form.
-    """
+    """Return questions with answers, and images within turns; system prompts are left out."""
     pairs: list[Pair] = []
     images: list[Any] = []
     for number, turn in enumerate(turns, start=1):

@@ -44,12 +44,7 @@ class TableFile:
 
 
 def find_tables(data: str) -> tuple[Path, list[TableFile]]:
-    """Find the tables of a file, a folder, or a data set on the Hub; with the folder that they are in.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder, and no such data set on the Hub.
-        UsageError: If a folder holds no table.
-    """
+    """Find the tables of a file, folder or data set on the Hub, and their folder; UsageError without any."""
     path = Path(data)
     if path.is_file():
         return path.parent, [TableFile(path, "", path.parent)]
@@ -88,11 +83,7 @@ def _split_of(path: Path) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Download the tables and images of a data set on the Hub, or find what was downloaded before.
-
-    Raises:
-        FileNotFoundError: If there is none of this name, or no network.
-    """
+    """Download tables and images of a data set on the Hub, once; raise FileNotFoundError if that fails."""
     if not is_data_set(name):
         raise FileNotFoundError(f"no such file or folder: {name}")
     from huggingface_hub import snapshot_download

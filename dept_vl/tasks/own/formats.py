@@ -31,11 +31,7 @@ SPLIT_NAMES = {"restval": "train"}
 
 
 def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read the records of a file of any known format.
-
-    Args:
-        path: The file.
-        columns: Of Parquet, read these alone; empty reads all.
+    """Read the records of a file of any known format, of Parquet these columns alone if any are named.
 
     Raises:
         FileNotFoundError: If there is no such file.

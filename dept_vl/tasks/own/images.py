@@ -20,11 +20,7 @@ NUMBER_DIGITS = 12
 
 
 class ImageFolder:
-    """Lists folders once, when a name is first looked for.
-
-    Args:
-        root: The folder.
-    """
+    """Lists folders once, when a name is first looked for."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -37,11 +33,7 @@ class ImageFolder:
         return ImageFolder, (self.root,)
 
     def find(self, name: str) -> Path:
-        """Return the file of an image; where there is none, what its name says.
-
-        Raises:
-            UsageError: If several files may be meant, or a link leads out of the folder.
-        """
+        """Return the file that a name may mean; raise UsageError for several, or a link that leads out."""
         folder, _, base = name.rpartition("/")
         listing = self._list(folder)
         if base in listing:
@@ -61,11 +53,7 @@ class ImageFolder:
         return Path(self._start + name)
 
     def missing(self, names: Iterable[str]) -> list[Path]:
-        """Return the files of these images that are not there.
-
-        Raises:
-            UsageError: As `find` does.
-        """
+        """Return the files of these images that are missing, with the errors of `find`."""
         searched = []
         for name in names:
             folder, _, base = name.rpartition("/")

@@ -50,8 +50,8 @@ class InlineImages:
 
         Args:
             url: The data URL.
-            record: That it is in.
-            number: Of the record, from 1.
+            record: Record that has it.
+            number: Number of the record, from 1.
             where: Names it in messages.
 
         Raises:

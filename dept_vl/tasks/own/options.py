@@ -45,10 +45,7 @@ class OwnOptions(Options):
         return cls(**{k: kinds.get(k, lambda v: v)(v) for k, v in given.items() if v is not None})
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
-        """Return the options of a run with what is given here in their place.
-
-        Other data have their own folder of images; an option at its default takes the run's.
-        """
+        """Return a run's options with those given here in their place; other data have their own images."""
         usual = OwnOptions()
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value for name, value in given.items() if value != getattr(usual, name)}

@@ -22,11 +22,11 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
     """Return the rows of a split.
 
     Args:
-        rows: All, whose column `split` says what the data say, or nothing.
+        rows: All rows.
         split: One of `NAMES`, or another that the data have; auto is the test split if there is one, else
             all.
-        options: The share of the training images that is held out for each of validation and test that the
-            data do not have, and the seed of the draw.
+        options: What share of the training images is held out for each of validation and test that is
+            missing.
         root: Folder that names of tables with images start from.
 
     Raises:
@@ -65,11 +65,7 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
 
 
 def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path) -> list[Indices]:
-    """Split rows by image, so that no image is on two sides: the parts held out, then the rest.
-
-    Raises:
-        UsageError: If there are fewer images than sides.
-    """
+    """Split rows so that no image is on two sides: parts held out, then the rest; UsageError if too few."""
     groups = image_groups(rows, places, root)
     count = int(groups.max()) + 1
     if count <= parts:

@@ -66,11 +66,7 @@ def text_of(path: Path) -> TextIOWrapper:
 
 
 def read_lines(path: Path) -> Numbered:
-    """Read JSON Lines; blank lines are passed over, and a comma at the end of a line does no harm.
-
-    Raises:
-        UsageError: If a line is no JSON object.
-    """
+    """Read JSON Lines; blank lines, and a comma at the end of a line, are passed over."""
     with _decoding(path), text_of(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.strip().removesuffix(",")
@@ -122,11 +118,7 @@ def _not_text(error: UnicodeDecodeError) -> str:
 
 
 def read_csv(path: Path) -> Numbered:
-    """Read a table with a header; the delimiter is the character of `DELIMITERS` that the header has most of.
-
-    Raises:
-        UsageError: If there is no header, a row has other cells than it, or quotes are not closed.
-    """
+    """Read a table with a header; it is cut at the character of `DELIMITERS` that the header has most of."""
     line = 1
     try:
         with _decoding(path), text_of(path) as file:
@@ -175,11 +167,7 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
 
 
 def json_lists(path: Path) -> str:
-    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of its list.
-
-    Raises:
-        UsageError: If it is none of these.
-    """
+    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of its list."""
     first, end, second = _lines(path)
     if first in ("[", ""):
         return "list"
@@ -200,13 +188,7 @@ def json_lists(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[str, str, str]:
-    """Return how the first line begins and ends, and how the second begins; blank ones are passed over.
-
-    One character each and two of the end: a whole file of JSON may be one line.
-
-    Raises:
-        UsageError: If it is no text.
-    """
+    """Return the first character of two lines, and the last two of the first: it may be a whole file."""
     first = end = ""
     with _decoding(path), text_of(path) as file:
         while chunk := file.read(CHUNK):
@@ -226,11 +208,7 @@ def begins_with_list(path: Path) -> bool:
 
 
 def read_json(path: Path, key: str = "") -> Numbered:
-    """Read the objects of a JSON list, or of the list under a key, one at a time.
-
-    Raises:
-        UsageError: If it is damaged, or holds something else than objects.
-    """
+    """Read the objects of a JSON list, or of the list under a key, one at a time."""
     with _Utf8(path) as raw, _json_errors(path):
         prefix = f"{key}.item" if key else "item"
         items = ijson.items(raw, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
@@ -247,11 +225,7 @@ def read_record(path: Path) -> Numbered:
 
 
 def read_objects(path: Path) -> Numbered:
-    """Read an object of objects: each gets its key as `id`.
-
-    Raises:
-        UsageError: If it is damaged, or holds something else than objects.
-    """
+    """Read an object of objects: each gets its key as `id`."""
     with _Utf8(path) as raw, _json_errors(path):
         items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         for number, (name, record) in _numbered(items, path):
@@ -303,11 +277,7 @@ class _json_errors:  # used like a function
 
 
 def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read a Parquet file; images in it become references, and their bytes stay where they are.
-
-    Raises:
-        UsageError: If it is damaged.
-    """
+    """Read a Parquet file, or some columns; images become references, and their bytes stay where they are."""
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
@@ -331,11 +301,7 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
 
 
 def read_arrow(path: Path) -> Numbered:
-    """Read an Arrow file, as `save_to_disk` writes them, likewise.
-
-    Raises:
-        UsageError: If it is damaged.
-    """
+    """Read an Arrow file, as `save_to_disk` writes them, likewise."""
     try:
         table = open_arrow(str(path), path.stat().st_mtime_ns)
     except (pa.ArrowInvalid, OSError) as error:

@@ -144,22 +144,14 @@ class OwnTask(Task):
         }
 
     def with_facts(self, facts: Mapping[str, Any]) -> "OwnTask":
-        """Return the blank task as it was with the data that were learnt.
-
-        Raises:
-            ValueError: If the facts are none of such a task: they may come from a stranger's adapter.
-        """
+        """Return the blank task as it was trained; raise ValueError for facts of another kind of task."""
         if not facts:
             return self
         known: Facts = check(dict(facts), Facts)
         return replace(self, **vars(known) | {"labels": tuple(known.labels)})
 
     def read(self, root: Path, split: str) -> "OwnTask":
-        """Read a split.
-
-        Args:
-            root: File or folder with the data, unless the options name them.
-            split: Train, validation or test; all, or auto (the test split if the data name one, else all).
+        """Read a split: train, validation, test, all, or auto (test if the data name it, else all).
 
         Raises:
             FileNotFoundError: If there is no such file or folder.
@@ -202,11 +194,7 @@ class OwnTask(Task):
         return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
 
     def asked_by(self, asker: Task) -> "OwnTask":
-        """Return the examples as an adapter's task asks about them.
-
-        Raises:
-            UsageError: If they have other images than its, or no question where it needs one.
-        """
+        """Return the examples as an adapter's task asks; UsageError if they lack its images or questions."""
         data = self.options.data
         if asker.image_count != self.image_count:
             raise UsageError(
@@ -238,11 +226,7 @@ class OwnTask(Task):
         )
 
     def source(self, question: str) -> str:
-        """What the encoder reads; of captions and labels the same for every image.
-
-        Raises:
-            ValueError: If a question is asked where there is none.
-        """
+        """Return what the encoder reads; raise ValueError for a question about captions and labels."""
         if self.asker is not None:
             return self.asker.source(question if self.asker.asks else "")
         if self.form == "question":

@@ -17,10 +17,7 @@ def usual_answers(root: Path, floor: int = USUAL_FROM) -> list[str]:
 
     The rule of the published list (Teney et al. 2018, as LXMERT has it): usual answers are those that the
     annotation files name (`multiple_choice_answer`), brought to the form in which the scorer compares them.
-
-    Raises:
-        FileNotFoundError: If an annotation file is missing.
-        ValueError: If one is damaged, or no answer is usual that often.
+    Raise ValueError if none is usual that often.
     """
     counts: Counter[str] = Counter()
     for subtype in ANSWERED:

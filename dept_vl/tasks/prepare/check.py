@@ -38,14 +38,10 @@ def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterato
     """Look at every split of a task.
 
     Args:
-        task: Name of a task whose files are `published`.
-        root: Folder with its official files.
+        task: Name of a task whose files are `published`; UnknownNameError otherwise.
+        root: Folder with its official files; FileNotFoundError without it.
         sample: Images opened in each split; 0 opens all.
         seed: Of the sample.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        UnknownNameError: If there is no such task.
     """
     known = [name for name, blank in TASKS.items() if blank.published]
     if task not in known:
@@ -95,14 +91,7 @@ def _split(
 
 
 def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Iterator[Finding]:
-    """Look for image files, and open a sample of them.
-
-    Args:
-        name: Of what they belong to.
-        files: The images.
-        sample: How many are opened; 0 opens all.
-        seed: Of the sample.
-    """
+    """Look for image files, and open a sample of them; 0 opens all."""
     missing = missing_files(files)
     if missing:
         yield Finding("missing", f"{name}: {len(missing):,} of {len(files):,} image files")

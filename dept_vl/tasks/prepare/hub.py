@@ -14,22 +14,19 @@ from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, stag
 
 
 def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
-    """Write one split of a copy as official files and images.
+    """Write one split of a copy as official files and images; whole or not at all.
 
-    The split appears whole or not at all. A folder that holds other splits gains this one. Images
-    that are stored there under their official names already are kept.
+    A folder that holds other splits gains this one. Images that it has under their official names are kept.
 
     Args:
         task: Name of a task that has a copy.
-        source: A name on the Hub, such as `lmms-lab/VQAv2`, or a folder that holds the copy; empty for the
-            usual one.
+        source: A name on the Hub, or a folder that holds the copy; empty for the usual one.
         output_dir: Folder to write, or to add to.
         split: As the task calls it; `all` for coco, whose one file holds every split.
 
     Returns:
-        The number of examples, by what the task's examples are, and for tasks with images:
-        `images` that belong to the split, those `images_kept` from before, and those
-        `images_reencoded` as JPEG because of their official names.
+        The number of examples, and for tasks with images: `images` that belong to the split, those
+            `images_kept` from before, and those `images_reencoded` as JPEG because of their official names.
 
     Raises:
         ValueError: If the task or split is unknown, columns are missing, or a row is damaged.
@@ -76,11 +73,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
 
 
 def find_copy(task: str) -> Copy:
-    """Return what is known of the copy of a task.
-
-    Raises:
-        UnknownNameError: If there is no such task, or no copy of it.
-    """
+    """Return the copy of a task; raise UnknownNameError without one."""
     if task not in COPIES:
         raise UnknownNameError("task", task, COPIES)
     return COPIES[task]

@@ -38,9 +38,7 @@ class Source:
     def rows(
         self, part: Part, needed: Sequence[str], carried: Sequence[str] = (), images: Sequence[str] = ()
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows of a part as a stream (Arrow reads some row groups ahead), each named for messages.
-
-        Columns are checked at once, not when the first row is asked for.
+        """Return the rows of a part as a stream, each named for messages; columns are checked at once.
 
         Args:
             part: Configuration and split.
@@ -110,16 +108,7 @@ class Source:
 
 
 def open_source(source: str | Path, hub: str, official: str) -> Source:
-    """A copy in a folder, or one on the Hub.
-
-    Args:
-        source: The folder, or a name on the Hub.
-        hub: The usual name on the Hub.
-        official: Where the official files are published.
-
-    Raises:
-        FileNotFoundError: If it is neither.
-    """
+    """Return a copy in a folder, or on the Hub; raise FileNotFoundError if the source is neither."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Source(folder, hub, official)
@@ -139,13 +128,7 @@ def placing(hub: str | Path) -> str:
 
 
 def _open_folder(folder: Path, part: Part, hub: str) -> Any:
-    """A part of a copy in a folder.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If parquet files of it are missing.
-        OSError: If it cannot be read.
-    """
+    """Open a part of a copy in a folder."""
     from datasets import load_dataset, load_from_disk
 
     config, split = part

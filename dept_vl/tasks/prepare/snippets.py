@@ -32,11 +32,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def download(folder: Path) -> Path:
-    """Fetch the source distribution with pip.
-
-    Raises:
-        OSError: If pip cannot.
-    """
+    """Fetch the source distribution with pip; raise OSError if that fails."""
     command = ["download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(
         [sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False
@@ -51,14 +47,11 @@ def download(folder: Path) -> Path:
 
 
 def write(output_dir: Path, archive: Path | None = None) -> dict[str, int]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`.
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`; return the examples of each.
 
     Args:
         output_dir: Folder to make.
         archive: The source distribution; None downloads it.
-
-    Returns:
-        Examples of each split.
 
     Raises:
         FileExistsError: If the folder holds such files already.
@@ -82,12 +75,7 @@ def write(output_dir: Path, archive: Path | None = None) -> dict[str, int]:
 
 
 def read(archive: Path) -> str:
-    """The file of rated snippets, out of the archive within the distribution.
-
-    Raises:
-        FileNotFoundError: If there is no such archive.
-        ValueError: If it holds no such file.
-    """
+    """Read the rated snippets from the archive within the distribution; raise ValueError without them."""
     try:
         with tarfile.open(archive) as outer:
             name = next(name for name in outer.getnames() if name.endswith(INNER))
@@ -108,11 +96,7 @@ def _content(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def parse(text: str) -> Iterator[tuple[str, float]]:
-    """Sentences and mean ratings.
-
-    Raises:
-        ValueError: If a line is no id, rating and sentence.
-    """
+    """Read sentences and mean ratings; raise ValueError if a line is of another form."""
     for number, line in enumerate(text.splitlines(), start=1):
         cells = line.split("\t")
         try:

@@ -34,9 +34,7 @@ class Output:
     reencoded: int = 0
 
     def image(self, name: str, value: Any, where: str) -> None:
-        """Write an image under its official name, once.
-
-        The bytes stay as they are but for a `.jpg` that is none: that becomes a JPEG.
+        """Write an image under its official name, once; a `.jpg` that is none becomes a JPEG.
 
         Raises:
             ValueError: If the name leads out of the folder, or the bytes are no image.
@@ -75,11 +73,7 @@ class Output:
 
 
 def refuse_existing(folder: Path, files: Sequence[str]) -> None:
-    """Nothing is overwritten.
-
-    Raises:
-        FileExistsError: If the folder holds one of the files, or is none.
-    """
+    """Raise FileExistsError if a folder holds one of the files: nothing is overwritten."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"expected {folder} to be a folder, found a file")
     there = [name for name in files if (folder / name).exists()]

@@ -35,14 +35,7 @@ class Drawn:
 def write_tasks(
     output_dir: Path, *, train: int = 800, val: int = 150, test: int = 150, seed: int = 0
 ) -> None:
-    """Write the folders vqav2, gqa, nlvr2 and coco; whole or not at all.
-
-    Args:
-        output_dir: Folder to make.
-        train: Images of the training splits.
-        val: Images of the validation splits.
-        test: Images of the test splits.
-        seed: Of scenes and questions.
+    """Write the folders vqav2, gqa, nlvr2 and coco, with so many images of each split; whole or not at all.
 
     Raises:
         FileExistsError: If the folder is there.
@@ -63,20 +56,10 @@ def write_tasks(
 
 
 def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed: int = 0) -> None:
-    """Write the folders relabelled and many-or-few, VQAv2's form; whole or not at all.
+    """Write the folders relabelled and many-or-few, in VQAv2's form; whole or not at all.
 
-    Two concepts that pretraining never had: an arbitrary code for each shape, and a judgement. One
-    question an image.
-
-    Args:
-        output_dir: Folder to make.
-        train: Images of the training splits.
-        val: Images of the validation splits.
-        seed: Of scenes and questions.
-
-    Raises:
-        FileExistsError: If the folder is there.
-        ValueError: If a split would be empty.
+    Two concepts that pretraining never had: an arbitrary code for each shape, and a judgement. One question
+    an image. The errors are those of `write_tasks`.
     """
     _check(output_dir, {"train": train, "val": val})
     rng = Random(seed)

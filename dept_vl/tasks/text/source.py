@@ -69,7 +69,7 @@ def open_source(
 
     Args:
         published: The data set.
-        folder: That holds a copy.
+        folder: Folder with a copy.
         split: As published.
         needed: Columns without which there is no example.
         wanted: Columns that a copy may lack.
@@ -108,11 +108,7 @@ def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]
 
 
 def check_columns(place: str, needed: Sequence[str], found: Sequence[str]) -> None:
-    """Refuse rows without a column that is needed.
-
-    Raises:
-        ValueError: The message names what is missing and what is there.
-    """
+    """Raise ValueError if a column that is needed is missing, with those found."""
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(

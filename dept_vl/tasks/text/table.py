@@ -171,11 +171,7 @@ def number(text: str) -> float:
 
 
 def fifths(score: Any) -> str:
-    """A similarity from 0 to 5 as T5 learns it: rounded to the next 0.2.
-
-    Raises:
-        ValueError: If it is no such number.
-    """
+    """Round a similarity from 0 to 5 to the next 0.2, as T5 learns it; raise ValueError for another."""
     value = float(score)
     if not 0 <= value <= 5:
         raise ValueError(f"expected a number from 0 to 5, found {score!r}")
@@ -192,13 +188,10 @@ def without_markup(row: Row) -> Row:
 
 
 def with_marks(row: Row) -> Row:
-    """WSC's text with ` * ` around the noun (span 1) and ` # ` around the pronoun (span 2).
+    """Put ` * ` around the noun (span 1) and ` # ` around the pronoun (span 2) of WSC's text.
 
-    Spans are told by the number of their first word. What is marked there is the span, however its
-    letters are written, or, where something else stands there, as many whole words.
-
-    Raises:
-        ValueError: If the text has no such word.
+    Spans begin at a numbered word. What is marked there is the span, however its letters are written, or,
+    where something else stands there, as many whole words. Raise ValueError if the text has no such word.
     """
     words = row["text"].split()
     for name, mark in (("span2", "#"), ("span1", "*")):

@@ -46,12 +46,7 @@ SHORT = {"dev": "validation", "val": "validation"}
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """One split of a text task.
-
-    Attributes:
-        name: As in `TEXT_TASKS`.
-        rows: As in `SCHEMA`.
-    """
+    """One split of a text task of `TEXT_TASKS`; rows are as in `SCHEMA`."""
 
     name: str
     rows: Rows = NO_ROWS
@@ -136,13 +131,7 @@ class TextTask(Task):
         )
 
     def source(self, question: str) -> str:
-        """The text as the task's template has it, which puts the names of the columns around their values.
-
-        Of a task with one column the value alone is enough.
-
-        Raises:
-            ValueError: If the text is not of the template's form.
-        """
+        """Return the text as the template has it; a single column's value is enough; ValueError otherwise."""
         text, names = " ".join(question.split()), _fields(self.spec.text)
         form = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.spec.text))
         if not re.fullmatch(form, text) and len(names) == 1:
@@ -194,12 +183,7 @@ def choose(count: int, part: Part) -> Indices:
 
 
 def read_rows(name: str, folder: Path | None, split: str) -> Rows:
-    """A published split as in `SCHEMA`, converted once.
-
-    Raises:
-        FileNotFoundError: If there is no copy and no network.
-        ValueError: If a column is missing or a row is damaged; the message names both.
-    """
+    """Read a published split as in `SCHEMA`, converted once; the errors are those of `TextTask.read`."""
     spec = TEXT_TASKS[name]
     published = DatasetName(name, spec.dataset, spec.config)
     wanted = (spec.only[0],) if spec.only else ()
@@ -249,11 +233,7 @@ def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
 
 
 def read_answers(spec: TextSpec, label: Any) -> list[str]:
-    """The right answers: a class's word, a number's text, or all that are listed; none if unlabelled.
-
-    Raises:
-        ValueError: If the label is of no class of the task.
-    """
+    """Return right answers: a class's word, a number's text, or all listed; ValueError for other labels."""
     if isinstance(label, list) and not spec.words and spec.answer is None:
         if not all(isinstance(answer, str) for answer in label):
             raise ValueError(f"expected {spec.label} to be a list of texts, found {label!r:.80}")
