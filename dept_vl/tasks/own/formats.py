@@ -6,13 +6,14 @@ ST-VQA). VizWiz and A-OKVQA are plain lists.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.own.tables import (
     Numbered,
+    Record,
     begins_with_list,
     json_lists,
     place,
@@ -26,6 +27,13 @@ from dept_vl.tasks.own.tables import (
 )
 
 QUESTIONS, ANNOTATIONS, IMAGES = "questions", "annotations", "images"
+READERS: dict[str, Callable[[Path], Numbered]] = {
+    "lines": read_lines,
+    "list": read_json,
+    "objects": read_objects,
+    "record": read_record,
+}
+"""By the shape of a JSON file."""
 SPLIT_NAMES = {"restval": "train"}
 """Karpathy's further training images."""
 
@@ -57,23 +65,18 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
 
 def _read_json(path: Path) -> Numbered:
     shape = json_lists(path)
-    if shape == "lines":
-        return read_lines(path)
-    if shape == "list":
-        return read_json(path)
-    if shape == "objects":
-        return read_objects(path)
-    if shape == "record":
-        return read_record(path)
+    if shape in READERS:
+        return READERS[shape](path)
     if shape == QUESTIONS:
         answers = annotations_of(path)
         return _joined(path, answers) if answers is not None else read_json(path, QUESTIONS)
     if shape == IMAGES:
         first = next(read_json(path, IMAGES), (0, {}))[1]
         if "sentences" in first:
-            return _karpathy(path)
+            return ((number, _karpathy(row)) for number, row in read_json(path, IMAGES))
         if "qa_pairs" in first:
-            return _visual7w(path)
+            rows = read_json(path, IMAGES)
+            return ((number, _visual7w(row, one)) for number, row in rows for one in row.get("qa_pairs", []))
         return _coco_captions(path)
     if shape == ANNOTATIONS:
         first = next(read_json(path, ANNOTATIONS), (0, {}))[1]
@@ -132,37 +135,27 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _karpathy(path: Path) -> Numbered:
-    for number, row in read_json(path, IMAGES):
-        captions = [one.get("raw") if isinstance(one, dict) else one for one in row.get("sentences", [])]
-        folder = f"{row['filepath']}/" if isinstance(row.get("filepath"), str) else ""
-        split = row.get("split")
-        yield (
-            number,
-            {
-                "image": f"{folder}{row.get('filename')}",
-                "captions": captions,
-                "id": row.get("cocoid", row.get("imgid")),
-                "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else None,
-            },
-        )
+def _karpathy(row: Record) -> Record:
+    folder = f"{row['filepath']}/" if isinstance(row.get("filepath"), str) else ""
+    split = row.get("split")
+    return {
+        "image": f"{folder}{row.get('filename')}",
+        "captions": [one.get("raw") if isinstance(one, dict) else one for one in row.get("sentences", [])],
+        "id": row.get("cocoid", row.get("imgid")),
+        "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else None,
+    }
 
 
-def _visual7w(path: Path) -> Numbered:
-    for number, row in read_json(path, IMAGES):
-        for pair in row.get("qa_pairs", []):
-            yield (
-                number,
-                {
-                    "image": row.get("filename"),
-                    "question": pair.get("question"),
-                    "answer": pair.get("answer"),
-                    "multiple_choices": pair.get("multiple_choices", []),
-                    "id": pair.get("qa_id"),
-                    "answer_type": pair.get("type"),
-                    "split": row.get("split"),
-                },
-            )
+def _visual7w(row: Record, pair: Record) -> Record:
+    return {
+        "image": row.get("filename"),
+        "question": pair.get("question"),
+        "answer": pair.get("answer"),
+        "multiple_choices": pair.get("multiple_choices", []),
+        "id": pair.get("qa_id"),
+        "answer_type": pair.get("type"),
+        "split": row.get("split"),
+    }
 
 
 def _coco_captions(path: Path) -> Numbered:
@@ -175,7 +168,5 @@ def _coco_captions(path: Path) -> Numbered:
             )
         captions.setdefault(row["image_id"], []).append(row["caption"])
     for number, row in read_json(path, IMAGES):
-        yield (
-            number,
-            {"image": row.get("file_name"), "id": row.get("id"), "captions": captions.get(row.get("id"), [])},
-        )
+        known = captions.get(row.get("id"), [])
+        yield number, {"image": row.get("file_name"), "id": row.get("id"), "captions": known}

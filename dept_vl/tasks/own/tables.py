@@ -107,14 +107,10 @@ def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}, line {_undecodable(path)}: {_not_text(error)}") from None
-
-
-def _not_text(error: UnicodeDecodeError) -> str:
-    return (
-        f"the byte 0x{error.object[error.start]:02x} is no UTF-8; save the file as UTF-8 (in a spreadsheet "
-        '"CSV UTF-8"), or with a byte order mark as UTF-16'
-    )
+        raise UsageError(
+            f"{path}, line {_undecodable(path)}: the byte 0x{error.object[error.start]:02x} is no UTF-8; "
+            'save the file as UTF-8 (in a spreadsheet "CSV UTF-8"), or with a byte order mark as UTF-16'
+        ) from None
 
 
 def read_csv(path: Path) -> Numbered:
@@ -173,7 +169,7 @@ def json_lists(path: Path) -> str:
         return "list"
     if first == "{" and (second == "{" or end == "},"):
         return "lines"
-    with _Utf8(path) as raw, _json_errors(path):
+    with _json(path) as raw:
         key = ""
         for prefix, event, value in ijson.parse(raw, buf_size=CHUNK):
             if prefix == "" and event == "map_key":
@@ -209,7 +205,7 @@ def begins_with_list(path: Path) -> bool:
 
 def read_json(path: Path, key: str = "") -> Numbered:
     """Read the objects of a JSON list, or of the list under a key, one at a time."""
-    with _Utf8(path) as raw, _json_errors(path):
+    with _json(path) as raw:
         prefix = f"{key}.item" if key else "item"
         items = ijson.items(raw, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         for number, record in _numbered(items, path):
@@ -226,7 +222,7 @@ def read_record(path: Path) -> Numbered:
 
 def read_objects(path: Path) -> Numbered:
     """Read an object of objects: each gets its key as `id`."""
-    with _Utf8(path) as raw, _json_errors(path):
+    with _json(path) as raw:
         items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         for number, (name, record) in _numbered(items, path):
             if not isinstance(record, dict):
@@ -244,36 +240,24 @@ def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Utf8:
-    """A JSON file as UTF-8 without a byte order mark, for ijson."""
+    """A text file as UTF-8 without a byte order mark, for ijson."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = text_of(path)
-
-    def __enter__(self) -> "_Utf8":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
+    def __init__(self, file: TextIOWrapper) -> None:
+        self.file = file
 
     def read(self, size: int) -> bytes:
         return self.file.read(size).encode("utf-8", errors="surrogatepass")
 
 
-class _json_errors:  # used like a function
-    """Turns a fault of a JSON file into one line with its line and column."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UnicodeDecodeError):
-            raise UsageError(f"{self.path}, line {_undecodable(self.path)}: {_not_text(error)}") from None
-        if not isinstance(error, ijson.JSONError):
-            return
-        where, reason = json_fault(self.path, error, encoding_of(self.path))
-        raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
+@contextmanager
+def _json(path: Path) -> Iterator[_Utf8]:
+    """Open a JSON file; a fault in it becomes one line with its line and column."""
+    with _decoding(path), text_of(path) as file:
+        try:
+            yield _Utf8(file)
+        except ijson.JSONError as error:
+            where, reason = json_fault(path, error, encoding_of(path))
+            raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
 
 
 def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:

@@ -15,36 +15,11 @@ from typing import Any
 from dept_vl._utils.errors import UsageError, is_user_error
 from dept_vl._utils.io import one_line
 from dept_vl.tasks.own.formats import read_records
+from dept_vl.tasks.text.table import TextSpec
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 BATCH_ROWS = 1000
 """Rows decoded at a time."""
-
-
-@dataclass(frozen=True)
-class DatasetName:
-    """What a data set is called.
-
-    Attributes:
-        task: What it is called here.
-        dataset: Its name on the Hub; empty where it is on none.
-        config: Its configuration there.
-    """
-
-    task: str
-    dataset: str
-    config: str | None
-
-    def placing(self, split: str) -> str:
-        """How a copy is placed."""
-        if not self.dataset:
-            return f"make one with: dept-vl data {self.task} --output_dir data/{self.task}"
-        name = f"{self.dataset!r}" + (f", {self.config!r}" if self.config else "")
-        return (
-            f"on a machine with a network, load_dataset({name}).save_to_disk({self.task!r}) makes one, or "
-            f"put {split}.parquet, .jsonl, .json, .csv or .tsv with the Hub's columns into a folder; then "
-            "say --data_dir FOLDER"
-        )
 
 
 @dataclass(frozen=True)
@@ -62,8 +37,20 @@ class Source:
     rows: Iterator[Mapping[str, Any]]
 
 
+def placing(spec: TextSpec, split: str) -> str:
+    """Say how a copy of a task is placed."""
+    if not spec.dataset:
+        return f"make one with: dept-vl data {spec.name} --output_dir data/{spec.name}"
+    name = f"{spec.dataset!r}" + (f", {spec.config!r}" if spec.config else "")
+    return (
+        f"on a machine with a network, load_dataset({name}).save_to_disk({spec.name!r}) makes one, or "
+        f"put {split}.parquet, .jsonl, .json, .csv or .tsv with the Hub's columns into a folder; then "
+        "say --data_dir FOLDER"
+    )
+
+
 def open_source(
-    published: DatasetName, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
+    published: TextSpec, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
 ) -> Source:
     """Find a split in a folder, or (None) on the Hub or among what was fetched from it before.
 
@@ -81,7 +68,7 @@ def open_source(
     if folder is None:
         return _hub(published, split, needed, wanted)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} with {published.task}; {published.placing(split)}")
+        raise FileNotFoundError(f"no folder {folder} with {published.name}; {placing(published, split)}")
     if (folder / "dataset_dict.json").is_file() and (folder / split / "state.json").is_file():
         return _saved(folder / split, needed, wanted)
     if (folder / "state.json").is_file() and folder.name == split:
@@ -89,8 +76,8 @@ def open_source(
     files = find_files(folder, published.config, split)
     if not files:
         raise FileNotFoundError(
-            f"{folder} holds no split {split!r} of {published.task}: expected {split}.parquet, .jsonl, "
-            f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {published.placing(split)}"
+            f"{folder} holds no split {split!r} of {published.name}: expected {split}.parquet, .jsonl, "
+            f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {placing(published, split)}"
         )
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
     return Source(f"{files[0]}{others}", files, _read_files(files, needed, wanted))
@@ -117,10 +104,10 @@ def check_columns(place: str, needed: Sequence[str], found: Sequence[str]) -> No
         )
 
 
-def _hub(published: DatasetName, split: str, needed: Sequence[str], wanted: Sequence[str]) -> Source:
+def _hub(published: TextSpec, split: str, needed: Sequence[str], wanted: Sequence[str]) -> Source:
     name = " ".join(part for part in (published.dataset, published.config) if part)
     if not published.dataset:
-        raise FileNotFoundError(f"no copy of {published.task}; {published.placing(split)}")
+        raise FileNotFoundError(f"no copy of {published.name}; {placing(published, split)}")
     from datasets import load_dataset  # takes a second, and most runs read the columns made before
 
     try:
@@ -129,7 +116,7 @@ def _hub(published: DatasetName, split: str, needed: Sequence[str], wanted: Sequ
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
             f"cannot read {name}, split {split!r}, from the Hub ({reason:.200}), and no copy of it is here; "
-            f"{published.placing(split)}"
+            f"{placing(published, split)}"
         ) from None
     return _of_dataset(f"{name} {split}", dataset, needed, wanted)
 
@@ -138,26 +125,19 @@ def _saved(folder: Path, needed: Sequence[str], wanted: Sequence[str]) -> Source
     from datasets import load_from_disk
 
     with _whole(folder):
-        source = _of_dataset(str(folder), load_from_disk(str(folder)), needed, wanted)
-
-    def rows() -> Iterator[Mapping[str, Any]]:
-        with _whole(folder):
-            yield from source.rows
-
-    return Source(source.place, source.files, rows())
+        return _of_dataset(str(folder), load_from_disk(str(folder)), needed, wanted)
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[None]:
-    """Within, whatever the library raises over a folder of `save_to_disk` says that it is damaged."""
+def _whole(place: str | Path) -> Iterator[None]:
+    """Within, whatever the library raises over a data set says that it is damaged."""
     try:
         yield
     except Exception as error:  # of a dozen kinds
         if is_user_error(error) and not isinstance(error, OSError):
             raise
         raise ValueError(
-            f"{folder} is no whole folder of save_to_disk: {type(error).__name__}: {one_line(error)}; save "
-            "it again"
+            f"{place} is no whole data set: {type(error).__name__}: {one_line(error)}; save it again"
         ) from None
 
 
@@ -168,9 +148,10 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
     batches = dataset.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
 
     def rows() -> Iterator[Mapping[str, Any]]:
-        for batch in batches:
-            batch.validate(full=True)  # damaged places in a file end a process
-            yield from batch.to_pylist()
+        with _whole(place):
+            for batch in batches:
+                batch.validate(full=True)  # damaged places in a file end a process
+                yield from batch.to_pylist()
 
     return Source(place, files, rows())
 

@@ -23,7 +23,7 @@ from dept_vl.tasks.base import Decoding, Example, Task, data_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
-from dept_vl.tasks.text.source import DatasetName, Source, check_columns, open_source
+from dept_vl.tasks.text.source import Source, check_columns, open_source
 from dept_vl.tasks.text.table import TEXT_TASKS, Answered, Part, Row, TextSpec
 from dept_vl.tasks.text.table import number as read_number
 
@@ -185,9 +185,8 @@ def choose(count: int, part: Part) -> Indices:
 def read_rows(name: str, folder: Path | None, split: str) -> Rows:
     """Read a published split as in `SCHEMA`, converted once; the errors are those of `TextTask.read`."""
     spec = TEXT_TASKS[name]
-    published = DatasetName(name, spec.dataset, spec.config)
     wanted = (spec.only[0],) if spec.only else ()
-    source = open_source(published, folder, split, columns(spec), wanted)
+    source = open_source(spec, folder, split, columns(spec), wanted)
     if not source.files:  # a data set that was told to live in memory
         return Rows.of(list(_records(spec, source)), SCHEMA)
     # Tasks share files (MRQA), and a text is what the table makes of a row.
