@@ -8,14 +8,7 @@ from statistics import mean, stdev
 
 @dataclass(frozen=True)
 class Interval:
-    """What several runs of one kind show.
-
-    Attributes:
-        mean: Of their scores.
-        deviation: Sample standard deviation; None of a single run.
-        half_width: Of the 95% interval of the mean, by the t distribution; None of a single run.
-        count: Runs.
-    """
+    """Scores of so many runs: mean, and of several sample deviation and half of the 95% interval (t)."""
 
     mean: float
     deviation: float | None

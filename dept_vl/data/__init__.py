@@ -10,7 +10,6 @@ __all__ = [
     "content",
     "encoded",
     "feature_index",
-    "feature_shards",
     "feature_source",
     "feature_store",
     "features",

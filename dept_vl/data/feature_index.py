@@ -1,4 +1,4 @@
-"""The index of a folder of visual features: of which images they are, and what made them.
+"""The index and the shards of a folder of visual features: of which images they are, and what made them.
 
 An image is known by its path below the data folder: two splits may have files of one name.
 """
@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, PositiveInt
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dept_vl._utils.checksums import checksum
+from dept_vl._utils.checksums import checksum, note_compared, was_compared
 from dept_vl._utils.embedded import embedded_bytes, is_embedded
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import is_turned
@@ -26,7 +29,7 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl.config import Precision
-from dept_vl.data.features import EXTRACT
+from dept_vl.data.features import EXTRACT, read_shard
 from dept_vl.models.options import ImageFit
 from dept_vl.models.vision import VisionEncoder
 
@@ -148,21 +151,6 @@ def read_index(folder: Path) -> dict[str, Any]:
 def is_first(index: Mapping[str, Any]) -> bool:
     """Whether an index is of version 1, which keeps no times of images; orientation was then no option."""
     return bool(index["format_version"] == 1)
-
-
-def identity_of(index: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """What a shard says of itself: by what it was made, of which images, by name, size and time."""
-    made_by, images = index["fingerprint"], [index[part][rows] for part in ("images", "image_bytes")]
-    if is_first(index):
-        made_by = {part: value for part, value in made_by.items() if part != "orientation"}
-    else:
-        images.append(index["image_times"][rows])
-    return {"fingerprint": made_by, "images": digest(images)}
-
-
-def shard_sum(index: Mapping[str, Any], content: memoryview) -> dict[str, Any]:
-    """The checksum of a shard's features, under the name that the shard has for it."""
-    return {"crc32": zlib.crc32(content)} if is_first(index) else {"xxh3": checksum(content)}
 
 
 def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[Path]:
@@ -288,3 +276,79 @@ def digest(description: Any) -> str:
         description = {key: value for key, value in description.items() if key not in VOLATILE}
     content = json.dumps(description, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def shard_name(number: int) -> str:
+    """File of a shard."""
+    return f"features-{number:05d}.safetensors"
+
+
+def rows_of(index: Mapping[str, Any], number: int) -> slice:
+    """The images of a shard."""
+    per_shard = index["shard_images"]
+    return slice(number * per_shard, min((number + 1) * per_shard, len(index["images"])))
+
+
+def shard_content(
+    features: Float[Tensor, "images tokens d_vision"],
+    index: Mapping[str, Any],
+    number: int,
+    unreadable: Mapping[str, str],
+) -> bytes:
+    """A shard's file."""
+    content = _description(features, index, number, unreadable)
+    file: bytes = save({"features": features}, metadata={"dept_vl": json.dumps(content)})
+    return file
+
+
+def _description(
+    features: Float[Tensor, "images tokens d_vision"],
+    index: Mapping[str, Any],
+    number: int,
+    unreadable: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a shard says of itself: what made it, of which images by name, size and time, and its checksum."""
+    made_by, rows = index["fingerprint"], rows_of(index, number)
+    images = [index[part][rows] for part in ("images", "image_bytes")]
+    data = tensor_bytes(features)
+    if is_first(index):
+        made_by = {part: value for part, value in made_by.items() if part != "orientation"}
+        total: dict[str, Any] = {"crc32": zlib.crc32(data)}
+    else:
+        images.append(index["image_times"][rows])
+        total = {"xxh3": checksum(data)}
+    return {"fingerprint": made_by, "images": digest(images), **total, "unreadable": unreadable}
+
+
+def unreadable_of(folder: Path, index: Mapping[str, Any], number: int) -> dict[str, str] | None:
+    """Unreadable images of a stored shard that is whole and of these images; None without such a shard."""
+    path = folder / shard_name(number)
+    try:
+        features = read_shard(path)
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()["dept_vl"])
+        unreadable: dict[str, str] = check(content["unreadable"], dict[str, str])
+        expected = _description(features, index, number, unreadable)
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        return None
+    return unreadable if content == expected else None
+
+
+def check_shard(index: Mapping[str, Any], number: int, folder: Path) -> None:
+    """Raise DamagedFileError unless a shard is whole and of the images of the index."""
+    path, rows = folder / shard_name(number), rows_of(index, number)
+    expected, size = index["shard_bytes"][number], file_stats([path])[0][0]
+    if size != expected:
+        raise DamagedFileError(
+            f"{path} is damaged: expected {expected:,} bytes, found {size:,}; {EXTRACT} makes it again"
+        )
+    if was_compared(path):
+        return
+    names = set(index["images"][rows])
+    unreadable = {name: error for name, error in index["unreadable"].items() if name in names}
+    if unreadable_of(folder, index, number) != unreadable:
+        raise DamagedFileError(
+            f"{path} is damaged, or of other images: its checksum is not that of its content, or it is not "
+            f"what {INDEX_FILE} says; {EXTRACT} makes it again"
+        )
+    note_compared(path)

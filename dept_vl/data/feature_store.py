@@ -5,7 +5,7 @@
     features-00001.safetensors    of the next
 
 A shard is written whole or not at all and says itself what it holds, so that a stopped extraction can be
-resumed. The index has its own module, `feature_index`, as has a shard, `feature_shards`.
+resumed. What index and shards say is in `feature_index`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,19 +34,17 @@ from dept_vl.data.feature_index import (
     changed_images,
     check_encoder,
     check_first,
+    check_shard,
     file_stats,
     fingerprint,
     image_keys,
     is_first,
     read_index,
-    write_index,
-)
-from dept_vl.data.feature_shards import (
-    check_shard,
     rows_of,
     shard_content,
     shard_name,
     unreadable_of,
+    write_index,
 )
 from dept_vl.data.features import EXTRACT, FeatureTable, batches_of, encode_images
 from dept_vl.models.vision import VisionEncoder

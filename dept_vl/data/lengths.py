@@ -15,7 +15,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import counted
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder
+from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, writing_cache
 
 Lengths = np.ndarray[Any, np.dtype[np.int32]]
 LENGTH_SAMPLE = 2000
@@ -48,17 +48,14 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
     # A name of its own: several processes may count at a time, and the last one's file is as good.
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(lengths.tobytes())
-        seal(partial)
-        partial.replace(path)
-    except OSError as error:
+        with writing_cache(path.parent, f"the lengths of {task.name}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(lengths.tobytes())
+            seal(partial)
+            partial.replace(path)
+    finally:
         with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write the lengths of {task.name} to {path.parent} ({error}); make room there, or set "
-            "DEPT_VL_CACHE to another folder"
-        ) from error
+            partial.unlink()
     return lengths
 
 

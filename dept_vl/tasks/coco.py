@@ -57,13 +57,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class COCOCaptions(Task):
-    """One split; an example is an image with its five or more captions, each learnt in turn.
-
-    Attributes:
-        rows: As in `SCHEMA`.
-        image_folders: Folder of the images by its name in the file.
-        meteor: Score by METEOR too.
-    """
+    """One split; an example is an image with its five or more captions, each learnt in turn."""
 
     rows: Rows = NO_ROWS
     image_folders: Mapping[str, Path] = field(default_factory=dict)

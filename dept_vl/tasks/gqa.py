@@ -81,13 +81,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class GQA(Task):
-    """One split. Figures are the official ones: percent, but for `distribution`, lower is better.
+    """One split; metrics are the official ones, in percent but for `distribution`, where lower is better.
 
-    Attributes:
-        rows: As in `SCHEMA`.
-        image_folder: Folder of the images.
-        choices_file: Of validity and plausibility; None leaves them out.
-        question_case: How questions are read.
+    `rows` are as in `SCHEMA`; without a `choices_file` there is no validity and plausibility.
     """
 
     rows: Rows = NO_ROWS

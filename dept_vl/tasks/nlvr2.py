@@ -57,13 +57,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class NLVR2(Task):
-    """One split. An answer is one of two words, chosen by the first token in which they differ.
-
-    Attributes:
-        rows: As in `SCHEMA`.
-        image_folder: Folder of the images.
-        question_case: How questions are read.
-    """
+    """One split. An answer is one of two words, chosen by the first token in which they differ."""
 
     rows: Rows = NO_ROWS
     image_folder: Path = Path()

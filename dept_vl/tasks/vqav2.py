@@ -125,15 +125,8 @@ PUBLISHED = {
 class VQAv2(Task):
     """One split. Accuracy is the official one, 0 to 100, rounded to two decimals.
 
-    Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for
-    an answer given by 1, 2, 3, or 4 and more of the ten.
-
-    Attributes:
-        rows: As in `SCHEMA`.
-        image_folders: Folder of the images of each subtype.
-        normalisation: Of the accuracy.
-        answer_list: Answers that are learnt, as they are written; None learns all, normalised.
-        question_case: How questions are read.
+    Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for an answer
+    given by 1, 2, 3, or 4 and more of the ten; or answers of `answer_list`, as they are written.
     """
 
     rows: Rows = NO_ROWS
@@ -146,7 +139,7 @@ class VQAv2(Task):
     prefix = "vqa: "
     primary = "overall"
     marked_by = "VQA accuracy"
-    # With a floor of 9 on train and val nearly the 3,129 published answers, see `prepare.answer_list`.
+    # With a floor of 9 on train and val nearly the 3,129 published answers, see `prepare.commands`.
     has_usual_answers = True
     # Submissions are made on all of test2015, for test-dev too.
     server_split = "test"

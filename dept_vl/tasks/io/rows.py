@@ -167,10 +167,10 @@ def convert(
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write(partial, schema, records, sources[0])
-        with _writing(path.parent, sources[0]):
+        with writing_cache(path.parent, f"the columns of {sources[0].name}"):
             seal(partial)
         _check_unique(Rows.open([partial]).column(unique), unique, sources)
-        with _writing(path.parent, sources[0]):
+        with writing_cache(path.parent, f"the columns of {sources[0].name}"):
             partial.replace(path)
     finally:
         # Where even this fails there is an error under way that says why.
@@ -191,28 +191,29 @@ def _check_unique(ids: pa.ChunkedArray, name: str, sources: Sequence[Path]) -> N
 
 
 def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]], source: Path) -> None:
-    with _writing(path.parent, source):
+    with writing_cache(path.parent, f"the columns of {source.name}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = pa.OSFile(str(path), "wb")
         writer = pa.ipc.new_file(file, schema)
     with file:
-        # Read outside of `_writing`: a source that cannot be read is not a cache that cannot be written.
+        # Read outside of `writing_cache`: a source that cannot be read is not a cache that cannot be written.
         for batch in _batches(schema, records, source):
-            with _writing(path.parent, source):
+            with writing_cache(path.parent, f"the columns of {source.name}"):
                 writer.write_batch(batch)
-        with _writing(path.parent, source):
+        with writing_cache(path.parent, f"the columns of {source.name}"):
             writer.close()
             file.close()
 
 
 @contextmanager
-def _writing(folder: Path, source: Path) -> Iterator[None]:
+def writing_cache(folder: Path, what: str) -> Iterator[None]:
+    """Say what to do where the cache folder cannot be written."""
     try:
         yield
     except OSError as error:
         raise OSError(
-            f"cannot write the columns of {source.name} to {folder} ({error}); make room there, or set "
-            "DEPT_VL_CACHE to another folder"
+            f"cannot write {what} to {folder} ({error}); make room there, or set DEPT_VL_CACHE "
+            "to another folder"
         ) from error
 
 

@@ -13,13 +13,7 @@ UNANSWERED = ""
 
 @dataclass(frozen=True)
 class Submission:
-    """A file that the server's own check will pass.
-
-    Attributes:
-        path: The file.
-        answered: Questions that were answered.
-        filled: Questions of other phases, filled with an empty answer.
-    """
+    """A file that passes the server's check: questions answered, and those of other phases, left empty."""
 
     path: Path
     answered: int

@@ -30,13 +30,7 @@ FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg"
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table.
-
-    Attributes:
-        path: The file.
-        split: Of its rows by the name of the file or its folder; empty if that says none.
-        folder: Below which its images are named, unless the folder of the images is given.
-    """
+    """A table: the split that its name says, if any, and the folder that its images are usually below."""
 
     path: Path
     split: str

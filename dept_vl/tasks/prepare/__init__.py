@@ -3,4 +3,4 @@
 Used by `dept-vl data`; nothing here is needed to train.
 """
 
-__all__ = ["answer_list", "check", "commands", "copies", "easy_vqa", "hub", "parquet", "snippets", "staging"]
+__all__ = ["check", "commands", "copies", "easy_vqa", "hub", "parquet", "snippets", "staging"]

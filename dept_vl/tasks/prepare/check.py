@@ -17,12 +17,10 @@ from dept_vl.tasks.io.official_files import Published
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report.
+    """A line of the report: what was looked at, and what was found.
 
-    Attributes:
-        status: `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images,
-            `skipped` for what could not be looked at; of your own data also `note`, `empty`, `leak`, `lost`.
-        what: What was looked at, and what was found.
+    The status is `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images, `skipped`
+    for what could not be looked at; of your own data also `note`, `empty`, `leak` and `lost`.
     """
 
     status: str

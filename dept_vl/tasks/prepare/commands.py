@@ -6,15 +6,26 @@ from pathlib import Path
 
 from dept_vl._utils.io import write_json
 from dept_vl._utils.printable import printable, say
+from dept_vl.tasks.io.official_files import find
+from dept_vl.tasks.io.records import brief, field, read_list
+from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
 from dept_vl.tasks.prepare import snippets as snippets_task
-from dept_vl.tasks.prepare.answer_list import USUAL_FROM, usual_answers
 from dept_vl.tasks.prepare.check import Finding
 from dept_vl.tasks.prepare.check import check as check_task
 from dept_vl.tasks.scenes.official import write_concepts, write_tasks
-from dept_vl.tasks.vqav2 import ANSWER_LIST, PUBLISHED_LIST, read_answer_list
+from dept_vl.tasks.vqav2 import (
+    ANSWER_LIST,
+    ANSWERED,
+    PUBLISHED_LIST,
+    SOURCE,
+    annotation_names,
+    read_answer_list,
+)
 
+USUAL_FROM = 9
+"""Questions in train and val that an answer has to be the usual one of to be in the published list."""
 SHOWN = 20
 """Missing or broken files that are named on the screen, of each kind; --report names them all."""
 
@@ -117,6 +128,28 @@ def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None)
         f"{len(answers):,} answers in {output}: {len(published & set(answers)):,} of the {len(published):,} "
         f"published ones, {len(set(answers) - published):,} others"
     )
+
+
+def usual_answers(root: Path, floor: int = USUAL_FROM) -> list[str]:
+    """List the answers that are the usual one of at least `floor` questions of train and val, sorted.
+
+    The rule of the published list (Teney et al. 2018, as LXMERT has it): usual answers are those that the
+    annotation files name (`multiple_choice_answer`), brought to the form in which the scorer compares them.
+    Raise ValueError if none is usual that often.
+    """
+    counts: Counter[str] = Counter()
+    for subtype in ANSWERED:
+        path = find(root, annotation_names(subtype), "VQAv2", SOURCE)
+        for row in read_list(path, "annotations", SOURCE):
+            where = f"{path}, question {brief(row.get('question_id'))}"
+            counts[normalise_answer(field(row, "multiple_choice_answer", str, where))] += 1
+    chosen = sorted(answer for answer, count in counts.items() if count >= floor)
+    if not chosen:
+        raise ValueError(
+            f"no answer in {root} is the usual one of {floor} questions or more; the commonest is that of "
+            f"{max(counts.values(), default=0)}: lower --floor"
+        )
+    return chosen
 
 
 def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:

@@ -23,13 +23,7 @@ Part = tuple[str | None, str]
 
 @dataclass(frozen=True)
 class Source:
-    """A copy to read from.
-
-    Attributes:
-        place: Its folder, or its name on the Hub.
-        hub: The usual name on the Hub.
-        official: Where the official files are published.
-    """
+    """A copy in a folder or on the Hub (`place`); its usual name there, and where the original is."""
 
     place: str | Path
     hub: str

@@ -24,13 +24,7 @@ BATCH_ROWS = 1000
 
 @dataclass(frozen=True)
 class Source:
-    """A split's rows.
-
-    Attributes:
-        place: Where they are, for messages.
-        files: That hold them.
-        rows: One after the other, with these columns and perhaps more.
-    """
+    """A split's rows, with the columns asked for and perhaps more; where they are, and in which files."""
 
     place: str
     files: tuple[Path, ...]

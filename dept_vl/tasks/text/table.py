@@ -84,14 +84,7 @@ YELP = HELD_OUT | {"test": Part("test")}
 
 @dataclass(frozen=True)
 class Answered:
-    """A split with its predictions.
-
-    Attributes:
-        predictions: One for each example.
-        answers: All right answers of each.
-        groups: What each is scored together with.
-        classes: The words of the classes; empty where answers are free.
-    """
+    """Predictions, right answers and groups of examples; and the words of the classes, if there are any."""
 
     predictions: Sequence[str]
     answers: Sequence[Sequence[str]]
