@@ -81,7 +81,7 @@ class Index1:
 class Index(Index1):
     """The fields of `index.json`: sizes and times, in nanoseconds, of all images too."""
 
-    fingerprint: Fingerprint  # type: ignore[assignment]
+    fingerprint: Fingerprint
     image_times: list[int]
 
 

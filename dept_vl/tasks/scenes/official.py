@@ -7,13 +7,14 @@ something to learn. Figures on it say nothing about the real data sets.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare.staging import dump, staging_for, unanimous
 from dept_vl.tasks.scenes.questions import NUMBERS, QA, ask_code, ask_kept_out
@@ -175,7 +176,7 @@ def _gqa_record(question: str, answer: str, image_id: str) -> dict[str, Any]:
 def _nlvr2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
         rows = []
-        for place, (left, right) in enumerate(_pairs(splits[split], rng)):
+        for place, (left, right) in enumerate((drawn, rng.choice(splits[split])) for drawn in splits[split]):
             # Two sentences a pair; training images are stored in numbered folders.
             directory = f"{place % 3}/" if split == "train" else ""
             for side, drawn in enumerate((left, right)):
@@ -184,13 +185,8 @@ def _nlvr2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
                 text, truth = pair_statement(left.scene, right.scene, rng)
                 row = {"sentence": text, "label": str(truth), "identifier": f"{name}-{place}-0-{sentence}"}
                 rows.append(row | ({"directory": place % 3} if split == "train" else {}))
-        (folder / f"{name}.json").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
-
-
-def _pairs(scenes: list[Drawn], rng: Random) -> Iterator[tuple[Drawn, Drawn]]:
-    return ((drawn, rng.choice(scenes)) for drawn in scenes)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.json").write_text(lines, encoding="utf-8")
 
 
 def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
@@ -207,9 +203,7 @@ def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
                     "cocoid": drawn.number,
                     # Karpathy's training images are of train and restval.
                     "split": "restval" if split == "train" and place % 4 == 0 else split,
-                    "sentences": [
-                        {"raw": caption, "imgid": drawn.number} for caption in listings(drawn.scene)
-                    ],
+                    "sentences": [{"raw": raw, "imgid": drawn.number} for raw in listings(drawn.scene)],
                 }
             )
     dump(folder / "dataset_coco.json", {"images": images, "dataset": "coco"})
@@ -217,6 +211,7 @@ def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
 
 def _save(drawn: Drawn, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Full chroma: halved, it would bleed the colours of shapes this small.
-    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}
+    options: dict[str, Any] = (
+        {"quality": JPEG_QUALITY, "subsampling": FULL_CHROMA} if path.suffix == ".jpg" else {}
+    )
     render(drawn.scene).save(path, **options)

@@ -58,13 +58,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """What of a published split makes up one of ours.
-
-    Attributes:
-        split: The published one.
-        side: `drawn` at random, the `rest`, or all.
-        size: Examples drawn: a tenth of the split at most; 0 draws half.
-    """
+    """A part of a published split: all, `size` examples drawn (a tenth at most; 0: half), or the rest."""
 
     split: str
     side: Literal["all", "drawn", "rest"] = "all"
