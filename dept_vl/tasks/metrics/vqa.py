@@ -31,20 +31,8 @@ DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 ARTICLES = frozenset({"a", "an", "the"})
 
 # "none" is a number here, and nothing above ten is.
-NUMBER_WORDS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBER_WORDS = {"none": "0", **{word: str(number) for number, word in enumerate(NUMBERS)}}
 
 # Written `word=replacement`. The table is uneven and stays so: "somebody'd" loses its apostrophe,
 # "hes" is mapped but "shes" is not, and keys with a capital are never met in lower-cased text.
