@@ -1,51 +1,33 @@
 """The `dept-vl` command: reads flags, checks names and folders, and only then imports the engines."""
 
-import argparse
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
-from functools import partial, wraps
-from io import StringIO
+from functools import partial
 from pathlib import Path
-from re import findall, search, split
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import tyro
 
 from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
-from dept_vl._utils.options import Options
+from dept_vl._utils.flags import Command, FirstFlags, call, choose, flags_of, parse_options
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
-from dept_vl.config import (
-    RENAMED,
-    DemoConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    Own,
-    PredictConfig,
-    ReportConfig,
-    RunConfig,
-    ServeConfig,
-    read_config,
-    validate,
-)
+from dept_vl.config import RENAMED, EvaluateConfig, Own, RunConfig, read_config, validate
+from dept_vl.inference.options import DemoConfig, PredictConfig, ServeConfig
 from dept_vl.presets import PRESETS, with_preset
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.own.options import OwnOptions, is_data_set
+from dept_vl.training.options import ExtractConfig, ReportConfig
 
 ABOUT = "Adapt a vision-language model with a decomposed prompt, evaluate it and use it."
-Command = Callable[[list[str]], object]
-"""Takes the command line; returns the exit status, or something else for 0."""
-T = TypeVar("T")
 NO_OWN = OwnOptions()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dept-vl`; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return exit_status(partial(_choose, COMMANDS, "dept-vl", ABOUT), arguments)
+    return exit_status(partial(choose, COMMANDS, "dept-vl", ABOUT), arguments)
 
 
 def entry(command: Command) -> NoReturn:
@@ -272,7 +254,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         argv: Without the program's name; None reads the command line.
     """
     argv = _current_flags(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = FirstFlags(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     parser.add_argument("--preset")
     parser.add_argument("--resume")
@@ -290,7 +272,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         return config if known.resume is None else replace(config, resume=known.resume)
 
     def flags(base: RunConfig) -> RunConfig:
-        return _flags(
+        return flags_of(
             RunConfig,
             rest,
             default=base,
@@ -341,11 +323,11 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
     Raises:
         ValueError: If an option is out of range.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = FirstFlags(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
     of_run = RunConfig() if known.config is None else read_config(known.config)
-    config: ExtractConfig = _flags(
+    config: ExtractConfig = flags_of(
         ExtractConfig,
         rest,
         prog="dept-vl features",
@@ -355,94 +337,6 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
     )
     validate(config)
     return config
-
-
-AnyOptions = TypeVar("AnyOptions", bound=Options)
-
-
-def parse_options(
-    kind: type[AnyOptions], arguments: Sequence[str], program: str, description: str | None
-) -> AnyOptions:
-    """Read flags into a dataclass, and check types and ranges.
-
-    Raises:
-        UsageError: If a flag is unknown, a value is out of range, or one is missing.
-    """
-    options = _flags(kind, arguments, prog=program, description=description)
-    validate(options)
-    return options
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def _flags(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
-    """Let tyro read flags; its box of errors becomes one line."""
-    printed = StringIO()
-    try:
-        with redirect_stderr(printed):
-            values: T = tyro.cli(kind, args=arguments, use_underscores=True, **options)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(printed.getvalue())) from None
-    return values
-
-
-def _one_line(box: str) -> str:
-    """Return what tyro says in a box, of ASCII where the terminal has no lines: the first part and names."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line[:1] not in ("╭", "╰")]
-    parts = [" ".join(part.split()) for part in split("[─-]{8,}", "\n".join(lines))]
-    if "╭" not in box:
-        parts = parts[1:]  # the title
-    text, names = (parts or [box])[0] or "bad command line", []
-    for part in parts[1:]:
-        if part.startswith("Perhaps you meant"):
-            names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", part)))[:3]
-    choice = search(r"invalid choice '(.*?)' .*\((.*)\)", text)
-    if choice:
-        names = get_close_matches(choice[1], findall(r"'(.*?)'", choice[2]))
-    return text.rstrip(".") + (f"; closest: {', '.join(names)}" if names else "")
-
-
-def _choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:
-    """Run the command that the first argument names; without one, or for --help, list them."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [
-            f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
-        ]
-        say(f"usage: {program} COMMAND [OPTIONS]", "", *about.split("\n"), "", *lines, "")
-        say(f"{program} COMMAND --help lists the options of a command.")
-        if arguments:
-            return 0
-        raise UsageError(f"a command is missing; there are: {', '.join(commands)}")
-    name = arguments[0]
-    if name not in commands:
-        raise UnknownNameError("command", name, commands)
-    return commands[name](arguments[1:])
-
-
-def call(
-    functions: Mapping[str, Callable[..., Any]], program: str, about: str | None, arguments: list[str]
-) -> object:
-    """Call the function that the first argument names, with its arguments from flags."""
-
-    def command(name: str, function: Callable[..., Any]) -> Command:
-        @wraps(function)
-        def deferred(*values: Any, **named: Any) -> Callable[[], object]:
-            return partial(function, *values, **named)
-
-        @wraps(function)
-        def run(rest: list[str]) -> object:
-            call: Any = _flags(deferred, rest, prog=f"{program} {name}")
-            return call()
-
-        return run
-
-    commands = {name: command(name, function) for name, function in functions.items()}
-    return _choose(commands, program, about or "", arguments)
 
 
 # Checks that need no engine

@@ -17,7 +17,7 @@ from statistics import median
 
 from dept_vl._utils.options import Count, Options, Positive
 from dept_vl.cli import entry, parse_options
-from dept_vl.config import Precision
+from dept_vl.tasks.options import Precision
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from pathlib import Path
 from random import Random
 from typing import Literal, TextIO
 
+import psutil
+
 from dept_vl._utils.options import Count, Options, Positive
 from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
@@ -36,7 +38,7 @@ OWN = {"lines": "rows.jsonl", "list": "rows.json", "nested": "answers.json"}
 """Your own data: JSON Lines, a list in one line, and such a list with ten answers as objects in each row."""
 BATCH, BATCHES = 32, 1000
 """Text pairs in a batch, and batches looked at for padding."""
-WORDS = (
+WORDS = [
     "man",
     "dog",
     "street",
@@ -49,7 +51,7 @@ WORDS = (
     "sign",
     "old",
     "train",
-)
+]
 STARTS = ("what color is the", "is there a", "how many", "what is the", "where is the", "are these")
 
 
@@ -228,11 +230,7 @@ def _measured(started: tuple[float, float], task: Task) -> Load:
     # Linux says kibibytes, macOS bytes.
     unit = 1024 if sys.platform != "darwin" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    status = Path("/proc/self/status")
-    resident = peak
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-        resident = int(line.split()[1]) / 2**20
+    resident = psutil.Process().memory_info().rss / 2**30
     return Load(round(seconds, 2), round(processor, 2), round(resident, 2), round(peak, 2), len(task))
 
 

@@ -104,12 +104,7 @@ def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
             config.data, data_dir=folder / "data" / "vqav2", holdout_images=5, dev_limit=20, test_limit=20
         )
         train = replace(
-            config.train,
-            max_steps=16,
-            per_device_batch_size=4,
-            eval_every=8,
-            checkpoint_every=2,
-            log_every=4,
+            config.train, max_steps=16, per_device_batch_size=4, eval_every=8, checkpoint_every=2, log_every=4
         )
         return replace(config, data=data, train=train)
     if not config.data.data_dir.exists():
@@ -122,9 +117,7 @@ def _start(config: Path, run: Path) -> subprocess.Popen[bytes]:
     run.parent.mkdir(exist_ok=True)
     with run.with_suffix(".txt").open("ab") as output:
         return subprocess.Popen(
-            [*command, "--output_dir", str(run), "--resume", "auto"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            [*command, "--output_dir", str(run), "--resume", "auto"], stdout=output, stderr=subprocess.STDOUT
         )
 
 

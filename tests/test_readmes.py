@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dept_vl import cli
+from dept_vl._utils import flags
 from dept_vl.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def test_command_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return
     if words[0] == "-m":
         return
-    read = cli._flags
+    read = flags.flags_of
 
     def only_read(*arguments: Any, **options: Any) -> Any:
         read(*arguments, **options)
@@ -95,7 +96,8 @@ def test_command_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return original(path, base) if path.is_file() else base or RunConfig()
 
     original = cli.read_config
-    monkeypatch.setattr(cli, "_flags", only_read)
+    for module in (cli, flags):
+        monkeypatch.setattr(module, "flags_of", only_read)
     monkeypatch.setattr(cli, "read_config", config_or_default)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", words)

@@ -7,6 +7,7 @@ __all__ = [
     "checksums",
     "embedded",
     "errors",
+    "flags",
     "images",
     "io",
     "options",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dept_vl._utils.tensors import check_parameters
 from dept_vl.adapters.schema import BEFORE_VISION, read_configuration
-from dept_vl.config import PositiveSize
+from dept_vl.prompts.options import PositiveSize
 
 TENSORS_FILE = "adapter_model.bin"
 CONFIG_FILE = "adapter_config.json"

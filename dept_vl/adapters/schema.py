@@ -10,10 +10,10 @@ from pydantic import Field
 
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
-from dept_vl.config import PositiveSize, Size
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
 from dept_vl.prompts.base import LARGEST_SIZE, Method, Shapes, sized
+from dept_vl.prompts.options import PositiveSize, Size
 from dept_vl.tasks.base import QuestionCase
 
 FORMAT_VERSION = 2

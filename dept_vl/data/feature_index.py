@@ -28,10 +28,10 @@ from dept_vl._utils.images import is_turned
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
-from dept_vl.config import Precision
 from dept_vl.data.features import EXTRACT, read_shard
 from dept_vl.models.options import ImageFit
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.options import Precision
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 2

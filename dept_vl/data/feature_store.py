@@ -27,7 +27,6 @@ from dept_vl._utils.io import write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import Precision
 from dept_vl.data.feature_index import (
     FORMAT_VERSION,
     INDEX_FILE,
@@ -48,6 +47,7 @@ from dept_vl.data.feature_index import (
 )
 from dept_vl.data.features import EXTRACT, FeatureTable, batches_of, encode_images
 from dept_vl.models.vision import VisionEncoder
+from dept_vl.tasks.options import Precision
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LOCK_SECONDS = 10.0

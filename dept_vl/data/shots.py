@@ -15,8 +15,9 @@ from random import Random
 
 from dept_vl._utils.io import read_object, write_noted_json
 from dept_vl._utils.options import check
-from dept_vl.config import DataOptions, ShotsPer
+from dept_vl.config import DataOptions
 from dept_vl.tasks.base import Task
+from dept_vl.tasks.options import ShotsPer
 
 YES_NO = 2
 """Different answers of a split that is all yes and no."""

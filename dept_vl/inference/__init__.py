@@ -17,6 +17,7 @@ __all__ = [
     "lmms",
     "loading",
     "mixed",
+    "options",
     "predict",
     "predictor",
     "replica",

@@ -34,7 +34,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
 from dept_vl._utils.terminal import Count, duration
 from dept_vl.adapters.fingerprint import describe_backbone
-from dept_vl.config import OWN_TASK, DataOptions, PredictConfig
+from dept_vl.config import OWN_TASK, DataOptions
 from dept_vl.data import workers
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.content import rows_content, sizes_content
@@ -42,6 +42,7 @@ from dept_vl.data.feature_source import mapped_features
 from dept_vl.data.lengths import check_source_lengths
 from dept_vl.data.splits import check_images, load_split
 from dept_vl.inference.evaluate import decode
+from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predictor import Predictor
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.own.task import CAPTIONS
@@ -55,14 +56,6 @@ Answers = list[tuple[int, str | None]]
 
 def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> Path:
     """Answer the rows of a table that have no answer yet; the file is there when all have one.
-
-    Args:
-        predictor: The same on every process.
-        config: Which table, and where answers go.
-        accelerator: Of these processes.
-
-    Returns:
-        The file.
 
     Raises:
         FileExistsError: If the file is there already.

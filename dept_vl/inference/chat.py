@@ -156,12 +156,7 @@ def error_body(refused: Refused) -> dict[str, Any]:
 
 
 def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
-    """An answer.
-
-    Args:
-        model: Name of the adapter.
-        reply: Text, tokens and notes, of `replica.Replica.predict`.
-    """
+    """An answer."""
     body = _head("chat.completion", model) | {
         "choices": [
             {
@@ -184,10 +179,7 @@ def chunks(model: str, reply: dict[str, Any], *, usage: bool) -> list[dict[str, 
     def chunk(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
         return head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
 
-    parts = [
-        chunk({"role": "assistant", "content": reply["text"]}, None),
-        chunk({}, reply["finish_reason"]),
-    ]
+    parts = [chunk({"role": "assistant", "content": reply["text"]}, None), chunk({}, reply["finish_reason"])]
     return [*parts, head | {"choices": [], "usage": _usage(reply)}] if usage else parts
 
 
@@ -202,11 +194,6 @@ def _usage(reply: dict[str, Any]) -> dict[str, int]:
 
 async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
     """The content of an image file that a request names.
-
-    Args:
-        url: A data URL, or an address.
-        allow_urls: Whether addresses are fetched.
-        param: Where the request names it.
 
     Raises:
         Refused: If it is no such URL, or what it names cannot be had.
@@ -235,9 +222,8 @@ async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> by
 
     The name is looked up once, and that address is the one connected to; redirections are not followed.
 
-    Args:
-        url: Of http or https, at the usual port.
-        allowed: Whether an IP address may be connected to; None takes `is_public`.
+    The address is of http or https, at the usual port. `allowed` says of an IP address whether it may be
+    connected to, in place of `is_public`.
 
     Raises:
         ValueError: If it is no such address, or nothing of a usable size is there.

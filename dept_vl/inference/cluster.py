@@ -1,6 +1,6 @@
 """The server on a cluster: the same addresses, limits and model as a deployment of Ray Serve.
 
-from dept_vl.config import ServeConfig
+from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.cluster import deployment
 app = deployment(ServeConfig(("runs/vqa", "runs/gqa")), num_replicas=8, ray_actor_options={"num_gpus": 1})
 """
@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.hub import names_of
-from dept_vl.config import ServeConfig
 from dept_vl.inference.endpoints import ChatSpec, Metrics
+from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import Question
 from dept_vl.inference.server import find_token, guard, replica_of
 

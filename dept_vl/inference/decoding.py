@@ -73,9 +73,7 @@ def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str
 class Trie:
     """The tokens that may follow those decoded so far; `generate`'s `prefix_allowed_tokens_fn`.
 
-    Args:
-        tokenizer: Of the language model.
-        candidates: The answers, tokenised as training targets are.
+    Candidates are tokenised as training targets are.
 
     Attributes:
         depth: Tokens of the longest candidate.

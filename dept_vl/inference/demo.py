@@ -22,9 +22,9 @@ from dept_vl._utils.images import FORMATS, ImageSource, read_image
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import markdown_text, printable, say
 from dept_vl.adapters.hub import names_of
-from dept_vl.config import DemoConfig
 from dept_vl.inference.gate import MOST_UPLOADED, PageGate, is_loopback, upload_at
 from dept_vl.inference.mixed import ManyAdapters, load_many
+from dept_vl.inference.options import DemoConfig
 from dept_vl.inference.predictor import Predictor
 
 BASE = "no adapter (the backbone alone)"
@@ -77,12 +77,8 @@ def respond(
     Whatever is no image that was uploaded gets one and the same answer, so that nothing is to be learnt
     of this machine's files.
 
-    Args:
-        many: The adapters.
-        name: Of the one that is picked.
-        uploads: What a request says of each uploaded file, `path` and `orig_name`; None for none.
-        question: As typed.
-        folder: Where uploads are; nothing else is read.
+    An upload is what a request says of a file, its `path` and `orig_name`, and None where there is none.
+    Nothing outside the folder of uploads is read.
     """
     adapter = None if name == BASE else name
     started = monotonic()
@@ -156,10 +152,6 @@ def answer_in_time(
 
 def build(many: ManyAdapters, folder: Path) -> Any:
     """The page, a `gradio.Blocks`.
-
-    Args:
-        many: The adapters.
-        folder: Where uploads are.
 
     Raises:
         ImportError: If Gradio is not installed.

@@ -23,7 +23,6 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import adapter_folder
-from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
 from dept_vl.inference.gate import (
     MOST_STORED,
@@ -38,6 +37,7 @@ from dept_vl.inference.gate import (
     read_body,
     send_json,
 )
+from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import BASE, IDLE, Question
 
 KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapters(/.+)?)")
@@ -87,14 +87,7 @@ class Model:
 
 
 class ServerGate(Gate):
-    """The server's gate, which asks for the token as OpenAI's clients bear it.
-
-    Args:
-        app: See `Gate`.
-        config: Of the server.
-        token: That requests bear.
-        metrics: Counts rejected requests.
-    """
+    """The server's gate, which asks for the token as OpenAI's clients bear it."""
 
     when_busy = 429
 
@@ -149,13 +142,7 @@ class ServerGate(Gate):
 
 
 class ChatSpec(LitSpec):  # type: ignore[misc]
-    """The addresses of the server, on the queue of LitServe.
-
-    Args:
-        config: Of the server.
-        sources: Adapters by name.
-        metrics: Of the server.
-    """
+    """The addresses of the server, on the queue of LitServe."""
 
     def __init__(self, config: ServeConfig, sources: dict[str, str], metrics: Metrics) -> None:
         super().__init__()

@@ -54,12 +54,8 @@ def decode(
 ) -> list[str]:
     """The answer to each example of a batch.
 
-    Args:
-        model: In evaluation mode.
-        batch: On its device.
-        options: Of `decoding.generation_options`.
-        spelled: Of `decoding.spellings`.
-        generate: Answers a batch; None is the model's own.
+    `options` and `spelled` come from `decoding.generation_options` and `decoding.spellings`; `generate`
+    answers the batch in place of the model.
     """
     inputs: dict[str, Any] = batch.inputs()
     tokenizer = model.backbone.tokenizer
@@ -92,15 +88,8 @@ def evaluate(
 ) -> Evaluation:
     """Decode a split, each process its share without padding it, and score the whole.
 
-    Args:
-        model: The unwrapped model (its `generate` needs no gradient synchronisation).
-        task: The split.
-        collator: Without targets.
-        accelerator: Of the run.
-        batch_size: Examples decoded at a time by one process.
-        decoding: How answers are decoded; None as the task says.
-        num_workers: Processes that load images.
-        generate: Answers a batch; None is the model's own.
+    The model is the unwrapped one, whose `generate` synchronises no gradients, and the collator makes no
+    targets. `batch_size` is of one process; `decoding` and `generate` replace the task's and the model's own.
     """
     was_training = model.training
     model.eval()

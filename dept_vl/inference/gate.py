@@ -49,11 +49,7 @@ KEPT_OF_QUESTION = ("data", "fn_index", "trigger_id", "session_hash")
 class Refused(Exception):
     """A request that is not handed on.
 
-    Args:
-        status: Of the response.
-        text: What is wrong, for whoever asked.
-        code: The same in a word, for programs.
-        param: The part of the request that is wrong.
+    `code` says in a word what is wrong, for programs, and `param` names the part of the request.
     """
 
     def __init__(self, status: int, text: str, *, code: str | None = None, param: str | None = None) -> None:
@@ -64,23 +60,14 @@ class Refused(Exception):
 class Gate(ABC):
     """A gate, as a middleware of ASGI; what it lets through is up to its kind.
 
-    Args:
-        app: What is behind it.
-        password: That requests have to know; None for none.
-        most_open: Requests at a time.
-        longest: Seconds for all of a request and its response.
+    `most_open` requests are let through at a time; each has `longest` seconds with its response.
     """
 
     when_busy = 503
     """Status for requests beyond `most_open`."""
 
     def __init__(
-        self,
-        app: App,
-        *,
-        password: str | None,
-        most_open: int = MOST_OPEN,
-        longest: float = LONGEST_REQUEST,
+        self, app: App, *, password: str | None, most_open: int = MOST_OPEN, longest: float = LONGEST_REQUEST
     ) -> None:
         self.app, self.password = app, password
         self.most_open, self.longest = most_open, longest
@@ -143,13 +130,7 @@ class Gate(ABC):
 
 
 class PageGate(Gate):
-    """The page's gate, which asks for the password by HTTP Basic, with any user name.
-
-    Args:
-        app: See `Gate`.
-        folder: Where uploads are.
-        password: See `Gate`.
-    """
+    """The page's gate, which asks for the password by HTTP Basic, with any user name."""
 
     def __init__(self, app: App, *, folder: Path, password: str | None) -> None:
         super().__init__(app, password=password)
@@ -228,12 +209,7 @@ def is_loopback(host: str) -> bool:
 
 
 def upload_at(path: str, folder: Path) -> Path | None:
-    """The file at a path, if it is really inside the folder of uploads; None for whatever else.
-
-    Args:
-        path: From a request.
-        folder: Of the uploads.
-    """
+    """The file at a path, if it is really inside the folder of uploads; None for whatever else."""
     try:
         found = Path(path).resolve(strict=True)
         inside = Path(path).is_absolute() and found.is_relative_to(folder.resolve()) and found.is_file()

@@ -79,10 +79,8 @@ class Recorded:
 class GraphedAnswers:
     """`PromptedModel.generate` that replays graphs where it can, and falls back to itself where not.
 
-    Args:
-        model: Its trained parameters may change between calls.
-        rows: Batch size that is recorded; other batches may be the only ones of their shape.
-        report: Called with one line where nothing is recorded, once.
+    Batches of `rows` questions are recorded; others may be the only ones of their shape. Trained parameters
+    may change between calls. `report` is called once with each reason why nothing is recorded.
     """
 
     def __init__(self, model: PromptedModel, rows: int, report: Any) -> None:

@@ -138,10 +138,8 @@ class ManyAdapters:
         if backbone.visual_projection is not None:
             rows_of = {name: (rows == self._places[name]).nonzero().squeeze(1) for name in predictors}
             parts: dict[nn.Module | None, list[torch.Tensor]] = {}
-            for (
-                name,
-                predictor,
-            ) in predictors.items():  # adapters without one of their own share the backbone's
+            # Adapters without a projection share the backbone's.
+            for name, predictor in predictors.items():
                 parts.setdefault(predictor.model.backbone.visual_projection, []).append(rows_of[name])
             projections = [(part, torch.cat(of_part).sort().values) for part, of_part in parts.items()]
             backbone = backbone.with_projection(RowProjections(projections))

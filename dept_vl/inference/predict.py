@@ -6,9 +6,9 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
-from dept_vl.config import PredictConfig
 from dept_vl.inference.bulk import answer_table
 from dept_vl.inference.loading import load
+from dept_vl.inference.options import PredictConfig
 
 
 def predict(config: PredictConfig) -> list[str]:

@@ -164,9 +164,6 @@ class Reply:
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     """Lists of one length, a single item repeated; and whether all were single.
 
-    Args:
-        **parts: Items, and whether they stand for themselves or are a list of one.
-
     Raises:
         ValueError: If there is none of something, or the lengths differ; with all of them.
     """
@@ -190,11 +187,7 @@ def answer_all(
     Questions that are decoded alike, about as many images each, go through the model together, whoever is
     asked.
 
-    Args:
-        asks: On one backbone.
-        model_of: The model for the rows of a batch.
-        batch_size: Questions of a batch.
-        max_time: Seconds of decoding after which the answers of a batch are cut; None for no limit.
+    Decoding of a batch is cut after `max_time` seconds.
     """
     backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
@@ -237,7 +230,16 @@ def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence
     table, names = encode_images(backbone, [ask.images for ask in asks])
 
     def batch_of(places: Sequence[int]) -> Batch:
-        rows = [_collate(asks[n].predictor, Example(n, sources[n], names[n], ()), table) for n in places]
+        rows = []
+        for n in places:
+            predictor = asks[n].predictor
+            collate = Collator.for_model(
+                predictor.model,
+                predictor.decoding.max_new_tokens,
+                max_source_length=predictor.max_source_length,  # a text is cut as its adapter wants it
+                images=table,
+            )
+            rows.append(collate([Draw(Example(n, sources[n], names[n], ()))]))
         return _joined(rows, backbone.tokenizer.pad_token_id)
 
     return batch_of
@@ -283,10 +285,6 @@ def encode_images(
 
     An image that comes again, or is the same file, is read and encoded once.
 
-    Args:
-        backbone: With a vision tower, if there are images.
-        groups: Images of each question.
-
     Raises:
         FileNotFoundError: If there is no such image.
         ValueError: If one cannot be read; of several the message has its number.
@@ -323,17 +321,6 @@ def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int,
         return image
     with _numbered(number, count):
         return load_pixels(vision, image)
-
-
-def _collate(predictor: Predictor, example: Example, table: FeatureTable | None) -> Batch:
-    """A batch of one, its text cut as its adapter wants it."""
-    collate = Collator.for_model(
-        predictor.model,
-        predictor.decoding.max_new_tokens,
-        max_source_length=predictor.max_source_length,
-        images=table,
-    )
-    return collate([Draw(example)])
 
 
 def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:

@@ -53,8 +53,7 @@ class Question:
 def end_with_parent(after: float = 0.0) -> None:
     """End this process when the one that has started it is gone, also where that was killed.
 
-    Args:
-        after: Seconds until then, for others to end before.
+    Waits for so many seconds first, for others to end before.
     """
     parent = multiprocessing.parent_process()
 
@@ -100,12 +99,7 @@ class Batches(BatchedLoop):  # type: ignore[misc]
 class Replica(LitAPI):  # type: ignore[misc]
     """One backbone with all adapters.
 
-    Args:
-        first: Folder or name of the adapter that knows the backbone.
-        backbone: See `loading.find_backbone`; None takes that of the first adapter.
-        max_batch_size: Questions answered together.
-        max_wait: Seconds that a question waits for others.
-        spec: How the server talks.
+    `first` is the adapter that knows the backbone; `max_wait` is in seconds.
     """
 
     def __init__(

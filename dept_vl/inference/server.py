@@ -28,10 +28,10 @@ from starlette.responses import JSONResponse, Response
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import names_of
-from dept_vl.config import ServeConfig
 from dept_vl.inference.chat import error_body
 from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate
 from dept_vl.inference.gate import Refused, is_loopback
+from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import END, Replica, end_with_parent
 
 TOKEN_VARIABLE = "DEPT_VL_TOKEN"

@@ -5,4 +5,4 @@ has the built-in ones, `reparameterized` computes P from other parameters, and `
 vectors.
 """
 
-__all__ = ["base", "dept", "initialise", "methods", "reparameterized"]
+__all__ = ["base", "dept", "initialise", "methods", "options", "reparameterized"]

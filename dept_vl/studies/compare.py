@@ -83,12 +83,7 @@ def compare(config: CompareConfig) -> list[Row]:
 
 
 class _Comparison:
-    """The comparison at one length.
-
-    Args:
-        config: Of the whole.
-        steps: Of every run.
-    """
+    """The comparison at one length."""
 
     def __init__(self, config: CompareConfig, steps: int) -> None:
         self.config, self.steps = config, steps
@@ -121,7 +116,10 @@ class _Comparison:
             for task, name in others:  # what another process had, is there when that has done
                 self.seeded_run(task, name, seed, wait=True)
             try:
-                costs = self._costs(wait=count == len(config.seeds))
+                costs = {
+                    task: step_costs(config, task, base, self._methods(task), wait=count == len(config.seeds))
+                    for task, base in self.bases.items()
+                }
             except InUseError:  # who measures writes the tables of this seed
                 continue
             seeds = config.seeds[:count]
@@ -140,15 +138,7 @@ class _Comparison:
                 report(settings, usual, rows, self.folder, list(dict.fromkeys(self.left_out.values())))
         return rows
 
-    def _costs(self, *, wait: bool) -> dict[str, dict[str, StepCost]]:
-        """Of a step, by task and method."""
-        return {
-            task: step_costs(self.config, task, base, self.names(task), wait=wait)
-            for task, base in self.bases.items()
-        }
-
-    def names(self, task: str) -> list[str]:
-        """The methods on a task."""
+    def _methods(self, task: str) -> list[str]:
         return [name for of_task, name in self.pairs if of_task == task]
 
     def _try(self, task: str, name: str, seed: int) -> bool:

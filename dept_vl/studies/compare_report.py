@@ -65,12 +65,8 @@ def report(
 ) -> None:
     """Write and print the tables.
 
-    Args:
-        settings: What was compared.
-        usual: The commonest answer of each task and its score.
-        rows: Every method on every task.
-        folder: For `comparison.json` and `.md`, and where matplotlib is installed `.png` and `curves.png`.
-        notes: Why methods are left out.
+    Writes `comparison.json` and `.md` and, where matplotlib is installed, `comparison.png` and `curves.png`.
+    `usual` is the commonest answer of each task with its score. `notes` say why methods are left out.
     """
     relative = (against(name, rows) for name in RIVALS)
     parts = [
@@ -178,11 +174,9 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
 
 
 def over_lengths(folder: Path, like: int) -> str:
-    """Write and return the means of all lengths of a comparison, of tasks and methods that each of them has.
+    """Write and return the means of all lengths, of the tasks and methods that each of them has.
 
-    Args:
-        folder: With `N-steps/comparison.json`.
-        like: Steps of a length; those of other data or models are left out, which is printed.
+    A comparison of other data or models than that of `like` steps is left out, which is printed.
     """
     written = {
         int(path.parent.name.removesuffix("-steps")): read_json(path)

@@ -1,20 +1,23 @@
-"""A search of the learning rates and of the split of the budget, by successive halving.
+"""A search of the learning rates and of the split of the budget, with Optuna's sampler and pruner.
 
     OUTPUT/study.db          Optuna's study: what was tried, and what came of it
-    OUTPUT/trial-007/        a run; one that is promoted goes on from its checkpoint
+    OUTPUT/trial-007/        a run, which is paused at each comparison and resumes from its checkpoint
     OUTPUT/tuning.json, .md  what was tried
 
-All trials train for a quarter of the steps; the best third goes on to a half, and of these the better half
-to the end. Twenty trials so cost 8 whole runs, as much as the grid that the authors of DePT published
-(`GRID`). Optuna proposes, from what the first quarters scored, and the first trial is the configuration
-as it is. The dev split decides; the best trial is scored on the test split, as any run.
+Train one trial after another for an eighth of the steps, and let asynchronous successive halving (Li et al.
+2020) decide: a trial whose dev score is among the best third so far continues to three eighths, and one of
+the best third of these to the end. Twenty trials so cost about 7 whole runs; the grid that the authors of
+DePT published (`GRID`) costs 8. The first trial is the configuration as it is, and always trained to the end.
+Score the best trial on the test split, as any run.
 """
 
-from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -24,7 +27,7 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CONFIG_FILE
 from dept_vl._utils.tables import markdown_table
-from dept_vl.config import RunConfig, current_options, differences, to_json, validate
+from dept_vl.config import RunConfig, differences, to_json, validate
 from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import TASKS
 from dept_vl.training.folder import existing
@@ -39,34 +42,17 @@ STUDY_FILE = "study.db"
 STUDY = "dept_vl"
 GRID = tuple(product((0.3, 0.4), (1e-4, 5e-4, 1e-3, 5e-3)))
 """`prompt_lr` and `offset_lr` that won one of the authors' 17 released runs: the published grid."""
-QUARTERS = (1, 2, 4)
-"""Quarters of the steps, after which trials are compared; the last is the end."""
-GO_ON = (3, 2)
-"""One trial in so many goes on, after the first comparison and after the second."""
+FIRST, KEPT = 8, 3
+"""Trials are first compared after an eighth of the steps; one in three continues, three times as far."""
 RANGES = {
     "prompt_lr": (0.02, 1.0),
     "offset_lr": (1e-4, 0.05),
     "projection_lr": (1e-4, 1e-2),
     "backbone_lr": (1e-5, 1e-2),
 }
-"""Searched on a logarithmic scale; wider where the configuration's own rate lies outside."""
+"""Searched on a logarithmic scale; wider where the configuration's own rate is outside."""
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Of the budget, spent on the vectors of the prompt; the rest on its rank."""
-
-
-@dataclass
-class Trial:
-    """What was tried.
-
-    Attributes:
-        number: From 0.
-        values: Rates, and the prompt's length where it is searched.
-        scores: Best dev figure so far, by steps.
-    """
-
-    number: int
-    values: dict[str, Any]
-    scores: dict[int, float]
 
 
 def launch(config: RunConfig) -> RunResult:
@@ -78,75 +64,60 @@ def tune(config: RunConfig) -> RunResult:
     """Search, and return the best trial's run.
 
     Raises:
-        FileExistsError: If the folder holds a study, finished or not, that is not to go on.
-        FileNotFoundError: If there is no study to go on with.
+        FileExistsError: If the folder holds a study, finished or not, and resuming was not asked for.
+        FileNotFoundError: If there is no study to resume.
         ImportError: If Optuna is not installed.
         ValueError: If a study was begun with other options or data, or there is nothing to search.
     """
     validate(config)
     if config.train.num_epochs:
         raise UsageError("a search compares runs of so many steps: give --max_steps, and --num_epochs 0")
-    search = _space(config)
-    if not search:
+    if not search_space(config):
         raise ValueError("there is nothing to search: neither a prompt nor anything else is trained")
     processes = PartialState(cpu=not torch.accelerator.is_available())
     folder = _folder(config)
-    opened: list[_Study] = []
+    opened: list[Any] = []
     forget_contents()
-    on_main(processes, lambda: opened.append(_open(config, folder, search, processes.num_processes)))
-    study = opened[0] if opened else None
-    steps = rungs(config.train.max_steps)
-    trials: list[Trial] = []
-    while len(trials) < config.tune:
-        trial = Trial(*on_main(processes, lambda: _main(study).propose(len(trials))))
-        trials.append(trial)
-        stopped = _train(config, folder, trial, steps[0], study, processes)
-        if stopped is not None:
-            return stopped
-    alive = trials
-    for (done, step), kept in zip(pairwise(steps), GO_ON, strict=False):
-        ranked = sorted(alive, key=lambda trial: trial.scores[done], reverse=True)
-        alive = ranked[: max(1, len(ranked) // kept)]
-        for trial in alive:
-            stopped = _train(config, folder, trial, step, study, processes)
-            if stopped is not None:
-                return stopped
-    best = max(alive, key=lambda trial: trial.scores[steps[-1]])
-    on_main(processes, lambda: _report(config, folder, trials, best))
-    return run(trial_config(config, folder, best))
+    on_main(processes, lambda: opened.append(_open(config, folder, processes.num_processes)))
+    study = opened[0] if opened else None  # the main process alone has it
+    for number in range(config.tune):
+        values, steps = on_main(processes, partial(_propose, study, config, number))
+        trial = trial_config(config, folder, number, values)
+        for step in steps:
+            pause = 0 if step == config.train.max_steps else step
+            result = run(replace(trial, train=replace(trial.train, pause_at=pause)), more_to_come=True)
+            if result.exit_status:
+                if processes.is_main_process:
+                    say(f"stopped; --resume {folder} continues the search")
+                return result
+            if on_main(processes, partial(_ends, study, config, number, step, result.output_dir)):
+                break
+    number, values = on_main(processes, lambda: _report(study, config, folder))
+    return run(trial_config(config, folder, number, values))
 
 
 def rungs(max_steps: int) -> list[int]:
     """Steps after which trials are compared; the last is the end."""
-    return sorted({max(1, max_steps * quarters // QUARTERS[-1]) for quarters in QUARTERS})
+    first = -(-max_steps // FIRST)
+    return sorted({first, min(KEPT * first, max_steps), max_steps})
 
 
-def cost(trials: int, max_steps: int) -> int:
-    """Steps of a whole search."""
-    steps = rungs(max_steps)
-    alive, total = trials, trials * steps[0]
-    for (done, step), kept in zip(pairwise(steps), GO_ON, strict=False):
-        alive = max(1, alive // kept)
-        total += alive * (step - done)
-    return total
-
-
-def trial_config(config: RunConfig, folder: Path, trial: Trial) -> RunConfig:
-    """The run of a trial."""
-    rates = {name: value for name, value in trial.values.items() if name != "prompt_length"}
-    length = trial.values.get("prompt_length", config.prompt.prompt_length)
+def trial_config(config: RunConfig, folder: Path, number: int, values: dict[str, Any]) -> RunConfig:
+    """Configuration of a trial's run."""
+    rates = {name: value for name, value in values.items() if name in RANGES}
+    length = values.get("prompt_length", config.prompt.prompt_length)
     return replace(
         config,
         tune=0,
         prompt=replace(config.prompt, prompt_length=length),
         optim=replace(config.optim, **rates),
-        output_dir=folder / f"trial-{trial.number:03d}",
+        output_dir=folder / f"trial-{number:03d}",
         resume="auto",
     )
 
 
-def _space(config: RunConfig) -> Space:
-    """What is searched: a range for each rate that trains something, and the prompt's lengths."""
+def search_space(config: RunConfig) -> Space:
+    """Return a range for each rate that trains something, and the prompt's lengths."""
     prompt, backbone = config.prompt, config.backbone
     method = METHODS[prompt.method]
     has_prompt = method.keeps_length or (method.has_prompt and prompt.prompt_length > 0)
@@ -177,180 +148,139 @@ def _folder(config: RunConfig) -> Path:
     return config.output_dir
 
 
-class _Study:
-    """Optuna's study, on the main process: proposals, and scores by trial and step.
-
-    Proposals are drawn in a study in memory, which is told again at every start what the stored one knows: a
-    search that goes on proposes what it would have, and not the first ones once more.
-    """
-
-    def __init__(self, folder: Path, config: RunConfig, space: Space) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{folder / STUDY_FILE}",
-            study_name=STUDY,
-            direction="maximize",
-            load_if_exists=True,
-        )
-        self.distributions = {
-            name: optuna.distributions.CategoricalDistribution(values)
-            if isinstance(values, list)
-            else optuna.distributions.FloatDistribution(*values, log=True)
-            for name, values in space.items()
-        }
-        rates = {
-            name: getattr(config.optim, name) or low for name, (low, *_) in space.items() if name in RANGES
-        }
-        own = rates | {"prompt_length": config.prompt.prompt_length}
-        self.drawn = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=config.train.seed)
-        )
-        self.drawn.enqueue_trial({name: own[name] for name in space})
-        for trial in self.study.get_trials(deepcopy=False):
-            again = self.drawn.ask(self.distributions)
-            params = current_options(trial.params)
-            if again.params != params:
-                raise ValueError(
-                    f"trial {trial.number} of the study in {folder} has {params}, and would be drawn "
-                    f"as {again.params} by this Optuna ({optuna.__version__}); go on with the version that "
-                    "the study was begun with, or begin a new one in another --output_dir"
-                )
-            if trial.value is not None:
-                self.drawn.tell(again, trial.value)
-
-    def propose(self, number: int) -> tuple[int, dict[str, Any], dict[int, float]]:
-        """A trial that is there already, with its scores, or a new one."""
-        import optuna
-
-        known = self.study.get_trials(deepcopy=False)
-        if number < len(known):
-            prefix = f"{number}/"
-            scores = {
-                int(key.removeprefix(prefix)): value
-                for key, value in self.study.user_attrs.items()
-                if key.startswith(prefix)
-            }
-            return number, current_options(known[number].params), scores
-        trial = self.drawn.ask(self.distributions)
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                state=optuna.trial.TrialState.RUNNING,
-                params=trial.params,
-                distributions=self.distributions,
-            )
-        )
-        return trial.number, dict(trial.params), {}
-
-    def record(self, number: int, step: int, score: float, *, first: bool) -> None:
-        """Keep a score; the first one is what proposals are made from."""
-        if first:  # before the score, which says that the trial need not come back
-            for study in (self.study, self.drawn):
-                study.tell(number, score, skip_if_finished=True)
-        self.study.set_user_attr(f"{number}/{step}", score)
-
-
-def _main(study: "_Study | None") -> "_Study":
-    """The study, which the main process alone has."""
-    assert study is not None
-    return study
-
-
-def _open(config: RunConfig, folder: Path, space: Space, processes: int) -> "_Study":
-    """The study, begun or gone on with."""
+def _open(config: RunConfig, folder: Path, processes: int) -> Any:
+    """Create Optuna's study in the folder, or open the one that is there."""
     try:
-        import optuna  # noqa: F401  # now, rather than when the first trial is to be proposed
+        import optuna
     except ImportError:
         raise ImportError('--tune needs Optuna: pip install -e ".[tune]"') from None
-    exists = (folder / STUDY_FILE).is_file()
-    if config.resume not in ("", "auto") and not exists:
+    if (folder / STUDY_FILE).is_file():
+        _check_resumable(config, folder, processes)
+    elif config.resume not in ("", "auto"):
         raise FileNotFoundError(f"--resume {folder}: expected a study ({STUDY_FILE}), found none there")
-    if exists:
-        started = read_object(folder / CONFIG_FILE, dict)
-        if not config.resume:
-            done = len(list(folder.glob("trial-*/log.jsonl")))
-            finished = (folder / "tuning.json").is_file()
-            state = "a finished" if finished else f"an unfinished ({done} of {started['tune']} trials begun)"
-            raise FileExistsError(
-                f"{folder} holds {state} study; nothing was changed there. Go on with it by --resume "
-                f"{folder}, or choose another --output_dir"
-            )
-        changed = differences(started, to_json(config))
-        # Scores of trials are kept in the study, so that what these were made of is compared here.
-        first = next(iter(sorted(folder.glob("trial-*/config.json"))), None)
-        if first is not None and not changed:
-            changed = changed_contents(first.parent, replace(config, tune=0), processes)
-        if changed:
-            raise ValueError(
-                f"the study in {folder} was begun with other options or data ({'; '.join(changed)}); go on "
-                f"with its own, by --config {folder / CONFIG_FILE}, or begin a new one"
-            )
     elif (folder / CONFIG_FILE).exists():
         raise FileExistsError(f"{folder} holds a run; choose another --output_dir for the search")
     folder.mkdir(parents=True, exist_ok=True)
     write_noted_json(folder / CONFIG_FILE, to_json(config), indent=2)
-    return _Study(folder, config, space)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / STUDY_FILE}",
+        study_name=STUDY,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.SuccessiveHalvingPruner(rungs(config.train.max_steps)[0], KEPT),
+    )
+    if study.user_attrs:  # where earlier versions kept the scores
+        raise UsageError(f"the study in {folder} is of an earlier version; begin one in another --output_dir")
+    return study
 
 
-def _train(
-    config: RunConfig, folder: Path, trial: Trial, step: int, study: _Study | None, processes: PartialState
-) -> RunResult | None:
-    """Take a trial to a step, unless it is there; the run if a signal stopped it."""
-    if step in trial.scores:
-        return None
-    whole = trial_config(config, folder, trial)
-    pause = 0 if step == config.train.max_steps else step
-    result = run(replace(whole, train=replace(whole.train, pause_at=pause)), more_to_come=True)
-    if result.exit_status:
-        if study:
-            say(f"the search goes on by --resume {folder}")
-        return result
+def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
+    """Check that a study may be resumed, and with these options and data."""
+    started = read_object(folder / CONFIG_FILE, dict)
+    if not config.resume:
+        done = len(list(folder.glob("trial-*/log.jsonl")))
+        finished = (folder / "tuning.json").is_file()
+        state = "a finished" if finished else f"an unfinished ({done} of {started['tune']} trials begun)"
+        raise FileExistsError(
+            f"{folder} holds {state} study; nothing was changed there. Resume it with --resume {folder}, or "
+            "choose another --output_dir"
+        )
+    changed = differences(started, to_json(config))
+    # Scores of trials are kept in the study, so that what these were made of is compared here.
+    first = next(iter(sorted(folder.glob("trial-*/config.json"))), None)
+    if first is not None and not changed:
+        changed = changed_contents(first.parent, replace(config, tune=0), processes)
+    if changed:
+        raise ValueError(
+            f"the study in {folder} was begun with other options or data ({'; '.join(changed)}); resume it "
+            f"with its own, by --config {folder / CONFIG_FILE}, or begin a new one"
+        )
 
-    def record() -> float:
-        score = best_dev(result.output_dir, step)
-        _main(study).record(trial.number, step, score, first=not trial.scores)
-        return score
 
-    trial.scores[step] = on_main(processes, record)
-    return None
+def _propose(study: Any, config: RunConfig, number: int) -> tuple[dict[str, Any], list[int]]:
+    """Return the values of a trial, new or begun before, and the steps at which it is to be compared."""
+    import optuna
+
+    space, known = search_space(config), study.get_trials(deepcopy=False)
+    if number < len(known) and known[number].state.is_finished():
+        return known[number].params, []
+    # A seed for each trial, so that a resumed search proposes what an undisturbed one does.
+    seed = np.random.SeedSequence([config.train.seed, number]).generate_state(1).item()
+    study.sampler = optuna.samplers.TPESampler(seed=seed)
+    if not known:
+        rates = {
+            name: getattr(config.optim, name) or low for name, (low, *_) in space.items() if name in RANGES
+        }
+        study.enqueue_trial(rates | {"prompt_length": config.prompt.prompt_length})
+    if number >= len(known) or known[number].state == optuna.trial.TrialState.WAITING:
+        study.ask()
+    trial = _trial(study, number)
+    for name, values in space.items():
+        if isinstance(values, list):
+            trial.suggest_categorical(name, values)
+        else:
+            trial.suggest_float(name, *values, log=True)
+    begun = study.get_trials(deepcopy=False)[number].last_step or 0
+    if begun and _ends(study, config, number, begun):  # stopped before this was decided
+        return trial.params, []
+    return trial.params, [step for step in rungs(config.train.max_steps) if step > begun]
 
 
-def _report(config: RunConfig, folder: Path, trials: list[Trial], best: Trial) -> None:
-    """What was tried and what it cost, best first."""
-    names = list(trials[0].values)
-    reached = rungs(config.train.max_steps)
-    ranked = sorted(trials, key=lambda trial: max(trial.scores.items()), reverse=True)
+def _ends(study: Any, config: RunConfig, number: int, step: int, run: Path | None = None) -> bool:
+    """Report the dev score of a run to the study, and return whether the trial ends with it."""
+    import optuna
+
+    trial = _trial(study, number)
+    if run is not None:
+        trial.report(best_dev(run, step), step)
+    if step == config.train.max_steps:
+        study.tell(trial, study.get_trials(deepcopy=False)[number].intermediate_values[step])
+    elif trial.should_prune():
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    else:
+        return False
+    return True
+
+
+def _trial(study: Any, number: int) -> Any:
+    """Return a trial to report to; Optuna names no public way to one that an earlier program began."""
+    import optuna
+
+    return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+
+
+def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str, Any]]:
+    """Write what was tried and what it cost, best first; return number and values of the best trial."""
+    trials, best = study.get_trials(deepcopy=False), study.best_trial
+    names, steps = list(trials[0].params), rungs(config.train.max_steps)
+    ranked = sorted(trials, key=lambda trial: max(trial.intermediate_values.items()), reverse=True)
     rows = [
         [
-            f"{trial.number}{' (taken)' if trial is best else ''}",
-            *(f"{trial.values[name]:.3g}" for name in names),
-            *(f"{trial.scores[step]:.2f}" if step in trial.scores else "" for step in reached),
+            f"{trial.number}{' (taken)' if trial.number == best.number else ''}",
+            *(f"{trial.params[name]:.3g}" for name in names),
+            *(
+                f"{trial.intermediate_values[step]:.2f}" if step in trial.intermediate_values else ""
+                for step in steps
+            ),
         ]
         for trial in ranked
     ]
-    steps = sum(max(trial.scores) for trial in trials)
-    grid = len(GRID) * config.train.max_steps
-    effort = f"{steps:,} steps in all; the published grid of {len(GRID)} runs would take {grid:,}."
-    table = markdown_table(["trial", *names, *(f"dev at {step}" for step in reached)], rows)
-    content = {
-        "best": best.number,
-        "steps": steps,
-        "trials": [
-            {"number": trial.number, "values": trial.values, "scores": trial.scores} for trial in trials
-        ],
-    }
-    write_json(folder / "tuning.json", content)
+    total, grid = sum(trial.last_step for trial in trials), len(GRID) * config.train.max_steps
+    effort = f"{total:,} steps in all; the published grid of {len(GRID)} runs would take {grid:,}."
+    table = markdown_table(["trial", *names, *(f"dev at {step}" for step in steps)], rows)
+    tried = [
+        {"number": trial.number, "values": trial.params, "scores": trial.intermediate_values}
+        for trial in trials
+    ]
+    write_json(folder / "tuning.json", {"best": best.number, "steps": total, "trials": tried})
     write_atomically(folder / "tuning.md", f"{table}\n\n{effort}\n".encode())
     say("", *table.split("\n"), "", effort)
+    return best.number, best.params
 
 
 def grid(config: RunConfig, folder: Path) -> list[RunResult]:
     """Run the published grid, at the configuration's own split: what a search has to beat.
-
-    Args:
-        config: Without `tune`.
-        folder: Folder of the runs; see `run_once`.
 
     Raises:
         SystemExit: If a signal stopped a run.

@@ -47,9 +47,7 @@ PAPER_SHOTS: dict[str, Any] = {"shots_per": "all", "shots_dev": "split", "dev_li
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     """Run what is missing and write the table.
 
-    Args:
-        config: From where, to where, with how much.
-        more_to_come: Another transfer follows in this program, so its processes stay together.
+    With `more_to_come` another transfer follows in this program, so its processes stay together.
 
     Raises:
         DifferentError: If a run that is there was made with other options, data, models or sources.

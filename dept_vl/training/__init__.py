@@ -15,6 +15,7 @@ __all__ = [
     "log",
     "loop",
     "optim",
+    "options",
     "owner",
     "progress",
     "report",

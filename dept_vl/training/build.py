@@ -1,5 +1,7 @@
 """From a configuration to the model: backbone, prompt, and what is trained set free."""
 
+import os
+
 import torch
 
 from dept_vl.adapters.warm_start import inherit
@@ -11,6 +13,7 @@ from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 from dept_vl.prompts.methods import build
+from dept_vl.tasks.base import Task
 from dept_vl.training.optim import relative_size
 
 
@@ -54,11 +57,7 @@ def build_prompt(
 ) -> DePT | None:
     """Build the prompt with its initial vectors; None if both its parts are of size zero.
 
-    Args:
-        options: Of the prompt.
-        backbone: That it is for.
-        seed: Of its initial vectors.
-        size: Of the backbone's word embeddings, if what is random is to be as large; see `relative_size`.
+    What is drawn at random is as large as word embeddings of `size`; see `relative_size`.
     """
     widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length + backbone.frame}
     prompt_length, rank = METHODS[options.method].solve(
@@ -85,3 +84,17 @@ def build_prompt(
         text=options.init_text,
     )
     return prompt
+
+
+def only_deterministic() -> None:
+    """Raise on operations that do not repeat to the bit, for the rest of the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def visual_tokens(model: PromptedModel, task: Task) -> int:
+    """Visual tokens of an example."""
+    vision = model.backbone.vision
+    return 0 if vision is None else vision.token_count * len(task[0].images)

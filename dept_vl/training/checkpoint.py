@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, make_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from dept_vl._utils.io import check_noted, note, noted, one_line, read_json, wri
 from dept_vl._utils.options import check as check_fields
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import CHECKPOINTS, LOG_FILE
-from dept_vl._utils.tensors import check_parameters, copies, read_tensors
+from dept_vl._utils.tensors import copies, read_tensors
 from dept_vl.prompts.dept import current_name
 from dept_vl.training.progress import Progress
 
@@ -41,9 +41,6 @@ MANIFEST = "manifest.json"
 STATE_VERSION = 2
 """Version 1 names the parameters of the offset `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, STATE_VERSION)
-
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What AdamW knows of a parameter."""
 
 
 @dataclass
@@ -59,15 +56,7 @@ class State:
 
 
 class TrainingState:
-    """Reads and writes the checkpoints of a run.
-
-    Args:
-        folder: Of the run.
-        model: The unwrapped model.
-        optimizer: Its optimizer, as `torch.optim` has it.
-        schedule: Of the learning rates.
-        accelerator: Of the run.
-    """
+    """Reads and writes the checkpoints of a run."""
 
     def __init__(
         self,
@@ -144,14 +133,14 @@ class TrainingState:
         asked to continue with others.
 
         Raises:
-            ValueError: If the checkpoint is of another model, or is damaged.
+            ValueError: If the checkpoint is of another model. Damage is what `check` finds.
         """
-        state = self._read_state(place / "state.json")
+        state: State = check_fields(read_json(place / "state.json"), State)
         tensors = read_tensors(place / "tensors.safetensors")
         if state.version != STATE_VERSION:
             tensors = {current_name(name): tensor for name, tensor in tensors.items()}
             state.optimizer = {current_name(name): keys for name, keys in state.optimizer.items()}
-        self._check_tensors(tensors, state.optimizer, place)
+        self._check_model(tensors, place)
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[f"model.{name}"])
@@ -172,68 +161,23 @@ class TrainingState:
                 group.update({"lr": now, "initial_lr": peak})
         return state.progress
 
-    def _read_state(self, path: Path) -> State:
-        content = read_json(path)
-        try:
-            state: State = check_fields(content, State)
-            # These go into the attributes of the schedule and of the optimizer.
-            check_fields(state.schedule, _alike(self.schedule.state_dict()))
-            check_fields(state.rates, _alike(self._rates()))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        counts = [value for value in asdict(state.progress).values() if isinstance(value, int | float)]
-        if min(counts) < 0 or content["progress"].keys() != asdict(state.progress).keys():
-            raise ValueError(
-                f"{path} is damaged: expected all counts of a run's progress, 0 or more, found "
-                f"{content['progress']!s:.200}"
-            )
-        return state
-
     def load_random_state(self, place: Path) -> None:
         """Put this process's random generators back; last, since making a loader draws from them.
 
         A process that there was none of before takes those of the first.
-
-        Raises:
-            ValueError: If the file is damaged.
         """
         path = place / f"rng-{self.accelerator.process_index}.safetensors"
-        if not path.is_file():
-            path = place / "rng-0.safetensors"
-        tensors = read_tensors(path)
-        try:
-            _restore_random_state(tensors, self.accelerator.device)
-        # Each kind of generator raises its own error for a bad state.
-        except (LookupError, ValueError, TypeError, OverflowError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is damaged: it holds no states of generators: {one_line(error)}"
-            ) from None
+        tensors = read_tensors(path if path.is_file() else place / "rng-0.safetensors")
+        _restore_random_state(tensors, self.accelerator.device)
 
-    def _check_tensors(
-        self, tensors: Mapping[str, Tensor], moments: Mapping[str, list[str]], place: Path
-    ) -> None:
-        expected = {f"model.{name}" for name in self.trained}
-        stored = {name for name in tensors if name.startswith("model.")}
+    def _check_model(self, tensors: Mapping[str, Tensor], place: Path) -> None:
+        expected = {(f"model.{name}", tuple(p.shape)) for name, p in self.trained.items()}
+        stored = {(name, tuple(t.shape)) for name, t in tensors.items() if name.startswith("model.")}
         if expected != stored:
             raise ValueError(
                 f"{place} is of another model: missing {sorted(expected - stored)[:3]}, "
                 f"unknown {sorted(stored - expected)[:3]}"
             )
-        path = place / "tensors.safetensors"
-        shapes = {f"model.{name}": tuple(p.shape) for name, p in self.trained.items()}
-        for name, keys in moments.items():
-            for key in keys:
-                whole = self.trained[name].shape if name in self.trained else torch.Size()
-                shapes[f"optimizer.{name}.{key}"] = () if key == "step" else tuple(whole)
-        known = moments.keys() == self.trained.keys() and MOMENTS.issuperset(
-            key for keys in moments.values() for key in keys
-        )
-        if not known or shapes != {name: tuple(tensor.shape) for name, tensor in tensors.items()}:
-            raise ValueError(
-                f"{path} is damaged, or of another model: expected the tensors that state.json names, of "
-                "this model's shapes, found others"
-            )
-        check_parameters(tensors, path)
 
     def _rates(self) -> list[dict[str, float]]:
         return [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups]
@@ -319,15 +263,6 @@ def _manifest(folder: Path) -> dict[str, list[Any]]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _alike(example: Any) -> Any:
-    """Return the type of values that differ from an example in numbers and texts alone."""
-    if isinstance(example, dict):
-        return make_dataclass("State", [(name, _alike(value)) for name, value in example.items()])
-    if isinstance(example, list):
-        return tuple[tuple(map(_alike, example))]  # type: ignore[misc]
-    return type(example)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

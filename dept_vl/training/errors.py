@@ -25,10 +25,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communica
 def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> Iterator[None]:
     """Re-raise I/O and worker failures with a hint how to resume; let other exceptions through.
 
-    Args:
-        folder: Of the run, which need not be there yet.
-        option: That names the folder.
-        way_on: How to continue; left out, by the run's checkpoints.
+    `option` names the folder, and `way_on` says how to continue, if not by the run's checkpoints.
 
     Raises:
         OSError: With the number that the system gave, for a full disk, a folder that is read-only or is gone,

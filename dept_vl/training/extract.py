@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
+from dept_vl.config import BackboneOptions, DataOptions, RunConfig
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_source import GIB, features_folder
 from dept_vl.data.feature_store import DTYPES, write_features
@@ -19,6 +19,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.models.vlm import open_backbone
 from dept_vl.training.errors import explained
+from dept_vl.training.options import ExtractConfig
 
 
 def extract(config: ExtractConfig) -> list[Path]:

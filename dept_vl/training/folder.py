@@ -8,7 +8,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from dept_vl._utils.io import is_there, read_object, remove_noted, write_noted_json
+from dept_vl._utils.io import is_there, read_json, remove_noted, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
 from dept_vl._utils.run_files import (
@@ -27,13 +27,6 @@ from dept_vl.training.identity import check_kept, forget_contents
 
 
 @dataclass(frozen=True)
-class FeaturesFile:
-    """The fields of `features.json`."""
-
-    dtype: str
-
-
-@dataclass(frozen=True)
 class Opened:
     """The folder of a run, as this process found it.
 
@@ -48,7 +41,7 @@ class Opened:
     claimed: bool
 
 
-def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
+def choose_folder(config: RunConfig) -> Path:
     """Return the folder of the run to start or to resume.
 
     Raises:
@@ -56,10 +49,6 @@ def choose_folder(config: RunConfig, accelerator: Accelerator) -> Path:
         FileNotFoundError: If it holds no run to resume.
         ValueError: If it is not said.
     """
-    return on_main(accelerator, lambda: _choose(config))
-
-
-def _choose(config: RunConfig) -> Path:
     if config.resume not in ("", "auto"):
         output_dir = Path(config.resume)
         if not _holds_run(output_dir):
@@ -78,22 +67,13 @@ def is_complete(output_dir: Path) -> bool:
     return all((output_dir / name).is_file() for name in (SUMMARY_FILE, REPORT_FILE))
 
 
-def open_folder(config: RunConfig, output_dir: Path, accelerator: Accelerator) -> Opened:
+def open_folder(config: RunConfig, output_dir: Path, processes: int) -> Opened:
     """Claim the folder for a new run, or find the newest whole checkpoint of the one there.
-
-    Args:
-        config: Of the run.
-        output_dir: Which nobody else writes to meanwhile.
-        accelerator: Of the run.
 
     Raises:
         FileExistsError: If it holds a run and resuming was not asked for.
         DifferentError: If that has ended with other options or data.
     """
-    return on_main(accelerator, lambda: _open(config, output_dir, accelerator.num_processes))
-
-
-def _open(config: RunConfig, output_dir: Path, processes: int) -> Opened:
     if not _holds_run(output_dir):
         with explained(output_dir):
             write_noted_json(output_dir / CONFIG_FILE, to_json(config), indent=2)
@@ -148,12 +128,7 @@ def existing(folder: Path) -> Path:
 
 
 def release(opened: Opened, accelerator: Accelerator) -> None:
-    """Remove the config of a run that failed validation, so that the corrected command can use the folder.
-
-    Args:
-        opened: Folder of the run; nothing is removed of one that this process did not make.
-        accelerator: Accelerator of the run.
-    """
+    """Remove the config of a run that failed validation, so that the corrected command can use the folder."""
     if opened.claimed and accelerator.is_main_process and not (opened.path / LOG_FILE).exists():
         remove_noted(opened.path, CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE)
 
@@ -169,8 +144,7 @@ def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -
     def keep() -> str:
         if not is_there(path):
             write_noted_json(path, {"dtype": precision})
-        began: str = read_object(path, FeaturesFile)["dtype"]
-        return began
+        return str(read_json(path)["dtype"])
 
     began = on_main(accelerator, keep)
     if began != precision:

@@ -35,16 +35,7 @@ def why_not(
     pretrained: bool = False,
     encoded: bool = False,
 ) -> str:
-    """Return why steps cannot be recorded; empty if they can.
-
-    Args:
-        device: That computes.
-        processes: Of the run.
-        accumulation: Batches of a step.
-        checkpointing: Layers are run again in the backward pass.
-        pretrained: The model has a processor of its own.
-        encoded: Steps read outputs of the encoder that are kept.
-    """
+    """Return why steps cannot be recorded; empty if they can."""
     if encoded:
         return "outputs of the encoder that are kept have no fixed shape"
     if pretrained:
@@ -102,12 +93,8 @@ class GraphedStep:
     Dropout draws the numbers that the plain step would draw. Batches with another number of rows than usual
     are not recorded, because every one of them may be the only one of its shape.
 
-    Args:
-        backward: The plain step. It may not wait for the device, nor keep what it computes.
-        parameters: That are trained.
-        rows: Batch sizes that are recorded.
-        device: CUDA device.
-        report: Called with one line when recording fails; later steps are plain.
+    The plain step may not wait for the device, nor keep what it computes. Batches of `rows` examples are
+    recorded. `report` is called with one line when recording fails; later steps are plain.
 
     Attributes:
         recorded: Steps by the shapes of their inputs.

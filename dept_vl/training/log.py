@@ -48,12 +48,7 @@ class Log:
     Losses are looked at only when they are logged, since each look waits for the device; a loss that
     is not finite is found then, with the step and the batch that it came from.
 
-    Args:
-        accelerator: Of the run; only its main process writes.
-        path: The file.
-        progress: Progress of the run, which is only read. Lines of later steps are cut off: they come again.
-        max_steps: Optimizer steps of the run.
-        eval_every: Optimizer steps between evaluations.
+    Lines of steps after `progress` are cut off: they come again. Only the main process writes.
     """
 
     def __init__(
@@ -72,13 +67,7 @@ class Log:
         self.line = ProgressLine(max_steps, progress.steps, show=accelerator.is_main_process)
 
     def note(self, batch: Batch, tokens: int, loss: Tensor) -> None:
-        """Remember a batch until the next look.
-
-        Args:
-            batch: What was learnt.
-            tokens: That the encoder read of it.
-            loss: Of it; not looked at.
-        """
+        """Remember a batch until the next look."""
         self.pending.append((self.progress.steps + 1, batch.ids, loss.detach()))
         self.examples += len(batch.ids)
         self.tokens += tokens
@@ -86,12 +75,6 @@ class Log:
 
     def look(self, loss: Tensor) -> Counted:
         """Check all losses since the last look and count what was learnt since then.
-
-        Args:
-            loss: Loss of the last step, on this process.
-
-        Returns:
-            The loss and the counts over all processes.
 
         Raises:
             ValueError: If a loss is not finite.
@@ -183,9 +166,7 @@ class Log:
 def best_dev(run: Path, steps: int | None = None) -> float:
     """The best figure that a run had on its dev splits, of several tasks the mean.
 
-    Args:
-        run: Its folder.
-        steps: Up to which evaluations count; None for all.
+    Only evaluations up to `steps` count, if given.
     """
     return max(
         float(record["score"])

@@ -44,18 +44,8 @@ class Loop:
     Every batch is of one task, the same on all processes; of several tasks, the mean of their primary scores
     decides. `Progress` is updated here and nowhere else.
 
-    Args:
-        model: The unwrapped model.
-        tasks: What to learn.
-        collator: Makes training batches.
-        dev_collator: Makes batches to evaluate.
-        accelerator: Accelerator of the run.
-        output_dir: Folder of the run.
-        options: How long, how fast, and how often to evaluate.
-        optim: Learning rates.
-        checkpoint: Where to resume; None starts from the beginning.
-        graphs: Record steps as CUDA graphs; `training.graphs.why_not` gives no reason against it.
-        generate: Answers a batch of the dev splits; None is the model's own.
+    `collator` makes training batches and `dev_collator` those to evaluate; `generate` answers the latter in
+    place of the model. With `graphs`, steps are recorded as CUDA graphs.
     """
 
     def __init__(
@@ -261,12 +251,7 @@ def _primary(tasks: Sequence[Splits]) -> str:
 
 
 def encoder_tokens(model: PromptedModel, batch: Batch) -> int:
-    """Tokens that the encoder reads of a batch: prompt, text and visual ones, padding left out.
-
-    Args:
-        model: With its prompt.
-        batch: Before it is moved to a device.
-    """
+    """Tokens that the encoder reads of a batch: prompt, text and visual ones, padding left out."""
     prompt, vision = model.prompt, model.backbone.vision
     images = batch.pixel_values if batch.visual_features is None else batch.visual_features
     each = 0 if prompt is None else prompt.prompt_length

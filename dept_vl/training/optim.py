@@ -1,6 +1,7 @@
 """Parameter groups, each with its own learning rate and weight decay, and the schedule."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
-from dept_vl.config import OptimOptions
+from dept_vl.config import OptimOptions, TrainOptions
+from dept_vl.data.splits import Splits
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 
@@ -58,11 +60,7 @@ def build_optimizer(
 ) -> AdamW:
     """AdamW over the trainable parameters, one named group for each learning rate.
 
-    Args:
-        groups: Parameters by name, see `PromptedModel.parameter_groups`.
-        options: Their rates.
-        sizes: See `sizes_of`. A step, epsilon and decay of such a parameter are those of one in units of its
-            size.
+    A step, epsilon and decay of a parameter with a size (see `sizes_of`) are those of one in units of it.
 
     Raises:
         ValueError: If nothing is trained.
@@ -98,3 +96,12 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_
         warmup = int(max_steps * options.warmup_ratio)
     schedule: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, max_steps)
     return schedule
+
+
+def steps_of_epochs(options: TrainOptions, tasks: Sequence[Splits], processes: int) -> int:
+    """Return the optimizer steps in which `num_epochs` epochs of all tasks are drawn."""
+    batches = 0
+    for task in tasks:
+        size = (task.options.task_batch_size or options.per_device_batch_size) * processes
+        batches += math.ceil(task.train.draws_per_epoch() / size)
+    return math.ceil(options.num_epochs * batches / options.gradient_accumulation_steps)

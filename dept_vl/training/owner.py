@@ -10,9 +10,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -28,23 +28,12 @@ TURN = 20.0
 """Seconds after which the other processes of a run that waits hear of it, or they would give up."""
 
 
-@dataclass(frozen=True)
-class Owner:
-    """The fields of `.owner.json`."""
-
-    host: str
-    process: int
-    since: str
-
-
 @contextmanager
 def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool = False) -> Iterator[None]:
     """Let nobody else write to a folder meanwhile; of several processes the main one holds it for all.
 
-    Args:
-        folder: Made if it is not there, and removed if it is then left empty.
-        accelerator: Of a run; None for a single process.
-        wait: Wait for the one who has it.
+    The folder is made if it is missing, and removed if it is then left empty. With `wait`, wait for its
+    owner.
 
     Raises:
         InUseError: If another process has it, on every process.
@@ -82,8 +71,9 @@ def _take(lock: FileLock, folder: Path, seconds: float) -> str:
             lock.acquire(timeout=seconds, poll_interval=0.2)
         except Timeout:
             return _holder(folder)
-        owner = Owner(socket.gethostname(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
-        write_json(folder / OWNER_FILE, asdict(owner))
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+        write_json(folder / OWNER_FILE, owner)
     return ""
 
 
@@ -97,7 +87,7 @@ def _leave(lock: FileLock, folder: Path) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        owner = read_object(folder / OWNER_FILE, Owner)
+        owner = read_object(folder / OWNER_FILE, dict[str, Any])
     except (OSError, ValueError):
         return "by another process"
     where = ""

@@ -108,13 +108,7 @@ class Figures:
 
 
 class ProgressLine:
-    """Tells how far a run is: on a terminal and in a notebook in one line, else in a line now and then.
-
-    Args:
-        total: Steps of the run.
-        done: Steps that were done before.
-        show: Whether this process is the one that tells.
-    """
+    """Tells how far a run is: on a terminal and in a notebook in one line, else in a line now and then."""
 
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS

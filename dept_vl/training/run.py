@@ -4,8 +4,6 @@ Every training script is a `RunConfig` and a call of `run`.
 """
 
 import gc
-import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,32 +20,23 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl._utils.io import write_atomically, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
-from dept_vl._utils.run_files import (
-    BEST,
-    CANDIDATES_FILE,
-    CHECKPOINTS,
-    REPORT_FILE,
-    SHOTS_FILE,
-    SUMMARY_FILE,
-)
+from dept_vl._utils.run_files import BEST, CANDIDATES_FILE, CHECKPOINTS, REPORT_FILE, SHOTS_FILE, SUMMARY_FILE
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
-from dept_vl.config import DataOptions, RunConfig, TrainOptions, validate
+from dept_vl.config import RunConfig, validate
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
 from dept_vl.data.encoded import check_encoder_alone, check_memory, encode_sources
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
-from dept_vl.data.splits import Splits, answering_of, load_splits, options_together
+from dept_vl.data.splits import answering_of, load_splits, options_together
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
-from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
-from dept_vl.tasks.base import Task
-from dept_vl.training.build import budget_line, build_model
+from dept_vl.training.build import budget_line, build_model, only_deterministic, visual_tokens
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import (
@@ -61,7 +50,7 @@ from dept_vl.training.folder import (
 from dept_vl.training.graphs import can_record
 from dept_vl.training.identity import check_kept, keep_identity
 from dept_vl.training.loop import Loop
-from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR
+from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR, steps_of_epochs
 from dept_vl.training.owner import owning
 from dept_vl.training.progress import Progress
 from dept_vl.training.report.html import Answered, or_warn, write_run_report
@@ -74,9 +63,7 @@ from dept_vl.training.trackers import check_tracker, start_tracker
 def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     """Train on one split, choose on another, score on a third; of one task or several together.
 
-    Args:
-        config: Configuration of the run.
-        more_to_come: Another run follows in this program, so its processes stay together.
+    With `more_to_come` another run follows in this program, so its processes stay together.
 
     Raises:
         FileExistsError: If the output folder already holds a run.
@@ -99,14 +86,13 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
-    task_options = options_together(config)
-    output_dir = choose_folder(config, accelerator)
+    options_together(config)  # an error of it comes before a folder
+    output_dir = on_main(accelerator, lambda: choose_folder(config))
     # What is complete is only looked at: its disk may be read-only.
     complete = bool(config.resume) and on_main(accelerator, lambda: is_complete(output_dir))
     with nullcontext() if complete else owning(output_dir, accelerator, wait=config.wait):
-        result = _run_in(
-            open_folder(config, output_dir, accelerator), config, task_options, accelerator, started
-        )
+        opened = on_main(accelerator, lambda: open_folder(config, output_dir, accelerator.num_processes))
+        result = _run_in(opened, config, accelerator, started)
         accelerator.wait_for_everyone()
     if more_to_come:
         for tracker in accelerator.trackers:
@@ -117,13 +103,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     return result
 
 
-def _run_in(
-    opened: Opened,
-    config: RunConfig,
-    task_options: Sequence[DataOptions],
-    accelerator: Accelerator,
-    started: float,
-) -> RunResult:
+def _run_in(opened: Opened, config: RunConfig, accelerator: Accelerator, started: float) -> RunResult:
     output_dir = opened.path
     if (output_dir / SUMMARY_FILE).is_file():
         say(f"{output_dir} is finished already; its results are in {SUMMARY_FILE}")
@@ -132,7 +112,7 @@ def _run_in(
         return finished(output_dir)
     with explained(output_dir):
         try:
-            return Run(config, task_options, accelerator, output_dir, opened.checkpoint, started).run()
+            return Run(config, accelerator, output_dir, opened.checkpoint, started).run()
         except (ValueError, FileNotFoundError):
             release(opened, accelerator)
             raise
@@ -141,8 +121,7 @@ def _run_in(
 def run_once(config: RunConfig) -> RunResult:
     """Run in `config.output_dir`: a finished run is kept, a stopped one is resumed.
 
-    Args:
-        config: Configuration of the run, with its folder. Another run may follow in this program.
+    Another run may follow in this program.
 
     Raises:
         SystemExit: If a signal stopped the run, with the status that the program should exit with.
@@ -162,21 +141,11 @@ def run_once(config: RunConfig) -> RunResult:
 
 
 class Run(Stages):
-    """One run, by its stages: prepare, fit, score, write.
-
-    Args:
-        config: Configuration of the run.
-        task_options: Data options of every task.
-        accelerator: Accelerator of the run.
-        output_dir: Folder of the run.
-        checkpoint: Where to resume; None starts from the beginning.
-        started: `time.perf_counter()` when the run began.
-    """
+    """One run, by its stages: prepare, fit, score, write."""
 
     def __init__(
         self,
         config: RunConfig,
-        task_options: Sequence[DataOptions],
         accelerator: Accelerator,
         output_dir: Path,
         checkpoint: Path | None,
@@ -186,8 +155,7 @@ class Run(Stages):
         super().__init__(
             accelerator, output_dir, batch_size=train.eval_batch_size, num_workers=train.num_workers
         )
-        self.config, self.task_options = config, task_options
-        self.checkpoint, self.started = checkpoint, started
+        self.config, self.checkpoint, self.started = config, checkpoint, started
         self.training: Progress | None = None
 
     def run(self) -> RunResult:
@@ -206,9 +174,9 @@ class Run(Stages):
         config, accelerator = self.config, self.accelerator
         set_seed(config.train.seed)
         if config.train.deterministic:
-            _only_deterministic()
+            only_deterministic()
         with main_first(accelerator):  # the first to read converts the files for all
-            self.splits = [load_splits(options, config.train.seed) for options in self.task_options]
+            self.splits = [load_splits(options, config.train.seed) for options in options_together(config)]
         if config.train.num_epochs:
             steps = steps_of_epochs(config.train, self.splits, accelerator.num_processes)
             say(f"{config.train.num_epochs} epochs are {steps:,} steps")
@@ -229,10 +197,7 @@ class Run(Stages):
         max_target_length = max(splits.decoding.max_new_tokens for splits in self.splits)
         self._check_lengths(max_target_length)
         images = read_features(
-            self.model.backbone,
-            self.splits,
-            num_workers=config.train.num_workers,
-            accelerator=accelerator,
+            self.model.backbone, self.splits, num_workers=config.train.num_workers, accelerator=accelerator
         )
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
@@ -425,26 +390,3 @@ class Run(Stages):
             say(f"paused at step {training.steps} of {options.max_steps}: {self.output_dir}")
             return True
         return False
-
-
-def _only_deterministic() -> None:
-    """Raise on operations that do not repeat to the bit, for the rest of the process."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-
-
-def steps_of_epochs(options: TrainOptions, tasks: Sequence[Splits], processes: int) -> int:
-    """Return the optimizer steps in which `num_epochs` epochs of all tasks are drawn."""
-    batches = 0
-    for task in tasks:
-        size = (task.options.task_batch_size or options.per_device_batch_size) * processes
-        batches += math.ceil(task.train.draws_per_epoch() / size)
-    return math.ceil(options.num_epochs * batches / options.gradient_accumulation_steps)
-
-
-def visual_tokens(model: PromptedModel, task: Task) -> int:
-    """Visual tokens of an example."""
-    vision = model.backbone.vision
-    return 0 if vision is None else vision.token_count * len(task[0].images)

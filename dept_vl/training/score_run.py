@@ -65,9 +65,7 @@ class Evaluated:
 def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
     """Load the run's model, answer the split, score it, and write what the server wants.
 
-    Args:
-        config: What is scored, and how.
-        write: Write files; otherwise only return what they would hold.
+    Without `write`, only return what the files would hold.
 
     Raises:
         FileNotFoundError: If the run, the data or images are missing.
@@ -91,50 +89,42 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
 
 
 def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
-    """Answer and score a split with a predictor; of the configuration its run is not looked at."""
+    """Answer and score a split with a predictor; `config.run` is not read."""
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
-    with _writing(config.output_dir, accelerator, config):
-        return _score_predictor(predictor, config, accelerator)
-
-
-def _score_predictor(predictor: Predictor, config: EvaluateConfig, accelerator: Accelerator) -> Evaluated:
     output_dir = config.output_dir
     other = TASKS[OWN_TASK].other_split if config.own.data is not None else ""
-    split = config.split or other or predictor.task.test_split
-    with main_first(accelerator):
-        options = DataOptions(
-            task=predictor.task.loaded_as if config.own.data is None else OWN_TASK,
-            data_dir=config.data_dir,
-            own=config.own,
-            question_case=predictor.task.question_case,
-        )
-        task = load_split(options, split).asked_by(predictor.task)
-    task = check_images(limit(task, config.limit, 0), config.on_bad_image)
-    evaluation = evaluate(
-        predictor.model,
-        task,
-        Collator.for_model(
+    options = DataOptions(
+        task=predictor.task.loaded_as if config.own.data is None else OWN_TASK,
+        data_dir=config.data_dir,
+        own=config.own,
+        question_case=predictor.task.question_case,
+    )
+    with _writing(output_dir, accelerator, config):
+        with main_first(accelerator):
+            task = load_split(options, config.split or other or predictor.task.test_split)
+        task = check_images(limit(task.asked_by(predictor.task), config.limit, 0), config.on_bad_image)
+        collator = Collator.for_model(
             predictor.model,
             predictor.decoding.max_new_tokens,
             max_source_length=predictor.max_source_length,
             images=predictor.model.backbone.vision,
             on_bad_image=config.on_bad_image,
             device=accelerator.device,
-        ),
-        accelerator,
-        batch_size=config.batch_size,
-        decoding=predictor.decoding,
-        num_workers=config.num_workers,
-    )
-    if output_dir is not None:
-        on_main(accelerator, lambda: _write_scored(task, evaluation, output_dir))
+        )
+        evaluation = evaluate(
+            predictor.model,
+            task,
+            collator,
+            accelerator,
+            batch_size=config.batch_size,
+            decoding=predictor.decoding,
+            num_workers=config.num_workers,
+        )
+        if output_dir is not None and accelerator.is_main_process:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            write_answers(task, evaluation, output_dir)
+            write_noted_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
     return Evaluated(evaluation, output_dir)
-
-
-def _write_scored(task: Task, evaluation: Evaluation, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_answers(task, evaluation, folder)
-    write_noted_json(folder / SCORES_FILE, evaluation.scores, indent=2)
 
 
 @contextmanager
@@ -158,12 +148,7 @@ def _check_unused(folder: Path) -> None:
 
 
 class ScoreRun(Stages):
-    """A finished run, whose last two stages run again on any split.
-
-    Args:
-        config: What is scored, and how.
-        accelerator: Accelerator of the evaluation.
-    """
+    """A finished run, whose last two stages run again on any split."""
 
     def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
         self.config = config

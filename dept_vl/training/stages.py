@@ -38,12 +38,6 @@ class Part:
 class Stages(ABC):
     """The stages of a run; a subclass prepares the model, the collator and the splits to score.
 
-    Args:
-        accelerator: Accelerator of the run.
-        output_dir: Where results are written.
-        batch_size: Examples that a process decodes at a time.
-        num_workers: Processes that read images.
-
     Attributes:
         model: The unwrapped model.
         collator: Makes batches to evaluate.

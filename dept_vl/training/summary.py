@@ -13,12 +13,7 @@ from dept_vl.tasks.base import score_rows
 from dept_vl.training.progress import Progress
 from dept_vl.training.stages import Part
 
-DIGITS = {
-    "seconds": 1,
-    "train_seconds": 4,
-    "tokens_per_example": 2,
-    "reference_tokens_per_example": 2,
-}
+DIGITS = {"seconds": 1, "train_seconds": 4, "tokens_per_example": 2, "reference_tokens_per_example": 2}
 """Digits behind the point that are written."""
 
 

@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
-from dept_vl._utils.io import is_there, read_object, write_noted_json
+from dept_vl._utils.io import is_there, read_json, write_noted_json
 from dept_vl._utils.processes import on_main
 from dept_vl.config import RunConfig, flat, to_json
 
@@ -19,13 +18,6 @@ TRACKER_FILE = "tracker.json"
 """Id of a run in W&B and trackio, so that a resumed run continues there too."""
 EXTRAS = ("tensorboard", "trackio", "wandb")
 """Trackers for which the package has an extra, by the name of both."""
-
-
-@dataclass(frozen=True)
-class Tracker:
-    """The fields of `tracker.json`."""
-
-    id: str
 
 
 def check_tracker(name: str | None) -> None:
@@ -47,21 +39,12 @@ def check_tracker(name: str | None) -> None:
 
 
 def start_tracker(
-    accelerator: Accelerator,
-    config: RunConfig,
-    output_dir: Path,
-    facts: Mapping[str, int | str],
-    steps: int,
+    accelerator: Accelerator, config: RunConfig, output_dir: Path, facts: Mapping[str, int | str], steps: int
 ) -> None:
     """Start the tracker, or resume it with the run; on the main process alone.
 
-    Args:
-        accelerator: Of the run, made with the configuration's `log_with`.
-        config: Of the run; told to the tracker as flat hyper-parameters.
-        output_dir: Folder of the run; TensorBoard's and W&B's files go there too.
-        facts: What else is to be told: sizes that were solved, what is trained.
-        steps: Optimizer steps done before. What was logged of later ones is logged again: TensorBoard then
-            hides the first, W&B keeps it, trackio has both.
+    TensorBoard's and W&B's files go into the run's folder. What was logged of later steps than `steps` is
+    logged again: TensorBoard then hides the first, W&B keeps it, trackio has both.
     """
     # The folder has its name only now.
     accelerator.project_configuration.logging_dir = str(output_dir)
@@ -95,5 +78,4 @@ def _key(path: Path) -> str:
     if not is_there(path):
         # Not by a generator whose state the run depends on.
         write_noted_json(path, {"id": secrets.token_hex(4)})
-    key: str = read_object(path, Tracker)["id"]
-    return key
+    return str(read_json(path)["id"])

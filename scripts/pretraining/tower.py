@@ -89,11 +89,7 @@ def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, fl
     return VisionEncoder(tower.cpu(), processor), scores
 
 
-def take_step(
-    loss: Tensor,
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def take_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """One clipped step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

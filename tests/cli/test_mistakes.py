@@ -174,7 +174,7 @@ def test_a_mistake_ends_in_one_line(line: str, world: dict[str, Path], end: END)
 
 
 def _main(end: END, arguments: list[str]) -> tuple[int, str]:
-    return end(partial(cli._choose, cli.COMMANDS, "dept-vl", ""), arguments)
+    return end(partial(cli.choose, cli.COMMANDS, "dept-vl", ""), arguments)
 
 
 @pytest.mark.parametrize(

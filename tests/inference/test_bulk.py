@@ -19,8 +19,9 @@ from runs import in_two_processes, with_
 import dept_vl
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, PredictConfig, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference import bulk
+from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vlm import open_backbone

@@ -10,7 +10,7 @@ import pytest
 from runs import two_adapters
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.config import ServeConfig
+from dept_vl.inference.options import ServeConfig
 
 openai = pytest.importorskip("openai")
 ray = pytest.importorskip("ray")

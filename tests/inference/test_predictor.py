@@ -19,8 +19,9 @@ from transformers import BertConfig, BertModel, ViTConfig
 
 import dept_vl
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, PredictConfig, RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference.loading import load
+from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone

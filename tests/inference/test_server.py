@@ -33,9 +33,9 @@ from runs import two_adapters
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import ServeConfig
 from dept_vl.inference.gate import Refused
 from dept_vl.inference.mixed import ManyAdapters, load_many
+from dept_vl.inference.options import ServeConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT

@@ -13,7 +13,7 @@ from test_resume import result_of
 from zoo.vlms import FAMILIES
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, ExtractConfig, RunConfig
+from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.feature_index import fingerprint
 from dept_vl.data.features import FeatureTable
@@ -22,6 +22,7 @@ from dept_vl.models.vlm import VisionLanguageModel
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.extract import extract
+from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 

@@ -3,10 +3,9 @@
 import json
 import math
 import shutil
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from helpers import write_vqa
 from runs import assert_same, in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.studies.search
+from dept_vl._utils.errors import UsageError
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.studies.search import GRID, cost, launch, rungs, tune
+from dept_vl.studies.search import GRID, launch, rungs, search_space, tune
 from dept_vl.training.log import best_dev
 from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
@@ -53,14 +53,35 @@ def report(config: RunConfig) -> dict[str, Any]:
     return content
 
 
-def test_twenty_trials_cost_no_more_than_the_published_grid() -> None:
-    assert rungs(400) == [100, 200, 400]
+def pretend(monkeypatch: pytest.MonkeyPatch, *, killed_every: int = 0) -> list[Path]:
+    """Take no step and score each trial by its number; return the folders of the runs, in their order."""
+    calls: list[Path] = []
+
+    def pretended(config: RunConfig, **options: Any) -> RunResult:
+        calls.append(config.output_dir)
+        if killed_every and len(calls) % killed_every == 0:
+            raise KeyboardInterrupt
+        return RunResult(config.output_dir, {}, {})
+
+    def score(run: Path, step: int) -> float:
+        return math.sin(5 * int(run.name.removeprefix("trial-"))) + step / 1000
+
+    monkeypatch.setattr(dept_vl.studies.search, "run", pretended)
+    monkeypatch.setattr(dept_vl.studies.search, "best_dev", score)
+    return calls
+
+
+def test_twenty_trials_cost_no_more_than_the_published_grid(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rungs(400) == [50, 150, 400]
     assert rungs(1) == [1]
-    # 20 for a quarter, 6 of them to a half, 3 to the end.
-    assert cost(20, 400) == 20 * 100 + 6 * 100 + 3 * 200 == len(GRID) * 400
-    assert cost(20, 60) <= len(GRID) * 60
-    assert cost(2, 1) == 2
+    assert rungs(2) == [1, 2]
     assert set(GRID) == {(p, a) for p in (0.3, 0.4) for a in (1e-4, 5e-4, 1e-3, 5e-3)}
+    pretend(monkeypatch)
+    tune(with_(config, tune=20, train={"max_steps": 400}))
+    assert report(config)["steps"] <= len(GRID) * 400
+    assert len(report(config)["trials"]) == 20
 
 
 def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
@@ -87,24 +108,27 @@ def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
     assert_same(straight, paused)
 
 
-def test_the_best_go_on_and_the_best_is_returned(config: RunConfig) -> None:
+def test_the_best_continue_and_the_best_is_returned(config: RunConfig) -> None:
     result = launch(config)
     found = report(config)
     trials = {trial["number"]: trial["scores"] for trial in found["trials"]}
     assert sorted(trials) == list(range(TRIALS))
-    reached = sorted(max(map(int, scores)) for scores in trials.values())
-    # Six start, two go on, one of them to the end.
-    assert reached == [2, 2, 2, 2, 4, 8]
-    assert found["steps"] == sum(reached) == cost(TRIALS, STEPS)
-    for step, following in ((2, 4), (4, 8)):
-        alive = {number: scores for number, scores in trials.items() if str(step) in scores}
-        promoted = [scores[str(step)] for scores in alive.values() if str(following) in scores]
-        others = [scores[str(step)] for scores in alive.values() if str(following) not in scores]
-        assert min(promoted) >= max(others)
+    reached = [max(map(int, scores)) for scores in trials.values()]
+    assert set(reached) <= set(rungs(STEPS)) == {1, 3, 8}
+    assert reached[0] == STEPS  # the first has nothing to be compared with
+    assert found["steps"] == sum(reached)
+    for step, following in pairwise(map(str, rungs(STEPS))):
+        so_far: list[float] = []
+        for scores in trials.values():
+            if step in scores:
+                so_far.append(scores[step])
+                best = sorted(so_far, reverse=True)[: max(1, len(so_far) // 3)]
+                assert (following in scores) == (scores[step] >= best[-1])
     folder = config.output_dir / f"trial-{found['best']:03d}"
     assert result.output_dir == folder
     assert result.scores == json.loads((folder / "summary.json").read_text())["scores"]
-    assert best_dev(folder) == trials[found["best"]]["8"]
+    ended = {number: scores["8"] for number, scores in trials.items() if "8" in scores}
+    assert best_dev(folder) == ended[found["best"]] == max(ended.values())
     table = (config.output_dir / "tuning.md").read_text()
     assert "(taken)" in table
     assert f"8 runs would take {8 * STEPS}" in table
@@ -124,7 +148,7 @@ def test_the_first_trial_is_the_configuration_and_the_others_differ(config: RunC
         assert written["tune"] == 0
 
 
-def test_a_search_that_was_stopped_goes_on_where_it_was(
+def test_a_search_that_was_stopped_continues_where_it_was(
     config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Path] = []
@@ -140,10 +164,11 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             tune(config)
     reset_accelerate()
-    study = optuna.load_study(study_name="dept_vl", storage=f"sqlite:///{config.output_dir / 'study.db'}")
-    before = dict(study.user_attrs)
-    assert len(before) == 7
-    with pytest.raises(FileExistsError, match=r"an unfinished \(6 of 6 trials begun\) study"):
+    before = study_of(config)
+    assert sum(len(trial.intermediate_values) for trial in before) == 7
+    with pytest.raises(
+        FileExistsError, match=rf"an unfinished \({len(set(calls))} of 6 trials begun\) study"
+    ):
         tune(config)
     with pytest.raises(ValueError, match=r"begun with other options .*max_steps=8 -> 9"):
         tune(with_(config, resume="auto", train={"max_steps": 9}))
@@ -155,12 +180,15 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(
     )
     again = parse(RunConfig(), "", ["--resume", str(config.output_dir)])
     tune(again)
-    # The other of two trials in the second round, one to the end, and the best once more to read it.
-    assert len(more) == cost_in_runs() - 7 + 1
-    after = optuna.load_study(study_name="dept_vl", storage=f"sqlite:///{config.output_dir / 'study.db'}")
-    assert before.items() <= after.user_attrs.items()
-    assert report(config)["steps"] == cost(TRIALS, STEPS)
-    # Finished, it only says what it found.
+    after = study_of(config)
+    for old, new in zip(before, after, strict=False):
+        assert old.params == new.params
+        assert old.intermediate_values.items() <= new.intermediate_values.items()
+    # Nothing is run twice but the best, to read it.
+    scores = sum(len(trial.intermediate_values) for trial in after)
+    assert len(more) == scores - 7 + 1
+    assert report(config)["steps"] == sum(trial.last_step for trial in after)
+    # Finished, it only reports what it found.
     more.clear()
     reset_accelerate()
     tune(again)
@@ -182,55 +210,42 @@ def test_scores_of_other_data_are_no_trials(base: RunConfig, tmp_path: Path) -> 
     assert (config.output_dir / "study.db").read_bytes() == before
 
 
-def test_a_search_stopped_after_every_trial_proposes_what_one_in_peace_does(
-    config: RunConfig, tmp_path: Path
+def study_of(config: RunConfig) -> list[Any]:
+    storage = f"sqlite:///{config.output_dir / 'study.db'}"
+    trials: list[Any] = optuna.load_study(study_name="dept_vl", storage=storage).trials
+    return trials
+
+
+def test_a_search_stopped_at_every_run_proposes_what_an_undisturbed_one_does(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = dept_vl.studies.search._space(config)
-    scores = [math.sin(5 * number) for number in range(14)]  # past the ten that are drawn at random
-
-    def proposed(folder: Path, *, stopped: bool) -> list[dict[str, Any]]:
-        folder.mkdir()
-        study = dept_vl.studies.search._Study(folder, config, space)
-        found = []
-        for number, score in enumerate(scores):
-            if stopped:
-                study = dept_vl.studies.search._Study(folder, config, space)
-                study.propose(number)  # and killed as it was training
-                study = dept_vl.studies.search._Study(folder, config, space)
-            at, values, known = study.propose(number)
-            assert (at, known) == (number, {})
-            study.record(number, 2, score, first=True)
-            found.append(values)
-        return found
-
-    in_peace = proposed(tmp_path / "peace", stopped=False)
-    assert len({values["prompt_lr"] for values in in_peace}) == len(scores)
-    assert proposed(tmp_path / "stopped", stopped=True) == in_peace
-    with pytest.raises(ValueError, match=r"trial 1 of the study in .* would be drawn as .* by this Optuna"):
-        dept_vl.studies.search._Study(
-            tmp_path / "peace", with_(config, train={"seed": config.train.seed + 1}), space
-        )
+    longer = with_(config, tune=12)  # past the ten that are drawn at random
+    found = []
+    for name, killed_every in (("undisturbed", 0), ("stopped", 3)):
+        one = with_(longer, output_dir=tmp_path / name, resume="auto")
+        with monkeypatch.context() as patch:
+            pretend(patch, killed_every=killed_every)
+            stops = 0
+            while not (one.output_dir / "tuning.json").exists():
+                try:
+                    tune(one)
+                except KeyboardInterrupt:
+                    stops += 1
+        assert stops > 5 if killed_every else stops == 0
+        found.append(report(one))
+    assert found[0] == found[1]
+    assert len({trial["values"]["prompt_lr"] for trial in found[0]["trials"]}) == 12
 
 
-def test_a_search_from_before_a_renaming_is_resumed(config: RunConfig, tmp_path: Path) -> None:
-    space = dept_vl.studies.search._space(config)
-    study = dept_vl.studies.search._Study(tmp_path, config, space)
-    values = []
-    for number in range(2):
-        values.append(study.propose(number)[1])
-        study.record(number, 2, number / 2, first=True)
-    assert "offset_lr" in values[0]
-    third = study.propose(2)[1]
-    with closing(sqlite3.connect(tmp_path / "study.db")) as stored, stored:
-        stored.execute("update trial_params set param_name = 'lora_lr' where param_name = 'offset_lr'")
-    again = dept_vl.studies.search._Study(tmp_path, config, space)
-    assert [again.propose(number)[1] for number in range(3)] == [*values, third]
-    assert again.propose(3)[1].keys() == third.keys()
-
-
-def cost_in_runs() -> int:
-    """Calls of `run`: six, two and one."""
-    return 6 + 2 + 1
+def test_a_study_of_an_earlier_version_is_rejected(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch)
+    tune(config)
+    storage = f"sqlite:///{config.output_dir / 'study.db'}"
+    optuna.load_study(study_name="dept_vl", storage=storage).set_user_attr("0/2", 50.0)
+    with pytest.raises(UsageError, match="earlier version"):
+        tune(with_(config, resume="auto"))
 
 
 @pytest.mark.parametrize(
@@ -247,7 +262,7 @@ def cost_in_runs() -> int:
 def test_only_what_trains_something_is_searched(
     config: RunConfig, options: dict[str, Any], searched: set[str]
 ) -> None:
-    assert dept_vl.studies.search._space(with_(config, **options)).keys() == searched
+    assert search_space(with_(config, **options)).keys() == searched
 
 
 def test_what_cannot_be_searched_is_refused(config: RunConfig) -> None:
@@ -269,7 +284,9 @@ def test_what_cannot_be_searched_is_refused(config: RunConfig) -> None:
 def test_two_processes_search_together(config: RunConfig) -> None:
     small = with_(config, tune=2, train={"max_steps": 2})
     in_two_processes(tune, small)
-    assert report(small)["steps"] == cost(2, 2)
+    trials = report(small)["trials"]
+    assert "2" in trials[0]["scores"]
+    assert report(small)["steps"] == sum(max(map(int, trial["scores"])) for trial in trials)
 
 
 def test_search_and_grid_are_put_side_by_side(
@@ -288,7 +305,7 @@ def test_search_and_grid_are_put_side_by_side(
     table = tune_against_grid.main(options)
     assert "--tune 2" in table
     content = json.loads((tmp_path / "both" / "tuning.json").read_text())
-    assert (content["grid_steps"], content["tune_steps"]) == (4, cost(2, 2))
+    assert content["grid_steps"] == 4
     for one in content["seeds"]:
         folder = tmp_path / "both" / f"seed{one['seed']}"
         runs = {path.name: best_dev(path) for path in (folder / "grid").iterdir()}
@@ -299,4 +316,5 @@ def test_search_and_grid_are_put_side_by_side(
         assert (trials[0]["values"]["prompt_lr"], trials[0]["values"]["offset_lr"]) == pytest.approx(
             (0.3, 1e-3)
         )
-        assert one["tune"]["dev"] == max(max(trial["scores"].values()) for trial in trials)
+        assert one["tune"]["dev"] == max(trial["scores"]["2"] for trial in trials if "2" in trial["scores"])
+        assert one["tune"]["steps"] == sum(max(map(int, trial["scores"])) for trial in trials) <= 4

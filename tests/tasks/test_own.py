@@ -27,10 +27,11 @@ from dept_vl._utils import embedded
 from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
-from dept_vl.config import DataOptions, EvaluateConfig, ExtractConfig, PredictConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data.content import rows_content
 from dept_vl.data.splits import data_options
 from dept_vl.inference import bulk
+from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.io.rows import Rows
@@ -39,6 +40,7 @@ from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import image_groups, leaks
 from dept_vl.training.extract import extract
+from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 

@@ -19,7 +19,8 @@ from runs import with_
 
 import dept_vl
 from dept_vl._utils.images import read_image
-from dept_vl.config import DataOptions, EvaluateConfig, PredictConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions

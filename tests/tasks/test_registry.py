@@ -14,7 +14,7 @@ from runs import with_
 
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.cli import parse
-from dept_vl.config import DataOptions, EvaluateConfig, ReportConfig, RunConfig, differences, to_json
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, to_json
 from dept_vl.inference.loading import load
 from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.transfer import transfer
@@ -22,6 +22,7 @@ from dept_vl.tasks import TASKS, load_task, register_task
 from dept_vl.tasks.base import Example, Task
 from dept_vl.tasks.io.predictions import PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
+from dept_vl.training.options import ReportConfig
 from dept_vl.training.report.remake import remake
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run

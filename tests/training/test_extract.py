@@ -25,11 +25,12 @@ from runs import (
 
 from dept_vl._utils.io import write_atomically
 from dept_vl.cli import parse_extraction
-from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, ExtractConfig, RunConfig
+from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data import feature_store as feature_files
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import shard_name
 from dept_vl.training.extract import extract
+from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 from scripts import bench_features

@@ -21,12 +21,13 @@ from runs import forget_checksums, in_two_processes, log, reset_accelerate, with
 
 import dept_vl.training.run
 from dept_vl._utils.run_files import REPORT_FILE
-from dept_vl.config import DataOptions, EvaluateConfig, ReportConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.text.task import SCHEMA, TextTask
 from dept_vl.tasks.vqav2 import SCHEMA as VQA_SCHEMA
+from dept_vl.training.options import ReportConfig
 from dept_vl.training.report.html import (
     BEST_SHOWN,
     SHOWN,

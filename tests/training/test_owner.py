@@ -17,7 +17,8 @@ from helpers import write_vqa
 from runs import log
 
 from dept_vl._utils.errors import InUseError
-from dept_vl.config import DataOptions, EvaluateConfig, ReportConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.training.options import ReportConfig
 from dept_vl.training.owner import owning
 from dept_vl.training.report.remake import remake
 from dept_vl.training.run import run

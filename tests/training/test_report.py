@@ -12,7 +12,8 @@ from dept_vl._utils.stats import interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.data.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
 from dept_vl.tasks.vqav2 import VQAv2
-from dept_vl.training.report.plots import score_plot
+from dept_vl.training.report.plots import COLOURS as METHOD_COLOURS
+from dept_vl.training.report.plots import OTHERS, colour_of, score_plot
 
 Pixel = tuple[int, int, int]
 
@@ -43,6 +44,17 @@ def test_a_cell_is_one_cell_whatever_it_says() -> None:
     assert not set("<[`*\x1b") & set(row)
     assert markdown_table(["refused [1]", "<= 0.70"], []).startswith("| refused [1] | <= 0.70 |")
     assert "`--a`" in markdown_table([Markup("`--a`")], [])
+
+
+def test_a_method_has_one_colour_by_whatever_name() -> None:
+    assert len({*METHOD_COLOURS.values(), OTHERS}) == len(METHOD_COLOURS) + 1
+    for name in ("dept", "dept40", "dept40+compiled", "dept, m = 20", "dept + projection"):
+        assert colour_of(name) == METHOD_COLOURS["dept"] == "#0072b2"
+    for name in ("LoRA", "lora8", "LoRA + projection"):
+        assert colour_of(name) == METHOD_COLOURS["LoRA"]
+    assert colour_of("adept + images, m = 0") == METHOD_COLOURS["adept"]
+    assert colour_of("full fine-tuning") == METHOD_COLOURS["full fine-tuning"]
+    assert colour_of("zero-shot") == colour_of("floor") == OTHERS
 
 
 def test_a_plot_has_its_texts_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,8 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.tasks import coco, load_task
 from dept_vl.tasks.metrics.caption import REPORTED, Figures
 from dept_vl.tasks.vqav2 import VQAv2
+from dept_vl.training.optim import steps_of_epochs
 from dept_vl.training.run import run as main
-from dept_vl.training.run import steps_of_epochs
 from dept_vl.training.summary import RunResult
 from scripts import train_caption, train_gqa, train_nlvr2
 

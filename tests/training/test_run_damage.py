@@ -15,7 +15,8 @@ from runs import damage, reset_accelerate, tensors
 
 from dept_vl._utils.errors import exit_status
 from dept_vl.cli import parse
-from dept_vl.config import DataOptions, EvaluateConfig, ReportConfig, RunConfig
+from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.training.options import ReportConfig
 from dept_vl.training.report.remake import remake
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run

@@ -24,7 +24,6 @@ from dept_vl.config import (
     BackboneOptions,
     DataOptions,
     EvaluateConfig,
-    ExtractConfig,
     OptimOptions,
     PromptOptions,
     RunConfig,
@@ -35,6 +34,7 @@ from dept_vl.config import (
 from dept_vl.tasks import nlvr2
 from dept_vl.tasks.gqa import read_choices
 from dept_vl.tasks.vqav2 import VQAv2, read_rows
+from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
 
 # JSON

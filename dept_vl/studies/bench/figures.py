@@ -11,7 +11,7 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.studies.bench import pretrained
 from dept_vl.studies.bench.measure import Ratio
 from dept_vl.studies.bench.methods import METHODS as OF_T5
-from dept_vl.training.report.plots import drawn
+from dept_vl.training.report.plots import colour_of, drawn
 
 WORKS = {
     "train": "a training step",
@@ -207,9 +207,7 @@ def draw(results: Measured, path: Path) -> None:
                 list(ratios),
                 [one.median for one in ratios.values()],
                 xerr=np.transpose([(one.median - one.low, one.high - one.median) for one in ratios.values()]),
-                color=[
-                    "tab:blue" if names[place].startswith(("dept", "pt")) else "tab:gray" for place in ratios
-                ],
+                color=[colour_of(names[place].removeprefix("peft")) for place in ratios],
             )
             pane.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
             pane.set_xlabel(f"{word}, PT (l=100) = 1")

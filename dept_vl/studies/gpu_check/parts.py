@@ -63,9 +63,7 @@ PARTS = {
 def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
     """Run every part that is not finished yet; returns what the file of results holds.
 
-    Args:
-        config: What is run.
-        script: That measures one part when it is called with `--part`.
+    The script measures one part when it is called with `--part`.
 
     Raises:
         RuntimeError: If something failed in a dry run.
@@ -145,12 +143,7 @@ GRACE = 8.0
 
 
 def measure_part(config: GpuCheckConfig, root: Path) -> None:
-    """Measure one part in this process.
-
-    Args:
-        config: What is run; `part` names it.
-        root: Of the project, where data and tests are stored.
-    """
+    """Measure one part in this process."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     path = config.output_dir / RESULTS_FILE
     measuring = Measuring(path, config.part, 60 * config.minutes, device, config.dry_run)

@@ -26,6 +26,7 @@ from dept_vl.tasks.base import Example, Task, shown_metrics
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.training.log import read_log
 from dept_vl.training.report.page import chart, templates, thumbnail
+from dept_vl.training.report.plots import colour_of
 
 SHOWN, BEST_SHOWN = 48, 12
 """Examples of a task on the page, and how many of these are its best answers."""
@@ -73,17 +74,7 @@ class Marks:
 def write_run_report(
     folder: Path, config: RunConfig, summary: Mapping[str, Any], answered: Sequence[Answered]
 ) -> Path:
-    """Write the report of a finished run, from its folder and its answers.
-
-    Args:
-        folder: Of the run.
-        config: Of the run.
-        summary: Content of its summary.json.
-        answered: Its test split, of several tasks each.
-
-    Returns:
-        The page.
-    """
+    """Write the report of a finished run, from its folder and its answers."""
     described = folder / BEST / ADAPTER_FILE
     adapter = read_description(described) if is_there(described) else {}
     records = read_log(folder / LOG_FILE) if is_there(folder / LOG_FILE) else []
@@ -95,6 +86,7 @@ def write_run_report(
         about(answered, adapter.get("prompt"), adapter.get("backbone", {})),
         answered,
         summary=summary,
+        colour=colour_of(config.prompt.method),
         charts=_curves(records, summary["best_step"], _deciding(answered, config.data.choose_by)),
         trained=[(k.replace("_", " "), f"{v:,}") for k, v in summary["trainable_parameters"].items()],
         options=[(k, ", ".join(map(str, v)) if isinstance(v, list) else v) for k, v in options.items()],
@@ -102,16 +94,7 @@ def write_run_report(
 
 
 def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) -> Path:
-    """Write the page of a split that a finished run was scored on.
-
-    Args:
-        folder: Of the evaluation.
-        adapter: That was scored.
-        answered: The split.
-
-    Returns:
-        The page.
-    """
+    """Write the page of a split that a finished run was scored on."""
     return _write(folder, answered.name, about([], adapter.prompt, adapter.backbone), [answered])
 
 
@@ -151,10 +134,6 @@ def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[lis
     """What is shown: the worst answers, worst first, and the best, other images before the same again.
 
     Of equal answers those come first on which humans agree most; then chance decides, always the same.
-
-    Args:
-        found: Of a split.
-        images: Of an example by its place in the split.
 
     Returns:
         Places of answers that are not perfect, and of the best of the others; where nothing is marked, of
@@ -215,12 +194,7 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> li
     charts = [
         chart("Loss", {"loss": line("loss")}, y="nats per answer token"),
         chart("Score on the dev split", {"score": scores}, y=metric, note=note, marked=best),
-        chart(
-            "Learning rates",
-            {_rate(name): line(name) for name in rates},
-            y="rate",
-            logarithmic=True,
-        ),
+        chart("Learning rates", {_rate(name): line(name) for name in rates}, y="rate", logarithmic=True),
     ]
     return list(filter(None, charts))
 

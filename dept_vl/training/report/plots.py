@@ -1,5 +1,6 @@
-"""Plots of scores with their intervals."""
+"""Plots of scores with their intervals, and the colours of methods."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,35 @@ from dept_vl._utils.stats import Interval
 
 NAME_HEIGHT = 10
 """Points from one name to the next."""
+COLOURS = {
+    "dept": "#0072b2",
+    "pt": "#d55e00",
+    "adept": "#009e73",
+    "memory": "#cc79a7",
+    "LoRA": "#e69f00",
+    "hybrid": "#56b4e9",
+    "residual": "#117733",
+    "ulpt": "#882255",
+    "lopt": "#aa4499",
+    "BitFit": "#999933",
+    "full fine-tuning": "#332288",
+}
+"""The colour of each method on pages and in figures, of the palettes of Okabe and Ito and of Paul Tol, which
+are told apart with any colour vision."""
+OTHERS = "#777777"
+
+
+def colour_of(name: str) -> str:
+    """Return the colour of a method; `dept, m = 20`, `dept40` and `dept + projection` have that of `dept`."""
+    first = (re.match("[a-z]+", name.partition(",")[0].partition(" +")[0].lower()) or [""])[0]
+    return next((colour for method, colour in COLOURS.items() if method.lower().split()[0] == first), OTHERS)
 
 
 @contextmanager
 def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
     """Panes side by side to draw on; written when they are left, with texts as they are: `$` is no formula.
 
-    Args:
-        path: PNG file to write.
-        panes: How many.
-        **options: Of matplotlib's `Figure`.
+    Options are those of matplotlib's `Figure`.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -46,13 +66,8 @@ def score_plot(
 ) -> bool:
     """Means with their 95% intervals, a line for each name.
 
-    Args:
-        lines: By name, by place on the horizontal axis.
-        path: PNG file to write.
-        x: What the horizontal axis is.
-        y: What the vertical axis is.
-        points: Whether each line is one point, which has its name beside it.
-        corner: What is written above the upper left corner.
+    Each line has its name, and maps places on the horizontal axis to means. With `points` each is one point,
+    with its name beside it. `corner` is written above the upper left corner.
 
     Returns:
         Whether matplotlib is installed; without it nothing is drawn.
@@ -62,7 +77,8 @@ def score_plot(
             for name, of_name in lines.items():
                 means = [score.mean for score in of_name.values()]
                 widths = [score.half_width or 0.0 for score in of_name.values()]
-                pane.errorbar(list(of_name), means, widths, marker="o", capsize=3, label=name)
+                colour = colour_of(name) if points else None
+                pane.errorbar(list(of_name), means, widths, marker="o", capsize=3, label=name, color=colour)
             pane.set(xlabel=x, ylabel=y)
             if points:
                 _name_ends(pane, lines)
@@ -77,19 +93,15 @@ def score_plot(
 def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path: Path, *, y: str) -> bool:
     """Means over different horizontal axes, one pane each, with the names at the ends of the curves.
 
-    Args:
-        panes: By what the horizontal axis is, by name, by place on it.
-        path: PNG file to write.
-        y: What the vertical axis is.
-
     Returns:
         Whether matplotlib is installed; without it nothing is drawn.
     """
     try:
         with drawn(path, len(panes), figsize=(14, 6), layout="constrained") as drawing:
             for pane, (x, lines) in zip(drawing, panes.items(), strict=True):
-                for of_name in lines.values():
-                    pane.plot(list(of_name), [score.mean for score in of_name.values()], marker="o", ms=3)
+                for name, of_name in lines.items():
+                    means = [score.mean for score in of_name.values()]
+                    pane.plot(list(of_name), means, marker="o", ms=3, color=colour_of(name))
                 pane.set(xlabel=x)
                 _name_ends(pane, lines)
             drawing[0].set(ylabel=y)

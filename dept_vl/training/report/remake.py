@@ -8,10 +8,11 @@ from dept_vl._utils.io import read_object
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import ReportConfig, read_config
+from dept_vl.config import read_config
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
 from dept_vl.training.identity import changed_rows
+from dept_vl.training.options import ReportConfig
 from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_run_report
 from dept_vl.training.summary import Summary

@@ -1,0 +1,108 @@
+"""Flags of a command line, read into functions and dataclasses by tyro; its errors as one line."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from difflib import get_close_matches
+from functools import partial, wraps
+from io import StringIO
+from re import findall, search, split
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+
+from dept_vl._utils.errors import UnknownNameError, UsageError
+from dept_vl._utils.options import Options, validate
+from dept_vl._utils.printable import say
+
+Command = Callable[[list[str]], object]
+"""Takes the command line; returns the exit status, or something else for 0."""
+T = TypeVar("T")
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def parse_options(
+    kind: type[AnyOptions], arguments: Sequence[str], program: str, description: str | None
+) -> AnyOptions:
+    """Read flags into a dataclass, and check types and ranges.
+
+    Raises:
+        UsageError: If a flag is unknown, a value is out of range, or one is missing.
+    """
+    options = flags_of(kind, arguments, prog=program, description=description)
+    validate(options)
+    return options
+
+
+class FirstFlags(argparse.ArgumentParser):
+    """Reads the flags that decide about others; a mistake is a `UsageError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def flags_of(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
+    """Let tyro read flags; its box of errors becomes one line."""
+    printed = StringIO()
+    try:
+        with redirect_stderr(printed):
+            values: T = tyro.cli(kind, args=arguments, use_underscores=True, **options)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(printed.getvalue())) from None
+    return values
+
+
+def _one_line(box: str) -> str:
+    """Return what tyro says in a box, of ASCII where the terminal has no lines: the first part and names."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line[:1] not in ("╭", "╰")]
+    parts = [" ".join(part.split()) for part in split("[─-]{8,}", "\n".join(lines))]
+    if "╭" not in box:
+        parts = parts[1:]  # the title
+    text, names = (parts or [box])[0] or "bad command line", []
+    for part in parts[1:]:
+        if part.startswith("Perhaps you meant"):
+            names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", part)))[:3]
+    choice = search(r"invalid choice '(.*?)' .*\((.*)\)", text)
+    if choice:
+        names = get_close_matches(choice[1], findall(r"'(.*?)'", choice[2]))
+    return text.rstrip(".") + (f"; closest: {', '.join(names)}" if names else "")
+
+
+def choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:
+    """Run the command that the first argument names; without one, or for --help, list them."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [
+            f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
+        ]
+        say(f"usage: {program} COMMAND [OPTIONS]", "", *about.split("\n"), "", *lines, "")
+        say(f"{program} COMMAND --help lists the options of a command.")
+        if arguments:
+            return 0
+        raise UsageError(f"a command is missing; there are: {', '.join(commands)}")
+    name = arguments[0]
+    if name not in commands:
+        raise UnknownNameError("command", name, commands)
+    return commands[name](arguments[1:])
+
+
+def call(
+    functions: Mapping[str, Callable[..., Any]], program: str, about: str | None, arguments: list[str]
+) -> object:
+    """Call the function that the first argument names, with its arguments from flags."""
+
+    def command(name: str, function: Callable[..., Any]) -> Command:
+        @wraps(function)
+        def deferred(*values: Any, **named: Any) -> Callable[[], object]:
+            return partial(function, *values, **named)
+
+        @wraps(function)
+        def run(rest: list[str]) -> object:
+            call: Any = flags_of(deferred, rest, prog=f"{program} {name}")
+            return call()
+
+        return run
+
+    commands = {name: command(name, function) for name, function in functions.items()}
+    return choose(commands, program, about or "", arguments)
