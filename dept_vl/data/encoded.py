@@ -31,6 +31,8 @@ Collate = Callable[[Sequence[Example]], Any]
 BATCH = 64
 """Sources that are encoded at a time."""
 GIB = 2**30
+WITH_TEXT = ", encoded with the text"
+"""Behind the precision of visual features, where a run keeps what the encoder makes of them."""
 
 
 class EncodedSources:

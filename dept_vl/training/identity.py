@@ -21,7 +21,7 @@ from dept_vl._utils.io import is_there, read_json, read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
-from dept_vl._utils.run_files import CONFIG_FILE, IDENTITY_FILE
+from dept_vl._utils.run_files import CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE
 from dept_vl._utils.tensors import exact_fingerprint, fingerprint
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
@@ -36,6 +36,9 @@ from dept_vl.config import (
     to_json,
 )
 from dept_vl.data.content import rows_content, sizes_content
+from dept_vl.data.encoded import WITH_TEXT
+from dept_vl.data.feature_index import INDEX_FILE
+from dept_vl.data.feature_source import features_folder
 from dept_vl.data.lengths import tokenizer_description
 from dept_vl.data.splits import Splits, load_splits, options_together
 from dept_vl.models.base import FrozenBackbone
@@ -134,13 +137,29 @@ def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[st
         _remark(folder, f"it has no {IDENTITY_FILE}")
         return []
     then = check(read_json(folder / IDENTITY_FILE), Identity).content
+    features = _changed_features(folder, config)
     try:
         if _differences(then, contents(config, processes)):
             forget_contents()  # they may have been looked at before they were changed, or put back
-        return _differences(then, contents(config, processes))
+        return features + _differences(then, contents(config, processes))
     except FileNotFoundError as error:
         _remark(folder, str(error))
         return []
+
+
+def _changed_features(folder: Path, config: RunConfig) -> list[str]:
+    """In what a run had its features and would have them now, where that is certain and differs."""
+    path = folder / FEATURES_FILE
+    if not is_there(path):
+        return []
+    began: str = read_json(path)["dtype"]
+    precision = began.removesuffix(WITH_TEXT)
+    if config.data.features == "live":
+        precision = "float32"
+    elif config.data.features == "cached" and is_there(index := features_folder(config.data) / INDEX_FILE):
+        precision = read_json(index)["dtype"]
+    now = precision + (WITH_TEXT if config.data.features == "encoded" else "")
+    return [] if now == began else [f"features={began} -> {now}"]
 
 
 @cache

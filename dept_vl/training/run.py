@@ -27,7 +27,7 @@ from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import RunConfig, validate
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator
-from dept_vl.data.encoded import check_encoder_alone, check_memory, encode_sources
+from dept_vl.data.encoded import WITH_TEXT, check_encoder_alone, check_memory, encode_sources
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import check_source_lengths
@@ -202,7 +202,7 @@ class Run(Stages):
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
             if config.data.features == "encoded":
-                precision += ", encoded with the text"
+                precision += WITH_TEXT
             keep_precision(self.output_dir, precision, accelerator)
         # After the features, which the tower computes in full precision.
         prepare_step(

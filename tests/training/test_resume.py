@@ -253,6 +253,13 @@ def test_a_finished_run_of_other_data_is_not_passed_off_as_one_of_these(
     wider = with_(again, train={"per_device_batch_size": 2 * config.train.per_device_batch_size})
     with pytest.raises(DifferentError, match="batches="):
         run(wider)
+    features = folder / "features.json"
+    dtype = json.loads(features.read_text())["dtype"]
+    features.write_text(json.dumps({"dtype": "float16"}))
+    forget_checksums(folder)
+    with pytest.raises(DifferentError, match="features=float16 -> float32"):
+        run(with_(again, data={"features": "live"}))
+    features.write_text(json.dumps({"dtype": dtype}))
     change_an_answer(again.data.data_dir)  # type: ignore[arg-type]
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(DifferentError, match=r"vqav2\.(train|dev)=") as error:
