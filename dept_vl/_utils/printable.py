@@ -39,7 +39,7 @@ def markdown_text(text: object) -> str:
 
 
 def say(*lines: object, error: bool = False, each: bool = False) -> None:
-    """Print lines, whoever has written what they say: each stays one line.
+    """Print lines, whoever has written what they say, whatever the terminal can show: each stays one line.
 
     Args:
         *lines: Without their ends.
@@ -49,9 +49,11 @@ def say(*lines: object, error: bool = False, each: bool = False) -> None:
     if not each and os.environ.get("RANK", "0") != "0":
         return
     stream, bars = sys.stderr if error else sys.stdout, sys.modules.get("tqdm")
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    shown = (printable(line).encode(encoding, "backslashreplace").decode(encoding) for line in lines)
     # What is drawn over on a terminal gives way to what stays.
     with bars.tqdm.external_write_mode(file=stream) if bars else nullcontext():
-        print(*map(printable, lines), sep="\n", file=stream, flush=True)
+        print(*shown, sep="\n", file=stream, flush=True)
 
 
 def warn(text: str, stacklevel: int = 1) -> None:

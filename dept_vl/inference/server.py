@@ -135,7 +135,7 @@ def find_token(config: ServeConfig) -> str | None:
     """
     token = os.environ.get(TOKEN_VARIABLE)
     if config.token_file is not None:
-        token = config.token_file.read_text().strip()
+        token = config.token_file.read_text(encoding="utf-8").strip()
     if token is not None and not token.strip():
         raise UsageError("the token is empty; leave it out for none on this machine")
     if token is None and not is_loopback(config.host):

@@ -1,5 +1,7 @@
 """What strangers wrote, where it is shown."""
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ def test_what_steers_a_terminal_is_written_out(capsys: pytest.CaptureFixture[str
     with pytest.warns(UserWarning, match="x1b") as noted:
         warn(odd)
     assert str(noted[0].message) == said
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("latin-1", r"gy\u0151r é"), ("ascii", r"gy\u0151r \xe9")])
+def test_what_a_terminal_cannot_show_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, shown: str
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    say("győr é")
+    assert written.getvalue() == f"{shown}\n".encode(encoding)
 
 
 def test_of_several_processes_the_main_one_tells(

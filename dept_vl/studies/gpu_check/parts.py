@@ -78,7 +78,7 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
             for _ in pool.map(lambda name: _run_part(config, script, name, path), config.parts or PARTS):
                 pass
     results = read_json(path) if path.is_file() else {}
-    report.write_text(markdown(results))
+    report.write_text(markdown(results), encoding="utf-8")
     if config.dry_run and (broken := failures(results)):
         raise RuntimeError(f"the dry run failed: {'; '.join(broken)}; see {config.output_dir}")
     return dict(results)

@@ -69,7 +69,7 @@ def _run(command: list[str], output: Path, measuring: Measuring) -> Entry:
 
 def _rate(output: Path) -> Entry:
     """Median over the log's lines."""
-    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rates = [line["samples_per_second"] for line in log if "samples_per_second" in line]
     return {"examples_per_second": median(rates), "logged": len(rates)} if rates else {"logged": 0}
 
@@ -84,7 +84,7 @@ def run_tests(measuring: Measuring, root: Path) -> None:
     command += [str(root / "tests" / "gpu")]
 
     def tests() -> Entry:
-        with report.open("w") as output:
+        with report.open("w", encoding="utf-8") as output:
             child = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
             try:
                 child.wait(timeout=measuring.seconds)
@@ -94,7 +94,7 @@ def run_tests(measuring: Measuring, root: Path) -> None:
                     child.wait(timeout=5)
                 except subprocess.TimeoutExpired:
                     child.kill()
-        lines = report.read_text().splitlines()
+        lines = report.read_text(encoding="utf-8").splitlines()
         return {
             "result": lines[-1] if lines else "nothing",
             "failed": [line[:300] for line in lines if line.startswith(("FAILED", "ERROR"))],
