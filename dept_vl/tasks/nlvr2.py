@@ -57,10 +57,14 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class NLVR2(Task):
-    """One split. An answer is one of two words, chosen by the first token in which they differ."""
+    """One split. An answer is one of two words, chosen by the first token in which they differ.
+
+    `flat` if training images are in one folder instead of the numbered ones.
+    """
 
     rows: Rows = NO_ROWS
     image_folder: Path = Path()
+    flat: bool = False
     question_case: QuestionCase = "lower"
 
     name = "nlvr2"
@@ -81,7 +85,9 @@ class NLVR2(Task):
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
         folder = find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE)
-        return replace(self, rows=rows, image_folder=folder)
+        first = rows.value("left", 0) if len(rows) else ""
+        flat = not (folder / first).is_file() and (folder / Path(first).name).is_file()
+        return replace(self, rows=rows, image_folder=folder, flat=flat)
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
@@ -89,7 +95,7 @@ class NLVR2(Task):
         return Example(
             example_id=row["identifier"],
             source_text=self.source(row["sentence"]),
-            images=(self.image_folder / row["left"], self.image_folder / row["right"]),
+            images=(self._image(row["left"]), self._image(row["right"])),
             targets=tuple((answer, 1.0) for answer in answers),
             question=row["sentence"],
             answer=answers[0] if answers else "",
@@ -99,12 +105,15 @@ class NLVR2(Task):
 
     def images(self, index: int) -> tuple[Path, ...]:
         """The left and the right image."""
-        return tuple(self.image_folder / self.rows.value(side, index) for side in ("left", "right"))
+        return tuple(self._image(self.rows.value(side, index)) for side in ("left", "right"))
+
+    def _image(self, name: str) -> Path:
+        return self.image_folder / (name.rpartition("/")[2] if self.flat else name)
 
     def image_files(self) -> list[Path]:
         """The different images."""
         names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
-        return [self.image_folder / name for name in names]
+        return [self._image(name) for name in names]
 
     def mark(self, example: Example, prediction: str) -> float:
         """1 for the right word."""

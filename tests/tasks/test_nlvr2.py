@@ -78,6 +78,15 @@ def test_training_images_lie_in_numbered_folders(scenes: Path) -> None:
     assert {path.parent.parent for path in task.image_files()} == {scenes / "nlvr2" / "train"}
 
 
+def test_training_images_may_lie_in_one_folder(folder: Path) -> None:
+    numbered = [path.name for path in load_task("nlvr2", folder, "train").image_files()]
+    for image in list((folder / "train").glob("*/*.png")):
+        image.rename(folder / "train" / image.name)
+    task = load_task("nlvr2", folder, "train")
+    assert [path.name for path in task.image_files()] == numbered
+    assert all(path.is_file() for path in (*task.image_files(), *task.images(0), *task[0].images))
+
+
 @pytest.mark.parametrize("directory", [7, "7"])
 def test_the_folder_is_a_number_or_its_name(tmp_path: Path, directory: object) -> None:
     write(tmp_path, "train", [PLAIN | {"directory": directory, "identifier": "train-10171-2-1"}])
