@@ -1,8 +1,8 @@
-"""A vision tower and an encoder-decoder language model, joined by a visual projection; or text alone.
+"""A vision tower and a language model, joined by a visual projection; or a language model alone.
 
-The language model's encoder reads `[text ; visual]`, with a prompt in front of the text when there
-is one. Protocol: VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022). For text alone the language
-model may also be decoder-only (see `language`).
+An encoder reads `[text ; visual]`, with a prompt in front of the text when there is one. Protocol: VL-T5 (Cho
+et al. 2021) and VL-Adapter (Sung et al. 2022). A decoder-only model reads the visual tokens in front of the
+text, as LLaVA (Liu et al. 2023) does; see `language`.
 """
 
 from collections.abc import Mapping
@@ -62,10 +62,10 @@ class Backbone(FrozenBackbone):
 
     Args:
         vision: Image encoder, or None for text alone.
-        language: A T5- or BART-like encoder-decoder; for text alone also a GPT-2- or Llama-like decoder.
+        language: A T5- or BART-like encoder-decoder, or a GPT-2- or Llama-like decoder.
         tokenizer: Its tokenizer; padding is put on the right.
         name: What an adapter calls this backbone.
-        visual_position_bias: See `VisualPositionBias`.
+        visual_position_bias: See `VisualPositionBias`; of a decoder-only model with images, always relative.
         object_order: See `ObjectOrder`.
         visual_norm: See `VisualNorm`.
 
@@ -74,8 +74,7 @@ class Backbone(FrozenBackbone):
         fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
 
     Raises:
-        ValueError: If the language model is not supported, or cannot read images, or not
-            with this `visual_position_bias`.
+        ValueError: If the language model is not supported, or not with this `visual_position_bias`.
 
     Example:
         >>> import dept_vl
@@ -111,12 +110,9 @@ class Backbone(FrozenBackbone):
         self.tokenizer = tokenizer
         # Whatever its files say.
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
-        self.visual_position_bias = visual_position_bias
         if vision is not None and not language.config.is_encoder_decoder:
-            raise ValueError(
-                f"visual tokens are read by an encoder, and {name} has none ({type(language).__name__}): "
-                "leave the vision tower out, or take an encoder-decoder such as google-t5/t5-base"
-            )
+            visual_position_bias = "relative"
+        self.visual_position_bias = visual_position_bias
         if vision is not None and visual_position_bias == "none" and reads_in_blocks(language):
             raise ValueError(
                 f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
@@ -135,7 +131,7 @@ class Backbone(FrozenBackbone):
         self.visual_projection = None
         if vision is not None:
             places = 0 if object_order == "none" else vision.token_count
-            self.visual_projection = new_projection(language, vision.d_vision, places)
+            self.visual_projection = new_projection(language, vision.d_vision, places, self.word_size())
         # Taken before any training, so that it names the frozen weights even after fine-tuning.
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
@@ -163,7 +159,7 @@ class Backbone(FrozenBackbone):
         Args:
             backbone: Such a folder; it carries a trained visual projection and its own options.
             vision: Hub name or folder of the image encoder (with `language`); None for text alone.
-            language: Hub name or folder of the encoder-decoder or, for text alone, of the decoder-only model.
+            language: Hub name or folder of the encoder-decoder or decoder-only model.
             vision_layer: See `VisionEncoder`.
             class_token: See `VisionEncoder`.
             pooled_grid: See `VisionEncoder`.

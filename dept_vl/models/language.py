@@ -1,11 +1,13 @@
 """The two classes of language model, behind one interface: embed, encode, logits, generate.
 
-|                | `EncoderDecoder` (T5, BART)           | `DecoderOnly` (GPT-2, Llama)               |
-|----------------|---------------------------------------|--------------------------------------------|
-| reads          | `[prompt ; text ; visual]`, both ways | `[prompt ; text ; answer]`, left to right  |
-| `encode` gives | the encoder's output                  | the embeddings, still to be read           |
-| padding        | last                                  | first, so that the answer follows the text |
-| `generate`     | a start token, then the answer        | the answer alone                           |
+|                | `EncoderDecoder` (T5, BART)           | `DecoderOnly` (GPT-2, Llama)                |
+|----------------|---------------------------------------|---------------------------------------------|
+| reads          | `[prompt ; text ; visual]`, both ways | `[prompt ; start ; visual ; text ; answer]` |
+| `encode` gives | the encoder's output                  | the embeddings, still to be read            |
+| padding        | last                                  | first, so that the answer follows the text  |
+| `generate`     | a start token, then the answer        | the answer alone                            |
+
+The start token is there where the tokenizer puts one in front of texts (Llama's does).
 """
 
 import inspect
@@ -37,7 +39,7 @@ from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
 
 SUPPORTED = (
     "encoder-decoders with T5's or BART's positions (T5, FLAN-T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, "
-    "Marian) and, for text alone, decoder-only models (GPT-2, Llama, Mistral, Qwen2 and their like)"
+    "Marian) and decoder-only models (GPT-2, Llama, Mistral, Qwen2 and their like)"
 )
 """Language models, for messages."""
 
@@ -255,10 +257,14 @@ class DecoderOnly(Answerer):
             )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.starts = int(tokenizer(WORD).input_ids[0] == tokenizer.bos_token_id)
+        # Of rows with different prompts, so that all have their text in the same columns; packed by `encode`.
+        self.counts_text = True
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `Backbone.check_length`. There are no visual tokens."""
-        self.check_positions("context", prompt=prompt, text=text, answer=answer)
+        """See `Backbone.check_length`."""
+        images = {"visual": visual} if visual else {}
+        self.check_positions("context", prompt=prompt, text=text, **images, answer=answer)
 
     def encode(
         self,
@@ -268,7 +274,11 @@ class DecoderOnly(Answerer):
         prompt_length: int,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
         """The embeddings, read together with the answer only, padding first; and their mask."""
-        assert visual is None  # the backbone has no vision tower
+        if visual is not None:  # the question sees the image, and the answer follows the question
+            sizes = [prompt_length + self.starts, embeddings.shape[1] - prompt_length - self.starts]
+            (front, text), (front_mask, text_mask) = embeddings.split(sizes, 1), mask.split(sizes, 1)
+            embeddings = torch.cat([front, visual.to(embeddings.dtype), text], dim=1)
+            mask = torch.cat([front_mask, mask.new_ones(visual.shape[:2]), text_mask], dim=1)
         embeddings, mask = pack(embeddings, mask, padding_first=True)
         return BaseModelOutput(last_hidden_state=embeddings), mask
 

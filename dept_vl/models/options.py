@@ -15,7 +15,8 @@ VisualPositionBias = Literal["none", "relative"]
 
 `none`: nothing, as published. T5's relative bias is zero for every pair with a visual token; BART's
 learned positions count the text alone (the prompt has none either).
-`relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted.
+`relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted. Decoder-only
+models with images always do.
 """
 
 ObjectOrder = Literal["frozen", "trained", "none"]
@@ -69,8 +70,8 @@ class BackboneOptions(Options):
     vision: str | None = None
     """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
     language: str | None = None
-    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base; for
-    text alone also of a decoder-only model, such as openai-community/gpt2."""
+    """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base, or of a
+    decoder-only model, such as openai-community/gpt2 or Qwen/Qwen2.5-0.5B."""
     vision_layer: Annotated[int, Field(ge=-1000, le=1000)] = -1
     """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
     class_token: bool = False
@@ -84,7 +85,8 @@ class BackboneOptions(Options):
     pad: between bars of the mean colour; own: what the encoder's processor does, as in older runs; auto: the
     backbone folder's own, else squash."""
     visual_position_bias: VisualPositionBias = "none"
-    """none: the language model's own positions leave visual tokens out (published); relative: stock."""
+    """none: the language model's own positions leave visual tokens out (published); relative: stock; of
+    decoder-only models always relative."""
     object_order: ObjectOrder | Literal["auto"] = "auto"
     """Vector of each visual token's place. frozen: random, not trained (published); trained: with the visual
     projection; none: the language model reads a set of patches; auto: the backbone folder's own, else

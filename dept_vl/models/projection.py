@@ -53,19 +53,29 @@ class VisualProjection(nn.Module):
         return tokens.flatten(1, 2)
 
 
-def new_projection(language: PreTrainedModel, d_vision: int, places: int) -> VisualProjection:
+def new_projection(
+    language: PreTrainedModel, d_vision: int, places: int, word_size: float
+) -> VisualProjection:
     """Make a projection with the language model's kind of norm and its spread of new word vectors.
 
     Args:
         language: What reads the visual tokens.
         d_vision: Width of the visual features.
         places: See `VisualProjection`.
+        word_size: Of its word embeddings, which visual tokens of a decoder-only model begin with: those of
+            GPT-2 and Llama are far below one, and larger tokens would hardly be changed by its layers.
     """
     width: int = language.get_input_embeddings().embedding_dim
-    eps: float | None = getattr(language.config, "layer_norm_epsilon", None)
+    config = language.config
+    if config.is_encoder_decoder:
+        eps: float | None = getattr(config, "layer_norm_epsilon", None)
+        # The published vectors are rows added to the vocabulary: N(0, 1) in T5, 0.02 in BART.
+        std: float = getattr(config, "init_std", getattr(config, "initializer_factor", 1.0))
+    else:
+        eps, std = getattr(config, "rms_norm_eps", None), word_size
     norm = nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)
-    # The published vectors are rows added to the vocabulary: N(0, 1) in T5, 0.02 in BART.
-    std: float = getattr(language.config, "init_std", getattr(language.config, "initializer_factor", 1.0))
+    if not config.is_encoder_decoder:
+        nn.init.constant_(norm.weight, word_size)
     return VisualProjection(d_vision, width, norm, places, std)
 
 

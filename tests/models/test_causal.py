@@ -606,13 +606,6 @@ def test_the_kind_is_that_of_the_configuration(
     assert not any(p.requires_grad for p in backbone.parameters())
 
 
-def test_vision_tower_is_refused(
-    kind: str, decoder_folders: dict[str, Path], vision_folders: dict[str, Path]
-) -> None:
-    with pytest.raises(ValueError, match=r"visual tokens are read by an encoder.*leave the vision tower out"):
-        Backbone.from_pretrained(language=decoder_folders[kind], vision=vision_folders["clip"])
-
-
 def test_model_of_neither_kind_is_refused(tmp_path: Path) -> None:
     CLIPTextConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'clip_text_model', which.*neither.*gpt2"):
