@@ -275,10 +275,11 @@ class DecoderOnly(Answerer):
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
         """The embeddings, read together with the answer only, padding first; and their mask."""
         if visual is not None:  # the question sees the image, and the answer follows the question
-            sizes = [prompt_length + self.starts, embeddings.shape[1] - prompt_length - self.starts]
-            (front, text), (front_mask, text_mask) = embeddings.split(sizes, 1), mask.split(sizes, 1)
-            embeddings = torch.cat([front, visual.to(embeddings.dtype), text], dim=1)
-            mask = torch.cat([front_mask, mask.new_ones(visual.shape[:2]), text_mask], dim=1)
+            front = prompt_length + self.starts
+            seen = visual.to(embeddings.dtype)
+            embeddings = torch.cat([embeddings[:, :front], seen, embeddings[:, front:]], dim=1)
+            real = mask.new_ones(visual.shape[:2])
+            mask = torch.cat([mask[:, :front], real, mask[:, front:]], dim=1)
         embeddings, mask = pack(embeddings, mask, padding_first=True)
         return BaseModelOutput(last_hidden_state=embeddings), mask
 
