@@ -54,7 +54,7 @@ class VisualProjection(nn.Module):
 
 
 def new_projection(
-    language: PreTrainedModel, d_vision: int, places: int, word_size: float
+    language: PreTrainedModel, d_vision: int, places: int, word_size: float = 1.0
 ) -> VisualProjection:
     """Make a projection with the language model's kind of norm and its spread of new word vectors.
 
