@@ -13,12 +13,13 @@ from test_resume import result_of
 
 from dept_vl import load
 from dept_vl._utils.errors import UsageError
-from dept_vl.config import BackboneOptions, DataOptions, ExtractConfig, RunConfig
+from dept_vl.config import BackboneOptions, DataOptions, RunConfig
 from dept_vl.inference.mixed import load_many
 from dept_vl.models.backbone import Backbone
 from dept_vl.tasks import load_task
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.extract import extract
+from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
