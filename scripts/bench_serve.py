@@ -100,7 +100,7 @@ class Figures:
         return self.mib_after / self.mib_before - 1
 
     def met(self) -> dict[str, bool]:
-        """The bars."""
+        """Return which bars are met."""
         return {
             f"{BARS['mixed']} of one adapter's throughput": self.ratios["mixed"].median >= BARS["mixed"],
             f"{BARS['batched']} times the throughput without batches": self.ratios["batched"].median
@@ -143,7 +143,7 @@ def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
 
 @contextmanager
 def served(backbone: Path, sources: Sequence[str], *flags: str) -> Iterator[tuple[int, int]]:
-    """A server; its process and its port."""
+    """Start a server; yield its process and its port."""
     command = [sys.executable, "-m", "dept_vl", "serve", "--adapters", *sources, "--backbone", str(backbone)]
     command += ["--port", "0", "--timeout", "600", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -171,7 +171,7 @@ Row = tuple[str, int, int]
 
 
 def body_of(row: Row, images: Sequence[str]) -> bytes:
-    """A request."""
+    """Build the body of a request."""
     name, question, image = row
     parts = [
         {"type": "text", "text": QUESTIONS[question]},
@@ -217,7 +217,7 @@ async def ask_all(
 
 
 def measure(config: BenchConfig, folder: Path) -> Figures:
-    """Everything."""
+    """Measure loads, memory and answers."""
     from dept_vl.studies.bench.measure import Ratio, in_turn
 
     figures = Figures(cores=os.cpu_count() or 0)

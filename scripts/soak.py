@@ -62,7 +62,7 @@ class SoakResult:
 
 
 def main(options: SoakOptions) -> SoakResult:
-    """One run in peace, then the same again and again under faults until the time is over.
+    """Run once undisturbed, then again and again under faults until the time is over.
 
     Raises:
         FileExistsError: If the output folder is there.

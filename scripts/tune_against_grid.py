@@ -77,7 +77,7 @@ def main(options: TuningConfig) -> str:
 
 
 def prepared(options: TuningConfig) -> RunConfig:
-    """The run of both, with visual features from files."""
+    """Return the configuration of both, with visual features from files."""
     from dept_vl.training.extract import with_features
 
     base = read_config(options.config)
@@ -113,7 +113,7 @@ def figures(result: "RunResult") -> dict[str, Any]:
 
 
 def side_by_side(options: TuningConfig, found: list[Mapping[str, Any]]) -> str:
-    """Both over the seeds, and their difference seed by seed."""
+    """Compare both over the seeds, and their difference seed by seed."""
     from dept_vl.studies.search import GRID
 
     rows = []

@@ -163,7 +163,7 @@ def _write(file: BinaryIO | None, table: Task, pairs: Answers, output: Path) -> 
 
 
 def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
-    """What answers depend on, in a few digits each."""
+    """Return checksums of what the answers depend on."""
     adapter, options = predictor.adapter, (predictor.decoding, predictor.max_source_length)
     tensors = {} if adapter is None else adapter.tensors
     backbone = {**describe_backbone(predictor.model.backbone), "name": None}  # it may move
@@ -180,7 +180,7 @@ def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
 def _partial(
     output: Path, made_of: dict[str, str], accelerator: Accelerator
 ) -> Iterator[tuple[BinaryIO | None, int]]:
-    """The file to append to, on the main process, and how many answers it holds; at the end `output`."""
+    """Open the file to append to, on the main process, and count its answers; at the end name it `output`."""
     partial, main = output.with_name(f"{output.name}.partial"), accelerator.is_main_process
     about = partial.with_name(f"{partial.name}.json")
     lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)

@@ -100,7 +100,7 @@ class ChatRequest(_Strict):
 
     @property
     def images(self) -> list[str]:
-        """Where the images of the message are."""
+        """URLs of the images of the message."""
         content = self.messages[0].content
         parts = [] if isinstance(content, str) else content
         return [part.image_url.url for part in parts if isinstance(part, Picture)]
@@ -121,7 +121,7 @@ class NewAdapter(_Strict):
 
 
 def read(kind: type[T], body: bytes) -> T:
-    """A request's body.
+    """Parse the body of a request.
 
     Raises:
         Refused: With the first thing that is wrong with it.
@@ -149,14 +149,14 @@ def read(kind: type[T], body: bytes) -> T:
 
 
 def error_body(refused: Refused) -> dict[str, Any]:
-    """An error as OpenAI's clients expect it."""
+    """Return an error in the form that OpenAI's clients expect."""
     kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
     fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
     return {"error": fields}
 
 
 def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
-    """An answer."""
+    """Return an answer in OpenAI's form."""
     body = _head("chat.completion", model) | {
         "choices": [
             {
@@ -173,7 +173,7 @@ def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
 
 
 def chunks(model: str, reply: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
-    """The same answer as a stream, which has all of it at once."""
+    """Return the answer as a stream, whose first part has all of it."""
     head = _head("chat.completion.chunk", model) | ({"usage": None} if usage else {})
 
     def chunk(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _usage(reply: dict[str, Any]) -> dict[str, int]:
 
 
 async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
-    """The content of an image file that a request names.
+    """Return the content of the image file that a request names.
 
     Raises:
         Refused: If it is no such URL, or what it names cannot be had.
@@ -218,7 +218,7 @@ async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
 
 
 async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> bytes:
-    """What is at an address, which must not be of this machine or its network.
+    """Fetch an address, which must not be of this machine or its network.
 
     The name is looked up once, and that address is the one connected to; redirections are not followed.
 

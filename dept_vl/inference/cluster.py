@@ -52,7 +52,7 @@ class ClusterSpec(ChatSpec):
 
 
 def deployment(config: ServeConfig, **options: Any) -> serve.Application:
-    """What `serve run` and `ray.serve.run` start.
+    """Return the application for `serve run` and `ray.serve.run`.
 
     Args:
         config: As for `dept-vl serve`; Ray says where it listens, and adapters stay as they are.

@@ -18,7 +18,7 @@ _KNOWN: WeakKeyDictionary[Any, Spelled] = WeakKeyDictionary()
 
 
 def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
-    """The tokens of answers as training targets have them, and what they are decoded to; each made once."""
+    """Return the tokens of answers, as in training targets, and the text that they decode to; cache both."""
     known = _KNOWN.setdefault(tokenizer, {})
     found = {answer: known[answer] for answer in answers if answer in known}
     new = [answer for answer in dict.fromkeys(answers) if answer not in found]
@@ -32,7 +32,7 @@ def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, .
 
 
 def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
-    """Generation settings of every answer; the model's own token ids are not among them.
+    """Return the generation settings of a decoding, without the token ids of the model.
 
     What is not said here is greedy search or plain beam search: a checkpoint's own settings do not count
     (see `models.generation`).
@@ -52,7 +52,7 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
 
 
 def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str, Any]:
-    """Generation settings where every row has choices of its own.
+    """Return the generation settings for rows that each choose from a list.
 
     As many beams as there are choices at most: so the one of the highest total log-probability wins.
     """
@@ -96,7 +96,7 @@ class Trie:
         self.start = start_tokens(tokenizer)
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
-        """Token ids that may come next; padding behind a finished candidate."""
+        """Return the token ids that may come next; padding after a finished candidate."""
         return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
 
 

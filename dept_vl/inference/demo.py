@@ -72,7 +72,7 @@ def describe(predictor: Predictor) -> str:
 def respond(
     many: ManyAdapters, name: str, uploads: Sequence[dict[str, Any] | None], question: str, folder: Path
 ) -> tuple[str, str]:
-    """The answer, and what is wrong or noteworthy; either may be empty.
+    """Return the answer, and errors or warnings; either may be empty.
 
     Whatever is no image that was uploaded gets one and the same answer, so that nothing is to be learnt
     of this machine's files.
@@ -138,7 +138,7 @@ def answer_in_time(
     question: str,
     folder: Path,
 ) -> tuple[str, str]:
-    """As `respond`, but nobody waits for ever, and a fault of ours ends neither the page nor its secrets."""
+    """Call `respond` with a time limit; print the traceback of an internal error here, not on the page."""
     answering = worker.submit(respond, many, name, uploads, question, folder)
     try:
         return answering.result(LONGEST_ANSWER)
@@ -151,7 +151,7 @@ def answer_in_time(
 
 
 def build(many: ManyAdapters, folder: Path) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Build the page, a `gradio.Blocks`.
 
     Raises:
         ImportError: If Gradio is not installed.
@@ -164,7 +164,7 @@ def build(many: ManyAdapters, folder: Path) -> Any:
     worker = ThreadPoolExecutor(max_workers=1)
 
     def looks(name: str) -> list[Any]:
-        """What is shown for an adapter: images as many as it asks about, a question if it has one."""
+        """Show as many images as the adapter asks about, and the question if it has one."""
         task = many.predictor(None if name == BASE else name).task
         boxes = [gradio.update(visible=task.image_count > place) for place in range(most_images)]
         about = describe(many.predictor(None if name == BASE else name))
@@ -215,7 +215,7 @@ def build(many: ManyAdapters, folder: Path) -> Any:
 
 
 def _upload(place: int, most_images: int, shown: int) -> Any:
-    """The field of an image, visible for the first of them."""
+    """Build the field of an image; it is visible if the task asks about so many images."""
     return _gradio().Image(
         label="Image" if most_images == 1 else ("Left image", "Right image")[place],
         type="filepath",
@@ -287,7 +287,7 @@ def launch(
 
 
 def uploads_folder() -> Path:
-    """The folder of this page's uploads, which no other program has: it goes when this one ends."""
+    """Create a folder for the uploads of this page, which is removed when the program ends."""
     given = os.environ.get(FOLDER_VARIABLE)
     if given is None:
         given = os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="dept-vl-uploads-")

@@ -81,7 +81,7 @@ class Model:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def card(self, name: str) -> dict[str, Any]:
-        """As `/v1/models` lists it."""
+        """Return the entry of `/v1/models`."""
         known = {"task": self.about["task"], "images": self.about["images"]}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "dept_vl"} | known
 
@@ -161,7 +161,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         self.add_endpoint("/v1/adapters/{name:path}", self.remove_adapter, ["DELETE"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the processes with the model need of it."""
+        """Return the part that the processes with the model need."""
         return {"api_path": self.api_path}
 
     def pre_setup(self, lit_api: LitAPI) -> None:
@@ -204,16 +204,16 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return JSONResponse({"status": "ok", "ready": ready, "processes": len(states)})
 
     async def show_metrics(self, request: Request) -> Response:
-        """What is counted."""
+        """Return the metrics in the text format of Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def list_models(self, request: Request) -> Response:
-        """Adapters and backbone."""
+        """List the adapters and the backbone."""
         cards = [model.card(name) for name, model in self.models.items()]
         return JSONResponse({"object": "list", "data": cards})
 
     async def show_model(self, request: Request) -> Response:
-        """One of them."""
+        """Return one model."""
         name = request.path_params["name"]
         return JSONResponse(self._model(name).card(name))
 
@@ -290,7 +290,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     # The queue
 
     async def submit(self, question: Question, *, param: str) -> dict[str, Any]:
-        """What the processes say to a question.
+        """Send a question to the processes with the model, and return their reply.
 
         Raises:
             Refused: If they cannot answer, or do not in time.
@@ -311,7 +311,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return reply
 
     async def outcome(self, question: Question) -> dict[str, Any]:
-        """What `Replica.predict` says to a question.
+        """Put a question into the queue, and wait for the result of `Replica.predict`.
 
         Raises:
             Refused: If the process that had it has died.

@@ -52,7 +52,7 @@ def decode(
     spelled: Mapping[str, str],
     generate: Generate | None = None,
 ) -> list[str]:
-    """The answer to each example of a batch.
+    """Return the answer to each example of a batch.
 
     `options` and `spelled` come from `decoding.generation_options` and `decoding.spellings`; `generate`
     answers the batch in place of the model.
@@ -107,7 +107,7 @@ def evaluate(
     )
 
     def rows_of(batch: Batch) -> int:
-        """As if the other processes were as far."""
+        """Count the rows of all processes, as if they were equally far."""
         return (len(batch.ids) + len(batch.skipped)) * int(accelerator.num_processes)
 
     answers: list[tuple[ExampleId, str]] = []

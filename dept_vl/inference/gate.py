@@ -107,7 +107,7 @@ class Gate(ABC):
 
     @abstractmethod
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """The request as it is handed on.
+        """Return the request that is handed on.
 
         Raises:
             Refused: If it is not.
@@ -183,7 +183,7 @@ class PageGate(Gate):
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:
-    """The headers of a request by their names in small letters."""
+    """Return the headers of a request by their lower-case names."""
     return {name.lower(): value for name, value in scope["headers"]}
 
 
@@ -209,7 +209,7 @@ def is_loopback(host: str) -> bool:
 
 
 def upload_at(path: str, folder: Path) -> Path | None:
-    """The file at a path, if it is really inside the folder of uploads; None for whatever else."""
+    """Return the file at a path if it resolves into the folder of uploads, else None."""
     try:
         found = Path(path).resolve(strict=True)
         inside = Path(path).is_absolute() and found.is_relative_to(folder.resolve()) and found.is_file()
@@ -220,7 +220,7 @@ def upload_at(path: str, folder: Path) -> Path | None:
 
 
 def cleaned(body: bytes) -> bytes:
-    """A question without what the page does not send: of an upload path and own name, of others texts.
+    """Return a question with nothing but texts and, for uploads, path and original name.
 
     Without the mark of an upload (`meta`) Gradio does not look at the file, and nothing is fetched or copied
     that a request names.
@@ -245,7 +245,7 @@ def _plain(value: Any) -> str | dict[str, str] | None:
 
 
 def stored(folder: Path) -> int:
-    """Bytes of all files in a folder, below it too."""
+    """Return the bytes of all files in a folder and below."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):  # deleted meanwhile
@@ -287,7 +287,7 @@ async def send_json(
 
 
 async def read_body(receive: Receive) -> bytes:
-    """A request's body, which is as long as the request has said.
+    """Read the body of a request.
 
     Raises:
         ValueError: If the connection is closed before it has come.
@@ -303,7 +303,7 @@ async def read_body(receive: Receive) -> bytes:
 
 
 def _with_body(scope: Scope, body: bytes) -> tuple[Scope, Receive]:
-    """The request with another body."""
+    """Replace the body of a request."""
     length = (b"content-length", str(len(body)).encode())
     replaced = (b"content-length", b"content-type")
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]

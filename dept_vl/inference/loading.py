@@ -36,7 +36,7 @@ def load(
     task: str | None = None,
     device: str | torch.device | None = None,
 ) -> Predictor:
-    """An adapter on its backbone, ready to answer.
+    """Load an adapter on its backbone, ready to answer.
 
     Args:
         source: The folder of a run or of an adapter, or an adapter's name on the Hub (`user/adapter`).
@@ -99,7 +99,7 @@ def find_backbone(
     device: str | torch.device | None = None,
     place: Path = Path(),
 ) -> FrozenBackbone:
-    """The backbone that an adapter was trained on, loaded.
+    """Load the backbone that an adapter was trained on.
 
     Args:
         adapter: Not yet on it.
@@ -167,7 +167,7 @@ def find_backbone(
 
 
 def _images(adapter: Adapter) -> int:
-    """Images to a question of the adapter's task."""
+    """Return the number of images that a question of the adapter's task is about."""
     return max((TASKS[name].image_count for name in adapter.task.split("+") if name in TASKS), default=1)
 
 
@@ -191,14 +191,14 @@ def _two(name: str) -> tuple[str, str]:
 
 
 def _copy_changed(backbone: FrozenBackbone, adapter: Adapter) -> FrozenBackbone:
-    """The same backbone for one adapter, with a copy of the parts that the adapter changes."""
+    """Return the backbone with a copy of the parts that the adapter changes."""
     if any(name.startswith("language.") for name in adapter.tensors):
         return copy.deepcopy(backbone)
     return backbone.with_projection(copy.deepcopy(backbone.visual_projection))
 
 
 def run_of(source: Path) -> Path | None:
-    """The folder of the run whose adapter is at this place."""
+    """Return the folder of the run that an adapter belongs to; None if there is none."""
     if (source / BEST / ADAPTER_FILE).is_file():
         run = source
     elif source.name in (BEST, LAST) and source.is_dir():
@@ -213,7 +213,7 @@ def _tasks_of(config: RunConfig) -> list[str]:
 
 
 def _choose_task(adapter: Adapter, task: str | None) -> Task:
-    """How questions are asked.
+    """Return the task that says how questions are asked.
 
     Raises:
         ValueError: If there is no such task, or the adapter does not say which.

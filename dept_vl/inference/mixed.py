@@ -84,7 +84,7 @@ class ManyAdapters:
         batch_size: int = 32,
         max_time: float | None = None,
     ) -> str | list[str]:
-        """The answer to a question, or the answers to several, by their adapters.
+        """Answer a question, or several, each with its adapter.
 
         As `Predictor.answer`; one image, question or adapter goes with every one of several others. Rows of
         one batch may be of different tasks; those whose answers are decoded differently, or that have
@@ -124,7 +124,7 @@ class ManyAdapters:
         return answers[0] if alone else answers
 
     def model(self, adapters: Names) -> PromptedModel:
-        """The model for a batch whose rows have these adapters, for inference.
+        """Return the model for a batch whose rows have these adapters, for inference.
 
         It shares the backbone, and is as quick to make as a few small tensors.
 
@@ -146,7 +146,7 @@ class ManyAdapters:
         return PromptedModel(backbone, RowPrompts(self._prompts, rows))
 
     def predictor(self, name: str | None) -> Predictor:
-        """The predictor of an adapter; None is the backbone alone.
+        """Return the predictor of an adapter; None is the backbone alone.
 
         Raises:
             ValueError: If there is no such adapter.
@@ -164,7 +164,7 @@ def load_many(
     device: str | torch.device | None = None,
     base_task: str | None = None,
 ) -> ManyAdapters:
-    """Several adapters of one backbone, loaded once.
+    """Load several adapters on one backbone.
 
     Args:
         sources: As `load` takes them, by the name that each is to have.

@@ -66,7 +66,7 @@ class Predictor:
     def answer(
         self, image: Images = None, question: str | Sequence[str] = "", *, batch_size: int = 32
     ) -> str | list[str]:
-        """The answer to a question, or the answers to several.
+        """Answer a question, or several.
 
         One image goes with every one of several questions and is encoded once, one question with every one
         of several images; of as many of both each goes with its own.
@@ -122,7 +122,7 @@ class Ask:
     images: tuple[ImageSource | torch.Tensor, ...]
 
     def source(self) -> str:
-        """What the encoder reads.
+        """Return the text that the encoder reads.
 
         Raises:
             ValueError: If the images are too many or too few, or the question is empty.
@@ -162,7 +162,7 @@ class Reply:
 
 
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
-    """Lists of one length, a single item repeated; and whether all were single.
+    """Repeat single items to lists of one length; return these and whether all items were single.
 
     Raises:
         ValueError: If there is none of something, or the lengths differ; with all of them.
@@ -182,7 +182,7 @@ def answer_all(
     batch_size: int,
     max_time: float | None = None,
 ) -> list[Reply]:
-    """The answer to each question.
+    """Answer each question.
 
     Questions that are decoded alike, about as many images each, go through the model together, whoever is
     asked.
@@ -225,7 +225,7 @@ def answer_all(
 
 
 def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
-    """What makes batches of questions, by their places; of a composed backbone."""
+    """Return a function from places of questions to their batch, for a composed backbone."""
     backbone = asks[0].predictor.model.backbone
     table, names = encode_images(backbone, [ask.images for ask in asks])
 
@@ -246,7 +246,7 @@ def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence
 
 
 def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
-    """The same, of a pretrained model."""
+    """Return a function from places of questions to their batch, for a pretrained model."""
     backbone = asks[0].predictor.model.backbone
     distinct = {key_of(image): image for ask in asks for image in ask.images}
     read = {}
@@ -270,7 +270,7 @@ def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequenc
 
 @contextmanager
 def _numbered(number: int, count: int) -> Iterator[None]:
-    """Within, an error says which of several images it is."""
+    """Prefix errors with the number of the image, if there are several."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -281,7 +281,7 @@ def _numbered(number: int, count: int) -> Iterator[None]:
 def encode_images(
     backbone: FrozenBackbone, groups: Sequence[tuple[ImageSource | torch.Tensor, ...]]
 ) -> tuple[FeatureTable | None, list[tuple[Path, ...]]]:
-    """Visual features of images, and their names in the table, by group.
+    """Encode images; return a table of their features, and the names of each group's images in it.
 
     An image that comes again, or is the same file, is read and encoded once.
 
@@ -316,7 +316,7 @@ def encode_images(
 
 
 def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int, count: int) -> torch.Tensor:
-    """Pixels of an image; an error says which of several it is."""
+    """Load the pixels of an image; an error names its number."""
     if isinstance(image, torch.Tensor):
         return image
     with _numbered(number, count):
@@ -324,7 +324,7 @@ def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int,
 
 
 def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:
-    """Batches of one as one batch."""
+    """Join batches of one example."""
     features = [row.visual_features for row in rows if row.visual_features is not None]
 
     def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ class Batches(BatchedLoop):  # type: ignore[misc]
     def get_batch_requests(
         self, lit_api: LitAPI, request_queue: Any, transport: Any
     ) -> tuple[list[Any], list[Any]]:
-        """Questions for a batch: those there are, and those that come while the first waits."""
+        """Collect a batch: questions in the queue, and those that come while the first one waits."""
         from litserve.utils import LitAPIStatus, LoopResponseType
 
         taken: list[Any] = []
@@ -175,11 +175,11 @@ class Replica(LitAPI):  # type: ignore[misc]
         ]
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """As it is: the server writes it in OpenAI's form."""
+        """Return it unchanged: the server writes it in OpenAI's form."""
         return output
 
     def decode_request(self, request: Any) -> Any:
-        """As it is: the server has read it."""
+        """Return it unchanged: the server has read it."""
         return request
 
     def _load(self, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
@@ -237,7 +237,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         )
 
     def _answer(self, asks: Sequence["Ask"], numbers: dict[int, str]) -> list[dict[str, Any]]:
-        """The answers; where a batch fails, those to its questions one by one."""
+        """Answer a batch; if it fails, answer its questions one by one."""
         from dept_vl.inference.predictor import answer_all
 
         if not asks:
@@ -260,7 +260,7 @@ class Replica(LitAPI):  # type: ignore[misc]
             return [_refusal(500, "internal_error", "this question could not be answered")]
 
     def _about(self, predictor: "Predictor") -> dict[str, Any]:
-        """What the server has to know of an adapter."""
+        """Return what the server has to know of an adapter."""
         task = predictor.task
         name = predictor.model.backbone.name
         return {"task": task.name, "images": task.image_count, "backbone": name}

@@ -42,7 +42,7 @@ LONGEST_END = 2.0
 
 
 def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
-    """The server, whose processes are not started yet."""
+    """Build the server without starting its processes."""
     # LitServe's queue is a process of this kind, which it starts.
     SyncManager.register("end_with_parent", end_with_parent)
     metrics = Metrics()
@@ -64,7 +64,7 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
 
 
 def replica_of(config: ServeConfig, spec: ChatSpec) -> Replica:
-    """The model, not loaded yet."""
+    """Build the replica without loading its model."""
     return Replica(
         config.adapters[0],
         None if config.backbone is None else str(config.backbone),
@@ -112,7 +112,7 @@ def serve(config: ServeConfig) -> None:
 
 @contextmanager
 def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
-    """The processes of the server, which only the server ends."""
+    """Start the processes of the server, and end them afterwards."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     with wrap_litserve_start(server):
         try:
@@ -128,7 +128,7 @@ def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
 
 
 def find_token(config: ServeConfig) -> str | None:
-    """The token that requests have to bear; one is made up and printed where other machines reach the server.
+    """Return the token that requests need; generate and print one if other machines reach the server.
 
     Raises:
         UsageError: If it is empty.
@@ -149,7 +149,7 @@ def find_token(config: ServeConfig) -> str | None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket at an address, which listens only once there is a model.
+    """Bind a socket, which listens only once a model is ready.
 
     Raises:
         OSError: If the port is taken.

@@ -150,12 +150,12 @@ class _Comparison:
         return True
 
     def seeded_run(self, task: str, name: str, seed: int, *, wait: bool = False) -> Path:
-        """The folder of a method's run, which is made if it is missing."""
+        """Run a method with a seed unless it has run; return the folder of the run."""
         rates, _ = self.choose_rates(task, name, wait=wait)
         return self._run(task, name, seed, rates, wait=wait)
 
     def choose_rates(self, task: str, name: str, *, wait: bool = False) -> tuple[Rates, dict[str, float]]:
-        """The rates of a method, and the dev figure of all that were tried, with the first seed."""
+        """Return the rates of a method, and the dev scores of all that were tried with the first seed."""
         method, seed = compared()[name], self.config.seeds[0]
         if method.like:
             return self.choose_rates(task, method.like, wait=wait)
@@ -186,7 +186,7 @@ class _Comparison:
         ).output_dir
 
     def row(self, task: str, name: str, seeds: tuple[int, ...], cost: StepCost | None) -> Row:
-        """What a method came to with some seeds."""
+        """Return the row of a method over some seeds."""
         rates, tried = self.choose_rates(task, name)
         runs = [self.seeded_run(task, name, seed) for seed in seeds]
         summaries = [read_object(path / SUMMARY_FILE, Summary) for path in runs]
@@ -208,7 +208,7 @@ class _Comparison:
 
 
 def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:
-    """Dev figures of all runs, by step."""
+    """Yield the dev scores of all runs for each step."""
     logs = [read_log(path / LOG_FILE) if (path / LOG_FILE).is_file() else [] for path in runs]
     scores = [{line["step"]: float(line["score"]) for line in log if "score" in line} for log in logs]
     for step in scores[0]:
@@ -261,7 +261,7 @@ def _can_run(name: str, base: RunConfig) -> bool:
 
 
 def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
-    """What all methods on a task have in common.
+    """Return the configuration that all methods on a task share.
 
     Raises:
         ValueError: If there is no such task.
@@ -292,7 +292,7 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
 
 
 def with_steps(base: RunConfig, steps: int) -> RunConfig:
-    """So many steps, a tenth of them to warm up, and evaluations at equal distances."""
+    """Set the steps: a tenth of them warm-up, and evaluations at equal distances."""
     evaluations = min(MOST, max(1, steps // EVALUATED))
     return replace(
         base,
@@ -302,7 +302,7 @@ def with_steps(base: RunConfig, steps: int) -> RunConfig:
 
 
 def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
-    """The same, with visual features from files; of thousands of images the smallest reads a handful."""
+    """Read visual features from files, except in the smallest comparison, which reads a handful of images."""
     if not TASKS[base.data.task].image_count:
         return base
     if config.smallest:
@@ -352,7 +352,7 @@ def with_seed(base: RunConfig, seed: int) -> RunConfig:
 
 @waiting("looking at the data")
 def majority(base: RunConfig) -> tuple[str, float] | None:
-    """The commonest training answer and what it scores, given to every test question; None for captions."""
+    """Return the commonest training answer and its score on the test split; None for captions."""
     if not TASKS[base.data.task].asks:
         return None
     splits = load_splits(replace(base.data, test_limit=0), base.train.seed)

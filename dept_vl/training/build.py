@@ -18,7 +18,7 @@ from dept_vl.training.optim import relative_size
 
 
 def build_model(config: RunConfig) -> PromptedModel:
-    """The backbone, with a prompt where one has any size, and what is trained set free."""
+    """Build the backbone with its prompt, if that has any size, and unfreeze what is trained."""
     options = config.backbone
     if options.train_only != "all" and not options.train_backbone:
         raise ValueError(

@@ -223,7 +223,7 @@ def processes_of(checkpoint: Path) -> int:
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and what is wrong with those that are newer.
+    """Find the newest whole checkpoint of a run, and describe the damage of newer ones.
 
     Returns:
         The checkpoint, None if there is none; a line for each damaged one.
@@ -238,7 +238,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def check(place: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing is."""
+    """Describe the damage of a checkpoint; empty if it is whole."""
     try:
         manifest = read_json(place / MANIFEST)
         check_noted(place / MANIFEST, folder=place.parents[1])

@@ -45,7 +45,7 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
 
 
 def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
-    """What happened and what helps; empty for what is no fault of the machine."""
+    """Describe a fault of the machine and a remedy; empty for other errors."""
     text = " ".join(str(error).split())
     # A reader that may open no more files closes the connection over which it should hand a batch.
     if MANY_FILES in text or _handing_over(error):

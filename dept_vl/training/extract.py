@@ -71,7 +71,7 @@ def extract(config: ExtractConfig) -> list[Path]:
 
 
 def with_features(config: RunConfig, folder: Path) -> RunConfig:
-    """A run of one task with images that reads its visual features from a folder, made first if need be."""
+    """Extract the visual features of a run into a folder, and let the run read them from there."""
     if config.backbone.model is not None:  # every run keeps in memory what it may: not where that is trained
         return config
     data = replace(config.data, features_dir=folder)
@@ -81,7 +81,7 @@ def with_features(config: RunConfig, folder: Path) -> RunConfig:
 
 @waiting("reading the data")
 def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
-    """The different images of these splits, or of those that a run reads.
+    """List the different images of these splits, or of those that a run reads.
 
     Raises:
         FileNotFoundError: If images are missing that are not to be skipped.
@@ -99,7 +99,7 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
 
 @waiting("loading the model")
 def load_vision(options: BackboneOptions) -> VisionEncoder:
-    """The image encoder alone.
+    """Load the image encoder alone.
 
     Raises:
         ValueError: If there is none.

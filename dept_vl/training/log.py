@@ -108,7 +108,7 @@ class Log:
         self._remark_spike(mean_loss)
 
     def scores(self, name: str, score: float, scores: Mapping[str, float], *, keep: bool = True) -> None:
-        """Tell the figures of an evaluation, and write those to be kept.
+        """Print the scores of an evaluation, and log them if they are kept.
 
         A resumed run keeps the lines up to its checkpoint: what an undisturbed run has not must not be there.
         """
@@ -117,7 +117,7 @@ class Log:
         self.line.say(f"step {self.progress.steps}: dev {name} {score:.2f}")
 
     def advance(self) -> None:
-        """A step is done."""
+        """Advance by a step."""
         self.line.advance(self.progress.steps)
 
     def close(self) -> None:
@@ -164,7 +164,7 @@ class Log:
 
 
 def best_dev(run: Path, steps: int | None = None) -> float:
-    """The best figure that a run had on its dev splits, of several tasks the mean.
+    """Return the best dev score of a run, of several tasks the mean.
 
     Only evaluations up to `steps` count, if given.
     """

@@ -191,7 +191,7 @@ class Loop:
         return loss.detach()
 
     def _graphed(self) -> Backward:
-        """The same as CUDA graphs."""
+        """Record forward and backward as CUDA graphs."""
         options, accelerator = self.options, self.accelerator
         sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
         return GraphedStep(self._backward, self.trained, sizes, accelerator.device, say)
@@ -216,7 +216,7 @@ class Loop:
             self._save_adapter(BEST, scores)
 
     def _score_dev(self) -> tuple[float, dict[str, float]]:
-        """The score that decides, and all scores; of several tasks each under its name."""
+        """Return the score that decides, and all scores; of several tasks each under its name."""
         deciding: list[float] = []
         scores: dict[str, float] = {}
         for task in self.tasks:
@@ -297,7 +297,7 @@ class _Interrupt:
             self.signal, self.asked_at = number, time.monotonic()
 
     def requested(self, accelerator: Accelerator, *, agreed: bool) -> int:
-        """The signal that any process has got; several look only where all do, since it takes time."""
+        """Return the signal that any process has received; several processes compare only where `agreed`."""
         if accelerator.num_processes == 1:
             return self.signal
         if not agreed:

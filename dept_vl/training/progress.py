@@ -76,7 +76,7 @@ class Figures:
     seconds_left: float
 
     def record(self) -> dict[str, float]:
-        """By the names that they have in the log and in trackers."""
+        """Return the figures by their names in the log and in trackers."""
         return {
             "loss": self.loss,
             **{f"lr/{group}": rate for group, rate in self.rates.items()},
@@ -87,7 +87,7 @@ class Figures:
         }
 
     def plain(self) -> str:
-        """In words."""
+        """Return the figures as a sentence."""
         rates = " ".join(f"{group} {rate:.3g}" for group, rate in self.rates.items())
         return (
             f"loss {self.loss:.3f}, lr {rates}, {short(self.samples_per_second)} samples/s, "
@@ -96,7 +96,7 @@ class Figures:
         )
 
     def brief(self) -> list[str]:
-        """In pieces, the most important first."""
+        """Return the figures in pieces, the most important first."""
         return [
             f"loss {self.loss:.3f}",
             f"{duration(self.seconds_left)} left",
@@ -119,14 +119,14 @@ class ProgressLine:
         self._draw(done)
 
     def advance(self, step: int) -> None:
-        """A step is done."""
+        """Advance by a step."""
         self.count.done = step
         if not self.bar.disable:
             self._draw(step)
             self.bar.update(step - self.bar.n)
 
     def tell(self, step: int, figures: Figures) -> None:
-        """There are figures of a step."""
+        """Show the figures of a step."""
         if not self.bar.disable:
             self.pieces = figures.brief()
             self._draw(step)
@@ -157,7 +157,7 @@ class ProgressLine:
 
 
 def fitted(pieces: Sequence[str], columns: int) -> str:
-    """As many of the pieces as there is room for, each of them whole, the first ones first."""
+    """Join as many whole pieces as fit, from the first one on."""
     line = pieces[0]
     for piece in pieces[1:]:
         if len(line) + 1 + len(piece) > columns:
@@ -167,7 +167,7 @@ def fitted(pieces: Sequence[str], columns: int) -> str:
 
 
 def short(number: float) -> str:
-    """Two digits at least: 0.52, 5.2, 52, 520, 5.2k, 52k, 5.2M."""
+    """Format a number in at least two digits: 0.52, 5.2, 52, 520, 5.2k, 52k, 5.2M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             scaled = number / size
@@ -176,7 +176,7 @@ def short(number: float) -> str:
 
 
 def _rate(rate: float) -> str:
-    """In as few characters as two digits take: 0.29, 9.6e-4."""
+    """Format a rate in two digits: 0.29, 9.6e-4."""
     return f"{rate:.2g}" if rate == 0 or rate >= 0.01 else f"{rate:.1e}".replace("e-0", "e-")
 
 

@@ -129,7 +129,7 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
 
 @contextmanager
 def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConfig) -> Iterator[None]:
-    """Have a folder for the files of an evaluation, which holds none; None writes nothing."""
+    """Own a folder without predictions while an evaluation is written to it; None writes nothing."""
     if folder is None:
         yield
         return
@@ -140,7 +140,7 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
 
 
 def _check_unused(folder: Path) -> None:
-    """Refuse a folder with the files of an evaluation, or of a run, which has predictions of its own."""
+    """Raise if a folder holds predictions, of an evaluation or of a run."""
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
         raise FileExistsError(
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"

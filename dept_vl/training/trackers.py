@@ -21,7 +21,7 @@ EXTRAS = ("tensorboard", "trackio", "wandb")
 
 
 def check_tracker(name: str | None) -> None:
-    """Refuse a tracker that there is not, before anything is made.
+    """Check that a tracker is known and installed.
 
     Raises:
         ValueError: If accelerate knows none of that name.

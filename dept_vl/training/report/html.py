@@ -131,7 +131,7 @@ def mark(answered: Answered) -> Marks:
 
 
 def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[list[int], list[int]]:
-    """What is shown: the worst answers, worst first, and the best, other images before the same again.
+    """Choose the worst answers, worst first, and the best; prefer images that are not shown yet.
 
     Of equal answers those come first on which humans agree most; then chance decides, always the same.
 
@@ -200,7 +200,7 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> li
 
 
 def _section(answered: Answered) -> dict[str, Any]:
-    """What the page shows of a split."""
+    """Return what the page shows of a split."""
     found = mark(answered)
     first, best = choose(found, answered.task.images)
     if np.isnan(found.marks).any():
@@ -251,7 +251,7 @@ def _card(answered: Answered, index: int, mark: float) -> dict[str, Any]:
 
 
 def _humans(example: Example) -> str:
-    """Human answers, the most usual first, with how many gave each; captions one below the other."""
+    """List human answers, the commonest first, with their counts; captions one below the other."""
     counts = Counter(example.answers)
     if len(example.answers) <= 1:
         return "".join(f"human: {answer}" for answer in example.answers)
@@ -270,7 +270,7 @@ def _distinct(
     *,
     fill: bool = False,
 ) -> list[int]:
-    """The first so many whose images are not among those seen, which are noted; in their order.
+    """Return the first examples, in their order, whose images are not seen yet, and add these to `seen`.
 
     With `fill`, if there are fewer, the first of the others too.
     """
