@@ -43,10 +43,7 @@ def train(
 ) -> int:
     """Train a prompt, and score it.
 
-    Args:
-        arguments: The command line.
-        defaults: What flags and files leave out.
-        tasks: The names that the first task may have; None for all.
+    `defaults` are what flags and files leave out; `tasks` are the names that the first task may have.
     """
     config = parse(defaults or RunConfig(), "Train a prompt, and score it.", arguments)
     if tasks is not None and config.data.task not in tasks:
@@ -247,11 +244,6 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
 
     A file stands for the script's defaults: what it leaves out is as in no script. Under all of them is the
     task's own longest text.
-
-    Args:
-        defaults: Of the script.
-        description: Shown by `--help`.
-        argv: Without the program's name; None reads the command line.
     """
     argv = _current_flags(sys.argv[1:] if argv is None else argv)
     parser = FirstFlags(add_help=False, allow_abbrev=False)
@@ -315,10 +307,6 @@ def _current_flags(argv: Sequence[str]) -> list[str]:
 
 def parse_extraction(description: str, argv: Sequence[str] | None = None) -> ExtractConfig:
     """Flags over the data and the backbone of a run's configuration file (`--config`).
-
-    Args:
-        description: Shown by `--help`.
-        argv: Without the program's name; None reads the command line.
 
     Raises:
         ValueError: If an option is out of range.

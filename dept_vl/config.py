@@ -233,11 +233,8 @@ def differences(
 ) -> list[str]:
     """Options on which a run's result depends and that were changed, as `name=old -> new`.
 
-    Args:
-        started: As `to_json` gives them; options that came later had their defaults.
-        now: The same.
-        free: Names of more options that may change; those of `data` hold for the other tasks too.
-        folder: Of the run, beside which its paths are.
+    Options that came later than `started` had their defaults. `free` are names of more options that may
+    change; those of `data` hold for the other tasks too. Paths are beside `folder`, that of the run.
     """
     usual, more = flat(to_json(RunConfig())), flat(to_json(DataOptions()), "data.")
     found = []
@@ -342,9 +339,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
     Paths are those that are found now, see `find_again`.
 
-    Args:
-        path: The file.
-        base: Gives what the file leaves out; None as everywhere.
+    `base` gives what the file leaves out.
 
     Raises:
         FileNotFoundError: If the file is missing.

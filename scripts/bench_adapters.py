@@ -26,6 +26,7 @@ from dept_vl.cli import entry, parse_options
 if TYPE_CHECKING:
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.models.backbone import Backbone
+    from dept_vl.models.prompted import PromptedModel
     from dept_vl.studies.bench.measure import Ratio
     from dept_vl.studies.bench.methods import Inputs, Shape
 
@@ -80,27 +81,31 @@ def questions_shape() -> "Shape":
     return replace(SHAPES["vl"], spread=4.0)
 
 
-def adapters_of(backbone: "Backbone", lengths: tuple[int, ...]) -> "ManyAdapters":
-    """Adapters with prompts of these lengths, each with the parameters of 100 vectors."""
-    import torch
-
+def adapters_of(backbone: "Backbone", models: "list[PromptedModel]", longest: int) -> "ManyAdapters":
+    """Serve these models together, by their numbers."""
     from dept_vl.adapters.adapter import Adapter
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.inference.predictor import Predictor
-    from dept_vl.models.prompted import PromptedModel
-    from dept_vl.studies.bench.methods import build_prompt
     from dept_vl.tasks import TASKS
 
-    shape = questions_shape()
     task, predictors = TASKS["vqav2"], {}
-    for number, length in enumerate(lengths):
-        own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
-        prompt = build_prompt(backbone.d_model, shape, length).to(backbone.device)
-        torch.nn.init.normal_(prompt.offset_b)  # as after training
-        model = PromptedModel(own, prompt).eval()
+    for number, model in enumerate(models):
         adapter = Adapter.of(model, task=task.name, metrics={})
-        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, shape.longest)
+        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, longest)
     return ManyAdapters(backbone, predictors)
+
+
+def prompted(backbone: "Backbone", length: int) -> "PromptedModel":
+    """A prompt of this length with the parameters of 100 vectors, and a visual projection of its own."""
+    import torch
+
+    from dept_vl.models.prompted import PromptedModel
+    from dept_vl.studies.bench.methods import build_prompt
+
+    own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
+    prompt = build_prompt(backbone.d_model, questions_shape(), length).to(backbone.device)
+    torch.nn.init.normal_(prompt.offset_b)  # as after training
+    return PromptedModel(own, prompt).eval()
 
 
 def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...]) -> Figures:
@@ -110,7 +115,7 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
     from dept_vl.studies.bench.measure import Ratio, in_turn
     from dept_vl.studies.bench.methods import draw_batch
 
-    many = adapters_of(backbone, lengths)
+    many = adapters_of(backbone, [prompted(backbone, n) for n in lengths], questions_shape().longest)
     names = [name for name in many.predictors if name is not None]
     rows = [names[row % len(names)] for row in range(config.batch_size)]
     single = many.predictor(names[lengths.index(max(lengths))]).model
@@ -147,23 +152,16 @@ def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
     """Milliseconds of the processor for a question: one `memory` adapter, several together, and apart."""
     import torch
 
-    from dept_vl.adapters.adapter import Adapter
-    from dept_vl.inference.mixed import ManyAdapters
-    from dept_vl.inference.predictor import Predictor
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.base import sized
     from dept_vl.prompts.methods import build
     from dept_vl.studies.bench.measure import in_turn
     from dept_vl.studies.bench.methods import draw_batch
-    from dept_vl.tasks import TASKS
 
-    task, predictors = TASKS["vqav2"], {}
     sizes = {"d_model": backbone.d_model, "prompt_length": 0, "rank": 49, "max_source_length": 64}
-    for number in range(config.batch_size):
-        model = PromptedModel(backbone, build(sized("memory", **sizes)).to(backbone.device)).eval()
-        adapter = Adapter.of(model, task=task.name, metrics={})
-        predictors[f"{number}"] = Predictor(model, adapter, task, task.decoding, 64)
-    many, names = ManyAdapters(backbone, predictors), list(predictors)
+    prompts = [build(sized("memory", **sizes)).to(backbone.device) for _ in range(config.batch_size)]
+    many = adapters_of(backbone, [PromptedModel(backbone, prompt).eval() for prompt in prompts], 64)
+    names = [name for name in many.predictors if name is not None]
     ways = {"one": [names[:1]], "together": [names], "one after the other": [[name] for name in names]}
     options = {"max_new_tokens": config.new_tokens, "min_new_tokens": config.new_tokens, "do_sample": False}
     measured: dict[str, list[float]] = {way: [] for way in ways}

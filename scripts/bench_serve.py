@@ -185,11 +185,7 @@ async def ask_all(
 ) -> tuple[float, list[tuple[Row, str | None, float]]]:
     """Seconds for all, and each one's answer (None if there is none) and seconds.
 
-    Args:
-        ports: Of the server of each adapter.
-        rows: What is asked, in this order.
-        images: As data URLs.
-        clients: That ask one after the other, each with a connection of its own.
+    Clients ask one after the other, each with a connection of its own to the server of each adapter.
     """
     waiting, answers = iter(rows), []
 

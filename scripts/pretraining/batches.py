@@ -121,14 +121,8 @@ class Sample:
 class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
     """Batches of one kind each, without end, so that long targets keep to themselves.
 
-    Args:
-        scenes: What is asked about.
-        tokenizer: Of the language model.
-        seed: Of what is asked.
-        size: Questions in a batch (fewer captions and pairs, which are longer).
-        families: Of the questions.
-        spatial_share: Share of the questions that are about places.
-        spatial: Families of these.
+    Captions and pairs are longer, so that a batch has fewer of them. `spatial_share` of the questions are
+    about places, of the families `spatial`.
     """
 
     def __init__(

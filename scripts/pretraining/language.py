@@ -153,15 +153,7 @@ def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig
 
 
 class Course:
-    """What the processes of one language stage share: weights, their gradients, how far it is.
-
-    Args:
-        config: How the language model is made.
-        model: With the parameters that are trained.
-        heads: What is read off the encoder at the end of a phrase.
-        scenes: What is asked about, and what progress is measured on.
-        features: Of the scenes.
-    """
+    """What the processes of one language stage share: weights, their gradients, how far it is."""
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ from dept_vl.training.report.html import (
 )
 from dept_vl.training.report.page import BOTTOM, HEIGHT, LEFT, RIGHT, SIDE, TOP, WIDTH, templates, thumbnail
 from dept_vl.training.report.page import chart as placed
+from dept_vl.training.report.plots import COLOURS
 from dept_vl.training.report.remake import BROWSERS, draw, remake
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
@@ -379,7 +380,10 @@ def test_the_curve_of_a_run_is_of_its_losses(finished: Path) -> None:
     losses = [(record["step"], record["loss"]) for record in log(finished) if "loss" in record]
     assert len(losses) == 2
     assert losses[0][1] != losses[1][1]
-    picture = (finished / REPORT_FILE).read_text().split('aria-label="Loss"')[1].split("</svg>")[0]
+    page = (finished / REPORT_FILE).read_text()
+    assert f":root {{ --method: {COLOURS['dept']}; }}" in page  # the method has one colour everywhere
+    picture = page.split('aria-label="Loss"')[1].split("</svg>")[0]
+    assert 'path class="one"' in picture
     (curve,) = points(picture)
     steps = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([^<]+)<', picture)
     heights = re.findall(r'y="([\d.]+)" text-anchor="end">([^<]+)<', picture)

@@ -37,13 +37,10 @@ def measure(measuring: Measuring, root: Path) -> None:
     assert vision is not None
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder), 8 if small else 1024)
-        measuring.entry("an image, ms", lambda: _stages(measuring, vision, paths))
+        measuring.entry("an image, ms", _stages, measuring, vision, paths)
         for workers in (0, 2) if small else (8, 4, 0):
-            measuring.entry(
-                f"{workers} workers",
-                lambda workers=workers: _encode(vision, paths, workers),  # type: ignore[misc]
-            )
-        measuring.entry("cached features", lambda: _cached(measuring, backbone, paths))
+            measuring.entry(f"{workers} workers", _encode, vision, paths, workers)
+        measuring.entry("cached features", _cached, measuring, backbone, paths)
 
 
 def _stages(measuring: Measuring, vision: VisionEncoder, paths: list[Path]) -> Entry:

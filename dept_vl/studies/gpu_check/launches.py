@@ -52,20 +52,15 @@ def measure(measuring: Measuring, root: Path) -> None:
         hold_frozen_in_bfloat16(backbone.language)
     choose_attention(backbone.language, device, bfloat16=bfloat16)
     for number, batch in _batches(measuring, backbone).items():
+        _steps(measuring, runners, number, batch)
+        measuring.entry(f"answers of {number}", _answers, measuring, backbone, batch)
+
+
+def _steps(measuring: Measuring, runners: dict[str, Runner], number: int, batch: Inputs) -> None:
+    """Measure a step of each method, eager and then as graphs."""
+    for way, measure_way in (("eager", _eager), ("graphs", _graphs)):
         for name, runner in runners.items():
-            measuring.entry(
-                f"{number}/{name}/eager",
-                lambda runner=runner, batch=batch: _eager(measuring, runner, batch),  # type: ignore[misc]
-            )
-        for name, runner in runners.items():
-            measuring.entry(
-                f"{number}/{name}/graphs",
-                lambda runner=runner, batch=batch: _graphs(measuring, runner, batch),  # type: ignore[misc]
-            )
-        measuring.entry(
-            f"answers of {number}",
-            lambda batch=batch: _answers(measuring, backbone, batch),  # type: ignore[misc]
-        )
+            measuring.entry(f"{number}/{name}/{way}", measure_way, measuring, runner, batch)
 
 
 def _backbone(measuring: Measuring, root: Path) -> Backbone:
@@ -196,9 +191,4 @@ def measure_compiled(measuring: Measuring, root: Path) -> None:
     names = [name + COMPILED for name in ("dept40", "pt100", "floor")]
     runners = build_runners(names, backbone, SHAPES["vl"], compiled=backbone)
     for number, batch in _batches(measuring, backbone).items():
-        for way, measure_way in (("eager", _eager), ("graphs", _graphs)):
-            for name, runner in runners.items():
-                measuring.entry(
-                    f"{number}/{name}/{way}",
-                    lambda way=measure_way, runner=runner, batch=batch: way(measuring, runner, batch),  # type: ignore[misc]
-                )
+        _steps(measuring, runners, number, batch)

@@ -49,8 +49,8 @@ class Measuring:
     small: bool
     started: float = field(default_factory=time.monotonic)
 
-    def entry(self, name: str, measure: Callable[[], Entry]) -> None:
-        """Measure and record an entry, unless it is there or time is up; an error is recorded too."""
+    def entry(self, name: str, measure: Callable[..., Entry], *arguments: Any) -> None:
+        """Record what `measure` returns, unless it is there or time is up; an error is recorded too."""
         content = read_json(self.path) if self.path.is_file() else {}
         before = content.get(self.part, {}).get("entries", {}).get(name, {})
         if before and "error" not in before:
@@ -59,7 +59,7 @@ class Measuring:
             say(f"{self.part}: no time for {name}")
             return
         try:
-            measured = measure()
+            measured = measure(*arguments)
         except Exception as error:  # whatever it is, the other entries are worth having
             measured = {"error": f"{type(error).__name__}: {one_line(error)}"}
         if self.device.type == "cuda":

@@ -47,10 +47,7 @@ def measure(measuring: Measuring, root: Path) -> None:
         output = folder / re.sub(r"\W+", "-", job)
         command = [sys.executable, "-m", "dept_vl", "train", *options, *more]
         command += ["--output_dir", str(output), "--resume", "auto"]
-        measuring.entry(
-            f"{name}: {job}",
-            lambda command=command, output=output: _run(command, output, measuring),  # type: ignore[misc]
-        )
+        measuring.entry(f"{name}: {job}", _run, command, output, measuring)
 
 
 def _run(command: list[str], output: Path, measuring: Measuring) -> Entry:
