@@ -58,11 +58,7 @@ class UniqueKeys(dict[str, Any]):
 
 
 def check_keys(value: Any) -> None:
-    """Check that no object in what ijson read has a key twice.
-
-    Raises:
-        RepeatedKeyError: If one has.
-    """
+    """Raise RepeatedKeyError if an object in what ijson read has a key twice."""
     if not UniqueKeys.met:
         return
     if isinstance(value, UniqueKeys) and hasattr(value, "repeated"):
@@ -286,12 +282,7 @@ def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
 
 
 def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object with the fields of a dataclass, or of another type that pydantic knows.
-
-    Args:
-        path: The file.
-        kind: The dataclass.
-        earlier: What an older file leaves out.
+    """Read a JSON object with the fields of a dataclass or other type; older files lack those of `earlier`.
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -271,12 +271,7 @@ def process(
 ) -> dict[str, Tensor]:
     """Return tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
 
-    Args:
-        processor: The model's.
-        texts: One for each example.
-        images: Those of each example.
-        longest: Most tokens of each text.
-        features: What the model makes of the images, which are blank then.
+    `longest` are the most tokens of each text; `features` are of images that are blank then.
     """
     source = processor([_without_prefix(text) for text in texts], images, longest)
     if features is not None:

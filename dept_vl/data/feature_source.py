@@ -94,13 +94,9 @@ def mapped_features(
     choice: Features,
     accelerator: Accelerator,
 ) -> FeatureTable | None:
-    """Map features that `dept-vl features` made; None if they are not to be used.
+    """Map features that `dept-vl features` made of the images wanted; None if they are not to be used.
 
-    Args:
-        vision: The encoder that the run has.
-        wanted: The images of each task.
-        choice: Whether they may, must or must not be used. If they may, problems with them are printed.
-        accelerator: Of the run.
+    If `choice` says that they may be used, problems with them are printed.
 
     Raises:
         FileNotFoundError: If they must be used and are missing, or lack some of the images.

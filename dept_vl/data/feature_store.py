@@ -97,7 +97,45 @@ def write_features(
     with _only_writer(folder, accelerator):
         made_by = {**fingerprint(vision), "dtype": dtype}
         index = on_main(accelerator, lambda: _plan(vision, root, paths, folder, made_by, shard_images))
-        return _write(vision, root, folder, accelerator, index, batch_size, num_workers, skip_unreadable)
+        images, per_shard = index["images"], index["shard_images"]
+        shards = range(accelerator.process_index, -(-len(images) // per_shard), accelerator.num_processes)
+        of = {n: rows_of(index, n) for n in shards}
+        stored = {n: unreadable_of(folder, index, n) for n in shards}
+        unreadable = {n: errors for n, errors in stored.items() if errors is not None}
+        todo = [n for n in shards if n not in unreadable or (unreadable[n] and not skip_unreadable)]
+        if not any(gather_object([bool(todo) or index["shard_bytes"] is None])):
+            return 0
+        index["shard_bytes"] = None  # until all are there
+        on_main(accelerator, lambda: write_index(folder, index))
+        files = [root / image for image in images]
+        # None goes over the end of a shard, so that what is encoded together depends on no process.
+        batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
+        # Closed even when an image ends the loop: its progress line would stay.
+        with closing(
+            encode_images(
+                vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
+            )
+        ) as encoded:
+            for n in todo:
+                parts, unreadable[n] = [], {}
+                for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
+                    errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
+                    if errors and not skip_unreadable:
+                        raise ValueError(
+                            f"{next(iter(errors.values()))}. --on_bad_image skip continues without it"
+                        )
+                    unreadable[n] |= errors
+                    parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
+                write_atomically(
+                    folder / shard_name(n), shard_content(torch.cat(parts), index, n, unreadable[n])
+                )
+        ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
+        with waiting("waiting for the other processes"):
+            whole = sorted(gather_object(ours))
+        index["shard_bytes"] = [size for _, size, _ in whole]
+        index["unreadable"] = {image: error for _, _, errors in whole for image, error in errors.items()}
+        on_main(accelerator, lambda: write_index(folder, index))
+        return sum(gather_object([sum(map(len, batches))]))
 
 
 @contextmanager
@@ -121,56 +159,6 @@ def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write(
-    vision: VisionEncoder,
-    root: Path,
-    folder: Path,
-    accelerator: Accelerator,
-    index: dict[str, Any],
-    batch_size: int,
-    num_workers: int,
-    skip_unreadable: bool,
-) -> int:
-    """Write what of an index is not there yet, and the index; see `write_features`."""
-    images, per_shard = index["images"], index["shard_images"]
-    shards = range(accelerator.process_index, -(-len(images) // per_shard), accelerator.num_processes)
-    of = {n: rows_of(index, n) for n in shards}
-    stored = {n: unreadable_of(folder, index, n) for n in shards}
-    unreadable = {n: errors for n, errors in stored.items() if errors is not None}
-    todo = [n for n in shards if n not in unreadable or (unreadable[n] and not skip_unreadable)]
-    if not any(gather_object([bool(todo) or index["shard_bytes"] is None])):
-        return 0
-    index["shard_bytes"] = None  # until all are there
-    on_main(accelerator, lambda: write_index(folder, index))
-    files = [root / image for image in images]
-    # None goes over the end of a shard, so that what is encoded together depends on no process.
-    batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
-    # Closed even when an image ends the loop: its progress line would stay.
-    with closing(
-        encode_images(
-            vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
-        )
-    ) as encoded:
-        for n in todo:
-            parts, unreadable[n] = [], {}
-            for rows, features, messages in islice(encoded, -(-len(images[of[n]]) // batch_size)):
-                errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
-                if errors and not skip_unreadable:
-                    raise ValueError(
-                        f"{next(iter(errors.values()))}. --on_bad_image skip continues without it"
-                    )
-                unreadable[n] |= errors
-                parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))
-            write_atomically(folder / shard_name(n), shard_content(torch.cat(parts), index, n, unreadable[n]))
-    ours = [(n, (folder / shard_name(n)).stat().st_size, unreadable[n]) for n in shards]
-    with waiting("waiting for the other processes"):
-        whole = sorted(gather_object(ours))
-    index["shard_bytes"] = [size for _, size, _ in whole]
-    index["unreadable"] = {image: error for _, _, errors in whole for image, error in errors.items()}
-    on_main(accelerator, lambda: write_index(folder, index))
-    return sum(gather_object([sum(map(len, batches))]))
 
 
 def open_features(

@@ -21,15 +21,10 @@ LOOKED_AT = 50
 
 @dataclass(frozen=True)
 class Splits:
-    """A task as a run needs it.
+    """A task as a run needs it: to learn, to choose the best adapter on, and to score it on at the end.
 
-    Attributes:
-        train: To learn.
-        dev: To choose the best adapter on.
-        test: To score it on at the end.
-        decoding: How answers are decoded.
-        options: What the splits were made from.
-        shots: Which examples of the training split these are, if they are few.
+    `decoding` says how answers are decoded, `options` what the splits were made from, and `shots` which
+    examples of the training split these are, if they are few.
     """
 
     train: Task
@@ -46,11 +41,7 @@ class Splits:
 
 
 def options_together(config: RunConfig) -> list[DataOptions]:
-    """Return the options of every task; the first one says what is done with bad images.
-
-    Raises:
-        ValueError: If a task comes twice, or one has another opinion of bad images.
-    """
+    """Return the options of every task; raise ValueError for one twice, or two rules for bad images."""
     names = [options.task for options in (config.data, *config.also)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -156,10 +147,7 @@ def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:
 def informed(task: Task, answering: Mapping[str, Any], run: Path | None) -> tuple[Task, int]:
     """Return a blank task with what was learnt of its data, and the longest answer, or 0.
 
-    Args:
-        task: The blank task.
-        answering: Of an adapter.
-        run: Of the adapter; an older one keeps in a file what the adapter does not.
+    Both are in `answering`, of the adapter; an older one has them in a file of its run.
     """
     if not answering and run is not None and is_there(run / TASK_FILE):
         answering = read_json(run / TASK_FILE)
@@ -190,11 +178,7 @@ def choose_decoding(
 ) -> Decoding:
     """Return the task's own decoding, as the options change it.
 
-    Args:
-        task: Whose answers are decoded.
-        options: Of the task.
-        candidates: The only answers there are; None takes the task's own.
-        longest: Longest answer in tokens; 0 takes that of the options, else the task's own.
+    Without candidates there are the task's own; `longest` is a limit in tokens behind that of the options.
     """
     default = task.decoding
     return Decoding(
@@ -205,11 +189,7 @@ def choose_decoding(
 
 
 def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | None:
-    """Return the usual answers of a training split, if `candidate_floor` asks for them.
-
-    Raises:
-        ValueError: If the task has no such list.
-    """
+    """Return usual answers, if `candidate_floor` asks for them; raise UsageError if a task has none."""
     if not options.candidate_floor:
         return None
     if not train.has_usual_answers:
@@ -221,12 +201,7 @@ def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | 
 
 
 def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
-    """Return the answers that an evaluation chooses among: of its own file, else of the run's.
-
-    Raises:
-        FileNotFoundError: If its own file is missing.
-        ValueError: If a file is no list of answers.
-    """
+    """Return the answers that an evaluation chooses among: of its own file, else of the run's."""
     path = config.candidates
     if path is None and TASKS[task].has_usual_answers and is_there(config.run / CANDIDATES_FILE):
         path = config.run / CANDIDATES_FILE
@@ -238,12 +213,7 @@ def run_decoding(
 ) -> Decoding:
     """Return how a run's answers are decoded: among the labels that were learnt, not those that data have.
 
-    Args:
-        config: Names the run.
-        options: Of the task.
-        task: Whose answers are decoded.
-        learnt: The blank task and its longest answer, as `informed` returns them.
-        longest: See there.
+    `learnt` and `longest` are what `informed` returns.
     """
     candidates = run_candidates(config, options.task)
     if candidates is None:
@@ -252,11 +222,7 @@ def run_decoding(
 
 
 def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
-    """The task, all of whose images are there; if they may be skipped, it is left as it is.
-
-    Raises:
-        FileNotFoundError: If images are missing.
-    """
+    """Return the task; raise FileNotFoundError if images are missing that are not to be skipped."""
     _check_missing(task, task.missing_images(), on_bad_image)
     return task
 
@@ -272,11 +238,7 @@ def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage
 
 
 def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
-    """The task without the examples whose images are not there.
-
-    Raises:
-        FileNotFoundError: If images are missing and not to be skipped, or all are.
-    """
+    """Return the task without examples whose images are missing; FileNotFoundError if none are left."""
     missing = set(task.missing_images())
     _check_missing(task, list(missing), on_bad_image)
     if not missing:
@@ -295,11 +257,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
 
 
 def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
-    """The run's options of the task, as the configuration changes them.
-
-    Raises:
-        ValueError: If the task is one of images, new to the run, and its folder or split is not said.
-    """
+    """Return the run's options of a task, as changed here; ValueError if a new task's place is not given."""
     known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
     name = TASKS[config.task or (OWN_TASK if given else trained.data.task)].loaded_as
@@ -320,12 +278,7 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
 
 
 def read_candidates(path: Path) -> tuple[str, ...]:
-    """A list of answers to choose among.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no list of answers.
-    """
+    """Read a list of answers to choose among; raise ValueError if the file is none."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
     try:

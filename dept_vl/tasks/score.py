@@ -17,15 +17,11 @@ from dept_vl.tasks import coco as coco_task
 from dept_vl.tasks import gqa as gqa_task
 from dept_vl.tasks import nlvr2 as nlvr2_task
 from dept_vl.tasks import vqav2 as vqav2_task
-from dept_vl.tasks.coco import COCOCaptions
-from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.io.predictions import check_ids
 from dept_vl.tasks.io.submission import check_submission
 from dept_vl.tasks.metrics.caption import score_captions
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 from dept_vl.tasks.metrics.vqa import Normalisation
-from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.vqav2 import VQAv2
 
 Figures = dict[str, Any]
 Output = Annotated[Path | None, tyro.conf.arg(name="json", metavar="OUT")]
@@ -48,7 +44,7 @@ def vqav2(
         output: File for the figures.
     """
     rows = vqav2_task.read_rows(questions, annotations)
-    answers = VQAv2.prediction_format.read(predictions)
+    answers = vqav2_task.TASK.prediction_format.read(predictions)
     check_ids(rows.column("question_id").to_pylist(), answers, str(predictions))
     figures = vqav2_task.score_rows(rows, answers, normalisation)
     return show(f"VQA accuracy, {normalisation} (0-100)", figures, output, ".2f")
@@ -68,7 +64,7 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
         raise ValueError(
             f"{questions}: expected an answer to each question; the test and submission files have none"
         )
-    answers = {str(key): answer for key, answer in GQA.prediction_format.read(predictions).items()}
+    answers = {str(key): answer for key, answer in gqa_task.TASK.prediction_format.read(predictions).items()}
     figures = gqa_task.score_rows(rows, answers, gqa_task.read_choices(choices) if choices else None)
     left_out = [name for name in ("validity", "plausibility", "consistency") if name not in figures]
     if left_out:
@@ -89,7 +85,7 @@ def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
     """
     rows = nlvr2_task.read_rows(examples)
     ids = rows.column("identifier").to_pylist()
-    answers = NLVR2.prediction_format.read(predictions)
+    answers = nlvr2_task.TASK.prediction_format.read(predictions)
     check_ids(ids, answers, str(predictions))
     labels = [answer for answers in rows.column("answers").to_pylist() for answer in answers]
     if len(labels) != len(ids):
@@ -111,7 +107,9 @@ def coco(
         output: File for the figures.
     """
     captions = coco_task.read_references(references, split)
-    answers = {int(key): caption for key, caption in COCOCaptions.prediction_format.read(predictions).items()}
+    answers = {
+        int(key): caption for key, caption in coco_task.TASK.prediction_format.read(predictions).items()
+    }
     check_ids(captions, answers, str(predictions))
     figures = score_captions(captions, answers, spice=spice)
     return show("COCO captions (x100)", figures, output, ".2f")
@@ -153,7 +151,7 @@ def check_vqav2(questions: Path, predictions: Path) -> int:
         predictions: [{"question_id": int, "answer": str}].
     """
     ids = vqav2_task.read_rows(questions, None).column("question_id").to_pylist()
-    return _passed(check_submission(predictions, ids, VQAv2.prediction_format))
+    return _passed(check_submission(predictions, ids, vqav2_task.TASK.prediction_format))
 
 
 def check_gqa(questions: Path, predictions: Path) -> int:
@@ -164,7 +162,7 @@ def check_gqa(questions: Path, predictions: Path) -> int:
         predictions: [{"questionId": str, "prediction": str}].
     """
     ids = gqa_task.read_rows(questions).column("question_id").to_pylist()
-    return _passed(check_submission(predictions, ids, GQA.prediction_format))
+    return _passed(check_submission(predictions, ids, gqa_task.TASK.prediction_format))
 
 
 def _passed(count: int) -> int:

@@ -3,7 +3,7 @@
 import codecs
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import TextIOWrapper
@@ -265,21 +265,17 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
+            finish = _finisher(path, file.schema_arrow)
             types = {field.name: field.type for field in file.schema_arrow}
             if columns:
                 leaves = [leaf for leaf in leaves if leaf in columns or leaf.split(".")[0] in columns]
-            names = _class_names(file.schema_arrow.metadata)
             read = [leaf for leaf in leaves if not _holds_bytes(leaf, types, leaves)]
             size = IMAGE_ROWS if any(leaf.endswith(".bytes") for leaf in read) else BATCH_ROWS
-            paths = [name for name in types if _is_image(types[name]) and not _is_list(types[name])]
-            start = 0
+            number = 0
             for batch in file.iter_batches(size, columns=read):
-                rows = batch.to_pylist()
-                for offset, row in enumerate(rows):
-                    for name in paths:
-                        row[name] = Embedded.at(path, name, start + offset)
-                    yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
-                start += len(rows)
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, finish(row, number - 1)
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is no whole Parquet file: {str(error).splitlines()[0][:120]}") from None
 
@@ -290,21 +286,36 @@ def read_arrow(path: Path) -> Numbered:
         table = open_arrow(str(path), path.stat().st_mtime_ns)
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"{path} is no whole Arrow file: {str(error).splitlines()[0][:120]}") from None
-    types = {field.name: field.type for field in table.schema}
-    names = _class_names(table.schema.metadata)
-    embedded = [name for name, kind in types.items() if _is_image(kind)]
+    finish = _finisher(path, table.schema)
+    embedded = [field.name for field in table.schema if _is_image(field.type)]
+    lists = [name for name in embedded if _is_list(table.schema.field(name).type)]
     plain = table.drop_columns(embedded)
-    flat = [name for name in embedded if not _is_list(types[name])]
-    lists = [name for name in embedded if _is_list(types[name])]
     for start in range(0, table.num_rows, BATCH_ROWS):
         size = min(BATCH_ROWS, table.num_rows - start)
         rows = plain.slice(start, size).to_pylist() if plain.num_columns else [{} for _ in range(size)]
-        for offset, row in enumerate(rows):
-            for name in flat:
-                row[name] = Embedded.at(path, name, start + offset)
-            for name in lists:
-                row[name] = [None] * len(table.column(name)[start + offset])
-            yield start + offset + 1, _named(_listed(row, types, path, start + offset), names)
+        for place, row in enumerate(rows, start=start):
+            row |= {name: [None] * len(table.column(name)[place]) for name in lists}
+            yield place + 1, finish(row, place)
+
+
+def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
+    """Return what puts references to images, and names of classes, into a row of a table."""
+    images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
+    classes = _class_names(schema.metadata)
+
+    def finish(row: Record, place: int) -> Record:
+        for name, several in images.items():
+            if not several:
+                row[name] = Embedded.at(path, name, place)
+            elif isinstance(value := row.get(name), list):
+                row[name] = [Embedded.at(path, name, place, item) for item in range(len(value))]
+        for column, names in classes.items():
+            number = row.get(column)
+            if isinstance(number, int):
+                row[column] = names[number] if 0 <= number < len(names) else None  # -1: unlabelled
+        return row
+
+    return finish
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -332,14 +343,6 @@ def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]
     return leaf != next((one for one in own if one.endswith(".path")), own[0])
 
 
-def _listed(row: Record, types: dict[str, pa.DataType], path: Path, number: int) -> Record:
-    """Return a row whose lists of images are references."""
-    for name, value in row.items():
-        if isinstance(value, list) and _is_image(types[name]):
-            row[name] = [Embedded.at(path, name, number, item) for item in range(len(value))]
-    return row
-
-
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
     """Return the names of classes that `datasets` keeps beside columns of numbers."""
     try:
@@ -351,11 +354,3 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
         }
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
-
-
-def _named(row: Record, names: dict[str, list[str]]) -> Record:
-    for column, of_column in names.items():
-        number = row.get(column)
-        if isinstance(number, int):
-            row[column] = of_column[number] if 0 <= number < len(of_column) else None  # -1: unlabelled
-    return row
