@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -139,11 +140,8 @@ def _group_starts(file: str, changed: int) -> list[int]:
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(file, memory_map=True)
-    starts, row = [], 0
-    for number in range(metadata.num_row_groups):
-        starts.append(row)
-        row += metadata.row_group(number).num_rows
-    return starts
+    counts = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+    return [0, *accumulate(counts)][:-1]
 
 
 class _Group:

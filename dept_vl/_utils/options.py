@@ -41,28 +41,34 @@ def build(kind: type[T], content: Any) -> T:
     """Build options from JSON, with defaults; raise UsageError with every problem, and what is allowed."""
     problems = _bad_text(content)
     if not problems:
-        try:
-            return TypeAdapter(kind).validate_json(json.dumps(content))
-        except ValidationError as error:
-            listed: set[str] = set()
-            problems = [_problem(kind, details, listed) for details in error.errors(include_url=False)]
-        except RecursionError:
-            problems = ["the content is nested too deeply"]
+        built, problems = _read(TypeAdapter(kind), kind, content)
+        if not problems:
+            options: T = built
+            return options
     raise UsageError("; ".join(problems))
 
 
 def check(content: Any, kind: Any) -> Any:
     """Return JSON as a dataclass or other type; raise ValueError with every problem, and what is allowed."""
+    # In a list, which has no settings of its own: its members take those given here.
+    built, problems = _read(TypeAdapter(list[kind], config=FILES), kind, [content], inside=1, most=3)
+    if problems:
+        raise ValueError("; ".join(problems))
+    return built[0]
+
+
+def _read(
+    adapter: TypeAdapter[Any], kind: Any, content: Any, inside: int = 0, most: int | None = None
+) -> tuple[Any, list[str]]:
+    """Return JSON as pydantic reads it, or the first problems with it, so many levels inside."""
     try:
-        # In a list, which has no settings of its own: its members take those given here.
-        return TypeAdapter(list[kind], config=FILES).validate_json(json.dumps([content]))[0]
+        return adapter.validate_json(json.dumps(content)), []
     except ValidationError as error:
-        errors = error.errors(include_url=False)[:3]
         listed: set[str] = set()
-        problems = [_problem(kind, {**details, "loc": details["loc"][1:]}, listed) for details in errors]
+        errors = error.errors(include_url=False)[:most]
+        return None, [_problem(kind, {**one, "loc": one["loc"][inside:]}, listed) for one in errors]
     except RecursionError:
-        problems = ["the content is nested too deeply"]
-    raise ValueError("; ".join(problems))
+        return None, ["the content is nested too deeply"]
 
 
 def validate(options: Options) -> None:

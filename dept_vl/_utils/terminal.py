@@ -111,12 +111,7 @@ def waiting(what: str) -> Iterator[None]:
 
 
 def counted(
-    what: str,
-    items: Iterable[T],
-    total: int,
-    *,
-    size: Callable[[T], int] = lambda _: 1,
-    show: bool = True,
+    what: str, items: Iterable[T], total: int, *, size: Callable[[T], int] = lambda _: 1, show: bool = True
 ) -> Iterator[T]:
     """Count items, each when the next one is asked for; see `Count`.
 

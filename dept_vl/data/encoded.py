@@ -53,11 +53,7 @@ class EncodedSources:
         self.chunks, self.places, self.errors = list(chunks), places, errors
 
     def check(self, images: Sequence[Path]) -> None:
-        """Refuse images that could not be read.
-
-        Raises:
-            ValueError: With what is wrong with them.
-        """
+        """Raise ValueError if images could not be read."""
         if tuple(images) in self.errors:
             raise ValueError(self.errors[tuple(images)])
 
@@ -78,11 +74,7 @@ def source_of(example: Example) -> Source:
 
 
 def check_encoder_alone(model: PromptedModel) -> None:
-    """Check that the encoder's output depends on nothing that is trained.
-
-    Raises:
-        UsageError: With what it depends on.
-    """
+    """Raise UsageError if the encoder's output depends on anything that is trained."""
     prompt = model.prompt
     if model.backbone.processor is not None or not model.backbone.language.config.is_encoder_decoder:
         problem = f"is for a composed encoder-decoder (--vision, --language); {model.backbone.name} is none"
@@ -100,15 +92,8 @@ def check_memory(
 ) -> None:
     """Check that the encoder's outputs for all examples have room, if no two are alike.
 
-    Args:
-        model: The model.
-        tasks: All splits.
-        longest: Tokens at which texts are cut.
-        itemsize: Bytes of a number.
-        gib: Memory that may be used.
-
-    Raises:
-        UsageError: With what they take.
+    `longest` is where texts are cut, in tokens; `itemsize` are the bytes of a number; `gib` may be used, and
+    UsageError says what would be.
     """
     vision = model.backbone.vision
     vectors = 0

@@ -21,11 +21,7 @@ GIB = 2**30
 
 
 def read_features(
-    backbone: FrozenBackbone,
-    splits: list[Splits],
-    *,
-    num_workers: int,
-    accelerator: Accelerator,
+    backbone: FrozenBackbone, splits: list[Splits], *, num_workers: int, accelerator: Accelerator
 ) -> FeatureTable | VisionEncoder | None:
     """Return features of all images, from files or in memory, or the encoder that makes them as images come.
 

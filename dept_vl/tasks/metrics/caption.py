@@ -258,11 +258,7 @@ def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
     """Return what a Java program prints; raise RuntimeError if it fails."""
     with waiting(f"running {program}"):
         done = subprocess.run(
-            [*JAVA, *arguments],
-            input=text,
-            capture_output=True,
-            check=False,
-            env=os.environ | NEUTRAL_LOCALE,
+            [*JAVA, *arguments], input=text, capture_output=True, check=False, env=os.environ | NEUTRAL_LOCALE
         )
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", errors="replace").strip()[-2000:]

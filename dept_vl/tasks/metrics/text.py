@@ -51,10 +51,7 @@ def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive:
 
 
 def macro_f1(
-    predictions: Sequence[Hashable],
-    labels: Sequence[Hashable],
-    *,
-    classes: Sequence[Hashable] | None = None,
+    predictions: Sequence[Hashable], labels: Sequence[Hashable], *, classes: Sequence[Hashable] | None = None
 ) -> float:
     """Mean of the F1 of these classes (CB).
 
@@ -117,10 +114,7 @@ def multirc(
     whole: dict[Hashable, bool] = {}
     for prediction, label, question in zip(predictions, labels, questions, strict=True):
         whole[question] = whole.get(question, True) and prediction == label
-    return {
-        "f1a": f1(predictions, labels, positive=positive),
-        "em": 100 * sum(whole.values()) / len(whole),
-    }
+    return {"f1a": f1(predictions, labels, positive=positive), "em": 100 * sum(whole.values()) / len(whole)}
 
 
 def normalise_text(text: str) -> str:

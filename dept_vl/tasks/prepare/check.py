@@ -55,18 +55,14 @@ def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterato
             whole &= path is not None
             if names not in seen:
                 seen.add(names)
-                yield _file(path, names, blank.elsewhere.get(names[0], published.source))
+                others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
+                source = blank.elsewhere.get(names[0], published.source)
+                missing = Finding("missing", f"{names[0]}{others}, published at {source}")
+                yield missing if path is None else Finding("found", str(path))
         if whole:
             yield from _split(blank, root, split, published, sample, seed)
         else:
             yield Finding("skipped", f"{task} {split}: files are missing")
-
-
-def _file(path: Path | None, names: tuple[str, ...], source: str) -> Finding:
-    if path is not None:
-        return Finding("found", str(path))
-    others = f" (or {', '.join(names[1:])})" if len(names) > 1 else ""
-    return Finding("missing", f"{names[0]}{others}, published at {source}")
 
 
 def _split(
@@ -78,13 +74,17 @@ def _split(
         yield Finding("broken", str(error))
         return
     name = f"{task.name} {split}"
-    yield _count(f"{name}: examples", len(task), published.examples)
     files = task.image_files()
-    if published.images is not None:
-        yield _count(f"{name}: images", len(files), published.images)
-    if published.answers is not None:
-        answers = pc.sum(pc.list_value_length(task.rows.column("answers"))).as_py()
-        yield _count(f"{name}: answers", answers, published.answers)
+    answers = pc.sum(pc.list_value_length(task.rows.column("answers"))).as_py()
+    for what, found, expected in (
+        ("examples", len(task), published.examples),
+        ("images", len(files), published.images),
+        ("answers", answers, published.answers),
+    ):
+        if expected == found:
+            yield Finding("ok", f"{name}: {what}: {found:,}, as published")
+        elif expected is not None:
+            yield Finding("differs", f"{name}: {what}: found {found:,}, published are {expected:,}")
     yield from check_files(name, files, sample, seed)
 
 
@@ -107,9 +107,3 @@ def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Ite
     if opened:
         good = f"{len(opened) - len(broken):,} of {len(opened):,} images opened of {len(there):,}"
         yield Finding("broken" if broken else "ok", f"{name}: {good}")
-
-
-def _count(what: str, found: int, published: int) -> Finding:
-    if found == published:
-        return Finding("ok", f"{what}: {found:,}, as published")
-    return Finding("differs", f"{what}: found {found:,}, published are {published:,}")

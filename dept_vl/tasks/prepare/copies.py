@@ -246,11 +246,7 @@ COPIES = {
     "vqav2": Copy(
         hub="lmms-lab/VQAv2",
         official=vqav2.SOURCE,
-        parts={
-            "val": ((None, "validation"),),
-            "test-dev": ((None, "testdev"),),
-            "test": ((None, "test"),),
-        },
+        parts={"val": ((None, "validation"),), "test-dev": ((None, "testdev"),), "test": ((None, "test"),)},
         files=_vqav2_files,
         write=_write_vqav2,
         examples="questions",

@@ -152,10 +152,7 @@ def _write_split(
     asked: Counter[int] = Counter()
     for question, answer, source_id in zip(*rows, strict=True):
         image_id = source_id + offset
-        ids = {
-            "image_id": image_id,
-            "question_id": image_id * QUESTIONS_PER_IMAGE + asked[image_id],
-        }
+        ids = {"image_id": image_id, "question_id": image_id * QUESTIONS_PER_IMAGE + asked[image_id]}
         asked[image_id] += 1
         questions.append({"question": question, **ids})
         annotations.append(

@@ -65,11 +65,7 @@ class Output:
         """What became of the images; empty where there are none."""
         if not self.images:
             return {}
-        return {
-            "images": len(self.images),
-            "images_kept": self.kept,
-            "images_reencoded": self.reencoded,
-        }
+        return {"images": len(self.images), "images_kept": self.kept, "images_reencoded": self.reencoded}
 
 
 def refuse_existing(folder: Path, files: Sequence[str]) -> None:

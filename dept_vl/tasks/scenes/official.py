@@ -145,14 +145,7 @@ def _gqa(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
             dump(folder / "submission_all_questions.json", bare)
 
 
-_ANSWERS = (
-    ("yes", "no"),
-    tuple(COLOURS),
-    SHAPES,
-    NUMBERS,
-    ("many", "few"),
-    ("positive", "negative"),
-)
+_ANSWERS = (("yes", "no"), tuple(COLOURS), SHAPES, NUMBERS, ("many", "few"), ("positive", "negative"))
 
 
 def _gqa_record(question: str, answer: str, image_id: str) -> dict[str, Any]:

@@ -111,12 +111,7 @@ def render(scene: Scene, stretch: int = 1) -> Image.Image:
             for channel in COLOURS[item.colour]
         )
         x = item.x * stretch
-        box = (
-            x - item.width / 2,
-            item.y - item.height / 2,
-            x + item.width / 2,
-            item.y + item.height / 2,
-        )
+        box = (x - item.width / 2, item.y - item.height / 2, x + item.width / 2, item.y + item.height / 2)
         OUTLINES[item.shape](draw, box, colour)
     return image
 

@@ -28,12 +28,7 @@ from dept_vl.tasks.text.table import TEXT_TASKS, Answered, Part, Row, TextSpec
 from dept_vl.tasks.text.table import number as read_number
 
 SCHEMA = pa.schema(
-    {
-        "id": pa.int64(),
-        "source_text": pa.string(),
-        "answers": pa.list_(pa.string()),
-        "group": pa.string(),
-    }
+    {"id": pa.int64(), "source_text": pa.string(), "answers": pa.list_(pa.string()), "group": pa.string()}
 )
 UNLABELLED = (None, "", -1, "-1")
 """What stands for a label that is not published."""
