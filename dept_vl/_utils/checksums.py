@@ -43,7 +43,7 @@ def file_checksum(path: Path, size: int = sys.maxsize) -> str:
 
 
 def known_checksum(path: Path) -> str:
-    """The same, read once in a process as long as size and times stay: splits share their files."""
+    """Return a file's checksum, read once in a process as long as size and times stay: splits share files."""
     return _checksum_of(path, _identity(path))
 
 

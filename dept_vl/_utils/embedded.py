@@ -136,7 +136,7 @@ def open_arrow(file: str, changed: int) -> Any:
 
 @lru_cache(maxsize=64)
 def _group_starts(file: str, changed: int) -> list[int]:
-    """The first row of each row group."""
+    """Return the first row of each row group."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(file, memory_map=True)

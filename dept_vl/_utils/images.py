@@ -130,7 +130,7 @@ def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
 
 
 def _upright(image: Image.Image, exif: bool) -> Image.Image:
-    """An image in RGB, turned as its metadata says."""
+    """Return an image in RGB, turned as its metadata says."""
     rgb = to_rgb(image)
     turn = TURNS.get(orientation_of(image)) if exif else None
     if turn is None:
@@ -141,7 +141,7 @@ def _upright(image: Image.Image, exif: bool) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of an image that is loaded: 1, upright, where it says none."""
+    """Return the EXIF orientation of an image that is loaded: 1, upright, where it says none."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # odd metadata is no fault of the pixels
@@ -187,14 +187,14 @@ def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
 
 
 def _png_content(path: Path) -> bytes:
-    """A PNG file's content; nothing of another file."""
+    """Return a PNG file's content; nothing of another file."""
     with path.open("rb") as file:
         start = file.read(len(PNG_SIGNATURE))
         return start + file.read() if start == PNG_SIGNATURE else b""
 
 
 def _without_texts(png: bytes) -> bytes:
-    """A PNG file without its text chunks."""
+    """Return a PNG file without its text chunks."""
     kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while place + 12 <= len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4])
@@ -212,7 +212,7 @@ def _called(source: ImageSource) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any of Pillow's modes in RGB; more than eight bits are scaled, not clipped."""
+    """Return an image of any of Pillow's modes in RGB; more than eight bits are scaled, not clipped."""
     return (_eight_bits(image) if image.mode in SIXTEEN_BIT_MODES else image).convert("RGB")
 
 
@@ -258,7 +258,7 @@ def confined(name: str, what: str) -> str:
 
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:
-    """Those that are not there, found by one listing of each folder rather than a look at each file."""
+    """Return the files that are missing, found by one listing of each folder."""
     listings: dict[str, set[str]] = {}
     missing = []
     for path in paths:

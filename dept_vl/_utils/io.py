@@ -232,7 +232,7 @@ def _read_checksums(folder: Path) -> Checksums:
 
 
 def _known(folder: Path) -> Checksums:
-    """The same to write them anew: nothing is known of damaged ones."""
+    """Read the checksums to write them anew: nothing is known of damaged ones."""
     try:
         return _read_checksums(folder)
     except DamagedFileError:
@@ -255,7 +255,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line of bearable length that prints: it may quote the file."""
+    """Return what an error says, on one line of bearable length that prints: it may quote the file."""
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 

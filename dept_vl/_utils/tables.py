@@ -6,7 +6,7 @@ from dept_vl._utils.printable import markdown_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An aligned Markdown table, readable as plain text too; cells show what they say, whoever wrote it."""
+    """Align a Markdown table, readable as plain text too; cells show what they say, whoever wrote it."""
     cells = [list(map(markdown_text, row)) for row in (header, *rows)]
     # Narrower than 3, the rule would be no Markdown.
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]

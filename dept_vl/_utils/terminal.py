@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def is_live() -> bool:
-    """Whether a line on stderr can be drawn over: on a terminal, and in a notebook, without widgets."""
+    """Return whether a line on stderr can be drawn over: on a terminal, and in a notebook."""
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
 
 

@@ -51,7 +51,7 @@ class Batch:
     choices: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
+        """Return the same batch on a device."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
         moved: dict[str, Any] = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
         if self.processed is not None:
@@ -59,7 +59,7 @@ class Batch:
         return replace(self, **send_to_device(moved, device, non_blocking=True))
 
     def inputs(self) -> dict[str, Any]:
-        """What `PromptedModel.generate` takes."""
+        """Return what `PromptedModel.generate` takes."""
         inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -69,7 +69,7 @@ class Batch:
         return inputs if self.processed is None else {**inputs, "processed": self.processed}
 
     def training_inputs(self) -> dict[str, Any]:
-        """What `PromptedModel.forward` takes."""
+        """Return what `PromptedModel.forward` takes."""
         return {**self.inputs(), "labels": self.labels, "weights": self.weights}
 
 
@@ -197,7 +197,7 @@ class Collator:
         return self([Draw(example) for example in examples])
 
     def _source(self, texts: list[str]) -> dict[str, Tensor]:
-        """Tokens of texts, and their mask."""
+        """Return tokens of texts, and their mask."""
         source = self.tokenizer(
             texts, max_length=self.max_source_length, truncation=True, padding=True, return_tensors="pt"
         )
@@ -213,7 +213,7 @@ class Collator:
     def _read_images(
         self, draws: Sequence[Draw]
     ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
-        """The draws whose images are there, the images, and the ids of the other draws."""
+        """Return the draws whose images are there, the images, and the ids of the other draws."""
         read: FeatureTable | _ImageReader
         if self.encoded is not None:
             kept, skipped = self._readable(draws, self.encoded.check)
@@ -238,7 +238,7 @@ class Collator:
     def _readable(
         self, draws: Sequence[Draw], check: Callable[[Sequence[Path]], None]
     ) -> tuple[list[Draw], tuple[ExampleId, ...]]:
-        """The draws whose images can be read, and the ids of the others."""
+        """Return the draws whose images can be read, and the ids of the others."""
         kept, skipped = [], []
         for draw in draws:
             try:
@@ -297,7 +297,7 @@ class _ImageReader:
 
 
 def key_of(source: ImageSource | Tensor) -> Any:
-    """What an image that comes again has in common."""
+    """Return what an image that comes again has in common."""
     return id(source) if isinstance(source, Image.Image | Tensor) else source
 
 

@@ -37,7 +37,7 @@ def rows_content(rows: Rows) -> str:
 
 
 def _pieces(array: Any) -> Iterator[Any]:
-    """The bytes of an Arrow column: what it says, and not how it says it."""
+    """Yield the bytes of an Arrow column: what it says, and not how it says it."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         array = array.dictionary_decode()

@@ -149,7 +149,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def is_first(index: Mapping[str, Any]) -> bool:
-    """Whether an index is of version 1, which keeps no times of images; orientation was then no option."""
+    """Return whether an index is of version 1, without times of images and choice of orientation."""
     return bool(index["format_version"] == 1)
 
 
@@ -185,12 +185,12 @@ def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *
 
 
 def _seal(content: Any) -> str:
-    """The checksum of an index."""
+    """Return the checksum of an index."""
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 
 def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
-    """What images are called in an index: their paths below the data folder, with forward slashes."""
+    """Return what images are called in an index: their paths below the data folder, with forward slashes."""
     start = "" if root == Path() else os.path.join(root, "")
     # Of 120,000 paths, `Path.relative_to` would take half a second.
     return [os.fspath(path).removeprefix(start).replace(os.sep, "/") for path in paths]
@@ -235,7 +235,7 @@ def write_index(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Size in bytes and time of change in nanoseconds of files; zeros for one that is missing."""
+    """Return size in bytes and time of change in nanoseconds of files; zeros for one that is missing."""
 
     def look(some: Sequence[Path]) -> list[tuple[int, int]]:
         found = []
@@ -265,7 +265,7 @@ def _embedded_stat(path: Path) -> tuple[int, int]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor on the CPU."""
+    """Return the memory of a tensor on the CPU."""
     array: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
     return memoryview(array)
 
@@ -284,7 +284,7 @@ def shard_name(number: int) -> str:
 
 
 def rows_of(index: Mapping[str, Any], number: int) -> slice:
-    """The images of a shard."""
+    """Return the images of a shard."""
     per_shard = index["shard_images"]
     return slice(number * per_shard, min((number + 1) * per_shard, len(index["images"])))
 
@@ -295,7 +295,7 @@ def shard_content(
     number: int,
     unreadable: Mapping[str, str],
 ) -> bytes:
-    """A shard's file."""
+    """Return a shard's file."""
     content = _description(features, index, number, unreadable)
     file: bytes = save({"features": features}, metadata={"dept_vl": json.dumps(content)})
     return file
@@ -307,7 +307,7 @@ def _description(
     number: int,
     unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What a shard says of itself: what made it, of which images by name, size and time, and its checksum."""
+    """Say what made a shard, of which images by name, size and time, and its checksum."""
     made_by, rows = index["fingerprint"], rows_of(index, number)
     images = [index[part][rows] for part in ("images", "image_bytes")]
     data = tensor_bytes(features)

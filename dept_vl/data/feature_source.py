@@ -129,7 +129,7 @@ def mapped_features(
 
 
 def features_folder(options: DataOptions) -> Path:
-    """Where the visual features of a task are."""
+    """Return where the visual features of a task are."""
     own = options.own
     if own.data is not None and own.folder() is None and options.features_dir is None:
         return cache_folder() / "features" / own.data.replace("/", "--")

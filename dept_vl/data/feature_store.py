@@ -237,7 +237,7 @@ def _plan(
     made_by: dict[str, Any],
     shard_images: int,
 ) -> dict[str, Any]:
-    """The index of what is to be: the images that it has already in their order, then the others."""
+    """Return the index of what is to be: the images that it has already in their order, then the others."""
     shape = [vision.token_count, vision.d_vision]
     known: list[str] = []
     whole = None

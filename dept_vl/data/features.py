@@ -160,7 +160,7 @@ class FeatureTable:
                 raise ValueError(self.errors[path])
 
     def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images tokens d_vision"]:
-        """Features of the images of some examples, each of which has as many."""
+        """Return features of the images of some examples, each of which has as many."""
         places = [self.places[path] for paths in examples for path in paths]
         features = self.shards[0].new_empty(len(places), *self.shards[0].shape[1:])
         rows = features.view(torch.uint8).numpy()
@@ -170,12 +170,12 @@ class FeatureTable:
 
 
 def table_bytes(vision: VisionEncoder, image_count: int) -> int:
-    """Memory that `FeatureTable.encode` takes for so many images."""
+    """Return memory that `FeatureTable.encode` takes for so many images."""
     return image_count * vision.token_count * vision.d_vision * 4
 
 
 def batches_of(start: int, stop: int, size: int) -> list[range]:
-    """The numbers from start to stop, so many at a time."""
+    """Return the numbers from start to stop, so many at a time."""
     return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
@@ -187,7 +187,7 @@ def encode_images(
     progress: bool,
     processes: int = 1,
 ) -> Generator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]], None, None]:
-    """The batches, each with its features and, for every image, what is wrong with it or nothing.
+    """Yield the batches, each with its features and, for every image, what is wrong with it or nothing.
 
     Of several processes with as many batches each, the count is that of all.
     """

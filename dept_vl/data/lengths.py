@@ -60,7 +60,7 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
 
 
 def source_texts(task: Task) -> pa.ChunkedArray:
-    """What the encoder reads, of all examples; from a column of the rows where there is one."""
+    """Return what the encoder reads, of all examples; from a column of the rows where there is one."""
     if task.source_column:
         return task.rows.column(task.source_column)
     texts = pa.array([task[index].source_text for index in range(len(task))], pa.string())
@@ -75,7 +75,7 @@ def _key(texts: pa.ChunkedArray, tokenizer: Any) -> str:
 
 
 def tokenizer_description(tokenizer: Any) -> str:
-    """All that a tokenizer's work depends on, but for cutting and padding, which are set at every call."""
+    """Return all that a tokenizer's work depends on, but cutting and padding, set at every call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])

@@ -64,13 +64,13 @@ def picture_grid(
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The largest font in which a line is no wider than a tile."""
+    """Return the largest font in which a line is no wider than a tile."""
     fonts = map(ImageFont.load_default, range(ANSWER_SIZE, 0, -1))
     return next(font for font in fonts if draw.textlength(text, font) <= TILE)
 
 
 def _choose(task: Task, predictions: Mapping[ExampleId, str], count: int, mistakes: int) -> list[int]:
-    """Indices spread over the split, each of another image: first mistakes, then right answers."""
+    """Return indices spread over the split, each of another image: first mistakes, then right answers."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     seen: set[tuple[Path, ...]] = set()
     step = max(1, len(task) // 997)

@@ -115,7 +115,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
             epoch += 1
 
     def _grouped(self, numbers: Iterator[int], lengths: Lengths, batch_size: int) -> Iterator[int]:
-        """The same numbers, in batches of texts of about the same length."""
+        """Yield the same numbers, in batches of texts of about the same length."""
         count, drawn = len(lengths), 0
         while True:
             left_in_epoch = count - drawn % count

@@ -95,7 +95,7 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
 
 
 def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
-    """The first of each class that show none of the images to avoid; how many `sizes` says."""
+    """Return the first of each class that show none of the images to avoid; how many `sizes` says."""
     taken: dict[str, list[int]] = {name: [] for name in sizes}
     for index in order:
         if all(len(indices) == sizes[name] for name, indices in taken.items()):

@@ -318,7 +318,7 @@ def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
 
 
 def limit(task: Task, count: int, seed: int) -> Task:
-    """At most `count` examples, drawn at random and kept in order; 0 keeps all."""
+    """Return at most `count` examples, drawn at random and kept in order; 0 keeps all."""
     if count == 0 or count >= len(task):
         return task
     return task.subset(sorted(Random(seed).sample(range(len(task)), count)))

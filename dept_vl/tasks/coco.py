@@ -115,11 +115,11 @@ class COCOCaptions(Task):
         return int(pc.sum(pc.list_value_length(self.rows.column("answers"))).as_py() or 0)
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The image."""
+        """Return the image."""
         return (self.image_folders[self.rows.value("folder", index)] / self.rows.value("file", index),)
 
     def image_files(self) -> list[Path]:
-        """The different images."""
+        """Return the different images."""
         return [self.image_folders[folder] / file for folder, file in self.rows.distinct("folder", "file")]
 
     def mark(self, example: Example, prediction: str) -> float:
@@ -145,7 +145,7 @@ class COCOCaptions(Task):
             check_meteor()
 
     def written(self, answer: str) -> str:
-        """A decoded caption on one line."""
+        """Return a decoded caption on one line."""
         return " ".join(answer.split())
 
 
@@ -171,13 +171,13 @@ def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
 
 
 def karpathy_split(path: Path, split: str) -> list[int]:
-    """The COCO image ids of one of Karpathy's splits: train (with restval), val or test."""
+    """Return the COCO image ids of one of Karpathy's splits: train (with restval), val or test."""
     ids: list[int] = read_rows(path).where("split", SPLITS[split]).column("image_id").to_pylist()
     return ids
 
 
 def references_of(rows: Rows) -> dict[int, list[str]]:
-    """Human captions by image id."""
+    """Return human captions by image id."""
     return dict(zip(rows.column("image_id").to_pylist(), rows.column("answers").to_pylist(), strict=True))
 
 

@@ -132,11 +132,11 @@ class GQA(Task):
         )
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The question's image."""
+        """Return the question's image."""
         return (self.image_folder / f"{self.rows.value('image_id', index)}.jpg",)
 
     def image_files(self) -> list[Path]:
-        """The different images."""
+        """Return the different images."""
         return [self.image_folder / f"{image_id}.jpg" for (image_id,) in self.rows.distinct("image_id")]
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
@@ -149,7 +149,7 @@ class GQA(Task):
         return {name: value for name, value in score.items() if isinstance(value, float)}
 
     def written(self, answer: str) -> str:
-        """A decoded answer as the gold ones are written."""
+        """Return a decoded answer as the gold ones are written."""
         return answer.strip().lower()
 
 
@@ -176,7 +176,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> Figures:
-    """The official figures of predictions, compared as they stand; consistency where it can be had."""
+    """Return the official figures of predictions, compared as they stand; consistency where it can be had."""
     questions = {
         row["question_id"]: GqaQuestion(
             answer="".join(row["answers"]),

@@ -104,14 +104,14 @@ class NLVR2(Task):
         )
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The left and the right image."""
+        """Return the left and the right image."""
         return tuple(self._image(self.rows.value(side, index)) for side in ("left", "right"))
 
     def _image(self, name: str) -> Path:
         return self.image_folder / (name.rpartition("/")[2] if self.flat else name)
 
     def image_files(self) -> list[Path]:
-        """The different images."""
+        """Return the different images."""
         names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
         return [self._image(name) for name in names]
 
@@ -127,7 +127,7 @@ class NLVR2(Task):
         return {name: 100 * score[name] for name in ("accuracy", "consistency")}
 
     def written(self, answer: str) -> str:
-        """The word as the official script reads it."""
+        """Return the word as the official script reads it."""
         return answer.strip().lower()
 
 

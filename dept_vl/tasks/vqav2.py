@@ -78,25 +78,25 @@ NO_ANNOTATION: dict[str, Any] = {"answers": [], "answer_type": "", "question_typ
 
 
 def question_names(subtype: str) -> tuple[str, str]:
-    """What the questions file of a subtype may be called: of version 2, then of version 1."""
+    """Return what the questions file of a subtype may be called: of version 2, then of version 1."""
     name = f"OpenEnded_mscoco_{subtype}_questions.json"
     return f"v2_{name}", name
 
 
 def annotation_names(subtype: str) -> tuple[str, str]:
-    """What the annotations file of a subtype may be called."""
+    """Return what the annotations file of a subtype may be called."""
     name = f"mscoco_{subtype}_annotations.json"
     return f"v2_{name}", name
 
 
 def folder_names(subtype: str) -> tuple[str, str, str]:
-    """Where the images of a subtype may lie."""
+    """Return where the images of a subtype may lie."""
     name = IMAGE_SUBTYPES.get(subtype, subtype)
     return name, f"images/{name}", f"Images/mscoco/{name}"
 
 
 def image_prefix(subtype: str) -> str:
-    """How the names of the images of a subtype begin."""
+    """Return how the names of the images of a subtype begin."""
     return f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_"
 
 
@@ -199,17 +199,17 @@ class VQAv2(Task):
         )
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The question's image."""
+        """Return the question's image."""
         return (self._image(self.rows.value("subtype", index), self.rows.value("image_id", index)),)
 
     def image_files(self) -> list[Path]:
-        """The different images."""
+        """Return the different images."""
         return [
             self._image(subtype, image_id) for subtype, image_id in self.rows.distinct("subtype", "image_id")
         ]
 
     def mark(self, example: Example, prediction: str) -> float:
-        """The official accuracy of one answer."""
+        """Return the official accuracy of one answer."""
         return vqa_accuracy(prediction, example.answers, normalisation=self.normalisation)
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
@@ -239,7 +239,7 @@ def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str 
 def score_rows(
     rows: Rows, predictions: Mapping[ExampleId, str], normalisation: Normalisation
 ) -> dict[str, Any]:
-    """The official figures of predictions, compared as they stand."""
+    """Return the official figures of predictions, compared as they stand."""
     records = (
         (
             vqa_accuracy(predictions[row["question_id"]], row["answers"], normalisation=normalisation),

@@ -118,13 +118,13 @@ class PredictionFormat:
 
 
 def _lines(text: str) -> list[tuple[int, list[str]]]:
-    """The lines that are not blank, each with its number and what stands before its second comma."""
+    """Return the lines that are not blank, each with its number and what stands before its second comma."""
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(number, line.strip().split(",")[:2]) for number, line in lines if line.strip()]
 
 
 def _csv_lines(text: str) -> list[tuple[int, list[str]]]:
-    """The lines that are not blank, each with its number."""
+    """Return the lines that are not blank, each with its number."""
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
     return [(number, cells) for number, cells in rows if cells not in ([], [""])]

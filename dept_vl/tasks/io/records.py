@@ -127,7 +127,7 @@ def brief(value: Any) -> str:
 
 
 def _open(path: Path, source: str) -> BinaryIO:
-    """The file behind a byte order mark."""
+    """Return the file behind a byte order mark."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -177,7 +177,7 @@ def _items(file: _Shallow, prefix: str) -> Iterator[Any]:
 
 
 def _checked(records: Iterable[tuple[Any, Any]], path: Path, expected: str) -> Iterator[tuple[Any, Any]]:
-    """The records with their names, each checked to be an object, and at least one."""
+    """Yield the records with their names, each checked to be an object, and at least one."""
     found = False
     for name, record in records:
         if not isinstance(record, dict):

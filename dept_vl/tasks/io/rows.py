@@ -30,7 +30,7 @@ CHUNK_ROWS = 50_000
 
 
 def cache_folder() -> Path:
-    """Where converted files are kept."""
+    """Return where converted files are kept."""
     if chosen := os.environ.get("DEPT_VL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dept_vl"
@@ -60,7 +60,7 @@ class Rows:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> "Rows":
-        """A few rows in memory."""
+        """Return a few rows in memory."""
         return cls(pa.Table.from_pylist([dict(record) for record in records], schema))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -73,11 +73,11 @@ class Rows:
         return self.table.num_rows if self.indices is None else len(self.indices)
 
     def value(self, name: str, index: int) -> Any:
-        """One field of one row."""
+        """Return one field of one row."""
         return self._columns[name][self._place(index)].as_py()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """All fields of one row."""
+        """Return all fields of one row."""
         place = self._place(index)
         return {name: column[place].as_py() for name, column in self._columns.items()}
 
@@ -87,7 +87,7 @@ class Rows:
         return index % len(self) if self.indices is None else int(self.indices[index])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All rows, a chunk at a time."""
+        """Yield all rows, a chunk at a time."""
         for start in range(0, len(self), CHUNK_ROWS):
             if self.indices is None:
                 chunk = self.table.slice(start, CHUNK_ROWS)
@@ -96,18 +96,18 @@ class Rows:
             yield from chunk.to_pylist()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One field of all rows."""
+        """Return one field of all rows."""
         column = self._columns[name]
         return column if self.indices is None else column.take(pa.array(self.indices))
 
     def lengths(self, name: str) -> Indices:
-        """How long each list of a field is, which takes far less than the lists themselves."""
+        """Return how long each list of a field is, which takes far less than the lists themselves."""
         counted = pc.list_value_length(self._columns[name]).to_numpy(zero_copy_only=False)
         found: Indices = counted.astype(np.int64)
         return found if self.indices is None else found[self.indices]
 
     def distinct(self, *names: str) -> list[tuple[Any, ...]]:
-        """The different values of these fields, in order of first appearance."""
+        """Return the different values of these fields, in order of first appearance."""
         codes = np.zeros(len(self), dtype=np.int64)
         for name in names:
             encoded = self.column(name).combine_chunks().dictionary_encode()
@@ -121,7 +121,7 @@ class Rows:
         return Rows(self.table, places[np.asarray(indices, dtype=np.int64)], self.files)
 
     def where(self, name: str, values: Sequence[Any], *, keep: bool = True) -> "Rows":
-        """The rows whose field is one of the values, or (`keep=False`) is none of them."""
+        """Return the rows whose field is one of the values, or (`keep=False`) is none of them."""
         column = self.column(name)
         found = pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy(zero_copy_only=False)
         return self.subset(np.flatnonzero(found == keep))

@@ -53,7 +53,7 @@ Figures = dict[str, float]
 
 
 def reported(figures: Figures) -> Figures:
-    """The metrics that a task reports, CIDEr first."""
+    """Return the metrics that a task reports, CIDEr first."""
     return {name: float(figures[name]) for name in REPORTED if name in figures}
 
 

@@ -27,7 +27,7 @@ Key = TypeVar("Key", str, int)
 
 
 def _field(where: str, record: object, path: str, kind: type | UnionType) -> Any:
-    """The value under a dotted path of keys, checked to be of a kind."""
+    """Return the value under a dotted path of keys, checked to be of a kind."""
     value: Any = record
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:

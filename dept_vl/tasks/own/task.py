@@ -236,11 +236,11 @@ class OwnTask(Task):
         return self.prefix
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """The images of an example."""
+        """Return the images of an example."""
         return self._paths(self.rows.value("images", index))
 
     def image_files(self) -> list[Path]:
-        """The different images."""
+        """Return the different images."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
         return list(self._paths(names))
 
@@ -259,7 +259,7 @@ class OwnTask(Task):
         return Path(reference) if self.folder is None else self.folder.find(reference)
 
     def written(self, answer: str) -> str:
-        """A decoded answer on one line, in the form of those that were read."""
+        """Return a decoded answer on one line, in the form of those that were read."""
         return one_line(answer)
 
     def mark(self, example: Example, prediction: str) -> float:

@@ -55,7 +55,7 @@ def _carried(row: Row, *names: str) -> Row:
 
 
 def _structs(value: Any, where: str) -> list[Row]:
-    """A list of structs; older versions of `datasets` give a struct of lists."""
+    """Return a list of structs; older versions of `datasets` give a struct of lists."""
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         columns = value.values()
         value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
@@ -169,7 +169,7 @@ def _gqa_record(row: Row, where: str, answered: bool) -> Row:
 
 
 def _ids(row: Row, name: str, where: str) -> list[str]:
-    """A list of ids, which the copy of GQA keeps as text."""
+    """Return a list of ids, which the copy of GQA keeps as text."""
     value = row[name]
     if value is None:
         return []

@@ -104,7 +104,7 @@ def convert(output_dir: Path) -> dict[str, int]:
 
 
 def question_type(question: str) -> str:
-    """The longest of `QUESTION_TYPES` that the question starts with, else `none of the above`."""
+    """Return the longest of `QUESTION_TYPES` that the question starts with, else `none of the above`."""
     words = question.lower()
     fitting = (kind for kind in QUESTION_TYPES if words.startswith(f"{kind} "))
     return max(fitting, key=len, default="none of the above")
@@ -132,7 +132,7 @@ def _finished_counts(output_dir: Path) -> dict[str, int] | None:
 
 
 def _count(folder: Path) -> dict[str, int]:
-    """What the files in the folder hold."""
+    """Return what the files in the folder hold."""
     counts = {}
     for split in ("train2014", "val2014"):
         questions = json.loads((folder / question_names(split)[0]).read_text(encoding="utf-8"))

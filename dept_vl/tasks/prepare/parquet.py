@@ -114,7 +114,7 @@ def open_source(source: str | Path, hub: str, official: str) -> Source:
 
 
 def placing(hub: str | Path) -> str:
-    """How to come by a copy in a folder, for messages."""
+    """Say how to come by a copy in a folder, for messages."""
     return (
         f"Download it where there is a network (hf download {hub} --repo-type dataset --local-dir FOLDER) "
         "and give FOLDER as the source"

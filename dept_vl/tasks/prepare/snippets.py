@@ -111,6 +111,6 @@ def parse(text: str) -> Iterator[tuple[str, float]]:
 
 
 def split_of(sentence: str) -> str:
-    """The split of a sentence: of ten parts by its hash eight, one and one."""
+    """Return the split of a sentence: of ten parts by its hash eight, one and one."""
     part = int(hashlib.sha256(sentence.encode()).hexdigest(), 16) % 10
     return {8: "validation", 9: "test"}.get(part, "train")

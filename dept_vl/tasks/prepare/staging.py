@@ -62,7 +62,7 @@ class Output:
             self.reencoded += 1
 
     def counts(self) -> dict[str, int]:
-        """What became of the images; empty where there are none."""
+        """Return what became of the images; empty where there are none."""
         if not self.images:
             return {}
         return {"images": len(self.images), "images_kept": self.kept, "images_reencoded": self.reencoded}

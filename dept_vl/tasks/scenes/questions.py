@@ -42,7 +42,7 @@ YES, TRUE, POSITIVE = ("no", "yes"), ("false", "true"), ("negative", "positive")
 
 
 def name(item: Object, attributes: Sequence[str], rng: Random) -> str:
-    """A noun phrase with these attributes: `red circle`, `large thing`."""
+    """Return a noun phrase with these attributes: `red circle`, `large thing`."""
     words = [getattr(item, a) for a in ("size", "colour") if a in attributes]
     noun = item.shape if "shape" in attributes else rng.choice(NOUNS)
     return " ".join([*words, noun])
@@ -54,12 +54,12 @@ def noun(item: Object) -> str:
 
 
 def matches(item: Object, wanted: dict[str, str]) -> bool:
-    """Whether an object has all of these attributes."""
+    """Return whether an object has all of these attributes."""
     return all(getattr(item, key) == value for key, value in wanted.items())
 
 
 def referring(scene: Scene, item: Object, rng: Random, hide: str = "") -> str | None:
-    """A phrase that fits this object alone and does not mention the attribute `hide`."""
+    """Return a phrase that fits this object alone and does not mention the attribute `hide`."""
     usable = [a for a in ("colour", "shape", "size") if a != hide]
     choices = [[a] for a in usable] + [[a, b] for i, a in enumerate(usable) for b in usable[i + 1 :]]
     if len(scene.objects) == 1:
@@ -73,7 +73,7 @@ def referring(scene: Scene, item: Object, rng: Random, hide: str = "") -> str | 
 
 
 def random_phrase(scene: Scene, rng: Random) -> tuple[str, dict[str, str]]:
-    """A phrase that fits some object about half of the time, and its attributes.
+    """Return a phrase that fits some object about half of the time, and its attributes.
 
     Half of those that fit none differ from an object in one attribute alone: the hard negatives.
     """
@@ -112,7 +112,7 @@ CLEAR_DISTANCE = 8
 
 
 def clear(relation: str, a: Object, b: Object) -> bool:
-    """Whether the relation, or its opposite, can be seen."""
+    """Return whether the relation, or its opposite, can be seen."""
     apart = abs(a.x - b.x) if relation in ("left of", "right of") else abs(a.y - b.y)
     return apart >= CLEAR_DISTANCE
 
@@ -154,7 +154,7 @@ def _absent(scene: Scene, rng: Random) -> tuple[str, bool]:
 
 
 def statement(scene: Scene, rng: Random) -> tuple[str, bool]:
-    """A sentence about a scene and whether it is true."""
+    """Return a sentence about a scene and whether it is true."""
     phrase, wanted = random_phrase(scene, rng)
     count = sum(matches(o, wanted) for o in scene.objects)
     kind = rng.randrange(5)
@@ -208,7 +208,7 @@ def _relation(scene: Scene, rng: Random) -> Fact | None:
 
 
 def _beside(scene: Scene, rng: Random) -> tuple[tuple[str, str], Object | None] | None:
-    """A phrase and a relation that at most one object is in, and that object."""
+    """Return a phrase and a relation that at most one object is in, and that object."""
     relation = rng.choice(list(RELATIONS))
     item = rng.choice(scene.objects)
     phrase = referring(scene, item, rng)
@@ -347,7 +347,7 @@ digits)."""
 
 
 def ask_code(scene: Scene, rng: Random) -> QA:
-    """Which code the first shape has; for scenes of one."""
+    """Return which code the first shape has; for scenes of one."""
     return QA(rng.choice(KEPT_OUT["relabelled shapes"][1]), CODES[scene.objects[0].shape])
 
 
@@ -356,7 +356,7 @@ AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "coun
 
 
 def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA:
-    """A question of a random family out of `names`, in a wording of pretraining."""
+    """Return a question of a random family out of `names`, in a wording of pretraining."""
     weights = [FAMILIES[name][1] for name in names]
     while True:
         family = rng.choices(names, weights)[0]
@@ -366,7 +366,7 @@ def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA
 
 
 def ask_kept_out(scene: Scene, rng: Random, names: Sequence[str] = tuple(KEPT_OUT)) -> QA:
-    """A question that pretraining never asks."""
+    """Return a question that pretraining never asks."""
     while True:
         family, wordings = KEPT_OUT[rng.choice(names)]
         fact = family(scene, rng)

@@ -54,7 +54,7 @@ class Object:
         return min(int(self.y / step), GRID - 1), min(int(self.x / step), GRID - 1)
 
     def overlaps(self, other: "Object", gap: float = 1.0) -> bool:
-        """Whether the two boxes touch."""
+        """Return whether the two boxes touch."""
         return (
             abs(self.x - other.x) < (self.width + other.width) / 2 + gap
             and abs(self.y - other.y) < (self.height + other.height) / 2 + gap
@@ -121,7 +121,7 @@ Colour = tuple[int, ...]
 
 
 def _polygon(*points: tuple[float, float]) -> Callable[[ImageDraw.ImageDraw, Box, Colour], None]:
-    """A filled polygon given in the unit square, y downwards."""
+    """Return what draws a filled polygon, given in the unit square, y downwards."""
 
     def draw_polygon(draw: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
         left, top, right, bottom = box

@@ -41,7 +41,7 @@ WORDS = sorted({*OPPOSITES, *KINDS, *NOUNS, "center", "nothing", "object", "imag
 
 
 def ask_text(rng: Random) -> QA:
-    """A task without an image. Every answer word is a target somewhere, or no prompt could elicit it."""
+    """Ask without an image. Every answer word is a target somewhere, or no prompt could elicit it."""
     words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
     listed = " ".join(words)
     kind = rng.randrange(6)
@@ -63,13 +63,13 @@ def ask_text(rng: Random) -> QA:
 
 
 def caption(scene: Scene, rng: Random) -> QA:
-    """All objects from left to right: `a small red circle at the top left and a ...`."""
+    """Return all objects from left to right: `a small red circle at the top left and a ...`."""
     parts = [f"a {o.size} {noun(o)} at the {place(o)}" for o in scene.objects]
     return QA(rng.choice(CAPTION_PHRASINGS), " and ".join(parts))
 
 
 def pair_statement(left: Scene, right: Scene, rng: Random) -> tuple[str, bool]:
-    """A sentence about two images and whether it is true."""
+    """Return a sentence about two images and whether it is true."""
     phrase, wanted = random_phrase(rng.choice([left, right]), rng)
     counts = [sum(matches(o, wanted) for o in scene.objects) for scene in (left, right)]
     in_left, in_right = (count > 0 for count in counts)
@@ -93,7 +93,7 @@ def pair_statement(left: Scene, right: Scene, rng: Random) -> tuple[str, bool]:
 
 
 def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
-    """A statement about two images, true or false."""
+    """Return a statement about two images, true or false."""
     sentence, truth = pair_statement(left, right, rng)
     return QA(rng.choice(PAIR_PHRASINGS).format(sentence), TRUE[truth])
 

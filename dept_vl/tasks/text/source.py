@@ -78,7 +78,7 @@ def open_source(
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
-    """A split's files: of the first place and kind that has any."""
+    """Return a split's files: of the first place and kind that has any."""
     name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
     for root in (folder, folder / (config or "."), folder / "data"):
         for suffix in SUFFIXES:

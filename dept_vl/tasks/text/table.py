@@ -149,7 +149,7 @@ def words_of_answers(split: Answered) -> dict[str, float]:
 
 
 def number(text: str) -> float:
-    """The number that a text is, -1 if it is none."""
+    """Return the number that a text is, -1 if it is none."""
     try:
         value = float(text)
     except ValueError:
@@ -263,7 +263,7 @@ def _super_glue(name: str, reads: str, classes: str, **others: Any) -> TextSpec:
 
 
 def _mrqa(name: str, subset: str) -> TextSpec:
-    """A task of MRQA, told by its name in the column `subset`."""
+    """Return a task of MRQA, told by its name in the column `subset`."""
     return TextSpec(
         name,
         "mrqa-workshop/mrqa",

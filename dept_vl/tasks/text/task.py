@@ -155,7 +155,7 @@ class TextTask(Task):
         return 0.0 if found < 0 else max(0.0, 1 - abs(found - float(example.answer)) / FAR)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """The task's figures in percent, the primary one first; empty where labels are not published."""
+        """Compute the metrics in percent, the primary one first; none where labels are not published."""
         ids = self.example_ids()
         check_ids(ids, predictions, self.name)
         answers = self.rows.column("answers").to_pylist()
@@ -167,7 +167,7 @@ class TextTask(Task):
 
 
 def choose(count: int, part: Part) -> Indices:
-    """The rows of a part among so many, in their order."""
+    """Return the rows of a part among so many, in their order."""
     import torch  # not for those who only score
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(DRAWING_SEED))
@@ -191,13 +191,13 @@ def read_rows(name: str, folder: Path | None, split: str) -> Rows:
 
 
 def columns(spec: TextSpec) -> tuple[str, ...]:
-    """The columns that a task's rows must have."""
+    """Return the columns that a task's rows must have."""
     named = dict.fromkeys((*_fields(spec.text), *_fields(spec.group), *spec.columns, spec.label))
     return tuple(named)
 
 
 def _fields(template: str) -> list[str]:
-    """The columns of a template, `idx` for `{idx[question]}`."""
+    """Return the columns of a template, `idx` for `{idx[question]}`."""
     return [name.split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
