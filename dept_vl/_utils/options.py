@@ -58,7 +58,7 @@ def check(content: Any, kind: Any) -> Any:
 
 
 def _read(
-    adapter: TypeAdapter[Any], kind: Any, content: Any, inside: int = 0, most: int | None = None
+    adapter: Any, kind: Any, content: Any, inside: int = 0, most: int | None = None
 ) -> tuple[Any, list[str]]:
     """Return JSON as pydantic reads it, or the first problems with it, so many levels inside."""
     try:
