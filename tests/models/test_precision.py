@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import D_MODEL, DECODERS, random_features, random_labels, random_text
+from conftest import D_MODEL, random_features, random_labels, random_text
 from torch import Tensor, nn
 from zoo.subjects import backbone_of
 
@@ -199,13 +199,24 @@ BATCHES = [(7, 4, 5), (9, 9), (11, 3, 4, 8), (2, 12), (6, 6, 6)]
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    [("t5", False), ("t5", True), ("bart", False), ("gpt2", False), ("llama", True)],
+    ("name", "tower", "checkpointing"),
+    [
+        ("t5", "clip", False),
+        ("t5", "clip", True),
+        ("bart", "clip", False),
+        ("gpt2", None, False),
+        ("llama", None, True),
+        ("llama", "clip", False),
+    ],
 )
 def test_compiled_for_all_lengths_at_once(
-    name: str, make_backbone: Callable[..., Backbone], graphs: Callable[[], int], checkpointing: bool
+    name: str,
+    tower: str | None,
+    make_backbone: Callable[..., Backbone],
+    graphs: Callable[[], int],
+    checkpointing: bool,
 ) -> None:
-    model = trained_model(make_backbone(name, None if name in DECODERS else "clip"))
+    model = trained_model(make_backbone(name, tower))
     expected = [loss(model, text).item() for text in BATCHES]
     expected_gradients = gradients(model)
     prepare_step(
