@@ -31,6 +31,7 @@ from dept_vl.adapters.offload import weights_of
 from dept_vl.adapters.schema import BEFORE_VISION
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.options import BEFORE_ORDER
+from dept_vl.models.quantised import fingerprint_of_words
 
 ROWS = 512
 """Word embeddings that are sampled, one value of each."""
@@ -306,6 +307,7 @@ def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
         "vision": None if backbone.vision is None else backbone.vision.options(),
         "exif": backbone.exif,
         **({} if backbone.text_form is None else {"text_form": backbone.text_form}),
+        **({"load_in": backbone.load_in} if backbone.load_in else {}),
     }
 
 
@@ -337,11 +339,33 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
     given, expected = ({"text_form": None, **one} for one in (given, expected))
     if (given["text_form"], expected["text_form"]) != (None, None):
         compared.append("text_form")
+    if expected.get("load_in", "") != backbone.load_in:
+        expected["fingerprint"] = _in_another_precision(expected, given, backbone)
     if any(expected[key] != given[key] for key in compared):
         raise ValueError(
             f"this adapter was trained on {_text(expected, compared)} and does not fit "
             f"{_text(given, compared)}; load the backbone it was trained on"
         )
+
+
+def _in_another_precision(
+    expected: Mapping[str, Any], given: Mapping[str, Any], backbone: FrozenBackbone
+) -> Mapping[str, str]:
+    """Return this backbone's fingerprint if the one recorded may be it in other bits, with a warning."""
+    record, words = expected["fingerprint"], "its word embeddings are the same"
+    if record.get("model") != backbone.fingerprint.get("model"):
+        return record  # type: ignore[no-any-return]
+    if "words" not in record:  # of full precision
+        words = "its weights could not be compared"
+    elif record["words"] != fingerprint_of_words(backbone):
+        return record  # type: ignore[no-any-return]
+    precisions = [one.get("load_in") or "full precision" for one in (expected, given)]
+    warn(
+        f"this adapter was trained on {printable(expected['name'])} in {precisions[0]}, and {backbone.name} "
+        f"is in {precisions[1]}; {words}",
+        stacklevel=5,
+    )
+    return backbone.fingerprint
 
 
 def check_name(name: str, backbone: FrozenBackbone, accepted: Collection[str]) -> None:

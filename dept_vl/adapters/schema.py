@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
-from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
+from dept_vl.models.options import BEFORE_ORDER, ImageFit, LoadIn, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
 from dept_vl.prompts.base import LARGEST_SIZE, Method, Shapes, sized
 from dept_vl.prompts.options import PositiveSize, Size
@@ -59,6 +59,7 @@ class PretrainedFields(BackboneFields):
     """The same, of a pretrained vision-language model."""
 
     text_form: str
+    load_in: LoadIn = ""
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,10 @@ def find_backbone(
             loaded = open_backbone(**read_config(run / CONFIG_FILE).backbone.loading())
         elif "text_form" in known:
             loaded = VisionLanguageModel.from_pretrained(
-                name, text_form=known["text_form"], exif=bool(known.get("exif"))
+                name,
+                text_form=known["text_form"],
+                exif=bool(known.get("exif")),
+                load_in=known.get("load_in", "") if backbone is None else "",
             )
         elif (Path(name) / BACKBONE_FILE).is_file():
             loaded = Backbone.from_pretrained(

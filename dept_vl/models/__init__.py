@@ -19,6 +19,7 @@ __all__ = [
     "precision",
     "projection",
     "prompted",
+    "quantised",
     "reader",
     "row_prompts",
     "sharding",

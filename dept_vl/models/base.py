@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.models.language import Answerer
-from dept_vl.models.options import ImageFit, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
+from dept_vl.models.options import ImageFit, LoadIn, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
 from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.source import SourceReader
 from dept_vl.models.vision import VisionEncoder
@@ -39,6 +39,7 @@ class FrozenBackbone(nn.Module, ABC):
         fingerprint: Hashes of the frozen weights, by part.
         exif: Whether images are turned as their EXIF orientation says; None if none are read.
         text_form: How a pretrained model is asked; empty for its usual form, None for a composed backbone.
+        load_in: How a pretrained model's linear layers are quantised; empty if they are not.
         frame: Text tokens that the form of a question adds to it.
     """
 
@@ -56,6 +57,7 @@ class FrozenBackbone(nn.Module, ABC):
     exif: bool | None
     processor: SourceReader | None = None
     text_form: str | None = None
+    load_in: LoadIn = ""
     frame = 0
 
     @property

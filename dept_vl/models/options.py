@@ -46,6 +46,9 @@ BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice", 
 """What older files leave out: what was built before there was a choice."""
 
 
+LoadIn = Literal["", "4bit", "8bit"]
+"""In how many bits bitsandbytes keeps the linear layers of a pretrained model; empty for full precision."""
+
 TrainedPart = Literal["all", "biases", "lora"]
 """What of the language model is trained where it is not frozen."""
 
@@ -67,6 +70,11 @@ class BackboneOptions(Options):
     text_form: str = ""
     """How model is asked: chat for its chat template, or a text with {text} (and {image}); left out, the chat
     template where there is one, else as its authors ask it. The adapter keeps it."""
+    load_in: LoadIn = ""
+    """Keep the linear layers of model in 4bit (NF4) or 8bit, by bitsandbytes; prompts and gradients stay in
+    full precision."""
+    device_map: Literal["", "auto"] = ""
+    """auto: one process spreads model over all its devices, and the memory of the processor."""
     vision: str | None = None
     """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
     language: str | None = None
@@ -114,13 +122,23 @@ class BackboneOptions(Options):
         """
         if self.model is not None:
             usual, free = BackboneOptions(), {"model", "text_form", "exif", "backbone_dropout"}
+            free |= {"load_in", "device_map"}
             free |= {"train_projection", "train_backbone", "train_only", "lora_rank"}
             options = [f.name for f in fields(self) if f.name not in free]
             changed = [name for name in options if getattr(self, name) != getattr(usual, name)]
             if changed:
                 these = ", ".join(f"--{name}" for name in changed)
                 raise UsageError(f"--model is a whole model; leave out {these}")
-            return {"model": self.model, "text_form": self.text_form, "exif": self.exif}
+            if self.load_in and self.train_backbone:
+                raise UsageError(
+                    f"--train_backbone trains weights, and --load_in {self.load_in} keeps them as whole "
+                    "numbers: leave one of them out"
+                )
+            placing = {name: getattr(self, name) for name in ("load_in", "device_map") if getattr(self, name)}
+            return {"model": self.model, "text_form": self.text_form, "exif": self.exif, **placing}
+        for name in ("load_in", "device_map"):
+            if getattr(self, name):
+                raise UsageError(f"--{name} is for a pretrained model (--model); leave it out here")
         if self.text_form:
             raise UsageError("--text_form is how a pretrained model is asked (--model); leave it out here")
         names = ("backbone", "vision", "language", "vision_layer", "class_token", "pooled_grid", "exif")

@@ -73,7 +73,8 @@ def hold_frozen_in_bfloat16(language: nn.Module) -> None:
     for module in language.modules():
         if isinstance(module, nn.Linear):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if not parameter.requires_grad:
+                # What is quantised has whole numbers.
+                if not parameter.requires_grad and parameter.is_floating_point():
                     held = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
                     setattr(module, name, held)
 

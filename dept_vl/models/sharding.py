@@ -30,6 +30,11 @@ def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
     Raises:
         ValueError: If what is to be spread is to be trained.
     """
+    if accelerator.num_processes > 1 and getattr(model.backbone, "spread", False):
+        raise UsageError(
+            f"--device_map auto is for one process, and {accelerator.num_processes} were launched: leave it "
+            "out, or launch one"
+        )
     if _asked(accelerator):
         if model.backbone.processor is not None:
             raise UsageError(

@@ -35,7 +35,9 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_weights, loading
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
+from dept_vl.models.options import LoadIn
 from dept_vl.models.placeholders import is_encoder_decoder, place
+from dept_vl.models.quantised import fingerprint_of_words, keep_gradients, placing
 from dept_vl.models.reader import PretrainedReader, Source, special_tokens_of
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
 from dept_vl.models.vision import VisionEncoder
@@ -57,6 +59,8 @@ KINDS: tuple[tuple[Any, str, Any], ...] = (
 """Configurations of models, what these are, and what opens them."""
 CLOSE = 1e-3
 """Difference that padding may make, as a share of the largest logit: sums come in another order."""
+CLOSE_IN_8_BITS = 0.05
+"""The same where activations are rounded to 8 bits."""
 
 
 class VisionLanguageModel(FrozenBackbone):
@@ -68,6 +72,8 @@ class VisionLanguageModel(FrozenBackbone):
         name: What an adapter calls it.
         text_form: How a question is asked: `chat`, or a text with `{text}`; empty for the usual form.
         exif: Turn images as their EXIF orientation says.
+        load_in: How its linear layers are quantised.
+        spread: It is on the devices that it has to be on, and is not moved.
 
     Example:
         >>> from dept_vl.models.vlm import VisionLanguageModel
@@ -78,7 +84,15 @@ class VisionLanguageModel(FrozenBackbone):
     language_model: PretrainedReader
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, *, name: str, text_form: str = "", exif: bool = True
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        *,
+        name: str,
+        text_form: str = "",
+        exif: bool = True,
+        load_in: LoadIn = "",
+        spread: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -88,7 +102,7 @@ class VisionLanguageModel(FrozenBackbone):
         self.visual_position_bias, self.object_order, self.visual_norm = "relative", "none", None
         config = model.config
         encoder_decoder = is_encoder_decoder(config)
-        self.text_form = text_form
+        self.text_form, self.load_in, self.spread = text_form, load_in, spread
         self._reads_images: list[nn.Module] | None = None
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"the processor of {name} has no tokenizer ({type(processor).__name__})")
@@ -117,21 +131,32 @@ class VisionLanguageModel(FrozenBackbone):
             "language": fingerprint(model.state_dict().items()),
             "model": type(model).__name__,
         }
+        if load_in:  # which are the same in every precision
+            self.fingerprint["words"] = fingerprint_of_words(self)
         self.freeze()
 
     @classmethod
     @waiting("loading the model")
     def from_pretrained(
-        cls, name_or_path: str | Path, *, text_form: str = "", exif: bool = True
+        cls,
+        name_or_path: str | Path,
+        *,
+        text_form: str = "",
+        exif: bool = True,
+        load_in: LoadIn = "",
+        device_map: str = "",
     ) -> "VisionLanguageModel":
-        """Load a model and its processor from the Hub or the disk, in full precision.
+        """Load a model and its processor from the Hub or the disk, in full precision or quantised.
 
         Args:
             name_or_path: Hub name or folder.
             text_form: See the class.
             exif: See the class.
+            load_in: See the class.
+            device_map: `auto` spreads it over the devices of this process.
 
         Raises:
+            UsageError: If what quantises it is not installed.
             ValueError: If it reads no images or answers in no text, brings code of its own, or its files are
                 damaged.
         """
@@ -153,10 +178,27 @@ class VisionLanguageModel(FrozenBackbone):
         model: PreTrainedModel
         with loading(name_or_path, what):
             model, info = opens.from_pretrained(
-                name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                name_or_path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **placing(load_in, device_map),
             )
         check_weights(name_or_path, info)
-        return cls(model, processor, name=str(name_or_path), text_form=text_form, exif=exif)
+        keep_gradients(model)
+        return cls(
+            model,
+            processor,
+            name=str(name_or_path),
+            text_form=text_form,
+            exif=exif,
+            load_in=load_in,
+            spread=len(set(getattr(model, "hf_device_map", {}).values())) > 1,
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "VisionLanguageModel":
+        """Move the model, unless it is spread over several devices."""
+        return self if self.spread else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def image_features(self) -> VisionEncoder:
         """See `FrozenBackbone.image_features`."""
@@ -287,7 +329,8 @@ class VisionLanguageModel(FrozenBackbone):
         if torch.equal(prompted[0], bare):
             return "the prompt does not change its logits"
         far = (logits(prompt, both) - torch.cat(prompted)).abs().max()
-        if far > CLOSE * torch.cat(prompted).abs().max():
+        close = CLOSE_IN_8_BITS if self.load_in == "8bit" else CLOSE
+        if far > close * torch.cat(prompted).abs().max():
             return f"padding changes its logits, by up to {far:.2g}"
         return ""
 

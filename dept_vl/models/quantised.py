@@ -1,0 +1,51 @@
+"""A pretrained model in fewer bits, or on several devices: how transformers is asked for it."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import nn
+
+from dept_vl._utils.errors import UsageError
+from dept_vl._utils.tensors import fingerprint
+from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.options import LoadIn
+
+PACKS = "support_avx512bf16_for_cpu"
+"""Attribute of a layer of bitsandbytes."""
+
+
+def placing(load_in: LoadIn, device_map: str) -> dict[str, Any]:
+    """Return the options of `from_pretrained`; none for full precision on one device.
+
+    Raises:
+        UsageError: If bitsandbytes is not installed.
+    """
+    options: dict[str, Any] = {"device_map": device_map} if device_map else {}
+    if not load_in:
+        return options
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"--load_in {load_in} needs bitsandbytes: pip install bitsandbytes, or leave it out")
+    from transformers import BitsAndBytesConfig
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    computed = torch.float32 if device.type == "cpu" else torch.bfloat16
+    bits = {f"load_in_{load_in}": True}
+    config = BitsAndBytesConfig(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed, **bits)
+    return {"device_map": {"": device}, **options, "quantization_config": config}
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Leave out the kernel that bitsandbytes has for answers alone.
+
+    On some processors it packs a layer's weights at the first call in evaluation mode, and passes no
+    gradient from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
+
+
+def fingerprint_of_words(backbone: FrozenBackbone) -> str:
+    """Name the word embeddings, which no precision changes."""
+    return fingerprint([("words", backbone.language_model.word_embeddings.weight)])
