@@ -157,7 +157,7 @@ def _changed_features(folder: Path, config: RunConfig) -> list[str]:
     if config.data.features == "live":
         precision = "float32"
     elif config.data.features == "cached" and is_there(index := features_folder(config.data) / INDEX_FILE):
-        precision = read_json(index)["dtype"]
+        precision = read_json(index)["fingerprint"]["dtype"]
     now = precision + (WITH_TEXT if config.data.features == "encoded" else "")
     return [] if now == began else [f"features={began} -> {now}"]
 
