@@ -15,6 +15,8 @@ from transformers import (
 from zoo import ready_made
 from zoo.models import CORPUS
 
+Made = tuple[PreTrainedModel, Any]
+"""A model and its processor, or tokenizer."""
 WIDTH = 32
 MERGES = 60
 """Tokens learnt from the corpus, beside one for each byte."""

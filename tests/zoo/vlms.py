@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import transformers as hf
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from zoo.texts import bart_text, gpt2_text, llama_text, t5_text
 from zoo.vlm_parts import (
     CLIP,
     DAVIT,
-    IDS,
     Q_FORMER,
     QWEN_VISION,
     SIGLIP,
     SQUARE,
     VISION,
     WIDTH,
+    Made,
     bart,
     chat,
     decoder,
@@ -29,8 +30,6 @@ from zoo.vlm_parts import (
     t5,
     words,
 )
-
-Made = tuple[PreTrainedModel, Any]
 
 # -- encoder-decoders
 
@@ -347,35 +346,6 @@ def internvl() -> Made:
     videos = hf.InternVLVideoProcessor(size=SQUARE)
     template = chat(QWEN_TURN, "<IMG_CONTEXT>\n", "<|im_end|>\n")
     return model, hf.InternVLProcessor(images, tokens, videos, image_seq_length=1, chat_template=template)
-
-
-# -- language models without images
-
-
-def gpt2_text() -> Made:
-    """GPT-2."""
-    tokens = words()
-    sizes = {"n_positions": 128, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_inner": 48}
-    return model_of("gpt2", hf.AutoModelForCausalLM, vocab_size=len(tokens), **sizes, **IDS), tokens
-
-
-def llama_text() -> Made:
-    """Llama, which chats."""
-    tokens = words("<s> $A", ["<|turn|>"])
-    tokens.chat_template = chat("<|turn|>ROLE\n", "", "</s>\n", start="{{ bos_token }}")
-    return model_of("llama", hf.AutoModelForCausalLM, **decoder("llama", tokens)), tokens
-
-
-def t5_text() -> Made:
-    """T5."""
-    tokens = words("$A </s>")
-    return model_of("t5", hf.AutoModelForSeq2SeqLM, **t5(tokens)), tokens
-
-
-def bart_text() -> Made:
-    """BART."""
-    tokens = words("<s> $A </s>")
-    return model_of("bart", hf.AutoModelForSeq2SeqLM, **bart(tokens)), tokens
 
 
 def _by_name(*made: Callable[[], Made]) -> dict[str, Callable[[], Made]]:
