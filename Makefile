@@ -30,7 +30,8 @@ data/snippets: | $(STAMP)
 vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it, show what it answers; or BACKBONE=data/tiny-clip-bart
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
-		scripts/train_vqa.py --config data/configs/easy-vqa.json --backbone $(BACKBONE)
+		scripts/train_vqa.py --config data/configs/easy-vqa.json --backbone $(BACKBONE) \
+		--output_dir runs/easy-vqa-$(notdir $(BACKBONE)) --resume auto
 
 compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods
 	$(BIN)/python scripts/compare.py
