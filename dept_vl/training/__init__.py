@@ -1,6 +1,6 @@
-"""One run: its folder, model, loop, checkpoints, log and scores.
+"""Training runs: folder, model, training loop, checkpoints, log and scores.
 
-`run` has the stages prepare, fit, score, write; `loop` is the one training loop; `score_run` scores a
+`run` has the stages prepare, fit, score and write. `loop` holds the training loop. `score_run` scores a
 finished run again.
 """
 

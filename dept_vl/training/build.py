@@ -1,4 +1,4 @@
-"""From a configuration to the model: backbone, prompt, and what is trained set free."""
+"""Build the model of a configuration: backbone, prompt, and which parameters are trained."""
 
 import os
 
@@ -18,7 +18,7 @@ from dept_vl.training.optim import relative_size
 
 
 def build_model(config: RunConfig) -> PromptedModel:
-    """Build the backbone with its prompt, if that has any size, and unfreeze what is trained."""
+    """Build the backbone with its prompt (if it has any parameters), and unfreeze the trained parameters."""
     options = config.backbone
     if options.train_only != "all" and not options.train_backbone:
         raise ValueError(
@@ -41,7 +41,7 @@ def build_model(config: RunConfig) -> PromptedModel:
 
 
 def budget_line(options: PromptOptions, prompt: DePT) -> str:
-    """The prompt's sizes, and what of its budget is left over or overshot."""
+    """Describe the prompt's sizes and how many parameters of its budget are left or exceeded."""
     budget = options.reference_prompt_length * prompt.d_model
     sizes = prompt.describe()
     remainder = budget - sum(parameter.numel() for parameter in prompt.parameters())
@@ -55,9 +55,9 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
 def build_prompt(
     options: PromptOptions, backbone: FrozenBackbone, seed: int, size: float = 1.0
 ) -> DePT | None:
-    """Build the prompt with its initial vectors; None if both its parts are of size zero.
+    """Build and initialise the prompt; return None if its length and rank are both 0.
 
-    What is drawn at random is as large as word embeddings of `size`; see `relative_size`.
+    `size` is the size of the word embeddings, see `relative_size`. It scales random initial values.
     """
     widths = {"d_model": backbone.d_model, "max_source_length": options.max_source_length + backbone.frame}
     prompt_length, rank = METHODS[options.method].solve(
@@ -87,7 +87,7 @@ def build_prompt(
 
 
 def only_deterministic() -> None:
-    """Raise on operations that do not repeat to the bit, for the rest of the process."""
+    """Make torch use deterministic algorithms only, and raise an error for operations that have none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
@@ -95,6 +95,6 @@ def only_deterministic() -> None:
 
 
 def visual_tokens(model: PromptedModel, task: Task) -> int:
-    """Visual tokens of an example."""
+    """Return the number of visual tokens of an example."""
     vision = model.backbone.vision
     return 0 if vision is None else vision.token_count * len(task[0].images)

@@ -2,13 +2,13 @@
 
     checkpoints/step-00001200/
         tensors.safetensors   trained parameters and the optimizer's state, by name
-        state.json            schedule, rates, counters, scores; what the tensors belong to
-        rng-0.safetensors     random generators of process 0, and so on for every process
+        state.json            schedule, learning rates, counters, scores and the optimizer's keys
+        rng-0.safetensors     random states of process 0; one such file for each process
         manifest.json         size and SHA-256 of each file, written last; noted in the run's folder
 
-A checkpoint is written beside its place, flushed to the disk and renamed; older ones are removed only
-when it is whole. A damaged one is reported and the one before is taken. This is another thing than the
-adapter (`adapters/adapter.py`), which is small and made to be passed on.
+A checkpoint is written to a temporary folder, flushed to the disk and renamed. Older checkpoints are removed
+only after that. A damaged checkpoint is reported, and the one before it is used. The adapter
+(`adapters/adapter.py`) is a different, smaller format that is made for sharing.
 """
 
 import hashlib
@@ -36,16 +36,16 @@ from dept_vl.prompts.dept import current_name
 from dept_vl.training.progress import Progress
 
 KEPT = 2
-"""Checkpoints that stay: should the newest be damaged, the one before is there."""
+"""Number of checkpoints to keep: if the newest is damaged, the one before it is used."""
 MANIFEST = "manifest.json"
 STATE_VERSION = 2
-"""Version 1 names the parameters of the offset `lora_a` and `lora_b`."""
+"""Version of `state.json`. In version 1 the parameters of the offset are named `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, STATE_VERSION)
 
 
 @dataclass
 class State:
-    """The fields of `state.json`."""
+    """Fields of `state.json`."""
 
     version: Literal[1, 2]
     processes: int
@@ -56,7 +56,7 @@ class State:
 
 
 class TrainingState:
-    """Reads and writes the checkpoints of a run."""
+    """Writes and loads the checkpoints of a run."""
 
     def __init__(
         self,
@@ -72,24 +72,24 @@ class TrainingState:
         self.fused = bool(optimizer.param_groups[0].get("fused"))
 
     def save(self, progress: Progress) -> Path:
-        """Write a checkpoint; on every process, since each has its own random generators.
+        """Write a checkpoint. Every process must call this, since each has its own random generators.
 
         Raises:
-            OSError: If it cannot be written; the checkpoints before are untouched.
-            ValueError: If a trained parameter is not finite: resuming from it would be useless.
+            OSError: If the checkpoint cannot be written. Earlier checkpoints are not changed.
+            ValueError: If a trained parameter is not finite.
         """
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
         try:
             self._save(place, partial, progress)
         except OSError:
-            # A full disk has no room for a part either.
+            # A partial checkpoint would fill the disk.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return place
 
     def _save(self, place: Path, partial: Path, progress: Progress) -> None:
-        # By the main process: the others have the same tensors.
+        # Only the main process writes: the tensors are the same on all.
         on_main(self.accelerator, lambda: self._write(partial, progress))
         rank = self.accelerator.process_index
         write_flushed(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
@@ -113,27 +113,27 @@ class TrainingState:
         write_flushed(partial / MANIFEST, json.dumps(_manifest(partial), indent=1).encode())
         _sync(partial)
         self._note(place, partial)
-        shutil.rmtree(place, ignore_errors=True)  # of this step, left by a run that was then set back
+        shutil.rmtree(place, ignore_errors=True)  # left by a run that was resumed from an earlier step
         partial.rename(place)
         _sync(self.folder)
         for old in checkpoints(self.folder.parent)[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
     def _note(self, place: Path, partial: Path) -> None:
-        """Note in the run's folder which checkpoints are its own, and its log up to this one."""
+        """Note in the run's folder which checkpoints belong to it, and the state of its log."""
         run = self.folder.parent
         files = dict.fromkeys(map(_noted_as, sorted({*checkpoints(run), place})[:-KEPT]))
         log = {LOG_FILE: noted(run / LOG_FILE)} if (run / LOG_FILE).is_file() else {}
         note(run, {**files, **log, _noted_as(place): noted(partial / MANIFEST)})
 
     def load(self, place: Path) -> Progress:
-        """Put model, optimizer and schedule back to a checkpoint.
+        """Load model, optimizer and schedule from a checkpoint, and return the progress.
 
-        Learning rates are the optimizer's own, at their place in the schedule: as stored, unless the run was
-        asked to continue with others.
+        Learning rates are restored from the checkpoint. If the options have a different peak learning rate,
+        the rate is that peak's at the same place in the schedule.
 
         Raises:
-            ValueError: If the checkpoint is of another model. Damage is what `check` finds.
+            ValueError: If the checkpoint is of another model. Use `check` to find damage.
         """
         state: State = check_fields(read_json(place / "state.json"), State)
         tensors = read_tensors(place / "tensors.safetensors")
@@ -162,9 +162,10 @@ class TrainingState:
         return state.progress
 
     def load_random_state(self, place: Path) -> None:
-        """Put this process's random generators back; last, since making a loader draws from them.
+        """Restore the random generators of this process.
 
-        A process that there was none of before takes those of the first.
+        Call it last, since creating a data loader draws random numbers. A process that has no file in the
+        checkpoint uses that of process 0.
         """
         path = place / f"rng-{self.accelerator.process_index}.safetensors"
         tensors = read_tensors(path if path.is_file() else place / "rng-0.safetensors")
@@ -202,31 +203,31 @@ class TrainingState:
 
 
 def _noted_as(place: Path) -> str:
-    """The name by which a checkpoint is noted in the folder of its run."""
+    """Return the name under which a checkpoint is noted in the folder of its run."""
     return f"{CHECKPOINTS}/{place.name}/{MANIFEST}"
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, whole or not."""
+    """Return the checkpoints of a run, oldest first. They may be damaged."""
     return sorted((run / CHECKPOINTS).glob("step-*"))
 
 
 def steps_of(checkpoint: Path) -> int:
-    """The optimizer steps after which a checkpoint was written."""
+    """Return the optimizer step at which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def processes_of(checkpoint: Path) -> int:
-    """The processes of the run that wrote a whole checkpoint."""
+    """Return the number of processes of the run that wrote a checkpoint."""
     processes: int = read_json(checkpoint / "state.json")["processes"]
     return processes
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest whole checkpoint of a run, and describe the damage of newer ones.
+    """Find the newest undamaged checkpoint of a run.
 
     Returns:
-        The checkpoint, None if there is none; a line for each damaged one.
+        The checkpoint, or None if there is none; and one message for each newer checkpoint that is damaged.
     """
     damaged: list[str] = []
     for place in reversed(checkpoints(run)):
@@ -238,7 +239,7 @@ def newest(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def check(place: Path) -> str:
-    """Describe the damage of a checkpoint; empty if it is whole."""
+    """Return a description of a checkpoint's damage, or an empty string if it is undamaged."""
     try:
         manifest = read_json(place / MANIFEST)
         check_noted(place / MANIFEST, folder=place.parents[1])
@@ -266,7 +267,7 @@ def _digest(path: Path) -> str:
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
-    """Generators of Python, NumPy and torch as tensors: nothing that would have to be unpickled."""
+    """Return the random states of Python, NumPy and torch as tensors, which need no unpickling."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state = {
@@ -294,7 +295,7 @@ def _restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> 
 
 
 def _sync(folder: Path) -> None:
-    """Flush a folder's own entries, without which a renamed file may be gone after a power cut."""
+    """Flush a folder's entries to the disk, so that a rename in it survives a power cut."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Errors of the machine during a run: what failed, where, and what to do."""
+"""Explain failures of disk, memory or other processes during a run: cause, place and remedy."""
 
 import errno
 import os
@@ -15,22 +15,25 @@ REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 GONE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
 FAILED = (errno.EIO, errno.ESTALE)
 MANY_FILES = "Too many open files"
-"""How the system says it; errors that come from another process have lost their number."""
+"""Text of the error in the C library. Errors passed on from another process have lost their `errno`."""
 WORKER = "DataLoader worker"
 LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
-"""How a process hears that another one has ended."""
+"""Error messages that mean that another process of the run has ended."""
 
 
 @contextmanager
 def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> Iterator[None]:
     """Re-raise I/O and worker failures with a hint how to resume; let other exceptions through.
 
-    `option` names the folder, and `way_on` says how to continue, if not by the run's checkpoints.
+    Args:
+        folder: Folder of the run.
+        option: Option that sets the folder, for the message.
+        way_on: Advice how to continue; by default, to resume from the run's newest checkpoint.
 
     Raises:
-        OSError: With the number that the system gave, for a full disk, a folder that is read-only or is gone,
-            and too many open files.
-        RuntimeError: If a process that reads images, or another one of the run, has ended.
+        OSError: If the disk is full, the folder is read-only or missing, or too many files are open. It keeps
+            the `errno` of the original error.
+        RuntimeError: If a data loader worker or another process of the run has ended.
     """
     try:
         yield
@@ -45,9 +48,9 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
 
 
 def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
-    """Describe a fault of the machine and a remedy; empty for other errors."""
+    """Return a description of a machine failure and its remedy, or an empty string for other errors."""
     text = " ".join(str(error).split())
-    # A reader that may open no more files closes the connection over which it should hand a batch.
+    # A worker that reached the limit of open files closes the connection that passes on its batches.
     if MANY_FILES in text or _handing_over(error):
         return (
             "this process may open no more files (Too many open files); lower --num_workers (0 opens the "
@@ -69,7 +72,7 @@ def _problem(error: OSError | RuntimeError | EOFError, option: str) -> str:
 
 
 def _handing_over(error: Exception) -> bool:
-    """Whether a batch that a reader should hand over did not come."""
+    """Return whether the connection to a data loader worker broke while it passed on a batch."""
     frames = traceback.extract_tb(error.__traceback__)
     between = any("multiprocessing" in Path(frame.filename).parts for frame in frames)
     return between and isinstance(error, (EOFError, ConnectionError))

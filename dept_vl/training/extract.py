@@ -1,4 +1,4 @@
-"""Visual features of a data set, encoded once and kept: what `dept-vl features` does."""
+"""Extraction of the visual features of a data set. The command `dept-vl features` uses this."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,16 +23,18 @@ from dept_vl.training.options import ExtractConfig
 
 
 def extract(config: ExtractConfig) -> list[Path]:
-    """Encode every image of the splits once, every process its share; what is there already stays.
+    """Encode every image of the splits once and store the features. Images already encoded are skipped.
+
+    The processes share the work.
 
     Returns:
-        The folder of each task's features.
+        Folder of each task's features.
 
     Raises:
         FileNotFoundError: If data or images are missing.
-        ValueError: If a task has no images, an image cannot be read that may not be skipped, or the folder
+        ValueError: If a task has no images, an image cannot be read and may not be skipped, or the folder
             holds features of another encoder.
-        OSError, RuntimeError: If the machine fails, as `explained` says it.
+        OSError, RuntimeError: If the disk, the memory or another process fails; see `explained`.
     """
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -71,8 +73,8 @@ def extract(config: ExtractConfig) -> list[Path]:
 
 
 def with_features(config: RunConfig, folder: Path) -> RunConfig:
-    """Extract the visual features of a run into a folder, and let the run read them from there."""
-    if config.backbone.model is not None:  # every run keeps in memory what it may: not where that is trained
+    """Extract the visual features of a run into a folder, and return the configuration that reads them."""
+    if config.backbone.model is not None:  # a pretrained model's features are kept in memory by each run
         return config
     data = replace(config.data, features_dir=folder)
     extract(ExtractConfig(data=data, backbone=config.backbone, dtype="float32"))
@@ -81,11 +83,11 @@ def with_features(config: RunConfig, folder: Path) -> RunConfig:
 
 @waiting("reading the data")
 def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
-    """List the different images of these splits, or of those that a run reads.
+    """Return the distinct images of the given splits, by default of the splits that a run reads.
 
     Raises:
-        FileNotFoundError: If images are missing that are not to be skipped.
-        ValueError: If there are none.
+        FileNotFoundError: If images are missing and may not be skipped.
+        ValueError: If there are no images.
     """
     names = splits or options.splits()
     paths: dict[Path, None] = {}
@@ -99,10 +101,10 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
 
 @waiting("loading the model")
 def load_vision(options: BackboneOptions) -> VisionEncoder:
-    """Load the image encoder alone.
+    """Load the image encoder without the language model.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the options name no image encoder.
     """
     if options.model is not None:
         features = open_backbone(**options.loading()).image_features()

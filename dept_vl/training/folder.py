@@ -1,4 +1,4 @@
-"""The folder of a run: claimed by a new run, or resumed with the same options."""
+"""Folder of a run: created for a new run, or checked and resumed."""
 
 import time
 from contextlib import suppress
@@ -28,12 +28,12 @@ from dept_vl.training.identity import check_kept, forget_contents
 
 @dataclass(frozen=True)
 class Opened:
-    """The folder of a run, as this process found it.
+    """Folder of a run, as this process found it.
 
     Attributes:
-        path: The folder.
-        checkpoint: Checkpoint to resume from; None starts a new run.
-        claimed: Whether this process made the run.
+        path: Path of the folder.
+        checkpoint: Checkpoint to resume from; None starts from the beginning.
+        claimed: Whether this process created the run.
     """
 
     path: Path
@@ -45,9 +45,9 @@ def choose_folder(config: RunConfig) -> Path:
     """Return the folder of the run to start or to resume.
 
     Raises:
-        FileExistsError: If it holds a run and resuming was not asked for.
-        FileNotFoundError: If it holds no run to resume.
-        ValueError: If it is not said.
+        FileExistsError: If the folder holds a run and `resume` is not set.
+        FileNotFoundError: If the folder to resume holds no run.
+        ValueError: If `resume` is auto and `output_dir` is not set.
     """
     if config.resume not in ("", "auto"):
         output_dir = Path(config.resume)
@@ -63,16 +63,16 @@ def choose_folder(config: RunConfig) -> Path:
 
 
 def is_complete(output_dir: Path) -> bool:
-    """Whether a run has ended and left all that it leaves."""
+    """Return whether a run has finished and written its summary and report."""
     return all((output_dir / name).is_file() for name in (SUMMARY_FILE, REPORT_FILE))
 
 
 def open_folder(config: RunConfig, output_dir: Path, processes: int) -> Opened:
-    """Claim the folder for a new run, or find the newest whole checkpoint of the one there.
+    """Write the configuration of a new run, or find the newest undamaged checkpoint of the run to resume.
 
     Raises:
-        FileExistsError: If it holds a run and resuming was not asked for.
-        DifferentError: If that has ended with other options or data.
+        FileExistsError: If the folder holds a run and `resume` is not set.
+        DifferentError: If the run has finished, with other options or data.
     """
     if not _holds_run(output_dir):
         with explained(output_dir):
@@ -108,7 +108,7 @@ def _newest(output_dir: Path) -> Path | None:
 
 
 def _new_folder(task: str) -> Path:
-    """A folder under runs/ that nobody else has, even if another run starts in the same second."""
+    """Create a new folder under runs/. Its name is unique even if two runs start in the same second."""
     name = time.strftime(f"{task}-%Y%m%d-%H%M%S")
     for number in count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -119,7 +119,7 @@ def _new_folder(task: str) -> Path:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder of a run named after its options, by their older names if it was begun with those."""
+    """Return the folder of a run named after its options, or the one with their older names if it exists."""
     name = folder.name
     for old, new in RENAMED.items():
         name = name.replace(new, old)
@@ -134,10 +134,10 @@ def release(opened: Opened, accelerator: Accelerator) -> None:
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:
-    """Note in what the visual features of a run are stored; features in another would give another result.
+    """Store the data type of a run's visual features, or check it when the run resumes.
 
     Raises:
-        ValueError: If the run began with features in another.
+        ValueError: If the run began with features of another data type.
     """
     path = output_dir / FEATURES_FILE
 

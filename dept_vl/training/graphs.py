@@ -1,8 +1,8 @@
-"""Training steps as CUDA graphs: all kernels of a step are launched at once instead of one after another.
+"""Training steps as CUDA graphs, which launch all kernels of a step at once.
 
-Small batches end before the next kernel is launched, so a step takes as long as its launches whatever the
-prompt. A graph is recorded once for every shape of a batch, and replayed for every batch of that shape, the
-one that it was recorded for included: a resumed run replays what the undisturbed one replays.
+With small batches, kernels finish before the next one is launched, so launches determine the time of a step.
+One graph is recorded for each shape of a batch. It is replayed for every batch of that shape, including the
+batch it was recorded with, so that a resumed run computes the same as an uninterrupted one.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -21,9 +21,9 @@ from dept_vl.models.graphs import shape_of
 
 Inputs = dict[str, Tensor | None]
 Backward = Callable[[Inputs], Tensor]
-"""Runs forward and backward, and returns the loss; gradients are in the parameters."""
+"""Function that runs forward and backward, leaves gradients in the parameters and returns the loss."""
 WARM_UPS = 2
-"""Steps before a recording: libraries choose their kernels and take their memory in them."""
+"""Steps before a recording, in which libraries choose kernels and allocate memory."""
 
 
 def why_not(
@@ -35,7 +35,7 @@ def why_not(
     pretrained: bool = False,
     encoded: bool = False,
 ) -> str:
-    """Return why steps cannot be recorded; empty if they can."""
+    """Return why steps cannot be recorded, or an empty string if they can."""
     if encoded:
         return "outputs of the encoder that are kept have no fixed shape"
     if pretrained:
@@ -54,7 +54,7 @@ def why_not(
 def can_record(
     accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool = False
 ) -> bool:
-    """Whether steps are recorded; why those that should be are not is printed."""
+    """Return whether steps are recorded. If they should be but cannot, print why."""
     if not options.cuda_graphs:
         return False
     reason = why_not(
@@ -72,13 +72,13 @@ def can_record(
 
 @dataclass(frozen=True)
 class Recorded:
-    """A step of one shape.
+    """Recorded training step for one shape of inputs.
 
     Attributes:
-        inputs: Tensors that the graph reads; a batch is copied into them.
-        loss: What the graph writes.
-        gradients: What the graph adds to, by the place of its parameter.
-        replay: Launch the graph.
+        inputs: Tensors that the graph reads. Each batch is copied into them.
+        loss: Tensor that the graph writes the loss to.
+        gradients: Gradients that the graph adds to, by index of the parameter.
+        replay: Function that launches the graph.
     """
 
     inputs: dict[str, Tensor]
@@ -88,17 +88,20 @@ class Recorded:
 
 
 class GraphedStep:
-    """A `Backward` that replays graphs, and falls back to the plain one by itself.
+    """A `Backward` that replays CUDA graphs, and runs the plain step where it cannot.
 
-    Dropout draws the numbers that the plain step would draw. Batches with another number of rows than usual
-    are not recorded, because every one of them may be the only one of its shape.
+    Dropout draws the same random numbers as in the plain step.
 
-    The plain step may not wait for the device, nor keep what it computes. Batches of `rows` examples are
-    recorded. `report` is called with one line when recording fails; later steps are plain.
+    Args:
+        backward: Plain step. It must not wait for the device, nor keep results between calls.
+        parameters: Trained parameters.
+        rows: Batch sizes to record. Other batches may be the only ones of their shape and run plain.
+        device: CUDA device.
+        report: Function called with one line if recording fails. Later steps then run plain.
 
     Attributes:
-        recorded: Steps by the shapes of their inputs.
-        failure: Why recording has failed; empty if it has not.
+        recorded: Recorded steps by the shapes of their inputs.
+        failure: Why recording failed; empty if it has not.
     """
 
     def __init__(
@@ -118,7 +121,7 @@ class GraphedStep:
         self._pool: Any = None
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """Run forward and backward; the gradients that parameters had are overwritten."""
+        """Run forward and backward and return the loss. Earlier gradients are overwritten."""
         given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if self.failure or len(next(iter(given.values()))) not in self.rows:
             return self._plain(inputs)
@@ -160,7 +163,7 @@ class GraphedStep:
         return Recorded(inputs, loss, gradients, replay)
 
     def _warm_up(self, inputs: dict[str, Tensor]) -> list[int]:
-        """Take steps that leave no trace; return the places of the parameters that get a gradient."""
+        """Run some steps without side effects; return the indices of the parameters that get a gradient."""
         for parameter in self.parameters:
             parameter.grad = None
         devices = [self.device] if self.device.type == "cuda" else []

@@ -1,8 +1,8 @@
-"""Compare a run that is resumed, or kept, with its start, which `identity.json` stores.
+"""Compare a run that is resumed or reused with its start, which is stored in `identity.json`.
 
-Raise if its rows, image sizes, weights, sources or examples per step differ; print a note if only threads,
-device or versions do, which change the last bits. Paths and file formats may change: data are compared by
-content.
+Differences in rows, image sizes, weights, source adapters or examples per step raise an error. Differences in
+threads, device or versions, which change only the last bits, print a note. Paths and file formats may change,
+since data are compared by content.
 """
 
 import hashlib
@@ -47,18 +47,18 @@ from dept_vl.tasks.base import Task
 from dept_vl.training.checkpoint import processes_of
 
 PACKAGES = ("torch", "transformers", "numpy")
-"""Whose versions may change the last bits of a result."""
+"""Packages whose versions may change the last bits of a result."""
 
 
 @dataclass
 class Identity:
-    """The fields of `identity.json`.
+    """Fields of `identity.json`.
 
     Attributes:
-        started_in: The folder in which relative paths were typed.
-        content: What the result depends on, by name.
-        setup: What changes its last bits.
-        changes: What was changed since the start, in the order in which it was.
+        started_in: Working directory at the start, for relative paths.
+        content: Fingerprints of what the result depends on, by name.
+        setup: Device, threads and versions, which change only the last bits.
+        changes: Changes since the start, in order of time.
     """
 
     started_in: str
@@ -68,11 +68,11 @@ class Identity:
 
 
 class DifferentError(ValueError):
-    """A run would continue with something else than it began with."""
+    """Raised when a run would continue with other options or data than it began with."""
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:
-    """Options that differ from those of the start of a run, but for what is compared otherwise."""
+    """Return the options that differ from a run's start, except those that are compared by content."""
     free = (*BATCHES, *LOCATIONS) if is_there(folder / IDENTITY_FILE) else BATCHES
     return differences(read_object(folder / CONFIG_FILE, dict), to_json(config), free, folder)
 
@@ -85,18 +85,18 @@ def keep_identity(
     accelerator: Accelerator,
     checkpoint: Path | None,
 ) -> None:
-    """Record what a new run is made of, and compare it when the run resumes.
+    """Store what a new run depends on, or compare it when the run resumes.
 
     Args:
-        folder: Of the run, with its configuration.
+        folder: Folder of the run.
         config: Configuration to continue with.
-        splits: Of every task.
-        backbone: As it was loaded.
-        accelerator: Of the run.
-        checkpoint: Checkpoint that it resumes from, if any.
+        splits: Splits of every task.
+        backbone: Backbone as loaded.
+        accelerator: Accelerator of the run.
+        checkpoint: Checkpoint to resume from, if any.
 
     Raises:
-        DifferentError: If it differs, and changes are not accepted; on every process.
+        DifferentError: If the run differs and changes are not accepted. It is raised on every process.
     """
 
     def keep() -> None:
@@ -112,15 +112,15 @@ def keep_identity(
 
 
 def check_kept(folder: Path, config: RunConfig, processes: int) -> None:
-    """Check that a run that has ended had these options, and that the same would be read today.
+    """Check that a finished run had these options, and that it would read the same data and models today.
 
     Args:
-        folder: Of the run.
-        config: Configuration that it would be made with now.
-        processes: Which it would be made by.
+        folder: Folder of the run.
+        config: Configuration to compare.
+        processes: Number of processes.
 
     Raises:
-        DifferentError: If options, data, models or sources differ; the message lists them.
+        DifferentError: If options, data, models or source adapters differ. The message lists them.
     """
     options = changed_options(folder, config)
     content = [] if options else changed_contents(folder, config, processes)
@@ -132,7 +132,7 @@ def check_kept(folder: Path, config: RunConfig, processes: int) -> None:
 
 
 def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[str]:
-    """What a run read and what would be read today, where they differ; an older one did not note it."""
+    """Return how data and models differ from those that a run read; empty if this is unknown."""
     if not is_there(folder / IDENTITY_FILE):
         _remark(folder, f"it has no {IDENTITY_FILE}")
         return []
@@ -148,7 +148,7 @@ def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[st
 
 
 def _changed_features(folder: Path, config: RunConfig) -> list[str]:
-    """In what a run had its features and would have them now, where that is certain and differs."""
+    """Return how the data type of the features differs from that of the run, if this is certain."""
     path = folder / FEATURES_FILE
     if not is_there(path):
         return []
@@ -168,10 +168,12 @@ def _remark(folder: Path, reason: str) -> None:
 
 
 def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
-    """What a run would be made of now, by name; data and models are looked at once.
+    """Return fingerprints of the data and models that a run would read now, by name.
+
+    Data and models are read once per process, see `forget_contents`.
 
     Raises:
-        FileNotFoundError: If something is missing.
+        FileNotFoundError: If data or models are missing.
     """
     found: dict[str, str] = {}
     for options in options_together(config):
@@ -184,7 +186,7 @@ def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
 
 
 def forget_contents() -> None:
-    """Look at data and models again: another study of this process may come after they were changed."""
+    """Clear the cached fingerprints, so that data and models are read again."""
     _contents_of.cache_clear()
     _weights_of.cache_clear()
 
@@ -192,7 +194,7 @@ def forget_contents() -> None:
 @cache
 @waiting("looking whether the data are the same")
 def _contents_of(options: DataOptions, seed: int) -> dict[str, str]:
-    # No figure is computed, and METEOR need not be there.
+    # No scores are computed, so METEOR need not be installed.
     return _content([load_splits(replace(options, meteor=False, choose_by=None), seed)])
 
 
@@ -203,7 +205,7 @@ def _weights_of(options: BackboneOptions) -> dict[str, str]:
 
 
 def _sources(config: RunConfig) -> dict[str, str]:
-    """What trained prompts a prompt starts from."""
+    """Return fingerprints of the adapters that a prompt is initialised from."""
     adapters = {path: Adapter.from_pretrained(path) for path in config.prompt.init_from}
     return {
         f"init_from {path}": exact_fingerprint(adapter.tensors, adapter.prompt)
@@ -212,12 +214,12 @@ def _sources(config: RunConfig) -> dict[str, str]:
 
 
 def changed_rows(folder: Path, task: Task, part: str) -> str:
-    """Return what a run and its data say of the rows of a split where they differ, else nothing.
+    """Return how the rows of a split differ from those of a run, or an empty string.
 
     Args:
-        folder: Of the run.
-        task: The split as it is now.
-        part: What the run made of it: train, dev or test.
+        folder: Folder of the run.
+        task: Split as it is now.
+        part: Use of the split in the run: train, dev or test.
     """
     path, name = folder / IDENTITY_FILE, f"{task.name}.{part}"
     then = check(read_json(path), Identity).content if is_there(path) else {}
@@ -228,7 +230,7 @@ def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | Non
     """Store the new identity and configuration.
 
     Raises:
-        DifferentError: If the run differs from its start and changes are not accepted; nothing is stored.
+        DifferentError: If the run differs from its start and changes are not accepted. Nothing is stored.
     """
     path = folder / IDENTITY_FILE
     then = check(read_json(path), Identity) if is_there(path) else None
@@ -266,7 +268,7 @@ def _other(options: Sequence[str], content: Sequence[str]) -> str:
 
 
 def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:
-    """What is known of a run that has no identity yet: what it is made of now, but for its processes."""
+    """Return an identity for a run of an older version: today's, with the run's own number of processes."""
     processes = now.setup["processes"] if checkpoint is None else str(processes_of(checkpoint))
     started = read_config(folder / CONFIG_FILE)
     content = now.content | {"batches": batches(started, int(processes))}
@@ -274,7 +276,7 @@ def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:
 
 
 def batches(config: RunConfig, processes: int) -> str:
-    """Which examples are learnt in a step: as many, in the same order, on any number of processes."""
+    """Describe the examples of a step; equal for any number of processes with the same total batch size."""
     train = config.train
     sizes = [
         (data.task_batch_size or train.per_device_batch_size) * processes
@@ -283,7 +285,7 @@ def batches(config: RunConfig, processes: int) -> str:
     parts = train.gradient_accumulation_steps
     if len(sizes) == 1 and not train.group_by_length:
         return f"{sizes[0] * parts} examples a step"
-    # Each part is of one task, or of texts of one length.
+    # Each batch is of one task, or of texts of similar length.
     return f"{parts} batches a step of {' or '.join(map(str, sizes))} examples"
 
 
@@ -323,5 +325,5 @@ def _setup(accelerator: Accelerator) -> dict[str, str]:
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What both know and has changed."""
+    """Return the entries of both that differ, as `name=old -> new`."""
     return [f"{name}={then[name]} -> {now[name]}" for name in then if name in now and then[name] != now[name]]

@@ -1,4 +1,4 @@
-"""What a run writes down as it trains: lines of JSON, the same to its trackers, and what a person sees."""
+"""Log of a run: records in `log.jsonl` and in the trackers, and messages on the terminal."""
 
 import json
 import math
@@ -24,17 +24,17 @@ from dept_vl.training.progress import Figures, Progress, ProgressLine
 
 GIB = 2**30
 SPIKE, SPIKE_WINDOW = 5.0, 20
-"""A loss is remarked on above so many times the median of so many logged before it."""
+"""A warning is printed if a loss is above SPIKE times the median of the last SPIKE_WINDOW logged losses."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What was learnt since the last look, over all processes.
+    """Counts since the last call of `Log.look`, over all processes.
 
     Attributes:
         loss: Mean loss of the last step.
-        examples: Examples learnt.
-        skipped: Examples left out because their image could not be read.
+        examples: Number of examples trained on.
+        skipped: Number of examples skipped because their image could not be read.
     """
 
     loss: float
@@ -43,12 +43,13 @@ class Counted:
 
 
 class Log:
-    """A line of JSON for every record, the same to the run's trackers, and what a person sees.
+    """Log of a training run. Each record is a line of JSON, and is passed to the trackers and the terminal.
 
-    Losses are looked at only when they are logged, since each look waits for the device; a loss that
-    is not finite is found then, with the step and the batch that it came from.
+    Losses are read only when they are logged, since reading waits for the device. A loss that is not finite
+    is found then, and the error names its step and batch.
 
-    Lines of steps after `progress` are cut off: they come again. Only the main process writes.
+    When a run resumes, lines of steps after `progress.steps` are removed, because these steps run again. Only
+    the main process writes.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Log:
         self.max_steps, self.evaluations = max_steps, math.ceil(max_steps / eval_every)
         self.pending: list[tuple[int, tuple[ExampleId, ...], Tensor]] = []
         self.examples = self.tokens = self.skipped = 0
-        # Of all processes, since the last figures.
+        # Examples and tokens of all processes since the last record.
         self.learnt = self.read = 0
         self.told_at = progress.train_seconds
         self.usual: deque[float] = deque(maxlen=SPIKE_WINDOW)
@@ -67,14 +68,14 @@ class Log:
         self.line = ProgressLine(max_steps, progress.steps, show=accelerator.is_main_process)
 
     def note(self, batch: Batch, tokens: int, loss: Tensor) -> None:
-        """Remember a batch until the next look."""
+        """Add a batch to the counts and keep its loss until `look` is called."""
         self.pending.append((self.progress.steps + 1, batch.ids, loss.detach()))
         self.examples += len(batch.ids)
         self.tokens += tokens
         self.skipped += len(batch.skipped)
 
     def look(self, loss: Tensor) -> Counted:
-        """Check all losses since the last look and count what was learnt since then.
+        """Check all losses since the last call, and return the counts since then.
 
         Raises:
             ValueError: If a loss is not finite.
@@ -90,7 +91,7 @@ class Log:
         return Counted(mean_loss, examples, skipped)
 
     def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
-        """Write the loss of a step and its learning rates, by parameter group."""
+        """Write the loss of a step and the learning rate of each parameter group."""
         progress = self.progress
         seconds = max(progress.train_seconds - self.told_at, 1e-9)
         figures = Figures(
@@ -108,26 +109,27 @@ class Log:
         self._remark_spike(mean_loss)
 
     def scores(self, name: str, score: float, scores: Mapping[str, float], *, keep: bool = True) -> None:
-        """Print the scores of an evaluation, and log them if they are kept.
+        """Print the scores of an evaluation, and log them if `keep`.
 
-        A resumed run keeps the lines up to its checkpoint: what an undisturbed run has not must not be there.
+        An extra evaluation is not logged, so that the log of a resumed run equals that of an uninterrupted
+        one.
         """
         if keep:
             self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
         self.line.say(f"step {self.progress.steps}: dev {name} {score:.2f}")
 
     def advance(self) -> None:
-        """Advance by a step."""
+        """Advance the progress line to the current step."""
         self.line.advance(self.progress.steps)
 
     def close(self) -> None:
-        """End the line, and note what was written."""
+        """Close the progress line, and note the size and checksum of the log."""
         self.line.close()
         if self.accelerator.is_main_process and self.path.is_file():
             note(self.path.parent, {self.path.name: noted(self.path)})
 
     def _seconds_left(self) -> float:
-        """At the mean pace of steps and evaluations so far."""
+        """Return the seconds to the end of the run, at the mean pace of steps and evaluations so far."""
         progress = self.progress
         steps = progress.train_seconds / progress.steps * (self.max_steps - progress.steps)
         done = len(progress.history)
@@ -164,9 +166,9 @@ class Log:
 
 
 def best_dev(run: Path, steps: int | None = None) -> float:
-    """Return the best dev score of a run, of several tasks the mean.
+    """Return the best dev score of a run (the mean over tasks if there are several).
 
-    Only evaluations up to `steps` count, if given.
+    If `steps` is given, only evaluations up to that step count.
     """
     return max(
         float(record["score"])
@@ -176,15 +178,15 @@ def best_dev(run: Path, steps: int | None = None) -> float:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log that are noted, of an older version all.
+    """Return the records of a log, up to the size noted for it. A log of an older version is read to its end.
 
     Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If it is damaged.
+        FileNotFoundError: If the log is missing.
+        DamagedFileError: If the log is damaged.
     """
     size = check_noted(path, grows=True)
     content = path.read_bytes()
-    # What was written after the last checkpoint is of no use without it, and the last line may be cut.
+    # Lines after the last checkpoint are not used, and the last line may be incomplete.
     lines = (content if size < 0 else content[:size]).splitlines(keepends=True)
     try:
         records = [parse_json(line.decode()) for line in lines if line.endswith(b"\n")]
@@ -199,14 +201,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Memory, in GiB: of a GPU the most that tensors took so far, else what the process holds now."""
+    """Return the peak memory of tensors on a GPU, else the current memory of the process, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return float(psutil.Process().memory_info().rss) / GIB
 
 
 def _cut_log(path: Path, steps: int) -> None:
-    """Leave the lines of a log up to a step; those behind it will come again."""
+    """Remove the lines of a log after a step, which will be written again."""
     if not path.is_file():
         if steps:
             say(f"warning: {path} is gone; the new one begins behind step {steps:,}")

@@ -1,4 +1,4 @@
-"""The one training loop."""
+"""The training loop."""
 
 import signal
 import threading
@@ -35,17 +35,20 @@ from dept_vl.training.optim import build_optimizer, build_schedule, clip, sizes_
 from dept_vl.training.progress import Progress
 
 ECHO_SECONDS = 3.0
-"""A second Ctrl-C within this time is the first one's echo."""
+"""A second Ctrl-C within this many seconds is taken for a repetition of the first one."""
 
 
 class Loop:
-    """Trains what `model.parameter_groups()` names, and keeps the adapter that does best on the dev splits.
+    """Training loop. It trains `model.parameter_groups()` and keeps the best adapter on the dev splits.
 
-    Every batch is of one task, the same on all processes; of several tasks, the mean of their primary scores
-    decides. `Progress` is updated here and nowhere else.
+    Every batch is of one task, the same task on all processes. With several tasks, the mean of their primary
+    scores decides which adapter is best. Only this class updates `Progress`.
 
-    `collator` makes training batches and `dev_collator` those to evaluate; `generate` answers the latter in
-    place of the model. With `graphs`, steps are recorded as CUDA graphs.
+    Args:
+        collator: Collator of training batches.
+        dev_collator: Collator of evaluation batches.
+        graphs: Whether to record training steps as CUDA graphs.
+        generate: Function that predicts an evaluation batch; None uses the model's own.
     """
 
     def __init__(
@@ -84,13 +87,13 @@ class Loop:
         )
 
     def run(self) -> Progress:
-        """Train to the last step; the model ends with the best adapter loaded.
+        """Train to the last step, and leave the model with the best adapter loaded.
 
-        Ctrl-C and SIGTERM end the loop after the current step or evaluation, with a checkpoint from which a
-        resumed run gives the same results as an undisturbed one.
+        Ctrl-C and SIGTERM end the loop after the current step or evaluation and write a checkpoint. A run
+        resumed from it gives the same results as an uninterrupted one.
 
         Raises:
-            ValueError: If a loss is not finite; the message names the step and the batch's ids.
+            ValueError: If a loss is not finite. The message names the step and the ids of the batch.
         """
         progress, options = self.progress, self.options
         self.model.train()
@@ -101,7 +104,7 @@ class Loop:
                 if progress.stopped_by:
                     break
             if progress.stopped_by == signal.SIGINT and not progress.best_step:
-                # Somebody is waiting for an adapter; neither checkpoint nor log knows of this evaluation.
+                # The user should get an adapter; this evaluation is neither logged nor in the checkpoint.
                 self._evaluate(keep=False)
         self._save_adapter(LAST, progress.scores)
         if progress.best_step:
@@ -109,7 +112,7 @@ class Loop:
         return progress
 
     def _loader(self, collator: Collator) -> DataLoader[Draw]:
-        """Training batches of this process, from the next step on."""
+        """Return the training batches of this process, starting at the next step."""
         options, accelerator = self.options, self.accelerator
         lengths = None
         if options.group_by_length:
@@ -132,7 +135,7 @@ class Loop:
         )
 
     def _step(self, end: int, interrupt: "_Interrupt") -> None:
-        """Take one optimizer step, then log, evaluate and save where they are due."""
+        """Take one optimizer step, then log, evaluate and save if they are due."""
         progress, options, accelerator = self.progress, self.options, self.accelerator
         started = time.perf_counter()
         losses = [self._learn() for _ in range(options.gradient_accumulation_steps)]
@@ -154,17 +157,17 @@ class Loop:
         if logging:
             self.log.loss(counted.loss, rates)
         if evaluating:
-            # A pause may evaluate where a run without one does not, whose dropout draws on undisturbed.
+            # A pause can add an evaluation, which must not change the random numbers that dropout draws next.
             extra = step % options.eval_every != 0
             with torch.random.fork_rng(devices=[], enabled=extra):
                 self._evaluate()
             progress.stopped_by = progress.stopped_by or interrupt.requested(accelerator, agreed=True)
-        # The test split comes after the last step, and takes long: a run that is stopped there resumes there.
+        # Saved after the last step too, so that a run stopped while it scores the test split resumes there.
         if saving or progress.stopped_by or self._out_of_patience():
             self.state.save(replace(progress, stopped_by=0))
 
     def _learn(self) -> Tensor:
-        """Learn one batch; its loss, which is not read yet because reading waits for the device."""
+        """Train on one batch and return its loss as a tensor: reading it would wait for the device."""
         options, accelerator = self.options, self.accelerator
         batch = next(self.batches)
         # Counted before the batch moves: on a device the count would have to be waited for.
@@ -183,7 +186,7 @@ class Loop:
         return loss
 
     def _backward(self, inputs: Inputs) -> Tensor:
-        """Run forward and backward on a batch; its loss."""
+        """Run forward and backward on a batch and return its loss."""
         with self.accelerator.autocast():
             loss: Tensor = self.wrapped(**inputs).loss
         # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
@@ -191,7 +194,7 @@ class Loop:
         return loss.detach()
 
     def _graphed(self) -> Backward:
-        """Record forward and backward as CUDA graphs."""
+        """Return a step that records forward and backward as CUDA graphs."""
         options, accelerator = self.options, self.accelerator
         sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
         return GraphedStep(self._backward, self.trained, sizes, accelerator.device, say)
@@ -200,7 +203,7 @@ class Loop:
         return 0 < self.options.patience <= self.progress.evaluations_without_progress
 
     def _evaluate(self, *, keep: bool = True) -> None:
-        """Evaluate on the dev splits and save the adapter if it is the best; `keep` logs the scores."""
+        """Evaluate on the dev splits and save the adapter if it is the best; log the scores if `keep`."""
         progress = self.progress
         started = time.perf_counter()
         score, scores = self._score_dev()
@@ -216,7 +219,7 @@ class Loop:
             self._save_adapter(BEST, scores)
 
     def _score_dev(self) -> tuple[float, dict[str, float]]:
-        """Return the score that decides, and all scores; of several tasks each under its name."""
+        """Return the score that decides, and all scores (with the task's name if there are several)."""
         deciding: list[float] = []
         scores: dict[str, float] = {}
         for task in self.tasks:
@@ -244,14 +247,14 @@ class Loop:
 
 
 def _primary(tasks: Sequence[Splits]) -> str:
-    """Name of the score that decides."""
+    """Return the name of the score that decides."""
     if len(tasks) == 1:
         return tasks[0].chosen_by
     return "mean of " + ", ".join(f"{task.dev.name} {task.chosen_by}" for task in tasks)
 
 
 def encoder_tokens(model: PromptedModel, batch: Batch) -> int:
-    """Tokens that the encoder reads of a batch: prompt, text and visual ones, padding left out."""
+    """Count the tokens that the encoder reads for a batch (prompt, text and visual), without padding."""
     prompt, vision = model.prompt, model.backbone.vision
     images = batch.pixel_values if batch.visual_features is None else batch.visual_features
     each = 0 if prompt is None else prompt.prompt_length
@@ -270,7 +273,7 @@ def _check_readable(batch: Batch, step: int) -> None:
 
 
 class _Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; a later Ctrl-C kills as usual."""
+    """Context manager that turns Ctrl-C or SIGTERM into a request to stop. A later Ctrl-C kills as usual."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

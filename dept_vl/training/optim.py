@@ -1,4 +1,4 @@
-"""Parameter groups, each with its own learning rate and weight decay, and the schedule."""
+"""Optimizer, with a learning rate and weight decay for each parameter group, and learning-rate schedule."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,22 @@ from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 
 SUSPICIOUS_PROMPT_LR = 1e-2
-"""Below this a soft prompt hardly moves: its vectors are as large as word embeddings."""
+"""With a lower learning rate a soft prompt hardly moves: its vectors are as large as word embeddings."""
 
 
 T5_WORD_SIZE = 16.6
-"""Root mean square of T5-base's embeddings of common words. T5-base itself was not at hand: DePT's authors
-published two prompts that were started from the same eleven words and trained on different tasks, and the
-mean product of their vectors place by place is its square."""
+"""Root mean square of T5-base's embeddings of common words. It was estimated without T5-base, from two
+prompts that DePT's authors published: both were initialised from the same eleven words and trained on
+different tasks. The mean of the element-wise product of their vectors is the square of this number."""
 
 
 def relative_size(backbone: FrozenBackbone) -> float:
-    """How large a backbone's word embeddings are, T5-base's being 1."""
+    """Return the size of a backbone's word embeddings relative to T5-base's."""
     return backbone.word_size() / T5_WORD_SIZE
 
 
 def sizes_of(model: PromptedModel, options: OptimOptions) -> dict[nn.Parameter, float]:
-    """Return the unit of each parameter of a prompt for relative rates; empty for absolute ones.
+    """Return the unit of each prompt parameter for relative learning rates; empty for absolute ones.
 
     Training in these units is the same on backbones that differ only in the scale of their embeddings.
     """
@@ -43,7 +43,7 @@ def sizes_of(model: PromptedModel, options: OptimOptions) -> dict[nn.Parameter, 
 
 
 def clip(parameters: list[nn.Parameter], longest: float, sizes: Mapping[nn.Parameter, float]) -> None:
-    """Shorten gradients to a norm, that of parameters with a size in units of theirs."""
+    """Clip the norm of the gradients; those of parameters in `sizes` count in units of their size."""
     for parameter, size in sizes.items():
         if parameter.grad is not None:
             parameter.grad.mul_(size)
@@ -58,12 +58,13 @@ def build_optimizer(
     options: OptimOptions,
     sizes: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> AdamW:
-    """AdamW over the trainable parameters, one named group for each learning rate.
+    """Return AdamW over the trainable parameters, with one named group for each learning rate.
 
-    A step, epsilon and decay of a parameter with a size (see `sizes_of`) are those of one in units of it.
+    For a parameter in `sizes` (see `sizes_of`), learning rate, epsilon and weight decay are scaled as if it
+    were measured in units of its size.
 
     Raises:
-        ValueError: If nothing is trained.
+        ValueError: If there are no trainable parameters.
     """
     if not groups:
         raise ValueError(
@@ -87,9 +88,10 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_steps: int) -> LambdaLR:
-    """Linear warm-up, then decay.
+    """Return a schedule with linear warm-up, then linear decay to zero.
 
-    It takes `warmup_ratio` of the steps, or `warmup_steps` (a tenth of a run shorter than ten times that).
+    The warm-up takes `warmup_ratio` of the steps if that is set, else `warmup_steps` but at most a tenth of
+    the run.
     """
     warmup = min(options.warmup_steps, max_steps // 10)
     if options.warmup_ratio:
@@ -99,7 +101,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_
 
 
 def steps_of_epochs(options: TrainOptions, tasks: Sequence[Splits], processes: int) -> int:
-    """Return the optimizer steps in which `num_epochs` epochs of all tasks are drawn."""
+    """Return the number of optimizer steps in `num_epochs` epochs of all tasks."""
     batches = 0
     for task in tasks:
         size = (task.options.task_batch_size or options.per_device_batch_size) * processes

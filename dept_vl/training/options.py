@@ -1,4 +1,4 @@
-"""Options of the commands around a run; this module imports no engine."""
+"""Options of the commands that prepare or follow a run. This module imports no model code."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,33 +13,33 @@ from dept_vl.tasks.options import DataOptions, Precision
 
 @dataclass(frozen=True)
 class ExtractConfig(Options):
-    """What visual features are extracted of, by what, and how they are stored."""
+    """Configuration of feature extraction: data, image encoder, and storage format."""
 
     data: DataOptions = field(default_factory=DataOptions)
     also: Annotated[tuple[DataOptions, ...], tyro.conf.Suppress] = ()
-    """Further tasks, of a configuration file; their features go into folders of their own."""
+    """Further tasks, from a configuration file. Their features are stored in separate folders."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     splits: tuple[str, ...] = ()
-    """Splits whose images are encoded; left out, those of training, dev and test."""
+    """Splits whose images to encode. Default: the train, dev and test splits."""
     dtype: Precision = "float16"
-    """What features are stored in; bfloat16 and float32 hold larger numbers."""
+    """Data type of the stored features; bfloat16 and float32 hold larger numbers."""
     shard_images: Positive = 1024
-    """Images in one file; a folder that is resumed keeps its own."""
+    """Images per file. A folder that is resumed keeps its number."""
     batch_size: Positive = 64
-    """Images encoded at a time, per process."""
+    """Batch size per process."""
     num_workers: Workers = 0
-    """Processes that read and preprocess images; 0 reads them in the encoding process."""
+    """Processes that read and preprocess images; 0 reads them in the main process."""
 
 
 @dataclass(frozen=True)
 class ReportConfig(Options):
-    """Which run."""
+    """Configuration of a run's report."""
 
     run: Path
     """Folder of a finished run."""
     picture: Path | None = None
-    """PNG file to draw the page into, by Chromium."""
+    """PNG file for a screenshot of the page, which Chromium makes."""
     size: tuple[Positive, Positive] = (1200, 1800)
-    """Pixels of that picture across and down."""
+    """Width and height of the screenshot in pixels."""
     wait: bool = False
-    """Wait while another process has the folder, rather than leave it."""
+    """Wait while another process is using the folder, instead of failing."""

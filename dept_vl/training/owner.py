@@ -1,8 +1,9 @@
-"""One folder, one writer: a lock that ends with its process, and a note of who has it.
+"""Lock of a folder, so that only one process writes to it, with a file that names the owner.
 
-The lock is the system's (`flock`), which goes when the process goes, however that ends. It holds between
-hosts on NFS and on cluster disks that have such locks; on a disk without any, a file stands for it, which
-another host cannot tell from one that was left behind: the message says whose it is, and what to remove.
+The lock is the system's (`flock`), which is released when the process ends. It also works between hosts on
+NFS and on cluster file systems that support locks. On a file system without locks a file stands for it.
+Another host cannot tell whether that file is stale, so the error message names the owner and the file to
+remove.
 """
 
 import os
@@ -25,19 +26,23 @@ from dept_vl._utils.run_files import LOCK_FILE, OWNER_FILE
 from dept_vl.training.errors import explained
 
 TURN = 20.0
-"""Seconds after which the other processes of a run that waits hear of it, or they would give up."""
+"""Seconds after which a waiting main process reports to the other processes, so that they do not time out."""
 
 
 @contextmanager
 def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool = False) -> Iterator[None]:
-    """Let nobody else write to a folder meanwhile; of several processes the main one holds it for all.
+    """Hold the lock of a folder in a `with` block. The main process holds it for all processes of a run.
 
-    The folder is made if it is missing, and removed if it is then left empty. With `wait`, wait for its
-    owner.
+    The folder is created if it is missing. If it was created here and is empty at the end, it is removed.
+
+    Args:
+        folder: Folder to lock.
+        accelerator: Accelerator of the run, if it can have several processes.
+        wait: Whether to wait while another process holds the lock.
 
     Raises:
-        InUseError: If another process has it, on every process.
-        OSError: If nothing can be written there.
+        InUseError: If another process holds the lock. It is raised on every process.
+        OSError: If the folder cannot be written.
     """
     main = accelerator is None or accelerator.is_main_process
     lock = FileLock(folder / LOCK_FILE, thread_local=False)
@@ -56,7 +61,7 @@ def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool =
     try:
         yield
     finally:
-        if main and process == os.getpid():  # not in a reader that was forked meanwhile
+        if main and process == os.getpid():  # not in a data loader worker that was forked meanwhile
             _leave(lock, folder)
             if made:
                 with suppress(OSError):
@@ -64,7 +69,7 @@ def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool =
 
 
 def _take(lock: FileLock, folder: Path, seconds: float) -> str:
-    """Take the lock; who has it if that is another, else nothing."""
+    """Acquire the lock and return an empty string, or describe the owner if another process holds it."""
     with explained(folder), writing(folder / LOCK_FILE):
         folder.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,4 +1,4 @@
-"""How far a run is, and the line that shows it: redrawn on a terminal, printed now and then elsewhere."""
+"""Progress of a run and its display: one line, redrawn on a terminal, or printed now and then elsewhere."""
 
 import math
 import os
@@ -13,26 +13,26 @@ from dept_vl._utils.printable import printable, say
 from dept_vl._utils.terminal import PLAIN_SECONDS, Count, duration, is_live
 
 USUAL_COLUMNS = 100
-"""Taken where the width is not known, as in a notebook."""
+"""Width to assume where it is not known, for example in a notebook."""
 BAR = 6
-"""Columns below which a bar tells nothing."""
+"""Minimum width of the bar, in columns; a narrower bar is left out."""
 
 
 @dataclass
 class Progress:
-    """How far a run is; `loop` alone updates it.
+    """Progress of a training run. Only `loop` updates it.
 
     Attributes:
-        steps: Optimizer steps done.
-        best_step: When the best evaluation on the dev splits was made; 0 before the first.
-        best_scores: Its figures.
-        scores: Figures of the last evaluation.
-        history: Step and score of each evaluation: the primary figure, of several tasks the mean.
-        evaluations_without_progress: Since the best.
-        examples: Learnt so far, over all processes.
-        skipped: Left out because their image could not be read, each time they came up.
-        train_seconds: Spent in training steps, evaluation left out.
-        eval_seconds: Spent in evaluations.
+        steps: Number of optimizer steps done.
+        best_step: Step of the best evaluation on the dev splits; 0 before the first evaluation.
+        best_scores: Scores of the best evaluation.
+        scores: Scores of the last evaluation.
+        history: Step and deciding score of each evaluation.
+        evaluations_without_progress: Number of evaluations since the best one.
+        examples: Number of examples trained on, over all processes.
+        skipped: Number of examples skipped because their image could not be read, counted each time.
+        train_seconds: Seconds spent in training steps.
+        eval_seconds: Seconds spent in evaluations.
         stopped_by: Number of the signal that ended the run early; 0 if none did.
     """
 
@@ -50,22 +50,22 @@ class Progress:
 
     @property
     def best_score(self) -> float:
-        """The deciding score of the best evaluation; minus infinity before the first."""
+        """Deciding score of the best evaluation; minus infinity before the first."""
         return max((score for _, score in self.history), default=-math.inf)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What is to be told of a step.
+    """Figures of a training step that are logged and shown.
 
     Attributes:
-        loss: Mean over the step's batches and all processes.
+        loss: Mean loss over the step's batches and all processes.
         rates: Learning rate by parameter group.
-        samples_per_second: Examples learnt by all processes since the figures before.
-        tokens_per_second: Tokens that the encoder read meanwhile: prompt, text and visual, no padding.
-        memory: GiB: of a GPU the most that tensors took so far, else what the process holds; of the main
-            process.
-        seconds_left: Until the last step, evaluations included, at the pace so far.
+        samples_per_second: Examples per second since the last record, over all processes.
+        tokens_per_second: Encoder tokens (prompt, text and visual, without padding) per second since the last
+            record, over all processes.
+        memory: Memory of the main process in GiB, see `memory_gib`.
+        seconds_left: Estimated seconds to the last step, including evaluations.
     """
 
     loss: float
@@ -76,7 +76,7 @@ class Figures:
     seconds_left: float
 
     def record(self) -> dict[str, float]:
-        """Return the figures by their names in the log and in trackers."""
+        """Return the figures under their names in the log and in trackers."""
         return {
             "loss": self.loss,
             **{f"lr/{group}": rate for group, rate in self.rates.items()},
@@ -87,7 +87,7 @@ class Figures:
         }
 
     def plain(self) -> str:
-        """Return the figures as a sentence."""
+        """Return the figures as one line of text."""
         rates = " ".join(f"{group} {rate:.3g}" for group, rate in self.rates.items())
         return (
             f"loss {self.loss:.3f}, lr {rates}, {short(self.samples_per_second)} samples/s, "
@@ -96,7 +96,7 @@ class Figures:
         )
 
     def brief(self) -> list[str]:
-        """Return the figures in pieces, the most important first."""
+        """Return the figures as short texts, the most important first."""
         return [
             f"loss {self.loss:.3f}",
             f"{duration(self.seconds_left)} left",
@@ -108,7 +108,7 @@ class Figures:
 
 
 class ProgressLine:
-    """Tells how far a run is: on a terminal and in a notebook in one line, else in a line now and then."""
+    """Displays the progress: as one line on a terminal or in a notebook, else as lines now and then."""
 
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS
@@ -119,7 +119,7 @@ class ProgressLine:
         self._draw(done)
 
     def advance(self, step: int) -> None:
-        """Advance by a step."""
+        """Advance to a step."""
         self.count.done = step
         if not self.bar.disable:
             self._draw(step)
@@ -136,12 +136,12 @@ class ProgressLine:
             say(f"step {step}/{self.total}: {figures.plain()}")
 
     def say(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the progress line."""
         if self.show:
             self.bar.write(printable(text))
 
     def close(self) -> None:
-        """Leave the line as it is."""
+        """Close the progress line and leave it as it is."""
         self.count.__exit__()
         self.bar.close()
 
@@ -157,7 +157,7 @@ class ProgressLine:
 
 
 def fitted(pieces: Sequence[str], columns: int) -> str:
-    """Join as many whole pieces as fit, from the first one on."""
+    """Join the first pieces with spaces, as many as fit into the columns."""
     line = pieces[0]
     for piece in pieces[1:]:
         if len(line) + 1 + len(piece) > columns:
@@ -167,7 +167,7 @@ def fitted(pieces: Sequence[str], columns: int) -> str:
 
 
 def short(number: float) -> str:
-    """Format a number in at least two digits: 0.52, 5.2, 52, 520, 5.2k, 52k, 5.2M."""
+    """Format a number with at least two digits: 0.52, 5.2, 52, 520, 5.2k, 52k, 5.2M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * size:
             scaled = number / size
@@ -176,7 +176,7 @@ def short(number: float) -> str:
 
 
 def _rate(rate: float) -> str:
-    """Format a rate in two digits: 0.29, 9.6e-4."""
+    """Format a learning rate with two digits: 0.29, 9.6e-4."""
     return f"{rate:.2g}" if rate == 0 or rate >= 0.01 else f"{rate:.1e}".replace("e-0", "e-")
 
 

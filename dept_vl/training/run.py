@@ -1,6 +1,6 @@
-"""A run: read the data, load the backbone, train the prompt, score it, and show the result.
+"""A training run: read the data, load the backbone, train the prompt, score it and write a report.
 
-Every training script is a `RunConfig` and a call of `run`.
+Every training script builds a `RunConfig` and calls `run`.
 """
 
 import gc
@@ -61,18 +61,20 @@ from dept_vl.training.trackers import check_tracker, start_tracker
 
 
 def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
-    """Train on one split, choose on another, score on a third; of one task or several together.
+    """Train on one or several tasks, choose the best checkpoint on the dev splits, and score the test splits.
 
-    With `more_to_come` another run follows in this program, so its processes stay together.
+    Args:
+        config: Configuration of the run.
+        more_to_come: Whether another run follows in this program. If so, the process group stays open.
 
     Raises:
         FileExistsError: If the output folder already holds a run.
         FileNotFoundError: If data or images are missing.
-        InUseError: If another process has the folder.
-        ValueError: If options are out of range, or do not fit the data or the backbone; the message names
-            the option.
+        InUseError: If another process is using the folder.
+        ValueError: If options are out of range, or do not fit the data or the backbone. The message names the
+            option.
         ImportError: If the tracker's package is not installed.
-        OSError, RuntimeError: If the machine fails the run; see `explained`.
+        OSError, RuntimeError: If the disk, the memory or another process fails; see `explained`.
     """
     started = time.perf_counter()
     validate(config)
@@ -86,9 +88,9 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
         log_with=config.log_with,
         project_dir=str(config.output_dir or "runs"),
     )
-    options_together(config)  # an error of it comes before a folder
+    options_together(config)  # raises before a folder is created
     output_dir = on_main(accelerator, lambda: choose_folder(config))
-    # What is complete is only looked at: its disk may be read-only.
+    # A complete run is only read, so its disk may be read-only.
     complete = bool(config.resume) and on_main(accelerator, lambda: is_complete(output_dir))
     with nullcontext() if complete else owning(output_dir, accelerator, wait=config.wait):
         opened = on_main(accelerator, lambda: open_folder(config, output_dir, accelerator.num_processes))
@@ -119,14 +121,12 @@ def _run_in(opened: Opened, config: RunConfig, accelerator: Accelerator, started
 
 
 def run_once(config: RunConfig) -> RunResult:
-    """Run in `config.output_dir`: a finished run is kept, a stopped one is resumed.
-
-    Another run may follow in this program.
+    """Start or resume the run in `config.output_dir`, or return its result if it is finished.
 
     Raises:
-        SystemExit: If a signal stopped the run, with the status that the program should exit with.
-        DifferentError: If the run was started with other options or data, which are looked at once: see
-            `forget_contents`.
+        SystemExit: If a signal stopped the run. The code is the exit status for the program.
+        DifferentError: If the run was started with other options or data. Data and models are read once per
+            process, see `forget_contents`.
     """
     config = replace(config, resume="auto")
     folder = Path(config.output_dir or "")
@@ -141,7 +141,7 @@ def run_once(config: RunConfig) -> RunResult:
 
 
 class Run(Stages):
-    """One run, by its stages: prepare, fit, score, write."""
+    """A training run in four stages: prepare, fit, score, write."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class Run(Stages):
         self.training: Progress | None = None
 
     def run(self) -> RunResult:
-        """Run all stages; a run that is stopped or paused ends after `fit`."""
+        """Run all stages and return the result. A run that is stopped or paused ends after `fit`."""
         self.prepare()
         self.fit()
         if self._ended_early():
@@ -180,7 +180,7 @@ class Run(Stages):
         if config.train.num_epochs:
             steps = steps_of_epochs(config.train, self.splits, accelerator.num_processes)
             say(f"{config.train.num_epochs} epochs are {steps:,} steps")
-            # What was asked for stays in the folder.
+            # The saved configuration keeps `num_epochs`.
             self.config = replace(config, train=replace(config.train, max_steps=steps))
         suffixes = [f"-{splits.test.name}" if config.also else "" for splits in self.splits]
         on_main(accelerator, self._write_shots)
@@ -235,7 +235,7 @@ class Run(Stages):
             self.generate = GraphedAnswers(self.model, self.batch_size, say)
 
     def _encode_sources(self) -> None:
-        """Let the frozen encoder read every text with its images once."""
+        """Compute the frozen encoder's output for every example once."""
         tasks = [task for splits in self.splits for task in (splits.train, splits.dev, splits.test)]
         check_encoder_alone(self.model)
         check_memory(
@@ -254,7 +254,7 @@ class Run(Stages):
         self.collator = replace(self.collator, images=None, encoded=encoded)
 
     def fit(self) -> None:
-        """Train what is trainable; nothing if nothing is."""
+        """Train the trainable parameters, if there are any."""
         config, accelerator, model = self.config, self.accelerator, self.model
         self.trainable = count_trainable(model)
         if model.prompt is not None:
@@ -287,7 +287,7 @@ class Run(Stages):
         ).run()
 
     def score(self) -> None:
-        """Score the test splits, with the best adapter."""
+        """Score the best adapter on the test splits."""
         super().score()
         text_and_image = mean(
             evaluation.text_tokens + visual_tokens(self.model, part.task)
@@ -314,7 +314,7 @@ class Run(Stages):
         )
 
     def write(self) -> None:
-        """Log the scores; write the best adapter with them, answers, summaries and the report."""
+        """Log the scores, and write the best adapter, predictions, summaries and report."""
         if self.training is not None:
             scores = {f"test/{name}": value for name, value in self.summary.scores.items()}
             self.accelerator.log(scores, step=self.training.steps)
@@ -353,7 +353,7 @@ class Run(Stages):
                 splits.shots.write(self.output_dir / SHOTS_FILE.replace(".json", f"{suffix}.json"))
 
     def _fit_answers(self) -> None:
-        """Set the longest answer, and print what is lost and what was noticed."""
+        """Set the maximum answer length of each task, and print truncation figures and data notes."""
         for place, splits in enumerate(self.splits):
             self.splits[place], lines = fit_answers(splits, self.model.backbone.tokenizer)
             lines += [f"note: {note}" for note in splits.train.notes]
@@ -362,7 +362,7 @@ class Run(Stages):
                 say(line)
 
     def _check_lengths(self, max_target_length: int) -> None:
-        """Check that the language model has positions enough, and print how many texts are cut."""
+        """Check that inputs fit the language model's positions, and print how many texts are truncated."""
         backbone = self.model.backbone
         longest = self.config.prompt.max_source_length
         prompt_length = self.model.prompt.prompt_length if self.model.prompt else 0
@@ -377,7 +377,7 @@ class Run(Stages):
                 check_source_lengths(split, name, backbone.tokenizer, longest, self.accelerator)
 
     def _ended_early(self) -> bool:
-        """Whether the loop was stopped or paused, which is printed."""
+        """Return whether the loop was stopped or paused, and print it if so."""
         training, options = self.training, self.config.train
         if training is not None and training.stopped_by:
             say(

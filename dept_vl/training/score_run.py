@@ -1,4 +1,4 @@
-"""Score a finished run on any split of any task: what `dept-vl evaluate` does."""
+"""Score a finished run on any split of any task. The command `dept-vl evaluate` uses this."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +39,12 @@ from dept_vl.training.stages import Part, Stages, write_answers
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Answers and scores of one split.
+    """Predictions and scores of one split.
 
     Attributes:
         evaluation: Predictions and scores.
-        output_dir: Folder of the files; None if none were written.
-        submission: File for the task's server, of a split without published answers.
+        output_dir: Folder of the written files; None if none were written.
+        submission: Submission for the task's server, if the split has no published answers.
     """
 
     evaluation: Evaluation
@@ -53,25 +53,27 @@ class Evaluated:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Scores of the task; empty where no answers are published."""
+        """Scores of the split; empty if its answers are not published."""
         return self.evaluation.scores
 
     @property
     def predictions(self) -> dict[ExampleId, str]:
-        """Answer by example id."""
+        """Predictions by example id."""
         return self.evaluation.predictions
 
 
 def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
-    """Load the run's model, answer the split, score it, and write what the server wants.
+    """Load a run's model, predict and score a split, and write the predictions, scores and submission.
 
-    Without `write`, only return what the files would hold.
+    Args:
+        config: Configuration of the evaluation.
+        write: Whether to write files.
 
     Raises:
         FileNotFoundError: If the run, the data or images are missing.
         FileExistsError: If the output folder already holds predictions.
-        InUseError: If another process has that folder.
-        ValueError: If options do not fit each other; the message names them.
+        InUseError: If another process is using that folder.
+        ValueError: If options do not fit each other. The message names them.
     """
     disable_progress_bar()
     accelerator = Accelerator(
@@ -89,7 +91,7 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
 
 
 def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
-    """Answer and score a split with a predictor; `config.run` is not read."""
+    """Predict and score a split with a predictor. `config.run` is ignored."""
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     output_dir = config.output_dir
     other = TASKS[OWN_TASK].other_split if config.own.data is not None else ""
@@ -129,7 +131,10 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
 
 @contextmanager
 def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConfig) -> Iterator[None]:
-    """Own a folder without predictions while an evaluation is written to it; None writes nothing."""
+    """Hold the lock of a folder, which must have no predictions, while an evaluation writes to it.
+
+    If the folder is None, nothing is written and no lock is held.
+    """
     if folder is None:
         yield
         return
@@ -140,7 +145,7 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
 
 
 def _check_unused(folder: Path) -> None:
-    """Raise if a folder holds predictions, of an evaluation or of a run."""
+    """Raise an error if a folder holds predictions of an evaluation or of a run."""
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
         raise FileExistsError(
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
@@ -148,7 +153,7 @@ def _check_unused(folder: Path) -> None:
 
 
 class ScoreRun(Stages):
-    """A finished run, whose last two stages run again on any split."""
+    """Evaluation of a finished run: the stages `score` and `write` run again on any split."""
 
     def __init__(self, config: EvaluateConfig, accelerator: Accelerator) -> None:
         self.config = config
@@ -163,14 +168,14 @@ class ScoreRun(Stages):
 
     @waiting("preparing")
     def prepare(self) -> None:
-        """Read the split, load the model, and find its visual features."""
+        """Read the split, load the model, and open the visual features."""
         config, options, accelerator = self.config, self.options, self.accelerator
         with main_first(accelerator):
             task = load_split(options, self.split)
             if task.server_split and not config.limit and not task[0].targets:
-                # Now, or a missing file would be noticed when all is answered.
+                # Loaded now, so that a missing file is noticed before the predictions are made.
                 self.whole = load_split(options, task.server_split)
-        task.check_requirements()  # now, rather than when all is answered
+        task.check_requirements()  # fails before the predictions are made
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         asker, longest = informed(self._asker(), self.adapter.answering, config.run)
@@ -203,7 +208,7 @@ class ScoreRun(Stages):
         )
 
     def _asker(self) -> Task:
-        """Return the task in whose way questions are asked: of the run, where the data are your own."""
+        """Return the task whose question format is used; for the user's own data, a task of the run."""
         asked = TASKS[self.options.task]
         if not asked.fits_answers:
             return asked
@@ -211,7 +216,7 @@ class ScoreRun(Stages):
         return next((task for task in trained if task.loaded_as == asked.loaded_as), trained[0])
 
     def _longest(self) -> int:
-        """Longest text, in tokens."""
+        """Return the maximum length of the source text, in tokens."""
         if self.model.prompt is not None:
             return self.model.prompt.max_source_length
         return self.trained.prompt.max_source_length + self.model.backbone.frame

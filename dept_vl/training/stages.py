@@ -1,4 +1,4 @@
-"""The last two stages of a run, score and write: shared by training and by scoring a finished run."""
+"""Stages `score` and `write`, shared by a training run and the evaluation of a finished run."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from dept_vl.training.report.html import Answered, or_warn
 
 @dataclass(frozen=True)
 class Part:
-    """One split to score.
+    """Split to score.
 
     Attributes:
-        task: The split.
-        name: Its name.
-        decoding: How answers are decoded.
-        suffix: What the names of its files end in, where a run has several tasks.
+        task: Task with the examples of the split.
+        name: Name of the split.
+        decoding: Decoding options.
+        suffix: Suffix of the names of its files, for a run with several tasks.
     """
 
     task: Task
@@ -36,15 +36,15 @@ class Part:
 
 
 class Stages(ABC):
-    """The stages of a run; a subclass prepares the model, the collator and the splits to score.
+    """Base class of a run in stages. A subclass prepares the model, the collator and the splits to score.
 
     Attributes:
-        model: The unwrapped model.
-        collator: Makes batches to evaluate.
-        parts: The splits to score.
-        generate: Answers a batch; None is the model's own.
-        evaluations: Answers and scores of each split, once `score` has run.
-        predictions: Files of the answers, once `write` has run.
+        model: Unwrapped model.
+        collator: Collator of evaluation batches.
+        parts: Splits to score.
+        generate: Function that predicts a batch; None uses the model's own.
+        evaluations: Predictions and scores of each split, set by `score`.
+        predictions: Files of the predictions, set by `write`.
     """
 
     model: PromptedModel
@@ -65,7 +65,7 @@ class Stages(ABC):
         """Read the data and load the model."""
 
     def score(self) -> None:
-        """Answer and score every split."""
+        """Predict and score every split."""
         self.evaluations = [
             evaluate(
                 self.model,
@@ -81,7 +81,7 @@ class Stages(ABC):
         ]
 
     def write(self) -> None:
-        """Write answers, pictures, scores and the report, by the main process."""
+        """Write predictions, pictures, scores and the report on the main process."""
         on_main(self.accelerator, self._write)
 
     def _write(self) -> None:
@@ -103,14 +103,16 @@ class Stages(ABC):
 
     @abstractmethod
     def write_report(self, answered: Sequence[Answered]) -> Path:
-        """Write the report, and return its path."""
+        """Write the report and return its path."""
 
 
 def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
-    """Write the predictions in the format of the task's server and a picture of some; warn of missing ones.
+    """Write the predictions in the format of the task's server, and a picture of some of them.
+
+    Print a warning if examples were skipped.
 
     Returns:
-        The file of predictions.
+        File of the predictions.
     """
     path = folder / f"predictions{suffix}{task.prediction_format.suffix}"
     write_noted(folder, {path.name: task.prediction_format.content(evaluation.predictions)})

@@ -1,4 +1,4 @@
-"""What a finished run produced: `summary.json`, `summary.md`, and the same as an object."""
+"""Results of a finished run: `summary.json`, its object, and the table of `summary.md`."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,25 +14,25 @@ from dept_vl.training.progress import Progress
 from dept_vl.training.stages import Part
 
 DIGITS = {"seconds": 1, "train_seconds": 4, "tokens_per_example": 2, "reference_tokens_per_example": 2}
-"""Digits behind the point that are written."""
+"""Decimal places of the figures in the file."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The fields of `summary.json`.
+    """Fields of `summary.json`.
 
     Attributes:
-        scores: Scores on the test split, of several tasks each under its name; empty if no answers are
-            published.
-        trainable_parameters: Trained parameters, as `count_trainable` gives them.
-        seconds: From start to end.
-        train_seconds: Spent in training steps.
-        steps: Optimizer steps; 0 if nothing was trained.
-        best_step: When the best evaluation was made.
-        skipped_examples: Left out of training because their image could not be read.
+        scores: Scores on the test split, prefixed with the task's name if there are several; empty if its
+            answers are not published.
+        trainable_parameters: Numbers of trainable parameters, from `count_trainable`.
+        seconds: Seconds of the whole run.
+        train_seconds: Seconds spent in training steps.
+        steps: Number of optimizer steps; 0 if nothing was trained.
+        best_step: Step of the best evaluation on the dev split.
+        skipped_examples: Training examples skipped because their image could not be read.
         unanswered_examples: Test examples whose image could not be read.
-        tokens_per_example: Encoder tokens of a mean test example.
-        reference_tokens_per_example: The same with a plain prompt of `reference_prompt_length` vectors.
+        tokens_per_example: Mean number of encoder tokens of a test example.
+        reference_tokens_per_example: That number with a plain prompt of `reference_prompt_length` vectors.
     """
 
     scores: dict[str, float]
@@ -47,20 +47,19 @@ class Summary:
     reference_tokens_per_example: float
 
     def content(self) -> dict[str, Any]:
-        """Return the content of the file."""
+        """Return the content of `summary.json`."""
         return asdict(self) | {name: round(getattr(self, name), digits) for name, digits in DIGITS.items()}
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run produced.
+    """Result of a run.
 
     Attributes:
         output_dir: Folder of the run.
-        scores: Scores on the test split, of several tasks each under its name; empty if the run was
-            interrupted or no answers are published.
-        trainable: Trained parameters, as `count_trainable` gives them.
-        training: What the loop reports; None if nothing was trained, or not now.
+        scores: Scores on the test split, as in `Summary`; also empty if the run was interrupted.
+        trainable: Numbers of trainable parameters, from `count_trainable`.
+        training: Progress of the training; None if nothing was trained, or the run was finished before.
     """
 
     output_dir: Path
@@ -70,7 +69,7 @@ class RunResult:
 
     @property
     def exit_status(self) -> int:
-        """Exit status of the program: 130 after Ctrl-C and 143 after SIGTERM, as shells have it."""
+        """Exit status for the program: 130 after Ctrl-C, 143 after SIGTERM (as in shells), else 0."""
         stopped_by = self.training.stopped_by if self.training is not None else 0
         return 128 + stopped_by if stopped_by else 0
 
@@ -82,7 +81,7 @@ def finished(output_dir: Path) -> RunResult:
 
 
 def summary_table(config: RunConfig, parts: Sequence[Part], summary: Summary) -> str:
-    """Scores, parameters, time and length, as a Markdown table."""
+    """Return scores, parameters, time and input length as a Markdown table."""
     trainable = summary.trainable_parameters
     tokens, reference = summary.tokens_per_example, summary.reference_tokens_per_example
     groups = {k: v for k, v in trainable.items() if k not in ("total", "without_projection")}

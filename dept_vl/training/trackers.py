@@ -1,4 +1,4 @@
-"""The tracker beside a run's own log: TensorBoard, W&B, trackio, or another that accelerate has."""
+"""Experiment trackers beside a run's own log: TensorBoard, W&B, trackio, and others of accelerate's."""
 
 import secrets
 from collections.abc import Mapping
@@ -15,17 +15,17 @@ from dept_vl.config import RunConfig, flat, to_json
 
 PROJECT = "dept_vl"
 TRACKER_FILE = "tracker.json"
-"""Id of a run in W&B and trackio, so that a resumed run continues there too."""
+"""File with the id of the run in W&B and trackio, so that a resumed run continues there."""
 EXTRAS = ("tensorboard", "trackio", "wandb")
-"""Trackers for which the package has an extra, by the name of both."""
+"""Trackers that are extras of this package."""
 
 
 def check_tracker(name: str | None) -> None:
     """Check that a tracker is known and installed.
 
     Raises:
-        ValueError: If accelerate knows none of that name.
-        ImportError: If its package is not installed; accelerate would continue without it, silently.
+        ValueError: If accelerate has no tracker of this name.
+        ImportError: If its package is not installed. Accelerate itself would only leave it out.
     """
     known = sorted(tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL)
     if name is not None and name not in known:
@@ -41,12 +41,12 @@ def check_tracker(name: str | None) -> None:
 def start_tracker(
     accelerator: Accelerator, config: RunConfig, output_dir: Path, facts: Mapping[str, int | str], steps: int
 ) -> None:
-    """Start the tracker, or resume it with the run; on the main process alone.
+    """Start the tracker on the main process, or continue it if the run resumes.
 
-    TensorBoard's and W&B's files go into the run's folder. What was logged of later steps than `steps` is
-    logged again: TensorBoard then hides the first, W&B keeps it, trackio has both.
+    The files of TensorBoard and W&B are written to the run's folder. Steps after `steps` are logged again:
+    TensorBoard hides the first record, W&B keeps it, and trackio has both.
     """
-    # The folder has its name only now.
+    # The name of the folder was not known before.
     accelerator.project_configuration.logging_dir = str(output_dir)
     options: dict[str, dict[str, Any]] = {}
     board = output_dir / PROJECT
@@ -58,13 +58,13 @@ def start_tracker(
         options["wandb"] = {"id": key, "name": output_dir.name, "dir": str(output_dir), "resume": "allow"}
         options["trackio"] = {"name": f"{output_dir.name}-{key}", "resume": "allow"}
     chosen = {name: option for name, option in options.items() if name == config.log_with}
-    # TensorBoard would have them a second time, as of another run.
+    # TensorBoard would show them again, as another run.
     values = None if begun else hyper_parameters(config) | dict(facts)
     accelerator.init_trackers(PROJECT, config=values, init_kwargs=chosen)
 
 
 def hyper_parameters(config: RunConfig) -> dict[str, Any]:
-    """The options by their dotted names, in types that every tracker shows; what is None is left out."""
+    """Return the options by dotted name, in types that every tracker shows, without those that are None."""
     options = to_json(config)
     options |= {f"also.{place}": task for place, task in enumerate(options.pop("also"))}
     shown = {
@@ -76,6 +76,6 @@ def hyper_parameters(config: RunConfig) -> dict[str, Any]:
 
 def _key(path: Path) -> str:
     if not is_there(path):
-        # Not by a generator whose state the run depends on.
+        # Not from a generator whose state the run depends on.
         write_noted_json(path, {"id": secrets.token_hex(4)})
     return str(read_json(path)["id"])

@@ -1,6 +1,7 @@
-"""What a person looks at after a run: a page and plots.
+"""Report of a run: an HTML page, and plots.
 
-`html` fills the page of a run, `page` draws it, `plots` draws images, as `data.pictures` does.
+`html` collects the content of the page, `page` has its templates and charts, `plots` draws images with
+matplotlib.
 """
 
 __all__ = ["html", "page", "plots", "remake"]

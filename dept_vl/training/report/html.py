@@ -1,6 +1,6 @@
-"""The page that a run is shown by: `report.html`, one file with curves, figures, and what was answered.
+"""Report of a run: `report.html`, one file with curves, scores and examples of predictions.
 
-Its questions, answers and images are other people's data: see `page` for what is made of them.
+Questions, answers and images come from the data; `page` describes how they are made safe to show.
 """
 
 import math
@@ -29,20 +29,20 @@ from dept_vl.training.report.page import chart, templates, thumbnail
 from dept_vl.training.report.plots import colour_of
 
 SHOWN, BEST_SHOWN = 48, 12
-"""Examples of a task on the page, and how many of these are its best answers."""
+"""Number of examples of a task on the page, and how many of them are its best predictions."""
 KINDS = 30
-"""Types of a kind that are shown, the commonest ones."""
+"""Maximum number of types of a kind on the page; the most frequent ones are shown."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A split with what was answered.
+    """Split with its predictions.
 
     Attributes:
-        task: The split.
-        split: What it is called.
-        predictions: An answer for each example.
-        scores: Its figures; empty where no answers are published.
+        task: Task with the examples of the split.
+        split: Name of the split.
+        predictions: Prediction for each example.
+        scores: Scores of the predictions; empty if the answers are not published.
     """
 
     task: Task
@@ -52,18 +52,18 @@ class Answered:
 
     @property
     def name(self) -> str:
-        """Of task and split."""
+        """Name of the task and the split."""
         return f"{self.task.name} {self.split}"
 
 
 @dataclass(frozen=True)
 class Marks:
-    """How good the answers to a split are.
+    """Marks of the predictions for a split.
 
     Attributes:
-        marks: Of each answer, from 0 to 1; not numbers where no answers are published.
-        agreed: Share of the humans who gave the most usual answer.
-        kinds: The marks by kind and type.
+        marks: Mark of each prediction, from 0 to 1; NaN if the answers are not published.
+        agreed: For each example, share of the humans who gave the most frequent answer.
+        kinds: Marks by kind and type of example.
     """
 
     marks: Float[np.ndarray, " examples"]
@@ -74,11 +74,11 @@ class Marks:
 def write_run_report(
     folder: Path, config: RunConfig, summary: Mapping[str, Any], answered: Sequence[Answered]
 ) -> Path:
-    """Write the report of a finished run, from its folder and its answers."""
+    """Write the report of a finished run and return its path."""
     described = folder / BEST / ADAPTER_FILE
     adapter = read_description(described) if is_there(described) else {}
     records = read_log(folder / LOG_FILE) if is_there(folder / LOG_FILE) else []
-    # The folder and the way of resuming say nothing about the run itself.
+    # These two options do not describe the run itself.
     options = {k: v for k, v in flat(to_json(config)).items() if k not in ("output_dir", "resume")}
     return _write(
         folder,
@@ -94,12 +94,12 @@ def write_run_report(
 
 
 def write_evaluation_report(folder: Path, adapter: Adapter, answered: Answered) -> Path:
-    """Write the page of a split that a finished run was scored on."""
+    """Write the report of a split that a finished run was evaluated on, and return its path."""
     return _write(folder, answered.name, about([], adapter.prompt, adapter.backbone), [answered])
 
 
 def or_warn(write: Callable[[], Path]) -> None:
-    """Write the report; on failure print a warning, because the results are already on disk."""
+    """Call `write`, and print a warning if it fails, because the results are already on disk."""
     try:
         write()
     except Exception as error:
@@ -107,14 +107,14 @@ def or_warn(write: Callable[[], Path]) -> None:
 
 
 def about(answered: Sequence[Answered], prompt: Mapping[str, Any] | None, backbone: Mapping[str, Any]) -> str:
-    """Tasks, backbone and prompt, in a line."""
+    """Describe tasks, backbone and prompt in one line."""
     tasks = " + ".join(one.name for one in answered)
     sizes = "no prompt" if not prompt else "{method}, m={prompt_length}, r={rank}, s={max_source_length}"
     return " · ".join(filter(None, (tasks, backbone.get("name"), sizes.format(**(prompt or {})))))
 
 
 def mark(answered: Answered) -> Marks:
-    """Mark every answer by the task's own rule."""
+    """Mark every prediction by the task's own rule."""
     task = answered.task
     marks, agreed = np.full(len(task), np.nan), np.zeros(len(task))
     kinds = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
@@ -131,13 +131,14 @@ def mark(answered: Answered) -> Marks:
 
 
 def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[list[int], list[int]]:
-    """Choose the worst answers, worst first, and the best; prefer images that are not shown yet.
+    """Choose the worst and the best predictions to show, and prefer images that are not shown yet.
 
-    Of equal answers those come first on which humans agree most; then chance decides, always the same.
+    Among equal marks, examples on which more humans agree come first. Further ties are broken by a fixed
+    permutation.
 
     Returns:
-        Places of answers that are not perfect, and of the best of the others; where nothing is marked, of
-        any, and none.
+        Indices of imperfect predictions, worst first, and of the best others. Without marks, indices of any
+        examples, and an empty list.
     """
     chance = np.random.default_rng(0).permutation(len(found.marks))
     seen: set[tuple[Path, ...]] = set()
@@ -169,7 +170,7 @@ def _write(folder: Path, title: str, line: str, answered: Sequence[Answered], **
 
 
 def _deciding(answered: Sequence[Answered], chosen: str | None) -> str:
-    """Name and scale of the metric that chose the checkpoint."""
+    """Return name and scale of the metric that chose the checkpoint."""
     if len(answered) != 1:
         return "mean of the tasks' metrics"
     task = answered[0].task
@@ -178,7 +179,7 @@ def _deciding(answered: Sequence[Answered], chosen: str | None) -> str:
 
 
 def _rate(name: str) -> str:
-    """The option of a group's learning rate; with `--rates relative` a group may have a size behind it."""
+    """Return the name of a group's learning-rate option, with the group's size if it has one."""
     group, *size = name.removeprefix("lr/").split(" ", 1)
     return " ".join([f"{RATES[group]}_lr", *size])
 
@@ -200,7 +201,7 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> li
 
 
 def _section(answered: Answered) -> dict[str, Any]:
-    """Return what the page shows of a split."""
+    """Return the content of the page for one split."""
     found = mark(answered)
     first, best = choose(found, answered.task.images)
     if np.isnan(found.marks).any():
@@ -228,7 +229,7 @@ def _section(answered: Answered) -> dict[str, Any]:
 
 
 def _kind(kind: str, types: Mapping[str, Sequence[float]]) -> tuple[str, list[Any], list[float], int]:
-    """Name, rows of the commonest types, their mean marks, and how many types are left out."""
+    """Return name, rows of the most frequent types, their mean marks, and the number of types left out."""
     common = sorted(types, key=lambda name: (-len(types[name]), name))[:KINDS]
     means = [fmean(types[name]) for name in common]
     rows = [
@@ -251,7 +252,7 @@ def _card(answered: Answered, index: int, mark: float) -> dict[str, Any]:
 
 
 def _humans(example: Example) -> str:
-    """List human answers, the commonest first, with their counts; captions one below the other."""
+    """Return the human answers with their counts, most frequent first; captions one per line."""
     counts = Counter(example.answers)
     if len(example.answers) <= 1:
         return "".join(f"human: {answer}" for answer in example.answers)
@@ -270,11 +271,11 @@ def _distinct(
     *,
     fill: bool = False,
 ) -> list[int]:
-    """Return the first examples, in their order, whose images are not seen yet, and add these to `seen`.
+    """Return the first examples with images that are not in `seen`, and add their images to it.
 
-    With `fill`, if there are fewer, the first of the others too.
+    With `fill`, add the first of the other examples if there are fewer than `count`.
     """
-    chosen: list[tuple[int, int]] = []  # place in the order, and what stands there
+    chosen: list[tuple[int, int]] = []  # position in the order, and index of the example
     passed: list[tuple[int, int]] = []
     for place, index in enumerate(map(int, ordered)):
         if len(chosen) == count:

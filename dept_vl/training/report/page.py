@@ -1,6 +1,6 @@
-"""The templates of an HTML page that needs nothing but itself, and the curves that are drawn on it.
+"""Templates of a self-contained HTML page, and the charts on it.
 
-Whatever text a template shows is escaped, and loses what a browser cannot show: see `shown`.
+All text in a template is escaped, also characters that do not print: see `shown`.
 """
 
 import base64
@@ -21,23 +21,23 @@ from dept_vl._utils.printable import printable
 Point = tuple[int | float, int | float]
 
 WIDTH, HEIGHT = 360, 214
-"""Of a chart, in units of its own; it is as wide as there is room."""
+"""Size of a chart in its own units; the page scales it to the space available."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 22, 38
-"""Around the curves, for the labels."""
+"""Margins around the curves, for the labels."""
 MOST_POINTS = 600
-"""Of a curve: more would not be seen."""
+"""Maximum number of points of a curve."""
 SIDE, QUALITY = 240, 80
-"""Pixels of an image's longer side, and its JPEG quality: some 10 KB each."""
+"""Longer side of a thumbnail in pixels, and its JPEG quality. A file has about 10 KB."""
 
 
 def shown(value: object) -> object:
-    """What a template shows of a value; text of any origin is `printable`."""
+    """Make a value safe to show in a template; text becomes `printable`."""
     return value if isinstance(value, Markup) else printable(value, lines=True)
 
 
 @cache
 def templates() -> Environment:
-    """The templates beside this file."""
+    """Return the environment of the templates in this folder."""
     return Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,
@@ -49,7 +49,7 @@ def templates() -> Environment:
 
 
 def thumbnail(path: Path) -> str | None:
-    """An image as a small JPEG in base 64; None if it cannot be read."""
+    """Return an image as a small JPEG in base 64, or None if it cannot be read."""
     try:
         image = read_image(path)
         image.thumbnail((SIDE, SIDE))
@@ -71,16 +71,16 @@ def chart(
     order: Sequence[str] = (),
     marked: Point | None = None,
 ) -> dict[str, Any] | None:
-    """Curves over the steps of a run, for the template's `chart`; None if there is no point.
+    """Return the data of a line chart over training steps, or None if there are no points.
 
     Args:
-        title: Above it.
+        title: Title of the chart.
         lines: Points by name of the curve, from left to right.
         y: Name and unit of the vertical axis.
-        logarithmic: Of the vertical axis; what is not above 0 is then left out.
-        note: Below the title, of a single curve.
-        order: Names that keep their colours when others are missing.
-        marked: A point to set apart.
+        logarithmic: Whether the vertical axis is logarithmic. Points not above 0 are then left out.
+        note: Text below the title.
+        order: Names of curves in the order of their colours, so that each keeps its colour.
+        marked: Point to highlight.
     """
     kept = {
         name: [(float(x), float(y)) for x, y in points if math.isfinite(y) and (y > 0 or not logarithmic)]
@@ -121,13 +121,13 @@ def chart(
 
 
 def _thinned(points: Sequence[Point]) -> list[Point]:
-    """So many that each can be seen; the last one stays."""
+    """Return at most about `MOST_POINTS` points, with the last one."""
     step = math.ceil(len(points) / MOST_POINTS)
     return [*points[:-1:step], points[-1]]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers around a range."""
+    """Return three to six round numbers that cover a range."""
     if high <= low:
         low, high = low - (abs(low) or 1) / 20, low + (abs(low) or 1) / 20
     size = 10.0 ** math.floor(math.log10((high - low) / 3))
@@ -137,6 +137,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """The powers of ten around a range, of many every second or third."""
+    """Return powers of ten that cover a range; every second or third if there are many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0**power for power in range(first, max(last, first + 1) + 1, max(1, (last - first) // 4))]

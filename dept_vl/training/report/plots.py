@@ -1,4 +1,4 @@
-"""Plots of scores with their intervals, and the colours of methods."""
+"""Plots of scores with confidence intervals, and the colours of methods."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from dept_vl._utils.printable import printable
 from dept_vl._utils.stats import Interval
 
 NAME_HEIGHT = 10
-"""Points from one name to the next."""
+"""Vertical distance of names in a plot, in points."""
 COLOURS = {
     "dept": "#0072b2",
     "pt": "#d55e00",
@@ -24,8 +24,8 @@ COLOURS = {
     "BitFit": "#999933",
     "full fine-tuning": "#332288",
 }
-"""The colour of each method on pages and in figures, of the palettes of Okabe and Ito and of Paul Tol, which
-are told apart with any colour vision."""
+"""Colour of each method on pages and in figures, from the palettes of Okabe and Ito and of Paul Tol, which
+remain distinguishable with any colour vision."""
 OTHERS = "#777777"
 
 
@@ -37,9 +37,9 @@ def colour_of(name: str) -> str:
 
 @contextmanager
 def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
-    """Panes side by side to draw on; written when they are left, with texts as they are: `$` is no formula.
+    """Yield axes side by side to draw on, then save the figure. Texts are drawn without math parsing.
 
-    Options are those of matplotlib's `Figure`.
+    Other options are passed to matplotlib's `Figure`.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -64,13 +64,13 @@ def score_plot(
     points: bool = False,
     corner: str = "",
 ) -> bool:
-    """Means with their 95% intervals, a line for each name.
+    """Plot means with their 95% intervals, one line for each name.
 
-    Each line has its name, and maps places on the horizontal axis to means. With `points` each is one point,
-    with its name beside it. `corner` is written above the upper left corner.
+    Each line maps positions on the horizontal axis to means. With `points` each line is one point with its
+    name beside it. `corner` is written above the upper left corner.
 
     Returns:
-        Whether matplotlib is installed; without it nothing is drawn.
+        Whether matplotlib is installed. Without it nothing is drawn.
     """
     try:
         with drawn(path, figsize=(8, 5) if points else (6, 4), layout="constrained") as (pane,):
@@ -91,10 +91,10 @@ def score_plot(
 
 
 def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path: Path, *, y: str) -> bool:
-    """Means over different horizontal axes, one pane each, with the names at the ends of the curves.
+    """Plot means over several horizontal axes, one pane each, with the names at the ends of the curves.
 
     Returns:
-        Whether matplotlib is installed; without it nothing is drawn.
+        Whether matplotlib is installed. Without it nothing is drawn.
     """
     try:
         with drawn(path, len(panes), figsize=(14, 6), layout="constrained") as drawing:
@@ -111,9 +111,9 @@ def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path
 
 
 def _name_ends(pane: Any, lines: Mapping[str, Mapping[Any, Interval]]) -> None:
-    """Write each name to the right of its last point, no two over each other where there is room below."""
+    """Write each name to the right of its last point, without overlaps where there is room below."""
     pane.margins(x=0.3)
-    pane.figure.draw_without_rendering()  # without it places are not those of the file
+    pane.figure.draw_without_rendering()  # otherwise positions differ from those in the file
     ends = {
         name: (list(of_name)[-1], list(of_name.values())[-1].mean)
         for name, of_name in lines.items()

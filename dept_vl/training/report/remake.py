@@ -1,4 +1,4 @@
-"""Make the page of a finished run again, from its folder and the data that it was scored on."""
+"""Write the report of a finished run again, from its folder and the data that it was scored on."""
 
 import shutil
 import subprocess
@@ -21,14 +21,14 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def remake(config: ReportConfig) -> Path:
-    """Write the page, and a picture of it if one is asked for.
+    """Write the report, and a screenshot of it if `config.picture` is set.
 
     Returns:
-        The page.
+        Path of the report.
 
     Raises:
-        FileNotFoundError: If something of the run or of its data is missing, or Chromium is.
-        InUseError: If another process has the folder.
+        FileNotFoundError: If files of the run or its data are missing, or Chromium is not installed.
+        InUseError: If another process is using the folder.
         ValueError: If a file of the run is damaged.
     """
     with owning(config.run, wait=config.wait):
@@ -40,10 +40,10 @@ def remake(config: ReportConfig) -> Path:
 
 @waiting("making the page")
 def remake_page(run: Path) -> Path:
-    """Write the page of a run that has ended.
+    """Write the report of a finished run.
 
     Raises:
-        FileNotFoundError: If something of the run or of its data is missing.
+        FileNotFoundError: If files of the run or its data are missing.
         ValueError: If a file of the run is damaged.
     """
     trained = read_config(run / CONFIG_FILE)
@@ -69,7 +69,7 @@ def remake_page(run: Path) -> Path:
 
 
 def draw(path: Path, picture: Path, size: tuple[int, int]) -> None:
-    """Let a browser draw the top of a page."""
+    """Save a screenshot of the top of a page, with Chromium or Chrome."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise FileNotFoundError(f"a picture needs one of {', '.join(BROWSERS)}; found none installed")
