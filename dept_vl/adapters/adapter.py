@@ -1,8 +1,8 @@
-"""The adapter: what training changed, as a small file that fits one backbone.
+"""Adapters: the trained parameters of a model as two small files that fit one backbone.
 
-A folder with `adapter.safetensors` (the prompt's tensors, as `Method.trained` has them, and the visual
-projection, trained or not, because a projection is no part of the models on the Hub) and `adapter.json`,
-which says what they are, for which backbone, and how well they do.
+The folder of an adapter contains `adapter.safetensors`, with the tensors, and `adapter.json`, which describes
+the prompt, the backbone and the metrics. The visual projection is always saved, trained or not, because the
+models on the Hub do not contain one.
 """
 
 import json
@@ -36,22 +36,19 @@ class Adapter:
     """Trained tensors and their description.
 
     Attributes:
-        prompt: Method and sizes of the prompt (`method`, `prompt_length`, `rank`, `max_source_length`,
-            `d_model`, `alpha`, `scale`, and the `seed` of what is random and frozen), as
-            `DePT.describe` gives them; None if only the backbone's own parts were trained.
-        backbone: Its name, the hashes of its frozen weights, `visual_position_bias`, `object_order`,
-            `visual_norm`, `image_fit`, and what is read of the image encoder (`vision`, as
-            `VisionEncoder.options`). The authors' files tell the name alone: of theirs the rest is None, and
-            `official_config` is kept.
-        task: The task it was trained on.
-        metrics: Figures, on the task's own scale.
-        trainable_parameters: How many were trained, by group, `total` and `without_projection`.
-        tensors: By name: `prompt.*`, `visual_projection.*`, and what was trained of
-            `language.*`.
-        format_version: Of the two files; those of an older version are read into the newest.
-        question_case: In which questions were read.
-        answering: Of your own data, by the task's name: the longest answer in tokens (`max_new_tokens`), and
-            `facts` such as labels.
+        prompt: Method and sizes of the prompt, as returned by `DePT.describe`; None if only parts of the
+            backbone were trained.
+        backbone: Name and options of the backbone and hashes of its frozen weights, as returned by
+            `fingerprint.describe_backbone`. An adapter of DePT's authors has only the name, and their
+            configuration as `official_config`.
+        task: Task that the adapter was trained on.
+        metrics: Metrics on the task's own scale.
+        trainable_parameters: Number of trained parameters by group, in `total` and `without_projection`.
+        tensors: Tensors by name: `prompt.*`, `visual_projection.*`, and the trained ones of `language.*`.
+        format_version: Format version of the files. Older versions are converted when they are read.
+        question_case: Letter case of the questions in training.
+        answering: For tasks on your own data, by task name: the maximum answer length in tokens
+            (`max_new_tokens`), and `facts` such as labels.
 
     Example:
         >>> import dept_vl
@@ -81,7 +78,7 @@ class Adapter:
         question_case: QuestionCase = "lower",
         answering: Mapping[str, Any] | None = None,
     ) -> "Adapter":
-        """Copy what is trained out of a model."""
+        """Return an adapter with copies of the trained tensors of a model."""
         prompt, backbone = model.prompt, model.backbone
         return cls(
             prompt=None if prompt is None else prompt.describe(),
@@ -98,13 +95,13 @@ class Adapter:
     def of_prompt(
         cls, prompt: DePT, backbone: dict[str, Any], *, task: str, metrics: Mapping[str, float]
     ) -> "Adapter":
-        """Copy a prompt that is trained on a model of someone else's (see `attach`).
+        """Return an adapter with a copy of a prompt that was trained with `attach`.
 
         Args:
-            prompt: Of which all is kept.
-            backbone: What the attribute of that name says of the model.
-            task: The task it was trained on.
-            metrics: Figures, on the task's own scale.
+            prompt: Trained prompt.
+            backbone: Description of the model, as `families.describe_model` returns it.
+            task: Task that the prompt was trained on.
+            metrics: Metrics on the task's own scale.
         """
         return cls(
             prompt=prompt.describe(),
@@ -116,9 +113,9 @@ class Adapter:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write both files, each beside its final name first, so that no half-written one is left.
+        """Write `adapter.safetensors` and `adapter.json`, without leaving a half-written file on failure.
 
-        Their checksums stand in `.checksums.json` beside them, and are compared where they are loaded.
+        Their checksums are written to `.checksums.json` in the same folder, and checked by `load`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,26 +132,26 @@ class Adapter:
         datasets: Sequence[str] = (),
         run: str | Path | None = None,
     ) -> str:
-        """Upload both files and a model card in one commit.
+        """Upload both files and a model card to the Hub in one commit.
 
         Args:
-            repo_id: Name of the repository (`user/adapter`), made if it is missing.
-            private: Of a repository that is made; None is the owner's default.
-            revision: Branch, made if it is missing; None is the main one.
-            commit_message: Of the commit.
-            token: With the right to write; None takes the one of `hf auth login`.
-            datasets: For the card: names on the Hub of what the adapter was trained on.
-            run: Folder of the run that made it, whose options go along, without this machine's paths: for
-                the card, and to repeat it.
+            repo_id: Name of the repository (`user/adapter`), which is created if it does not exist.
+            private: Whether a new repository is private; None for the owner's default.
+            revision: Branch, which is created if it does not exist; None for the main branch.
+            commit_message: Commit message.
+            token: Token with write access; None uses the token of `hf auth login`.
+            datasets: Hub names of the training datasets, for the card.
+            run: Folder of the training run. Its options are uploaded too, without local paths, and shown on
+                the card, so that the training can be repeated.
 
         Returns:
-            The commit's address.
+            URL of the commit.
 
         Raises:
-            FileNotFoundError: If there is no such run.
-            ValueError: If the run was of another task.
-            PermissionError: If the token may not write there.
-            ConnectionError: If the Hub is switched off (`HF_HUB_OFFLINE`).
+            FileNotFoundError: If `run` is not the folder of a run.
+            ValueError: If the run was trained on another task.
+            PermissionError: If the token has no write access to the repository.
+            ConnectionError: If the Hub is disabled (`HF_HUB_OFFLINE`).
         """
         files = self._contents()
         training = None
@@ -168,12 +165,12 @@ class Adapter:
         return push(repo_id, files, private=private, revision=revision, message=commit_message, token=token)
 
     def _description(self) -> dict[str, Any]:
-        """What `adapter.json` says."""
+        """Return the content of `adapter.json`."""
         left_out = {"tensors"} if self.answering else {"tensors", "answering"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def _contents(self) -> dict[str, bytes]:
-        """Both files, by name."""
+        """Return the content of both files by file name."""
         return {
             TENSORS_FILE: save(self.tensors, metadata={"format": "pt"}),
             ADAPTER_FILE: (json.dumps(self._description(), indent=2) + "\n").encode(),
@@ -181,12 +178,12 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """Read both files, and see to it that they are what they say.
+        """Load an adapter from its folder and check its files.
 
         Raises:
-            FileNotFoundError: If one is missing.
-            ValueError: If one is damaged, of another format version, holds numbers that are not finite, or
-                they do not belong together.
+            FileNotFoundError: If one of the two files is missing.
+            ValueError: If a file is damaged, has an unknown format version or contains numbers that are not
+                finite, or if the files do not belong together.
         """
         folder = Path(folder)
         for name in (ADAPTER_FILE, TENSORS_FILE):
@@ -197,7 +194,7 @@ class Adapter:
                 raise FileNotFoundError(f"no adapter at {folder}: {name} is missing there{hint}")
         check_noted(folder / ADAPTER_FILE, folder / TENSORS_FILE)
         description = read_description(folder / ADAPTER_FILE)
-        # JSON writes a whole number without its point.
+        # JSON may have a whole number without a decimal point.
         description["metrics"] = {name: float(value) for name, value in description["metrics"].items()}
         tensors = read_tensors(folder / TENSORS_FILE)
         check_parameters(tensors, folder / TENSORS_FILE)
@@ -216,38 +213,39 @@ class Adapter:
     def from_pretrained(
         cls, name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
     ) -> "Adapter":
-        """Read an adapter from its folder, from the run that made it, or from the Hub.
+        """Load an adapter from its folder, from the folder of a run, or from the Hub.
 
         Args:
-            name_or_folder: A folder, or the name of a repository on the Hub (`user/adapter`), whose files
-                are kept in the Hub's cache and read from there where there is no network.
+            name_or_folder: Folder, or name of a repository on the Hub (`user/adapter`). Files of the Hub are
+                cached, and read from the cache when there is no network.
             revision: Branch, tag or commit of the repository.
-            token: For private and gated repositories; None takes the one of `hf auth login`.
+            token: Token for private and gated repositories; None uses the token of `hf auth login`.
 
         Raises:
-            FileNotFoundError: If there is no such folder, repository or revision, no adapter in it, or
-                neither network nor a copy in the cache.
+            FileNotFoundError: If the folder, repository or revision does not exist or contains no adapter, or
+                if there is neither a network nor a cached copy.
             PermissionError: If the repository is gated, or the token is not accepted.
-            ValueError: As `load`; or if a folder is asked for a revision.
+            ValueError: If `load` raises it, or if `revision` is given with a folder.
         """
         return cls.load(adapter_folder(name_or_folder, revision=revision, token=token))
 
     @classmethod
     def from_authors(cls, folder: str | Path, *, task: str, prompt_only: bool = False) -> "Adapter":
-        """Read an adapter in the files of the authors of DePT (see `authors`).
+        """Load an adapter from the file format of DePT's authors (see `authors`).
 
-        The files do not say which weights the adapter belongs to: `build` compares the backbone's
-        name and width alone and warns of it.
+        The files have no hashes of the backbone's weights, so `build` compares only the backbone's name and
+        hidden size, and warns that the weights cannot be checked.
 
         Args:
-            folder: Holds `adapter_model.bin` and `adapter_config.json`.
-            task: The task it was trained on, of which the files say nothing.
-            prompt_only: Take the soft prompt P alone, as plain prompt tuning. Files without A and B
-                are rejected otherwise.
+            folder: Folder with `adapter_model.bin` and `adapter_config.json`.
+            task: Task that the adapter was trained on, which the files do not record.
+            prompt_only: Load only the soft prompt P, as plain prompt tuning. Required for files without A
+                and B.
 
         Raises:
             FileNotFoundError: If a file is missing.
-            ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
+            ValueError: If a file is damaged, contains anything but tensors, or has no A and B while
+                `prompt_only` is False.
         """
         tensors, config = authors.read(folder, prompt_only=prompt_only)
         with torch.device("meta"):  # for its sizes alone
@@ -268,10 +266,10 @@ class Adapter:
         )
 
     def to_authors(self, folder: str | Path) -> None:
-        """Write the adapter in the files of the authors of DePT, whose code runs T5 on text.
+        """Save the adapter in the file format of DePT's authors, whose code runs T5 on text.
 
         Raises:
-            ValueError: If it is more or less than P, A and B, which is all that they hold.
+            ValueError: If the tensors of the adapter are not exactly P, A and B.
         """
         expected = {"prompt." + name for name in authors.NAMES}
         if self.prompt is None or self.tensors.keys() != expected:
@@ -291,15 +289,16 @@ class Adapter:
             write_atomically(folder / name, content)
 
     from_official = from_authors
-    """Earlier name of `from_authors`."""
+    """Former name of `from_authors`."""
     to_official = to_authors
-    """Earlier name of `to_authors`."""
+    """Former name of `to_authors`."""
 
     def build(self, backbone: FrozenBackbone) -> PromptedModel:
-        """A model with this adapter on its backbone.
+        """Return the model of a backbone with this adapter.
 
         Raises:
-            ValueError: If this is another backbone, or the tensors are not those described.
+            ValueError: If the adapter was trained on another backbone, or its tensors do not fit its
+                description.
         """
         self.check_backbone(backbone)
         ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
@@ -313,7 +312,7 @@ class Adapter:
             )
         model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
         self.apply(model)
-        # What was trained may be trained on, and is saved again.
+        # Trained parts stay trainable, and are saved again.
         trained = sum(name.startswith("language.") for name in self.tensors)
         whole = trained == sum(1 for _ in backbone.language.parameters())
         backbone.freeze(
@@ -324,27 +323,27 @@ class Adapter:
         return model
 
     def build_prompt(self) -> DePT:
-        """The prompt alone, with its tensors.
+        """Return the trained prompt without a backbone.
 
         Raises:
-            ValueError: If the tensors are not those described.
+            ValueError: If the adapter has no prompt, or its tensors do not fit its description.
         """
         prompt = self.new_prompt()
         load_exactly(prompt, under("prompt.", self.tensors), "the adapter's", "prompt.")
         return prompt
 
     def new_prompt(self) -> DePT:
-        """A prompt of the method and sizes described, not yet with the tensors.
+        """Return an untrained prompt of the adapter's method and sizes.
 
         Raises:
-            ValueError: If there is no prompt in the adapter.
+            ValueError: If the adapter has no prompt.
         """
         if self.prompt is None:
             raise ValueError(f"this adapter of {printable(self.backbone['name'])} holds no prompt")
         return build(described_method(self.prompt))
 
     def apply(self, model: PromptedModel) -> None:
-        """Put the tensors into a model built alike."""
+        """Copy the adapter's tensors into a model with the same prompt and backbone."""
         parts = parts_of(model)
         unknown = [name for name in self.tensors if not name.startswith(tuple(parts))]
         if unknown:
@@ -358,5 +357,5 @@ class Adapter:
             load_exactly(module, state, "the adapter's", prefix)
 
     def check_backbone(self, backbone: FrozenBackbone) -> None:
-        """Raise a `ValueError` for any backbone but the one that the adapter was trained on."""
+        """Raise a `ValueError` if the adapter was trained on another backbone."""
         check_backbone(self.backbone, backbone)

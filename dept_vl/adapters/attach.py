@@ -1,11 +1,11 @@
-"""A prompt on a ready-made model of transformers, by hooks that leave no trace.
+"""Attach a prompt to a model of transformers by hooks, which can be removed again.
 
-Insert it with the hook of `models.placeholders` into encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5,
-Florence-2, T5Gemma 2) and decoder-only models (LLaVA, Qwen-VL, PaliGemma, Gemma 3, InternVL, ...), with
-images or for text alone. P stands behind padding and a start token, and takes m of the model's positions;
-outputs keep the length that they have without it. The offset is added to the text of the source, by a
-token's place among the text tokens of its row. Text is neither what stands between the first token of an
-image and the last, nor the answer of a decoder-only model, which begins with the first label.
+Encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5, Florence-2, T5Gemma 2) and decoder-only models (LLaVA,
+Qwen-VL, PaliGemma, Gemma 3, InternVL, ...) are supported, with images or for text alone. The soft prompt P is
+inserted after padding and the start token (see `models.placeholders`), and takes m of the model's positions.
+Outputs have the same length as without a prompt. The offset is added to the text tokens of the source, by
+their position among the text tokens of the row. Tokens from the first to the last token of an image are not
+text. Nor is the answer of a decoder-only model, which begins with the first label.
 """
 
 import functools
@@ -35,14 +35,14 @@ _MODEL = re.compile(r"(?<![^.])model\.")
 def new_prompt(
     model: PreTrainedModel, *, prompt_length: int, rank: int, max_source_length: int, seed: int = 0
 ) -> DePT:
-    """A prompt of the model's width that starts from words of its vocabulary.
+    """Return an untrained prompt for a model, initialised with words of the model's vocabulary.
 
     Args:
-        model: To be prompted.
-        prompt_length: See `DePT`, as for the other sizes.
-        rank: Of the offset.
-        max_source_length: Longest text in tokens, without the placeholders of images.
-        seed: Chooses the words.
+        model: Model that the prompt is for.
+        prompt_length: Number of vectors in the soft prompt (m).
+        rank: Rank of the offset (r).
+        max_source_length: Maximum text length in tokens (s), without the placeholders of images.
+        seed: Random seed for the choice of words.
 
     Raises:
         ValueError: If the model is not supported, or a size is out of range.
@@ -54,7 +54,7 @@ def new_prompt(
     initialise(
         prompt,
         "vocabulary",
-        # Through the module, which may scale (T5Gemma 2).
+        # The module is called, because it may scale its embeddings (T5Gemma 2).
         lambda ids: embedding(ids.to(device_of(embedding))).cpu().float(),
         vocabulary_size=vocabulary,
         special_tokens=parts.special_tokens,
@@ -64,14 +64,16 @@ def new_prompt(
 
 
 def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
-    """Put a prompt on a model, freeze the model, and return the handle that takes both back.
+    """Attach a prompt to a model and freeze the model; `Attached.detach` undoes both.
 
     Args:
-        model: Of a class in `families.SUPPORTED`; not yet wrapped or compiled.
-        prompt: Moved to the device that the model's word embeddings run on. `new_prompt` makes one.
+        model: Model of a class in `families.SUPPORTED`, not yet wrapped or compiled.
+        prompt: Prompt, as from `new_prompt`. It is moved to the device of the model's word embeddings.
 
     Raises:
-        ValueError: If the model is not supported, has a prompt, or has another width or too few positions.
+        UsageError: If the prompt's method changes visual tokens or the encoder's output.
+        ValueError: If the model is not supported, already has a prompt, or has another hidden size or too few
+            positions.
 
     Example:
         >>> import dept_vl  # `blip2` is a Blip2ForConditionalGeneration
@@ -99,15 +101,15 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
 
 
 class Attached(PromptedCalls, nn.Module):
-    """A model with a prompt on it; made by `attach` or `load`.
+    """Model with an attached prompt, as returned by `attach` or `load`.
 
-    `model(...)` and `model.generate(...)` read the prompt until `detach`, and so does this module, which
-    passes its arguments on. Give this module, which holds the prompt's parameters, to `accelerator.prepare`
-    or DistributedDataParallel: of the bare model they would find nothing to train. In a `with` statement
-    it detaches itself at the end. One thread at a time may call the model. Its generation settings stay the
-    model's own, whoever calls: say what you want (`generate(..., num_beams=1, do_sample=False)`).
+    Until `detach`, calls of `model` and `model.generate` use the prompt, and so do calls of this module,
+    which forwards them to the model. Pass this module to `accelerator.prepare` or DistributedDataParallel,
+    because it has the prompt's parameters and the model has no trainable ones. A `with` statement detaches
+    the prompt at its end. Only one thread at a time may call the model. The model's own generation settings
+    apply unless you override them (`generate(..., num_beams=1, do_sample=False)`).
 
-    transformers' trainers take it as a model. Their checkpoints, and `state_dict`, hold the prompt alone:
+    It can be passed to transformers' trainers. Their checkpoints, and `state_dict`, contain only the prompt:
 
         trainer = Trainer(model=attached, args=TrainingArguments("run", learning_rate=0.3),
                           train_dataset=rows, data_collator=collate)  # rows as the processor makes them
@@ -115,8 +117,8 @@ class Attached(PromptedCalls, nn.Module):
         attached.save("adapters/blip2")
 
     Attributes:
-        model: The ready-made model, frozen until `detach`.
-        prompt: What is trained.
+        model: Model of transformers, frozen until `detach`.
+        prompt: Trainable prompt.
 
     Example:
         >>> import dept_vl  # `blip2` is a Blip2ForConditionalGeneration
@@ -134,11 +136,11 @@ class Attached(PromptedCalls, nn.Module):
         self._unfrozen = [p for p in model.parameters() if p.requires_grad]
         for parameter in self._unfrozen:
             parameter.requires_grad_(False)
-        # A state is what is trained: the model is written and read by itself.
+        # The state dict has only the prompt; the model is saved and loaded separately.
         self.register_state_dict_post_hook(_forget_model)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_miss_no_model)  # type: ignore[no-untyped-call]
         self._hook = parts.embedding.register_forward_hook(self._look_up, with_kwargs=True)
-        # Trainers replace `forward`, and call what is within the model.
+        # This module gets hooks too, because trainers replace `forward` and call modules inside the model.
         self._enter(model, parts, self)
 
     @classmethod
@@ -150,53 +152,53 @@ class Attached(PromptedCalls, nn.Module):
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> "Attached":
-        """Attach what `save` wrote, to continue training or to answer.
+        """Attach a saved adapter to a model, for inference or further training.
 
         Args:
-            name_or_folder: Its folder, or a repository on the Hub (see `Adapter.from_pretrained`).
-            model: That it was trained on.
+            name_or_folder: Folder of the adapter, or repository on the Hub; see `Adapter.from_pretrained`.
+            model: Model that the adapter was trained on.
             revision: Branch, tag or commit of the repository.
-            token: For private and gated repositories.
+            token: Token for private and gated repositories.
 
         Raises:
             FileNotFoundError: If there is no adapter in the folder or repository.
             PermissionError: If the repository is gated, or the token is not accepted.
-            ValueError: If it is damaged, or was trained on another base.
+            ValueError: If the adapter is damaged, or was trained on another model.
         """
         adapter = Adapter.from_pretrained(name_or_folder, revision=revision, token=token)
         check_model(adapter, model)
         return attach(model, adapter.build_prompt())
 
     def save(self, folder: str | Path, *, task: str = "", metrics: Mapping[str, float] | None = None) -> None:
-        """Write `adapter.safetensors` and `adapter.json`, the same files as of any other adapter.
+        """Save the prompt as an adapter, with `adapter.safetensors` and `adapter.json`.
 
         Args:
-            folder: Made if it is missing.
-            task: What it was trained on.
-            metrics: Figures to keep with it.
+            folder: Output folder, which is created if it does not exist.
+            task: Task that the prompt was trained on.
+            metrics: Metrics to save with the prompt.
         """
         self.adapter(task=task, metrics=metrics).save(folder)
 
     def adapter(self, *, task: str = "", metrics: Mapping[str, float] | None = None) -> Adapter:
-        """Copy the prompt into an adapter; see `save`."""
+        """Return an adapter with a copy of the prompt; see `save`."""
         return Adapter.of_prompt(self.prompt, describe_model(self.model), task=task, metrics=metrics or {})
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Write the adapter, and not the model; what transformers passes besides does not change that."""
+        """Save the adapter without the model; further arguments of transformers are ignored."""
         self.save(folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload the adapter, and not the model; see `Adapter.push_to_hub`."""
+        """Upload the adapter without the model; see `Adapter.push_to_hub`."""
         return self.adapter().push_to_hub(repo_id, **options)
 
     def __getattr__(self, name: str) -> Any:
-        """What a trainer asks a model for, such as its configuration, is the model's."""
+        """Return attributes of the model that this module lacks, such as its configuration."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not there yet, as in unpickling
+            if name == "model":  # not set yet, as during unpickling
                 raise
-            # Trainers of decoder-only models compute a loss of their own from it.
+            # Trainers of decoder-only models compute their own loss from `base_model`.
             if name == "base_model" and self._parts.encoder_decoder:
                 raise AttributeError(
                     f"{model_name(self.model)} is an encoder-decoder, whose loss is its own: a trainer that "
@@ -210,7 +212,7 @@ class Attached(PromptedCalls, nn.Module):
         return _empty, (type(self.model),), self.__dict__
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by learning rate: prompt, low_rank; for `optim.build_optimizer`."""
+        """Return the trainable parameters by learning-rate group, for `optim.build_optimizer`."""
         return {name: group for name, group in self.prompt.parameter_groups().items() if group}
 
     def current_prompt(self) -> DePT | None:
@@ -223,16 +225,16 @@ class Attached(PromptedCalls, nn.Module):
         return self._put((*inputs, *named.values())[0], embedded)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Call the model, with the prompt."""
+        """Call the model with the prompt."""
         return self.model(*inputs, **named)
 
     def generate(self, *inputs: Any, **named: Any) -> Any:
-        """Let the model generate, with the prompt."""
+        """Generate with the model and the prompt."""
         return self.model.generate(*inputs, **named)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within, the model reads no prompt; afterwards as before, whatever happens."""
+        """Disable the prompt within a `with` statement."""
         before, self._active = self._active, False
         try:
             yield
@@ -240,7 +242,7 @@ class Attached(PromptedCalls, nn.Module):
             self._active = before
 
     def detach(self) -> None:
-        """Take the hooks off, and set free what was frozen; the model is as it was before `attach`."""
+        """Remove the hooks and unfreeze the model, which is then as it was before `attach`."""
         self._hook.remove()
         self._leave(self.model)
         for parameter in self._unfrozen:
@@ -258,20 +260,20 @@ class Attached(PromptedCalls, nn.Module):
 
 @functools.cache
 def _attached_to(kind: Any) -> type[Attached]:
-    """`Attached` with the signature of a model's `forward`, by which trainers choose columns and labels."""
+    """Return a subclass of `Attached` whose `forward` has the signature of `kind.forward`, for trainers."""
 
     def forward(self: Attached, *inputs: Any, num_items_in_batch: Any = None, **named: Any) -> Any:
         return over_items(self.model(*inputs, **named), named.get("labels"), num_items_in_batch)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-    # Of a step all tokens count, and their first one too, which a type of loss says of some.
+    # Trainers average the loss over all label tokens of a step, including the first token of each row.
     content = {"forward": forward, "accepts_loss_kwargs": True, "loss_type": None}
     content |= {"__doc__": Attached.__doc__, "__module__": __name__}
     return type(Attached.__name__, (Attached,), content)
 
 
 def _empty(kind: Any) -> Attached:
-    """A copy of an attached model, about to be filled."""
+    """Return an uninitialised `Attached` for a model class, for unpickling."""
     cls = _attached_to(kind)
     return cls.__new__(cls)
 
@@ -283,7 +285,7 @@ def _forget_model(module: nn.Module, state: dict[str, Any], prefix: str, metadat
 
 def _miss_no_model(module: nn.Module, keys: Any) -> None:
     names = {f"model.{name}" for name in module.get_submodule("model").state_dict()}
-    # With the names of modules around this one in front.
+    # The keys may begin with the names of modules around this one.
     keys.missing_keys[:] = [
         key for key in keys.missing_keys if not any(key[m.start() :] in names for m in _MODEL.finditer(key))
     ]

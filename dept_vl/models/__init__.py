@@ -1,7 +1,7 @@
-"""Frozen models with a prompt on them: vision tower, visual projection, language model.
+"""Frozen backbones, and models that combine a backbone with a prompt.
 
-`backbone` joins them, `prompted` puts a prompt in front (`row_prompts`: another for every row), and `tokens`
-turns answers into tokens.
+`backbone` joins a vision tower and a language model by a visual projection, `vlm` wraps pretrained models,
+`prompted` adds a prompt (`row_prompts`: one per row of a batch), and `tokens` converts answers to token ids.
 """
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""A vision tower and a language model, joined by a visual projection; or a language model alone.
+"""Composed backbones: a language model, alone or joined to a vision tower by a visual projection.
 
-An encoder reads `[text ; visual]`, with a prompt in front of the text when there is one. Protocol: VL-T5 (Cho
-et al. 2021) and VL-Adapter (Sung et al. 2022). A decoder-only model reads the visual tokens in front of the
-text, as LLaVA (Liu et al. 2023) does; see `language`.
+An encoder reads `[prompt ; text ; visual]`, as in VL-T5 (Cho et al. 2021) and VL-Adapter (Sung et al. 2022).
+A decoder-only model reads the visual tokens in front of the text, as LLaVA (Liu et al. 2023) does; see
+`language`.
 """
 
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ from dept_vl.prompts.dept import DePT
 BACKBONE_FILE = "backbone.json"
 PROJECTION_FILE = "visual_projection.safetensors"
 ENCODED, ENCODED_MASK = "encoded", "encoded_mask"
-"""What `encode` made of a source before, in what `read` is given as processed."""
+"""Keys of `processed` in `Backbone.read` for a source that was encoded earlier."""
 
 
 @dataclass(frozen=True)
@@ -56,25 +56,22 @@ class BackboneFile:
 
 
 class Backbone(FrozenBackbone):
-    """The models that a prompt is trained on.
+    """Backbone that is composed of a language model and, for images, a vision tower and a visual projection.
 
-    Everything but the visual projection is frozen.
+    Everything but the visual projection is frozen. For attributes, see `FrozenBackbone`.
 
     Args:
         vision: Image encoder, or None for text alone.
-        language: A T5- or BART-like encoder-decoder, or a GPT-2- or Llama-like decoder.
-        tokenizer: Its tokenizer; padding is put on the right.
-        name: What an adapter calls this backbone.
-        visual_position_bias: See `VisualPositionBias`; of a decoder-only model with images, always relative.
+        language: T5- or BART-like encoder-decoder, or GPT-2- or Llama-like decoder.
+        tokenizer: Tokenizer of the language model. Its padding side is set to the right.
+        name: Name of the backbone in adapters.
+        visual_position_bias: See `VisualPositionBias`; always relative for a decoder-only model with images.
         object_order: See `ObjectOrder`.
         visual_norm: See `VisualNorm`.
 
-    Attributes:
-        language_model: `language` in the wrapper that reads and answers with it.
-        fingerprint: Hashes of the frozen weights, by part: `language` and, for images, `vision`.
-
     Raises:
-        ValueError: If the language model is not supported, or not with this `visual_position_bias`.
+        ValueError: If an option has an unknown value, the language model is not supported or not with this
+            `visual_position_bias`, or the tokenizer does not belong to it.
 
     Example:
         >>> import dept_vl
@@ -108,7 +105,7 @@ class Backbone(FrozenBackbone):
         self.vision = vision
         self.language = language
         self.tokenizer = tokenizer
-        # Whatever its files say.
+        # Set whatever the tokenizer's files say.
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
         if vision is not None and not language.config.is_encoder_decoder:
             visual_position_bias = "relative"
@@ -132,7 +129,7 @@ class Backbone(FrozenBackbone):
         if vision is not None:
             places = 0 if object_order == "none" else vision.token_count
             self.visual_projection = new_projection(language, vision.d_vision, places, self.word_size())
-        # Taken before any training, so that it names the frozen weights even after fine-tuning.
+        # Computed before any training, so that it identifies the frozen weights even after fine-tuning.
         parts = {"language": language} | ({"vision": vision.model} if vision else {})
         self.fingerprint = {part: fingerprint(m.state_dict().items()) for part, m in parts.items()}
         self.freeze()
@@ -154,25 +151,26 @@ class Backbone(FrozenBackbone):
         visual_norm: VisualNorm | None = None,
         image_fit: ImageFit | None = None,
     ) -> "Backbone":
-        """Load a folder written by `save_pretrained`, or join two models of the Hub or the disk.
+        """Load a saved backbone, or join a vision tower and a language model.
 
         Args:
-            backbone: Such a folder; it carries a trained visual projection and its own options.
+            backbone: Folder written by `save_pretrained`, with its own visual projection and options.
             vision: Hub name or folder of the image encoder (with `language`); None for text alone.
             language: Hub name or folder of the encoder-decoder or decoder-only model.
             vision_layer: See `VisionEncoder`.
             class_token: See `VisionEncoder`.
             pooled_grid: See `VisionEncoder`.
-            exif: See `VisionEncoder`; it belongs to no folder.
+            exif: See `VisionEncoder`. It is not saved in the folder.
             visual_position_bias: See `VisualPositionBias`.
-            object_order: See `ObjectOrder`; None takes the folder's own, else frozen.
-            visual_norm: See `VisualNorm`; None takes the folder's own, else once.
-            image_fit: See `ImageFit`; None takes the folder's own, else squash. A folder's may be changed.
+            object_order: See `ObjectOrder`; None uses the folder's value, or frozen without a folder.
+            visual_norm: See `VisualNorm`; None uses the folder's value, or once without a folder.
+            image_fit: See `ImageFit`; None uses the folder's value, or squash without a folder. Any other
+                value overrides the folder's.
 
         Raises:
-            ValueError: If both or neither of `backbone` and `language` are given, or options besides a folder
-                that it does not have, or the folder's files are damaged or do not belong together.
-            FileNotFoundError: If the folder holds no backbone.
+            ValueError: If both or neither of `backbone` and `language` are given, if an option differs from
+                the folder's, or if the folder's files are damaged or do not belong together.
+            FileNotFoundError: If the folder contains no backbone.
         """
         if (backbone is None) == (language is None):
             raise ValueError(
@@ -245,7 +243,7 @@ class Backbone(FrozenBackbone):
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write vision/, language/ (with tokenizer), the visual projection and the options."""
+        """Save language model and tokenizer (language/), vision tower (vision/), projection and options."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.language.save_pretrained(folder / "language")
@@ -287,20 +285,20 @@ class Backbone(FrozenBackbone):
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
-        """See `FrozenBackbone.read`; what `encode` makes of the source, or made of it before."""
+        """Encode a source, or take its encoding from `processed`; see `FrozenBackbone.read`."""
         if processed is not None and ENCODED in processed:
             kept = processed[ENCODED]
             kept = kept if prompt is None else prompt.shift_memory(kept)
             return BaseModelOutput(last_hidden_state=kept), processed[ENCODED_MASK]
         mask = attention_mask.bool()
-        # Padding goes last before anything is looked up, so that a column is a position from here on.
+        # Padding is moved to the right first, so that a token's column is its position from here on.
         columns = packing(mask)
         mask = take(mask, columns)
         look_up = self.embed if word_table is None else word_table
         embeddings = look_up(take(input_ids, columns))
         if isinstance(prompt, RowPrompts) and pixel_values is not None and self.vision is not None:
             again = repeated(pixel_values)
-            if again is not None:  # one image that several adapters are asked about
+            if again is not None:  # several rows, with different prompts, have the same image
                 seen = pixel_values[again[0]]
                 features = self.vision(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
                 pixel_values, visual_features = None, features[again[1]]
@@ -313,7 +311,7 @@ class Backbone(FrozenBackbone):
         again = None
         if isinstance(prompt, RowPrompts) and self.language.config.is_encoder_decoder:
             again = repeated(embeddings, mask, visual)
-        if again is not None:  # adapters that leave the encoder alone, asked the same, share its pass
+        if again is not None:  # rows with the same encoder input are encoded once
             first, which = again
             visual = None if visual is None else visual[first]
             encoded, mask = self.encode(
@@ -332,10 +330,10 @@ class Backbone(FrozenBackbone):
         pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
     ) -> Float[Tensor, "batch visual d_model"] | None:
-        """Visual tokens of the language model's width, from pixels or from features; None from neither.
+        """Return visual tokens of size `d_model` from pixels or features; None without images.
 
         Raises:
-            ValueError: If there are images and the backbone has no vision tower, or too many images.
+            ValueError: If images are given to a backbone without a vision tower, or more than `MAX_IMAGES`.
         """
         if pixel_values is None and visual_features is None:
             return None
@@ -361,20 +359,20 @@ class Backbone(FrozenBackbone):
         *,
         prompt_length: int = 0,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """Run the encoder over `[prompt ; text ; visual]`.
+        """Run the encoder on `[prompt ; text ; visual]`.
 
         Args:
-            embeddings: Prompt and text, padding on the right.
-            mask: False on padding.
-            visual: Projected visual tokens, if there are images.
-            prompt_length: How many of the first columns are prompt.
+            embeddings: Embeddings of prompt and text, with padding on the right.
+            mask: Mask that is False on padding.
+            visual: Projected visual tokens, or None without images.
+            prompt_length: Number of prompt vectors at the start of each row.
 
         Returns:
-            The encoder's output and the mask for the decoder's cross-attention; of a decoder-only model
-            the embeddings and their mask, padding first.
+            Encoder output and the mask for the decoder's cross-attention. For a decoder-only model, the
+            embeddings and their mask, with padding on the left.
 
         Raises:
-            ValueError: If the language model has no position for so long an input.
+            ValueError: If the input is longer than the language model's positions.
         """
         visual_length = 0 if visual is None else visual.shape[1]
         self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a backbone, whichever it is: `Backbone` (composed) or `VisionLanguageModel`."""
+"""Common interface of the backbones: `Backbone` (composed) and `VisionLanguageModel` (pretrained)."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
     from dept_vl.prompts.dept import DePT
 
 LORA = "lora_"
-"""In the names that peft gives to the tensors of LoRA."""
+"""Part of the name of every LoRA tensor of peft."""
 
 
 class FrozenBackbone(nn.Module, ABC):
-    """The models that a prompt is trained on, frozen unless `freeze` is called with other values.
+    """Base class of backbones: models that a prompt is trained on, frozen unless `freeze` unfreezes parts.
 
     Attributes:
-        name: What an adapter calls it.
-        tokenizer: Makes the tokens of answers and, of a composed backbone, of texts.
-        language: What is frozen, or adapted: the language model, or the whole pretrained model.
-        language_model: It in the wrapper that scores and generates answers.
-        vision: The vision tower of a composed backbone; None without one, or where `language` has it.
-        visual_projection: Of a composed backbone.
-        processor: Makes sources of texts and images, where the model has one of its own.
-        d_model: Width of the word embeddings.
-        fingerprint: Hashes of the frozen weights, by part.
-        exif: Whether images are turned as their EXIF orientation says; None if none are read.
-        text_form: How a pretrained model is asked; empty for its usual form, None for a composed backbone.
-        load_in: How a pretrained model's linear layers are quantised; empty if they are not.
-        frame: Text tokens that the form of a question adds to it.
+        name: Name of the backbone in adapters.
+        tokenizer: Tokenizer of answers and, in a composed backbone, of texts.
+        language: Language model of a composed backbone, or the whole pretrained model.
+        language_model: Wrapper of `language` that scores and generates answers.
+        vision: Vision tower of a composed backbone; None for text alone and for pretrained models.
+        visual_projection: Visual projection of a composed backbone, or None.
+        processor: Reader that builds inputs from texts and images with a pretrained model's processor.
+        d_model: Hidden size of the word embeddings.
+        fingerprint: Hashes of the frozen weights by part.
+        exif: Whether images are rotated by their EXIF orientation; None if the model reads no images.
+        text_form: Form of a pretrained model's questions; empty for the usual one, None if composed.
+        load_in: Quantisation of a pretrained model's linear layers; empty for none.
+        frame: Number of text tokens that `text_form` adds to a question.
     """
 
     name: str
@@ -62,25 +62,25 @@ class FrozenBackbone(nn.Module, ABC):
 
     @property
     def reads_images(self) -> bool:
-        """Whether a question may be about images."""
+        """Whether the backbone reads images."""
         return self.exif is not None
 
     @property
     def image_fit(self) -> ImageFit | None:
-        """How images get the shape of the image encoder's pixels; None where that is not chosen."""
+        """How images are resized to the vision tower's input shape; None without a vision tower."""
         return None if self.vision is None else self.vision.image_fit
 
     def image_features(self) -> VisionEncoder | None:
-        """What encodes images before any text is read, so that it may be kept; None without images.
+        """Return the encoder whose image features can be computed in advance; None without images.
 
         Raises:
-            UsageError: If that cannot be.
+            UsageError: If the features cannot be computed in advance.
         """
         return self.vision
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: the device of the word embeddings."""
+        """Device of the word embeddings, where inputs have to be."""
         device: torch.device = self.language_model.word_embeddings.weight.device
         return device
 
@@ -96,41 +96,41 @@ class FrozenBackbone(nn.Module, ABC):
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
-        """Read a source with a prompt, for `language_model.logits` and `language_model.generate`.
+        """Encode a source with a prompt, for `language_model.logits` and `language_model.generate`.
 
         Args:
-            prompt: None reads the source as it is.
-            input_ids: Tokens, padded on either side.
-            attention_mask: Non-zero on tokens.
-            word_table: Instead of the word embeddings; see `PromptedModel.folded`.
-            pixel_values: Of a composed backbone: preprocessed images, or
-            visual_features: what the vision tower gave for them; neither for text alone.
-            processed: What else `processor` made of the source.
+            prompt: Prompt; None reads the source without one.
+            input_ids: Token ids of the source, padded on either side.
+            attention_mask: Mask that is non-zero on tokens.
+            word_table: Embedding matrix that replaces the word embeddings; see `PromptedModel.folded`.
+            pixel_values: Preprocessed images, for a composed backbone.
+            visual_features: Output of the vision tower for the images, instead of `pixel_values`.
+            processed: Further outputs of `processor` for the source.
 
         Returns:
-            What the wrapper takes, and its mask.
+            Encoded source in the form that `language_model` takes, and its mask.
         """
 
     def with_projection(self, projection: nn.Module | None) -> "FrozenBackbone":
-        """Return the same models, shared and not copied, with another visual projection.
+        """Return a backbone that shares all models with this one but has another visual projection.
 
         Args:
-            projection: Of the interface of `projection.VisualProjection`.
+            projection: Module with the interface of `projection.VisualProjection`.
         """
         other = copy.copy(self)
-        # `nn.Module` would share the table of its parts too.
+        # The shallow copy shares the dict of submodules, so it gets its own.
         other._modules = {**self._modules, "visual_projection": projection}
         return other
 
     def freeze(
         self, *, language: bool = True, visual_projection: bool = False, but: TrainedPart = "all"
     ) -> None:
-        """Choose what is frozen. The vision tower always is; nothing else sets `requires_grad`.
+        """Freeze or unfreeze parts of the backbone. The vision tower is always frozen.
 
         Args:
-            language: Freeze the whole language model.
-            visual_projection: Freeze the visual projection.
-            but: What of the language model is trained if it is not frozen.
+            language: Whether to freeze the whole language model.
+            visual_projection: Whether to freeze the visual projection.
+            but: Part of the language model that is trained if `language` is False.
         """
         self.language.requires_grad_(False)
         for parameter in [] if language else self._trained_parts(but):
@@ -143,7 +143,7 @@ class FrozenBackbone(nn.Module, ABC):
                 order.requires_grad_(False)
 
     def image_encoder(self) -> nn.Module | None:
-        """The part of `language` that encodes images, which stays frozen; None without one."""
+        """Return the part of `language` that encodes images and stays frozen, or None."""
         return None
 
     def _trained_parts(self, part: TrainedPart) -> list[nn.Parameter]:
@@ -155,15 +155,15 @@ class FrozenBackbone(nn.Module, ABC):
         if part == "lora":
             return [parameter for name, parameter in named if LORA in name]
         biases = [parameter for name, parameter in named if name.endswith(".bias")]
-        # T5 has none; the scales of its norms are as many and act as near.
+        # T5 has no biases; the scales of its norms are trained instead.
         return biases or [parameter for _, parameter in named if parameter.dim() == 1]
 
     def add_lora(self, rank: int) -> None:
-        """Put a low-rank pair beside each query and value of the attention, as peft does by default.
+        """Add LoRA to the query and value projections of the attention, by peft.
 
         Raises:
             ImportError: If peft is not installed.
-            ValueError: If peft does not know which they are in this language model.
+            ValueError: If peft does not know the target modules of this language model.
         """
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -181,42 +181,42 @@ class FrozenBackbone(nn.Module, ABC):
         self.freeze(language=False, but="lora")
 
     def _lora_targets(self) -> list[str] | None:
-        """Names of the queries and values of the attention; None where peft knows them itself."""
+        """Return the names of the query and value projections; None for peft's own choice."""
         names = {name.rpartition(".")[2] for name, _ in self.language.named_modules()}
-        # As peft has it for T5, and not for all of its relatives.
+        # peft's choice for T5, which it does not know for all models of T5's architecture.
         return ["q", "v"] if {"q", "v"} <= names else None
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the language model uses them (BART's scale included)."""
+        """Return the word embeddings of tokens as the language model uses them (with BART's scale)."""
         return self.language_model.embed(input_ids)
 
     def word_size(self) -> float:
-        """Root mean square of the embeddings of common words, as the language model uses them."""
+        """Return the root mean square of the embeddings of the first `COMMON_TOKENS` tokens."""
         words = self.language_model.word_embeddings.weight
         common = torch.arange(min(COMMON_TOKENS, len(words)), device=words.device)
         return float(self.embed(common[None]).detach().float().square().mean().sqrt())
 
     def probe(self, images: int = 1) -> None:  # a composed backbone was made for prompts
-        """Check on the model itself that a prompt works, with so many images to a question.
+        """Run the model to check that a prompt works with `images` images per question.
 
         Raises:
-            ValueError: If it does not, in one line.
+            ValueError: If a prompt does not work.
         """
 
     @abstractmethod
     def check_prompt(self, prompt: "DePT") -> None:
-        """Refuse a prompt of a method that acts where the model cannot be reached.
+        """Check that the backbone supports the method of a prompt.
 
         Raises:
-            ValueError: With what to take instead.
+            ValueError: If it does not. The message names methods to use instead.
         """
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """Refuse an input for which the language model has too few positions.
+        """Check that the language model has enough positions for an input.
 
-        An encoder-decoder's answer has positions of its own and is not counted.
+        The answer is not counted for an encoder-decoder, whose decoder has its own positions.
 
         Raises:
-            ValueError: With the limit and what each part takes of it.
+            ValueError: If it has too few. The message names the limit and the length of each part.
         """
         self.language_model.check_length(prompt, text, visual, answer)

@@ -1,4 +1,4 @@
-"""A prompt and a backbone: the one model behind every task, with images or without."""
+"""Model of a prompt and a backbone, used for every task, with or without images."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,15 @@ from dept_vl.prompts.methods import fold
 
 
 class PromptedModel(nn.Module):
-    """Reads `[prompt ; text ; visual]`, in the encoder where there is one, and answers.
+    """Backbone with a prompt, which reads `[prompt ; text ; visual]` and scores or generates answers.
 
     Args:
-        backbone: Frozen but for what `Backbone.freeze` leaves trainable.
-        prompt: The trainable prompt; None runs the bare backbone.
-        backbone_dropout: Keep the frozen language model's dropout on while training.
+        backbone: Backbone, frozen except for the parts that `FrozenBackbone.freeze` leaves trainable.
+        prompt: Trainable prompt; None for the backbone alone.
+        backbone_dropout: Whether the backbone's dropout is active in training mode.
+
+    Raises:
+        ValueError: If the prompt has another hidden size, or a method that the backbone does not support.
 
     Example:
         >>> import dept_vl
@@ -50,13 +53,14 @@ class PromptedModel(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> "PromptedModel":
-        """This model for inference: P is one tensor, and a token offset is in a word table of its own.
+        """Return a model for inference, with P as one tensor and the token offset in an embedding matrix.
 
-        The backbone is shared, and not changed. A prompt with nothing to fold gives this model itself.
+        The backbone is shared and not changed. The model itself is returned if its prompt has nothing to
+        fold, or if the backbone is a pretrained model.
         """
         if self.prompt is None or (self.prompt.source is None and self.prompt.token_offset is None):
             return self
-        if self.backbone.processor is not None:  # its word embeddings are those of image tokens too
+        if self.backbone.processor is not None:  # its embedding matrix is also used for image tokens
             return self
         words = self.backbone.language_model.word_embeddings.weight
         table = self.backbone.embed(torch.arange(len(words), device=words.device)[None])[0]
@@ -67,13 +71,13 @@ class PromptedModel(nn.Module):
         return model.train(self.training)
 
     def train(self, mode: bool = True) -> "PromptedModel":
-        """Training mode, with the frozen backbone's dropout as asked for."""
+        """Set training or evaluation mode; the backbone is in training mode only with `backbone_dropout`."""
         super().train(mode)
         self.backbone.train(mode and self.backbone_dropout)
         return self
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """What is trained, by learning rate: prompt, low_rank, visual_projection, backbone."""
+        """Return the trainable parameters by group: prompt, low_rank, visual_projection, backbone."""
         groups = {} if self.prompt is None else self.prompt.parameter_groups()
         projection = self.backbone.visual_projection
         if projection is not None:
@@ -91,14 +95,14 @@ class PromptedModel(nn.Module):
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
-        """The source as the language model answers it, and its mask; `forward` and `generate` both use it.
+        """Return the encoded source and its mask; see `FrozenBackbone.read`.
 
         Args:
-            input_ids: Text tokens, padded on either side; those of a pretrained model's images too.
-            attention_mask: Non-zero on tokens.
-            pixel_values: Of a composed backbone: preprocessed images, or
-            visual_features: what the vision tower gave for them; neither for text alone.
-            processed: Of a pretrained model: what else its processor made of the source.
+            input_ids: Token ids, padded on either side; a pretrained model's include its image tokens.
+            attention_mask: Mask that is non-zero on tokens.
+            pixel_values: Preprocessed images, for a composed backbone.
+            visual_features: Output of the vision tower for the images, instead of `pixel_values`.
+            processed: Further outputs of a pretrained model's processor for the source.
         """
         return self.backbone.read(
             self.prompt,
@@ -121,16 +125,16 @@ class PromptedModel(nn.Module):
         processed: Mapping[str, Tensor] | None = None,
         weights: Float[Tensor, " batch"] | None = None,
     ) -> Seq2SeqLMOutput:
-        """Logits and the loss: each example's mean token cross-entropy, weighted, averaged.
+        """Return the logits and the loss, as computed by `sequence_loss`.
 
         Args:
-            input_ids: See `encode`, as for the mask, pixels and features.
-            attention_mask: Non-zero on text tokens.
-            labels: Target tokens, `IGNORE_INDEX` on the padding behind them.
+            input_ids: See `encode`.
+            attention_mask: See `encode`.
+            labels: Token ids of the answers, with `IGNORE_INDEX` on the padding after them.
             pixel_values: See `encode`.
             visual_features: See `encode`.
             processed: See `encode`.
-            weights: An example's share of the loss (VQA: the soft score of the sampled answer).
+            weights: Weight of each example in the loss (VQA: soft score of the sampled answer).
         """
         encoded, mask = self.encode(
             input_ids,
@@ -153,19 +157,19 @@ class PromptedModel(nn.Module):
         processed: Mapping[str, Tensor] | None = None,
         **options: Any,
     ) -> Int[Tensor, "sequences target"]:
-        """Decode by the language model's own `generate` (greedy, beam, sampling).
+        """Generate answers by the language model's own `generate` (greedy, beam search, sampling).
 
         Args:
-            input_ids: See `encode`, as for the mask, pixels and features.
-            attention_mask: Non-zero on text tokens.
+            input_ids: See `encode`.
+            attention_mask: See `encode`.
             pixel_values: See `encode`.
             visual_features: See `encode`.
             processed: See `encode`.
-            **options: Of `transformers.GenerationMixin.generate`: `num_beams`, `max_new_tokens`,
-                `do_sample`, `num_return_sequences`, ...
+            **options: Options of `transformers.GenerationMixin.generate`, such as `num_beams`,
+                `max_new_tokens`, `do_sample` and `num_return_sequences`.
 
         Returns:
-            New tokens, behind the decoder's start token where there is one.
+            Token ids of the answers, after the decoder's start token if there is one.
         """
         encoded, mask = self.encode(
             input_ids,
@@ -182,7 +186,7 @@ def sequence_loss(
     labels: Int[Tensor, "batch target"],
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Mean over examples of weight x mean token cross-entropy (VL-T5, Cho et al. 2021)."""
+    """Return the mean over examples of weight x mean token cross-entropy (VL-T5, Cho et al. 2021)."""
     losses = nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view_as(labels)

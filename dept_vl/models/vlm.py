@@ -1,7 +1,7 @@
-"""A pretrained model of transformers as a backbone: any of `AutoModelForImageTextToText`, or of text alone.
+"""Pretrained models of transformers as backbones: vision-language models, and language models alone.
 
-Its processor, or its tokenizer, makes the source, and a prompt goes in by `placeholders`.
-`VisionLanguageModel.probe` says whether that works with a model, by running it.
+The model's processor or tokenizer builds the source, and `placeholders` inserts the prompt.
+`VisionLanguageModel.probe` runs the model to check that a prompt works with it.
 """
 
 import inspect
@@ -44,36 +44,39 @@ from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.dept import DePT
 
 ANSWER_TYPE = {"paligemma": 1}
-"""Token type of an answer, where it is not that of a text: PaliGemma reads all others both ways."""
+"""Token type of answers by model type, where it is not the text's (PaliGemma reads text bidirectionally)."""
 PROBED = (QUESTION, "what is the red one")
-"""Questions of a probe, of different lengths."""
+"""Questions of `VisionLanguageModel.probe`, with different lengths."""
 ATTENTION = ("q_proj", "v_proj", "q", "v")
-"""Names of queries and values, where LoRA goes."""
+"""Names of the query and value projections, which LoRA is added to."""
 ENDS = ("id", "index")
-"""Of the names that the token of an image has in configurations."""
+"""Ends of the configuration keys for an image token, as in `image_token_id`."""
 KINDS: tuple[tuple[Any, str, Any], ...] = (
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "a vision-language model", AutoModelForImageTextToText),
     (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "a language model", AutoModelForSeq2SeqLM),
     (MODEL_FOR_CAUSAL_LM_MAPPING, "a language model", AutoModelForCausalLM),
 )
-"""Configurations of models, what these are, and what opens them."""
+"""Supported configuration classes, what messages call such a model, and the class that loads it."""
 CLOSE = 1e-3
-"""Difference that padding may make, as a share of the largest logit: sums come in another order."""
+"""Largest change of logits by padding (sums in another order), as a share of the largest logit."""
 CLOSE_IN_8_BITS = 0.05
-"""The same where activations are rounded to 8 bits."""
+"""`CLOSE` for models whose activations are rounded to 8 bits."""
 
 
 class VisionLanguageModel(FrozenBackbone):
-    """A pretrained vision-language model, or a language model alone, frozen, with its processor.
+    """Frozen pretrained vision-language model or language model, with its processor.
 
     Args:
-        model: Of a class of `KINDS`.
-        processor: The model's; a tokenizer, for text alone.
-        name: What an adapter calls it.
-        text_form: How a question is asked: `chat`, or a text with `{text}`; empty for the usual form.
-        exif: Turn images as their EXIF orientation says.
-        load_in: How its linear layers are quantised.
-        spread: It is on the devices that it has to be on, and is not moved.
+        model: Model of one of the kinds in `KINDS`.
+        processor: Processor of the model, or its tokenizer for text alone.
+        name: Name of the backbone in adapters.
+        text_form: Form of a question: `chat`, or a text with `{text}`; empty for the model's usual form.
+        exif: Whether to rotate images by their EXIF orientation.
+        load_in: Quantisation of the model's linear layers; empty for none.
+        spread: Whether the model is spread over several devices. Such a model is not moved by `to`.
+
+    Raises:
+        ValueError: If the processor has no tokenizer or does not belong to the model.
 
     Example:
         >>> from dept_vl.models.vlm import VisionLanguageModel
@@ -131,7 +134,7 @@ class VisionLanguageModel(FrozenBackbone):
             "language": fingerprint(model.state_dict().items()),
             "model": type(model).__name__,
         }
-        if load_in:  # which are the same in every precision
+        if load_in:  # word embeddings are not quantised, and are the same in every precision
             self.fingerprint["words"] = fingerprint_of_words(self)
         self.freeze()
 
@@ -146,24 +149,23 @@ class VisionLanguageModel(FrozenBackbone):
         load_in: LoadIn = "",
         device_map: str = "",
     ) -> "VisionLanguageModel":
-        """Load a model and its processor from the Hub or the disk, in full precision or quantised.
+        """Load a model and its processor from the Hub or a folder, in full precision or quantised.
 
         Args:
-            name_or_path: Hub name or folder.
-            text_form: See the class.
-            exif: See the class.
-            load_in: See the class.
-            device_map: `auto` spreads it over the devices of this process.
+            name_or_path: Hub name or folder of the model.
+            text_form: See `VisionLanguageModel`.
+            exif: See `VisionLanguageModel`.
+            load_in: See `VisionLanguageModel`.
+            device_map: `auto` to spread the model over the devices of this process; empty for one device.
 
         Raises:
-            UsageError: If what quantises it is not installed.
-            ValueError: If it reads no images or answers in no text, brings code of its own, or its files are
-                damaged.
+            UsageError: If the package for quantisation is not installed.
+            ValueError: If the model is of none of `KINDS` or needs its own code, or if its files are damaged.
         """
         with loading(name_or_path, "a vision-language model"):
             try:
                 config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            except ValueError as error:  # a type of which transformers knows nothing, or code of its own
+            except ValueError as error:  # an unknown model type, or a model that needs its own code
                 problem = one_line(error).partition(". ")[0]
                 raise ValueError(f"{name_or_path} is no vision-language model: {problem}") from None
         opened = [(what, opens) for mapping, what, opens in KINDS if type(config) in mapping]
@@ -205,7 +207,7 @@ class VisionLanguageModel(FrozenBackbone):
         return ImageFeatures(self.language, self.processor, exif=self.exif is not False)
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
-        """Training mode; what reads images stays in evaluation mode, as a vision tower does."""
+        """Set training or evaluation mode; modules that read images always stay in evaluation mode."""
         super().train(mode)
         if mode:
             for part in self._image_parts():
@@ -263,7 +265,7 @@ class VisionLanguageModel(FrozenBackbone):
         visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Source, Bool[Tensor, "batch source"]]:
-        """See `FrozenBackbone.read`; the source with placeholders, still to be read."""
+        """Return the source with placeholders, which the model reads later; see `FrozenBackbone.read`."""
         more = dict(processed or {})
         if FEATURES in more and self.language_model.output_of_images is None:
             self.language_model.output_of_images = output_of(self.language, self.processor)
@@ -283,10 +285,10 @@ class VisionLanguageModel(FrozenBackbone):
 
     @torch.no_grad()
     def probe(self, images: int = 1) -> None:
-        """Check on the model itself that a prompt works, with so many images to a question.
+        """Run the model to check that a prompt works with `images` images per question.
 
         Raises:
-            ValueError: If it does not, in one line.
+            ValueError: If a prompt does not work.
         """
         was_training = self.training
         self.eval()
@@ -335,7 +337,7 @@ class VisionLanguageModel(FrozenBackbone):
         return ""
 
     def _images_grow(self, images: int) -> bool:
-        """Whether that many images have more tokens than one."""
+        """Return whether this number of images gives more image tokens than one image."""
         counts = [
             torch.isin(
                 self._probe_source([PROBED[0]], n)["input_ids"].cpu(), self.processor.image_tokens
@@ -351,11 +353,11 @@ class VisionLanguageModel(FrozenBackbone):
 
 
 def open_backbone(model: str | Path | None = None, **options: Any) -> FrozenBackbone:
-    """Load a pretrained model, or a composed backbone (see `Backbone.from_pretrained`).
+    """Load a pretrained model, or a composed backbone.
 
     Args:
-        model: Hub name or folder; None joins a backbone.
-        **options: Of the class.
+        model: Hub name or folder of a pretrained model; None for a composed backbone.
+        **options: Options of `VisionLanguageModel.from_pretrained` or `Backbone.from_pretrained`.
     """
     if model is None:
         return Backbone.from_pretrained(**options)
@@ -363,10 +365,10 @@ def open_backbone(model: str | Path | None = None, **options: Any) -> FrozenBack
 
 
 def _image_token(config: PretrainedConfig, name: str) -> int | None:
-    """The placeholder of images; None where a model has none.
+    """Return the id of the image token, or None if the configuration has none.
 
     Raises:
-        ValueError: If there is one of videos alone.
+        ValueError: If the configuration has a token for videos but none for images.
     """
     image, video = (
         next((getattr(config, f"{kind}_{end}") for end in ENDS if hasattr(config, f"{kind}_{end}")), None)

@@ -1,8 +1,8 @@
-"""The methods: soft prompts and offsets on frozen word embeddings.
+"""Prompt methods: soft prompts, and offsets that are added to frozen word embeddings.
 
-`dept` is DePT (Shi & Lipani, ICLR 2024). `base` says what a method is and what its budget buys, `methods`
-has the built-in ones, `reparameterized` computes P from other parameters, and `initialise` gives P its first
-vectors.
+`dept` implements DePT (Shi & Lipani, ICLR 2024). `base` defines the interface of a method and its parameter
+budget, `methods` contains the built-in methods, `reparameterized` computes the soft prompt P from other
+parameters, and `initialise` sets the initial vectors of P.
 """
 
 __all__ = ["base", "dept", "initialise", "methods", "options", "reparameterized"]

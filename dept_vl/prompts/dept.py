@@ -10,16 +10,16 @@ Source: Shi & Lipani, "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fi
 | r      | rank of the low-rank pair                        | `rank`                 |
 | P      | soft prompt (m, d)                               | `soft_prompt`          |
 | A, B   | low-rank pair (s, r) and (r, d)                  | `offset_a`, `offset_b` |
-| n      | source length of the batch at hand, n <= s       | `text`                 |
+| n      | source length of the current batch, n <= s       | `text`                 |
 
-The encoder reads `[P ; E(x) + scale * A[:n] @ B]` with `scale = alpha / sqrt(r)`. B starts at zero, so
-an untrained DePT is plain prompt tuning with m vectors; r = 0 *is* plain prompt tuning, m = 0 is
-the offset alone. A prompt of l vectors has l*d parameters; DePT spends them as m*d + (s + d)*r and
-saves l - m positions in every encoder layer and every decoder cross-attention.
+The encoder reads `[P ; E(x) + scale * A[:n] @ B]` with `scale = alpha / sqrt(r)`. B is initialised to zero,
+so an untrained DePT equals plain prompt tuning with m vectors. With r = 0 it stays plain prompt tuning, and
+with m = 0 only the offset is left. A plain prompt of l vectors has l*d parameters. DePT has m*d + (s + d)*r
+and saves l - m positions in every encoder layer and every decoder cross-attention.
 
-Other methods compute P from something else (`source`), or shift each text token (`token_offset`), each
-visual token (`visual_offset`) or each vector of the encoder's output (`memory_offset`) by a function of
-itself; `methods` has them.
+Other methods (see `methods`) compute P from other parameters (`source`), or add to each text token
+(`token_offset`), visual token (`visual_offset`) or vector of the encoder's output (`memory_offset`) a
+function of that same vector.
 """
 
 import math
@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from dept_vl.prompts.base import METHODS, Method, check_sizes
 
 RENAMED = {"lora_a": "offset_a", "lora_b": "offset_b"}
-"""Parameters by the names that older files have for them."""
+"""Current name of each parameter that is named differently in older files."""
 
 POWERS = {"offset_b": 1, "down.weight": -1, "up.weight": 1, "up.bias": 1}
-"""Of the embeddings' size, by the end of a parameter's name; of P, and of what moves it, 1, of others 0."""
+"""Exponents for `DePT.powers`, by the end of a parameter's name. Others have 1 if they move P, and else 0."""
 
 
 class PromptSource(nn.Module, ABC):
-    """Computes P where its vectors are not parameters themselves."""
+    """Module that computes the soft prompt P from its parameters, where P is not trained directly."""
 
     @abstractmethod
     def forward(self) -> Float[Tensor, "prompt d_model"]:
@@ -48,35 +48,35 @@ class PromptSource(nn.Module, ABC):
 
     @abstractmethod
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """Set the parameters so that P is as close to these vectors as possible."""
+        """Set the parameters so that P is as close to `vectors` as possible."""
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters by learning rate, as `DePT.parameter_groups` does."""
+        """Return the parameters by learning-rate group; see `DePT.parameter_groups`."""
 
 
 class DePT(nn.Module):
-    """The trainable prompt: `soft_prompt` (m, d), `offset_a` (s, r) and `offset_b` (r, d).
+    """Trainable prompt with the parameters `soft_prompt` (m, d), `offset_a` (s, r) and `offset_b` (r, d).
 
-    A part of size zero is `None`, so every parameter that exists is trained and counted.
+    A parameter of size zero is `None`, so every parameter that exists is trained and counted.
 
     Args:
-        d_model: Width of the embeddings that are prompted.
-        prompt_length: Vectors in the soft prompt (m >= 0).
-        rank: Rank of the offset by position (r >= 0); 0 is no offset.
-        max_source_length: Longest text in tokens (s); the rows of `offset_a`.
-        alpha: The offset is scaled by `alpha / sqrt(rank)`. The paper does not mention a scale; the
-            authors' code has alpha = 8 and the square root.
-        source: Computes the m vectors of P; None makes them parameters.
-        token_offset: Computes a further shift of each text token from its embedding; None for no shift.
-        visual_offset: The same for each visual token, at the encoder's input.
-        memory_offset: The same for each vector of the encoder's output, which the decoder reads.
+        d_model: Hidden size of the backbone's word embeddings (d).
+        prompt_length: Number of vectors in the soft prompt (m >= 0).
+        rank: Rank of the offset by position (r >= 0); 0 for no offset.
+        max_source_length: Maximum text length in tokens (s), which is the number of rows of `offset_a`.
+        alpha: Numerator of the offset's scale, `alpha / sqrt(rank)`. The paper does not mention a scale;
+            the code of DePT's authors uses alpha = 8 and the square root.
+        source: Module that computes the m vectors of P; None to train the vectors directly.
+        token_offset: Module that computes a shift of each text token from its embedding; None for no shift.
+        visual_offset: Module that shifts each visual token at the encoder's input; None for no shift.
+        memory_offset: Module that shifts each vector of the encoder's output; None for no shift.
 
     Attributes:
-        method: That built the prompt, for its description; None for P, A and B alone.
+        method: Method that built the prompt, used by `describe`; None if `DePT` was called directly.
 
     Raises:
-        ValueError: If a size is negative, or there is no text position to offset.
+        ValueError: If `prompt_length` or `rank` is negative, or `d_model` or `max_source_length` is below 1.
 
     Example:
         >>> import dept_vl, torch
@@ -128,15 +128,15 @@ class DePT(nn.Module):
     def forward(
         self, token_embeddings: Float[Tensor, "batch text d_model"], mask: Bool[Tensor, "batch text"]
     ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
-        """Add the offsets to the text and concatenate the soft prompt to its beginning.
+        """Add the offsets to the text and put the soft prompt in front of it.
 
         Args:
-            token_embeddings: Frozen word embeddings of the text alone, without images. Padding is on the
-                right (`models.padding.pack` moves it there), so that a token's column is its position.
+            token_embeddings: Frozen word embeddings of the text, without visual tokens. Padding has to be on
+                the right (see `models.padding.pack`), so that a token's column is its position.
             mask: True on text tokens, False on padding.
 
         Returns:
-            The embeddings and the mask of `[P ; text]`, m + n positions long.
+            Embeddings and mask of `[P ; text]`, of length m + n.
 
         Raises:
             ValueError: If the text is longer than `max_source_length`.
@@ -160,32 +160,32 @@ class DePT(nn.Module):
     def shift_visual(
         self, visual: Float[Tensor, "batch visual d_model"]
     ) -> Float[Tensor, "batch visual d_model"]:
-        """Return the visual tokens that the encoder is to read."""
+        """Return the visual tokens with `visual_offset` added."""
         return visual if self.visual_offset is None else visual + self.visual_offset(visual)
 
     def shift_memory(
         self, memory: Float[Tensor, "batch source d_model"]
     ) -> Float[Tensor, "batch source d_model"]:
-        """Return the encoder's output that the decoder is to read."""
+        """Return the encoder's output with `memory_offset` added."""
         return memory if self.memory_offset is None else memory + self.memory_offset(memory)
 
     @property
     def needs_encoder(self) -> bool:
-        """Whether the prompt acts on an encoder's output."""
+        """Whether the prompt changes the encoder's output, and so needs a backbone with an encoder."""
         return self.memory_offset is not None
 
     @property
     def changes_input(self) -> bool:
-        """Whether the encoder reads anything else than it would without the prompt."""
+        """Whether the prompt changes the encoder's input."""
         parts = (self.token_offset, self.visual_offset)
         return bool(self.prompt_length or self.rank) or any(part is not None for part in parts)
 
     def vectors(self) -> Float[Tensor, "prompt d_model"] | None:
-        """Return P; None if m = 0."""
+        """Return the soft prompt P, or None if m = 0."""
         return self.soft_prompt if self.source is None else self.source()
 
     def offset(self, text_length: int) -> Float[Tensor, "text d_model"] | None:
-        """Return `scale * A[:n] @ B`, the shift of each of the first n text positions; None at rank 0.
+        """Return the offset of the first n text positions, `scale * A[:n] @ B`, or None at rank 0.
 
         Raises:
             ValueError: If the text is longer than `max_source_length`.
@@ -199,23 +199,23 @@ class DePT(nn.Module):
         if self.offset_a is None or self.offset_b is None:
             return None
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # The step of a fused optimizer does not raise a tensor's version, so nothing is cached here.
+            # Not cached: a fused optimizer changes A and B without increasing their version counters.
             self._cache = None
             return self.offset_a[:text_length] @ self.offset_b * self.scale
         return self._cached_offset(self.offset_a.detach(), self.offset_b.detach())[:text_length]
 
     def train(self, mode: bool = True) -> "DePT":
-        """Set the mode, and clear the cached offset."""
+        """Set training or evaluation mode, and clear the cached offset."""
         self._cache = None
         return super().train(mode)
 
     def _cached_offset(
         self, a: Float[Tensor, "source rank"], b: Float[Tensor, "rank d_model"]
     ) -> Float[Tensor, "source d_model"]:
-        """Return the whole product for inference, computed again when A, B or the precision change.
+        """Return the offset of all positions, from the cache unless A, B, the scale or the precision changed.
 
-        A change in place raises a tensor's version. Any other change gives it another storage, whose
-        address cannot be the old one, because the cache keeps the old one alive.
+        A change in place increases a tensor's version counter. A replaced tensor has another address, because
+        the cache keeps the old tensor alive.
         """
         kind = a.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -226,10 +226,10 @@ class DePT(nn.Module):
 
     @torch.no_grad()
     def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:
-        """Start the soft prompt from word embeddings, repeated or cut to m vectors.
+        """Initialise the soft prompt with word embeddings, which are repeated or cut to m vectors.
 
         Raises:
-            ValueError: If there is no embedding.
+            ValueError: If `embeddings` is empty and m > 0.
         """
         if self.prompt_length == 0:
             return
@@ -242,9 +242,9 @@ class DePT(nn.Module):
             self.soft_prompt.copy_(embeddings[rows])
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable parameters by learning rate, `prompt` (alpha1) and `low_rank` (alpha2).
+        """Return the trainable parameters by learning-rate group: `prompt` (alpha1) and `low_rank` (alpha2).
 
-        `prompt` has what moves P by about its own step, `low_rank` all that multiplies it or shifts the text.
+        `prompt` has the parameters whose step changes P by about as much, `low_rank` all other parameters.
         """
         of_source = {} if self.source is None else self.source.parameter_groups()
         offsets = (self.token_offset, self.visual_offset, self.memory_offset)
@@ -258,10 +258,10 @@ class DePT(nn.Module):
         return {name: [p for p in group if p is not None] for name, group in groups.items()}
 
     def powers(self) -> dict[nn.Parameter, int]:
-        """Return by which power of the embeddings' size each parameter grows, all else being equal.
+        """Return the power of the embeddings' scale by which each parameter has to be multiplied.
 
-        Were all embeddings c times as large, P, B and B' would be too, and A' as much smaller. The encoder's
-        output is normed, and what acts on it stays as it is.
+        For embeddings c times as large, P, B and B' are multiplied by c and A' is divided by c. The encoder's
+        output is normalised, so the parameters of `memory_offset` keep their size.
         """
         vectors = set(self.parameter_groups()["prompt"])
         return {
@@ -273,12 +273,12 @@ class DePT(nn.Module):
 
     @torch.no_grad()
     def resize(self, size: float) -> None:
-        """Make of an untrained prompt what it would be for embeddings that are so many times as large."""
+        """Rescale an untrained prompt in place, for embeddings that are `size` times as large."""
         for parameter, power in self.powers().items():
             parameter.mul_(size**power)
 
     def describe(self) -> dict[str, Any]:
-        """Return method and sizes as `adapter.json` has them, enough to build the prompt again."""
+        """Return the method and sizes as in `adapter.json`, from which the prompt can be built again."""
         method = self.method
         if method is None:
             method = METHODS["dept" if self.rank else "pt"](
@@ -291,7 +291,7 @@ class DePT(nn.Module):
         return method.describe()
 
     def extra_repr(self) -> str:
-        """Return the sizes, for `print(model)`."""
+        """Return the sizes for `print(model)`."""
         return (
             f"d_model={self.d_model}, prompt_length={self.prompt_length}, rank={self.rank}, "
             f"max_source_length={self.max_source_length}, alpha={self.alpha}"
@@ -299,5 +299,5 @@ class DePT(nn.Module):
 
 
 def current_name(tensor_name: str) -> str:
-    """Return today's name of a tensor in an older file: `prompt.offset_a` for `prompt.lora_a`."""
+    """Return the current name of a tensor of an older file, such as `prompt.offset_a` for `prompt.lora_a`."""
     return ".".join(RENAMED.get(part, part) for part in tensor_name.split("."))

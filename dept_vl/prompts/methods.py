@@ -1,6 +1,6 @@
-"""The methods around DePT: where P comes from, and what shifts the text, at one budget.
+"""Built-in prompt methods: DePT and related methods, compared at the same number of trainable parameters.
 
-The encoder reads `[P ; E + g]` in all of them:
+With every method but `memory`, the encoder reads `[P ; E + g]`, where E are the word embeddings:
 
 | method   | P                     | g                            | source                              |
 |----------|-----------------------|------------------------------|-------------------------------------|
@@ -14,13 +14,13 @@ The encoder reads `[P ; E + g]` in all of them:
 | memory   | none                  | 0                            | this project, see below             |
 
 With `visual_offset`, `adept` and `hybrid` shift each visual token by a second f of the same rank. `memory` is
-an adapter between encoder and decoder, and no prompt: the decoder reads `H + f(H)` of the encoder's output H.
-The encoder runs without gradients if nothing else is trained, because the offset comes after it.
+an adapter between encoder and decoder, without a prompt. The decoder reads `H + f(H)` of the encoder's output
+H. If nothing else is trained, the encoder runs without gradients, because the offset comes after it.
 
-r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr`
-trains what moves P by about its own step (P, Z, b, U), `offset_lr` all that multiplies or shifts the text.
-A', a, B' and b, like A and B, start so that the method is plain prompt tuning with m vectors. Each method is
-one class here and a line of `base.METHODS`; `base.register_method` adds others.
+r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr` is
+the learning rate of the parameters whose step changes P by about as much (P, Z, b of ulpt, U), `offset_lr`
+that of all others. Offsets are zero before training, so the encoder then reads `[P ; E]`. Each method is one
+class here and one entry of `base.METHODS`; `base.register_method` adds others.
 """
 
 import math
@@ -36,7 +36,7 @@ from dept_vl.prompts.reparameterized import Bottleneck, LowRank, Residual, Scale
 
 
 class PromptTuning(Method):
-    """Plain prompt tuning: P alone. Trains m*d parameters."""
+    """Plain prompt tuning, with a soft prompt only. Trains m*d parameters."""
 
     name = "pt"
     keeps_length = True
@@ -52,7 +52,7 @@ class PromptTuning(Method):
 
 
 class Decomposed(Method):
-    """DePT: P, and an offset by position. Trains m*d + (s + d)*r parameters."""
+    """DePT: a soft prompt and an offset by position. Trains m*d + (s + d)*r parameters."""
 
     name = "dept"
 
@@ -72,7 +72,10 @@ class Decomposed(Method):
 
 
 class ADePT(Method):
-    """ADePT: P, and an offset by token. Trains m*d + (2*d + 1)*r + d parameters, and as many for images."""
+    """ADePT: a soft prompt and an offset by token.
+
+    Trains m*d + (2*d + 1)*r + d parameters, and (2*d + 1)*r + d more with `visual_offset`.
+    """
 
     name = "adept"
     shifts_images = True
@@ -89,7 +92,7 @@ class ADePT(Method):
 
 
 class Hybrid(Decomposed):
-    """P, and both offsets. Trains m*d + (s + 3*d + 1)*r + d parameters."""
+    """A soft prompt, an offset by position and one by token. Trains m*d + (s + 3*d + 1)*r + d parameters."""
 
     name = "hybrid"
     shifts_images = True
@@ -106,7 +109,7 @@ class Hybrid(Decomposed):
 
 
 class ULPT(Method):
-    """ULPT: a frozen random matrix, mixed, scaled and shifted. Trains m*r + 2*d parameters."""
+    """ULPT: P is a frozen random matrix times Z, scaled and shifted. Trains m*r + 2*d parameters."""
 
     name = "ulpt"
     keeps_length = seeded = needs_vectors = compressed = True
@@ -128,7 +131,7 @@ class ULPT(Method):
 
 
 class LoPT(Method):
-    """LoPT: P is a product of two thin matrices. Trains (m + d)*r parameters."""
+    """LoPT: P is a product of two matrices of rank r. Trains (m + d)*r parameters."""
 
     name = "lopt"
     keeps_length = needs_vectors = compressed = True
@@ -149,7 +152,7 @@ class LoPT(Method):
 
 
 class ResidualPrompt(Method):
-    """Residual prompt tuning: P plus a function of itself. Trains m*d + (2*d + 1)*r + d parameters."""
+    """Residual prompt tuning: P = P' + f(P'). Trains m*d + (2*d + 1)*r + d parameters."""
 
     name = "residual"
     needs_vectors = True
@@ -165,7 +168,7 @@ class ResidualPrompt(Method):
 
 
 class MemoryOffset(Method):
-    """An adapter between encoder and decoder: H + f(H). Trains (2*d + 1)*r + d parameters."""
+    """Adapter between encoder and decoder, H + f(H). Trains (2*d + 1)*r + d parameters."""
 
     name = "memory"
     has_prompt = False
@@ -180,26 +183,26 @@ class MemoryOffset(Method):
 
 
 def _of_tokens(method: Method) -> Shapes:
-    """Return the shapes of the offsets of text tokens and, if asked for, of visual tokens."""
+    """Return the parameter shapes of the offset by token and, with `visual_offset`, of the visual offset."""
     visual = _bottleneck("visual_offset", method) if method.visual_offset else {}
     return {**_bottleneck("token_offset", method), **visual}
 
 
 def _bottlenecks(method: Method) -> tuple[Bottleneck, Bottleneck | None]:
-    """Return these offsets, untrained; None for the one that is not asked for."""
+    """Return the untrained offsets of text and visual tokens; the latter is None without `visual_offset`."""
     token = Bottleneck(method.d_model, method.rank)
     return token, Bottleneck(method.d_model, method.rank) if method.visual_offset else None
 
 
 def _bottleneck(name: str, method: Method) -> Shapes:
-    """Return the shapes of a `Bottleneck`."""
+    """Return the parameter shapes of the `Bottleneck` of this name."""
     d, r = method.d_model, method.rank
     down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
     return down | {f"{name}.up.weight": (d, r), f"{name}.up.bias": (d,)}
 
 
 def build(method: Method) -> DePT:
-    """Build the untrained prompt of a method at its sizes, as `base.sized` gives them."""
+    """Build the untrained prompt of a method; see `base.sized`."""
     prompt: DePT = method.build()
     prompt.method = method
     return prompt
@@ -209,13 +212,13 @@ def build(method: Method) -> DePT:
 def fold(
     prompt: DePT, word_embeddings: Float[Tensor, "words d_model"]
 ) -> tuple[DePT, Float[Tensor, "words d_model"]]:
-    """Return the prompt for inference: P as one tensor, and a word table with the token offset in it.
+    """Return a prompt with P as one tensor, and an embedding matrix with the token offset, for inference.
 
-    Offsets of visual tokens and of the encoder's output depend on the image, and stay as they are.
+    Offsets of visual tokens and of the encoder's output depend on the image and stay modules.
 
     Args:
-        prompt: Of any method.
-        word_embeddings: Of the whole vocabulary; not changed.
+        prompt: Prompt of any method.
+        word_embeddings: Word embeddings of the whole vocabulary. They are not changed.
     """
     folded = DePT(
         prompt.d_model,
