@@ -1,6 +1,6 @@
 """From examples to batches: splits, shots, collating, sampling, workers, visual features.
 
-`collate` makes a batch, `sampling` says which example comes when, `check_own` looks at your own data.
+`collate` makes batches, `sampling` sets the order of examples, and `check_own` reports on your own data.
 """
 
 __all__ = [

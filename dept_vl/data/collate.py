@@ -1,4 +1,4 @@
-"""From examples to tensors: targets, batches, and which example comes when."""
+"""Collation of examples into batches of tensors."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -27,16 +27,15 @@ from dept_vl.tasks.base import Example
 from dept_vl.tasks.io.predictions import ExampleId
 
 BLANK = (64, 64)
-"""Size of what stands for an image whose features are known."""
+"""Size of the blank image that replaces an image with known features."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of one batch; text and targets are padded on the right, to the longest here.
+    """Tensors of one batch. Texts and targets are padded on the right to the longest in the batch.
 
-    `processed` is what a pretrained model's processor made besides tokens; `skipped` names the examples that
-    were left out because their image could not be read; `choices` are the only answers to each, of questions
-    that have them.
+    `processed` holds the other outputs of a pretrained model's processor, `skipped` the ids of examples whose
+    image could not be read, and `choices` the only valid answers to each question (empty if none has any).
     """
 
     ids: tuple[ExampleId, ...]
@@ -51,7 +50,7 @@ class Batch:
     choices: tuple[tuple[str, ...], ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on a device."""
+        """Return the batch on a device."""
         parts = {part.name: getattr(self, part.name) for part in fields(self)}
         moved: dict[str, Any] = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
         if self.processed is not None:
@@ -59,7 +58,7 @@ class Batch:
         return replace(self, **send_to_device(moved, device, non_blocking=True))
 
     def inputs(self) -> dict[str, Any]:
-        """Return what `PromptedModel.generate` takes."""
+        """Return the keyword arguments for `PromptedModel.generate`."""
         inputs = {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -69,13 +68,13 @@ class Batch:
         return inputs if self.processed is None else {**inputs, "processed": self.processed}
 
     def training_inputs(self) -> dict[str, Any]:
-        """Return what `PromptedModel.forward` takes."""
+        """Return the keyword arguments for `PromptedModel.forward`."""
         return {**self.inputs(), "labels": self.labels, "weights": self.weights}
 
 
 @dataclass(frozen=True)
 class Draw:
-    """An example with the answer chosen for this turn (none in evaluation)."""
+    """An example with the target drawn for this step; evaluation has no target."""
 
     example: Example
     target: str | None = None
@@ -84,19 +83,20 @@ class Draw:
 
 @dataclass(frozen=True)
 class Collator:
-    """Tokenise and pad a list of draws, and add their images.
+    """Collator that tokenises and pads a list of draws and adds their images.
 
     Attributes:
-        tokenizer: Of the backbone.
-        max_source_length: Texts are cut to this many tokens.
-        max_target_length: Likewise for answers.
-        images: A table of features, or the encoder whose preprocessing makes pixels; None for text.
-        on_bad_image: Stop with the file's name, or leave the example out and name it in the batch.
-        processor: Of a pretrained model, which makes sources; `images` is a table then, or None.
-        exif: It reads images turned as their EXIF orientation says.
-        encoded: What the encoder made of texts and images, which are not read again then.
-        pad_to_multiple_of: Texts and answers are padded to the longest of the batch, and on to a multiple
-            of this; of texts no further than `max_source_length`, the prompt's last position.
+        tokenizer: Tokenizer of the backbone.
+        max_source_length: Maximum length of a text, in tokens; longer texts are truncated.
+        max_target_length: Maximum length of a target, in tokens; longer targets are truncated.
+        images: Table of features, or vision encoder whose preprocessing makes pixels; None for text.
+        on_bad_image: Whether an unreadable image raises an error, or its example is skipped and named in the
+            batch.
+        processor: Processor of a pretrained model, which makes the inputs; `images` is then a table or None.
+        exif: Whether the processor gets images turned by their EXIF orientation.
+        encoded: Precomputed encoder outputs; images are then not read.
+        pad_to_multiple_of: Multiple to which texts and targets are padded; texts to `max_source_length` at
+            most.
     """
 
     tokenizer: Any
@@ -120,18 +120,18 @@ class Collator:
         on_bad_image: OnBadImage = "raise",
         device: torch.device | None = None,
     ) -> "Collator":
-        """Return the collator whose batches a model reads; the arguments are the attributes.
+        """Return the collator for a model.
 
         Args:
-            model: Model whose tokenizer makes the tokens.
-            max_target_length: Tokens of an answer.
-            max_source_length: Tokens of a text; None takes the prompt's.
-            images: Table, or encoder.
-            on_bad_image: Stop, or leave the example out.
-            device: Device that computes: tensor cores work on tiles of 8, so a GPU pads to multiples of 8.
+            model: Model that reads the batches.
+            max_target_length: Maximum length of a target, in tokens.
+            max_source_length: Maximum length of a text, in tokens; None for that of the prompt.
+            images: Table of features, or vision encoder whose preprocessing makes pixels; None for text.
+            on_bad_image: Whether an unreadable image raises an error, or its example is skipped.
+            device: Device of the model. On a GPU lengths are padded to multiples of 8, for its tensor cores.
 
         Raises:
-            ValueError: If neither the model's prompt nor `max_source_length` says how long a text may be.
+            ValueError: If the model has no prompt and `max_source_length` is None.
         """
         if max_source_length is None:
             if model.prompt is None:
@@ -151,10 +151,10 @@ class Collator:
         )
 
     def __call__(self, draws: Sequence[Draw]) -> Batch:
-        """Make a batch; with labels and weights only if the draws have targets.
+        """Return the batch of these draws. Draws with targets add labels and weights.
 
         Raises:
-            ValueError: If an image cannot be read and is not to be skipped, or a text has no token.
+            ValueError: If an image cannot be read and `on_bad_image` is "raise", or a text has no tokens.
         """
         draws, visual, skipped = self._read_images(draws)
         ids = tuple(draw.example.example_id for draw in draws)
@@ -193,15 +193,15 @@ class Collator:
         return replace(batch, labels=labels, weights=weights)
 
     def of_examples(self, examples: Sequence[Example]) -> Batch:
-        """Make a batch without targets."""
+        """Return a batch without targets."""
         return self([Draw(example) for example in examples])
 
     def _source(self, texts: list[str]) -> dict[str, Tensor]:
-        """Return tokens of texts, and their mask."""
+        """Return the token ids and attention mask of texts."""
         source = self.tokenizer(
             texts, max_length=self.max_source_length, truncation=True, padding=True, return_tensors="pt"
         )
-        # Not by the tokenizer, which cuts at multiples alone.
+        # The tokenizer's own `pad_to_multiple_of` would exceed `max_source_length`.
         width = source.input_ids.shape[1]
         further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)
         input_ids = nn.functional.pad(source.input_ids, (0, further), value=self.tokenizer.pad_token_id)
@@ -213,7 +213,7 @@ class Collator:
     def _read_images(
         self, draws: Sequence[Draw]
     ) -> tuple[Sequence[Draw], dict[str, Any], tuple[ExampleId, ...]]:
-        """Return the draws whose images are there, the images, and the ids of the other draws."""
+        """Return the draws with readable images, their images, and the ids of the other draws."""
         read: FeatureTable | _ImageReader
         if self.encoded is not None:
             kept, skipped = self._readable(draws, self.encoded.check)
@@ -231,7 +231,7 @@ class Collator:
         visual: dict[str, Any] = {name: read(images)} if kept else {}
         if kept and name == "pixel_values":
             visual[name] = torch.stack([torch.stack(pixels) for pixels in visual[name]])
-        if self.processor is not None and name != "files":  # which make as many tokens as any others
+        if self.processor is not None and name != "files":  # blank images make as many tokens as real ones
             visual["files"] = [[Image.new("RGB", BLANK)] * len(of_one) for of_one in images]
         return kept, visual, skipped
 
@@ -269,9 +269,9 @@ def process(
     longest: Sequence[int],
     features: Float[Tensor, "batch images tokens d_vision"] | None = None,
 ) -> dict[str, Tensor]:
-    """Return tokens, mask and all else that a pretrained model reads; without the prefixes of our tasks.
+    """Return the inputs of a pretrained model, for texts without the prefixes of our tasks.
 
-    `longest` are the most tokens of each text; `features` are of images that are blank then.
+    `longest` is the maximum length of each text, in tokens. If `features` are given, they replace the pixels.
     """
     source = processor([_without_prefix(text) for text in texts], images, longest)
     if features is not None:
@@ -281,7 +281,7 @@ def process(
 
 
 class _ImageReader:
-    """Images of examples; one that is in a batch twice is read once."""
+    """Reader of the images of a batch. Each image is read once, even if it occurs several times."""
 
     def __init__(self, read: Callable[[ImageSource], Any]) -> None:
         self.read = read
@@ -297,7 +297,7 @@ class _ImageReader:
 
 
 def key_of(source: ImageSource | Tensor) -> Any:
-    """Return what an image that comes again has in common."""
+    """Return the key by which repeated images are recognised: the object's id, or the path."""
     return id(source) if isinstance(source, Image.Image | Tensor) else source
 
 

@@ -1,7 +1,7 @@
-"""What a frozen encoder makes of the texts and images of a data set, computed once and kept in memory.
+"""Outputs of a frozen encoder for the texts and images of a data set, computed once and kept in memory.
 
-For prompts that act behind the encoder alone (`memory`), while nothing in front of it is trained: a step is
-the decoder's work then.
+This works for prompts that only act after the encoder (`memory`), while nothing before its output is trained.
+A training step then only runs the decoder.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,21 +27,21 @@ from dept_vl.tasks.base import Example, Task
 Source = tuple[str, tuple[Path, ...]]
 """Text and images of an example."""
 Collate = Callable[[Sequence[Example]], Any]
-"""Makes a batch of examples, without those whose images cannot be read."""
+"""Function that makes a batch of examples, skipping those whose images cannot be read."""
 BATCH = 64
-"""Sources that are encoded at a time."""
+"""Number of sources to encode at a time."""
 GIB = 2**30
 WITH_TEXT = ", encoded with the text"
-"""Behind the precision of visual features, where a run keeps what the encoder makes of them."""
+"""Suffix of the visual features' precision in a run's records, if encoder outputs were kept."""
 
 
 class EncodedSources:
-    """Outputs of the encoder, by text and images.
+    """Encoder outputs by text and images.
 
     Args:
-        chunks: The vectors of several sources each, one source after the other, without padding.
-        places: The chunk of a source, its first vector, and the one behind its last.
-        errors: What is wrong with the images of the others.
+        chunks: Encoder outputs, each of several sources concatenated without padding.
+        places: Location of each source: index of its chunk, first vector, and end.
+        errors: Error message by images, for images that could not be read.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class EncodedSources:
         self.chunks, self.places, self.errors = list(chunks), places, errors
 
     def check(self, images: Sequence[Path]) -> None:
-        """Raise ValueError if images could not be read."""
+        """Raise ValueError if these images could not be read."""
         if tuple(images) in self.errors:
             raise ValueError(self.errors[tuple(images)])
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """Return the encoder's outputs of some examples, padded on the right, and their mask."""
+        """Return the encoder outputs of examples, padded on the right, and their mask."""
         places = [self.places[source_of(example)] for example in examples]
         vectors = [self.chunks[chunk][start:stop] for chunk, start, stop in places]
         masks = [torch.ones(len(of_one), dtype=torch.bool) for of_one in vectors]
@@ -69,12 +69,12 @@ class EncodedSources:
 
 
 def source_of(example: Example) -> Source:
-    """Return what the encoder reads of an example."""
+    """Return the text and images of an example."""
     return example.source_text, tuple(example.images)
 
 
 def check_encoder_alone(model: PromptedModel) -> None:
-    """Raise UsageError if the encoder's output depends on anything that is trained."""
+    """Raise UsageError if the encoder's output depends on trained parameters."""
     prompt = model.prompt
     if model.backbone.processor is not None or not model.backbone.language.config.is_encoder_decoder:
         problem = f"is for a composed encoder-decoder (--vision, --language); {model.backbone.name} is none"
@@ -90,10 +90,9 @@ def check_encoder_alone(model: PromptedModel) -> None:
 def check_memory(
     model: PromptedModel, tasks: Sequence[Task], *, longest: int, itemsize: int, gib: float
 ) -> None:
-    """Check that the encoder's outputs for all examples have room, if no two are alike.
+    """Raise UsageError if the encoder outputs of all examples exceed `gib` GiB, assuming no equal sources.
 
-    `longest` is where texts are cut, in tokens; `itemsize` are the bytes of a number; `gib` may be used, and
-    UsageError says what would be.
+    `longest` is the maximum length of a text, in tokens; `itemsize` is the size of a number, in bytes.
     """
     vision = model.backbone.vision
     vectors = 0
@@ -112,20 +111,20 @@ def check_memory(
 def encode_sources(
     model: PromptedModel, examples: Iterable[Example], collate: Collate, accelerator: Accelerator
 ) -> EncodedSources:
-    """Encode every text with its images, each once, in an order that depends on the data alone.
+    """Encode every distinct pair of text and images once, in an order that only depends on the data.
 
     Args:
-        model: The model; its encoder has no dropout here, whatever it has in training.
-        examples: All that will be read.
-        collate: Makes batches.
-        accelerator: Of the run.
+        model: Model with the encoder. It is in evaluation mode here, so dropout is off.
+        examples: All examples to be read later.
+        collate: Function that makes batches.
+        accelerator: Accelerator of the run.
 
     Raises:
-        UsageError: If the encoder's output depends on what is trained.
+        UsageError: If the encoder's output depends on trained parameters.
     """
     check_encoder_alone(model)
     distinct = {source_of(example): example for example in examples}
-    # Neighbours of like length have little padding between them.
+    # Sorting by length reduces padding.
     order = sorted(distinct, key=lambda source: len(source[0]))
     chunks: list[Tensor] = []
     places: dict[Source, tuple[int, int, int]] = {}
@@ -134,7 +133,7 @@ def encode_sources(
     model.eval()
     batches = [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
     for batch in counted("encoding texts with images", batches, len(order), size=len):
-        # Numbered, to know which ones were read.
+        # Ids are positions in the batch, which show the sources that were read.
         read = collate([replace(distinct[source], example_id=place) for place, source in enumerate(batch)])
         errors |= {batch[place][1]: "an image could not be read" for place in read.skipped}
         if not read.ids:

@@ -1,4 +1,4 @@
-"""The training, dev and test splits of a task, with their images at hand."""
+"""Loading of a task's training, dev and test splits, with a check of their images."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, lim
 from dept_vl.tasks.own.options import OwnOptions
 
 LOOKED_AT = 50
-"""Examples that tell which metrics there are."""
+"""Number of examples scored to find out which metrics a task has."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """A task as a run needs it: to learn, to choose the best adapter on, and to score it on at the end.
+    """The splits of a task for a run: for training, for choosing the best adapter, and for the final score.
 
-    `decoding` says how answers are decoded, `options` what the splits were made from, and `shots` which
-    examples of the training split these are, if they are few.
+    `decoding` holds the generation settings, `options` the options that the splits were made from, and
+    `shots` the examples drawn for few-shot training, if any.
     """
 
     train: Task
@@ -36,12 +36,12 @@ class Splits:
 
     @property
     def chosen_by(self) -> str:
-        """Metric by which the best adapter is chosen."""
+        """Metric for choosing the best adapter."""
         return self.options.choose_by or self.dev.primary
 
 
 def options_together(config: RunConfig) -> list[DataOptions]:
-    """Return the options of every task; raise ValueError for one twice, or two rules for bad images."""
+    """Return the data options of every task, with one `on_bad_image`; ValueError if a task occurs twice."""
     names = [options.task for options in (config.data, *config.also)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -61,18 +61,18 @@ def options_together(config: RunConfig) -> list[DataOptions]:
 
 
 def load_splits(options: DataOptions, seed: int) -> Splits:
-    """Read the splits of a task and look for their images.
+    """Read the splits of a task and check that their images exist.
 
     Raises:
-        FileNotFoundError: If images are missing that are not to be skipped.
-        ValueError: If there are no answers to train or to choose on.
+        FileNotFoundError: If images are missing and must not be skipped.
+        ValueError: If the training or dev split has no answers.
     """
     train_split, dev_split, test_split = options.splits()
     options = replace(options, train_split=train_split, dev_split=dev_split, test_split=test_split)
     train = _load(options, train_split)
     _check_answered(train, "train_split", train_split)
     decoding = choose_decoding(train, options, training_candidates(options, train))
-    train.check_requirements()  # now, rather than when the first answers are to be scored
+    train.check_requirements()  # early, instead of at the first evaluation
     shots = choose_shots(options, train)
     train, dev = _train_and_dev(options, train, shots, dev_split, seed)
     if options.choose_by:
@@ -92,12 +92,12 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
 def _train_and_dev(
     options: DataOptions, train: Task, shots: Shots | None, dev_split: str, seed: int
 ) -> tuple[Task, Task]:
-    """Return what is learnt, and what the best adapter is chosen on."""
+    """Return the training split and the dev split."""
     if shots is None:
-        # Before any are held out: a gap in the training images is none in the dev split.
+        # Before images are held out, so that none of those in the dev split are missing.
         train = without_missing_images(train, options.on_bad_image or "skip")
     elif options.shots_dev == "shots":
-        # Few are not to become fewer.
+        # With few shots, missing images are an error and never skipped.
         learnt, dev = (check_images(train.subset(side), "raise") for side in (shots.train, shots.dev))
         return learnt, dev
     else:
@@ -112,7 +112,7 @@ def _train_and_dev(
 
 
 def load_split(options: DataOptions, split: str) -> Task:
-    """Read a split of the task that the options name; the errors are those of `load_task`."""
+    """Read a split of the task in the options. Raises the errors of `load_task`."""
     own = {} if options.own.data is None and options.own == OwnOptions() else vars(options.own)
     task = load_task(options.task, options.data_dir, split, **own).reading(options.question_case)
     if options.answer_labels == "published":
@@ -121,7 +121,7 @@ def load_split(options: DataOptions, split: str) -> Task:
 
 
 def image_root(options: DataOptions) -> Path:
-    """Return the folder below which images are named."""
+    """Return the folder that image names are relative to."""
     own = options.own.images or options.own.folder()
     if own is None and options.own.data is not None:
         return hub_folder(options.own.data)
@@ -129,14 +129,14 @@ def image_root(options: DataOptions) -> Path:
 
 
 def hub_folder(name: str) -> Path:
-    """Return the folder of what was fetched of a data set of the Hub."""
+    """Return the local folder of a data set on the Hub, downloading it if needed."""
     from dept_vl.tasks.own.files import fetch
 
     return fetch(name)
 
 
 def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:
-    """Return what answering needs to know of your own data, for an adapter to keep."""
+    """Return the facts about your own data that inference needs, to save with an adapter."""
     return {
         one.train.loaded_as: {"max_new_tokens": one.decoding.max_new_tokens, "facts": one.train.facts()}
         for one in splits
@@ -145,9 +145,9 @@ def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:
 
 
 def informed(task: Task, answering: Mapping[str, Any], run: Path | None) -> tuple[Task, int]:
-    """Return a blank task with what was learnt of its data, and the longest answer, or 0.
+    """Return a blank task with the facts of its training data, and the maximum prediction length or 0.
 
-    Both are in `answering`, of the adapter; an older one has them in a file of its run.
+    Both come from the adapter's `answering`; for older adapters, from a file in the run's folder.
     """
     if not answering and run is not None and is_there(run / TASK_FILE):
         answering = read_json(run / TASK_FILE)
@@ -166,7 +166,7 @@ def _check_answered(task: Task, option: str, split: str) -> None:
 
 
 def _check_metric(dev: Task, metric: str) -> None:
-    """Check that a split is scored by a metric, now rather than when it is."""
+    """Raise UnknownNameError if scoring a split does not give a metric."""
     answers = {example.example_id: example.answer for example in map(dev.__getitem__, range(len(dev)))}
     metrics = dev.score(answers)
     if metric not in metrics:
@@ -176,9 +176,10 @@ def _check_metric(dev: Task, metric: str) -> None:
 def choose_decoding(
     task: Task, options: DataOptions, candidates: Sequence[str] | None = None, longest: int = 0
 ) -> Decoding:
-    """Return the task's own decoding, as the options change it.
+    """Return the task's generation settings, overridden by the options.
 
-    Without candidates there are the task's own; `longest` is a limit in tokens behind that of the options.
+    `candidates` are the only predictions allowed (None for the task's own). `longest` is the maximum
+    prediction length in tokens if the options set none (0 for the task's own).
     """
     default = task.decoding
     return Decoding(
@@ -189,7 +190,7 @@ def choose_decoding(
 
 
 def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | None:
-    """Return usual answers, if `candidate_floor` asks for them; raise UsageError if a task has none."""
+    """Return the usual answers if `candidate_floor` is set, else None; UsageError if there are none."""
     if not options.candidate_floor:
         return None
     if not train.has_usual_answers:
@@ -201,7 +202,7 @@ def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | 
 
 
 def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
-    """Return the answers that an evaluation chooses among: of its own file, else of the run's."""
+    """Return the candidate answers of an evaluation: from `--candidates`, else from the run, else None."""
     path = config.candidates
     if path is None and TASKS[task].has_usual_answers and is_there(config.run / CANDIDATES_FILE):
         path = config.run / CANDIDATES_FILE
@@ -211,9 +212,9 @@ def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
 def run_decoding(
     config: EvaluateConfig, options: DataOptions, task: Task, learnt: Task, longest: int
 ) -> Decoding:
-    """Return how a run's answers are decoded: among the labels that were learnt, not those that data have.
+    """Return the generation settings for a run. Labels come from the training data, not the evaluated data.
 
-    `learnt` and `longest` are what `informed` returns.
+    `learnt` and `longest` are the values returned by `informed`.
     """
     candidates = run_candidates(config, options.task)
     if candidates is None:
@@ -222,7 +223,7 @@ def run_decoding(
 
 
 def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
-    """Return the task; raise FileNotFoundError if images are missing that are not to be skipped."""
+    """Return the task; raise FileNotFoundError if images are missing and must not be skipped."""
     _check_missing(task, task.missing_images(), on_bad_image)
     return task
 
@@ -238,7 +239,7 @@ def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage
 
 
 def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
-    """Return the task without examples whose images are missing; FileNotFoundError if none are left."""
+    """Return the task without examples with missing images; raise FileNotFoundError if no example is left."""
     missing = set(task.missing_images())
     _check_missing(task, list(missing), on_bad_image)
     if not missing:
@@ -257,7 +258,10 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
 
 
 def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
-    """Return the run's options of a task, as changed here; ValueError if a new task's place is not given."""
+    """Return a run's options for a task, overridden by those of an evaluation.
+
+    Raises ValueError if the task is new to the run and `data_dir` or `split` is missing.
+    """
     known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
     name = TASKS[config.task or (OWN_TASK if given else trained.data.task)].loaded_as
@@ -270,7 +274,7 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     return replace(
         options,
         data_dir=config.data_dir or options.data_dir,
-        # The run's features are of the images of its own folder.
+        # The run's features belong to the images of its own folder.
         features_dir=config.features_dir or (None if config.data_dir or given else options.features_dir),
         test_split=config.split or options.splits()[-1],
         num_beams=config.num_beams or options.num_beams,
@@ -278,7 +282,7 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
 
 
 def read_candidates(path: Path) -> tuple[str, ...]:
-    """Read a list of answers to choose among; raise ValueError if the file is none."""
+    """Read a list of candidate answers; raise FileNotFoundError or ValueError if there is no valid list."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
     try:

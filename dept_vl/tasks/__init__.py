@@ -1,4 +1,4 @@
-"""The tasks, one file each; the text tasks in one table."""
+"""Registry of tasks. Each task has its own file; the text tasks share one table."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ TASKS: Registry[Task] = Registry(
         **{name: f"dept_vl.tasks.text.task:{name}" for name in TEXT_TASKS},
     },
 )
-"""Name -> the blank task, imported when first used."""
+"""Blank tasks by name, imported on first use."""
 
 
 def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) -> Task:
@@ -30,14 +30,14 @@ def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) 
 
     Args:
         name: Name of the task.
-        root: Folder with its files; None for `data/NAME`, and for a text task without it for the Hub.
-        split: Name of the split, as the task calls it; empty for the training split.
-        **own: Of your own data, for task vqa: `data` (file, folder, or name on the Hub), `images`, `columns`
-            and the other fields of `OwnOptions`.
+        root: Folder with the task's files. None is `data/NAME`, or the Hub for a text task without it.
+        split: Name of the split in the task's own terms; empty for the training split.
+        **own: Fields of `OwnOptions`, for your own data and task vqa: `data` (file, folder, or name on the
+            Hub), `images`, `columns` and others.
 
     Raises:
         FileNotFoundError: If a file or an image folder is missing.
-        UnknownNameError: If there is no such task.
+        UnknownNameError: If the task is not registered.
         ValueError: If the split is unknown or a file is damaged.
 
     Example:
@@ -56,12 +56,11 @@ def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) 
 
 
 def register_task(task: Task) -> None:
-    """Add a task of your own, so that every script, study and function finds it by its name.
+    """Register your own task, so that every script, study and function finds it by name.
 
     1. Write a subclass of `Task`: a frozen dataclass with the field `rows: Rows = NO_ROWS`; other fields,
        such as the image folder, have a default too.
-    2. Set its class attributes: `name`, `prefix`, the splits, and what else differs from `Task`. The ids
-       of the examples need `id_column` and `prediction_format`.
+    2. Set its class attributes: `name`, `prefix`, the splits, and others that differ from `Task`.
     3. Write `read(root, split)`: return `replace(self, rows=Rows.of(records, SCHEMA))` with the columns of
        the ids and the `answers`; for large files use `rows.convert`, which caches the columns.
     4. Write `__getitem__(index)`: make an `Example` of a row.
@@ -69,10 +68,10 @@ def register_task(task: Task) -> None:
     6. Call `register_task(MyTask())`; a task of this package gets a line in `TASKS` instead.
 
     Args:
-        task: The task without rows.
+        task: Blank task, without rows.
 
     Raises:
-        ValueError: If another task has the name.
+        ValueError: If the name is already registered.
 
     Example:
         >>> from dataclasses import dataclass

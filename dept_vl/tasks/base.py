@@ -1,4 +1,4 @@
-"""The base class of all tasks: examples to read, and metrics of the answers."""
+"""Base class of all tasks. A task provides the examples of a split and the metrics of predictions."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,27 +21,28 @@ if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads im
 USUAL_SCALE = "0-100"
 
 QuestionCase = Literal["lower", "keep"]
-"""Questions are read in lower case, or as they are written: published for the tasks with images."""
+"""Case in which questions are read. `lower` is the published setting of the tasks with images."""
 AnswerLabels = Literal["all", "published"]
-"""Answers to learn: all human ones, normalised; or as they are written, within the published list."""
+"""Training targets: all human answers, normalised, or only those in the published list, as written."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to answer.
+    """One example of a task.
 
     Attributes:
-        example_id: As in the task's official files.
-        source_text: What the encoder reads, task prefix included.
-        images: None, one or two files.
-        targets: Answers to learn, each with its score in [0, 1]; empty where none is published.
-        in_turn: Learn every target once before any comes again (captions), rather than one drawn in
-            proportion to its score.
-        question: The bare question, to show.
-        answer: The most usual human answer, to show; empty where none is published.
-        answers: All human answers, each as often as it was given, to show.
-        choices: The only answers to this question; empty where any may be given.
-        kinds: What it is one of, by kind of kind: `("answer type", "yes/no")`. Accuracies are shown for each.
+        example_id: Id of the example in the task's official files.
+        source_text: Text for the encoder, including the task prefix.
+        images: Image files; none, one or two.
+        targets: Training targets, each with its score in [0, 1]; empty if answers are not published.
+        in_turn: Whether training uses every target once before repeating any (captions), instead of drawing
+            one in proportion to its score.
+        question: Question without prefix, for display.
+        answer: Most frequent human answer, for display; empty if answers are not published.
+        answers: All human answers, with repetitions, for display.
+        choices: The only valid answers to this question; empty if any answer is valid.
+        kinds: Groups of the example, such as `("answer type", "yes/no")`. Accuracy is also shown for each
+            group.
     """
 
     example_id: ExampleId
@@ -58,12 +59,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is decoded.
+    """Generation settings for predictions.
 
     Attributes:
-        max_new_tokens: Longest answer, in tokens.
-        num_beams: Beams of the search; 1 is greedy.
-        candidates: The only answers there are; empty generates freely.
+        max_new_tokens: Maximum length of a prediction, in tokens.
+        num_beams: Number of beams; 1 is greedy decoding.
+        candidates: The only predictions allowed; empty for free generation.
     """
 
     max_new_tokens: int
@@ -72,87 +73,88 @@ class Decoding:
 
 
 class Task(ABC):
-    """A task: its constants as class attributes, and, once loaded, one split of it.
+    """A task: constants as class attributes and, once loaded, the examples of one split.
 
-    A task is registered *blank*, without rows: that is enough to ask questions of your own, and `load`
-    returns the same task with the rows of a split. Subclasses are frozen dataclasses whose first field is
-    `rows`; see `dept_vl.tasks.register_task` for how to add one.
+    Tasks are registered *blank*, without rows. A blank task is enough to answer your own questions; `load`
+    returns the task with the rows of a split. Subclasses are frozen dataclasses whose first field is `rows`.
+    See `dept_vl.tasks.register_task` for how to add one.
     """
 
     rows: "Rows"
-    """The examples of the split."""
+    """Examples of the split."""
     question_case: QuestionCase = "lower"
-    """How questions are read; a field of the tasks that can do either."""
+    """Case in which the encoder reads questions. Tasks that support both cases define it as a field."""
     name = ""
-    """Name in the registry."""
+    """Name of the task in the registry."""
     prefix = ""
-    """What the encoder reads before a question."""
+    """Text before every question, for the encoder."""
     image_count = 1
-    """Images of an example; 0 for a text task."""
+    """Number of images per example; 0 for a text task."""
     asks = True
-    """Whether there is a question; captions have none."""
+    """Whether examples have a question; captions have none."""
     primary = "accuracy"
-    """Metric by which adapters are compared; higher is better."""
+    """Metric for comparing adapters; higher is better."""
     marked_by = "right or wrong"
-    """What `mark` measures, in words."""
+    """Name of the measure that `mark` returns, for display."""
     scales: ClassVar[Mapping[str, str]] = {}
-    """Metric -> its scale, where that is not 0-100."""
+    """Scale by metric, for metrics that are not on the scale 0-100."""
     max_source_length = 20
-    """Tokens of the longest text by default; longer ones are cut."""
+    """Default maximum length of a text, in tokens; longer texts are truncated."""
     decoding = Decoding(max_new_tokens=10)
-    """How answers are decoded by default."""
+    """Default generation settings."""
     has_usual_answers = False
-    """Whether answers may be chosen among the usual ones of the training split."""
+    """Whether predictions can be restricted to the usual answers of the training split."""
     prediction_format = PredictionFormat("question_id", "answer", "int")
-    """Format of the prediction files of the task's server."""
+    """Format of the prediction files that the task's evaluation server accepts."""
     id_column = "question_id"
-    """Column of the rows with the ids of the examples."""
+    """Column of the rows with the example ids."""
     source_column = ""
-    """Column with the texts that the encoder reads, where there is one."""
+    """Column of the rows with the texts for the encoder, if there is one."""
     train_split = "train"
-    """Split to train on by default."""
+    """Default training split."""
     dev_split = ""
-    """Split to choose the best adapter on; empty holds images out of the training split."""
+    """Default split for choosing the best adapter; if empty, images are held out of the training split."""
     test_split = "val"
-    """Split to score on at the end."""
+    """Default split for the final score."""
     server_split = ""
-    """Split all of whose examples the evaluation server wants, whatever it scores; empty without one."""
+    """Split whose examples must all be in a submission, even if few are scored; empty without a server."""
     published: ClassVar[Mapping[str, "Published"]] = {}
-    """Split -> what its authors say of its files."""
+    """Published facts about the official files, by split."""
     elsewhere: ClassVar[Mapping[str, str]] = {}
-    """File or folder -> where it is published, if not where the rest is."""
+    """Download location by file or folder, for those not published with the rest."""
     example_call = '"image.jpg", "..."'
-    """Arguments of `Predictor.answer`, for the model card."""
+    """Arguments of `Predictor.answer` in the model card's example."""
     pipeline = "image-text-to-text"
-    """The Hub's name for what a model of the task does."""
+    """Pipeline tag of the task on the Hugging Face Hub."""
     other_split = ""
-    """Split to score on of other data than a run's; empty for `test_split`."""
+    """Split to score when a run is evaluated on other data; empty for `test_split`."""
     fits_answers = False
-    """Whether the longest answer that may be learnt is as long as the data have it, not `max_new_tokens`."""
+    """Whether the maximum prediction length is taken from the training answers, instead of `max_new_tokens`.
+    """
     notes: tuple[str, ...] = ()
-    """What was noticed while reading, to be printed once."""
+    """Remarks about the data, found while reading; printed once."""
 
     @property
     def loaded_as(self) -> str:
-        """Name by which options ask for the task."""
+        """Name under which options select the task."""
         return self.name
 
     def with_options(self, options: "OwnOptions") -> "Task":
-        """Return the task that reads your own data; raise UsageError if it has files of its own."""
+        """Return the task that reads your own data; raise UsageError if it has official files."""
         raise UsageError(
             f"{self.name} reads its official files; --data is read by task vqa: leave out --task"
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return what the blank task does not know and answering needs, in JSON types."""
+        """Return the facts about the training data that inference needs, in JSON types."""
         return {}
 
     def with_facts(self, facts: Mapping[str, Any]) -> "Task":
-        """Return the blank task with the facts of a run."""
+        """Return the blank task with the facts of a run, as returned by `facts`."""
         return self
 
     def reading(self, question_case: QuestionCase) -> "Task":
-        """Return the task that reads questions in this case; raise UsageError if it has another."""
+        """Return the task with questions in this case; raise UsageError if it does not support the case."""
         if "question_case" in {one.name for one in fields(self)}:  # type: ignore[arg-type]  # subclasses are
             return replace(self, question_case=question_case)  # type: ignore[type-var]
         if question_case != self.question_case and self.asks and self.image_count:
@@ -163,25 +165,25 @@ class Task(ABC):
         return self
 
     def with_published_labels(self, root: Path) -> "Task":
-        """Return the task that learns published labels of its folder or ours; UsageError without any."""
+        """Return the task with the published answer list as targets; raise UsageError if it has none."""
         raise UsageError(
             f"answer_labels=published is of VQAv2's answers; {self.name} has one kind of labels: leave it out"
         )
 
     def draws_per_epoch(self) -> int:
-        """Return how often an example is drawn until every target that is learnt in turn came once."""
+        """Return the number of draws after which every target of the `in_turn` examples was used once."""
         return len(self)
 
     def answered(self) -> "Task":
-        """Return the examples that can be learnt and scored."""
+        """Return the task with only the examples that can be used for training and scoring."""
         return self
 
     def asked_by(self, asker: "Task") -> "Task":
-        """Return the examples as an adapter's task asks; raise UsageError if they do not fit it."""
+        """Return the examples in the form of an adapter's task; raise UsageError if they do not fit it."""
         return self
 
     def target_counts(self, examples: int) -> tuple[Counter[str], int]:
-        """Count the answers to learn of about so many examples; return how many these are, too."""
+        """Count the training targets of about `examples` examples. Return counts and number of examples."""
         step = max(1, len(self) // examples)
         counts: Counter[str] = Counter()
         for index in range(0, len(self), step):
@@ -203,7 +205,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, root: Path, split: str) -> "Task":
-        """Read a split from a folder; the errors are those of `load`."""
+        """Read a split from a folder. Raises the errors of `load`."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -212,7 +214,7 @@ class Task(ABC):
     def __getitem__(self, index: int) -> Example: ...
 
     def source(self, question: str) -> str:
-        """Return what the encoder reads of a question: the prefix, then the question."""
+        """Return the text for the encoder: the prefix, then the question."""
         return self.prefix + (question.lower() if self.question_case == "lower" else question).strip()
 
     def example_ids(self) -> list[ExampleId]:
@@ -221,39 +223,39 @@ class Task(ABC):
         return ids
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """Return the image files of one example; override it where that is possible without the example."""
+        """Return the image files of an example. Override it if that is possible without the example."""
         return self[index].images
 
     def image_files(self) -> list[Path]:
-        """Return the different image files of all examples."""
+        """Return the image files of all examples, each once."""
         return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
 
     def missing_images(self) -> list[Path]:
-        """Return the image files that are not there; override it where that is possible without all paths."""
+        """Return the image files that do not exist. Override it if that is possible without all paths."""
         from dept_vl._utils.images import missing_files
 
         return missing_files(self.image_files())
 
     def subset(self, indices: Sequence[int]) -> "Task":
-        """Return the same split with these examples alone, scored alone."""
+        """Return the split with only these examples; scores cover only these."""
         return replace(self, rows=self.rows.subset(indices))  # type: ignore[type-var]  # subclasses are
 
     def written(self, answer: str) -> str:
-        """Return a decoded answer as it goes into a submission."""
+        """Return a decoded prediction in the form used in submissions."""
         return answer.strip()
 
     def mark(self, example: Example, prediction: str) -> float:
-        """Rate one answer from 0 to 1, to show it; `marked_by` names the measure."""
+        """Return a score from 0 to 1 for one prediction, for display. `marked_by` names the measure."""
         return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics from one prediction for each example.
+        """Compute the metrics from one prediction per example.
 
         Returns:
-            The metrics, the primary one first; none where answers are not published.
+            The metrics, with the primary metric first; empty if answers are not published.
 
         Raises:
-            ValueError: If predictions are missing or belong to no example.
+            ValueError: If predictions are missing or have unknown ids.
         """
         check_ids(self.example_ids(), predictions, self.name)
         if not len(self) or not self.rows.value("answers", 0):
@@ -261,7 +263,7 @@ class Task(ABC):
         return self.metrics(predictions)
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics of checked predictions with published answers: the mean of `mark`."""
+        """Compute the metrics of predictions checked by `score`. By default, average `mark` over examples."""
         examples = (self[index] for index in range(len(self)))
         return {self.primary: 100 * fmean(self.mark(one, predictions[one.example_id]) for one in examples)}
 
@@ -270,7 +272,7 @@ class Task(ABC):
         return self.scales.get(metric.rsplit("/", 1)[-1], USUAL_SCALE)
 
     def usual_answers(self, floor: int) -> tuple[str, ...]:
-        """Return usual answers of `floor` or more questions, commonest first; ValueError without any."""
+        """Return usual answers of `floor` or more questions, most frequent first; ValueError without any."""
         counts: Counter[str] = Counter()
         for answers in self.rows.column("answers").to_pylist():
             if answers:
@@ -284,25 +286,25 @@ class Task(ABC):
         return chosen
 
     def without_slow_metrics(self) -> "Task":
-        """Return the task without the metrics that take seconds for every evaluation."""
+        """Return the task without the metrics that add seconds to every evaluation."""
         return self
 
     def check_requirements(self) -> None:  # noqa: B027  # most tasks need nothing
-        """Raise ImportError or FileNotFoundError if a package or program of the metrics is missing."""
+        """Raise ImportError or FileNotFoundError if a package or program for the metrics is missing."""
 
 
 def data_folder(name: str, root: Path | None) -> Path:
-    """Return the folder with a task's files: `data/NAME` unless given."""
+    """Return the folder with a task's files: `root`, or `data/NAME` by default."""
     return Path("data") / name if root is None else root
 
 
 def most_usual(answers: Sequence[str]) -> str:
-    """Return the answer that is given most often; empty for no answers."""
+    """Return the most frequent answer; empty if there are no answers."""
     return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
 def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
-    """Split a task by image: (the rest, held out); raise ValueError if nothing is left to train on."""
+    """Split a task by image into the rest and `count` held-out images; ValueError if a part is empty."""
     images = [task.images(index) for index in range(len(task))]
     distinct = sorted(set(images))
     if not 0 < count < len(distinct):
@@ -318,19 +320,19 @@ def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
 
 
 def limit(task: Task, count: int, seed: int) -> Task:
-    """Return at most `count` examples, drawn at random and kept in order; 0 keeps all."""
+    """Return at most `count` randomly drawn examples, in their original order; 0 keeps all."""
     if count == 0 or count >= len(task):
         return task
     return task.subset(sorted(Random(seed).sample(range(len(task)), count)))
 
 
 def shown_metrics(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that a summary shows: without the dozens of VQA's question types."""
+    """Return the metrics for a summary: all except the many scores by VQA question type."""
     return {name: value for name, value in scores.items() if "question_type/" not in name}
 
 
 def scale_of(metric: str, tasks: Sequence[Task]) -> str:
-    """Return the scale of a metric of one of these tasks; of several, its name may begin with the task's."""
+    """Return the scale of a metric of these tasks; its name may start with the task's name and a slash."""
     named = [task for task in tasks if metric.startswith(f"{task.name}/")]
     return next(
         (scale for task in named or tasks if (scale := task.scale_of(metric)) != USUAL_SCALE), USUAL_SCALE
@@ -338,7 +340,7 @@ def scale_of(metric: str, tasks: Sequence[Task]) -> str:
 
 
 def score_rows(scores: Mapping[str, float], splits: str, tasks: Sequence[Task]) -> list[tuple[str, str]]:
-    """Return a row for each metric that a summary shows, with its scale."""
+    """Return a table row, with the scale, for each metric in a summary."""
     return [
         (f"{splits}: {name.replace('answer_type/', '')} ({scale_of(name, tasks)})", f"{value:.2f}")
         for name, value in shown_metrics(scores).items()

@@ -1,9 +1,9 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of image captions, as the COCO caption evaluation prints them.
 
 The figures are those of `pycocoevalcap.eval.COCOEvalCap` (Chen et al. 2015, "Microsoft COCO Captions:
-Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. What is done
-here is to start and stop Java, to keep one caption on one line, and to write nothing into the folder of
-the package, which may be read-only; and to let no locale or path of the machine change a figure.
+Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. This
+module starts and stops Java, keeps each caption on one line, writes nothing into the package's folder,
+which may be read-only, and makes the figures independent of the machine's locale and paths.
 """
 
 import json
@@ -24,14 +24,14 @@ PERCENT = 100
 REPORTED = ("CIDEr", "Bleu_4", "METEOR", "ROUGE_L", "Bleu_1", "Bleu_2", "Bleu_3")
 
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
-"""What the package does not ship and SPICE cannot parse without."""
+"""Files that SPICE needs and the package does not include."""
 
 JAVA_HINT = (
     "install one: `apt install default-jre-headless` (Debian, Ubuntu), `conda install -c conda-forge "
     "openjdk`, or `brew install openjdk` (macOS)"
 )
 
-# A figure is written with a point, and text read as UTF-8, whatever the machine's locale is.
+# Decimal points and UTF-8, independent of the machine's locale.
 JAVA = (
     "java",
     "-Dfile.encoding=UTF-8",
@@ -45,11 +45,11 @@ METEOR_OPTIONS = ("-", "-", "-stdio", "-l", "en", "-norm")
 NEUTRAL_LOCALE = {"LC_ALL": "C.UTF-8"}
 
 Captions = dict[int, list[str]]
-"""Captions by image id; of a prediction, one."""
+"""Captions by image id; a prediction has one."""
 
 
 Figures = dict[str, float]
-"""By `pycocoevalcap`'s keys."""
+"""Scores by `pycocoevalcap`'s keys."""
 
 
 def reported(figures: Figures) -> Figures:
@@ -74,8 +74,8 @@ def score_captions(
     Args:
         references: Human captions by image id, at least one for each image; five in COCO.
         predictions: One caption by image id, for the same images.
-        meteor: Whether to compute METEOR: a Java program that reads a large table every time.
-        spice: Whether to compute SPICE as well: minutes for thousands of images, and about 8 GB.
+        meteor: Whether to compute METEOR, a Java program that loads a large table on every call.
+        spice: Whether to compute SPICE, which takes minutes for thousands of images and about 8 GB of memory.
 
     Returns:
         By `pycocoevalcap`'s keys, not rounded and times 100, as papers print them (its CIDEr of 1.125 is
@@ -85,10 +85,10 @@ def score_captions(
         for a subset does not compare with that for the whole; it may exceed 100, and is 0 of one image.
 
     Raises:
-        ValueError: If the two mappings are not of the same images, there are no images, an image has
-            no references, what should be text is not, or no reference has a word.
+        ValueError: If the mappings differ in their images or are empty, an image has no references, a
+            caption is not a string, or no reference has a word.
         ImportError: If the package `pycocoevalcap` is not installed.
-        FileNotFoundError: If there is no Java, or SPICE is asked for and its models are missing.
+        FileNotFoundError: If Java is missing, or SPICE is selected and its models are missing.
         RuntimeError: If a Java program fails.
     """
     _check_captions(references, predictions)
@@ -143,7 +143,7 @@ def _check_captions(references: Mapping[int, Any], predictions: Mapping[int, Any
 
 @cache
 def check_meteor() -> None:
-    """Score a caption by METEOR, once in a process; raise RuntimeError if it does not work here."""
+    """Score a caption with METEOR, once per process; raise RuntimeError if METEOR does not work."""
     if os.environ.get("RANK", "0") != "0":  # the main process alone scores
         return
     check_installed()
@@ -153,7 +153,7 @@ def check_meteor() -> None:
 
 
 def check_installed(spice: bool = False) -> None:
-    """Everything that will be needed, before anything slow."""
+    """Raise ImportError or FileNotFoundError if a requirement of the scorers is missing."""
     try:
         import pycocoevalcap.spice.spice as spice_module
     except ImportError as error:
@@ -175,10 +175,10 @@ def check_installed(spice: bool = False) -> None:
 
 
 def _tokenise(captions: Captions) -> Captions:
-    """As the package's `PTBTokenizer`, which passes the captions by a file in its own folder."""
+    """Tokenise like the package's `PTBTokenizer`, but without writing files into its folder."""
     from pycocoevalcap.tokenizer import ptbtokenizer
 
-    # The tokeniser reads a caption a line, and for it U+2028 and its like end a line too.
+    # The tokeniser reads one caption per line, and U+2028 and similar characters end a line too.
     lines = [" ".join(caption.splitlines()) for group in captions.values() for caption in group]
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
     command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
@@ -202,14 +202,16 @@ def _drop_punctuation(line: str, punctuation: Sequence[str]) -> str:
 
 
 def _meteor(references: Captions, predictions: Captions) -> float:
-    """METEOR from 0 to 1; its Java process is gone on return, however that comes about."""
+    """Return METEOR from 0 to 1. The Java process is always stopped, also after an error."""
     from pycocoevalcap.meteor import meteor as package
 
-    meteor = package.Meteor.__new__(package.Meteor)  # not its constructor, which starts Java as it comes
+    meteor = package.Meteor.__new__(
+        package.Meteor
+    )  # not its constructor, which starts Java with other settings
     meteor.lock = Lock()
     folder = Path(package.__file__).parent
-    # Named, since the program finds its own table at no path with a space; and from within, since a
-    # class path ends at a colon.
+    # The table is passed explicitly, since METEOR does not find it in a path with a space. METEOR runs
+    # in its own folder, since a colon in a path would end the class path.
     table = folder / "data" / "paraphrase-en.gz"
     process = meteor.meteor_p = subprocess.Popen(
         [*JAVA, "-Xmx2G", "-jar", package.METEOR_JAR, *METEOR_OPTIONS, "-a", str(table)],
@@ -237,7 +239,7 @@ def _meteor(references: Captions, predictions: Captions) -> float:
 
 
 def _spice(references: Captions, predictions: Captions) -> float:
-    """SPICE from 0 to 1, as the package's `Spice`, which writes its files and a cache into its own folder."""
+    """Return SPICE from 0 to 1, like the package's `Spice`, but without writing into its folder."""
     from pycocoevalcap.spice import spice
 
     rows = [
@@ -255,7 +257,7 @@ def _spice(references: Captions, predictions: Captions) -> float:
 
 
 def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
-    """Return what a Java program prints; raise RuntimeError if it fails."""
+    """Return the output of a Java program; raise RuntimeError if it fails."""
     with waiting(f"running {program}"):
         done = subprocess.run(
             [*JAVA, *arguments], input=text, capture_output=True, check=False, env=os.environ | NEUTRAL_LOCALE

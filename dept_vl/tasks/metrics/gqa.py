@@ -1,4 +1,4 @@
-"""GQA scores: accuracy in all its cuts, consistency, validity, plausibility, distribution.
+"""GQA scores: accuracy, overall and by groups, consistency, validity, plausibility and distribution.
 
 Follows the official GQA scorer (``eval.py`` of the GQA dataset; Hudson and Manning 2019, "GQA: A
 New Dataset for Real-World Visual Reasoning and Compositional Question Answering"), including the
@@ -15,19 +15,19 @@ from types import UnionType
 from typing import Any, TypeVar
 
 UNCOUNTED_STEPS = ("exist", "query: name", "choose name")
-"""Steps that only put the question, so they do not make its reasoning longer."""
+"""Steps that are not counted as reasoning steps."""
 
 COMMON_ANSWERS = ("color", "material", "shape")
-"""What two things can have in common, whatever the choices file lists."""
+"""Allowed answers to questions about what two things have in common, in place of the choices file."""
 
 SHOWN = 3
-"""How many question ids an error message shows."""
+"""Number of question ids in an error message."""
 
 Key = TypeVar("Key", str, int)
 
 
 def _field(where: str, record: object, path: str, kind: type | UnionType) -> Any:
-    """Return the value under a dotted path of keys, checked to be of a kind."""
+    """Return the value under a dotted path of keys, after checking its type."""
     value: Any = record
     for key in path.split("."):
         if not isinstance(value, dict) or key not in value:
@@ -52,15 +52,15 @@ def _count_steps(where: str, semantic: list[object]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GqaQuestion:
-    """What the scorer needs of a question.
+    """The fields of a GQA question that the scorer uses.
 
     Attributes:
-        question_id: Its key in the questions file.
-        question: The question as written.
-        answer: The gold answer.
-        is_balanced: Whether it is scored; the others only serve consistency.
-        group: The global group (`groups.global`) whose answers the distribution score compares.
-        entailed: Ids of the questions whose answers follow from this one's; may name itself.
+        question_id: Key of the question in the questions file.
+        question: Question as written.
+        answer: Gold answer.
+        is_balanced: Whether the question is scored; others are only used for consistency.
+        group: Global group (`groups.global`), by which the distribution score compares answers.
+        entailed: Ids of the questions whose answers follow from this one; may include the question itself.
         structural: Structural type: verify, query, choose, logical or compare.
         semantic: Semantic type: obj, attr, cat, rel or global.
         detailed: Detailed type, such as `twoCommon`.
@@ -80,7 +80,7 @@ class GqaQuestion:
 
     @classmethod
     def from_record(cls, question_id: str, record: dict[str, Any]) -> "GqaQuestion":
-        """Read one record of an official questions file; raise ValueError, naming it, if it is damaged."""
+        """Read one record of an official questions file; raise ValueError with its id if it is damaged."""
         where = f"GQA question {question_id!r:.60}"
         return cls(
             question_id=question_id,
@@ -97,7 +97,7 @@ class GqaQuestion:
 
 
 Figures = dict[str, Any]
-"""By the official scorer's keys."""
+"""Scores by the official scorer's keys."""
 
 
 def _percent(hits: Sequence[bool]) -> float:
@@ -106,7 +106,7 @@ def _percent(hits: Sequence[bool]) -> float:
 
 
 def _percent_by(keys: Iterable[Key], right: Iterable[bool]) -> dict[str, Figures]:
-    """Accuracy and count of each key, in the order of the keys; JSON has strings alone."""
+    """Return the accuracy and count of each key, sorted by key. Keys become strings, as in JSON."""
     grouped: defaultdict[Key, list[bool]] = defaultdict(list)
     for key, is_right in zip(keys, right, strict=True):
         grouped[key].append(is_right)
@@ -121,12 +121,12 @@ def _percent_allowed(
     choices: Mapping[str, Mapping[str, Sequence[str]]],
     kind: str,
 ) -> float:
-    """Share of the predictions that are among the `valid` or `plausible` answers."""
+    """Return the percentage of predictions that are among the `valid` or `plausible` answers."""
     return _percent(
         [
             predictions[question.question_id]
-            # Official quirk: for questions of what is common the choices file is not looked at,
-            # by which an answer like "white" is neither valid nor plausible, even if it is right.
+            # Official quirk: questions about what is common ignore the choices file, so an answer like
+            # "white" is neither valid nor plausible, even if it is correct.
             in (COMMON_ANSWERS if "Common" in question.detailed else choices[question.question_id][kind])
             for question in balanced
         ]
@@ -139,7 +139,7 @@ def _consistency(
     by_id: Mapping[str, GqaQuestion],
     predictions: Mapping[str, str],
 ) -> float:
-    # Added up one by one, in the order of the questions: so the last digit is the official one too.
+    # Summed in the order of the questions, so that even the last digit equals the official one.
     total, count = 0.0, 0
     for question, is_right in zip(balanced, right, strict=True):
         # A question may name itself among the entailed. Those need not be balanced.
@@ -152,7 +152,7 @@ def _consistency(
 
 
 def _distribution(balanced: Sequence[GqaQuestion], predictions: Mapping[str, str]) -> float | None:
-    """Chi-square of each group's answers, averaged over groups with their sizes as weights."""
+    """Return the chi-square distance of each group's answers, averaged with the group sizes as weights."""
     gold: defaultdict[str, Counter[str]] = defaultdict(Counter)
     predicted: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for question in balanced:
@@ -162,7 +162,7 @@ def _distribution(balanced: Sequence[GqaQuestion], predictions: Mapping[str, str
             predicted[question.group][predictions[question.question_id]] += 1
     if not gold:
         return None
-    # Added up one by one, in order of first appearance, again for the last digit.
+    # Summed in order of first appearance, so that even the last digit equals the official one.
     weighted = 0.0
     for group, counts in gold.items():
         chi_square = 0.0
@@ -175,7 +175,7 @@ def _distribution(balanced: Sequence[GqaQuestion], predictions: Mapping[str, str
 
 
 def _refuse(ids: Sequence[str], problem: str) -> None:
-    """Raise one error for all the questions that share a problem, if there are any."""
+    """Raise a ValueError that names the questions with a problem, if there are any."""
     if ids:
         shown = ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
         raise ValueError(f"{problem}: {len(ids)} ({shown})")
@@ -205,34 +205,35 @@ def score_gqa(
 ) -> Figures:
     """Score predicted answers as the official GQA scorer does (Hudson and Manning 2019).
 
-    Balanced questions are scored. The others count for one thing: where a balanced question that is
-    answered rightly entails them, their answers decide its consistency.
+    Only balanced questions are scored. Predictions for the others are used for the consistency of a
+    correctly answered balanced question that entails them.
 
     Args:
-        questions: The questions of a split, or a mapping of them by their id. In an iterable,
-            questions of the same id count once.
+        questions: Questions of a split, as an iterable or by id. In an iterable, questions with the same
+            id count once.
         predictions: Predicted answer by question id, compared as written; others are ignored. As
             in the official scorer, every question needs one, or with ``consistency=False`` every
             balanced question.
-        choices: The official choices file: by question id, the `valid` and the `plausible` answers.
-            Without it validity and plausibility are None.
+        choices: Content of the official choices file: `valid` and `plausible` answers by question id.
+            If None, validity and plausibility are left out.
         consistency: Whether to compute consistency (``--consistency`` of the official scorer),
             which needs a split's `all` questions. Pass False to score a `balanced` file.
 
     Returns:
-        By the official keys, percent (0 to 100) of balanced questions, not rounded:
+        Percentages (0 to 100) of balanced questions by the official keys, not rounded:
 
-        - `accuracy`; `binary` and `open`, of the structural types but `query` and of `query`, 0 without any;
-        - `validity` and `plausibility`, with choices: answers in the question's scope, and in the real world;
-        - `consistency`, if it is asked for: mean, over the rightly answered questions that entail others, of
-          the share of these that are right as well;
-        - `distribution`: chi-square distance of predicted from gold answers, lower is better; left out if no
-          question has a global group (there the official scorer divides by zero);
+        - `accuracy`; `open` for the structural type `query`, `binary` for the others; 0 without any;
+        - `validity` and `plausibility`, if `choices` is given: predictions within the question's scope, and
+          predictions that make sense in the real world;
+        - `consistency`, unless disabled: mean, over the correctly answered questions that entail others, of
+          the share of entailed questions that are correct too;
+        - `distribution`: chi-square distance of predictions from gold answers, lower is better; left out if
+          no question has a global group (the official scorer then divides by zero);
         - `accuracyPerStructuralType`, `...SemanticType`, `...Steps` and `...Length` (words of the question):
           `score` and `count` of each, keys sorted.
 
-        The last digits of consistency and distribution follow the order of the questions, as they do in the
-        official scorer.
+        As in the official scorer, the last digits of consistency and distribution depend on the order of the
+        questions.
 
     Raises:
         ValueError: If there is no balanced question, a prediction or the choices of a balanced

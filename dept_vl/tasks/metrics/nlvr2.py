@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 LABELS = ("true", "false")
 
 SHOWN = 3
-"""How many identifiers an error message shows."""
+"""Number of identifiers in an error message."""
 
 
 def sentence_key(identifier: str) -> str:
-    """Return what examples of one sentence share: `dev-305-1` of `dev-305-3-1`, without the pair."""
+    """Return the identifier without the image pair: `dev-305-1` for `dev-305-3-1`. It names a sentence."""
     parts = identifier.split("-")
     if len(parts) != 4:
         raise ValueError(
@@ -32,17 +32,17 @@ def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, s
     ``true``. Any other prediction, such as ``yes`` or `` true``, is wrong.
 
     Args:
-        examples: The ``(identifier, label)`` of each example, label ``True`` or ``False`` in any
-            case. Each example once.
+        examples: ``(identifier, label)`` of each example, once. The label is ``True`` or ``False`` in any
+            case.
         predictions: Predicted label by identifier; those of other examples are ignored.
 
     Returns:
-        Fractions, not rounded: `accuracy`, the share of examples judged rightly, and `consistency`, that of
-        sentences all of whose image pairs were; and the number of `examples`.
+        Fractions, not rounded: `accuracy`, the share of correct examples, and `consistency`, the share of
+        sentences that are correct for all their image pairs; and the number of `examples`.
 
     Raises:
-        ValueError: If there are no examples, a label is neither true nor false, an identifier has
-            not four parts, or a prediction is missing.
+        ValueError: If there are no examples, a label is neither true nor false, an identifier does not
+            have four parts, or a prediction is missing.
     """
     labels = list(examples)
     if not labels:

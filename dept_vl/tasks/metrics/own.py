@@ -1,4 +1,4 @@
-"""Scores of free answers of your own: VQA accuracy of any number of human answers, and ANLS."""
+"""Scores for answers to your own questions: VQA accuracy for any number of human answers, and ANLS."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ ANLS_THRESHOLD = 0.5
 
 
 def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA accuracy of one answer: the official one of ten human answers, its general form of fewer.
+    """Return the VQA accuracy of one prediction, from 0 to 1, for any number of human answers.
 
-    Average over leaving out each annotator: the prediction scores min(1, matches / max(1, (n - 1) / 3))
-    against the n - 1 other answers. Compare a single answer directly. With ten or more answers, return the
-    official metric; with fewer, normalise prediction and answers first.
+    With ten or more answers it is the official metric. With fewer, prediction and answers are normalised, and
+    the score is the average over leaving out each annotator of min(1, matches / max(1, (n - 1) / 3)), where
+    the matches are among the n - 1 other answers. A single answer is compared directly.
 
     Raises:
-        ValueError: If there is no answer.
+        ValueError: If there are no answers.
     """
     if len(answers) >= OFFICIAL_ANSWERS:
         return vqa_accuracy(prediction, answers)
@@ -29,16 +29,17 @@ def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if count == 1:
         return float(matches)
     needed = max(1.0, (count - 1) / 3)
-    # An annotator who agrees is left out of those asked.
+    # Leaving out a matching annotator removes one match.
     agreeing = matches * min(1.0, (matches - 1) / needed)
     others = (count - matches) * min(1.0, matches / needed)
     return (agreeing + others) / count
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer (Biten et al. 2019), the best over its answers.
+    """Return the normalised Levenshtein similarity of a prediction (ANLS, Biten et al. 2019), from 0 to 1.
 
-    Both sides in lower case with single spaces; a similarity below 0.5 counts as 0.
+    It is the best over the answers. Texts are compared in lower case with single spaces; a similarity below
+    0.5 counts as 0.
     """
     said = " ".join(prediction.lower().split())
     return max((_similarity(said, " ".join(answer.lower().split())) for answer in answers), default=0.0)
@@ -53,7 +54,7 @@ def _similarity(said: str, wanted: str) -> float:
 
 
 def edit_distance(left: str, right: str) -> int:
-    """Least number of characters to insert, delete or change."""
+    """Return the minimum number of insertions, deletions and substitutions of characters."""
     before = list(range(len(right) + 1))
     for row, one in enumerate(left, start=1):
         now = [row]

@@ -1,13 +1,13 @@
-"""Figures of GLUE, SuperGLUE and MRQA, in percent (0 to 100) and not rounded.
+"""Metrics of GLUE, SuperGLUE and MRQA, in percent (0 to 100) and not rounded.
 
-Classification figures are scikit-learn's (`accuracy_score`, `f1_score`, `matthews_corrcoef`), the
+Classification metrics are scikit-learn's (`accuracy_score`, `f1_score`, `matthews_corrcoef`), the
 correlation is scipy's (`pearsonr`), MultiRC follows SuperGLUE (Wang et al. 2019) and answers are
 compared as in SQuAD v1.1 (Rajpurkar et al. 2016), whose scorer MRQA took over (Fisch et al. 2019).
-Where those divide by zero, the figure here is 0.0 and never nan.
+Where those divide by zero, the result here is 0.0, never nan.
 
-A prediction may be any text. One that names no class of the task is wrong for `accuracy`, no positive
-for `f1` and a class of its own for `matthews`; a task that wants it counted as the opposite class, as
-T5's own scorers do, says so by giving that class.
+A prediction may be any text. A prediction outside the task's classes is wrong for `accuracy`, not positive
+for `f1`, and a class of its own for `matthews`. To count it as the opposite class, as T5's scorers do, a
+task passes that class as the prediction.
 """
 
 import math
@@ -33,14 +33,14 @@ def _check_pairs(predictions: Sequence[object], labels: Sequence[object], what: 
 
 
 def accuracy(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Share of predictions that equal their label; ValueError for unequal or empty lists, here and below."""
+    """Return the percentage of predictions that equal their label; ValueError for empty or unequal lists."""
     _check_pairs(predictions, labels)
     right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
     return 100 * right / len(labels)
 
 
 def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive: Hashable) -> float:
-    """F1 of the class `positive`, against all others; 0.0 if it is neither predicted nor a label."""
+    """Return the F1 of class `positive` against all others; 0.0 if it is neither predicted nor a label."""
     _check_pairs(predictions, labels)
     predicted = sum(prediction == positive for prediction in predictions)
     present = sum(label == positive for label in labels)
@@ -53,10 +53,10 @@ def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive:
 def macro_f1(
     predictions: Sequence[Hashable], labels: Sequence[Hashable], *, classes: Sequence[Hashable] | None = None
 ) -> float:
-    """Mean of the F1 of these classes (CB).
+    """Return the mean of the F1 of `classes` (for CB).
 
-    None takes every class predicted or right, so a prediction that is no class of the task adds one with an
-    F1 of 0.
+    By default the classes are all predictions and labels, so a prediction outside the task's classes adds a
+    class with an F1 of 0.
     """
     _check_pairs(predictions, labels)
     averaged = {*predictions, *labels} if classes is None else set(classes)
@@ -66,11 +66,11 @@ def macro_f1(
 
 
 def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> float:
-    """Matthews correlation (CoLA), from -100 to 100; 0.0 if predictions or labels are of one class."""
+    """Return the Matthews correlation (for CoLA), from -100 to 100; 0.0 if one side is constant."""
     _check_pairs(predictions, labels)
     predicted, present, count = Counter(predictions), Counter(labels), len(labels)
     right = sum(prediction == label for prediction, label in zip(predictions, labels, strict=True))
-    # Whole numbers as far as the root, so that no rounding hides a zero.
+    # Integers up to the square root, so that rounding does not hide a zero.
     covariance = right * count - sum(predicted[each] * present[each] for each in present)
     spread = (count**2 - sum(n**2 for n in predicted.values())) * (
         count**2 - sum(n**2 for n in present.values())
@@ -79,7 +79,11 @@ def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> flo
 
 
 def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Pearson correlation (STS-B), -100 to 100; 0.0 if one side is constant; ValueError unless finite."""
+    """Return the Pearson correlation (for STS-B), from -100 to 100; 0.0 if one side is constant.
+
+    Raises:
+        ValueError: If a number is not finite.
+    """
     _check_pairs(predictions, labels)
     if not all(map(math.isfinite, (*predictions, *labels))):
         raise ValueError("expected finite numbers to correlate, found inf or nan")
@@ -104,10 +108,10 @@ def multirc(
     *,
     positive: Hashable,
 ) -> dict[str, float]:
-    """`f1a`, F1 over all answers, and `em`, the share of questions with every answer judged right.
+    """Return `f1a`, the F1 over all answers, and `em`, the percentage of questions with all answers correct.
 
-    The id of a question in MultiRC counts within its paragraph: give both as `questions`, one for each
-    answer.
+    `questions` holds the question of each answer. Question ids of MultiRC are only unique within a paragraph,
+    so pass paragraph and question.
     """
     _check_pairs(predictions, labels)
     _check_pairs(predictions, questions, "questions")
@@ -118,16 +122,16 @@ def multirc(
 
 
 def normalise_text(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and superfluous spaces, in SQuAD's order."""
+    """Return a text in lower case without ASCII punctuation, articles and extra spaces, in SQuAD's order."""
     bare = text.lower().translate(DELETE_PUNCTUATION)
     return " ".join(ARTICLES.sub(" ", bare).split())
 
 
 def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`em` and `f1` of free answers, each the best over the human answers to its question.
+    """Return `em` and `f1` of free-text predictions, each the best over the human answers to the question.
 
-    As in SQuAD v1.1 and MRQA, two answers of which nothing is left agree exactly (`em`) and share no word
-    (`f1` of 0). Raise ValueError if a question has no answer.
+    As in SQuAD v1.1 and MRQA, two texts that are empty after normalisation match exactly (`em`) but share no
+    word (`f1` of 0). Raises ValueError if a question has no answer.
     """
     _check_pairs(predictions, answers, "lists of answers")
     exact, overlap = [], []

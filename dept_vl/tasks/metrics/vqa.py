@@ -44,36 +44,36 @@ SOFT_SCORES = (0.3, 0.6, 0.9, 1.0)
 
 
 def _clean_whitespace(text: str) -> str:
-    """Newlines and tabs to spaces, then strip: the scorer does this to every string it compares."""
+    """Replace newlines and tabs by spaces and strip, as the scorer does to every string."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _process_punctuation(text: str) -> str:
-    """Delete punctuation marks or turn them into spaces, then delete periods."""
+    """Remove punctuation marks or replace them by spaces, then remove periods."""
     # One thousands separator anywhere deletes every mark of the answer: "1,000/2" gives "10002".
     delete_all = DIGIT_COMMA_DIGIT.search(text) is not None
     result = text
     for mark in PUNCTUATION:
         if mark not in text:
             continue
-        # One place where the mark touches a space decides for all its places in the answer, and
-        # the input is what is looked at, so marks already replaced do not count as spaces.
+        # If a mark touches a space anywhere, it is removed everywhere. The input decides, so marks that
+        # were already replaced do not count as spaces.
         delete = delete_all or f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if delete else " ")
     return PERIOD.sub("", result, count=MAX_PERIODS_REMOVED)
 
 
 def _process_words(text: str) -> str:
-    """Lower-case, number words to digits, drop articles, restore contractions, single spaces."""
+    """Lower-case, convert number words to digits, drop articles, restore contractions, use single spaces."""
     words = (NUMBER_WORDS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def normalise_answer(text: str) -> str:
-    """Bring an answer to the form in which the official VQA scorer compares: lower case, single spaces.
+    """Normalise an answer for comparison, as the official VQA scorer does.
 
-    Whitespace first, then punctuation, then words, as in the official scorer (Antol et al. 2015; Goyal et al.
-    2017). The result may be empty: an answer of articles and punctuation only.
+    Whitespace, punctuation and words are processed in this order, to lower case and single spaces (Antol et
+    al. 2015; Goyal et al. 2017). The result is empty for an answer of only articles and punctuation.
     """
     return _process_words(_process_punctuation(_clean_whitespace(text)))
 
@@ -95,15 +95,15 @@ def _check_normalisation(normalisation: str) -> None:
 def vqa_accuracy(
     prediction: str, answers: Sequence[str], *, normalisation: Normalisation = "official"
 ) -> float:
-    """Accuracy of one predicted answer against the human answers to its question.
+    """Return the VQA accuracy of a prediction, given the human answers to its question.
 
-    The mean, over the human answers, of ``min(1, matches among the other answers / 3)``: the
-    leave-one-out accuracy of the official scorer (Antol et al. 2015; Goyal et al. 2017). With ten
-    answers, 0, 1, 2, 3 and 4 or more matches score 0, 0.3, 0.6, 0.9 and 1.
+    It is the mean, over the human answers, of ``min(1, matches among the other answers / 3)``, as in the
+    official scorer (Antol et al. 2015; Goyal et al. 2017). With ten answers, 0, 1, 2, 3 and 4 or more
+    matches score 0, 0.3, 0.6, 0.9 and 1.
 
     Args:
-        prediction: The predicted answer, as written.
-        answers: The human answers, one entry per annotator, duplicates kept; usually ten.
+        prediction: Prediction as written.
+        answers: Human answers, one per annotator, with duplicates; usually ten.
         normalisation: ``official`` normalises only if the human answers are not all identical, so
             ``Yes`` scores 0 against ten ``yes``. ``always`` normalises both sides regardless.
             (VL-T5 and LAVIS normalise every prediction too, but of the human answers only the
@@ -125,19 +125,19 @@ def vqa_accuracy(
         matches = sum(n for answer, n in counts.items() if normalise_answer(answer) == prediction)
     else:
         matches = counts[prediction]
-    # A matching annotator sees one match fewer, having been left out. Counted in whole thirds and
-    # divided once: exact, and the same for every order of the answers.
+    # Leaving out a matching annotator removes one match. Counting whole thirds and dividing once is
+    # exact for every order of the answers.
     others = len(answers) - matches
     thirds = matches * min(3, matches - 1) + others * min(3, matches)
     return thirds / (3 * len(answers))
 
 
 def soft_scores(answers: Sequence[str]) -> dict[str, float]:
-    """Soft label of a question: the weight (0.3 to 1.0) of each human answer, in order of appearance.
+    """Return the soft label of a question: the weight of each human answer, in order of appearance.
 
     Answers given by 1, 2, 3, and 4 or more annotators weigh 0.3, 0.6, 0.9 and 1.0, as in VL-T5 (Cho et al.
-    2021). Answers, one for each annotator, are normalised before they are counted, and dropped if nothing is
-    left of them. Raise ValueError for no answers, or a bare string.
+    2021). `answers` has one answer per annotator. Answers are normalised before counting, and empty ones are
+    dropped. Raises ValueError if there are no answers, or `answers` is a string.
     """
     _check_answers(answers)
     counts = Counter(normalise_answer(answer) for answer in answers)
@@ -145,10 +145,10 @@ def soft_scores(answers: Sequence[str]) -> dict[str, float]:
 
 
 def listed_scores(answers: Sequence[str], answer_list: Set[str]) -> dict[str, float]:
-    """Soft label of a question within the answers that are learnt: the published labels (LXMERT, VL-T5).
+    """Return the soft label of a question, limited to the published answer list (LXMERT, VL-T5).
 
-    Weights and errors are those of `soft_scores`. Answers are counted as they are written, and not
-    normalised: "two" is no "2".
+    Weights and errors are those of `soft_scores`. Answers are counted as written, without normalisation:
+    "two" differs from "2".
     """
     _check_answers(answers)
     counts = Counter(answer for answer in answers if answer in answer_list)
@@ -168,12 +168,12 @@ def score_vqa(records: Iterable[tuple[float, str, str]]) -> dict[str, Any]:
     """Average the accuracies of questions: overall, by answer type and by question type.
 
     Args:
-        records: For each question ``(accuracy, answer_type, question_type)``, the accuracy from 0
-            to 1 as returned by `vqa_accuracy`. Each question once.
+        records: ``(accuracy, answer_type, question_type)`` of each question, once. The accuracy is from 0
+            to 1, as returned by `vqa_accuracy`.
 
     Returns:
-        By the official scorer's keys, in percent and rounded to 2 decimals as there: `overall`,
-        `perAnswerType` and `perQuestionType` (keys sorted); and the number of questions as `n`.
+        Percentages by the official scorer's keys, rounded to 2 decimals as there: `overall`,
+        `perAnswerType` and `perQuestionType` (sorted by key), and the number of questions `n`.
 
     Raises:
         ValueError: If there are no records, or an accuracy is not within 0 to 1.

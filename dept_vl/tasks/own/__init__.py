@@ -1,8 +1,8 @@
-"""Your own images and questions: any usual table and folder of images, `--data FILE|FOLDER|HUB_NAME`.
+"""Tasks on your own images and questions: tables with a folder of images, `--data FILE|FOLDER|HUB_NAME`.
 
-`options` says what may be set, `files` finds tables and splits, `tables` reads them, `formats` knows the
-files of other data sets, `columns` makes rows of records, `convert` keeps them, `images` finds image files,
-`task` is the one class.
+`options` defines the options, `files` finds tables and splits, `tables` reads tables, `formats` reads the
+files of other data sets, `columns` turns records into rows, `convert` caches the rows, `images` finds image
+files, and `task` defines the task class.
 """
 
 __all__ = [

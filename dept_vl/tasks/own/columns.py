@@ -1,4 +1,4 @@
-"""From a record of anybody's table to a row: columns are found by their usual names, or by those given."""
+"""Conversion of records into rows. Columns are found by their usual names, or by the names given."""
 
 import posixpath
 import re
@@ -28,24 +28,24 @@ NAMES: dict[str, tuple[str, ...]] = {
     "split": ("split", "set_name"),
     "type": ("answer_type", "question_type"),
 }
-"""What a row has -> the usual names of its column, the first that is there."""
+"""Usual column names by role; the first one present is used."""
 CAPTIONS = ("captions", "caption", "text")
 ODD = (":", "//", "/.")
-"""What no plain path below a folder has; others are looked at closely."""
+"""Substrings that plain relative paths do not contain; paths with one of them are checked in full."""
 DROPPED = re.compile(
     r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
 )
-"""Control characters, and what neither prints nor shapes the letters beside it."""
+"""Control characters, and invisible characters that do not affect the letters beside them."""
 SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
 PARTS = ("answer", "text", "raw", "caption", "value")
-"""Fields of an answer that is an object."""
+"""Keys that can hold the text of an answer given as an object."""
 
 
 def plain(text: str) -> str:
-    """Return a text as it looks: composed (NFC), without what does not show, with spaces of one kind.
+    """Return a text in NFC form, with plain spaces and without invisible characters.
 
-    What two keyboards or programs write otherwise is one text then.
+    Texts that look the same but were typed or saved differently become equal.
     """
     if text.isascii() and text.isprintable():
         return text.strip()
@@ -54,12 +54,12 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the same with single spaces: answers, which are compared as they are written."""
+    """Return a text as by `plain`, on one line with single spaces. Answers are compared in this form."""
     return " ".join(plain(text).split())
 
 
 def read_mapping(columns: Sequence[str]) -> dict[str, str]:
-    """Read `image=photo` and the like; raise UsageError for another form, or an unknown first part."""
+    """Parse `ROLE=COLUMN` pairs such as `image=photo`; raise UsageError for another form or role."""
     mapping = {}
     for given in columns:
         role, equals, name = given.partition("=")
@@ -72,12 +72,12 @@ def read_mapping(columns: Sequence[str]) -> dict[str, str]:
 
 
 class Columns:
-    """Finds what a row has in a record.
+    """Converter from records to rows.
 
     Args:
-        mapping: Role -> column, where that has another name than the usual ones.
-        all_turns: Make an example of every question of a conversation.
-        images_alone: Take rows with neither question nor answer, to be captioned or labelled.
+        mapping: Column name by role, for columns without a usual name.
+        all_turns: Whether every question of a conversation becomes an example.
+        images_alone: Whether to accept records with neither question nor answer, for captioning or labelling.
     """
 
     def __init__(
@@ -88,15 +88,15 @@ class Columns:
         self._cleaned = False
 
     def rows(self, record: Record, where: str, *, text_cells: bool) -> Iterator[dict[str, Any]]:
-        """Make the rows of a record: one, or of a conversation one for every question.
+        """Make the rows of a record: one row, or one per question of a conversation.
 
         Args:
-            record: By the names of its columns.
-            where: Names it in messages.
-            text_cells: All cells are text, in which lists are written as JSON.
+            record: Values by column name.
+            where: Location of the record, for error messages.
+            text_cells: Whether all cells are text, with lists written as JSON.
 
         Raises:
-            UsageError: If there is no image, or something is of a type that cannot be understood.
+            UsageError: If the record has no image, or a value has an unsupported type.
         """
         self._cleaned = False
         turns = turns_of(record)
@@ -121,7 +121,7 @@ class Columns:
             }
 
     def _find(self, record: Record, where: str) -> dict[str, str]:
-        """Return the column of each role; worked out once for records of the same columns."""
+        """Return the column of each role, cached by the record's column names."""
         key = tuple(record)
         found = self._known.get(key)
         if found is None:
@@ -136,7 +136,7 @@ class Columns:
                         f"{where}: --columns {role}={name}: found no such column; there are {', '.join(key)}"
                     )
             if found.get("question") == "text" and "answer" not in found and "question" not in self.mapping:
-                found["answer"] = found.pop("question")  # as folders of images with captions have it
+                found["answer"] = found.pop("question")  # usual in folders of images with captions
             if found.get("question") == "prompt" and isinstance(record["prompt"], list):
                 del found["question"]
             self._known[key] = found
@@ -173,7 +173,7 @@ class Columns:
             )
 
     def _image(self, value: Any, where: str) -> str:
-        """Return the reference to an image: a path, an embedded one, or a data URL."""
+        """Return the reference to an image: a path, an `Embedded` reference, or a data URL."""
         if isinstance(value, dict):
             value = value.get("path") or value.get("url") or value.get("image") or value
         if isinstance(value, int) and not isinstance(value, bool):
@@ -191,7 +191,7 @@ class Columns:
         return value.replace("\\", "/")
 
     def _one(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> dict[str, Any]:
-        """Return question, answers and choices of a record that is no conversation."""
+        """Return the question, answers and choices of a record that is not a conversation."""
         question = record.get(found.get("question", ""))
         if question is not None and not isinstance(question, str):
             raise UsageError(f"{where}, column {found['question']!r}: expected text, found {brief(question)}")
@@ -226,7 +226,7 @@ class Columns:
         }
 
     def _answers(self, value: Any, where: str, *, text_cells: bool) -> list[str]:
-        """Return the answers in a cell: text, a number, a boolean, an object with one, or a list of these."""
+        """Return the answers in a cell: text, number, boolean, object with an answer, or a list of these."""
         if value is None:
             return []
         if isinstance(value, str):
@@ -244,7 +244,7 @@ class Columns:
         if isinstance(value, int):
             return [str(value)]
         if isinstance(value, float):
-            if value != value:  # what tables have for nothing
+            if value != value:  # NaN: an empty cell
                 return []
             return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
         if isinstance(value, list):
@@ -256,7 +256,7 @@ class Columns:
         raise UsageError(f"{where}: expected an answer or a list of answers, found {brief(value)}")
 
     def _shown(self, text: str) -> str:
-        """Return the text, and note whether it has characters that are left out."""
+        """Return the text, and record whether it contains characters that are removed."""
         self._cleaned = self._cleaned or DROPPED.search(text) is not None
         return text
 
@@ -264,7 +264,7 @@ class Columns:
 def _of_choices(
     record: Record, column: str, answers: list[str], choices: list[str], where: str
 ) -> tuple[list[str], list[str]]:
-    """Return the right choice and all choices, the right one found by its number or its text."""
+    """Return the correct choice, found by its number or its text, and all choices."""
     number = record.get("correct_choice_idx", record.get(column))
     if column == "answer" and "multiple_choices" in record and answers and answers[0] not in choices:
         choices = sorted([*choices, answers[0]])  # Visual7W lists the wrong ones
@@ -282,7 +282,7 @@ def _identity(value: Any) -> str:
 
 
 def confine(reference: str, root: Path, where: str) -> str:
-    """Return the path of an image below its folder; raise UsageError if it leads outside."""
+    """Return the path of an image relative to its folder; raise UsageError if it is outside the folder."""
     if reference[:1] not in "/." and reference[-1] != "/" and not any(part in reference for part in ODD):
         return reference
     path = posixpath.normpath(reference)

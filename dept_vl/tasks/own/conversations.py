@@ -1,4 +1,4 @@
-"""Conversations about images: TRL's `messages` and prompt with completion, and LLaVA's `conversations`."""
+"""Readers of conversations: TRL's `messages` or prompt with completion, and LLaVA's `conversations`."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from dept_vl.tasks.io.records import brief
 PLACEHOLDER = re.compile(r"\s*<image>\s*")
 USER, MODEL = ("user", "human"), ("assistant", "gpt", "model")
 Pair = tuple[str, str | None]
-"""A question, and its answer where there is one."""
+"""Question and answer; the answer is None if there is none."""
 
 
 def turns_of(record: dict[str, Any]) -> list[Any] | None:
-    """Return the turns of a conversation; None if the record is none."""
+    """Return the turns of a conversation, or None if the record is not a conversation."""
     for name in ("messages", "conversations", "conversation"):
         if isinstance(record.get(name), list):
             turns: list[Any] = record[name]
@@ -26,7 +26,7 @@ def turns_of(record: dict[str, Any]) -> list[Any] | None:
 
 
 def pairs_of(turns: Sequence[Any], where: str) -> tuple[list[Pair], list[Any]]:
-    """Return questions with answers, and images within turns; system prompts are left out."""
+    """Return question-answer pairs and the images within turns. System prompts are skipped."""
     pairs: list[Pair] = []
     images: list[Any] = []
     for number, turn in enumerate(turns, start=1):

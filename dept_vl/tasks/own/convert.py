@@ -1,4 +1,4 @@
-"""Rows of all tables in one form, converted once and kept in the cache folder."""
+"""Conversion of all tables to rows of one schema, done once and cached."""
 
 import hashlib
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ SCHEMA = pa.schema(
 def rows_of(
     tables: list[TableFile], folder: Path, base: Path, options: OwnOptions, *, images_alone: bool
 ) -> Rows:
-    """Return the rows of all tables, converted once; those of images alone only if they may be."""
+    """Return the rows of all tables, from the cache if possible. `images_alone` is that of `Columns`."""
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
@@ -56,7 +56,7 @@ def _records(
     count = 0
     for table in tables:
         text_cells = table.path.suffix.lower() in (".csv", ".tsv")
-        # Beside images, as `imagefolder` has it, names are of the table's own folder.
+        # In a table beside its images (`imagefolder`), image names are relative to the table's folder.
         beside = table.path.stem == "metadata" and options.images is None and table.folder != base
         below = f"{table.folder.relative_to(base).as_posix()}/" if beside else ""
         before = count
@@ -81,7 +81,7 @@ def _records(
 
 
 def _new_id(given: str, number: int, seen: set[str]) -> tuple[str, bool]:
-    """Return an id that no row before has, and whether another was given."""
+    """Return a unique id, and whether it replaces a given id that is already used."""
     chosen, copy = given or str(number), 1
     while chosen in seen:
         copy += 1
@@ -91,7 +91,7 @@ def _new_id(given: str, number: int, seen: set[str]) -> tuple[str, bool]:
 
 
 def _reference(image: str, folder: Path, base: Path, below: str, where: str) -> str:
-    """Return the reference to an image inside the folder, or in a table below the folder of the data."""
+    """Return the reference to an image in the image folder, or in a table below the data folder."""
     if isinstance(image, Embedded):
         return EMBEDDED + image[len(EMBEDDED) :].removeprefix(f"{base.absolute()}/")
     return confine(image if image.startswith("/") else below + image, folder, where)

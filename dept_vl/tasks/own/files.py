@@ -1,4 +1,4 @@
-"""Which files hold the data, and of which split each is."""
+"""Search for the files that hold the data, and for the split of each file."""
 
 import os
 import re
@@ -14,7 +14,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""What a split is called -> our name of it."""
+"""Split names used here, by the usual names of splits."""
 OURS = (
     "index.json",
     "config.json",
@@ -23,14 +23,14 @@ OURS = (
     "state.json",
     "dataset_info.json",
 )
-"""Files beside data that are none."""
+"""JSON files that lie beside data but are not tables."""
 FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg", "*.png", "*.webp")
-"""What is downloaded of a data set on the Hub; never code."""
+"""File patterns to download from a data set on the Hub; they never include code."""
 
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table: the split that its name says, if any, and the folder that its images are usually below."""
+    """A table file, with the split in its name (or empty) and the default folder of its images."""
 
     path: Path
     split: str
@@ -38,7 +38,7 @@ class TableFile:
 
 
 def find_tables(data: str) -> tuple[Path, list[TableFile]]:
-    """Find the tables of a file, folder or data set on the Hub, and their folder; UsageError without any."""
+    """Return the folder and tables of a file, folder or data set on the Hub; UsageError if there are none."""
     path = Path(data)
     if path.is_file():
         return path.parent, [TableFile(path, "", path.parent)]
@@ -63,12 +63,12 @@ def find_tables(data: str) -> tuple[Path, list[TableFile]]:
             "metadata.csv or metadata.jsonl with file_name and question, answer, caption or label"
         )
     named = [table for table in tables if table.split]
-    # Beside split files, one of another name (all of them together, say) is not read twice.
+    # If some files name a split, files that name none are ignored: they may hold all splits together.
     return path, named or tables
 
 
 def _split_of(path: Path) -> str:
-    """Return the split that the name of a file says, else that of its folder."""
+    """Return the split named by a file's name, or else by its folder; empty if neither names one."""
     for name in (path.stem, *reversed(path.parent.parts)):
         for word in re.split(r"[^a-z]+", name.lower()):
             if word in SPLITS:
@@ -77,7 +77,7 @@ def _split_of(path: Path) -> str:
 
 
 def fetch(name: str) -> Path:
-    """Download tables and images of a data set on the Hub, once; raise FileNotFoundError if that fails."""
+    """Download the tables and images of a data set on the Hub, once; FileNotFoundError if that fails."""
     if not is_data_set(name):
         raise FileNotFoundError(f"no such file or folder: {name}")
     from huggingface_hub import snapshot_download

@@ -1,8 +1,8 @@
-"""Files of other data sets, read as they are: their records in the columns that `columns` understands.
+"""Readers of other data sets' files. Their records get the columns that `columns` understands.
 
-VQA v1 and v2, OK-VQA (questions and annotations in two files), COCO's `captions_*.json`, Karpathy's file of
-COCO and Flickr, Visual7W, GQA (an object of objects), and any object with a list of records in it (TextVQA,
-ST-VQA). VizWiz and A-OKVQA are plain lists.
+Supported are VQA v1 and v2 and OK-VQA (questions and annotations in two files), COCO's `captions_*.json`,
+Karpathy's file of COCO and Flickr, Visual7W, GQA (an object of objects), and any object with a list of
+records in it (TextVQA, ST-VQA). VizWiz and A-OKVQA are plain lists.
 """
 
 import re
@@ -33,17 +33,17 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     "objects": read_objects,
     "record": read_record,
 }
-"""By the shape of a JSON file."""
+"""Reader by shape of a JSON file."""
 SPLIT_NAMES = {"restval": "train"}
-"""Karpathy's further training images."""
+"""Split names by Karpathy's names; `restval` holds further training images."""
 
 
 def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read the records of a file of any known format, of Parquet these columns alone if any are named.
+    """Read the records of a file in any supported format; of Parquet only `columns`, if there are any.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        UsageError: If it is damaged, or of no known format.
+        FileNotFoundError: If `path` does not exist.
+        UsageError: If the file is damaged or its format is not supported.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -86,7 +86,7 @@ def _read_json(path: Path) -> Numbered:
 
 
 def annotations_of(questions: Path) -> Path | None:
-    """Return the file of the answers to a file of questions, such as VQAv2's; None if it has none."""
+    """Return the answer file that belongs to a question file, as in VQAv2; None if there is none."""
     key = _pair_key(questions.name)
     for path in sorted(questions.parent.glob("*.json")):
         if path != questions and "annotation" in path.name and _pair_key(path.name) == key:
@@ -95,7 +95,7 @@ def annotations_of(questions: Path) -> Path | None:
 
 
 def is_annotations(path: Path) -> bool:
-    """Return whether a file holds the answers to the questions of a file beside it."""
+    """Return whether a file holds the answers to a question file in the same folder."""
     if path.suffix != ".json" or "annotation" not in path.name:
         return False
     return any(
@@ -120,7 +120,7 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
             )
         given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
         texts = [one.get("answer") if isinstance(one, dict) else one for one in _as_list(given)]
-        # The same few thousand answers come again and again; each is kept once.
+        # A few thousand answers make up most of the file; equal ones share one string.
         kept: dict[str, Any] = {
             "answers": [known.setdefault(text, text) if isinstance(text, str) else text for text in texts]
         }

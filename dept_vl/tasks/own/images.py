@@ -1,4 +1,4 @@
-"""A folder of images in which they are found by name, whatever their extension and its case."""
+"""A folder of images that finds files by name, with any extension in any case."""
 
 import os
 import unicodedata
@@ -14,13 +14,13 @@ SUFFIXES = frozenset(
     | {".jp2", ".avif"}
 )
 DEEPEST = 3
-"""Folders below each other that are searched for an image which is not where its name says."""
+"""Depth of folders to search for an image that is not at its path."""
 NUMBER_DIGITS = 12
-"""Of COCO's image numbers in its file names."""
+"""Number of digits of an image number in COCO's file names."""
 
 
 class ImageFolder:
-    """Lists folders once, when a name is first looked for."""
+    """A folder of images. Each folder is listed once, when a name in it is first looked up."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -33,7 +33,7 @@ class ImageFolder:
         return ImageFolder, (self.root,)
 
     def find(self, name: str) -> Path:
-        """Return the file that a name may mean; raise UsageError for several, or a link that leads out."""
+        """Return the file for an image name; UsageError if it is ambiguous or a link that leads outside."""
         folder, _, base = name.rpartition("/")
         listing = self._list(folder)
         if base in listing:
@@ -53,7 +53,7 @@ class ImageFolder:
         return Path(self._start + name)
 
     def missing(self, names: Iterable[str]) -> list[Path]:
-        """Return the files of these images that are missing, with the errors of `find`."""
+        """Return the files of these images that do not exist. Raises the errors of `find`."""
         searched = []
         for name in names:
             folder, _, base = name.rpartition("/")
@@ -62,7 +62,7 @@ class ImageFolder:
         return missing_files(searched)
 
     def _list(self, folder: str) -> dict[str, bool]:
-        """Return the names in a folder, and whether each is a link."""
+        """Return the names in a folder, and for each whether it must be checked as a link."""
         if folder not in self._listings:
             try:
                 with os.scandir(os.path.join(self.root, folder)) as entries:
@@ -85,7 +85,7 @@ class ImageFolder:
         return Path(self._start + name)
 
     def _search(self) -> dict[str, list[str]]:
-        """Return the images below the folder by all that they may be called."""
+        """Return the images below the folder, by all keys under which they can be found."""
         index: defaultdict[str, list[str]] = defaultdict(list)
         for folder, folders, files in os.walk(self.root):
             below = os.path.relpath(folder, self.root).replace(os.sep, "/")
@@ -103,8 +103,8 @@ class ImageFolder:
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """Return what a name is looked up by, the most exact first."""
-    lower = unicodedata.normalize("NFC", name).lower()  # accents apart, as macOS writes them
+    """Return the lookup keys of a name, the most exact first."""
+    lower = unicodedata.normalize("NFC", name).lower()  # macOS writes accents as separate characters
     stem, suffix = os.path.splitext(lower)
     stem = stem if suffix in SUFFIXES else lower
     base = stem.rpartition("/")[2]
@@ -113,7 +113,7 @@ def _keys(name: str) -> tuple[str, ...]:
 
 
 def _numbers(stem: str) -> tuple[str, ...]:
-    """Return the number that ends COCO's names: COCO_train2014_000000000009, 000000000009."""
+    """Return the lookup key for the number that ends COCO's names, as in COCO_train2014_000000000009."""
     digits = stem.rpartition("_")[2]
     is_number = digits.isascii() and digits.isdecimal() and len(digits) in (len(stem), NUMBER_DIGITS)
     return (f"#{int(digits)}",) if is_number else ()

@@ -1,4 +1,4 @@
-"""Images inside a table, as bytes or data URLs: where they stand, so that they are read from there."""
+"""References to images stored inside a table, as bytes or data URLs, so that they are read from the table."""
 
 import mmap
 from pathlib import Path
@@ -9,28 +9,28 @@ from dept_vl._utils.embedded import COLUMNAR, data_url_bytes, data_urls, embedde
 from dept_vl._utils.errors import UsageError
 
 WRITINGS = [(codec, slash) for codec in ("ascii", "utf-16-le", "utf-16-be") for slash in ("/", "\\/")]
-"""How a file may have a data URL: the encoding, and the slash, which some writers of JSON escape."""
+"""Ways to write a data URL in a file: text encoding, and slash, which some JSON writers escape."""
 EMBEDDED = "embedded:"
-"""Begins the reference to an image whose bytes are in the table."""
+"""Prefix of references to images inside a table."""
 
 
 class Embedded(str):
-    """Such a reference, which no text of the table can be."""
+    """Reference to an image inside a table. The type distinguishes it from the table's own text."""
 
     __slots__ = ()
 
     @classmethod
     def at(cls, path: Path, column: str, row: int, item: int | None = None) -> "Embedded":
-        """Refer to the image of a row, counted from 0, or to one of several."""
+        """Return the reference to the image of a row (from 0), or to item `item` of several images."""
         return cls(EMBEDDED + embedded_path(str(path.absolute()), column, row, item))
 
 
 class InlineImages:
-    """Finds the data URLs of a table.
+    """Finder of the data URLs in a table. Records are passed in file order.
 
     Args:
-        path: Of the table.
-        base: Folder of the data, below which it is named, since that may be moved.
+        path: Table file.
+        base: Folder of the data. References are relative to it, so that the folder can be moved.
     """
 
     def __init__(self, path: Path, base: Path) -> None:
@@ -42,20 +42,20 @@ class InlineImages:
         self._start = self._end = 0
 
     def next_record(self) -> None:
-        """Go on to a record, which stands behind the one before."""
+        """Move to the next record, which starts after the previous one."""
         self._start = self._end
 
     def reference(self, url: str, record: dict[str, Any], number: int, where: str) -> str:
-        """Return the reference to an image; the same for the same image of other rows.
+        """Return the reference to an image; equal images share one reference.
 
         Args:
-            url: The data URL.
-            record: Record that has it.
+            url: Data URL of the image.
+            record: Record with the data URL.
             number: Number of the record, from 1.
-            where: Names it in messages.
+            where: Location of the record, for error messages.
 
         Raises:
-            UsageError: If it is no data URL, or the file has it in an unusual way.
+            UsageError: If `url` is not a data URL, or the file writes it with unusual escapes.
         """
         try:
             key = checksum(data_url_bytes(url, where))
@@ -68,14 +68,14 @@ class InlineImages:
         return self._known[key]
 
     def _cell(self, url: str, record: dict[str, Any], number: int) -> str:
-        """Name the place in a Parquet or Arrow file: its column, row, and number in the cell."""
+        """Return the location in a Parquet or Arrow file: column, row, and position in the cell."""
         column, urls = next(
             (name, urls) for name, value in record.items() if url in (urls := list(data_urls(value)))
         )
         return embedded_path(self._name, column, number - 1, urls.index(url))
 
     def _span(self, url: str, where: str) -> str:
-        """Name the place in a file of text: its first byte, and how many there are."""
+        """Return the location in a text file: first byte and number of bytes."""
         if self._file is None:
             with self.path.open("rb") as opened:
                 self._file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -83,7 +83,9 @@ class InlineImages:
             written = url.replace("/", slash).encode(codec)
             start = self._file.find(written, self._start)
             if start >= 0:
-                self._writings.insert(0, self._writings.pop(number))  # as the next one will be written
+                self._writings.insert(
+                    0, self._writings.pop(number)
+                )  # the next one is probably written in the same way
                 self._end = max(self._end, start + len(written))
                 return embedded_path(self._name, "bytes", start, len(written))
         raise UsageError(f"{where}: expected a data URL without escapes, found them in {url[:40]!r}")

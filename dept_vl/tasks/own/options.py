@@ -1,4 +1,4 @@
-"""What may be said of your own data; imports no engine."""
+"""Options for your own data. Importing this module does not import PyTorch."""
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from dept_vl._utils.options import Options, Seed
 from dept_vl._utils.run_files import is_hub_name
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-"""Suffixes of tables."""
+"""File extensions of tables."""
 
 Turns = Literal["first", "all"]
 OwnMetric = Literal["auto", "vqa_accuracy", "exact_match", "f1", "anls", "accuracy"]
@@ -18,34 +18,33 @@ OwnMetric = Literal["auto", "vqa_accuracy", "exact_match", "f1", "anls", "accura
 
 @dataclass(frozen=True)
 class OwnOptions(Options):
-    """Your own images and questions."""
+    """Options for your own images and questions."""
 
     data: str | None = None
-    """Your own data: a file (JSON, JSON Lines, CSV, TSV, Parquet, Arrow), a folder of them, or a data set's
-    name on the Hub. Takes task vqa; captions and labels follow from the columns."""
+    """Your own data: a file (JSON, JSON Lines, CSV, TSV, Parquet, Arrow), a folder of such files, or the name
+    of a data set on the Hub. Implies task vqa; captions and labels are recognised by the columns."""
     images: Path | None = None
-    """Folder of the images that the data name; left out, the folder of the data."""
+    """Folder of the images named in the data. Default: the folder of the data."""
     columns: tuple[str, ...] = ()
-    """Columns of other names than the usual ones: image=photo question=ask answer=truth; also choices, id
-    and split."""
+    """Columns without a usual name: image=photo question=ask answer=truth; also choices, id, split, type."""
     turns: Turns = "first"
-    """Of a conversation, take the first question with its answer, or all, each as an example of its own."""
+    """Questions to use from a conversation: the first, or all, each as a separate example."""
     metric: OwnMetric = "auto"
-    """Metric that decides; auto: VQA accuracy of several answers to a question, exact match of one, accuracy
-    of choices and labels. anls is added to the report only where it is asked for."""
+    """Metric for choosing the best adapter. auto: VQA accuracy if questions have several answers, exact match
+    if they have one, accuracy for choices and labels. anls is only computed if selected here."""
     holdout_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training images held out for each of validation and test that the data do not have."""
+    """Share of the training images to hold out for each of validation and test that the data lack."""
     split_seed: Seed = 0
-    """Of the draw of the held-out images."""
+    """Random seed for drawing the held-out images."""
 
     @classmethod
     def of(cls, **given: Any) -> "OwnOptions":
-        """Return options from what callers have: paths as text or not, columns in any sequence."""
+        """Return options from keyword arguments: paths may be strings, columns any sequence. Ignores None."""
         kinds = {"data": str, "images": Path, "columns": tuple}
         return cls(**{k: kinds.get(k, lambda v: v)(v) for k, v in given.items() if v is not None})
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
-        """Return a run's options with those given here in their place; other data have their own images."""
+        """Return a run's options, overridden by those set here. With `data`, `images` is not inherited."""
         usual = OwnOptions()
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {name: value for name, value in given.items() if value != getattr(usual, name)}
@@ -54,12 +53,12 @@ class OwnOptions(Options):
         return replace(run, **changed)
 
     def folder(self) -> Path | None:
-        """Return the folder of the data; None if they are on the Hub, or not given."""
+        """Return the folder of the data; None if the data are on the Hub or not set."""
         if self.data is None or not Path(self.data).exists():
             return None
         return Path(self.data) if Path(self.data).is_dir() else Path(self.data).parent
 
 
 def is_data_set(name: str) -> bool:
-    """Return whether a name that is no file here may be of a data set on the Hub."""
+    """Return whether a name that is not a local file can be a data set on the Hub."""
     return "/" in name and is_hub_name(name) and Path(name).suffix.lower() not in TABLES

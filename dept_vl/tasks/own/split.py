@@ -1,4 +1,4 @@
-"""Splits that the data have, and those that are held out of the training images."""
+"""Selection of splits: those in the data, and those held out of the training images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,18 +19,16 @@ NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
 def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
-    """Return the rows of a split.
+    """Return the indices of the rows of a split.
 
     Args:
         rows: All rows.
-        split: One of `NAMES`, or another that the data have; auto is the test split if there is one, else
-            all.
-        options: What share of the training images is held out for each of validation and test that is
-            missing.
-        root: Folder that names of tables with images start from.
+        split: One of `NAMES`, or another split in the data; auto is the test split, or all rows without one.
+        options: Options with the share of training images to hold out for a missing validation or test split.
+        root: Folder that references to images in tables are relative to.
 
     Raises:
-        UsageError: If there is no such split, or there are too few images.
+        UsageError: If the split does not exist, or there are too few images.
     """
     encoded = rows.column("split").combine_chunks().dictionary_encode()
     present = [SPLITS.get(name.lower(), name) for name in encoded.dictionary.to_pylist()]
@@ -65,7 +63,7 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
 
 
 def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path) -> list[Indices]:
-    """Split rows so that no image is on two sides: parts held out, then the rest; UsageError if too few."""
+    """Split rows without sharing images: the held-out parts, then the rest; UsageError if impossible."""
     groups = image_groups(rows, places, root)
     count = int(groups.max()) + 1
     if count <= parts:
@@ -82,7 +80,7 @@ def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root:
 
 
 def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Indices:
-    """Return a number for each row; rows that share an image, also by way of others, have the same."""
+    """Return a group number per row. Rows that share an image, also by way of other rows, share a group."""
     chosen = rows if len(places) == len(rows) else rows.subset(places)
     images = chosen.column("images").combine_chunks()
     starts = images.offsets.to_numpy()
@@ -111,7 +109,7 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Ind
 
 
 def _contents(references: Sequence[str], root: Path) -> list[str]:
-    """Return what tells images apart: a checksum where a table has the bytes, again for each question."""
+    """Return a key per image: a checksum for bytes in a table, which may be repeated, else the path."""
 
     def content(reference: str) -> str:
         try:
@@ -123,7 +121,7 @@ def _contents(references: Sequence[str], root: Path) -> list[str]:
 
 
 def leaks(rows: Rows, root: Path) -> list[str]:
-    """Return a line for each pair of named splits that share images."""
+    """Return a message for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]
     images = {}
     for name in present:

@@ -1,4 +1,4 @@
-"""Records of one table, whatever its format, each with the number by which an editor finds it."""
+"""Readers of tables in all formats. Each record comes with its number, as an editor shows it."""
 
 import codecs
 import csv
@@ -25,21 +25,21 @@ Record = dict[str, Any]
 Numbered = Iterator[tuple[int, Record]]
 
 UNITS = {".csv": "line", ".tsv": "line", ".jsonl": "line", ".ndjson": "line"}
-"""What the numbers count; elsewhere rows, from 1."""
+"""Unit of the record numbers, by file extension; for others it is the row, from 1."""
 DELIMITERS = ",\t;|"
 LONGEST_CELL = 1 << 27
-"""Characters of a cell of CSV: a data URL of an image may be long."""
+"""Maximum length of a CSV cell, in characters; data URLs of images are long."""
 CELL_LIMIT = Lock()
-"""Held while the limit of `csv`, which is the whole process's, is another than usual."""
+"""Lock held while the process-wide cell limit of `csv` is changed."""
 BATCH_ROWS = 1000
 IMAGE_ROWS = 16
-"""Rows read at a time where images have to be read with them."""
+"""Number of rows read at a time if image bytes are read with them."""
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
 
 
 def place(path: Path, number: int) -> str:
-    """Name a record for messages."""
+    """Return the location of a record, for error messages."""
     return f"{_unit(path)} {number}"
 
 
@@ -49,7 +49,7 @@ def _unit(path: Path) -> str:
 
 
 def encoding_of(path: Path) -> str:
-    """Return the encoding of a text file: by its byte order mark, by the zeros of UTF-16, else UTF-8."""
+    """Return the encoding of a text file: from its byte order mark, from the zeros of UTF-16, else UTF-8."""
     with path.open("rb") as file:
         start = file.read(3)
     for mark, name in BOMS.items():
@@ -61,12 +61,12 @@ def encoding_of(path: Path) -> str:
 
 
 def text_of(path: Path) -> TextIOWrapper:
-    """Open a text file, its line ends as they are."""
+    """Open a text file without changing its line ends."""
     return path.open(encoding=encoding_of(path), newline="")
 
 
 def read_lines(path: Path) -> Numbered:
-    """Read JSON Lines; blank lines, and a comma at the end of a line, are passed over."""
+    """Read JSON Lines, ignoring blank lines and a comma at the end of a line."""
     with _decoding(path), text_of(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.strip().removesuffix(",")
@@ -91,7 +91,7 @@ def _object(path: Path, number: int, text: str) -> Record:
 
 
 def _undecodable(path: Path) -> int:
-    """Return the number of the first line that is no UTF-8; 1 of a file in another encoding."""
+    """Return the number of the first line that is not UTF-8; 1 if all lines are."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -103,7 +103,7 @@ def _undecodable(path: Path) -> int:
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """Turn bytes that are no text into one line with the number of theirs."""
+    """Convert a UnicodeDecodeError to a UsageError with the line number."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -114,7 +114,7 @@ def _decoding(path: Path) -> Iterator[None]:
 
 
 def read_csv(path: Path) -> Numbered:
-    """Read a table with a header; it is cut at the character of `DELIMITERS` that the header has most of."""
+    """Read a table with a header. The delimiter is the most frequent of `DELIMITERS` in the header."""
     line = 1
     try:
         with _decoding(path), text_of(path) as file:
@@ -135,13 +135,13 @@ def read_csv(path: Path) -> Numbered:
                         f"{place(path, rows.line_num)}: expected {len(header)} cells ({', '.join(header)}), "
                         f"found {len(cells)}; text that holds {delimiter!r} needs double quotes around it"
                     )
-                line = rows.line_num + 1  # where the next row begins: a quote may hold more lines
+                line = rows.line_num + 1  # start of the next row: quoted text can span lines
     except csv.Error as error:
         raise UsageError(f"{place(path, line)}: {error}; a quote inside of quotes is written twice") from None
 
 
 def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
-    """Rows whose cells may be longer than `csv` has it; its limit is changed for no one else."""
+    """Yield rows with cells of up to `LONGEST_CELL` characters, restoring the limit of `csv` each time."""
     while True:
         with CELL_LIMIT:
             usual = csv.field_size_limit(LONGEST_CELL)
@@ -184,7 +184,7 @@ def json_lists(path: Path) -> str:
 
 
 def _lines(path: Path) -> tuple[str, str, str]:
-    """Return the first character of two lines, and the last two of the first: it may be a whole file."""
+    """Return the first characters of the first two lines, and the last two characters of the first line."""
     first = end = ""
     with _decoding(path), text_of(path) as file:
         while chunk := file.read(CHUNK):
@@ -199,7 +199,7 @@ def _lines(path: Path) -> tuple[str, str, str]:
 
 
 def begins_with_list(path: Path) -> bool:
-    """Return whether a file of text begins with a bracket."""
+    """Return whether a text file starts with `[`."""
     return _lines(path)[0] == "["
 
 
@@ -215,13 +215,13 @@ def read_json(path: Path, key: str = "") -> Numbered:
 
 
 def read_record(path: Path) -> Numbered:
-    """Read one object, over several lines."""
+    """Read a file that is one JSON object."""
     with text_of(path) as file:
         yield 1, _object(path, 1, file.read())
 
 
 def read_objects(path: Path) -> Numbered:
-    """Read an object of objects: each gets its key as `id`."""
+    """Read an object of objects. Each record gets its key as `id`."""
     with _json(path) as raw:
         items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         for number, (name, record) in _numbered(items, path):
@@ -240,7 +240,7 @@ def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Utf8:
-    """A text file as UTF-8 without a byte order mark, for ijson."""
+    """A text file as a stream of UTF-8 without byte order mark, for ijson."""
 
     def __init__(self, file: TextIOWrapper) -> None:
         self.file = file
@@ -251,7 +251,7 @@ class _Utf8:
 
 @contextmanager
 def _json(path: Path) -> Iterator[_Utf8]:
-    """Open a JSON file; a fault in it becomes one line with its line and column."""
+    """Open a JSON file; convert JSON errors to a UsageError with line and column."""
     with _decoding(path), text_of(path) as file:
         try:
             yield _Utf8(file)
@@ -261,7 +261,7 @@ def _json(path: Path) -> Iterator[_Utf8]:
 
 
 def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read a Parquet file, or some columns; images become references, and their bytes stay where they are."""
+    """Read a Parquet file, or some columns. Images become references; their bytes are not read."""
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
@@ -281,7 +281,7 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
 
 
 def read_arrow(path: Path) -> Numbered:
-    """Read an Arrow file, as `save_to_disk` writes them, likewise."""
+    """Read an Arrow file, as written by `save_to_disk`. Images become references, as in `read_parquet`."""
     try:
         table = open_arrow(str(path), path.stat().st_mtime_ns)
     except (pa.ArrowInvalid, OSError) as error:
@@ -299,7 +299,7 @@ def read_arrow(path: Path) -> Numbered:
 
 
 def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
-    """Return what puts references to images, and names of classes, into a row of a table."""
+    """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
     classes = _class_names(schema.metadata)
 
@@ -323,7 +323,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _is_image(kind: pa.DataType) -> bool:
-    """Return whether a column holds images: bytes, or structs of bytes and path, one or several."""
+    """Return whether a column holds images: bytes, structs with bytes, or lists of these."""
     if _is_list(kind):
         return _is_image(kind.value_type)
     if pa.types.is_struct(kind):
@@ -332,19 +332,19 @@ def _is_image(kind: pa.DataType) -> bool:
 
 
 def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]) -> bool:
-    """Return whether a leaf of a Parquet file is the bytes of images, which are not read with the table."""
+    """Return whether a Parquet leaf belongs to images and is not needed to read the table."""
     name = next(name for name in types if leaf == name or leaf.startswith(f"{name}."))
     if not _is_image(types[name]):
         return False
     if not _is_list(types[name]):
         return True
-    # Of several images in a row one leaf is needed, to see how many there are: their names, if they have any.
+    # For lists of images one leaf is read, to count them: the paths if there are any.
     own = [one for one in leaves if one.startswith(f"{name}.")]
     return leaf != next((one for one in own if one.endswith(".path")), own[0])
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the names of classes that `datasets` keeps beside columns of numbers."""
+    """Return the class names that `datasets` stores in the metadata, by column."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return {

@@ -1,4 +1,4 @@
-"""Your own images and questions as a task; captions and labels follow from the columns."""
+"""Task on your own images and questions. Captions and labels are recognised by the columns."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,15 +30,15 @@ from dept_vl.tasks.own.options import OwnOptions
 
 NO_OPTIONS = OwnOptions()
 FORMS = {"question": "vqa", "caption": "captions", "label": "labels"}
-"""What an example asks for -> the name of the task."""
+"""Task name by form of the examples."""
 PREFIXES = {"question": "vqa: ", "caption": "caption:", "label": "label:"}
 MOST_LABELS = 1000
-"""Different labels that are chosen among; if there are more, labels are generated freely."""
+"""Maximum number of different labels to choose among; if there are more, labels are generated freely."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a blank task does not know of the data that were learnt."""
+    """Facts about the training data that a blank task does not know."""
 
     form: Literal["question", "caption", "label"]
     scoring: Literal["one", "several", "choices"]
@@ -51,18 +51,18 @@ class OwnTask(Task):
     """One split of your own data.
 
     Attributes:
-        rows: As in `convert.SCHEMA`.
-        form: What an example asks for: see `FORMS`.
-        options: What was said of the data.
-        folder: Of the images; None while blank.
+        rows: Rows with the columns of `convert.SCHEMA`.
+        form: Form of the examples, a key of `FORMS`.
+        options: Options for the data.
+        folder: Folder of the images; None for a blank task.
         root: Folder of the data.
-        scoring: Of questions: `one` answer each, `several`, or `choices`.
-        labels: The only answers there are, of labels.
-        image_count: Images of an example.
-        meteor: Score captions by METEOR too.
-        notes: What was noticed in the data.
-        question_case: How questions are read.
-        asker: Task of the adapter that is asked, in whose way questions are put; None for `PREFIXES`.
+        scoring: Scoring of questions: `one` answer each, `several` answers, or `choices`.
+        labels: The only valid labels, for the form `label`; empty if there are more than `MOST_LABELS`.
+        image_count: Number of images per example.
+        meteor: Whether to score captions by METEOR too.
+        notes: Remarks about the data, to print.
+        question_case: Case in which the encoder reads questions.
+        asker: Task of the adapter under evaluation, which formats the questions; None to use `PREFIXES`.
     """
 
     rows: Rows = NO_ROWS
@@ -90,27 +90,27 @@ class OwnTask(Task):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # nobody writes it
-        """By what the examples ask for."""
+        """Name of the task, by the form of the examples."""
         return FORMS[self.form]
 
     @property
     def loaded_as(self) -> str:
-        """Name by which options ask for all of these."""
+        """Name under which options select this task, for all forms."""
         return VQA.name
 
     @property
     def prefix(self) -> str:  # type: ignore[override]  # nobody writes it
-        """What the encoder reads before a question."""
+        """Text before every question, for the encoder."""
         return PREFIXES[self.form]
 
     @property
     def asks(self) -> bool:  # type: ignore[override]  # nobody writes it
-        """Whether there is a question."""
+        """Whether examples have a question."""
         return self.form == "question"
 
     @property
     def primary(self) -> str:  # type: ignore[override]  # nobody writes it
-        """The metric that decides."""
+        """Metric for comparing adapters; higher is better."""
         if self.options.metric != "auto" and self.form == "question":
             return self.options.metric
         of_questions = {"one": "exact_match", "several": "vqa_accuracy", "choices": "accuracy"}
@@ -118,24 +118,24 @@ class OwnTask(Task):
 
     @property
     def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
-        """What `mark` measures."""
+        """Name of the measure that `mark` returns."""
         if self.form == "caption":
             return "word F1 with the closest human caption"
         return "VQA accuracy" if (self.form, self.scoring) == ("question", "several") else "right or wrong"
 
     @property
     def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
-        """Captions by beam search, labels among those there are, questions greedily."""
+        """Beam search for captions, choice among `labels` for labels, greedy decoding for questions."""
         if self.form == "caption":
             return Decoding(max_new_tokens=40, num_beams=5)
         return Decoding(max_new_tokens=10, candidates=self.labels)
 
     def with_options(self, options: OwnOptions) -> "OwnTask":
-        """Return the task that reads the data which the options name."""
+        """Return the task that reads the data of these options."""
         return replace(self, options=options)
 
     def facts(self) -> dict[str, Any]:
-        """Return what the task learnt of its data, for the folder of a run."""
+        """Return the facts about the training data, to save with a run."""
         return {
             "form": self.form,
             "scoring": self.scoring,
@@ -144,18 +144,18 @@ class OwnTask(Task):
         }
 
     def with_facts(self, facts: Mapping[str, Any]) -> "OwnTask":
-        """Return the blank task as it was trained; raise ValueError for facts of another kind of task."""
+        """Return the task with the facts of a run; raise ValueError if they are another task's facts."""
         if not facts:
             return self
         known: Facts = check(dict(facts), Facts)
         return replace(self, **vars(known) | {"labels": tuple(known.labels)})
 
     def read(self, root: Path, split: str) -> "OwnTask":
-        """Read a split: train, validation, test, all, or auto (test if the data name it, else all).
+        """Read a split: train, validation, test, all, or auto (test if the data have it, else all).
 
         Raises:
-            FileNotFoundError: If there is no such file or folder.
-            UsageError: If something cannot be understood; the message says where, and what is expected.
+            FileNotFoundError: If the data or the image folder do not exist.
+            UsageError: If the data cannot be understood; the message gives the location and what is expected.
         """
         data = self.options.data or str(root)
         base, tables = find_tables(data)
@@ -189,12 +189,12 @@ class OwnTask(Task):
         )
 
     def answered(self) -> "OwnTask":
-        """Return the examples that have an answer."""
+        """Return the task with only the examples that have an answer."""
         known = self.rows.lengths("answers") > 0
         return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
 
     def asked_by(self, asker: Task) -> "OwnTask":
-        """Return the examples as an adapter's task asks; UsageError if they lack its images or questions."""
+        """Return the examples in the form of an adapter's task; UsageError if they do not fit it."""
         data = self.options.data
         if asker.image_count != self.image_count:
             raise UsageError(
@@ -226,7 +226,7 @@ class OwnTask(Task):
         )
 
     def source(self, question: str) -> str:
-        """Return what the encoder reads; raise ValueError for a question about captions and labels."""
+        """Return the text for the encoder; raise ValueError for a question to a captions or labels task."""
         if self.asker is not None:
             return self.asker.source(question if self.asker.asks else "")
         if self.form == "question":
@@ -240,12 +240,12 @@ class OwnTask(Task):
         return self._paths(self.rows.value("images", index))
 
     def image_files(self) -> list[Path]:
-        """Return the different images."""
+        """Return the images of all examples, each once."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
         return list(self._paths(names))
 
     def missing_images(self) -> list[Path]:
-        """Return the image files that are not there; those in tables are, since the tables were read."""
+        """Return the image files that do not exist. Images inside tables are not checked."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
         named = (name for name in names if not name.startswith(EMBEDDED))
         return (self.folder or ImageFolder(Path())).missing(named)
@@ -259,11 +259,11 @@ class OwnTask(Task):
         return Path(reference) if self.folder is None else self.folder.find(reference)
 
     def written(self, answer: str) -> str:
-        """Return a decoded answer on one line, in the form of those that were read."""
+        """Return a decoded prediction on one line, normalised like the answers in the data."""
         return one_line(answer)
 
     def mark(self, example: Example, prediction: str) -> float:
-        """Rate one answer as `marked_by` says."""
+        """Return a score from 0 to 1 for one prediction. `marked_by` names the measure."""
         prediction = one_line(prediction)
         if self.form == "caption":
             return squad([prediction], [example.answers])["f1"] / 100
@@ -274,13 +274,13 @@ class OwnTask(Task):
         return float(normalise_text(prediction) in map(normalise_text, example.answers))
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics of the examples that have answers; the one that decides first."""
+        """Compute the metrics over the examples that have answers, with the primary metric first."""
         check_ids(self.example_ids(), predictions, self.name)
         known = self.answered()
         return known.metrics(predictions) if len(known) else {}
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute all metrics that fit what is there."""
+        """Compute all metrics that apply to the form and scoring of the data."""
         answers = self.rows.column("answers").to_pylist()
         said = [one_line(predictions[key]) for key in self.example_ids()]
         if self.form == "caption":
@@ -307,7 +307,7 @@ class OwnTask(Task):
         return scores
 
     def target_counts(self, examples: int) -> tuple[Counter[str], int]:
-        """Count the answers to learn, of all examples."""
+        """Count the training targets of all examples."""
         counts: Counter[str] = Counter()
         for answers in self.rows.column("answers").to_pylist():
             for text, share in _targets(tuple(answers), self.form, self.scoring):
@@ -319,7 +319,7 @@ class OwnTask(Task):
         return replace(self, meteor=False)
 
     def check_requirements(self) -> None:
-        """Check that what scores captions is installed, and that METEOR runs where it is asked for."""
+        """Check that the caption scorers are installed and, if METEOR is used, that it runs."""
         if self.form == "caption":
             check_installed()
             if self.meteor:
@@ -332,7 +332,7 @@ def _percent(marks: list[Any]) -> float:
 
 @lru_cache(maxsize=100_000)
 def _targets(answers: tuple[str, ...], form: str, scoring: str) -> tuple[tuple[str, float], ...]:
-    """Return answers to learn, each with its score."""
+    """Return the training targets, each with its score."""
     if not answers:
         return ()
     if form == "caption":
@@ -357,7 +357,7 @@ def _labels(rows: Rows) -> tuple[str, ...]:
 
 
 def _differ_in_case(labels: Sequence[str]) -> list[str]:
-    """Return pairs of labels that a person may take for one."""
+    """Return pairs of labels that differ only in case."""
     first: dict[str, str] = {}
     pairs = ((first.setdefault(label.casefold(), label), label) for label in labels)
     return [f"{one!r} and {other!r}" for one, other in pairs if one != other]
