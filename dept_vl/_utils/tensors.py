@@ -36,8 +36,8 @@ def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(
-                f"{path} is damaged: expected {name!r:.80} in one of {', '.join(map(str, FLOATS))}, "
-                f"found {tensor.dtype}"
+                f"{path}: tensor {name!r:.80} has dtype {tensor.dtype}; expected one of "
+                f"{', '.join(map(str, FLOATS))}"
             )
         wrong = int((~torch.isfinite(tensor)).sum())
         if wrong:

@@ -95,7 +95,10 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
         )
     parts.check_length(prompt.prompt_length, 1)
     if is_prompted(model):
-        raise ValueError(f"{model_name(model)} has a prompt already; detach that one first")
+        raise ValueError(
+            f"{model_name(model)} has a prompt already; detach that one first: call detach() on the object "
+            "that attach returned"
+        )
     kind: Any = type(model)
     return _attached_to(kind)(model, prompt.to(device_of(parts.embedding)), parts)
 

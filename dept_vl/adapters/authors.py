@@ -80,7 +80,9 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no adapter of the authors' at {folder}: {name} is missing there")
+            raise FileNotFoundError(
+                f"{folder} holds no adapter in the format of the DePT authors' code: {name} is missing"
+            )
     kind = PromptFields if prompt_only else AllFields
     config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, kind)
     stored = _read_tensors(folder / TENSORS_FILE)

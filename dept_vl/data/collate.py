@@ -248,7 +248,7 @@ class Collator:
                 if self.on_bad_image == "raise":
                     raise ValueError(
                         f"example {draw.example.example_id!r}: {error}. "
-                        "--on_bad_image skip continues without it"
+                        "Pass --on_bad_image skip to leave out examples with unreadable images"
                     ) from None
                 skipped.append(draw.example.example_id)
         return kept, tuple(skipped)

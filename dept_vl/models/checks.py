@@ -198,8 +198,8 @@ def _check_header(path: Path, most: int) -> None:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
             raise ValueError(
-                f"{path} is damaged or no safetensors file: expected a header of at most {size - 8:,} bytes, "
-                f"found {length:,}"
+                f"{path} is damaged or not a safetensors file: its header claims {8 + length:,} bytes, but "
+                f"the file has only {size:,}"
             )
         if length > min(LARGEST_HEADER, HEADER_PER_TENSOR * most):
             raise ValueError(
@@ -294,9 +294,9 @@ def check_tokenizer(tokenizer: Any, model: nn.Module, name: str | Path) -> None:
     largest, token = max((id_, token) for token, id_ in tokenizer.get_vocab().items() if id_ != mask)
     if largest >= rows:
         raise ValueError(
-            f"the tokenizer of {name} is not its model's, or tokens were added to it alone: expected token "
-            f"ids below {rows:,} (the rows of the word embeddings), found {largest:,} "
-            f"({printable(token)!r:.60}); resize the model (resize_token_embeddings) and save both"
+            f"the tokenizer of {name} does not match the model: token {printable(token)!r:.60} has id "
+            f"{largest:,}, but the embedding matrix has {rows:,} rows. If you added tokens, call "
+            "model.resize_token_embeddings(len(tokenizer)) and save model and tokenizer together"
         )
     _check_special_tokens(tokenizer, getattr(model, "config", None), name)
     if not any(_comes_back(tokenizer, word) for word in PLAIN_WORDS):

@@ -181,9 +181,13 @@ def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
     if not config.resume:
         done = len(list(folder.glob("trial-*/log.jsonl")))
         finished = (folder / "tuning.json").is_file()
-        state = "a finished" if finished else f"an unfinished ({done} of {started['tune']} trials begun)"
+        state = (
+            "a finished study"
+            if finished
+            else f"an unfinished study ({done} of {started['tune']} trials begun)"
+        )
         raise FileExistsError(
-            f"{folder} holds {state} study; nothing was changed there. Resume it with --resume {folder}, or "
+            f"{folder} holds {state}; nothing was changed there. Resume it with --resume {folder}, or "
             "choose another --output_dir"
         )
     changed = differences(started, to_json(config))

@@ -59,7 +59,7 @@ def test_tokens_added_to_the_tokenizer_alone_are_refused_with_both_numbers(kind:
     words.add_tokens([f"new{n}" for n in range(rows + 1 - len(words))])
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
-    refused(lambda: Backbone.from_pretrained(language=tmp_path), f"{rows:,}", f"found {rows:,}")
+    refused(lambda: Backbone.from_pretrained(language=tmp_path), f"{rows:,}", f"id {rows:,}")
     model.resize_token_embeddings(len(words))
     model.save_pretrained(tmp_path)
     assert Backbone.from_pretrained(language=tmp_path).embed(torch.tensor([[rows]])).shape[1] == 1

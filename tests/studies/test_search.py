@@ -167,7 +167,7 @@ def test_a_search_that_was_stopped_continues_where_it_was(
     before = study_of(config)
     assert sum(len(trial.intermediate_values) for trial in before) == 7
     with pytest.raises(
-        FileExistsError, match=rf"an unfinished \({len(set(calls))} of 6 trials begun\) study"
+        FileExistsError, match=rf"an unfinished study \({len(set(calls))} of 6 trials begun\)"
     ):
         tune(config)
     with pytest.raises(ValueError, match=r"begun with other options .*max_steps=8 -> 9"):

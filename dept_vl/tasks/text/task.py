@@ -80,7 +80,8 @@ class TextTask(Task):
         rows = whole if part.side == "all" else whole.subset(choose(len(whole), part))
         if not len(rows):
             raise ValueError(
-                f"{name} has no {split} examples: the published split {part.split!r} has {len(whole)} here"
+                f"the {split} split of {name} is empty: it is taken from the published split {part.split!r}, "
+                f"which has only {len(whole)} examples here"
             )
         return replace(self, rows=rows)
 
