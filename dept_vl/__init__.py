@@ -1,4 +1,4 @@
-"""DePT, Decomposed Prompt Tuning, for encoder-decoder vision-language models.
+"""Decomposed Prompt Tuning (DePT) for vision-language models.
 
 `dept_vl.api` lists the public names; each is imported when first used.
 """
@@ -45,7 +45,7 @@ _MODULES = {
     "register_task": "tasks",
     "train": "api",
 }
-"""Name -> module of `dept_vl` that defines it."""
+"""Module of `dept_vl` that defines each public name."""
 __all__ = list(_MODULES)
 
 

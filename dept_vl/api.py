@@ -1,26 +1,26 @@
-"""The public names of `dept_vl`, in one place. Everything else is internal and may change without notice.
+"""The public API of `dept_vl`. Everything else is internal and may change without notice.
 
-Import them from the package itself (`import dept_vl; dept_vl.load(...)`); each is loaded when first used.
+Import these names from the package itself (`import dept_vl; dept_vl.load(...)`).
 
-| name              | what it is                                                                    |
-|-------------------|-------------------------------------------------------------------------------|
-| `load`            | load an adapter on its backbone, ready to answer                              |
-| `load_many`       | load several adapters on one backbone, a different one for every row          |
-| `Predictor`       | what `load` returns: `answer(image, question)`                                |
-| `train`           | train an adapter by a `RunConfig`                                             |
-| `evaluate`        | answer and score a split with a run or an adapter                             |
-| `RunConfig`       | every option of a run; its groups (`DataOptions`, ...) are in `dept_vl.config` |
-| `Backbone`        | a frozen vision-language model                                                |
-| `VisionLanguageModel` | a pretrained model (BLIP-2, Qwen2.5-VL, ...), frozen                     |
-| `DePT`            | the trainable prompt                                                          |
-| `build_prompt`    | make a prompt of any method for a backbone                                    |
-| `PromptedModel`   | a prompt on a backbone, an `nn.Module`                                        |
-| `Adapter`         | a trained prompt as a small file, or on the Hub                               |
-| `attach`          | put a prompt on a ready-made model of transformers (BLIP-2, Florence-2, ...)  |
-| `Attached`        | what `attach` returns                                                         |
-| `load_task`       | read one split of a task                                                      |
-| `register_task`   | add a task of your own                                                        |
-| `register_method` | add a method of your own                                                      |
+| name                  | purpose                                                                         |
+|-----------------------|---------------------------------------------------------------------------------|
+| `load`                | load an adapter and its backbone; returns a `Predictor`                         |
+| `load_many`           | load several adapters on one backbone; each row of a batch may use another one  |
+| `Predictor`           | a loaded adapter; `answer(image, question)` answers questions                   |
+| `train`               | train an adapter, as configured by a `RunConfig`                                |
+| `evaluate`            | score a run, an adapter or a `Predictor` on a split                             |
+| `RunConfig`           | all options of a run; its groups (`DataOptions`, ...) are in `dept_vl.config`   |
+| `Backbone`            | a frozen language model, usually with a vision tower and a projection           |
+| `VisionLanguageModel` | a frozen pretrained vision-language model (BLIP-2, Qwen2.5-VL, ...)             |
+| `DePT`                | the trainable prompt: a soft prompt and a low-rank offset of the embeddings     |
+| `build_prompt`        | build a prompt of any method for a backbone                                     |
+| `PromptedModel`       | an `nn.Module` that runs a backbone with a prompt                               |
+| `Adapter`             | a trained prompt, saved to and loaded from a folder or the Hub                  |
+| `attach`              | add a prompt to a loaded model of transformers (BLIP-2, Florence-2, ...)        |
+| `Attached`            | the handle that `attach` returns; it can save and remove the prompt             |
+| `load_task`           | read one split of a task                                                        |
+| `register_task`       | add a task of your own                                                          |
+| `register_method`     | add a method of your own                                                        |
 """
 
 import random
@@ -56,13 +56,13 @@ PromptInit = Literal["vocabulary", "text", "random"]
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` returns.
+    """Result of `train`.
 
     Attributes:
-        folder: Folder of the run: adapter, predictions, log, report.
-        scores: Scores on the test split, of several tasks each under its name; empty if the run was stopped
-            or no answers are published.
-        trainable: Trained parameters, by group and in total.
+        folder: Folder of the run, with the adapter, predictions, log and report.
+        scores: Test scores by metric (`task/metric` if the run has several tasks). Empty if the run was
+            stopped or the answers of the test split are not published.
+        trainable: Number of trained parameters by parameter group, and their total.
     """
 
     folder: Path
@@ -71,29 +71,29 @@ class Trained:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end; `train` with `resume="auto"` continues one that was stopped."""
+        """Whether the run was completed. To continue a stopped run, call `train` with `resume="auto"`."""
         return (self.folder / SUMMARY_FILE).is_file()
 
     @cached_property
     def adapter(self) -> Adapter:
-        """The best adapter, or the last one of a run that was stopped before it was evaluated."""
+        """The best adapter; if the run was stopped before its first evaluation, the last one."""
         return Adapter.load(self.folder / (BEST if (self.folder / BEST).is_dir() else LAST))
 
 
 def train(config: RunConfig) -> Trained:
-    """Train an adapter, score it on the test split, and write both to the folder of the run.
+    """Train an adapter, score it on the test split, and save adapter and scores in the folder of the run.
 
-    Works in a script, in a notebook and under `accelerate launch`, any number of times in one process.
-    Random generators, deterministic mode, signal handlers and accelerate's state are afterwards what they
-    were before. Ctrl-C stops the run after the current step, with a checkpoint to resume from.
+    This works in scripts, in notebooks and under `accelerate launch`, and can be called repeatedly in one
+    process. It restores random generators, deterministic mode, signal handlers and, with a single process,
+    accelerate's state. Ctrl-C stops the run after the current step and writes a checkpoint to resume from.
 
     Args:
         config: Options of the run.
 
     Raises:
-        FileExistsError: If `config.output_dir` already holds a run, and `config.resume` is not given.
+        FileExistsError: If `config.output_dir` already holds a run and `config.resume` is not set.
         FileNotFoundError: If data, images or models are missing.
-        ValueError: If options are out of range or do not fit each other, the data or the backbone.
+        ValueError: If an option is out of range or incompatible with other options, the data or the backbone.
 
     Example:
         >>> from pathlib import Path
@@ -131,27 +131,27 @@ def evaluate(
     data: str | Path | None = None,
     **own: Any,
 ) -> Evaluated:
-    """Answer and score a split with a finished run, an adapter or a predictor.
+    """Score a run, an adapter or a predictor on a split.
 
     Args:
-        source: What `train` returned, the folder of a run or an adapter, an adapter's name on the Hub, or
-            what `load` returned.
-        split: Split to score on; left out, the run's or the task's test split.
-        task: Task to score on; left out, the run's first or the adapter's.
-        data_dir: Folder with the task's files; left out, the run's or data/TASK.
-        limit: At most so many examples; 0 takes all.
-        batch_size: Examples decoded at a time.
-        num_workers: Processes that read images; 0 reads them in this process.
-        on_bad_image: Stop at an image that cannot be read, or skip it and count an empty answer.
-        output_dir: Folder for predictions and scores, and for the file that a task's server takes; None
-            writes nothing.
-        data: Your own data instead: a file, a folder, or a data set's name on the Hub.
-        **own: Of these: `images`, `columns` and the other fields of `OwnOptions`.
+        source: Result of `train`, folder of a run or an adapter, name of an adapter on the Hub, or a
+            `Predictor`.
+        split: Split to score on. Defaults to the test split of the run or the task.
+        task: Task to score on. Defaults to the first task of the run, or the task of the adapter.
+        data_dir: Folder with the task's files. Defaults to the run's data folder, or `data/TASK`.
+        limit: Maximum number of examples, drawn at random; 0 scores all.
+        batch_size: Batch size per process.
+        num_workers: Number of processes that read images; 0 reads them in the main process.
+        on_bad_image: "raise" stops at an image that cannot be read; "skip" predicts an empty answer for it.
+        output_dir: Folder to save predictions and scores in. For a run this includes the submission file
+            of a split whose answers are not published. None saves nothing.
+        data: Your own data to score on: a file, a folder, or the name of a data set on the Hub.
+        **own: Further options for `data`, see `OwnOptions` (`images`, `columns`, ...).
 
     Raises:
         FileExistsError: If `output_dir` already holds predictions.
         FileNotFoundError: If the adapter, the data or images are missing.
-        ValueError: If options do not fit each other.
+        ValueError: If options are incompatible with each other.
 
     Example:
         >>> import dept_vl
@@ -199,25 +199,27 @@ def build_prompt(
     init_text: str = "",
     seed: int = 0,
 ) -> DePT:
-    """Make a prompt for a backbone, with its initial vectors.
+    """Build an initialised prompt for a backbone.
 
     Args:
-        method: Name of the method: pt, dept, adept, hybrid, ulpt, lopt, residual, memory, or a registered
-            one.
-        backbone: Gives the width, and the embeddings to start from: a `Backbone`, a `VisionLanguageModel`, or
-            for `attach` a ready-made model of transformers, which takes method dept with a rank of its own.
-        prompt_length: Vectors of the prompt (m); methods of full length have `reference_prompt_length`.
-        rank: Rank of the offset (r); None takes the largest that fits the budget.
-        reference_prompt_length: Length of the plain prompt (l) whose parameters are the budget.
-        max_source_length: Longest text in tokens (s).
-        alpha: The offset is scaled by alpha / sqrt(rank).
-        visual_offset: Shift visual tokens too (adept, hybrid).
-        init: Start from embeddings of common tokens, of `init_text`, or from noise.
-        init_text: Words to start from.
-        seed: Seed of all that is drawn.
+        method: Prompt tuning method: pt, dept, adept, hybrid, ulpt, lopt, residual, memory, or the name of
+            a registered one.
+        backbone: Model that the prompt is for: a `Backbone`, a `VisionLanguageModel`, or a loaded model of
+            transformers for `attach`. The latter requires `method="dept"`, a `rank` and the default `init`.
+        prompt_length: Number of vectors of the soft prompt (m). Methods whose prompt has the full length
+            use `reference_prompt_length` instead.
+        rank: Rank of the low-rank offset (r). None uses the largest rank within the parameter budget.
+        reference_prompt_length: Length (l) of the plain soft prompt whose parameter count is the budget.
+        max_source_length: Maximum length of a text in tokens (s).
+        alpha: Scale of the offset, which is multiplied by alpha / sqrt(rank).
+        visual_offset: Whether to add an offset to visual tokens too (adept and hybrid only).
+        init: Initial prompt vectors: embeddings of common tokens ("vocabulary"), embeddings of `init_text`
+            ("text"), or random numbers ("random").
+        init_text: Text whose embeddings initialise the prompt.
+        seed: Random seed.
 
     Raises:
-        ValueError: If there is no such method, a size is out of range, or the prompt has no parameters.
+        ValueError: If the method is unknown, a size is out of range, or the prompt would have no parameters.
 
     Example:
         >>> import dept_vl
@@ -251,7 +253,7 @@ def build_prompt(
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    """Restore what a run changes for the whole process."""
+    """Restore the state of the process that a run changes: random generators, determinism, accelerate."""
     drawn = random.getstate(), np.random.get_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -268,8 +270,8 @@ def _restored() -> Iterator[None]:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
         if bars:
             logging.enable_progress_bar()
-        # accelerate keeps the first run's precision for the life of the process. Of several processes the
-        # state stays: their group is in it.
+        # accelerate would keep the first run's precision for the life of the process. With several processes
+        # its state is kept, because it holds their process group.
         if not used and PartialState._shared_state and PartialState().num_processes == 1:
             AcceleratorState._reset_state(reset_partial_state=not placed)
             GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""The `dept-vl` command: reads flags, checks names and folders, and only then imports the engines."""
+"""The `dept-vl` command. It reads flags and checks names and folders before it imports torch."""
 
 import sys
 from collections.abc import Collection, Sequence
@@ -25,13 +25,13 @@ NO_OWN = OwnOptions()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `dept-vl`; returns the exit status."""
+    """Run `dept-vl`, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     return exit_status(partial(choose, COMMANDS, "dept-vl", ABOUT), arguments)
 
 
 def entry(command: Command) -> NoReturn:
-    """Run one command as a program: what a script does."""
+    """Run one command, then exit with its status; used by the scripts."""
     raise SystemExit(exit_status(command, sys.argv[1:]))
 
 
@@ -43,7 +43,7 @@ def train(
 ) -> int:
     """Train a prompt, and score it.
 
-    `defaults` are what flags and files leave out; `tasks` are the names that the first task may have.
+    `defaults` apply unless flags or a file set the option; `tasks` are the tasks that a script can train.
     """
     config = parse(defaults or RunConfig(), "Train a prompt, and score it.", arguments)
     if tasks is not None and config.data.task not in tasks:
@@ -57,7 +57,7 @@ def train(
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Score a finished run on any split; of a test split, write the file for its server."""
+    """Score a run on any split, and write the submission file of a split without published answers."""
     config = parse_options(EvaluateConfig, arguments, "dept-vl evaluate", evaluate.__doc__)
     _check_task(config.task)
     _check_exists("--run", config.run / CONFIG_FILE)
@@ -70,7 +70,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def predict(arguments: list[str]) -> None:
-    """Ask a trained adapter about images or texts, or about all rows of a table."""
+    """Answer questions about images or texts, or all rows of a table, with a trained adapter."""
     config = parse_options(PredictConfig, arguments, "dept-vl predict", predict.__doc__)
     _check_task(config.task)
     _check_own(config.own)
@@ -81,7 +81,7 @@ def predict(arguments: list[str]) -> None:
 
 
 def features(arguments: list[str]) -> None:
-    """Encode every image of a data set once, for all later runs to read."""
+    """Encode all images of a data set once, and save the features for later runs."""
     config = parse_extraction(features.__doc__ or "", arguments)
     check_run(config)
     from dept_vl.training.extract import extract
@@ -90,7 +90,7 @@ def features(arguments: list[str]) -> None:
 
 
 def data(arguments: list[str]) -> int:
-    """Bring data into the official files that the tasks read, and check them."""
+    """Convert data to the files that the tasks read, and check such files."""
     from dept_vl.tasks.prepare.commands import COMMANDS
 
     commands = COMMANDS | {"check": check_data}
@@ -107,17 +107,17 @@ def check_data(
     language: str | None = None,
     sheet: Path | None = None,
 ) -> bool:
-    """Look at the files of a task, or at your own data (--data): counts, images, ids, texts, splits.
+    """Check the files of a task, or your own data (--data): counts, images, ids, texts, splits.
 
     Args:
-        task: vqav2, gqa, nlvr2 or coco, without --data.
+        task: vqav2, gqa, nlvr2 or coco; not with --data.
         root: Folder with the task's official files.
-        sample: Images to open in each split; 0 opens all.
-        report: File for the whole report, a line a finding.
-        own: Your own data instead.
-        backbone: Folder of a saved backbone; with --data, texts are counted in its tokens.
-        language: Hub name or folder of a language model instead.
-        sheet: PNG file for a contact sheet of 16 examples of --data.
+        sample: Number of images to open in each split; 0 opens all.
+        report: File to write the complete report to, with one finding per line.
+        own: Your own data.
+        backbone: Folder of a saved backbone. With --data, its tokenizer is used to measure texts.
+        language: Name or folder of a language model whose tokenizer to use instead.
+        sheet: PNG file to draw 16 examples of --data into.
     """
     from dept_vl.tasks.prepare.commands import check, print_findings
 
@@ -138,7 +138,7 @@ def check_data(
 
 
 def score(arguments: list[str]) -> None:
-    """Score a file of predictions, anyone's, as the official servers do; no model is needed."""
+    """Score a file of predictions like the official evaluation servers; no model is needed."""
     from dept_vl.tasks.score import CHECKS, COMMANDS
 
     commands = COMMANDS | {f"check-{name}": check for name, check in CHECKS.items()}
@@ -146,7 +146,7 @@ def score(arguments: list[str]) -> None:
 
 
 def check_submission(arguments: list[str]) -> None:
-    """Check a file of predictions as an evaluation server would, before it is uploaded."""
+    """Check a submission file before you upload it to an evaluation server."""
     from dept_vl.tasks.score import CHECKS
 
     call(CHECKS, "check_submission.py", check_submission.__doc__, arguments)
@@ -177,7 +177,7 @@ def transfer_suite(arguments: list[str]) -> None:
 
 
 def compare(arguments: list[str]) -> None:
-    """Compare methods at one budget, with the small backbone."""
+    """Compare methods with the same number of trained parameters, on the small backbone."""
     from dept_vl.studies.options import CompareConfig
 
     config = parse_options(CompareConfig, arguments, "compare.py", compare.__doc__)
@@ -189,7 +189,7 @@ def compare(arguments: list[str]) -> None:
 
 
 def report(arguments: list[str]) -> None:
-    """Make the page of a finished run again, from its folder and the data that it was scored on."""
+    """Rebuild the HTML report of a finished run from its folder and its data."""
     config = parse_options(ReportConfig, arguments, "dept-vl report", report.__doc__)
     _check_exists("--run", config.run / CONFIG_FILE, config.run / SUMMARY_FILE)
     from dept_vl.training.report.remake import remake
@@ -198,7 +198,7 @@ def report(arguments: list[str]) -> None:
 
 
 def demo(arguments: list[str]) -> None:
-    """Serve a page on this machine to upload images, ask questions and pick among adapters."""
+    """Serve a web page on which to upload images, choose an adapter and ask questions."""
     config = parse_options(DemoConfig, arguments, "dept-vl demo", demo.__doc__)
     for source in config.adapters:
         _check_source("--adapters", source)
@@ -208,7 +208,7 @@ def demo(arguments: list[str]) -> None:
 
 
 def serve(arguments: list[str]) -> None:
-    """Answer requests in the form of OpenAI's chat completions, for any number of adapters."""
+    """Serve any number of adapters with an API like OpenAI's chat completions."""
     config = parse_options(ServeConfig, arguments, "dept-vl serve", serve.__doc__)
     for source in config.adapters:
         _check_source("--adapters", source)
@@ -240,10 +240,11 @@ COMMANDS: dict[str, Command] = {
 
 
 def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = None) -> RunConfig:
-    """Flags over a configuration file (`--config`) over a preset (`--preset`) over a script's defaults.
+    """Return the configuration that a command line describes.
 
-    A file stands for the script's defaults: what it leaves out is as in no script. Under all of them is the
-    task's own longest text.
+    Flags take precedence over a configuration file (`--config`), which takes precedence over a preset
+    (`--preset`). A script's `defaults` come last, and are not used with a file. The default of
+    `max_source_length` is the task's.
     """
     argv = _current_flags(sys.argv[1:] if argv is None else argv)
     parser = FirstFlags(add_help=False, allow_abbrev=False)
@@ -254,7 +255,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     if known.preset not in (None, *PRESETS):
         raise UnknownNameError("preset", known.preset, PRESETS)
     own = known.config is None and known.resume not in (None, "auto")
-    if own:  # A run resumes with its own options unless others are given, and past its pause.
+    if own:  # A run resumes with its own options, except for flags that are given and for its `pause_at`.
         known.config = Path(known.resume) / CONFIG_FILE
 
     def over(base: RunConfig) -> RunConfig:
@@ -285,7 +286,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
     longest = max(TASKS[task].max_source_length for task in tasks)
     if known.preset is None and longest == base.prompt.max_source_length:
         return config
-    # Which task is a question of flags too, so they are read twice.
+    # The task is itself an option, so the flags have to be read twice.
     base = replace(base, prompt=replace(base.prompt, max_source_length=longest))
     if known.preset is not None:
         base = with_preset(base, known.preset, config.data.task, config.backbone)
@@ -293,7 +294,7 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
 
 
 def _current_flags(argv: Sequence[str]) -> list[str]:
-    """Give flags that were renamed their names of today, and print a note of each."""
+    """Replace old names of flags by the current ones, and print a note about each."""
     flags = []
     for argument in argv:
         flag, equals, value = argument.partition("=")
@@ -306,7 +307,7 @@ def _current_flags(argv: Sequence[str]) -> list[str]:
 
 
 def parse_extraction(description: str, argv: Sequence[str] | None = None) -> ExtractConfig:
-    """Flags over the data and the backbone of a run's configuration file (`--config`).
+    """Read the options of `dept-vl features`; flags take precedence over a configuration file (`--config`).
 
     Raises:
         ValueError: If an option is out of range.
@@ -327,15 +328,15 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
     return config
 
 
-# Checks that need no engine
+# Checks that do not need torch
 
 
 def check_run(config: RunConfig | ExtractConfig) -> None:
-    """Check the values of options, and that the tasks, data and models that they name exist.
+    """Check that options are in range, and that the tasks, data and models that they name exist.
 
     Raises:
         FileNotFoundError: If a folder or a file is missing.
-        UsageError: If a task is unknown or an option out of range.
+        UsageError: If a task is unknown or an option is out of range.
     """
     from dept_vl.tasks.base import data_folder
 
@@ -371,13 +372,13 @@ def _check_exists(option: str, *paths: Path | None) -> None:
 
 
 def _check_own(own: OwnOptions) -> None:
-    """Check that files and folders of your own data are there; other names are of the Hub."""
+    """Check that your own data exist locally, unless they are named like a data set on the Hub."""
     if own.data is not None and not Path(own.data).exists() and not is_data_set(own.data):
         raise FileNotFoundError(f"--data: no such file or folder: {own.data}")
     _check_exists("--images", own.images)
 
 
 def _check_source(option: str, name: str | None) -> None:
-    """Check a folder; other names are of the Hub."""
+    """Check that a folder exists, unless it is named like a model on the Hub."""
     if name and not is_hub_name(name):
         _check_exists(option, Path(name))

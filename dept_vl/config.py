@@ -1,6 +1,7 @@
-"""Every option of a run and of the commands, with its range and its help; imports no engine.
+"""Options of runs and commands as dataclasses, with their ranges and help texts.
 
-`cli` makes flags of these dataclasses, and pydantic reads them from files.
+`cli` turns the fields into command-line flags, and pydantic reads them from configuration files. This
+module does not import torch.
 """
 
 import os
@@ -33,100 +34,102 @@ from dept_vl.tasks.own.options import OwnOptions
 
 @dataclass(frozen=True)
 class TrainOptions(Options):
-    """How long, how fast, and how often to look."""
+    """Options of the training loop."""
 
     max_steps: Positive = 10_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     num_epochs: Count = 0
-    """Train for so many epochs instead of max_steps: in one every example, of captions every caption, comes
-    once; 0 takes max_steps."""
+    """Number of epochs to train for, instead of max_steps; 0 uses max_steps. An epoch is one pass over all
+    examples; for captions, over all captions."""
     per_device_batch_size: Positive = 32
-    """Examples per process and forward pass; among several tasks each may have its own."""
+    """Training batch size per process. Each of several tasks can set its own (task_batch_size)."""
     gradient_accumulation_steps: Positive = 1
-    """Forward passes per optimizer step."""
+    """Number of batches to accumulate gradients over before each optimizer step."""
     max_grad_norm: Annotated[float, Field(ge=1e-9)] = 1.0
-    """Gradients are clipped to this norm over all trained parameters."""
+    """Maximum norm of the gradients of all trained parameters together; larger gradients are clipped."""
     eval_every: Positive = 1000
-    """Optimizer steps between evaluations on the dev split; the last step is always evaluated."""
+    """Number of optimizer steps between evaluations on the dev split. The last step is always evaluated."""
     eval_batch_size: Positive = 128
-    """Examples decoded at a time, per process."""
+    """Evaluation batch size per process."""
     checkpoint_every: Count = 1000
-    """Optimizer steps between checkpoints, from which a killed run resumes exactly (on disk
-    three times what is trained, the last two are kept); 0 writes one only when the run is stopped and, until
-    the test split is scored, after the last step."""
+    """Number of optimizer steps between checkpoints, from which an interrupted run resumes exactly. The last
+    two are kept, each about three times the size of the trained parameters. 0 writes a checkpoint only when
+    training ends or is stopped, and deletes it when the run is complete."""
     pause_at: Count = 0
-    """Stop at this step, with an evaluation and a checkpoint; continue with --resume. 0 runs to the end."""
+    """Stop after this step, evaluate and write a checkpoint; --resume continues the run. 0 does not pause."""
     patience: Count = 0
-    """Stop after this many evaluations without a better score; 0 never stops early."""
+    """Stop early after this many evaluations without a better score; 0 disables early stopping."""
     log_every: Positive = 20
-    """Optimizer steps between lines of the log."""
+    """Number of optimizer steps between lines of the log."""
     num_workers: Workers = 0
-    """Processes that read images; 0 reads them in the training process."""
+    """Number of worker processes that read images; 0 reads them in the training process."""
     group_by_length: bool = False
-    """Make batches of texts of about the same length, so that little is padded; every example still comes
-    once an epoch."""
+    """Put texts of similar length into one batch, to reduce padding. Every example still comes once per
+    epoch."""
     seed: Seed = 42
-    """Of initialisation, order and sampled answers."""
+    """Random seed of the initialisation, the order of the examples and the sampled answers."""
     gradient_checkpointing: bool = False
-    """Run every layer of the language model a second time in the backward pass instead of keeping what it
-    computed: less memory, about a third more time."""
+    """Recompute the activations of the language model's layers in the backward pass instead of keeping them.
+    This saves memory and takes about a third more time."""
     compile: bool = False
-    """Compile the language model's layers with torch.compile for training, once for all lengths; on a CPU it
-    saves memory and costs time. Needs a C++ compiler, and on a GPU Triton."""
+    """Compile the language model's layers for training with torch.compile, once for all text lengths. On a
+    CPU this saves memory but takes more time. Requires a C++ compiler and, on a GPU, Triton."""
     cuda_graphs: bool = False
-    """Record the kernels of a training step once for every padded length, and launch them together from then
-    on: faster where batches are small. Needs a CUDA device, one process, no gradient accumulation and no
-    gradient checkpointing; elsewhere the run says why and trains without. Short answers of an
-    encoder-decoder, decoded by greedy search, are recorded too."""
+    """Record the training step, and the greedy decoding of short answers of encoder-decoder models, as CUDA
+    graphs, one for each padded length. This is faster for small batches. Requires a CUDA device, a single
+    process, no gradient accumulation and no gradient checkpointing; otherwise the run prints the reason and
+    trains without graphs."""
     deterministic: bool = False
-    """Only operations that give the same bits every time. On a CPU a seed repeats a run without it; on
-    a GPU some sums (gradients of look-ups and of attention) come in any order, and runs of one seed
-    differ in the last digits. Slower there; an operation without such a form is an error."""
+    """Use deterministic operations only; an operation without a deterministic implementation raises an error.
+    On a GPU, runs with the same seed otherwise differ in the last digits (gradients of embeddings and
+    attention), and this flag makes them slower. On a CPU they are identical without it."""
 
 
 RATES = {"prompt": "prompt", "low_rank": "offset", "visual_projection": "projection", "backbone": "backbone"}
-"""What the options of each group of `PromptedModel.parameter_groups` begin with."""
+"""Prefix of the optimizer options of each group of `PromptedModel.parameter_groups`."""
 
 
 @dataclass(frozen=True)
 class OptimOptions(Options):
-    """AdamW with a learning rate for each part; linear warm-up, then linear decay to zero."""
+    """Options of AdamW: a learning rate per parameter group, with linear warm-up and linear decay to zero."""
 
     rates: Literal["absolute", "relative"] = "absolute"
-    """absolute: prompt_lr and offset_lr are taken as they are; relative: they are those of T5-base, scaled by
-    the size of this model's word embeddings over that of T5-base's (16.6)."""
+    """absolute: use prompt_lr and offset_lr as given. relative: treat them as learning rates for T5-base, and
+    multiply them by the size of this model's word embeddings relative to T5-base's (16.6)."""
     prompt_lr: Rate = 0.3
-    """Peak learning rate of the soft prompt (alpha1 of the paper; its winners: 0.3 and 0.4)."""
+    """Peak learning rate of the soft prompt (alpha1 in the DePT paper; best values: 0.3 and 0.4)."""
     offset_lr: Rate = 1e-3
-    """Peak learning rate of the low-rank pair (alpha2; the paper's winners: 1e-4 to 5e-3)."""
+    """Peak learning rate of the low-rank offset (alpha2 in the DePT paper; best values: 1e-4 to 5e-3)."""
     projection_lr: Rate = 1e-3
     """Peak learning rate of the visual projection."""
     backbone_lr: Rate = 1e-4
-    """Peak learning rate of the language model, where it is trained (--train_backbone)."""
+    """Peak learning rate of the language model. Only used with --train_backbone."""
     prompt_weight_decay: Rate = 1e-5
-    """AdamW's decay of the soft prompt."""
+    """Weight decay of the soft prompt."""
     offset_weight_decay: Rate = 1e-5
-    """AdamW's decay of the low-rank pair."""
+    """Weight decay of the low-rank offset."""
     projection_weight_decay: Rate = 0.01
-    """AdamW's decay of the visual projection."""
+    """Weight decay of the visual projection."""
     backbone_weight_decay: Rate = 0.01
-    """AdamW's decay of the language model."""
+    """Weight decay of the language model."""
     adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """AdamW's epsilon (published: 1e-6)."""
+    """Epsilon of AdamW (published runs: 1e-6)."""
     warmup_steps: Count = 500
-    """Steps of linear warm-up."""
+    """Number of warm-up steps."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of all steps that are linear warm-up, instead of warmup_steps; 0 takes warmup_steps."""
+    """Fraction of all steps to warm up for, instead of warmup_steps; 0 uses warmup_steps."""
 
     def of_group(self, group: str) -> tuple[float, float]:
-        """Learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
+        """Return learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
         name = RATES[group]
         return getattr(self, f"{name}_lr"), getattr(self, f"{name}_weight_decay")
 
 
 @dataclass(frozen=True)
 class RunConfig(Options):
-    """Everything a run depends on; written to its folder, and repeated with --config.
+    """Configuration of a training run.
+
+    It is saved in the run's folder as `config.json`; pass that file to `--config` to repeat the run.
 
     Example:
         >>> import dept_vl
@@ -138,68 +141,70 @@ class RunConfig(Options):
 
     data: DataOptions = field(default_factory=DataOptions)
     also: Annotated[tuple[DataOptions, ...], tyro.conf.Suppress] = ()
-    """Further tasks to train on together, of a configuration file: every batch is of one task, drawn in
-    proportion to the number of its batches."""
+    """Further tasks to train on (configuration files only). Each batch holds examples of one task; a task is
+    drawn with a probability proportional to its number of batches."""
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
     prompt: PromptOptions = field(default_factory=PromptOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     output_dir: Path | None = None
-    """Folder of the run, which must hold none yet; left out, a new one under runs/."""
+    """Folder of the run; it must not hold another run. Default: a new folder in runs/."""
     resume: str = ""
-    """Resume a run that was stopped: its folder, or auto to resume the run in output_dir if there is one and
-    start it if not, so that the same command can be repeated."""
+    """Folder of a stopped run to resume; or auto: resume the run in output_dir if there is one, otherwise
+    start it. With auto, the same command can be repeated until the run is complete."""
     accept_changes: bool = False
-    """Resume a run although its options or data have changed since it began."""
+    """Resume a run even if its options or data have changed since it was started."""
     wait: bool = False
-    """Wait while another process has the folder, rather than leave it."""
+    """Wait if another process is using the folder, instead of raising an error."""
     tune: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Search the learning rates and the split between prompt and rank first, in so many trials."""
+    """Number of trials of a hyper-parameter search over the learning rates and the division of the parameter
+    budget between prompt length and rank; 0 trains once, without a search."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 computes the backbone in bfloat16. There is no fp16: T5 overflows in it."""
+    """bf16: run the backbone in bfloat16. fp16 is not supported, because T5 overflows in it."""
     log_with: str | None = None
-    """A tracker beside the run's own log.jsonl: tensorboard, wandb, trackio, or another of accelerate's."""
+    """Experiment tracker to log to as well: tensorboard, wandb, trackio, or another one of accelerate's."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Options):
-    """What is scored on what."""
+    """Options of `dept-vl evaluate`."""
 
     run: Path
-    """Folder of a run: its config.json says the backbone, its best/ holds the adapter."""
+    """Folder of a run. Its config.json names the backbone, and its best/ holds the adapter."""
     adapter: Path | None = None
-    """Folder of another adapter of the same backbone."""
+    """Folder of another adapter to score, trained on the same backbone."""
     task: str = ""
-    """Task to score on; left out, the run's first."""
+    """Task to score on. Default: the run's first task."""
     data_dir: Path | None = None
-    """Folder with the task's official files; left out, the run's."""
+    """Folder with the task's official files. Default: the run's data folder."""
     split: str = ""
-    """Split to score on; left out, the run's test split, of other data of your own those named test, else
-    all."""
+    """Split to score on. Default: the run's test split; with --data, the rows of the split test, or all rows
+    if there are none."""
     limit: Count = 0
-    """At most so many examples, drawn with the run's seed; 0 takes all."""
+    """Maximum number of examples, drawn with the run's seed; 0 scores all."""
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Beams of the search; 0 takes the run's or the task's own."""
+    """Number of beams for beam search; 0 uses the run's or the task's default."""
     candidates: Path | None = None
-    """JSON list of answers to choose among; left out, on VQAv2 the run's candidates.json if it has one."""
+    """JSON file with a list of answers to choose from. Default for VQAv2: the run's candidates.json, if it
+    has one."""
     batch_size: Positive = 128
-    """Examples decoded at a time, per process."""
+    """Batch size per process."""
     num_workers: Workers = 0
-    """Processes that read images; 0 reads them in the evaluating process."""
+    """Number of worker processes that read images; 0 reads them in the main process."""
     features: Features = "auto"
-    """cached: visual features from the files that dept-vl features made; live: every image is read
-    and encoded; auto: from those files if they are there for the run's encoder and all images, else live."""
+    """cached: read visual features from the files written by dept-vl features. live: read and encode images.
+    auto: use the files if they match the run's vision encoder and cover all images, otherwise live."""
     features_dir: Path | None = None
-    """Folder of those files; left out, the run's for the run's data, else features in data_dir."""
+    """Folder of those files. Default: the run's folder for the run's data, otherwise features in data_dir."""
     on_bad_image: OnBadImage = "raise"
-    """raise, or skip: give an empty answer, count it and continue."""
+    """raise: stop at an image that cannot be read. skip: predict an empty answer for it and continue."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """bf16 computes the backbone in bfloat16."""
+    """bf16: run the backbone in bfloat16."""
     output_dir: Path | None = None
-    """Folder for predictions, scores and a submission; left out, RUN/TASK-SPLIT."""
+    """Folder to save predictions, scores and submission in. Default: RUN/TASK-SPLIT."""
     own: Own = field(default_factory=OwnOptions)
     wait: bool = False
-    """Wait while another process has that folder, rather than leave it."""
+    """Wait if another process is using that folder, instead of raising an error."""
 
 
 FREE_TO_CHANGE = (
@@ -211,30 +216,30 @@ FREE_TO_CHANGE = (
     "train.num_workers",
     "train.pause_at",
     "train.log_every",
-    "data.meteor",  # a figure more, which decides nothing
-    "data.features",  # `run` sees to it that their precision stays
+    "data.meteor",  # only adds a metric to the report
+    "data.features",  # `run` checks that their precision stays the same
     "data.features_dir",
     "data.feature_memory",
 )
-"""Options that may change when a run resumes, because its result does not depend on them."""
+"""Options that may change when a run is resumed, because its result does not depend on them."""
 LOCATIONS = (
     *("data.data_dir", "data.own.data", "data.own.images", "data.shots_file"),
     *("backbone.backbone", "backbone.model", "backbone.vision", "backbone.language"),
 )
-"""Options that may change as long as there is the same at the new place."""
+"""Paths that may change when a run is resumed, as long as the content at the new path is the same."""
 BATCHES = ("data.task_batch_size", "train.per_device_batch_size", "train.gradient_accumulation_steps")
-"""Options that may change as long as their product with the number of processes stays."""
+"""Options that may change when a run is resumed, if their product with the number of processes does not."""
 RENAMED = {"lora_lr": "offset_lr", "lora_weight_decay": "offset_weight_decay"}
-"""Options by the names that older configurations and commands have for them."""
+"""Current names of options by their names in older configurations and commands."""
 
 
 def differences(
     started: dict[str, Any], now: dict[str, Any], free: Collection[str] = (), folder: Path = Path()
 ) -> list[str]:
-    """Options on which a run's result depends and that were changed, as `name=old -> new`.
+    """Return the changed options that a run's result depends on, each as `name=old -> new`.
 
-    Options that came later than `started` had their defaults. `free` are names of more options that may
-    change; those of `data` hold for the other tasks too. Paths are beside `folder`, that of the run.
+    Options missing from `started` are taken to have their defaults. `free` names further options that may
+    change; names of `data` options apply to all tasks. `folder` is the run's, for relative paths.
     """
     usual, more = flat(to_json(RunConfig())), flat(to_json(DataOptions()), "data.")
     found = []
@@ -252,19 +257,19 @@ def differences(
 
 
 def _general(name: str) -> str:
-    """Return the name that an option has of the first task."""
+    """Return the name of an option of a further task as it is called for the first task."""
     return f"data.{name.partition('.')[2]}" if name.startswith("also[") else name
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """Return a value, a path as the place that it means."""
+    """Return the value of an option; resolve it if it is an existing path."""
     if _general(name) in LOCATIONS and isinstance(value, str) and os.path.exists(value):
         return os.path.realpath(value)
     return value
 
 
 def _with_splits(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options with the splits named, so that a split left out equals the same one given."""
+    """Return options with default splits filled in, so that they compare equal to splits that are given."""
 
     def named(data: dict[str, Any]) -> dict[str, Any]:
         names = ("train_split", "dev_split", "test_split")
@@ -278,7 +283,7 @@ def _with_splits(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options in groups by their dotted names, `train.max_steps`."""
+    """Flatten nested options to dotted names, such as `train.max_steps`."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -286,16 +291,16 @@ def flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def current_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of an older configuration, in groups or not, by their names of today.
+    """Return the options of an older configuration, nested or flat, under their current names.
 
-    What a run of an older version leaves out is as it was then: how two models are joined, and that pixels
-    are taken as stored.
+    Options that did not exist in the older version are set to its behaviour: how a vision tower and a
+    language model are joined, and that images are not rotated by their EXIF orientation.
     """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
     backbone, also = named.get("backbone"), named.get("also")
-    # A run writes every option, these from the first version on, so what is missing was no option yet.
+    # A run saves all its options. These two exist since the first version: what else is missing is newer.
     if isinstance(backbone, dict) and {"vision_layer", "pooled_grid"} <= backbone.keys():
         parts = [named.get("data"), *(also if isinstance(also, list) else [])]
         names = [part.get("task") for part in parts if isinstance(part, dict)]
@@ -306,7 +311,7 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return options with the paths that are found again; `folder` is that of their file."""
+    """Replace relative paths by existing ones, see `find_again`; `folder` is that of the file."""
 
     def again(group: Any, *names: str) -> Any:
         if not isinstance(group, dict):
@@ -335,16 +340,15 @@ def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
-    """Read the config.json of a run. Its output folder is left out: a repeated run gets its own.
+    """Read the config.json of a run, without `output_dir`, `resume`, `accept_changes` and `wait`.
 
-    Paths are those that are found now, see `find_again`.
-
-    `base` gives what the file leaves out.
+    Relative paths are looked up as described in `find_again`. Options that the file does not have are taken
+    from `base`, or have their defaults.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        UsageError: If it has a key that no option has, or a value of another type or out of range.
-        ValueError: If it is not JSON.
+        UsageError: If an option is unknown, has the wrong type or is out of range.
+        ValueError: If the file is not valid JSON.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
@@ -360,7 +364,7 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
 
 
 def _over(content: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Return options over those of a base, group by group."""
+    """Merge nested options into those of a base."""
     return base | {
         name: _over(value, base[name])
         if isinstance(value, dict) and isinstance(base.get(name), dict)

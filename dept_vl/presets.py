@@ -1,7 +1,7 @@
-"""Published hyper-parameters, as data: `--preset paper` and `--preset vl-adapter`.
+"""Published hyper-parameters for `--preset paper` and `--preset vl-adapter`.
 
-    paper        DePT (Shi & Lipani, ICLR 2024): the 17 runs on T5-base that the authors released, read from
-                 their logs and code, and the two vision-language rows, of which they released none
+    paper        DePT (Shi & Lipani, ICLR 2024): the 17 runs on T5-base that DePT's authors released, taken
+                 from their logs and code, and VQAv2 and COCO, for which they released no runs
     vl-adapter   the protocol of CLIP-T5 and CLIP-BART: VL-T5 (Cho et al. 2021), VL-Adapter (Sung et al. 2022)
 
 `data/published/README.md` lists every value with its source; `tests/cli/test_presets.py` compares the two.
@@ -15,7 +15,7 @@ from dept_vl.config import BackboneOptions, RunConfig
 
 OptionGroup = TypeVar("OptionGroup", bound=Options)
 Values = dict[str, Any]
-"""Options by their names."""
+"""Values by option name."""
 
 RELEASED: Values = {
     "prompt_length": 60,
@@ -32,20 +32,20 @@ RELEASED: Values = {
     "eval_every": 1000,
     "max_grad_norm": 1.0,
     "adam_eps": 1e-6,
-    # Their flag has no effect.
+    # The flag for weight decay has no effect in the released code.
     "prompt_weight_decay": 0.0,
     "offset_weight_decay": 0.0,
     "prompt_init": "text",
-    # As it is written there, with the end token.
+    # Spelled as in the released code, with the end token.
     "init_text": "Classify this text is postive or not:</s>",
     "dev_limit": 0,
     "seed": 42,
 }
-"""What most of the released runs have."""
+"""Hyper-parameters that most of the released runs have in common."""
 
 
 def _question_answering(prompt_lr: float, max_steps: int) -> Values:
-    """Answers are cut at 20 tokens, and compared with the first human answer alone."""
+    """Return the values of an MRQA run: answers of 20 tokens at most, scored against the first human one."""
     return {
         "rank": 24,
         "prompt_lr": prompt_lr,
@@ -71,7 +71,7 @@ _RELEASED: dict[str, Values] = {
     # SuperGLUE
     "boolq": {"prompt_length": 40, "rank": 45, "offset_lr": 5e-3},
     "cb": {"prompt_lr": 0.4, "choose_by": "macro_f1"},
-    # As released: 79,560 parameters, 2,760 over the budget of 76,800; rank 27 would keep it.
+    # As released: 79,560 parameters, 2,760 more than the budget of 76,800. Rank 27 would be within it.
     "multirc": {"offset_lr": 5e-3, "max_source_length": 348},
     "wic": {"offset_lr": 1e-3, "max_steps": 20_000},
     "wsc": {"max_steps": 20_000},
@@ -103,7 +103,7 @@ PROTOCOL: Values = {
     "visual_norm": "once",
     "image_fit": "squash",
 }
-"""What all four tasks have with VL-Adapter. Evaluation is once an epoch, which is a number of steps below."""
+"""Hyper-parameters of VL-Adapter for all four tasks. `eval_every` below is the number of steps per epoch."""
 
 VL_ADAPTER: dict[str, Values] = {
     "vqav2": PROTOCOL
@@ -154,10 +154,10 @@ MODELS: Values = {
     "pooled_grid": 6,
     "language": "google-t5/t5-base",
 }
-"""CLIP-T5: 7 x 7 patches of 2,048 values, pooled to 36; for tasks with images where no model is named."""
+"""CLIP-T5, for tasks with images if no model is given: 7 x 7 features of size 2,048, pooled to 36."""
 
 OWN_ROW: Values = {"method": "dept", "prompt_length": 60, "rank": 38, "prompt_lr": 0.3, "offset_lr": 1e-3}
-"""DePT's own vision-language row: its budget is published (76,800), these sizes and rates are ours."""
+"""DePT on vision-language tasks: the budget (76,800) is published, these sizes and rates are our choice."""
 
 PAPER: dict[str, Values] = {
     **{task: RELEASED | values for task, values in _RELEASED.items()},
@@ -165,20 +165,20 @@ PAPER: dict[str, Values] = {
 }
 
 PRESETS: dict[str, dict[str, Values]] = {"paper": PAPER, "vl-adapter": VL_ADAPTER}
-"""By the name that a command line calls them by."""
+"""Values of each preset, by task."""
 
 
 def with_preset(config: RunConfig, name: str, task: str, models: BackboneOptions | None = None) -> RunConfig:
-    """A configuration with the hyper-parameters of a preset; all else is kept.
+    """Return a configuration with the hyper-parameters of a preset.
 
     Args:
-        config: Configuration to change.
-        name: Of the preset.
-        task: Whose hyper-parameters are taken.
-        models: Those that are named elsewhere; None are those of the configuration.
+        config: Configuration to start from.
+        name: Name of the preset.
+        task: Task whose hyper-parameters to use.
+        models: Backbone options given on the command line. Defaults to `config.backbone`.
 
     Raises:
-        ValueError: If the preset knows nothing of the task.
+        ValueError: If the preset has no values for the task, or is not for the model that is given.
     """
     if task not in PRESETS[name]:
         raise ValueError(

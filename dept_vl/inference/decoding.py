@@ -1,4 +1,4 @@
-"""How answers are decoded: freely, or among a list of candidates held in a trie of tokens."""
+"""Decoding of answers: free generation, or a choice from a list of candidates held in a token trie."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +13,12 @@ from dept_vl.tasks.base import Decoding
 
 Spelled = dict[str, tuple[tuple[int, ...], str]]
 MOST_KNOWN = 1 << 17
-"""Answers whose tokens are kept."""
+"""Maximum number of answers whose token ids are cached."""
 _KNOWN: WeakKeyDictionary[Any, Spelled] = WeakKeyDictionary()
 
 
 def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
-    """Return the tokens of answers, as in training targets, and the text that they decode to; cache both."""
+    """Return the token ids of answers, tokenised like training targets, and the text that they decode to."""
     known = _KNOWN.setdefault(tokenizer, {})
     found = {answer: known[answer] for answer in answers if answer in known}
     new = [answer for answer in dict.fromkeys(answers) if answer not in found]
@@ -32,29 +32,28 @@ def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, .
 
 
 def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
-    """Return the generation settings of a decoding, without the token ids of the model.
+    """Return keyword arguments for `generate`, without special token ids.
 
-    What is not said here is greedy search or plain beam search: a checkpoint's own settings do not count
-    (see `models.generation`).
+    The generation settings of the checkpoint are not used, see `models.generation`.
 
-    Among candidates, greedy search walks down their trie, which for two words compares the logits of
-    the first token in which they differ (NLVR2). With beams the candidate of the highest total
-    log-probability wins among those that the beams reach: with as many beams as candidates, of all.
+    With candidates, greedy search follows their trie. For two words (NLVR2) it compares the logits of the
+    first token in which they differ. Beam search returns the candidate with the highest total
+    log-probability among those that the beams reach: all of them, with as many beams as candidates.
     """
     options: dict[str, Any] = {"num_beams": decoding.num_beams, "max_new_tokens": decoding.max_new_tokens}
     if decoding.candidates:
         trie = Trie(tokenizer, decoding.candidates)
         options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth}
         if decoding.num_beams > 1:
-            # The plain sum, or long candidates would be favoured; and on while a better one may come.
+            # Compare plain sums, or long candidates would be favoured; search while a better one is possible.
             options |= {"length_penalty": 0.0, "early_stopping": False}
     return options
 
 
 def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str, Any]:
-    """Return the generation settings for rows that each choose from a list.
+    """Return keyword arguments for `generate` if each row has a list of choices of its own.
 
-    As many beams as there are choices at most: so the one of the highest total log-probability wins.
+    There are as many beams as the longest list has choices, so the most probable choice of a row wins.
     """
     tries = [Trie(tokenizer, of_row) for of_row in choices]
 
@@ -71,15 +70,15 @@ def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str
 
 
 class Trie:
-    """The tokens that may follow those decoded so far; `generate`'s `prefix_allowed_tokens_fn`.
+    """Trie of candidate answers, for the argument `prefix_allowed_tokens_fn` of `generate`.
 
-    Candidates are tokenised as training targets are.
+    Candidates are tokenised like training targets.
 
     Attributes:
-        depth: Tokens of the longest candidate.
+        depth: Number of tokens of the longest candidate.
 
     Raises:
-        ValueError: If there is no candidate.
+        ValueError: If there are no candidates.
     """
 
     def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:
@@ -96,15 +95,14 @@ class Trie:
         self.start = start_tokens(tokenizer)
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
-        """Return the token ids that may come next; padding after a finished candidate."""
+        """Return the token ids that may follow; padding after a complete candidate."""
         return self.following.get(tuple(tokens[self.start :].tolist()), self.padding)
 
 
 def spellings(tokenizer: Any, candidates: Sequence[str]) -> dict[str, str]:
-    """Decoded text -> the candidate that it stands for.
+    """Return candidates by the text that their token ids decode to.
 
-    A tokenizer that lacks a character, or puts spaces between the pieces of a word, does not give a
-    candidate back as it was.
+    The two differ if the tokenizer lacks a character or adds spaces within a word.
     """
     pairs = zip(tokens_of(tokenizer, candidates), candidates, strict=True)
     return {text: candidate for (_, text), candidate in pairs}

@@ -1,4 +1,4 @@
-"""Answer every example of a split and score the answers; the same on any number of processes."""
+"""Predict and score a split. The result does not depend on the number of processes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,20 +23,20 @@ from dept_vl.tasks.base import Decoding, Task
 from dept_vl.tasks.io.predictions import ExampleId
 
 Generate = Callable[..., torch.Tensor]
-"""`PromptedModel.generate`, or what gives the same answers."""
+"""`PromptedModel.generate`, or a function that returns the same token ids."""
 NO_ANSWER = ""
-"""Prediction for an example whose image could not be read; it counts as wrong."""
+"""Prediction for an example whose image cannot be read; it counts as wrong."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers as they go into a submission, their figures, and what the encoder read.
+    """Predictions and scores of a split.
 
     Attributes:
-        predictions: Answer by example id.
-        scores: Figures of the task; empty where no answers are published.
-        text_tokens: Mean length of a text, in tokens.
-        skipped: Ids of the examples whose image could not be read.
+        predictions: Predictions by example id, in the form that a submission has.
+        scores: Scores by metric; empty if no answers are published.
+        text_tokens: Mean number of tokens of a text.
+        skipped: Ids of examples whose image could not be read.
     """
 
     predictions: dict[ExampleId, str]
@@ -52,10 +52,10 @@ def decode(
     spelled: Mapping[str, str],
     generate: Generate | None = None,
 ) -> list[str]:
-    """Return the answer to each example of a batch.
+    """Return the predictions for a batch.
 
-    `options` and `spelled` come from `decoding.generation_options` and `decoding.spellings`; `generate`
-    answers the batch in place of the model.
+    `options` and `spelled` come from `decoding.generation_options` and `decoding.spellings`; `generate` is
+    called instead of `model.generate`, except for examples with choices.
     """
     inputs: dict[str, Any] = batch.inputs()
     tokenizer = model.backbone.tokenizer
@@ -70,7 +70,7 @@ def decode(
 
 
 def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Mapping[str, str]) -> list[str]:
-    """Generated tokens as answers, a candidate as it is spelled."""
+    """Decode token ids to text, and replace the text of a candidate by the candidate itself."""
     return [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
 
 
@@ -86,10 +86,17 @@ def evaluate(
     num_workers: int = 0,
     generate: Generate | None = None,
 ) -> Evaluation:
-    """Decode a split, each process its share without padding it, and score the whole.
+    """Predict a split, divided among the processes, and score all predictions.
 
-    The model is the unwrapped one, whose `generate` synchronises no gradients, and the collator makes no
-    targets. `batch_size` is of one process; `decoding` and `generate` replace the task's and the model's own.
+    Args:
+        model: Model, not wrapped by accelerate.
+        task: Task with the rows of the split.
+        collator: Collator that makes no targets.
+        accelerator: Accelerator of the run.
+        batch_size: Batch size per process.
+        decoding: Decoding settings. Defaults to the task's.
+        num_workers: Number of worker processes that read images.
+        generate: Function to call instead of `model.generate`.
     """
     was_training = model.training
     model.eval()
@@ -98,7 +105,7 @@ def evaluate(
     mine = list(range(accelerator.process_index, len(task), accelerator.num_processes))
     spread = is_spread(model)
     if spread:
-        # All processes decode together, as many batches and as many tokens each.
+        # Parameters are sharded, so all processes have to decode equally many batches and tokens.
         options |= {"synced_gpus": True}
         if len(mine) * accelerator.num_processes < len(task) or not mine:
             mine.append(0)
@@ -107,7 +114,7 @@ def evaluate(
     )
 
     def rows_of(batch: Batch) -> int:
-        """Count the rows of all processes, as if they were equally far."""
+        """Estimate the rows of all processes, assuming that they progress equally."""
         return (len(batch.ids) + len(batch.skipped)) * int(accelerator.num_processes)
 
     answers: list[tuple[ExampleId, str]] = []
@@ -131,7 +138,7 @@ def evaluate(
     model.train(was_training)
     answers.extend((example_id, NO_ANSWER) for example_id in skipped)
     predictions: dict[ExampleId, str] = dict(gather_object(answers))
-    # Once: some scorers start programs of their own.
+    # Only once, because some scorers start external programs.
     with waiting("scoring answers"):
         scores = on_main(accelerator, lambda: task.score(predictions))
     return Evaluation(

@@ -1,4 +1,4 @@
-"""An adapter, its backbone and its task found and put together, ready to answer.
+"""Load an adapter with its backbone and task.
 
 model = dept_vl.load("runs/vqa")
 model.answer("street.jpg", "what colour is the car?")
@@ -25,7 +25,7 @@ from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 
 LONGEST_TEXT = 512
-"""Tokens of a text where neither a prompt nor a run says how long it may be."""
+"""Maximum number of tokens of a text if neither a prompt nor a run specifies it."""
 
 
 def load(
@@ -36,21 +36,21 @@ def load(
     task: str | None = None,
     device: str | torch.device | None = None,
 ) -> Predictor:
-    """Load an adapter on its backbone, ready to answer.
+    """Load an adapter and its backbone, ready to answer questions.
 
     Args:
-        source: The folder of a run or of an adapter, or an adapter's name on the Hub (`user/adapter`).
-        backbone: See `find_backbone`. One that is loaded is shared by any number of adapters: it is frozen
-            and put in evaluation mode, its weights stay as they are.
-        revision: Of a name on the Hub.
-        task: How questions are asked; None takes the adapter's. It has to be said where that was several,
-            or is none of this package's.
-        device: See `find_backbone`.
+        source: Folder of a run or an adapter, or name of an adapter on the Hub (`user/adapter`).
+        backbone: Backbone or where to load it from, see `find_backbone`. A loaded backbone can be shared by
+            several adapters; it is frozen and put in evaluation mode, and its weights are not changed.
+        revision: Branch, tag or commit of an adapter on the Hub.
+        task: Task that determines how questions are asked. Defaults to the task that the adapter was trained
+            on; required if that was several tasks, or a task that is not registered.
+        device: Device to load the backbone on, see `find_backbone`.
 
     Raises:
-        FileNotFoundError: If there is no adapter, or no backbone.
-        ValueError: If the backbone is another one than the adapter's or of no kind that is supported, the
-            prompt is longer than it has positions, or the task is unknown.
+        FileNotFoundError: If the adapter or the backbone is not found.
+        ValueError: If the backbone is not the one that the adapter was trained on, is not supported or has
+            too few positions for the prompt, or if the task is unknown.
 
     Example:
         >>> import dept_vl
@@ -82,7 +82,7 @@ def load(
             decoding = run_decoding(config, options, chosen, chosen, longest_answer)
     if model.prompt is not None:
         longest = model.prompt.max_source_length
-    # Now, rather than at the first question.
+    # Check this now instead of at the first question.
     base.check_length(
         0 if model.prompt is None else model.prompt.prompt_length,
         1,
@@ -102,17 +102,17 @@ def find_backbone(
     """Load the backbone that an adapter was trained on.
 
     Args:
-        adapter: Not yet on it.
-        run: Folder of the run that it is of, which knows the backbone; None if there is none.
-        backbone: A loaded one is returned, where it is. Or a folder of `Backbone.save_pretrained`, or
-            names or folders of two models, `VISION+LANGUAGE`, or of the `LANGUAGE` model alone. None takes
-            that of the run, else the one that the adapter names.
-        device: Such as `cuda`; None takes the accelerator if there is one.
-        place: Of the adapter, beside which a relative path that it names is looked for too.
+        adapter: Adapter whose backbone to load.
+        run: Folder of the run that trained the adapter, if there is one.
+        backbone: A loaded backbone, which is returned unchanged; a folder saved by
+            `Backbone.save_pretrained`; or the name or folder of a model, or of two as `VISION+LANGUAGE`.
+            Defaults to the backbone of the run, or else the one that the adapter names.
+        device: Device such as "cuda". Defaults to the accelerator if there is one.
+        place: Folder of the adapter; a relative path of the backbone is looked up there too.
 
     Raises:
-        FileNotFoundError: If it cannot be found; the message says what may be given.
-        ValueError: If it is of no kind that is supported, or the adapter is of another kind.
+        FileNotFoundError: If the backbone is not found.
+        ValueError: If the backbone is not supported, or the adapter belongs to a model of `attach`.
     """
     if isinstance(backbone, FrozenBackbone):
         return backbone
@@ -156,7 +156,7 @@ def find_backbone(
                 image_fit=known.get("image_fit"),
                 **options,
             )
-    # transformers says so of models that are neither on the disk nor on the Hub.
+    # transformers raises this for models that are neither on the disk nor on the Hub.
     except OSError as error:
         raise FileNotFoundError(
             f"the backbone of this adapter ({called}) cannot be loaded: {one_line(error)}. "
@@ -170,12 +170,12 @@ def find_backbone(
 
 
 def _images(adapter: Adapter) -> int:
-    """Return the number of images that a question of the adapter's task is about."""
+    """Return the number of images per question of the adapter's task."""
     return max((TASKS[name].image_count for name in adapter.task.split("+") if name in TASKS), default=1)
 
 
 def _note_orientation(adapter: Adapter, exif: bool) -> None:
-    """Warn where images are turned, or left, that the training left, or turned."""
+    """Warn if images were rotated by their EXIF orientation in training but are not now, or vice versa."""
     trained = bool(adapter.backbone.get("exif"))
     if adapter.backbone["fingerprint"] is not None and trained != exif:
         read = {True: "turned as their EXIF orientation says", False: "as they are stored"}
@@ -194,14 +194,14 @@ def _two(name: str) -> tuple[str, str]:
 
 
 def _copy_changed(backbone: FrozenBackbone, adapter: Adapter) -> FrozenBackbone:
-    """Return the backbone with a copy of the parts that the adapter changes."""
+    """Return the backbone with copies of the parts whose weights the adapter replaces."""
     if any(name.startswith("language.") for name in adapter.tensors):
         return copy.deepcopy(backbone)
     return backbone.with_projection(copy.deepcopy(backbone.visual_projection))
 
 
 def run_of(source: Path) -> Path | None:
-    """Return the folder of the run that an adapter belongs to; None if there is none."""
+    """Return the folder of the run that an adapter's folder belongs to, or None."""
     if (source / BEST / ADAPTER_FILE).is_file():
         run = source
     elif source.name in (BEST, LAST) and source.is_dir():
@@ -216,10 +216,10 @@ def _tasks_of(config: RunConfig) -> list[str]:
 
 
 def _choose_task(adapter: Adapter, task: str | None) -> Task:
-    """Return the task that says how questions are asked.
+    """Return the given task, or the adapter's.
 
     Raises:
-        ValueError: If there is no such task, or the adapter does not say which.
+        ValueError: If the task is unknown, or the adapter was trained on several tasks and none is given.
     """
     name = adapter.task if task is None else task
     if name not in TASKS:

@@ -1,7 +1,6 @@
-"""Questions from a caller, answered as the adapter's task asks and decodes them.
+"""Answer questions with an adapter.
 
-The text of a question, the decoding and the form of an answer come from the task, a batch from the collator
-and an answer from the model's `generate`, all as in evaluation: the same question gets the same answer.
+Prompting, batching and decoding are those of evaluation, so the same question gets the same answer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,23 +30,23 @@ from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
 
 ENCODED_AT_ONCE = 32
-"""Images that go through the vision tower together."""
+"""Batch size of the vision tower."""
 
 Images = Any
-"""One image (see `given.as_image`) or several; where a question is about two (NLVR2), one pair or several."""
+"""One image (see `given.as_image`) or several; for a task with two images per question (NLVR2), pairs."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """An adapter on its backbone.
+    """An adapter on its backbone, ready to answer questions.
 
     Attributes:
-        model: In evaluation mode.
-        adapter: Of the model; None for the backbone alone.
-        task: How questions are asked.
-        decoding: How answers are decoded.
-        max_source_length: Tokens that a text is cut to.
+        model: Model in evaluation mode.
+        adapter: Adapter of the model; None for the backbone alone.
+        task: Task that determines how questions are asked.
+        decoding: Decoding settings.
+        max_source_length: Number of tokens that texts are truncated to.
 
     Example:
         >>> import dept_vl
@@ -66,28 +65,28 @@ class Predictor:
     def answer(
         self, image: Images = None, question: str | Sequence[str] = "", *, batch_size: int = 32
     ) -> str | list[str]:
-        """Answer a question, or several.
+        """Answer one or several questions.
 
-        One image goes with every one of several questions and is encoded once, one question with every one
-        of several images; of as many of both each goes with its own.
+        A single image is used for all questions (and encoded once), and a single question for all images.
+        Otherwise there must be as many images as questions.
 
         Args:
             image: A path, the bytes of a file, an open file, a data URL, a Pillow image, an array or a
                 tensor of shape (height, width), (height, width, channels) or (channels, height, width) with
-                whole numbers from 0 to 255 or floats from 0 to 1, or a row of `datasets`; or several of
-                them, also as an array or a tensor of four dimensions. None for a task without images. A
-                task about two images (NLVR2) takes a pair of them, or several pairs.
-            question: One, or a sequence of several; none for a caption. Of a task without images it may come
-                first.
-            batch_size: Questions answered at a time.
+                integers from 0 to 255 or floats from 0 to 1, or a row of `datasets`; or several of these,
+                as a sequence or as an array or tensor with four dimensions. For a task with two images per
+                question (NLVR2), a pair of images or several pairs. None for a task without images.
+            question: Question, or sequence of questions; not needed for captions. For a task without
+                images, it can be the first argument.
+            batch_size: Batch size.
 
         Returns:
-            One answer if there was one of both, else a list.
+            One answer for a single image and question, otherwise a list of answers.
 
         Raises:
-            FileNotFoundError: If there is no such image.
-            ValueError: If an image cannot be read, there are too many or too few of something, a question
-                is empty, or it needs more positions than the model has.
+            FileNotFoundError: If an image does not exist.
+            ValueError: If an image cannot be read, the numbers of images and questions do not match, a
+                question is empty, or it needs more positions than the model has.
         """
         if self.task.image_count == 0 and not question and image is not None:
             image, question = None, image
@@ -102,19 +101,19 @@ class Predictor:
 
     @cached_property
     def generation(self) -> tuple[dict[str, Any], dict[str, str]]:
-        """Options for `evaluate.decode`; made once, since many candidates take a while."""
+        """Arguments `options` and `spelled` of `evaluate.decode`, cached because many candidates are slow."""
         tokenizer = self.model.backbone.tokenizer
         return generation_options(self.decoding, tokenizer), spellings(tokenizer, self.decoding.candidates)
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A question.
+    """A question to a predictor.
 
     Attributes:
-        predictor: Answers it.
-        question: The text of it.
-        images: What it is about; a tensor is pixels as `features.load_pixels` makes them.
+        predictor: Predictor that answers the question.
+        question: Text of the question.
+        images: Images of the question; tensors are pixels as returned by `features.load_pixels`.
     """
 
     predictor: Predictor
@@ -122,10 +121,10 @@ class Ask:
     images: tuple[ImageSource | torch.Tensor, ...]
 
     def source(self) -> str:
-        """Return the text that the encoder reads.
+        """Return the text that the model reads, and warn if it is truncated.
 
         Raises:
-            ValueError: If the images are too many or too few, or the question is empty.
+            ValueError: If the number of images is wrong, or the question is empty.
         """
         task = self.predictor.task
         if len(self.images) != task.image_count:
@@ -146,13 +145,13 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and what it took.
+    """An answer and its token counts.
 
     Attributes:
         text: The answer.
-        read: Tokens that the encoder read: of the text and of the images, without the prompt.
-        written: Tokens that were generated, the end of text included.
-        whole: Whether the text came to its end; otherwise it was as long as it may be.
+        read: Number of input tokens of text and images, without the prompt.
+        written: Number of generated tokens, including the end token.
+        whole: Whether the answer is complete; otherwise it was cut at the maximum length or time.
     """
 
     text: str
@@ -162,10 +161,10 @@ class Reply:
 
 
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
-    """Repeat single items to lists of one length; return these and whether all items were single.
+    """Repeat lists of one item to a common length; return the lists and whether every item was single.
 
     Raises:
-        ValueError: If there is none of something, or the lengths differ; with all of them.
+        ValueError: If a list is empty, or the lengths do not match.
     """
     count = max(len(items) for items, _ in parts.values())
     if any(len(items) not in (1, count) or not items for items, _ in parts.values()):
@@ -182,12 +181,10 @@ def answer_all(
     batch_size: int,
     max_time: float | None = None,
 ) -> list[Reply]:
-    """Answer each question.
+    """Answer questions in batches.
 
-    Questions that are decoded alike, about as many images each, go through the model together, whoever is
-    asked.
-
-    Decoding of a batch is cut after `max_time` seconds.
+    A batch holds questions with the same decoding and number of images, possibly for different predictors
+    on the same backbone; `model_of` returns the model for it. Decoding stops after `max_time` seconds.
     """
     backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
@@ -225,7 +222,7 @@ def answer_all(
 
 
 def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
-    """Return a function from places of questions to their batch, for a composed backbone."""
+    """Return a function from indices of questions to their batch, for a composed backbone."""
     backbone = asks[0].predictor.model.backbone
     table, names = encode_images(backbone, [ask.images for ask in asks])
 
@@ -236,7 +233,7 @@ def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence
             collate = Collator.for_model(
                 predictor.model,
                 predictor.decoding.max_new_tokens,
-                max_source_length=predictor.max_source_length,  # a text is cut as its adapter wants it
+                max_source_length=predictor.max_source_length,  # truncate as this adapter does
                 images=table,
             )
             rows.append(collate([Draw(Example(n, sources[n], names[n], ()))]))
@@ -246,12 +243,12 @@ def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence
 
 
 def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
-    """Return a function from places of questions to their batch, for a pretrained model."""
+    """Return a function from indices of questions to their batch, for a pretrained model."""
     backbone = asks[0].predictor.model.backbone
     distinct = {key_of(image): image for ask in asks for image in ask.images}
     read = {}
     for number, (key, image) in enumerate(distinct.items(), 1):
-        assert not isinstance(image, torch.Tensor)  # those are pixels for a vision tower
+        assert not isinstance(image, torch.Tensor)  # only composed backbones get pixels
         with _numbered(number, len(distinct)):
             read[key] = read_image(image, exif=backbone.exif is not False)
 
@@ -270,7 +267,7 @@ def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequenc
 
 @contextmanager
 def _numbered(number: int, count: int) -> Iterator[None]:
-    """Prefix errors with the number of the image, if there are several."""
+    """Add the number of the image to an error if there are several images."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -281,13 +278,14 @@ def _numbered(number: int, count: int) -> Iterator[None]:
 def encode_images(
     backbone: FrozenBackbone, groups: Sequence[tuple[ImageSource | torch.Tensor, ...]]
 ) -> tuple[FeatureTable | None, list[tuple[Path, ...]]]:
-    """Encode images; return a table of their features, and the names of each group's images in it.
+    """Encode groups of images; return a table of features, and the names of each group's images in it.
 
-    An image that comes again, or is the same file, is read and encoded once.
+    An image or file that occurs several times is read and encoded once. Without a vision tower or without
+    images, the table is None.
 
     Raises:
-        FileNotFoundError: If there is no such image.
-        ValueError: If one cannot be read; of several the message has its number.
+        FileNotFoundError: If an image does not exist.
+        ValueError: If an image cannot be read; with several images, the message has its number.
     """
     vision = backbone.vision
     numbers: dict[Any, int] = {}
@@ -316,7 +314,7 @@ def encode_images(
 
 
 def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int, count: int) -> torch.Tensor:
-    """Load the pixels of an image; an error names its number."""
+    """Load the pixels of an image; `number` and `count` are for error messages."""
     if isinstance(image, torch.Tensor):
         return image
     with _numbered(number, count):
@@ -324,7 +322,7 @@ def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int,
 
 
 def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:
-    """Join batches of one example."""
+    """Join batches of one example each into one batch."""
     features = [row.visual_features for row in rows if row.visual_features is not None]
 
     def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""A server that answers questions to any number of adapters, as OpenAI's clients ask them: `dept-vl serve`.
+"""HTTP server with an API like OpenAI's for any number of adapters: `dept-vl serve`.
 
-LitServe starts a process with the model for each device, queues questions for them and batches them (see
-`replica`); this process reads requests, rejects those over the limits, and writes answers (see `endpoints`).
+LitServe starts model processes on each device, queues questions for them and batches them (see `replica`).
+The main process reads requests, rejects those over the limits, and writes responses (see `endpoints`).
 """
 
 import asyncio
@@ -38,12 +38,12 @@ TOKEN_VARIABLE = "DEPT_VL_TOKEN"
 KEPT_OPEN = 30
 """Seconds that an idle connection stays open."""
 LONGEST_END = 2.0
-"""Seconds that a process with the model has to end by itself; one that is still loading does not."""
+"""Seconds that a model process has to end by itself before it is killed, for example while loading."""
 
 
 def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
     """Build the server without starting its processes."""
-    # LitServe's queue is a process of this kind, which it starts.
+    # LitServe runs its queue in a manager process of this class.
     SyncManager.register("end_with_parent", end_with_parent)
     metrics = Metrics()
     spec = ChatSpec(config, names_of(config.adapters), metrics)
@@ -52,13 +52,13 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
         accelerator=config.device or ("cuda" if check_cuda_with_nvidia_smi() else "cpu"),
         workers_per_device=config.copies,
         timeout=config.timeout,
-        # LitServe's own, which are not in OpenAI's form and which the gate hides.
+        # LitServe's own endpoints do not have OpenAI's format; the gate hides them.
         healthcheck_path="/litserve/health",
         info_path="/litserve/info",
         disable_openapi_url=True,
     )
     guard(server.app, config, token, metrics)
-    # Then it says which process has begun a question: with one that is known anyhow, and costs time.
+    # Makes LitServe report which process has begun a question. With a single one, that is known and slower.
     server.restart_workers = len(server.devices) * config.copies > 1
     return server, spec
 
@@ -75,7 +75,7 @@ def replica_of(config: ServeConfig, spec: ChatSpec) -> Replica:
 
 
 def guard(app: FastAPI, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
-    """Put the gate in front of an application, whose refusals are then in OpenAI's form."""
+    """Add the gate to an application, and return errors in OpenAI's format."""
     app.add_middleware(ServerGate, config=config, token=token, metrics=metrics)
 
     async def refuse(request: Request, error: Exception) -> Response:
@@ -92,10 +92,10 @@ def guard(app: FastAPI, config: ServeConfig, token: str | None, metrics: Metrics
 
 
 def serve(config: ServeConfig) -> None:
-    """Load the adapters and serve until SIGTERM or Ctrl-C; what was asked before is answered.
+    """Load the adapters and serve until SIGTERM or Ctrl-C; pending requests are still answered.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is in use.
         UsageError: If the adapters cannot be loaded, or the token is empty.
     """
     token = find_token(config)
@@ -112,14 +112,14 @@ def serve(config: ServeConfig) -> None:
 
 @contextmanager
 def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
-    """Start the processes of the server, and end them afterwards."""
+    """Start the processes of the server, and end them on exit."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     with wrap_litserve_start(server):
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
             yield
         finally:
-            # LitServe's own SIGTERM is blocked there.
+            # These processes block SIGTERM, with which LitServe would end them.
             for _ in server.inference_workers:
                 spec.request_queue.put(END)
             for worker in server.inference_workers:
@@ -128,10 +128,10 @@ def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
 
 
 def find_token(config: ServeConfig) -> str | None:
-    """Return the token that requests need; generate and print one if other machines reach the server.
+    """Return the token that requests need; generate and print one if other machines can reach the server.
 
     Raises:
-        UsageError: If it is empty.
+        UsageError: If the given token is empty.
     """
     token = os.environ.get(TOKEN_VARIABLE)
     if config.token_file is not None:
@@ -149,10 +149,10 @@ def find_token(config: ServeConfig) -> str | None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Bind a socket, which listens only once a model is ready.
+    """Return a bound socket that does not listen yet.
 
     Raises:
-        OSError: If the port is taken.
+        OSError: If the port is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
@@ -168,10 +168,11 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def wait_until_ready(server: LitServer, spec: ChatSpec) -> None:
-    """Wait for every process to load its model.
+    """Wait until every process has loaded its model.
 
     Raises:
-        UsageError: If one cannot.
+        UsageError: If a model cannot be loaded.
+        RuntimeError: If a process dies while loading.
     """
     while any(state != WorkerSetupStatus.READY for state in server.workers_setup_status.values()):
         failed = spec.replica.shared.get("failed")
@@ -191,11 +192,11 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
         ws="none",
         backlog=4096,
         timeout_keep_alive=KEPT_OPEN,
-        # No request takes longer.
+        # The longest that a request can take.
         timeout_graceful_shutdown=int(3 * config.timeout) + 1,
     )
     running = uvicorn.Server(options)
-    for number in ENDINGS:  # before uvicorn has its own handlers, and as it leaves
+    for number in ENDINGS:  # before uvicorn installs its own handlers, and after it
         signal.signal(number, lambda *_: setattr(running, "should_exit", True))
     watching = asyncio.create_task(spec.watch())
     serving = asyncio.create_task(running.serve(sockets=[listening]))
@@ -210,7 +211,7 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
     await serving
     watching.cancel()
     for task in done - {serving}:
-        task.result()  # a fault of ours, which is to be seen
+        task.result()  # raise internal errors
 
 
 def _leave(number: int, frame: Any) -> None:
