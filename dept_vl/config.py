@@ -148,7 +148,7 @@ class RunConfig(Options):
     train: TrainOptions = field(default_factory=TrainOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     output_dir: Path | None = None
-    """Folder of the run; it must not hold another run. Default: a new folder in runs/."""
+    """Folder of the run; it must not hold another run. If not given, a new folder in runs/."""
     resume: str = ""
     """Folder of a stopped run to resume; or auto: resume the run in output_dir if there is one, otherwise
     start it. With auto, the same command can be repeated until the run is complete."""
@@ -174,18 +174,18 @@ class EvaluateConfig(Options):
     adapter: Path | None = None
     """Folder of another adapter to score, trained on the same backbone."""
     task: str = ""
-    """Task to score on. Default: the run's first task."""
+    """Task to score on. If not given, the run's first task."""
     data_dir: Path | None = None
-    """Folder with the task's official files. Default: the run's data folder."""
+    """Folder with the task's official files. If not given, the run's data folder."""
     split: str = ""
-    """Split to score on. Default: the run's test split; with --data, the rows of the split test, or all rows
+    """Split to score on. If not given, the run's test split; with --data, the rows of the split test, or all rows
     if there are none."""
     limit: Count = 0
     """Maximum number of examples, drawn with the run's seed; 0 scores all."""
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Number of beams for beam search; 0 uses the run's or the task's default."""
     candidates: Path | None = None
-    """JSON file with a list of answers to choose from. Default for VQAv2: the run's candidates.json, if it
+    """JSON file with a list of answers to choose from. If not given, VQAv2 uses the run's candidates.json, if it
     has one."""
     batch_size: Positive = 128
     """Batch size per process."""
@@ -195,13 +195,13 @@ class EvaluateConfig(Options):
     """cached: read visual features from the files written by dept-vl features. live: read and encode images.
     auto: use the files if they match the run's vision encoder and cover all images, otherwise live."""
     features_dir: Path | None = None
-    """Folder of those files. Default: the run's folder for the run's data, otherwise features in data_dir."""
+    """Folder of those files. If not given, the run's folder for the run's data, otherwise features in data_dir."""
     on_bad_image: OnBadImage = "raise"
     """raise: stop at an image that cannot be read. skip: predict an empty answer for it and continue."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: run the backbone in bfloat16."""
     output_dir: Path | None = None
-    """Folder to save predictions, scores and submission in. Default: RUN/TASK-SPLIT."""
+    """Folder to save predictions, scores and submission in. If not given, RUN/TASK-SPLIT."""
     own: Own = field(default_factory=OwnOptions)
     wait: bool = False
     """Wait if another process is using that folder, instead of raising an error."""
