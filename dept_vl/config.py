@@ -178,15 +178,15 @@ class EvaluateConfig(Options):
     data_dir: Path | None = None
     """Folder with the task's official files. If not given, the run's data folder."""
     split: str = ""
-    """Split to score on. If not given, the run's test split; with --data, the rows of the split test, or all rows
-    if there are none."""
+    """Split to score on. If not given, the run's test split; with --data, the rows of the split test, or all
+    rows if there are none."""
     limit: Count = 0
     """Maximum number of examples, drawn with the run's seed; 0 scores all."""
     num_beams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Number of beams for beam search; 0 uses the run's or the task's default."""
     candidates: Path | None = None
-    """JSON file with a list of answers to choose from. If not given, VQAv2 uses the run's candidates.json, if it
-    has one."""
+    """JSON file with a list of answers to choose from. If not given, VQAv2 uses the run's candidates.json if
+    there is one."""
     batch_size: Positive = 128
     """Batch size per process."""
     num_workers: Workers = 0
@@ -195,7 +195,7 @@ class EvaluateConfig(Options):
     """cached: read visual features from the files written by dept-vl features. live: read and encode images.
     auto: use the files if they match the run's vision encoder and cover all images, otherwise live."""
     features_dir: Path | None = None
-    """Folder of those files. If not given, the run's folder for the run's data, otherwise features in data_dir."""
+    """Folder of those files. If not given, the run's for the run's data, otherwise features in data_dir."""
     on_bad_image: OnBadImage = "raise"
     """raise: stop at an image that cannot be read. skip: predict an empty answer for it and continue."""
     mixed_precision: Literal["no", "bf16"] = "no"
