@@ -1,13 +1,12 @@
-"""What object order and image fit do to questions about where things are, on rendered scenes.
+"""Ablation of object order and image fit, on questions about positions in rendered scenes.
 
     python scripts/ablate_images.py
 
-Object order: the shipped backbone with the vectors of the places that it was pretrained with (own),
-without any (none), or with random ones instead (frozen, trained).
-Image fit: scenes twice as wide as high, with objects in the outer quarters too,
-squashed, cropped or padded. A prompt and the visual projection are trained each time, on the same questions;
-all runs are scored on the same questions about other scenes. Finished runs are kept, so the same command
-continues where it was stopped.
+Object order: the shipped backbone with the position vectors that it was pretrained with (own), without any
+(none), or with random ones instead (frozen, trained).
+Image fit: scenes twice as wide as high, with objects in the outer quarters too, squashed, cropped or padded.
+Each run trains a prompt and the visual projection on the same questions, and is scored on the same questions
+about other scenes. Finished runs are kept, so the same command resumes.
 """
 
 import json
@@ -35,36 +34,36 @@ STRETCH = {"square": 1, "wide": 2}
 
 @dataclass(frozen=True)
 class AblationConfig(Options):
-    """What is compared, and for how long."""
+    """Configuration of the ablation."""
 
     backbone: Path = Path("data/tiny-clip-t5")
-    """Backbone that all runs begin from."""
+    """Backbone that all runs start from."""
     seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
-    """One run of each kind per seed; all kinds have one seed before the next is begun."""
+    """Random seeds, with one run of each kind per seed. All kinds are run with a seed before the next one."""
     max_steps: Positive = 100
     """Steps of every run."""
     batch_size: Positive = 16
-    """Examples of a step."""
+    """Batch size."""
     train_scenes: Positive = 1000
-    """Scenes with one question each to learn from."""
+    """Number of training scenes, with one question each."""
     test_scenes: Positive = 400
-    """Scenes with one question each to be scored on."""
+    """Number of test scenes, with one question each."""
     output_dir: Path = Path("runs/ablation")
     """Folder of data, backbones and runs."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What one row of the table is about."""
+    """Variant that one row of the table shows."""
 
     images: str
     order: str
-    """Of the backbone's places; own leaves them as they are."""
+    """Object order of the backbone; own leaves it unchanged."""
     fit: "ImageFit" = "squash"
 
     @property
     def folder(self) -> str:
-        """Name of its runs."""
+        """Name of the folder of its runs."""
         return f"{self.images},order={self.order},fit={self.fit}"
 
 
@@ -75,7 +74,7 @@ KINDS = (
 
 
 def main(config: AblationConfig) -> str:
-    """Run what is missing; write the tables after every seed, and return the last."""
+    """Run everything that is not finished, write the tables after every seed, and return the last one."""
     import torch
 
     from dept_vl.training.run import run_once
@@ -95,7 +94,7 @@ def main(config: AblationConfig) -> str:
 
 
 def write_questions(config: AblationConfig, folder: Path, stretch: int) -> None:
-    """Write images, and one question about each, unless they are there."""
+    """Write images with one question each, unless they exist."""
     table = folder / "questions.jsonl"
     if table.is_file():
         return
@@ -116,13 +115,13 @@ def write_questions(config: AblationConfig, folder: Path, stretch: int) -> None:
 
 
 def run_of(config: AblationConfig, kind: Kind, seed: int) -> RunConfig:
-    """The configuration of a run."""
+    """Return the configuration of a run."""
     steps = config.max_steps
     folder = config.output_dir / kind.images
     return RunConfig(
         data=DataOptions(
             task="vqa",
-            dev_limit=8,  # decides nothing: a run is what it is after its last step
+            dev_limit=8,  # decides nothing: there is only one evaluation, after the last step
             own=OwnOptions(data=str(folder / "questions.jsonl"), holdout_share=0.01),
         ),
         backbone=BackboneOptions(
@@ -143,7 +142,7 @@ def run_of(config: AblationConfig, kind: Kind, seed: int) -> RunConfig:
 
 
 def with_order(config: AblationConfig, order: str, seed: int) -> Path:
-    """A copy of the backbone with new vectors of the places, or without them."""
+    """Return the folder of a copy of the backbone with new position vectors, or without any."""
     import torch
 
     from dept_vl.models.backbone import Backbone
@@ -166,7 +165,7 @@ def with_order(config: AblationConfig, order: str, seed: int) -> Path:
 
 
 def write_results(config: AblationConfig, scores: dict[Kind, list[float]]) -> str:
-    """Write every score and a table of means with their intervals; return the table."""
+    """Write all scores and a table of means with intervals; return the table."""
     rows = [[kind.images, kind.order, kind.fit, str(interval(found))] for kind, found in scores.items()]
     table = markdown_table(["images", "object order", "image fit", "exact match"], rows)
     settings = asdict(replace(config, seeds=config.seeds[: len(next(iter(scores.values())))]))

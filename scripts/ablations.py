@@ -1,10 +1,10 @@
-"""The paper's ablations: the split of the budget, its size, one rate for two, the start of P, and shots.
+"""Ablations of the paper: split and size of the budget, one learning rate, initialisation of P, and shots.
 
     python scripts/ablations.py
 
-m from 0 to l at the budget of l = 100 vectors; l from an eighth to twice that, with m = l / 5; A and B at
-the rate of P; P from noise, common words or a text; and k shots, from scratch and from a source. Finished
-runs are kept under `--output_dir`, so the same command continues where it was stopped.
+m from 0 to l with a budget of l = 100 vectors; l from an eighth to twice that, with m = l / 5; A and B with
+the learning rate of P; P initialised from noise, common words or a text; and k shots, from scratch and from a
+source. Finished runs are kept under `--output_dir`, so the same command resumes.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ from dept_vl.studies.options import CompareConfig, SuiteConfig
 
 @dataclass(frozen=True)
 class AblationConfig(CompareConfig):
-    """What is taken apart, and where."""
+    """Configuration of the ablations."""
 
     tasks: tuple[str, ...] = ("scenes-vqav2", "scenes-gqa")
     """Names of tasks, or configuration files."""
     methods: tuple[str, ...] = tuple(ablated())
     """Names of methods."""
     seeds: tuple[Seed, ...] = (1, 2, 3)
-    """One run of each method per seed; with the first one all rates are tried."""
+    """Random seeds, with one run of each method per seed. Learning rates are searched with the first one."""
     k: tuple[Positive, ...] = (2, 4, 8, 16, 32, 64)
-    """Shots; none leaves this part out."""
+    """Numbers of shots. Without any, the transfers are left out."""
     output_dir: Path = Path("runs/ablations")
-    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
 
 
 def main(options: AblationConfig) -> None:
-    """Run what is missing, and write the tables."""
+    """Run everything that is not finished, and write the tables."""
     from dept_vl.studies.compare import compare
     from dept_vl.studies.transfer_suite import transfer_suite
 

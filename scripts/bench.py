@@ -1,12 +1,12 @@
-"""Step time, generation and memory of DePT, plain prompt tuning, PEFT and the backbone alone.
+"""Step time, generation and memory of DePT, plain prompt tuning, PEFT and the bare backbone.
 
     python scripts/bench.py --bars --output_dir /tmp/bench
     python scripts/bench.py --models base --shapes vl --methods pt100,dept40 --rounds 20
 
-Every group of methods is measured in rounds, each method once a round and another one first each time, so
-that a busy machine disturbs all alike; a ratio is the median of the rounds' ratios. The backbones have T5's
-sizes and random weights. Written after every round: bench.json; at the end bench.md and bench.png. The same
-command continues with the group of methods where an earlier one ended.
+The methods of a group take turns in rounds, starting with a different one each round, so that other load
+affects all equally. Ratios are the median over rounds. The backbones have T5's sizes and random weights.
+bench.json is written after every round, bench.md and bench.png at the end. The same command continues with
+the next group.
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 
 
 def main(config: BenchConfig) -> dict[str, Any]:
-    """Measure, write, print; returns what bench.json holds."""
+    """Measure, write and print; return the content of bench.json."""
     from dept_vl.studies.bench.figures import bar_rows, draw, tables
     from dept_vl.studies.bench.methods import has_peft
     from dept_vl.studies.bench.steps import Bench, plan

@@ -1,13 +1,13 @@
-"""Throughput of a batch whose rows have different adapters, against the same batch with a single one.
+"""Throughput of a batch whose rows use different adapters, relative to a batch with a single adapter.
 
     python scripts/bench_adapters.py
 
-Answers of a T5 and a CLIP with random weights to questions about images, whose features are at hand. Both
-ways are taken in turn, another one first each round; a figure is the median of the rounds' ratios, with the
-least and the largest. Every adapter has a visual projection of its own.
+A T5 and a CLIP with random weights answer questions about images with stored features. The two ways take
+turns, starting with a different one each round. Figures are the median of the rounds' ratios, with the lowest
+and the highest. Every adapter has its own visual projection.
 
-A second table is of adapters behind the encoder (`memory`) that are asked the same about one image: they
-share its encoder's pass.
+A second table is of adapters after the encoder (`memory`) that get the same question about one image and
+share its encoder pass.
 """
 
 import copy
@@ -32,41 +32,41 @@ if TYPE_CHECKING:
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
-"""Least throughput of mixed rows of equally long prompts, relative to a single adapter."""
+"""Minimum throughput of rows with equally long prompts, relative to a single adapter."""
 
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """What is measured, and how often."""
+    """Configuration of the benchmark."""
 
     model: str = "base"
-    """Of T5's sizes: small, base or large; tiny is for tests."""
+    """Size of T5: small, base or large; tiny is for tests."""
     prompt_length: Positive = 40
-    """Vectors of each of the adapters that are equally long (m)."""
+    """Prompt length (m) of the adapters of equal length."""
     unequal: tuple[Positive, ...] = (10, 20, 40, 60)
-    """Vectors of those that are not; they are compared with the longest alone."""
+    """Prompt lengths of the adapters of unequal length. They are compared with the longest alone."""
     batch_size: Positive = 8
-    """Questions answered together, the adapters one after the other."""
+    """Batch size; adapters alternate within a batch."""
     new_tokens: Positive = 4
-    """Tokens of every answer."""
+    """Number of tokens of every answer."""
     rounds: Positive = 11
-    """Rounds of both ways."""
+    """Number of rounds."""
     threads: Positive = 1
-    """Of the processor."""
+    """Number of CPU threads."""
     device: str = "cpu"
-    """Such as cpu or cuda."""
+    """Device, such as cpu or cuda."""
     json_out: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Throughput of mixed rows relative to a single adapter's.
+    """Throughput of rows with different adapters, relative to a single adapter.
 
     Attributes:
-        clock: By the clock.
-        processor: By the time of the process, which other work on the machine disturbs less.
-        milliseconds: Median of a batch with a single adapter, by the clock.
+        clock: Ratio by wall-clock time.
+        processor: Ratio by processor time, which other programs affect less.
+        milliseconds: Median wall-clock time of a batch with a single adapter.
     """
 
     clock: "Ratio"
@@ -75,14 +75,14 @@ class Figures:
 
 
 def questions_shape() -> "Shape":
-    """Questions are not all of one length: batches have padding in any case."""
+    """Return the shape of questions, with different lengths so that every batch has padding."""
     from dept_vl.studies.bench.methods import SHAPES
 
     return replace(SHAPES["vl"], spread=4.0)
 
 
 def adapters_of(backbone: "Backbone", models: "list[PromptedModel]", longest: int) -> "ManyAdapters":
-    """Serve these models together, by their numbers."""
+    """Serve these models together, with their numbers as names."""
     from dept_vl.adapters.adapter import Adapter
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.inference.predictor import Predictor
@@ -96,7 +96,7 @@ def adapters_of(backbone: "Backbone", models: "list[PromptedModel]", longest: in
 
 
 def prompted(backbone: "Backbone", length: int) -> "PromptedModel":
-    """A prompt of this length with the parameters of 100 vectors, and a visual projection of its own."""
+    """Return a model with a prompt of this length, the parameters of 100 vectors, and its own projection."""
     import torch
 
     from dept_vl.models.prompted import PromptedModel
@@ -109,7 +109,7 @@ def prompted(backbone: "Backbone", length: int) -> "PromptedModel":
 
 
 def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...]) -> Figures:
-    """Rows of the adapters in turn, against all rows with the longest."""
+    """Compare a batch whose rows alternate adapters with a batch that uses the longest one."""
     import torch
 
     from dept_vl.studies.bench.measure import Ratio, in_turn
@@ -149,7 +149,7 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
 
 
 def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
-    """Milliseconds of the processor for a question: one `memory` adapter, several together, and apart."""
+    """Return processor milliseconds of one question to `memory` adapters: one, together, and one by one."""
     import torch
 
     from dept_vl.models.prompted import PromptedModel
@@ -183,7 +183,7 @@ def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
 
 
 def main(config: BenchConfig) -> dict[str, Figures]:
-    """Measure equally long prompts, and unequal ones."""
+    """Measure and print adapters of equal and of unequal prompt length."""
     import torch
 
     from dept_vl.studies.bench.methods import SIZES, build_backbone

@@ -1,10 +1,10 @@
-"""How fast visual features are read from files into batches.
+"""Speed of reading stored visual features into batches.
 
     python scripts/bench_features.py --output_dir /tmp/features
 
-Writes generated features of the shape of CLIP ViT-B/32 (49 x 768, float16), then reads batches of images
-drawn at random, as a run does: by file, into one tensor. The files are read through once before, so that
-they are in the system's page cache where that has room for them.
+Writes generated features of the shape of CLIP ViT-B/32 (49 x 768, float16), then reads batches of random
+images file by file into one tensor, as a training run does. All files are read once before, so that they are
+in the page cache if it has room.
 """
 
 import json
@@ -22,44 +22,44 @@ from dept_vl.tasks.options import Precision
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """Sizes and places."""
+    """Configuration of the benchmark."""
 
     output_dir: Path
-    """Folder for the generated features; those that are there are used again."""
+    """Folder for the generated features. Existing files are reused."""
     images: Positive = 16_384
-    """Images with features; 16,384 take 1.15 GiB."""
+    """Number of images with features; 16,384 take 1.15 GiB."""
     shard_images: Positive = 1024
-    """Images in a file."""
+    """Images per file."""
     tokens: Positive = 49
-    """Visual tokens of an image."""
+    """Visual tokens per image."""
     d_vision: Positive = 768
-    """Width of a token."""
+    """Hidden size of the vision tower."""
     dtype: Precision = "float16"
-    """What features are stored in."""
+    """Data type of the stored features."""
     batch_size: Positive = 64
-    """Images read at a time."""
+    """Batch size."""
     batches: Positive = 500
-    """Batches of a round."""
+    """Number of batches per round."""
     rounds: Positive = 5
-    """Rounds, the median of which is given."""
+    """Number of rounds; results are medians over rounds."""
     files: Count = 120_000
-    """Image files whose size and time are looked at; 0 leaves this out."""
+    """Number of image files whose size and time are read; 0 skips this."""
     json_out: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was measured.
+    """Results of the benchmark.
 
     Attributes:
-        rows_per_second: Images whose features were read a second, median of the rounds.
-        slowest: Of the rounds.
-        cores: Of the machine; one process reads.
-        checksum_over_mapping: Time to compare checksums of the files as they are opened, over that of reading
-            all rows once after mapping them; median of the rounds, both in turn.
-        checksum_gib_per_second: Compared, median of the rounds.
-        look_seconds: To look at size and time of the image files; the system may remember them.
+        rows_per_second: Images read per second, median over rounds.
+        slowest: Images read per second in the slowest round.
+        cores: Number of cores of the machine; one process reads.
+        checksum_over_mapping: Time to verify checksums of the files, relative to reading all rows once after
+            mapping; median over rounds.
+        checksum_gib_per_second: GiB verified per second, median over rounds.
+        look_seconds: Seconds to read size and time of the image files, which the system may have cached.
     """
 
     rows_per_second: int
@@ -71,7 +71,7 @@ class Reading:
 
 
 def write(config: BenchConfig) -> list[Path]:
-    """Write the generated features, unless they are there."""
+    """Write the generated features, unless they exist."""
     import torch
     from safetensors.torch import save_file
 
@@ -89,7 +89,7 @@ def write(config: BenchConfig) -> list[Path]:
 
 
 def checksums(files: list[Path], rounds: int) -> tuple[float, float]:
-    """Ratio of comparing checksums to reading all rows once, and GiB compared a second."""
+    """Return the time to verify checksums relative to reading all rows once, and GiB verified per second."""
     from dept_vl._utils.checksums import checksum
     from dept_vl.data.feature_index import tensor_bytes
     from dept_vl.data.features import read_shard
@@ -110,10 +110,10 @@ def checksums(files: list[Path], rounds: int) -> tuple[float, float]:
 
 
 def look(folder: Path, count: int) -> float:
-    """Seconds to look at size and time of so many files, made if they are not there.
+    """Return the seconds to read size and time of a number of files, which are created if missing.
 
     Raises:
-        RuntimeError: If one was not found.
+        RuntimeError: If a file is missing.
     """
     from dept_vl.data.feature_index import file_stats
 
@@ -131,7 +131,7 @@ def look(folder: Path, count: int) -> float:
 
 
 def main(config: BenchConfig) -> Reading:
-    """Write, warm up, read."""
+    """Write the features, read them, and return the results."""
     from dept_vl.data.features import FeatureTable
 
     files = write(config)

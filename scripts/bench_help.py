@@ -1,10 +1,10 @@
-"""Processor time of help and of mistakes that are found at once, beside that of importing the flags' library.
+"""Processor time of help and of errors in options, relative to importing the library for options (tyro).
 
     python scripts/bench_help.py
 
-Every command is a process of its own, run in an empty folder. The commands are taken in turn, another one
-first each round; a figure is the median of user and system time. Ends in failure if one takes longer than
-`--bar` allows.
+Each command runs in its own process in an empty folder. The commands take turns, starting with a different
+one each round. Figures are the median of user and system time. The exit status is 1 if a command takes longer
+than `--bar` allows.
 """
 
 import os
@@ -31,21 +31,21 @@ MISTAKES = {
     "train --config nowhere.json": 1,
     "evaluate --run nowhere": 1,
 }
-"""Mistakes, and the status that each ends with."""
+"""Commands with errors in their options, and their exit status."""
 
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """How often, and what is allowed."""
+    """Configuration of the benchmark."""
 
     rounds: Positive = 5
-    """Rounds of all commands."""
+    """Number of rounds."""
     bar: Rate = 1.0
     """Seconds that a command may take longer than the import."""
 
 
 def commands() -> dict[str, tuple[list[str], int]]:
-    """What is typed -> the process, and the status that it ends with."""
+    """Return the arguments and the exit status of each command, by what is typed."""
     package = [sys.executable, "-m", "dept_vl"]
     lines = {"--help": 0, **{f"{name} --help": 0 for name in COMMANDS}, **MISTAKES}
     script = str(ROOT / "scripts" / "train_vqa.py")
@@ -57,7 +57,7 @@ def commands() -> dict[str, tuple[list[str], int]]:
 
 
 def seconds_of(command: list[str], status: int, folder: str) -> float:
-    """Processor time of a process.
+    """Return the processor time of a process.
 
     Raises:
         RuntimeError: If it ends with another status.
@@ -72,7 +72,7 @@ def seconds_of(command: list[str], status: int, folder: str) -> float:
 
 
 def main(config: BenchConfig) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; return the exit status."""
     processes = commands()
     seconds: dict[str, list[float]] = {name: [] for name in processes}
     with TemporaryDirectory() as folder:

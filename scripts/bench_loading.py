@@ -1,14 +1,14 @@
-"""How long annotation files of the real size take to load, and how much memory.
+"""Time and memory to load annotation files of realistic size.
 
     python scripts/bench_loading.py --output_dir /tmp/vqav2-sized
     python scripts/bench_loading.py --output_dir /tmp/mnli-sized --text_pairs 400000
     python scripts/bench_loading.py --output_dir /tmp/own-sized --own_rows 1000000 --images 300000
 
-Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783
-image names), then loads them in fresh processes: once cold, then from the
-converted columns. With `--text_pairs` it is text pairs of MNLI's form instead: read, tokenised and their
-lengths kept, and how much of a batch is padding. With `--own_rows` it is a table of your own data. Times are
-of this machine, and processor seconds beside them leave out what else it did; the sizes are what matters.
+Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783 image
+names) and loads them in new processes, first without a cache, then from the converted columns. With
+`--text_pairs` it reads and tokenizes text pairs in MNLI's format, stores their lengths, and measures the
+padding in batches. With `--own_rows` it loads a table of your own data. Processor seconds, given beside the
+times, exclude other programs.
 """
 
 import json
@@ -35,9 +35,9 @@ from dept_vl.tasks.vqav2 import VQAv2, annotation_names, question_names
 SUBTYPE = "train2014"
 PAIRS = "train.jsonl"
 OWN = {"lines": "rows.jsonl", "list": "rows.json", "nested": "answers.json"}
-"""Your own data: JSON Lines, a list in one line, and such a list with ten answers as objects in each row."""
+"""Own data: JSON Lines, a list in one line, and such a list with ten answers as objects in each row."""
 BATCH, BATCHES = 32, 1000
-"""Text pairs in a batch, and batches looked at for padding."""
+"""Batch size of text pairs, and the number of batches for which padding is measured."""
 WORDS = [
     "man",
     "dog",
@@ -57,40 +57,40 @@ STARTS = ("what color is the", "is there a", "how many", "what is the", "where i
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """Sizes and places."""
+    """Configuration of the benchmark."""
 
     output_dir: Path
-    """Folder for the generated files; those that are there are used again."""
+    """Folder for the generated files. Existing files are reused."""
     questions: Positive = 443_757
-    """Questions, ten answers each: VQAv2's training split has so many."""
+    """Number of questions, with ten answers each. The default is that of VQAv2's training split."""
     images: Positive = 82_783
-    """Different images."""
+    """Number of different images."""
     text_pairs: Count = 0
-    """Pairs of MNLI's form to load instead of VQAv2's files."""
+    """Number of text pairs in MNLI's format to load instead of VQAv2's files."""
     own_rows: Count = 0
-    """Rows of your own data to load instead."""
+    """Number of rows of your own data to load instead."""
     own_form: Literal["lines", "list", "nested"] = "lines"
     """JSON Lines, a list in one line, or such a list with ten answers as objects in each row."""
     tokenizer: Path = Path("data/tiny-clip-t5/language")
-    """Folder of the tokenizer of the pairs."""
+    """Folder of the tokenizer for text pairs."""
     rounds: Count = 3
-    """Loads from the converted columns."""
+    """Number of loads from the converted columns."""
     json_out: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
     load_only: bool = False
-    """Load once in this process and print the figures (used by the script itself)."""
+    """Load once in this process and print the results. The script itself uses this."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """One load in one process.
+    """Measurement of one load in one process.
 
     Attributes:
-        seconds: From the call to a split whose images were looked for.
-        processor_seconds: Of these, what this process computed.
-        resident_gib: Memory of the process afterwards, mapped file pages included.
-        peak_gib: The most that it had.
-        examples: Read.
+        seconds: Seconds to load the split and check that its images exist.
+        processor_seconds: Processor time of this process.
+        resident_gib: Memory of the process afterwards in GiB, including mapped file pages.
+        peak_gib: Peak memory of the process in GiB.
+        examples: Number of examples.
     """
 
     seconds: float
@@ -101,7 +101,7 @@ class Load:
 
 
 def write_files(config: BenchConfig) -> None:
-    """Write questions, annotations and image names of the configured size."""
+    """Write questions, annotations and empty image files of the configured number."""
     folder = config.output_dir / SUBTYPE
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(0)
@@ -117,7 +117,7 @@ def write_files(config: BenchConfig) -> None:
             _write_question(rng, number, config.images, common, asked, answered)
         asked.write("]}")
         answered.write("]}")
-    for image_id in range(config.images):  # loading looks at the names alone
+    for image_id in range(config.images):  # loading reads only the names
         (folder / f"COCO_{SUBTYPE}_{image_id:012d}.jpg").touch()
 
 
@@ -145,7 +145,7 @@ def _write_question(
 
 
 def write_pairs(config: BenchConfig) -> None:
-    """Write text pairs about as long as MNLI's: some 20 words and some 10."""
+    """Write text pairs about as long as MNLI's, with about 20 and 10 words."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     rng = Random(0)
 
@@ -159,7 +159,7 @@ def write_pairs(config: BenchConfig) -> None:
 
 
 def write_own(config: BenchConfig) -> None:
-    """Write a table of your own data, and the names of its images."""
+    """Write a table of your own data, and its images as empty files."""
     folder = config.output_dir / "photos"
     folder.mkdir(parents=True, exist_ok=True)
     rng = Random(0)
@@ -183,7 +183,7 @@ def write_own(config: BenchConfig) -> None:
 
 
 def load_own(config: BenchConfig) -> Load:
-    """Load all rows of your own data in this process."""
+    """Load all rows of your own data."""
     from dept_vl.data.splits import check_images
     from dept_vl.tasks import load_task
 
@@ -193,7 +193,7 @@ def load_own(config: BenchConfig) -> Load:
 
 
 def load_pairs(config: BenchConfig) -> Load:
-    """Read the pairs and count their tokens in this process; say how much of a batch is padding."""
+    """Read the text pairs and count their tokens; print the share of padding in batches."""
     from transformers import AutoTokenizer
 
     from dept_vl.data.lengths import source_lengths
@@ -215,7 +215,7 @@ def load_pairs(config: BenchConfig) -> Load:
 
 
 def load(root: Path) -> Load:
-    """Load the split in this process."""
+    """Load the split."""
     from dept_vl.data.splits import check_images
 
     started = time.perf_counter(), time.process_time()
@@ -227,7 +227,7 @@ def _measured(started: tuple[float, float], task: Task) -> Load:
     # Read as training does, all over the file, so that mapped pages are counted.
     for index in range(0, len(task), max(1, len(task) // 5000)):
         task[index]
-    # Linux says kibibytes, macOS bytes.
+    # Linux gives KiB, macOS bytes.
     unit = 1024 if sys.platform != "darwin" else 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
     resident = psutil.Process().memory_info().rss / 2**30
@@ -235,7 +235,7 @@ def _measured(started: tuple[float, float], task: Task) -> Load:
 
 
 def main(config: BenchConfig) -> list[Load]:
-    """Generate, load cold, load again; returns the loads in that order."""
+    """Generate the files, load them without and then with cache, and return the loads in that order."""
     if config.load_only:
         if config.own_rows:
             found = load_own(config)

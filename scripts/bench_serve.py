@@ -1,10 +1,10 @@
-"""Load on `dept-vl serve`: throughput and latency by clients and adapters, answers, memory.
+"""Load test of `dept-vl serve`: throughput and latency by clients and adapters, correct answers, memory.
 
     python scripts/bench_serve.py --json_out data/benchmarks/cpu/serve.json
 
-Servers with the same adapters stand side by side: one that batches, one that does not, and one for each of
-two adapters. They are loaded in turn, another one first each round; a ratio is the median of the rounds',
-with the least and the largest. Then answers to mixed requests are compared with a predictor's.
+Several servers with the same adapters run at once: one with batching, one without, and one for each of two
+adapters. They are loaded in turn, starting with a different one each round. Ratios are the median over
+rounds, with the lowest and the highest. Then the answers to mixed requests are compared with a predictor's.
 """
 
 import asyncio
@@ -36,39 +36,39 @@ SHIPPED = ROOT / "data" / "tiny-clip-t5"
 CLIENTS = (1, 8, 64)
 QUESTIONS = ("what color is the shape?", "is there a circle?")
 BARS = {"mixed": 0.9, "batched": 3.0, "growth": 0.05}
-"""Least throughput of all adapters relative to one, of batches relative to none; most growth of memory."""
+"""Minimum throughput of all adapters relative to one, and of batching to none; maximum memory growth."""
 SEPARATE = 2
-"""Adapters with a server of their own."""
+"""Number of adapters with their own server."""
 
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """What is measured, and how often."""
+    """Configuration of the benchmark."""
 
     model: str = "shipped"
-    """The shipped backbone, or random weights in T5's size: base, or tiny for tests."""
+    """Backbone: shipped, or random weights in T5's size base; tiny is for tests."""
     adapters: Positive = 32
-    """In rotation, against a single one."""
+    """Number of adapters used in rotation, compared with a single one."""
     requests: Positive = 192
-    """Of a measurement with the most clients; fewer have fewer."""
+    """Requests per measurement with the most clients; measurements with fewer clients have fewer."""
     rounds: Positive = 5
-    """Of all measurements; the first warms up."""
+    """Number of rounds. The first one warms up."""
     mixed: Positive = 10_000
-    """Requests whose answers are compared."""
+    """Number of requests whose answers are compared."""
     max_batch_size: Positive = 32
-    """Questions answered together."""
+    """Maximum batch size of the server."""
     json_out: Path | None = None
-    """File for the figures."""
+    """JSON file for the results."""
 
 
 @dataclass
 class Load:
-    """A measurement.
+    """Throughput and latency of one measurement.
 
     Attributes:
-        rate: Requests a second.
-        p50: Seconds from a request to its answer that half of them took at most.
-        p99: And nearly all.
+        rate: Requests per second.
+        p50: Median latency in seconds.
+        p99: 99th percentile of the latency in seconds.
     """
 
     rate: float
@@ -78,7 +78,7 @@ class Load:
 
 @dataclass
 class Figures:
-    """What was measured; rates and latencies are medians over the rounds."""
+    """Results of the benchmark. Rates and latencies are medians over rounds."""
 
     loads: dict[str, Load] = field(default_factory=dict)
     ratios: dict[str, "Ratio"] = field(default_factory=dict)
@@ -86,21 +86,21 @@ class Figures:
     swapped: int = 0
     compared: int = 0
     alike: float = 0.0
-    """Share of the swaps that would not be noticed, since both answers are the same."""
+    """Probability that a swap of answers is not noticed, because both are the same."""
     mib_before: float = 0.0
     mib_after: float = 0.0
     mib_of_servers: dict[str, float] = field(default_factory=dict)
     load_average: tuple[float, float] = (0.0, 0.0)
-    """Of the machine, at the start and at the end: what else ran beside this."""
+    """Load average of the machine at the start and at the end."""
     cores: int = 0
 
     @property
     def growth(self) -> float:
-        """Of memory over the mixed requests."""
+        """Relative growth of memory over the mixed requests."""
         return self.mib_after / self.mib_before - 1
 
     def met(self) -> dict[str, bool]:
-        """Return which bars are met."""
+        """Return whether each bar is met."""
         return {
             f"{BARS['mixed']} of one adapter's throughput": self.ratios["mixed"].median >= BARS["mixed"],
             f"{BARS['batched']} times the throughput without batches": self.ratios["batched"].median
@@ -111,7 +111,7 @@ class Figures:
 
 
 def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
-    """The backbone's folder, and adapters with random weights, each with answers of its own."""
+    """Return the backbone's folder, and the folders of adapters with random weights and different answers."""
     import copy
 
     import torch
@@ -143,7 +143,7 @@ def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
 
 @contextmanager
 def served(backbone: Path, sources: Sequence[str], *flags: str) -> Iterator[tuple[int, int]]:
-    """Start a server; yield its process and its port."""
+    """Start a server, and yield its process id and port."""
     command = [sys.executable, "-m", "dept_vl", "serve", "--adapters", *sources, "--backbone", str(backbone)]
     command += ["--port", "0", "--timeout", "600", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -159,7 +159,7 @@ def served(backbone: Path, sources: Sequence[str], *flags: str) -> Iterator[tupl
 
 
 def mib(pid: int) -> float:
-    """Memory of a server with its processes."""
+    """Return the memory of a server and its child processes in MiB."""
     import psutil
 
     process = psutil.Process(pid)
@@ -171,7 +171,7 @@ Row = tuple[str, int, int]
 
 
 def body_of(row: Row, images: Sequence[str]) -> bytes:
-    """Build the body of a request."""
+    """Return the body of a request."""
     name, question, image = row
     parts = [
         {"type": "text", "text": QUESTIONS[question]},
@@ -183,9 +183,9 @@ def body_of(row: Row, images: Sequence[str]) -> bytes:
 async def ask_all(
     ports: dict[str, int], rows: Sequence[Row], images: Sequence[str], clients: int
 ) -> tuple[float, list[tuple[Row, str | None, float]]]:
-    """Seconds for all, and each one's answer (None if there is none) and seconds.
+    """Send all requests; return the total seconds, and answer (None if missing) and seconds of each.
 
-    Clients ask one after the other, each with a connection of its own to the server of each adapter.
+    Each client sends one request after the other, on its own connection to the server of each adapter.
     """
     waiting, answers = iter(rows), []
 
@@ -213,7 +213,7 @@ async def ask_all(
 
 
 def measure(config: BenchConfig, folder: Path) -> Figures:
-    """Measure loads, memory and answers."""
+    """Measure throughput, latency, memory and answers."""
     from dept_vl.studies.bench.measure import Ratio, in_turn
 
     figures = Figures(cores=os.cpu_count() or 0)
@@ -264,7 +264,7 @@ def measure(config: BenchConfig, folder: Path) -> Figures:
             figures.loads[f"{way}, {clients} clients, {count} adapters"] = Load(**middle)
 
         def ratio(ours: tuple[str, int, int], theirs: tuple[str, int, int]) -> Ratio:
-            # Of seconds a request, which `Ratio` wants.
+            # `Ratio` expects seconds per request.
             return Ratio.of(*([1 / each.rate for each in measured[cell]] for cell in (ours, theirs)))
 
         most = max(CLIENTS)
@@ -286,7 +286,7 @@ def compare(
     server: int,
     known: tuple[Path, list[str], list[Path], list[str]],
 ) -> None:
-    """Mixed requests, each answer against a predictor's, and memory before and after."""
+    """Compare the answers to mixed requests with a predictor's, and measure memory before and after."""
     from dept_vl.inference.mixed import load_many
 
     backbone, sources, files, images = known
@@ -310,7 +310,7 @@ def compare(
 
 
 def main(config: BenchConfig) -> Figures:
-    """Measure, print and write."""
+    """Measure, print and write the results."""
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(config, Path(folder))
     rows = [

@@ -1,4 +1,4 @@
-r"""What works with what, found out by doing it on tiny random models; ends in failure if something fails.
+"""Table of supported combinations, tested on tiny random models. The exit status is 1 if a test fails.
 
 python scripts/capabilities.py                    # prints the table
 python scripts/capabilities.py --check tests/README.md  # compares it with the one between the marks there
@@ -18,20 +18,20 @@ TESTS = Path(__file__).parents[1] / "tests"
 
 @dataclass(frozen=True)
 class TableOptions(Options):
-    """What to do with the table."""
+    """Options for the table."""
 
     check: Path | None = None
-    """File whose table has to be the same."""
+    """File whose table must be the same."""
     write: Path | None = None
-    """File whose table is replaced."""
+    """File whose table to replace."""
 
 
 def main(check: Path | None = None, write: Path | None = None) -> int:
-    """Probe everything and show it.
+    """Run all probes and print the table; return the exit status.
 
     Args:
-        check: File whose table has to be the same.
-        write: File whose table is replaced.
+        check: File whose table must be the same.
+        write: File whose table to replace.
     """
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error

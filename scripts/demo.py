@@ -1,4 +1,4 @@
-r"""A page on this machine to upload images, ask questions and pick among adapters of one backbone.
+"""Local web page to upload images, ask questions and choose among adapters of one backbone.
 
 python scripts/demo.py --adapters runs/vqa runs/nlvr2 user/captions
 """

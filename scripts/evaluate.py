@@ -1,4 +1,4 @@
-r"""Score a finished run on any split; of a test split, write the file for its server.
+"""Score a finished run on any split, and write the submission of a test split.
 
 accelerate launch scripts/evaluate.py --run runs/vqav2-... --split minival
 accelerate launch scripts/evaluate.py --run runs/vqav2-... --split test-dev

@@ -1,12 +1,11 @@
-"""Everything that only a GPU can tell, in ten minutes: tests, launches, large models, runs, images.
+"""Measure what needs a GPU, in ten minutes: tests, kernel launches, large models, runs, images.
 
     python scripts/gpu_check.py --output_dir runs/gpu --minutes 10
     python scripts/gpu_check.py --output_dir runs/gpu --dry_run
 
-Parts are run in the order of their worth, each in a process and within a time of its own; what one measures
-is written at once to gpu_check.json, and the same command continues where an earlier one ended. It needs no
-network: models are built from their configurations, with random weights. `--dry_run` runs every part at the
-smallest size, on a CPU too.
+Parts run in order of importance, each in its own process and with its own time limit. Results are written at
+once to gpu_check.json, and the same command resumes. No network is needed: models are built from their
+configurations, with random weights. `--dry_run` runs every part at the smallest size, also on a CPU.
 """
 
 from pathlib import Path
@@ -18,7 +17,7 @@ from dept_vl.studies.options import GpuCheckConfig
 
 
 def main(config: GpuCheckConfig) -> dict[str, Any]:
-    """Run the parts; returns what gpu_check.json holds."""
+    """Run the parts, and return the content of gpu_check.json."""
     from dept_vl.studies.gpu_check.parts import PARTS, measure_part, run_parts
 
     for name in (*config.parts, config.part):

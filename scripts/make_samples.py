@@ -1,4 +1,4 @@
-"""Render the images of data/samples and write its ten rows: your own images and questions at their smallest.
+"""Generate data/samples: a few images and ten questions, as a minimal example of your own data.
 
 python scripts/make_samples.py --output_dir data/samples
 """
@@ -24,10 +24,10 @@ PICTURES = (
 
 @dataclass(frozen=True)
 class SampleConfig(Options):
-    """Where the samples go."""
+    """Configuration of the samples."""
 
     output_dir: Path = Path("data/samples")
-    """Folder to write."""
+    """Folder for the samples."""
 
 
 def main(config: SampleConfig) -> None:

@@ -1,4 +1,4 @@
-"""Bring data into the official files that the tasks read, and look whether they are whole.
+"""Prepare data in the official file formats that the tasks read, and check them.
 
 python scripts/prepare_data.py easy-vqa --output_dir data/easy-vqa
 python scripts/prepare_data.py scenes --output_dir data/scenes

@@ -1,12 +1,12 @@
-"""Pretrain small backbones, from nothing or from another; the cards of those that ship list their commands.
+"""Pretrain small backbones, from scratch or from another one. The cards of shipped backbones have commands.
 
     python scripts/pretrain_tiny.py --vision_only --output_dir runs/tower
     python scripts/pretrain_tiny.py --vision_from runs/tower --output_dir runs/tiny-clip-t5
     python scripts/pretrain_tiny.py --vision_from runs/tower --language bart --output_dir runs/tiny-clip-bart
 
-First the vision tower, supervised cell by cell on rendered scenes; then, with the tower frozen and
-its features cached, a T5 or BART on questions, captions, statements about pairs and text alone. All parts
-are stock classes saved in the standard layout, so the result loads like any other backbone.
+The vision tower is trained first, with labels for each cell of rendered scenes. Then a T5 or BART is trained
+on the frozen tower's cached features, with questions, captions, statements about pairs, and text alone. All
+parts are standard classes in the standard layout, so the result loads like any other backbone.
 """
 
 import json
@@ -38,12 +38,12 @@ from pretraining.options import PretrainConfig
 from pretraining.tower import pretrain_vision
 
 RECORD_FILE = "pretraining.json"
-"""What was done and measured, beside the weights."""
+"""Record of configuration and results, beside the weights."""
 CARD = "README.md"
 
 
 def main(config: PretrainConfig) -> None:
-    """Make the backbone, then measure what was written, and write its card."""
+    """Pretrain the backbone, evaluate it, and write its card."""
     torch.set_float32_matmul_precision("high")
     record_file = config.output_dir / RECORD_FILE
     record = json.loads(record_file.read_text()) if config.evaluate_only else pretrain(config)
@@ -55,7 +55,7 @@ def main(config: PretrainConfig) -> None:
 
 
 def write_card(folder: Path, record: dict[str, Any]) -> None:
-    """Write what the backbone is, how it was made and what it scores."""
+    """Write the card: what the backbone is, how it was made, and its scores."""
     backbone = Backbone.from_pretrained(folder)
     modules = {
         "vision": backbone.vision,
@@ -67,7 +67,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
     families = sorted(
         record["exact_match"].items(), key=lambda pair: (pair[0].startswith("kept out"), pair[0])
     )
-    # What an earlier version of this script was started with is in its own card.
+    # The options of an earlier version of this script are in its own card.
     earlier = record.get("earlier", [])
     own = [stage for stage in earlier if "language" in stage["config"]]
     card = template.render(
@@ -90,7 +90,7 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
 
 
 def command(taken: dict[str, Any], root: str) -> str:
-    """The options that a language stage was started with, but for the tower."""
+    """Return the options that a language stage was started with, except those of the tower."""
     usual = to_json(PretrainConfig()) | {"vision_from": None, "output_dir": None}
     taken = taken | {"output_dir": f"{root}/{taken['output_dir']}"}
     changed = {name: value for name, value in taken.items() if value != usual[name]}
@@ -99,10 +99,10 @@ def command(taken: dict[str, Any], root: str) -> str:
 
 
 def pretrain(config: PretrainConfig) -> dict[str, Any]:
-    """Both stages, the weights stored in half precision; a finished first stage is kept.
+    """Train the vision tower, unless it is finished, and the language model; save them in half precision.
 
     Returns:
-        What to keep on record.
+        Record of configuration and results.
     """
     record = tower_of(config)
     if config.vision_only:
@@ -143,7 +143,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
 
 
 def tower_of(config: PretrainConfig) -> dict[str, Any]:
-    """Make the vision tower, or take a finished one; return what to keep on record of it."""
+    """Train the vision tower, or copy a finished one; return its record."""
     record_file = config.output_dir / RECORD_FILE
     if record_file.is_file() and not (config.output_dir / "language").exists():
         record: dict[str, Any] = json.loads(record_file.read_text())
@@ -168,14 +168,14 @@ def tower_of(config: PretrainConfig) -> dict[str, Any]:
 
 
 def device_name(config: PretrainConfig) -> str:
-    """What it was trained on, for the card."""
+    """Return the name of the training device, for the card."""
     if config.device.type == "cpu":
         return f"a CPU ({torch.get_num_threads()} threads)"
     return f"an {torch.cuda.get_device_name()}" if config.device.type == "cuda" else config.device.type
 
 
 def minutes_since(started: float) -> float:
-    """Minutes since a reading of `time.perf_counter`."""
+    """Return the minutes since a value of `time.perf_counter`."""
     return round((time.perf_counter() - started) / 60, 1)
 
 

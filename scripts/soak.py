@@ -1,4 +1,4 @@
-"""Train while being killed, told to stop and robbed of checkpoints, and compare with a run left in peace.
+"""Train while runs are killed, stopped and lose checkpoints, and compare with an uninterrupted run.
 
 python scripts/soak.py --minutes 30
 """
@@ -22,30 +22,30 @@ from dept_vl.config import RunConfig, read_config, to_json
 
 ROOT = Path(__file__).parents[1]
 FEWEST = 4
-"""Kills and stops, however short the time."""
+"""Minimum number of kills and stops, however short the time."""
 DAMAGED = 0.25
-"""Share of the kills and stops after which the newest checkpoint is damaged."""
+"""Share of interruptions after which the newest checkpoint is damaged."""
 
 
 @dataclass(frozen=True)
 class SoakOptions(Options):
-    """What to do and for how long."""
+    """Options of the test."""
 
     minutes: Rate = 30.0
-    """Time in which runs are ended from outside, four times at least; the last is left to finish."""
+    """Minutes in which runs are interrupted, at least four times. The last run is left to finish."""
     output_dir: Path = Path("runs/soak")
-    """Folder for the runs and soak.json; must not be there yet."""
+    """Folder for the runs and soak.json, which must not exist."""
     config: Path = Path("data/configs/scenes-vqav2.json")
-    """What is trained; its data are made if they are missing."""
+    """Configuration of the runs. Its data are generated if they are missing."""
     tiny: bool = False
-    """A few steps on a few images, made in output_dir."""
+    """Train a few steps on a few images, which are generated in output_dir."""
     seed: Seed = 0
-    """Of the faults."""
+    """Random seed of the faults."""
 
 
 @dataclass
 class SoakResult:
-    """What was done to the runs, and whether it left a trace."""
+    """Counts of runs and faults, and whether all results are identical."""
 
     runs: int = 0
     starts: int = 0
@@ -57,16 +57,16 @@ class SoakResult:
     minutes: float = 0.0
 
     def going_on(self, end: float) -> bool:
-        """Whether runs are still to be ended from outside."""
+        """Return whether runs are still to be interrupted."""
         return self.kills + self.terms < FEWEST or time.monotonic() < end
 
 
 def main(options: SoakOptions) -> SoakResult:
-    """Run once undisturbed, then again and again under faults until the time is over.
+    """Run once without faults, then again and again with faults until the time is over.
 
     Raises:
-        FileExistsError: If the output folder is there.
-        RuntimeError: If a run ends by anything but what was done to it.
+        FileExistsError: If the output folder exists.
+        RuntimeError: If a run ends for another reason than the faults.
     """
     from dept_vl.training.checkpoint import checkpoints
 
@@ -131,11 +131,11 @@ def _finish(process: subprocess.Popen[bytes], run: Path, allowed: tuple[int, ...
 def _ended(
     config: Path, run: Path, rng: random.Random, patience: float, end: float, result: SoakResult
 ) -> bool:
-    """Start the run, end it at a random time while there is time, and say whether it came to its end."""
+    """Start the run, interrupt it at a random time while there is time, and return whether it finished."""
     result.starts += 1
     process = _start(config, run)
     try:
-        # Early more often than late: a run is ended about three times before it comes to its end.
+        # Early more often than late: a run is interrupted about three times before it finishes.
         process.wait(rng.random() ** 2 * patience if result.going_on(end) else None)
     except subprocess.TimeoutExpired:
         if rng.random() < 0.5:
@@ -149,7 +149,7 @@ def _ended(
 
 
 def damage(checkpoint: Path, rng: random.Random) -> None:
-    """Cut a file of a checkpoint, change a byte of it, or remove it."""
+    """Truncate a file of a checkpoint, change one byte, or remove it."""
     from dept_vl.training.checkpoint import newest
 
     path = rng.choice(sorted(checkpoint.iterdir()))
@@ -166,7 +166,7 @@ def damage(checkpoint: Path, rng: random.Random) -> None:
 
 
 def left_by(run: Path) -> dict[str, Any]:
-    """What may not depend on what was done to a run: adapters, predictions, scores."""
+    """Return what faults must not change: adapters, predictions and scores."""
     from dept_vl.adapters.adapter import Adapter
 
     return {

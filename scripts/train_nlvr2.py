@@ -1,4 +1,4 @@
-r"""Train a prompt for NLVR2: is a sentence true of two images?
+r"""Train a prompt for NLVR2: whether a sentence is true of two images.
 
 accelerate launch scripts/train_nlvr2.py --data_dir data/nlvr2 \
         --vision openai/clip-vit-base-patch32 --language google-t5/t5-base

@@ -1,4 +1,4 @@
-r"""Transfer a trained prompt to a task with a few examples: from scratch, from P, from P and offset.
+r"""Transfer a trained prompt to a task with few examples: from scratch, from P, from P and offset.
 
 accelerate launch scripts/transfer.py --source runs/vqa --target vqav2 --k 4 16 32 --seeds 5
 accelerate launch scripts/transfer.py --source vqav2 --source_config data/configs/scenes-vqav2.json \

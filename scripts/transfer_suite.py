@@ -1,8 +1,8 @@
-"""Transfer between the shipped tasks, all of the README's table.
+"""Transfer between all shipped tasks, for the table of the README.
 
     python scripts/transfer_suite.py
 
-Finished runs are kept under `--output_dir`, so the same command continues where it was stopped.
+Finished runs are kept under `--output_dir`, so the same command resumes.
 """
 
 from dept_vl.cli import entry, transfer_suite

@@ -1,10 +1,10 @@
-"""The search of `--tune` against the published grid of learning rates: dev and test figures, and steps.
+"""Compare the search of `--tune` with the published grid of learning rates: dev and test scores, and steps.
 
     python scripts/tune_against_grid.py
 
-Both begin from the same split of the budget, and the search's first trial is the package's default rates,
-a place of the grid. The dev split chooses in both. Finished runs are kept, so the same command continues
-where it was stopped.
+Both use the same split of the budget. The first trial of the search uses the package's default learning
+rates, which are in the grid. Both choose by the dev split. Finished runs are kept, so the same command
+resumes.
 """
 
 import json
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TuningConfig(Options):
-    """What is searched, and for how long."""
+    """Configuration of the comparison."""
 
     config: Path = Path("data/configs/scenes-gqa.json")
-    """Configuration of the task, which has images."""
+    """Configuration of the task, which must have images."""
     trials: Positive = 20
-    """Of the search."""
+    """Number of trials of the search."""
     seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
-    """One grid and one search for each."""
+    """Random seeds, with one grid and one search for each."""
     max_steps: Positive = 160
-    """Steps of a whole run."""
+    """Steps of every run."""
     batch_size: Positive = 8
-    """Examples of a step."""
+    """Batch size."""
     dev_limit: Count = 150
-    """At most so many dev examples; 0 takes all."""
+    """Maximum number of dev examples; 0 uses all."""
     test_limit: Count = 500
-    """At most so many test examples, the same for both; 0 takes all."""
+    """Maximum number of test examples, the same for both; 0 uses all."""
     output_dir: Path = Path("runs/tuning")
     """Folder of all runs."""
 
 
 def main(options: TuningConfig) -> str:
-    """Run what is missing, then write and return the table."""
+    """Run everything that is not finished, then write and return the table."""
     import torch
 
     from dept_vl._utils.io import read_json
@@ -77,7 +77,7 @@ def main(options: TuningConfig) -> str:
 
 
 def prepared(options: TuningConfig) -> RunConfig:
-    """Return the configuration of both, with visual features from files."""
+    """Return the configuration of both, and extract its visual features."""
     from dept_vl.training.extract import with_features
 
     base = read_config(options.config)
@@ -105,7 +105,7 @@ def prepared(options: TuningConfig) -> RunConfig:
 
 
 def figures(result: "RunResult") -> dict[str, Any]:
-    """Name and figures of the run that was chosen."""
+    """Return name and scores of a run."""
     from dept_vl.training.log import best_dev
 
     dev, test = best_dev(result.output_dir), next(iter(result.scores.values()))
@@ -113,7 +113,7 @@ def figures(result: "RunResult") -> dict[str, Any]:
 
 
 def side_by_side(options: TuningConfig, found: list[Mapping[str, Any]]) -> str:
-    """Compare both over the seeds, and their difference seed by seed."""
+    """Return a table of both over the seeds, and their difference paired by seed."""
     from dept_vl.studies.search import GRID
 
     rows = []

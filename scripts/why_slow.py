@@ -1,11 +1,11 @@
-"""Are prompts slow because they change every input alike? A constant against a function, at the same place.
+"""Test whether prompts are slow because they change every input alike: a constant against a function.
 
     python scripts/why_slow.py
 
-Nothing else differs: no prompt, the same budget, the same tries of the rates. At the encoder's input every
-word and visual token is shifted by a vector of its position, or by f of itself (`adept` with visual tokens,
-m = 0); at its output every vector is, by one of its position or by f of itself (`memory`). Finished runs are
-kept, and the tables are those of `scripts/compare.py`.
+Nothing else differs: no prompt, the same budget, the same tries of learning rates. At the encoder's input
+every word and visual token is shifted by a vector of its position, or by a function of itself (`adept` with
+visual tokens, m = 0). At its output every vector is shifted by one of its position, or by a function of
+itself (`memory`). Finished runs are kept, and the tables are those of `scripts/compare.py`.
 """
 
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from dept_vl.studies.options import CompareConfig
 
 
 class ByPosition(nn.Module):
-    """A vector for each position, whatever is there; the last one for all that follow. Zero until trained."""
+    """One vector for each position, initially zero. Later positions use the last vector."""
 
     def __init__(self, positions: int, d_model: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(positions, d_model))
 
     def forward(self, vectors: Float[Tensor, "batch length d_model"]) -> Float[Tensor, "length d_model"]:
-        """The shift of each position."""
+        """Return the shift of each position."""
         places = torch.arange(vectors.shape[1], device=vectors.device)
         return self.table[places.clamp(max=len(self.table) - 1)].to(vectors.dtype)
 
 
 @dept_vl.register_method
 class ConstantInput(Method):
-    """A shift of each position of the text, and one of each visual token; the rank counts positions."""
+    """Method that shifts each text position and each visual token. The rank is the number of positions."""
 
     name = "constant-input"
     has_prompt = False
@@ -55,7 +55,7 @@ class ConstantInput(Method):
 
 @dept_vl.register_method
 class ConstantOutput(Method):
-    """A shift of each position of the encoder's output; the rank counts positions."""
+    """Method that shifts each position of the encoder's output. The rank is the number of positions."""
 
     name = "constant-output"
     has_prompt = False
@@ -74,20 +74,20 @@ PAIRS = ("constant-input", "adept + images, m = 0", "constant-output", "memory")
 
 @dataclass(frozen=True)
 class WhyConfig(CompareConfig):
-    """Where it is tried."""
+    """Configuration of the comparison."""
 
     tasks: tuple[str, ...] = ("relabelled", "scenes-vqav2")
     """Names of tasks, or configuration files."""
     methods: tuple[str, ...] = PAIRS
     """Names of methods."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """One run of each method per seed; with the first one all rates are tried."""
+    """Random seeds, with one run of each method per seed. Learning rates are searched with the first one."""
     output_dir: Path = Path("runs/why")
-    """Folder of all runs; those finished are not repeated, those stopped go on."""
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
 
 
 def main(options: WhyConfig) -> None:
-    """Run what is missing, and write the tables."""
+    """Run everything that is not finished, and write the tables."""
     from dept_vl.studies.compare import compare
 
     compare(options)

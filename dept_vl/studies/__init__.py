@@ -1,6 +1,6 @@
-"""Experiments over many runs: search, transfer, comparison of methods, benchmarks.
+"""Experiments with many runs: search, transfer, comparison of methods, benchmarks.
 
-Nothing imports these but the command line.
+Only the command line imports them.
 """
 
 __all__ = [

@@ -1,20 +1,20 @@
-"""Methods side by side: several tasks and seeds, one budget, the same search for every method.
+"""Comparison of methods on several tasks and seeds, with one budget and the same search for every method.
 
     OUTPUT/TASK/features/                                      visual features, encoded once
     OUTPUT/TASK/steps.json                                     time and memory of a step
     OUTPUT/60-steps/TASK/METHOD/seed1,prompt_lr=0.15,.../      a run
-    OUTPUT/60-steps/comparison.json, .md, .png, curves.png     of the seeds that are finished
-    OUTPUT/lengths.md                                          all lengths that are there
+    OUTPUT/60-steps/comparison.json, .md, .png, curves.png     results of the finished seeds
+    OUTPUT/lengths.md                                          results of all lengths
 
-Train every method for the same steps on the same examples in the same order, and score its best checkpoint by
-the dev split. Try the rates of a method with the first seed, as many for each method and again for each
-length, and run the other seeds with those that have the best dev score; test scores decide nothing. Finish
-all runs of a seed before the next one, so that a stopped comparison is one of fewer seeds, and resume it with
-the same command. Several processes with the same command share the runs.
+Every method is trained for the same steps on the same examples in the same order, and its best checkpoint on
+the dev split is scored. The learning rates of a method are searched with the first seed, with the same number
+of tries for each method, and again for each length. The other seeds use the rates with the best dev score;
+test scores decide nothing. All runs of a seed are finished before the next seed, so that a stopped comparison
+is one of fewer seeds. The same command resumes it. Several processes with the same command share the runs.
 
-What it takes, of one core: a run of 60 steps 2 (`memory`) to 9 seconds (`pt`) in its steps, 2 in its
-evaluations, and half a second in all else; features are extracted once and read by all runs.
-Eleven methods, eight tasks, five seeds and three tries so take about an hour.
+Time on one core: a run of 60 steps takes 2 (`memory`) to 9 seconds (`pt`) for its steps, 2 for its
+evaluations, and half a second for everything else. Features are extracted once. Eleven methods, eight tasks,
+five seeds and three tries take about an hour.
 """
 
 from collections import Counter
@@ -51,27 +51,27 @@ from dept_vl.training.summary import Summary
 
 STEPS_FILE = "steps.json"
 EVALUATED, MOST = 20, 10
-"""Steps from one evaluation to the next, of a run that has no more than so many of them."""
+"""Steps between evaluations, and the maximum number of evaluations of a run."""
 UNUSED = 8
 """Examples of a split in the smallest comparison."""
 
 
 def compare(config: CompareConfig) -> list[Row]:
-    """Run what is missing, and write the tables after every seed.
+    """Run everything that is not finished, and write the tables after every seed.
 
     Returns:
-        A row for each method on each task, over all seeds, of the last length.
+        One row for each method on each task, over all seeds, for the last number of steps.
 
     Raises:
-        DifferentError: If a run that is there was made with other options, data or models.
+        DifferentError: If a finished run has other options, data or models.
         FileNotFoundError: If a configuration or data are missing.
-        UsageError: If a backbone can carry none of the methods.
-        SystemExit: If a signal stopped it.
+        UsageError: If a backbone supports none of the methods.
+        SystemExit: If a signal stopped a run.
         ValueError: If a method or a task is unknown.
     """
     config.check()
     forget_contents()
-    # One thread: figures do not depend on how many cores there are, and small models gain nothing by more.
+    # One thread: small models gain nothing from more, and figures do not depend on the number of cores.
     torch.set_num_threads(1)
     if config.smallest:
         config = replace(config, max_steps=(2,), seeds=config.seeds[:1])
@@ -83,7 +83,7 @@ def compare(config: CompareConfig) -> list[Row]:
 
 
 class _Comparison:
-    """The comparison at one length."""
+    """Comparison for one number of steps."""
 
     def __init__(self, config: CompareConfig, steps: int) -> None:
         self.config, self.steps = config, steps
@@ -107,20 +107,20 @@ class _Comparison:
             raise UsageError("; ".join(dict.fromkeys(self.left_out.values())))
 
     def run(self) -> list[Row]:
-        """Run what is missing, and write the tables after every seed."""
+        """Run everything that is not finished, and write the tables after every seed."""
         config = self.config
         usual = {task: majority(base) for task, base in self.bases.items()}
         rows: list[Row] = []
         for count, seed in enumerate(config.seeds, start=1):
             others = [pair for pair in self.pairs if not self._try(*pair, seed)]
-            for task, name in others:  # what another process had, is there when that has done
+            for task, name in others:  # wait for the runs of other processes
                 self.seeded_run(task, name, seed, wait=True)
             try:
                 costs = {
                     task: step_costs(config, task, base, self._methods(task), wait=count == len(config.seeds))
                     for task, base in self.bases.items()
                 }
-            except InUseError:  # who measures writes the tables of this seed
+            except InUseError:  # the process that measures also writes the tables of this seed
                 continue
             seeds = config.seeds[:count]
             rows = [self.row(task, name, seeds, costs[task].get(name)) for task, name in self.pairs]
@@ -134,7 +134,7 @@ class _Comparison:
             settings["contents"] = {
                 task: contents(with_seed(base, seeds[0])) for task, base in self.bases.items()
             }
-            with owning(self.folder, wait=True):  # processes that end together write one after the other
+            with owning(self.folder, wait=True):  # one process writes at a time
                 report(settings, usual, rows, self.folder, list(dict.fromkeys(self.left_out.values())))
         return rows
 
@@ -142,7 +142,7 @@ class _Comparison:
         return [name for of_task, name in self.pairs if of_task == task]
 
     def _try(self, task: str, name: str, seed: int) -> bool:
-        """Run with a seed, and whatever rates are to be tried first; False if another process has some."""
+        """Run a method with a seed, including its search; return False if another process holds a run."""
         try:
             self.seeded_run(task, name, seed)
         except InUseError:
@@ -150,12 +150,12 @@ class _Comparison:
         return True
 
     def seeded_run(self, task: str, name: str, seed: int, *, wait: bool = False) -> Path:
-        """Run a method with a seed unless it has run; return the folder of the run."""
+        """Run a method with a seed unless this is finished; return the folder of the run."""
         rates, _ = self.choose_rates(task, name, wait=wait)
         return self._run(task, name, seed, rates, wait=wait)
 
     def choose_rates(self, task: str, name: str, *, wait: bool = False) -> tuple[Rates, dict[str, float]]:
-        """Return the rates of a method, and the dev scores of all that were tried with the first seed."""
+        """Return the learning rates of a method, and the dev score of each try with the first seed."""
         method, seed = compared()[name], self.config.seeds[0]
         if method.like:
             return self.choose_rates(task, method.like, wait=wait)
@@ -173,7 +173,7 @@ class _Comparison:
         return max(grid, key=lambda rates: tried[_label(rates)]), tried
 
     def _run(self, task: str, name: str, seed: int, rates: Rates, *, wait: bool) -> Path:
-        """Run with these rates, unless the run is finished; return its folder."""
+        """Run with these learning rates unless this is finished; return the folder of the run."""
         folder = self.folder / task / name.replace(" ", "_")
         output_dir = existing(folder / ",".join(filter(None, [f"seed{seed}", _label(rates)])))
         if not (output_dir / SUMMARY_FILE).is_file():
@@ -208,7 +208,7 @@ class _Comparison:
 
 
 def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:
-    """Yield the dev scores of all runs for each step."""
+    """Yield each evaluated step with the dev scores of all runs."""
     logs = [read_log(path / LOG_FILE) if (path / LOG_FILE).is_file() else [] for path in runs]
     scores = [{line["step"]: float(line["score"]) for line in log if "score" in line} for log in logs]
     for step in scores[0]:
@@ -218,7 +218,7 @@ def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:
 def _left_out(
     bases: Mapping[str, RunConfig], pairs: Sequence[tuple[str, str]]
 ) -> tuple[dict[str, dict[str, str]], dict[tuple[str, str], str]]:
-    """Load each backbone once; return fingerprints by name, and pairs that it cannot carry, with why."""
+    """Load each backbone once; return its fingerprint by name, and why it does not support a pair."""
     loaded = {str(base.backbone.loading()): base.backbone for base in bases.values()}
     found, reasons = dict[str, dict[str, str]](), dict[tuple[str, str], str]()
     for key, options in loaded.items():
@@ -232,14 +232,14 @@ def _left_out(
 
 
 def _why(name: str, base: RunConfig, backbone: FrozenBackbone) -> str:
-    """Why a method is left out on a backbone, in a line; empty if it is not."""
+    """Return why a method is left out on a backbone, or an empty string."""
     if compared()[name].reads_images and backbone.visual_projection is None:
         return (
             f"{name} is left out: it trains the visual projection of a composed backbone, and that of "
             f"{backbone.name} stays frozen; take the same without it"
         )
     options = compared()[name].configure(base).prompt
-    # At a budget of which every part of a method gets its share.
+    # With a budget that is large enough for every part of a method.
     options = replace(options, reference_prompt_length=max(100, options.reference_prompt_length))
     prompt = build_prompt(options, backbone, base.train.seed)
     try:
@@ -251,7 +251,7 @@ def _why(name: str, base: RunConfig, backbone: FrozenBackbone) -> str:
 
 
 def _can_run(name: str, base: RunConfig) -> bool:
-    """Whether what the metrics of a task need is installed."""
+    """Return whether the packages and files that a task's metrics need are installed."""
     try:
         TASKS[base.data.task].check_requirements()
     except (FileNotFoundError, ImportError) as error:
@@ -264,7 +264,7 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
     """Return the configuration that all methods on a task share.
 
     Raises:
-        ValueError: If there is no such task.
+        ValueError: If the task is unknown.
     """
     base = read_config(Path(COMPARED_TASKS.get(name, name)))
     if config.own.data is not None:
@@ -283,7 +283,7 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
         replace(
             base,
             backbone=backbone,
-            # Greedy, and captions by CIDEr: beams and METEOR cost more than they would show here.
+            # Greedy search, and captions scored by CIDEr: beams and METEOR would cost too much.
             data=replace(base.data, dev_limit=dev, test_limit=test, num_beams=1, meteor=False),
             train=replace(base.train, per_device_batch_size=size, eval_batch_size=64),
         ),
@@ -292,7 +292,7 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
 
 
 def with_steps(base: RunConfig, steps: int) -> RunConfig:
-    """Set the steps: a tenth of them warm-up, and evaluations at equal distances."""
+    """Set the number of steps, with a tenth of them as warm-up, and evaluations at equal intervals."""
     evaluations = min(MOST, max(1, steps // EVALUATED))
     return replace(
         base,
@@ -302,7 +302,7 @@ def with_steps(base: RunConfig, steps: int) -> RunConfig:
 
 
 def _prepared(config: CompareConfig, task: str, base: RunConfig) -> RunConfig:
-    """Read visual features from files, except in the smallest comparison, which reads a handful of images."""
+    """Extract the visual features and use them, except in the smallest comparison."""
     if not TASKS[base.data.task].image_count:
         return base
     if config.smallest:
@@ -317,7 +317,7 @@ def _label(rates: Rates) -> str:
 def step_costs(
     config: CompareConfig, task: str, base: RunConfig, names: list[str], *, wait: bool
 ) -> dict[str, StepCost]:
-    """Time and memory of a step of every method, measured in turn, once."""
+    """Measure time and memory of a step of every method, or read them if they are measured."""
     folder = config.output_dir / task
     rounds = 1 if config.smallest else config.rounds
     seeded = with_seed(base, config.seeds[0])
@@ -346,13 +346,13 @@ def step_costs(
 
 
 def with_seed(base: RunConfig, seed: int) -> RunConfig:
-    """The same, of another seed."""
+    """Return the configuration with another random seed."""
     return replace(base, train=replace(base.train, seed=seed))
 
 
 @waiting("looking at the data")
 def majority(base: RunConfig) -> tuple[str, float] | None:
-    """Return the commonest training answer and its score on the test split; None for captions."""
+    """Return the most frequent training answer and its test score; None for captions."""
     if not TASKS[base.data.task].asks:
         return None
     splits = load_splits(replace(base.data, test_limit=0), base.train.seed)

@@ -1,4 +1,4 @@
-"""The ways to adapt a backbone that `compare` puts side by side, with the rates that each tries."""
+"""Methods that `compare` can compare, and the learning rates that are tried for each."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,19 +10,19 @@ from dept_vl.models.options import TrainedPart
 from dept_vl.prompts.base import METHODS
 
 Rates = dict[str, float]
-"""Learning rates, by their options."""
+"""Learning rates by option."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A way to adapt the backbone.
+    """Method to compare.
 
     Attributes:
-        configure: Makes its configuration of the task's.
-        tried: The learning rates that are tried; empty if nothing is trained.
-        method: Method of the prompt, which decides what is tried.
-        like: Method whose rates it takes instead.
-        reads_images: It trains the visual projection, and means nothing for text.
+        configure: Function from the task's configuration to the method's.
+        tried: Learning rates to try; empty if nothing is trained, or if `method` determines them.
+        method: Method of the prompt, which determines the learning rates to try.
+        like: Method whose chosen learning rates are used instead.
+        reads_images: Whether it trains the visual projection, so that it is not for text tasks.
     """
 
     configure: Callable[[RunConfig], RunConfig]
@@ -33,7 +33,7 @@ class Compared:
 
     @property
     def rates(self) -> tuple[Rates, ...]:
-        """The learning rates that are tried."""
+        """Learning rates to try."""
         if self.tried or not self.method:
             return self.tried
         groups = METHODS[self.method].groups()
@@ -43,7 +43,7 @@ class Compared:
 
 
 def prompted(method: str, *, projection: bool = False, **options: Any) -> Callable[[RunConfig], RunConfig]:
-    """A prompt of the family at the configuration's budget, with options of `PromptOptions`."""
+    """Return a function that configures a prompt within the budget, with these `PromptOptions`."""
 
     def configure(config: RunConfig) -> RunConfig:
         prompt = replace(config.prompt, method=method, rank=None, **options)
@@ -53,7 +53,7 @@ def prompted(method: str, *, projection: bool = False, **options: Any) -> Callab
 
 
 def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart | None = None) -> RunConfig:
-    """No prompt; of the backbone only the named parameters are trained."""
+    """Return the configuration without a prompt. Only the given parts of the backbone are trained."""
     return replace(
         config,
         prompt=replace(config.prompt, method="dept", prompt_length=0, rank=0),
@@ -67,13 +67,13 @@ def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart |
 
 
 def with_encoder_kept(config: RunConfig) -> RunConfig:
-    """Method `memory` on outputs of the encoder that are computed once."""
+    """Configure method `memory` on encoder outputs that are computed once."""
     config = prompted("memory")(config)
     return replace(config, data=replace(config.data, features="encoded"))
 
 
 def with_lora(config: RunConfig) -> RunConfig:
-    """LoRA of the largest rank within the budget of the prompts, or of 1."""
+    """Configure LoRA with the largest rank within the budget of the prompts, but at least 1."""
     width, each = _lora_sizes(tuple(config.backbone.loading().items()))
     rank = max(1, config.prompt.reference_prompt_length * width // each)
     config = bare(config, language="lora")
@@ -82,7 +82,7 @@ def with_lora(config: RunConfig) -> RunConfig:
 
 @cache
 def _lora_sizes(loading: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
-    """Width of a backbone, and the parameters of LoRA of rank 1 on it."""
+    """Return a backbone's hidden size, and the number of parameters of LoRA of rank 1 on it."""
     from dept_vl.models.vlm import open_backbone
 
     backbone = open_backbone(**dict(loading))
@@ -91,13 +91,13 @@ def _lora_sizes(loading: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
 
 
 def with_lora_and_projection(config: RunConfig) -> RunConfig:
-    """The same, and the visual projection is trained, as published rows do."""
+    """Configure LoRA and train the visual projection, as published results do."""
     config = with_lora(config)
     return replace(config, backbone=replace(config.backbone, train_projection=True))
 
 
 def _rates(**options: tuple[float, ...]) -> tuple[Rates, ...]:
-    """One set of rates from each place of all options."""
+    """Return one set of learning rates from each position of all options."""
     return tuple(dict(zip(options, values, strict=True)) for values in zip(*options.values(), strict=True))
 
 
@@ -108,12 +108,12 @@ PROJECTION_RATES = _rates(projection_lr=(0.01, 3e-3, 0.03))
 LORA_RATES = _rates(backbone_lr=(0.01, 3e-3, 1e-3))
 BIAS_RATES = _rates(backbone_lr=(0.1, 0.03, 0.01))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3))
-"""Three tries for every method; `offset_lr` trains what of a prompt `prompt_lr` does not. The first of a
-prompt's two are the defaults of `OptimOptions`."""
+"""Three tries for every method. `offset_lr` trains the parts of a prompt that `prompt_lr` does not. The first
+of `BOTH_RATES` are the defaults of `OptimOptions`."""
 
 
 def compared() -> dict[str, Compared]:
-    """Return every way to adapt, by name. T5 has no biases; BitFit trains the scales of its norms."""
+    """Return every method by name. On T5, which has no biases, BitFit trains the scales of the norms."""
     return {
         "zero-shot": Compared(bare),
         "projection only": Compared(lambda c: bare(c, projection=True), PROJECTION_RATES, reads_images=True),
@@ -134,7 +134,7 @@ def compared() -> dict[str, Compared]:
 
 
 def ablated() -> dict[str, Compared]:
-    """Return what the paper takes apart: split and size of the budget, one rate for two, the start of P."""
+    """Return the ablations of the paper: split and size of the budget, one learning rate, and initial P."""
     of_split = {0: OFFSET_RATES, 100: LONG_RATES}
     one_rate = _rates(prompt_lr=(0.1, 0.03, 0.01), offset_lr=(0.1, 0.03, 0.01))
     starts = {"noise": "random", "words": "vocabulary", "a text": "text"}

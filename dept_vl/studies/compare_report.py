@@ -1,4 +1,4 @@
-"""What a comparison shows: all methods on all tasks, what a step costs, and whether the bars are met."""
+"""Tables and plots of a comparison: scores, cost of a step, and whether the bars are met."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,29 +18,29 @@ from dept_vl.studies.bench.measure import Ratio
 from dept_vl.training.report.plots import curve_plot, score_plot
 
 RIVALS = ("LoRA", "pt")
-"""Methods that all are held against."""
+"""Methods to compare all others with."""
 MET = {True: "met", False: "not met"}
 CIDER_SCALE = 10
-"""CIDEr goes to 1000, other figures to 100; so divided it has as much weight in a mean over tasks."""
+"""CIDEr is divided by this, so that it has the weight of other scores in a mean over tasks (1000 to 100)."""
 HEADER = ["method", "score", "trained", "rates", "CPU ms per step", "MiB of a step", "tokens"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a task.
+    """Results of a method on a task.
 
     Attributes:
-        task: Name.
-        method: Name.
-        figure: What the task's primary figure is called.
-        score: That figure over the seeds.
-        scores: Of each seed, in their order.
-        rates: Chosen ones.
-        tried: Dev figure of all rates that were tried, by their label.
-        parameters: Trained.
-        tokens: The encoder's, per example.
-        cost: Of a training step; None if nothing is trained.
-        curve: Dev figure of each seed, by step.
+        task: Name of the task.
+        method: Name of the method.
+        figure: Name of the task's primary score.
+        score: Mean and interval of that score over the seeds.
+        scores: Score of each seed, in the order of the seeds.
+        rates: Chosen learning rates.
+        tried: Dev score of all learning rates that were tried, by label.
+        parameters: Number of trainable parameters.
+        tokens: Encoder tokens per example.
+        cost: Cost of a training step; None if nothing is trained.
+        curve: Dev scores of the seeds, by step.
     """
 
     task: str
@@ -65,8 +65,8 @@ def report(
 ) -> None:
     """Write and print the tables.
 
-    Writes `comparison.json` and `.md` and, where matplotlib is installed, `comparison.png` and `curves.png`.
-    `usual` is the commonest answer of each task with its score. `notes` say why methods are left out.
+    Writes `comparison.json` and `.md` and, if matplotlib is installed, `comparison.png` and `curves.png`.
+    `usual` holds the most frequent answer of each task with its score. `notes` say why methods are left out.
     """
     relative = (against(name, rows) for name in RIVALS)
     parts = [
@@ -87,9 +87,9 @@ def report(
 
 
 def by_method(rows: Sequence[Row], *, everywhere: bool = False) -> dict[str, list[Row]]:
-    """The rows of each method; `everywhere` leaves out those that are not on all tasks.
+    """Return the rows of each method; with `everywhere` only methods that have all tasks.
 
-    A mean over other tasks could not be compared with those of the other methods.
+    Means over different tasks cannot be compared.
     """
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -99,7 +99,7 @@ def by_method(rows: Sequence[Row], *, everywhere: bool = False) -> dict[str, lis
 
 
 def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row]) -> str:
-    """All methods on all tasks, their mean over the tasks, and what a step costs."""
+    """Return a table of all methods on all tasks, with their mean over tasks and the cost of a step."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     scores = {(row.task, row.method): str(row.score) for row in rows}
     known = (usual[task] for task in tasks)
@@ -123,7 +123,7 @@ def overview(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row])
 
 
 def against(rival: str, rows: Sequence[Row]) -> str:
-    """Every method relative to one: the score seed by seed, time and memory of a step; empty without it."""
+    """Compare every method with one, paired by seed: score, time and memory; empty if it is missing."""
     whole = by_method(rows, everywhere=True)
     if rival not in whole:
         return ""
@@ -141,13 +141,13 @@ def against(rival: str, rows: Sequence[Row]) -> str:
 
 
 def mean_cost(mine: Sequence[Row]) -> tuple[float, float] | None:
-    """Milliseconds and MiB of a step of a method, over its tasks; None if nothing is trained."""
+    """Return milliseconds and MiB of a method's step, averaged over tasks; None if nothing is trained."""
     costs = [row.cost for row in mine if row.cost]
     return (fmean(cost.milliseconds for cost in costs), fmean(cost.mib for cost in costs)) if costs else None
 
 
 def draw(rows: Sequence[Row], path: Path) -> bool:
-    """The mean over the tasks against what a step costs, of methods that are on all of them."""
+    """Plot the mean over tasks against the time of a step, for methods that have all tasks."""
     points = {
         name: {cost[0]: interval(means_over_tasks(mine))}
         for name, mine in by_method(rows, everywhere=True).items()
@@ -158,7 +158,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:
-    """The mean over the tasks of the dev figures, over steps and over the processor's time."""
+    """Plot the mean dev score over tasks, by steps and by processor time."""
     steps, seconds = dict[str, dict[float, Interval]](), dict[str, dict[float, Interval]]()
     for name, mine in by_method(rows, everywhere=True).items():
         if cost := mean_cost(mine):
@@ -174,9 +174,9 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
 
 
 def over_lengths(folder: Path, like: int) -> str:
-    """Write and return the means of all lengths, of the tasks and methods that each of them has.
+    """Write and return the mean scores for each number of steps, over the tasks and methods that all have.
 
-    A comparison of other data or models than that of `like` steps is left out, which is printed.
+    Comparisons with other data or models than that of `like` steps are left out, and a note is printed.
     """
     written = {
         int(path.parent.name.removesuffix("-steps")): read_json(path)
@@ -208,7 +208,7 @@ def over_lengths(folder: Path, like: int) -> str:
 
 
 def _compared_on(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a comparison read, by name; an older one did not note all of it."""
+    """Return fingerprints of what a comparison read, by name. An older one has not stored all of them."""
     found: dict[str, Any] = dict(config.get("backbones", {}))
     for task, contents in config.get("contents", {}).items():
         found |= {f"{task} {name}": content for name, content in contents.items()}
@@ -220,14 +220,14 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _row(content: dict[str, Any]) -> Row:
-    """A row as `report` wrote it."""
+    """Return a row from the content that `report` wrote."""
     cost = content["cost"] and StepCost(**content["cost"])
     curve = {int(step): scores for step, scores in content["curve"].items()}
     return Row(**{**content, "score": Interval(**content["score"]), "cost": cost, "curve": curve})
 
 
 def means_over_tasks(rows: Sequence[Row]) -> list[float]:
-    """A method's mean over its tasks, for each seed; CIDEr counts a tenth."""
+    """Return a method's mean over its tasks for each seed; CIDEr counts a tenth."""
     scaled = [
         [score / CIDER_SCALE if row.figure == "CIDEr" else score for score in row.scores] for row in rows
     ]
@@ -235,7 +235,7 @@ def means_over_tasks(rows: Sequence[Row]) -> list[float]:
 
 
 def bars(rows: Sequence[Row]) -> str:
-    """What DePT has to reach, and whether it does; empty if it or plain prompt tuning is missing."""
+    """Describe the bars for DePT and whether they are met; empty if DePT or prompt tuning is missing."""
     whole = by_method(rows, everywhere=True)
     if not {"dept", "pt"} <= whole.keys():
         return ""
@@ -272,7 +272,7 @@ def bars(rows: Sequence[Row]) -> str:
 
 
 def rates_table(rows: Sequence[Row]) -> str:
-    """How far the dev figure of each setting of DePT's rates is below the task's best one."""
+    """Return how far each setting of DePT's learning rates is below the best one, by dev score."""
     tried = {row.task: row.tried for row in rows if row.method == "dept" and row.tried}
     if not tried:
         return ""
@@ -285,7 +285,7 @@ def rates_table(rows: Sequence[Row]) -> str:
 
 
 def task_tables(usual: Mapping[str, tuple[str, float] | None], rows: Sequence[Row]) -> list[str]:
-    """A table for each task."""
+    """Return a table for each task."""
     parts = []
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task]

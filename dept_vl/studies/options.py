@@ -1,4 +1,4 @@
-"""Options of the studies; this module imports no engine."""
+"""Options of the studies. This module imports no model code."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ Start = Literal["scratch", "prompt", "all"]
 
 
 def _files(*tasks: str, prefix: str = "") -> dict[str, str]:
-    """Return the shipped configuration of each task."""
+    """Return the path of each task's shipped configuration."""
     return {task: f"data/configs/{prefix}{task}.json" for task in tasks}
 
 
@@ -25,58 +25,58 @@ SOURCES = _files("scenes-vqav2", "scenes-gqa", "scenes-nlvr2")
 CONCEPTS = _files("relabelled", "many-or-few", prefix="concept-")
 TARGETS = SOURCES | CONCEPTS
 COMPARED_TASKS = _files("easy-vqa") | SOURCES | _files("scenes-coco") | CONCEPTS | _files("snippets")
-"""Real questions on rendered images; the four forms on scenes and questions that pretraining kept out; a new
-labelling and a new judgement; text."""
+"""Tasks of `compare`: real questions on rendered images; the four forms on scenes and questions that
+pretraining left out; a new labelling and a new judgement; text."""
 
 
 MAIN = (
     *("zero-shot", "pt", "dept", "adept", "adept + images", "adept + images, m = 0", "memory", "residual"),
     *("BitFit", "LoRA", "full fine-tuning", "dept + projection", "LoRA + projection"),
 )
-"""Methods that are compared unless others are named."""
+"""Methods that are compared by default."""
 
 
 @dataclass(frozen=True)
 class TransferConfig(Options):
-    """From where, to where, with how much."""
+    """Configuration of a few-shot transfer: sources, target, and numbers of shots."""
 
     source: tuple[str, ...]
-    """Where prompts come from: folders of runs or adapters, or names of tasks, which are trained first."""
+    """Sources of the prompts: folders of runs or adapters, or names of tasks, which are trained first."""
     target: str = ""
-    """Task to learn from a few examples; left out, that of --data."""
+    """Target task, learnt from a few examples. Default with --data: vqa."""
     preset: Literal["own", "paper"] = "own"
-    """How shots are counted. own: of each class, with as many others to choose on; paper: as DePT has it
-    (Shi & Lipani 2024): in all, spread over the classes, and the whole dev split to choose on."""
+    """How shots are counted. own: k of each class, and as many others as a dev set; paper: as in DePT (Shi &
+    Lipani 2024), k in total, spread over the classes, with the whole dev split."""
     k: tuple[Positive, ...] = (4, 16, 32)
-    """Shots: examples of each class, or in all where answers are open."""
+    """Shots: numbers of examples of each class, or in total if answers are open."""
     seeds: Positive = 5
-    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    """Number of runs of each kind, with random seeds 1, 2, ...; the seed also draws the shots."""
     starts: tuple[Start, ...] = ("scratch", "prompt", "all")
-    """From nothing, from the source's P, from its P and offset."""
+    """Initialisations: none, the source's P, its P and offset."""
     several: Literal["pick", "average"] = "pick"
-    """Of several sources take the one with the least loss on the target's dev shots, or their mean."""
+    """With several sources, use the one with the lowest loss on the target's dev shots, or their average."""
     config: Path | None = None
-    """Configuration of the target's runs; left out, that of the first source's run."""
+    """Configuration of the target's runs. Default: that of the first source's run."""
     data_dir: Path | None = None
-    """Folder with the target's files; left out, the configuration's or data/TARGET."""
+    """Folder with the target's files. Default: the configuration's, or data/TARGET."""
     source_config: tuple[Path, ...] = ()
-    """Configurations of the sources that are names of tasks, in their order; left out, the target's with the
-    task's own data."""
+    """Configurations of the sources that are names of tasks, in the same order. Default: the target's
+    configuration with the task's own data."""
     max_steps: Count = 0
-    """Steps of each run on the target; 0 takes the configuration's."""
+    """Steps of each run on the target; 0 uses the configuration's."""
     test_limit: Count = 0
-    """At most so many test examples; 0 takes the configuration's."""
+    """Maximum number of test examples; 0 uses the configuration's."""
     output_dir: Path = Path("runs/transfer")
-    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
     own: Own = field(default_factory=OwnOptions)
 
     def __post_init__(self) -> None:
-        """Data of your own are read by task vqa, unless another task is named."""
+        """Set the target to task vqa if own data are given and no target."""
         if self.own.data is not None and not self.target:
             object.__setattr__(self, "target", OWN_TASK)
 
     def check(self) -> None:
-        """Check what can be seen before anything is run.
+        """Check the options that can be checked before a run.
 
         Raises:
             UsageError: If a name is unknown or missing, or a list is empty.
@@ -94,32 +94,32 @@ class TransferConfig(Options):
 
 @dataclass(frozen=True)
 class SuiteConfig(Options):
-    """How much of it, and where it is kept."""
+    """Configuration of all transfers between the shipped tasks."""
 
     targets: tuple[str, ...] = tuple(TARGETS)
-    """Names of tasks."""
+    """Target tasks."""
     k: tuple[Positive, ...] = (4, 16)
-    """Shots: examples of each class, or in all where answers are open."""
+    """Shots: numbers of examples of each class, or in total if answers are open."""
     seeds: Positive = 5
-    """Runs of each kind, with the seeds from 1; a seed draws the shots too."""
+    """Number of runs of each kind, with random seeds 1, 2, ...; the seed also draws the shots."""
     source_steps: Positive = 300
-    """Steps of the sources."""
+    """Steps of each source's run."""
     max_steps: Count = 40
-    """Steps of every run on a target."""
+    """Steps of each run on a target."""
     batch_size: Positive = 8
-    """Examples of a step."""
+    """Batch size."""
     test_limit: Count = 300
-    """At most so many test examples; 0 takes all."""
+    """Maximum number of test examples; 0 uses all."""
     output_dir: Path = Path("runs/transfers")
-    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
     smallest: bool = False
-    """Two steps, one shot and one seed on a handful of examples: to see that it runs."""
+    """Test that everything runs: two steps, one shot and one seed on a handful of examples."""
 
     def check(self) -> None:
         """Check the names of the targets.
 
         Raises:
-            UnknownNameError: If one is unknown.
+            UnknownNameError: If a target is unknown.
         """
         for target in self.targets:
             if target not in TARGETS:
@@ -128,40 +128,41 @@ class SuiteConfig(Options):
 
 @dataclass(frozen=True)
 class CompareConfig(Options):
-    """What is compared, and where it is kept."""
+    """Configuration of a comparison of methods."""
 
     tasks: tuple[str, ...] = tuple(COMPARED_TASKS)
     """Names of tasks, or configuration files."""
     methods: tuple[str, ...] = MAIN
     """Names of methods."""
     seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
-    """One run of each method per seed; with the first one all rates are tried."""
+    """Random seeds, with one run of each method per seed. Learning rates are searched with the first one."""
     max_steps: tuple[Positive, ...] = (60,)
-    """Steps of every run; several for a comparison at each."""
+    """Steps of every run. Several numbers make a comparison for each."""
     backbone: Path | None = None
-    """Folder of another backbone than the tasks' own."""
+    """Folder of a backbone to use instead of the tasks' own."""
     model: str | None = None
-    """Hub name or folder of a pretrained model instead; methods that it cannot carry are left out."""
+    """Hub name or folder of a pretrained model to use instead. Methods it does not support are left out."""
     batch_size: Positive = 8
-    """Examples of a step."""
+    """Batch size."""
     dev_limit: Count = 150
-    """At most so many dev examples, by which rates are chosen; 0 takes all."""
+    """Maximum number of dev examples, which decide between learning rates; 0 uses all."""
     test_limit: Count = 200
-    """At most so many test examples, the same for all methods of a seed; 0 takes all."""
+    """Maximum number of test examples, the same for all methods of a seed; 0 uses all."""
     rounds: Positive = 9
-    """Steps of every method whose processor time is measured."""
+    """Number of steps of each method whose processor time is measured."""
     output_dir: Path = Path("runs/compare")
-    """Folder of all runs; finished runs are not repeated, stopped ones resume."""
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
     smallest: bool = False
-    """Two steps of one seed with the first rates, on a handful of examples: to see that it runs."""
+    """Test that everything runs: two steps of one seed with the first learning rates, on a handful of
+    examples."""
     own: Own = field(default_factory=OwnOptions)
-    """Compared on instead, with the backbone and the options of the first of tasks."""
+    """Data to compare on instead, with the backbone and the options of the first of tasks."""
 
     def check(self) -> None:
         """Check the names of tasks and methods.
 
         Raises:
-            UnknownNameError: If one is unknown.
+            UsageError: If a name is unknown, or both `backbone` and `model` are given.
         """
         if self.backbone is not None and self.model is not None:
             raise UsageError("--model is a whole model; leave out --backbone, or --model")
@@ -175,47 +176,47 @@ class CompareConfig(Options):
 
 @dataclass(frozen=True)
 class BenchConfig(Options):
-    """What is measured, and how often."""
+    """Configuration of the benchmark of training steps."""
 
     output_dir: Path
     """Folder for bench.json, bench.md and bench.png."""
     models: str = "small,base,large"
-    """Of small, base and large, widths and depths of T5, and blip2, florence2 and qwen2.5-vl, pretrained
-    models of widths that fit a CPU; tiny is for tests."""
+    """Comma-separated: small, base and large with T5's widths and depths; blip2, florence2 and qwen2.5-vl,
+    pretrained models at widths that fit a CPU; tiny is for tests."""
     shapes: str = "vl,glue,mrqa"
-    """Of vl (20 text and 49 visual tokens), glue (around 60 of text) and mrqa (around 300)."""
+    """Comma-separated: vl (20 text and 49 visual tokens), glue (about 60 of text), mrqa (about 300)."""
     methods: str = ""
-    """Methods of a training step, such as pt100,dept40,dept40+compiled; left out, those that the bars and
-    tables need."""
+    """Methods of a training step, such as pt100,dept40,dept40+compiled. Default: those that bars and tables
+    need."""
     rounds: Positive = 9
-    """Rounds of every group; of the long ones (large, mrqa, answers) a third."""
+    """Rounds of every group. The long ones (large, mrqa, answers) have a third of them."""
     batch_size: Positive = 8
-    """Examples of a step; half of them at large, a quarter of mrqa's, eight times as many to be answered."""
+    """Batch size of a step: half of it at large, a quarter with mrqa, and eight times as many for answers."""
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the computation: auto is bfloat16 where the machine computes in it."""
+    """Data type of the computation; auto is bfloat16 if the machine supports it in hardware."""
     device: str = ""
-    """Such as cpu or cuda; left out, a GPU if there is one."""
+    """Device, such as cpu or cuda. Default: a GPU if there is one."""
     backbone_dropout: bool = False
-    """Dropout in the frozen backbone."""
+    """Use dropout in the frozen backbone."""
     bars: bool = False
-    """Say of each bar which ratio was measured and whether it is met."""
+    """Print for each bar the measured ratio and whether the bar is met."""
     tiny: bool = False
-    """The smallest: a tiny model, one round of every method; the figures mean nothing."""
+    """Test that everything runs: a tiny model, and one round of every method. The figures mean nothing."""
 
 
 @dataclass(frozen=True)
 class GpuCheckConfig(Options):
-    """What is checked, and in how much time."""
+    """Configuration of the GPU check."""
 
     output_dir: Path
-    """Folder for gpu_check.json, .md and .log; parts that are finished there are not repeated."""
+    """Folder for gpu_check.json, .md and .log. Parts that are finished there are not repeated."""
     minutes: Annotated[float, Field(gt=0)] = 10.0
-    """Minutes in all, shared among the parts."""
+    """Minutes in total, shared among the parts."""
     dry_run: bool = False
-    """The smallest sizes, on any device: to see that every part runs; the numbers mean nothing."""
+    """Test that every part runs, with the smallest sizes, on any device. The figures mean nothing."""
     parts: tuple[str, ...] = ()
-    """Parts to run; left out, all."""
+    """Parts to run. Default: all."""
     report_only: bool = False
-    """Write gpu_check.md of the results that output_dir holds, and measure nothing."""
+    """Measure nothing, and write gpu_check.md from the results in output_dir."""
     part: str = ""
-    """Measure this part in this process, in all the minutes; for the script itself."""
+    """Measure this part in this process, with all the minutes. The script itself uses this."""

@@ -1,14 +1,14 @@
-"""A search of the learning rates and of the split of the budget, with Optuna's sampler and pruner.
+"""Search for learning rates and the split of the budget, with Optuna's sampler and pruner.
 
-    OUTPUT/study.db          Optuna's study: what was tried, and what came of it
-    OUTPUT/trial-007/        a run, which is paused at each comparison and resumes from its checkpoint
-    OUTPUT/tuning.json, .md  what was tried
+    OUTPUT/study.db          Optuna's study: the trials and their scores
+    OUTPUT/trial-007/        a run, which pauses at each comparison and resumes from its checkpoint
+    OUTPUT/tuning.json, .md  the trials
 
-Train one trial after another for an eighth of the steps, and let asynchronous successive halving (Li et al.
-2020) decide: a trial whose dev score is among the best third so far continues to three eighths, and one of
-the best third of these to the end. Twenty trials so cost about 7 whole runs; the grid that the authors of
-DePT published (`GRID`) costs 8. The first trial is the configuration as it is, and always trained to the end.
-Score the best trial on the test split, as any run.
+Trials are trained one after the other for an eighth of the steps. Asynchronous successive halving (Li et al.
+2020) then decides: a trial whose dev score is in the best third so far continues to three eighths, and again
+the best third of these to the end. Twenty trials cost about 7 whole runs; the grid that DePT's authors
+published (`GRID`) costs 8. The first trial uses the configuration's own values. The best trial is scored on
+the test split like any run.
 """
 
 from dataclasses import replace
@@ -37,34 +37,35 @@ from dept_vl.training.run import run, run_once
 from dept_vl.training.summary import RunResult
 
 Space = dict[str, tuple[float, float] | list[int]]
-"""The range of each rate, and the lengths of the prompt."""
+"""Range of each learning rate, and the candidate lengths of the prompt."""
 STUDY_FILE = "study.db"
 STUDY = "dept_vl"
 GRID = tuple(product((0.3, 0.4), (1e-4, 5e-4, 1e-3, 5e-3)))
-"""`prompt_lr` and `offset_lr` that won one of the authors' 17 released runs: the published grid."""
+"""The published grid: `prompt_lr` and `offset_lr` that won in the 17 runs that DePT's authors released."""
 FIRST, KEPT = 8, 3
-"""Trials are first compared after an eighth of the steps; one in three continues, three times as far."""
+"""Trials are first compared after 1 / FIRST of the steps; one in KEPT continues, for KEPT times the steps."""
 RANGES = {
     "prompt_lr": (0.02, 1.0),
     "offset_lr": (1e-4, 0.05),
     "projection_lr": (1e-4, 1e-2),
     "backbone_lr": (1e-5, 1e-2),
 }
-"""Searched on a logarithmic scale; wider where the configuration's own rate is outside."""
+"""Search ranges, on a logarithmic scale. They are extended to include the configuration's own learning
+rate."""
 SHARES = (0.2, 0.4, 0.6, 0.8)
-"""Of the budget, spent on the vectors of the prompt; the rest on its rank."""
+"""Shares of the budget spent on the vectors of the prompt; the rest is spent on the rank."""
 
 
 def launch(config: RunConfig) -> RunResult:
-    """Run, or with `--tune` search and run."""
+    """Run the configuration, after a search if `tune` is set."""
     return tune(config) if config.tune else run(config)
 
 
 def tune(config: RunConfig) -> RunResult:
-    """Search, and return the best trial's run.
+    """Run a search and return the result of the best trial.
 
     Raises:
-        FileExistsError: If the folder holds a study, finished or not, and resuming was not asked for.
+        FileExistsError: If the folder holds a study and `resume` is not set, or it holds a run.
         FileNotFoundError: If there is no study to resume.
         ImportError: If Optuna is not installed.
         ValueError: If a study was begun with other options or data, or there is nothing to search.
@@ -97,13 +98,13 @@ def tune(config: RunConfig) -> RunResult:
 
 
 def rungs(max_steps: int) -> list[int]:
-    """Steps after which trials are compared; the last is the end."""
+    """Return the steps after which trials are compared; the last one is the end of a run."""
     first = -(-max_steps // FIRST)
     return sorted({first, min(KEPT * first, max_steps), max_steps})
 
 
 def trial_config(config: RunConfig, folder: Path, number: int, values: dict[str, Any]) -> RunConfig:
-    """Configuration of a trial's run."""
+    """Return the configuration of a trial's run."""
     rates = {name: value for name, value in values.items() if name in RANGES}
     length = values.get("prompt_length", config.prompt.prompt_length)
     return replace(
@@ -117,7 +118,7 @@ def trial_config(config: RunConfig, folder: Path, number: int, values: dict[str,
 
 
 def search_space(config: RunConfig) -> Space:
-    """Return a range for each rate that trains something, and the prompt's lengths."""
+    """Return a range for each learning rate that is used, and the candidate lengths of the prompt."""
     prompt, backbone = config.prompt, config.backbone
     method = METHODS[prompt.method]
     has_prompt = method.keeps_length or (method.has_prompt and prompt.prompt_length > 0)
@@ -149,7 +150,7 @@ def _folder(config: RunConfig) -> Path:
 
 
 def _open(config: RunConfig, folder: Path, processes: int) -> Any:
-    """Create Optuna's study in the folder, or open the one that is there."""
+    """Create Optuna's study in the folder, or open the existing one."""
     try:
         import optuna
     except ImportError:
@@ -176,7 +177,7 @@ def _open(config: RunConfig, folder: Path, processes: int) -> Any:
 
 
 def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
-    """Check that a study may be resumed, and with these options and data."""
+    """Check that resuming was asked for, and that options and data are those of the study."""
     started = read_object(folder / CONFIG_FILE, dict)
     if not config.resume:
         done = len(list(folder.glob("trial-*/log.jsonl")))
@@ -191,7 +192,7 @@ def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
             "choose another --output_dir"
         )
     changed = differences(started, to_json(config))
-    # Scores of trials are kept in the study, so that what these were made of is compared here.
+    # The study keeps the scores of trials, so the data they were computed on are compared here.
     first = next(iter(sorted(folder.glob("trial-*/config.json"))), None)
     if first is not None and not changed:
         changed = changed_contents(first.parent, replace(config, tune=0), processes)
@@ -203,13 +204,13 @@ def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
 
 
 def _propose(study: Any, config: RunConfig, number: int) -> tuple[dict[str, Any], list[int]]:
-    """Return the values of a trial, new or begun before, and the steps at which it is to be compared."""
+    """Return the values of a new or interrupted trial, and the steps at which to compare it."""
     import optuna
 
     space, known = search_space(config), study.get_trials(deepcopy=False)
     if number < len(known) and known[number].state.is_finished():
         return known[number].params, []
-    # A seed for each trial, so that a resumed search proposes what an undisturbed one does.
+    # A seed for each trial, so that a resumed search proposes the same as an uninterrupted one.
     seed = np.random.SeedSequence([config.train.seed, number]).generate_state(1).item()
     study.sampler = optuna.samplers.TPESampler(seed=seed)
     if not known:
@@ -232,7 +233,7 @@ def _propose(study: Any, config: RunConfig, number: int) -> tuple[dict[str, Any]
 
 
 def _ends(study: Any, config: RunConfig, number: int, step: int, run: Path | None = None) -> bool:
-    """Report the dev score of a run to the study, and return whether the trial ends with it."""
+    """Report the dev score of a run to the study, and return whether the trial ends here."""
     import optuna
 
     trial = _trial(study, number)
@@ -248,14 +249,14 @@ def _ends(study: Any, config: RunConfig, number: int, step: int, run: Path | Non
 
 
 def _trial(study: Any, number: int) -> Any:
-    """Return a trial to report to; Optuna names no public way to one that an earlier program began."""
+    """Return a trial to report to. Optuna has no public API to reopen one from an earlier program."""
     import optuna
 
     return optuna.trial.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
 
 
 def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str, Any]]:
-    """Write what was tried and what it cost, best first; return number and values of the best trial."""
+    """Write all trials and their cost, best first; return number and values of the best trial."""
     trials, best = study.get_trials(deepcopy=False), study.best_trial
     names, steps = list(trials[0].params), rungs(config.train.max_steps)
     ranked = sorted(trials, key=lambda trial: max(trial.intermediate_values.items()), reverse=True)
@@ -284,7 +285,7 @@ def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str,
 
 
 def grid(config: RunConfig, folder: Path) -> list[RunResult]:
-    """Run the published grid, at the configuration's own split: what a search has to beat.
+    """Run the published grid with the configuration's own prompt length, as a baseline for the search.
 
     Raises:
         SystemExit: If a signal stopped a run.

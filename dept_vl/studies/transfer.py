@@ -1,14 +1,14 @@
-"""Few-shot transfer: how much a prompt that was trained on one task helps with a few examples of another.
+"""Few-shot transfer: how much a prompt trained on one task helps with a few examples of another.
 
     OUTPUT/source-TASK/           a source that was trained here
     OUTPUT/k4/seed1/scratch/      one run for each k, seed and start
     OUTPUT/k4/seed1/prompt/
-    OUTPUT/k4/seed1/pick.json     which of several sources was taken, and each one's loss
+    OUTPUT/k4/seed1/pick.json     loss of each of several sources; the lowest is used
     OUTPUT/transfer.json, .md, .png
 
-Protocol: sources, starts and k as ATTEMPT (Asai et al. 2022) and DePT (Shi & Lipani 2024) have them. Shots
-are ours: k of each class, and as many others to choose on, so that nothing but the shots is used (after
-LM-BFF, Gao et al. 2021). `preset` paper is DePT's own: k in all, and the whole dev split to choose on.
+Sources, starts and k are those of ATTEMPT (Asai et al. 2022) and DePT (Shi & Lipani 2024). The shots differ
+by default: k of each class, and as many others as a dev set, so that only the shots are used (as in LM-BFF,
+Gao et al. 2021). With `preset` paper they are DePT's: k in total, and the whole dev split.
 """
 
 from dataclasses import asdict, replace
@@ -41,16 +41,16 @@ from dept_vl.training.summary import RunResult
 
 PICK_FILE = "pick.json"
 PAPER_SHOTS: dict[str, Any] = {"shots_per": "all", "shots_dev": "split", "dev_limit": 0}
-"""Options of the data in DePT's few-shot protocol."""
+"""Data options of DePT's few-shot protocol."""
 
 
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
-    """Run what is missing and write the table.
+    """Run everything that is not finished, and write the table.
 
-    With `more_to_come` another transfer follows in this program, so its processes stay together.
+    With `more_to_come` another transfer follows in this program, so the process group stays open.
 
     Raises:
-        DifferentError: If a run that is there was made with other options, data, models or sources.
+        DifferentError: If a finished run has other options, data, models or sources.
         FileNotFoundError: If a source, a configuration or data are missing.
         SystemExit: If a signal stopped a run.
         ValueError: If there are too few examples of a class, or a source does not fit.
@@ -64,7 +64,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
         if name in TASKS and not Path(name).is_dir():
             sources.append(run_once(source_config(config, name, base)).output_dir)
         else:
-            Adapter.from_pretrained(Path(name))  # now, rather than after the runs from scratch
+            Adapter.from_pretrained(Path(name))  # fails before the runs from scratch
             sources.append(Path(config.source[place]))
     check_fit(config, base, sources)
     scores: dict[tuple[Start, int], list[float]] = {}
@@ -78,7 +78,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
 
 @waiting("looking whether the sources fit")
 def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> None:
-    """See now, rather than hours later, that there are examples enough and that every source fits.
+    """Check before the runs that there are enough examples and that every source fits.
 
     Raises:
         ValueError: If there are too few examples of a class, or a source is of another backbone or size.
@@ -91,10 +91,10 @@ def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> N
 
 
 def target_config(config: TransferConfig) -> RunConfig:
-    """What all runs on the target have in common.
+    """Return the configuration that all runs on the target share.
 
     Raises:
-        FileNotFoundError: If there is neither a configuration nor a run to take one from.
+        FileNotFoundError: If neither `config` nor the first source has a configuration.
     """
     path = config.config or Path(config.source[0]) / CONFIG_FILE
     if not path.is_file():
@@ -122,10 +122,10 @@ def target_config(config: TransferConfig) -> RunConfig:
 
 
 def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConfig:
-    """The run that a source of this name is trained by.
+    """Return the configuration of the run that trains a source.
 
     Raises:
-        ValueError: If there are configurations for some of the names of tasks and not for this.
+        ValueError: If the number of source configurations differs from the number of task names.
     """
     names = [name for name in config.source if name in TASKS and not Path(name).is_dir()]
     given = config.source_config
@@ -136,14 +136,14 @@ def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConf
 
 
 def data_of(task: str, base: RunConfig) -> DataOptions:
-    """The data options of a task: the configuration's own, or the task's usual ones."""
+    """Return the data options of a task: the configuration's if it is the same task, else the defaults."""
     return base.data if base.data.task == task else DataOptions(task=task)
 
 
 def cell_config(
     config: TransferConfig, base: RunConfig, sources: list[Path], k: int, seed: int, start: Start
 ) -> RunConfig:
-    """One run: k shots drawn with a seed, and where its prompt starts."""
+    """Return the configuration of one run: shots, random seed, and how its prompt is initialised."""
     folder = config.output_dir / f"k{k}" / f"seed{seed}"
     cell = replace(
         base,
@@ -159,7 +159,7 @@ def cell_config(
 
 
 def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
-    """The source whose P has the least loss on the dev shots, untrained; kept in a file."""
+    """Return the source whose P has the lowest loss on the dev shots without training; store the losses."""
     processes = PartialState()
     all_sources = replace(cell, prompt=replace(cell.prompt, init_from=tuple(sources), init_parts="prompt"))
     now = on_main(processes, lambda: contents(all_sources, processes.num_processes))
@@ -173,7 +173,7 @@ def pick(cell: RunConfig, sources: list[Path], path: Path) -> Path:
 
 
 def _kept_losses(path: Path, now: dict[str, str]) -> dict[str, float]:
-    """Losses that were measured before; none if they are of other data, models or sources."""
+    """Return the stored losses; empty if they are of other data, models or sources."""
     kept = read_json(path) if is_there(path) else {"losses": {}}  # written below
     if kept.get("contents", now) != now:  # older files do not say
         say(f"note: {path} is of other data, models or sources; the sources are tried again")
@@ -190,7 +190,7 @@ def _keep_losses(path: Path, losses: dict[str, float], now: dict[str, str]) -> N
 @torch.no_grad()
 @waiting("trying a source")
 def dev_loss(config: RunConfig, processes: PartialState) -> float:
-    """Mean loss of an untrained run on its dev examples, each with its best answer."""
+    """Return the mean loss on the dev examples without training, each with its best answer."""
     with main_first(processes):
         splits = load_splits(config.data, config.train.seed)
     model = build_model(config).to(processes.device).eval()
@@ -212,7 +212,7 @@ def dev_loss(config: RunConfig, processes: PartialState) -> float:
 
 
 def primary(result: RunResult) -> float:
-    """The figure by which adapters of the task are compared: its first."""
+    """Return the primary score of a run."""
     return next(iter(result.scores.values()))
 
 
@@ -220,7 +220,7 @@ NAMES: dict[Start, str] = {"scratch": "from scratch", "prompt": "from P", "all":
 
 
 def write_table(config: TransferConfig, scores: dict[tuple[Start, int], list[float]]) -> None:
-    """The table as JSON and Markdown, and as a plot where matplotlib is installed."""
+    """Write the table as JSON and Markdown, and a plot if matplotlib is installed."""
     folder = config.output_dir
     intervals: dict[tuple[Start, int], Interval] = {key: interval(values) for key, values in scores.items()}
     rows = [

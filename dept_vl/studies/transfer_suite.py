@@ -1,13 +1,13 @@
-"""Transfer between the shipped tasks: what a prompt that knows one brings to a few examples of another.
+"""Transfer between the shipped tasks: how much a prompt trained on one helps with a few examples of another.
 
-    OUTPUT/source-TASK/       DePT, trained on all examples of a task
-    OUTPUT/TARGET/            one transfer, as `transfer.py` has it, from the sources of other tasks
+    OUTPUT/source-TASK/       DePT trained on all examples of a task
+    OUTPUT/TARGET/            transfer to one target (see `transfer.py`) from the sources of other tasks
     OUTPUT/features/TASK/     visual features, encoded once
-    OUTPUT/transfer.json, .md, and .png where matplotlib is installed
+    OUTPUT/transfer.json, .md, and .png if matplotlib is installed
 
-Prompts alone are trained, never the visual projection, and all starts of a target have the same examples,
-steps and rates. Of the sources that are not the target itself the one is taken that has the least loss on
-the target's dev shots.
+Only prompts are trained, not the visual projection. All initialisations for a target have the same examples,
+steps and learning rates. Among the sources, except the target itself, the one with the lowest loss on the
+target's dev shots is used.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,10 +35,10 @@ INHERITED: tuple[Start, ...] = ("prompt", "all")
 
 
 def transfer_suite(config: SuiteConfig) -> None:
-    """Run what is missing, and write the table.
+    """Run all transfers that are not finished, and write the table.
 
     Raises:
-        DifferentError: If a run that is there was made with other options, data, models or sources.
+        DifferentError: If a finished run has other options, data, models or sources.
         FileNotFoundError: If data are missing.
         SystemExit: If a signal stopped a run.
         ValueError: If a target is unknown.
@@ -52,7 +52,7 @@ def transfer_suite(config: SuiteConfig) -> None:
         run_once(_config(config, name, config.source_steps))
     for name in config.targets:
         transfer(_to(config, name), more_to_come=True)
-    # Written by the transfers above.
+    # The transfers above have written these files.
     cells = {name: read_json(config.output_dir / name / "transfer.json")["cells"] for name in config.targets}
     text = table(cells) + "\n\n" + wins(cells, config.k)
     write_json(config.output_dir / "transfer.json", cells)
@@ -62,7 +62,7 @@ def transfer_suite(config: SuiteConfig) -> None:
 
 
 def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
-    """A run of a task: the prompt alone, with features from files."""
+    """Return the configuration of a run on a task: only the prompt is trained, on stored features."""
     base = read_config(Path(TARGETS[name]))
     base = replace(
         base,
@@ -85,7 +85,7 @@ def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
 
 
 def _to(config: SuiteConfig, name: str) -> TransferConfig:
-    """The transfer to a target, whose runs' configuration is written beside them."""
+    """Return the configuration of a transfer to a target, and write that of its runs to a file."""
     folder = config.output_dir / name
     base = replace(_config(config, name, config.max_steps), output_dir=None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _to(config: SuiteConfig, name: str) -> TransferConfig:
 
 
 Cells = Sequence[dict[str, Any]]
-"""Of `transfer.json`: k, start and the scores of the seeds."""
+"""Cells of `transfer.json`: k, start and the scores of the seeds."""
 
 
 def _scores(cells: Cells, k: int, start: Start) -> list[float]:
@@ -109,13 +109,13 @@ def _scores(cells: Cells, k: int, start: Start) -> list[float]:
 
 
 def gain(cells: Cells, k: int, start: Start) -> Interval:
-    """How much better a start is than none, seed by seed."""
+    """Return the difference between an initialisation and none, paired by seed."""
     pairs = zip(_scores(cells, k, start), _scores(cells, k, "scratch"), strict=True)
     return interval([ours - scratch for ours, scratch in pairs])
 
 
 def table(found: Mapping[str, Cells]) -> str:
-    """Every target, k and start."""
+    """Return a table of every target, k and start."""
     rows = []
     for name, cells in found.items():
         for k in dict.fromkeys(cell["k"] for cell in cells):
@@ -127,7 +127,7 @@ def table(found: Mapping[str, Cells]) -> str:
 
 
 def wins(found: Mapping[str, Cells], shots: Sequence[int]) -> str:
-    """On how many targets a trained start is better than none, for each k."""
+    """Describe for each k on how many targets a trained initialisation is better than none."""
     lines = []
     for k, start in product(shots, INHERITED):
         gains = {name: gain(cells, k, start) for name, cells in found.items()}
@@ -142,7 +142,7 @@ def wins(found: Mapping[str, Cells], shots: Sequence[int]) -> str:
 
 
 def draw(found: Mapping[str, Cells], shots: Sequence[int], path: Path) -> bool:
-    """The mean over the targets of every start, by k; the interval is of the seeds."""
+    """Plot the mean over targets of each start by k, with intervals over seeds."""
     lines: dict[str, dict[int, Interval]] = {}
     for start, name in NAMES.items():
         lines[name] = {}

@@ -25,10 +25,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "NCCL communica
 def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> Iterator[None]:
     """Re-raise I/O and worker failures with a hint how to resume; let other exceptions through.
 
-    Args:
-        folder: Folder of the run.
-        option: Option that sets the folder, for the message.
-        way_on: Advice how to continue; by default, to resume from the run's newest checkpoint.
+    `option` is the option that sets the folder. `way_on` replaces the advice to resume from a checkpoint.
 
     Raises:
         OSError: If the disk is full, the folder is read-only or missing, or too many files are open. It keeps

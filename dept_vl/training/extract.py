@@ -23,9 +23,7 @@ from dept_vl.training.options import ExtractConfig
 
 
 def extract(config: ExtractConfig) -> list[Path]:
-    """Encode every image of the splits once and store the features. Images already encoded are skipped.
-
-    The processes share the work.
+    """Encode every image of the splits once, shared among processes. Images already encoded are skipped.
 
     Returns:
         Folder of each task's features.

@@ -128,7 +128,7 @@ def existing(folder: Path) -> Path:
 
 
 def release(opened: Opened, accelerator: Accelerator) -> None:
-    """Remove the config of a run that failed validation, so that the corrected command can use the folder."""
+    """Remove the files of a run that failed validation, so that the corrected command can use the folder."""
     if opened.claimed and accelerator.is_main_process and not (opened.path / LOG_FILE).exists():
         remove_noted(opened.path, CONFIG_FILE, FEATURES_FILE, IDENTITY_FILE)
 

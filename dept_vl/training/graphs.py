@@ -90,14 +90,9 @@ class Recorded:
 class GraphedStep:
     """A `Backward` that replays CUDA graphs, and runs the plain step where it cannot.
 
-    Dropout draws the same random numbers as in the plain step.
-
-    Args:
-        backward: Plain step. It must not wait for the device, nor keep results between calls.
-        parameters: Trained parameters.
-        rows: Batch sizes to record. Other batches may be the only ones of their shape and run plain.
-        device: CUDA device.
-        report: Function called with one line if recording fails. Later steps then run plain.
+    Dropout draws the same random numbers as in the plain step. `backward` is the plain step, which must not
+    wait for the device or keep its results. Batches of `rows` examples are recorded; others may be the only
+    ones of their shape. If recording fails, `report` is called with one line and later steps run plain.
 
     Attributes:
         recorded: Recorded steps by the shapes of their inputs.

@@ -168,9 +168,7 @@ def _remark(folder: Path, reason: str) -> None:
 
 
 def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
-    """Return fingerprints of the data and models that a run would read now, by name.
-
-    Data and models are read once per process, see `forget_contents`.
+    """Return fingerprints of the data and models that a run would read now; cached until `forget_contents`.
 
     Raises:
         FileNotFoundError: If data or models are missing.

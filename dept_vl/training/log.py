@@ -48,8 +48,7 @@ class Log:
     Losses are read only when they are logged, since reading waits for the device. A loss that is not finite
     is found then, and the error names its step and batch.
 
-    When a run resumes, lines of steps after `progress.steps` are removed, because these steps run again. Only
-    the main process writes.
+    On resuming, lines of steps after `progress.steps` are removed. Only the main process writes.
     """
 
     def __init__(
@@ -111,8 +110,7 @@ class Log:
     def scores(self, name: str, score: float, scores: Mapping[str, float], *, keep: bool = True) -> None:
         """Print the scores of an evaluation, and log them if `keep`.
 
-        An extra evaluation is not logged, so that the log of a resumed run equals that of an uninterrupted
-        one.
+        Extra evaluations are not logged, so that the log equals that of an uninterrupted run.
         """
         if keep:
             self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})

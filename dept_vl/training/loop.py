@@ -44,11 +44,8 @@ class Loop:
     Every batch is of one task, the same task on all processes. With several tasks, the mean of their primary
     scores decides which adapter is best. Only this class updates `Progress`.
 
-    Args:
-        collator: Collator of training batches.
-        dev_collator: Collator of evaluation batches.
-        graphs: Whether to record training steps as CUDA graphs.
-        generate: Function that predicts an evaluation batch; None uses the model's own.
+    `collator` makes training batches and `dev_collator` evaluation batches. `generate`, if given, predicts
+    evaluation batches instead of the model. With `graphs`, steps are recorded as CUDA graphs.
     """
 
     def __init__(
@@ -300,7 +297,7 @@ class _Interrupt:
             self.signal, self.asked_at = number, time.monotonic()
 
     def requested(self, accelerator: Accelerator, *, agreed: bool) -> int:
-        """Return the signal that any process has received; several processes compare only where `agreed`."""
+        """Return the signal that any process received. Several processes exchange it only if `agreed`."""
         if accelerator.num_processes == 1:
             return self.signal
         if not agreed:

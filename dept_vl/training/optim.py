@@ -60,8 +60,7 @@ def build_optimizer(
 ) -> AdamW:
     """Return AdamW over the trainable parameters, with one named group for each learning rate.
 
-    For a parameter in `sizes` (see `sizes_of`), learning rate, epsilon and weight decay are scaled as if it
-    were measured in units of its size.
+    Learning rate, epsilon and weight decay of a parameter in `sizes` apply to it in units of its size.
 
     Raises:
         ValueError: If there are no trainable parameters.
@@ -90,8 +89,7 @@ def build_optimizer(
 def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_steps: int) -> LambdaLR:
     """Return a schedule with linear warm-up, then linear decay to zero.
 
-    The warm-up takes `warmup_ratio` of the steps if that is set, else `warmup_steps` but at most a tenth of
-    the run.
+    The warm-up is `warmup_ratio` of the steps if set, else `warmup_steps` but at most a tenth of the steps.
     """
     warmup = min(options.warmup_steps, max_steps // 10)
     if options.warmup_ratio:

@@ -33,12 +33,8 @@ TURN = 20.0
 def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder in a `with` block. The main process holds it for all processes of a run.
 
-    The folder is created if it is missing. If it was created here and is empty at the end, it is removed.
-
-    Args:
-        folder: Folder to lock.
-        accelerator: Accelerator of the run, if it can have several processes.
-        wait: Whether to wait while another process holds the lock.
+    The folder is created if it is missing, and then removed at the end if it is empty. With `wait`, wait
+    while another process holds the lock.
 
     Raises:
         InUseError: If another process holds the lock. It is raised on every process.

@@ -63,9 +63,7 @@ from dept_vl.training.trackers import check_tracker, start_tracker
 def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     """Train on one or several tasks, choose the best checkpoint on the dev splits, and score the test splits.
 
-    Args:
-        config: Configuration of the run.
-        more_to_come: Whether another run follows in this program. If so, the process group stays open.
+    With `more_to_come`, another run follows in this program, so the process group stays open.
 
     Raises:
         FileExistsError: If the output folder already holds a run.

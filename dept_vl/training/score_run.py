@@ -65,9 +65,7 @@ class Evaluated:
 def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
     """Load a run's model, predict and score a split, and write the predictions, scores and submission.
 
-    Args:
-        config: Configuration of the evaluation.
-        write: Whether to write files.
+    Without `write`, no files are written.
 
     Raises:
         FileNotFoundError: If the run, the data or images are missing.
@@ -131,10 +129,7 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
 
 @contextmanager
 def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConfig) -> Iterator[None]:
-    """Hold the lock of a folder, which must have no predictions, while an evaluation writes to it.
-
-    If the folder is None, nothing is written and no lock is held.
-    """
+    """Lock a folder without predictions while an evaluation writes to it; do nothing if it is None."""
     if folder is None:
         yield
         return

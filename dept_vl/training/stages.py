@@ -107,9 +107,7 @@ class Stages(ABC):
 
 
 def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
-    """Write the predictions in the format of the task's server, and a picture of some of them.
-
-    Print a warning if examples were skipped.
+    """Write the predictions in the format of the task's server and a picture; warn about skipped examples.
 
     Returns:
         File of the predictions.

@@ -1,4 +1,4 @@
-"""Batches of scenes and of questions about them, without end, for pretraining the small backbones."""
+"""Endless batches of scenes and of questions about them, to pretrain the small backbones."""
 
 import math
 import re
@@ -28,23 +28,23 @@ from dept_vl.tasks.scenes.texts import ask_pair, ask_text, caption
 from pretraining.options import SPATIAL
 
 IGNORE_INDEX = -100
-"""Class that the loss does not count, as torch has it."""
+"""Label that torch's loss ignores."""
 CELL_CLASSES = {"shape": [*SHAPES, "nothing"], "colour": list(COLOURS), "size": list(SIZES)}
 PHRASE = re.compile(
     rf"\b(?:(?:{'|'.join(SIZES)}) )?(?:(?:{'|'.join(COLOURS)}) )?(?:{'|'.join([*SHAPES, *NOUNS])})s?\b"
 )
 MOST = 2
-"""Objects that a phrase fits are counted up to here."""
+"""Objects that fit a phrase are counted up to this number."""
 COMPARES = re.compile(rf"\b(?:({'|'.join(RELATIONS)})|far ({'|'.join(SIDES)}))\b")
-"""How a text compares the places of two objects."""
+"""Expressions that compare the positions of two objects."""
 TOWARDS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""The direction that a relation looks in."""
+"""Direction of each relation."""
 
 Cells = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def cells(scenes: list[Scene]) -> Cells:
-    """Pixels and, of the object centred in each cell, the class of each attribute and the offset in it."""
+    """Return pixels and, for the object centred in each cell, attribute classes and offset in the cell."""
     pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
     targets = np.full((len(scenes), len(CELL_CLASSES), GRID**2), IGNORE_INDEX)
     targets[:, 0] = len(SHAPES)
@@ -60,69 +60,69 @@ def cells(scenes: list[Scene]) -> Cells:
 
 
 def on_device(drawn: Cells, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels in -1..1, classes and offsets."""
+    """Return pixels in -1..1, classes and offsets."""
     pixels, targets, offsets = (torch.from_numpy(part).to(device) for part in drawn)
     return pixels.permute(0, 3, 1, 2) / 127.5 - 1, targets, offsets
 
 
 class DrawnCells(IterableDataset[Cells]):
-    """Batches of freshly drawn scenes, without end."""
+    """Endless batches of newly drawn scenes."""
 
     def __init__(self, seed: int, size: int) -> None:
         self.seed, self.size = seed, size
 
     def __iter__(self) -> Iterator[Cells]:
-        """Each worker draws scenes of its own."""
+        """Yield batches. Each worker draws different scenes."""
         rng = worker_rng(self.seed)
         while True:
             yield cells([sample_scene(rng) for _ in range(self.size)])
 
 
 def worker_rng(seed: int) -> Random:
-    """A generator for this process; without workers that of the seed itself."""
+    """Return a random generator for this worker; without workers its seed is `seed` itself."""
     worker = get_worker_info()
     return Random(seed if worker is None else seed + 1_000_003 * (worker.id + 1))
 
 
 def loader(dataset: Any, workers: int) -> DataLoader[Any]:
-    """Load items as they are: NumPy's arrays need no shared memory."""
+    """Return a data loader that passes items unchanged, because NumPy arrays need no shared memory."""
     ahead = 4 if workers else None
     return DataLoader(dataset, None, num_workers=workers, prefetch_factor=ahead, collate_fn=as_is)
 
 
 def as_is(item: Any) -> Any:
-    """Of a loader that changes nothing."""
+    """Return the item unchanged."""
     return item
 
 
 class Pixels(Dataset[Cells]):
-    """Rendered scenes, some hundreds an item."""
+    """Rendered scenes, in parts of `size` scenes."""
 
     def __init__(self, scenes: list[Scene], size: int = 500) -> None:
         self.parts = [scenes[start : start + size] for start in range(0, len(scenes), size)]
 
     def __len__(self) -> int:
-        """Items."""
+        """Return the number of parts."""
         return len(self.parts)
 
     def __getitem__(self, place: int) -> Cells:
-        """Pixels of some scenes, and what is in their cells."""
+        """Return pixels, classes and offsets of a part."""
         return cells(self.parts[place])
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Text, target and the rows of the scenes that they are about."""
+    """Source and target text, and the rows of the scenes that they are about."""
 
     qa: QA
     rows: tuple[int, ...]
 
 
 class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
-    """Batches of one kind each, without end, so that long targets keep to themselves.
+    """Endless batches, each of one kind, so that long targets are not mixed with short ones.
 
-    Captions and pairs are longer, so that a batch has fewer of them. `spatial_share` of the questions are
-    about places, of the families `spatial`.
+    Batches of captions and pairs, which are longer, are smaller. `spatial_share` of the questions are of the
+    families `spatial`, which are about positions.
     """
 
     def __init__(
@@ -142,14 +142,14 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
         self.crowded = [row for row, scene in enumerate(scenes) if len(scene.objects) > 1]
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        """Each worker asks questions of its own."""
+        """Yield batches. Each worker asks different questions."""
         rng = worker_rng(self.seed)
         while True:
             batch = self.draw(rng)
             yield encoded(self.tokenizer, batch) | phrases(self.tokenizer, batch, self.scenes)
 
     def draw(self, rng: Random) -> list[Sample]:
-        """One batch."""
+        """Draw one batch."""
         rows, size = range(len(self.scenes)), self.size
         kind = rng.choices(["questions", "captions", "pairs", "text"], [74, 8, 12, 6])[0]
         if kind == "questions":
@@ -164,7 +164,7 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
         return [Sample(ask_text(rng), ()) for _ in range(size)]
 
     def question(self, row: int, rng: Random) -> Sample:
-        """One question about a scene."""
+        """Draw one question about a scene, or a spatial question about a crowded scene."""
         families = self.families
         if self.crowded and rng.random() < self.spatial_share:
             families, row = self.spatial, rng.choice(self.crowded)
@@ -172,13 +172,13 @@ class DrawnBatches(IterableDataset[dict[str, np.ndarray]]):
 
 
 def with_prefix(qa: QA, rng: Random) -> QA:
-    """Half of the questions carry a task prefix, as the tasks' own source texts do."""
+    """Add a task prefix to half of the questions, as in the source texts of the tasks."""
     prefix = rng.choices(["", "vqa: ", "gqa: "], [5, 4, 1])[0]
     return QA(prefix + qa.source_text, qa.target_text)
 
 
 def encoded(tokenizer: Any, batch: list[Sample]) -> dict[str, np.ndarray]:
-    """Text and target of a batch as tokens, and the rows of its scenes."""
+    """Return token ids of source and target texts, and the rows of the scenes."""
     source = tokenizer([s.qa.source_text for s in batch], padding=True, return_tensors="np")
     target = tokenizer([s.qa.target_text for s in batch], padding=True, return_tensors="np")
     labels = np.where(target.attention_mask == 0, IGNORE_INDEX, target.input_ids)
@@ -188,12 +188,13 @@ def encoded(tokenizer: Any, batch: list[Sample]) -> dict[str, np.ndarray]:
 
 
 def phrases(tokenizer: Any, batch: list[Sample], scenes: list[Scene]) -> dict[str, np.ndarray]:
-    """What the phrases in a batch's texts refer to, for questions about one image.
+    """Return what the phrases in the texts refer to, for questions about one image.
 
     Returns:
-        By name: example and token where a phrase ends; how many objects it fits, where it is one alone the
-        class of each attribute, and where two are compared whether it is the second, and whether it lies
-        further that way; centre, in cells, of that object, and how far that way it lies (NaN: not told).
+        `ends`: example and token where each phrase ends. `classes`: number of objects that fit it, attribute
+        classes if it is a single object, and for a comparison whether it is the second phrase and whether it
+        lies further in that direction. `places`: centre of the single object, in cells, and how far it lies
+        in that direction (NaN if not asked).
     """
     ends, classes, places = [], [], []
     for row, sample in enumerate(batch):
@@ -223,7 +224,7 @@ def phrases(tokenizer: Any, batch: list[Sample], scenes: list[Scene]) -> dict[st
 
 
 def reach(source: str, found: list[list[Object]]) -> list[float]:
-    """How far two compared objects lie the way that a text of two phrases asks about; else nothing."""
+    """Return how far two compared objects lie in the direction of the comparison; empty without one."""
     compares = COMPARES.search(source)
     if compares is None or [len(items) for items in found] != [1, 1]:
         return []
@@ -232,7 +233,7 @@ def reach(source: str, found: list[list[Object]]) -> list[float]:
 
 
 def fitting(scene: Scene, phrase: str) -> list[Object]:
-    """The objects that a phrase such as `large red thing` fits."""
+    """Return the objects that fit a phrase such as `large red thing`."""
     nouns = {form for noun in NOUNS for form in (noun, f"{noun}s")}
     wanted = [word for word in phrase.split() if word not in nouns]
     # Shapes may be in the plural.

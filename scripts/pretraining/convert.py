@@ -1,8 +1,7 @@
-"""A BART that computes nearly what a T5 does, to go on from.
+"""Convert a T5 to a BART that computes nearly the same, to continue training.
 
-A T5 normalises what each of its parts reads, a BART what each has written. With the scale of the stream at
-every norm, which is measured, one can be written as the other, but for T5's positions, which BART has to
-learn anew.
+T5 normalises the input of each sublayer, BART its output. With the measured scale of the hidden states at
+every norm, T5's weights can be rewritten for BART, except T5's positions, which BART has to learn.
 """
 
 from random import Random
@@ -18,19 +17,19 @@ from pretraining.batches import DrawnBatches
 from pretraining.measure import encode_scenes, tensors
 
 SCENES, QUESTIONS = 200, 200
-"""That the scales are measured on."""
+"""Numbers of scenes and questions to measure the scales on."""
 POSITIONS = 0.5
-"""Spread of BART's vectors of positions over that of the words."""
+"""Standard deviation of BART's position embeddings relative to that of the word embeddings."""
 
 
 @torch.no_grad()
 def convert(t5: Backbone, bart: Backbone) -> None:
-    """Give a BART of the same sizes, tower and tokenizer the weights of a T5."""
+    """Copy a T5's weights to a BART with the same sizes, tower and tokenizer."""
     old, new = t5.language, bart.language
     scales = measured(t5)
     table = old.get_input_embeddings().weight
     words = new.get_input_embeddings()
-    # BART multiplies the words it reads by the root of the width; T5 divides the scores it gives by it.
+    # BART multiplies input embeddings by the root of the hidden size; T5 divides its logits by it.
     words.weight.copy_(table / table.shape[1] ** 0.5)
     for side in ("encoder", "decoder"):
         source, target = getattr(old, side), getattr(new.model, side)
@@ -43,7 +42,7 @@ def convert(t5: Backbone, bart: Backbone) -> None:
             )
             attentions = [("SelfAttention", layer.self_attn, layer.self_attn_layer_norm), *crossed]
             for part, (name, attention, _) in zip(block.layer, attentions, strict=False):
-                # Of the encoder's states T5 normalises no more.
+                # T5 does not normalise the encoder's states again.
                 read = part.layer_norm.weight
                 memory = torch.ones_like(read) if name == "EncDecAttention" else read
                 given = getattr(part, name)
@@ -59,7 +58,7 @@ def convert(t5: Backbone, bart: Backbone) -> None:
     assert projection is not None
     assert given is not None
     projection.load_state_dict(given.state_dict(), strict=False)
-    # The first norm has brought the words to 1, which the visual tokens bypass.
+    # The first norm scales the words to 1, but not the visual tokens.
     scale = scales["visual"]
     for weight in (projection.norm.weight, projection.image_order.weight, projection.object_order.weight):
         weight.div_(scale)
@@ -67,7 +66,7 @@ def convert(t5: Backbone, bart: Backbone) -> None:
 
 @torch.no_grad()
 def measured(backbone: Backbone) -> dict[Any, Tensor]:
-    """Root mean square of what each norm of a T5 reads, and of visual tokens."""
+    """Return the root mean square of the input of each norm of a T5, and of the visual tokens."""
     found: dict[Any, Tensor] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

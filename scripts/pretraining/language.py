@@ -1,4 +1,4 @@
-"""Tokenizer and language model, taught on the cached features of a frozen tower."""
+"""Training of the tokenizer and the language model, on cached features of a frozen tower."""
 
 import copy
 import math
@@ -32,23 +32,23 @@ from pretraining.options import PretrainConfig
 
 EVALUATE_EVERY = 700
 WATCHED_SCENES = 100
-"""Scenes that progress is measured on."""
+"""Number of scenes for evaluations during training."""
 WARMUP_STEPS = 200
-"""Of the language model."""
+"""Warm-up steps of the language model."""
 FITTED_SCENES = 1000
-"""Scenes that a projection is fitted to another tower on."""
+"""Number of scenes used to fit a projection to another tower."""
 HEADS = [1 + MOST, *(len(classes) for classes in CELL_CLASSES.values()), 2, 2, 3]
-"""What is read at the end of a phrase: how many objects it fits; of one, the classes; of two that are
-compared, which it is and whether it lies further that way; centre of one, and how far that way it lies."""
+"""Outputs predicted at the end of a phrase: number of objects that fit it; attribute classes if it is one;
+for a comparison, which phrase it is and whether it lies further in that direction; centre, and how far."""
 FORK = multiprocessing.get_context("fork")
 UNFINISHED = "unfinished"
-"""Folder with the backbone as it was at the last evaluation, while it is trained."""
+"""Folder with the backbone at the last evaluation, while it is trained."""
 PHRASE_WEIGHT, COMPARISON_WEIGHT = 0.5, 1.0
-"""Of what the encoder is taught of each phrase, beside the answers."""
+"""Loss weights of the predictions about phrases and comparisons, relative to the answers."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing BPE that keeps every word of the scenes' language whole and spells out others."""
+    """Train a lower-casing BPE tokenizer that keeps every word of the scenes' texts whole."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,7 +81,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_language(config: PretrainConfig) -> PreTrainedModel:
-    """A small T5 or BART with random weights."""
+    """Return a small T5 or BART with random weights."""
     vocabulary = math.ceil(len(build_tokenizer()) / 8) * 8
     if config.language == "bart":
         bart = BartForConditionalGeneration(
@@ -127,14 +127,14 @@ def build_language(config: PretrainConfig) -> PreTrainedModel:
 
 
 def waves(positions: int, width: int) -> Tensor:
-    """Sines and cosines of lengths from 6 to 600 positions, to start from."""
+    """Return sines and cosines with wavelengths from 6 to 600 positions, as initial position embeddings."""
     angles = torch.arange(positions)[:, None] * 0.01 ** torch.linspace(0, 1, width // 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 @torch.no_grad()
 def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig) -> None:
-    """Make a projection give, on another tower, the visual tokens that an earlier one gave on its own."""
+    """Fit a projection on a new tower to produce the visual tokens of an earlier one on its own tower."""
     new, old = backbone.visual_projection, earlier.visual_projection
     assert new is not None
     assert old is not None
@@ -153,7 +153,7 @@ def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig
 
 
 class Course:
-    """What the processes of one language stage share: weights, their gradients, how far it is."""
+    """State that the processes of a language stage share: weights, gradients and progress."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class Course:
             self.gradients = torch.zeros(config.processes, size).share_memory_()
 
     def average(self, place: int) -> None:
-        """Give the first process the mean of what all found."""
+        """Give the first process the mean of the gradients of all processes."""
         if not len(self.gradients):
             return
         own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -189,7 +189,7 @@ class Course:
 
 
 def pretrain_language(config: PretrainConfig, backbone: Backbone) -> int:
-    """Train language model and visual projection on cached features; return how many steps were taken."""
+    """Train language model and visual projection on cached features; return the number of steps."""
     rng = Random(config.seed + 1)
     scenes = [sample_scene(rng) for _ in range(config.scenes + config.evaluation_scenes)]
     features = encode_scenes(backbone, scenes, config.num_workers)
@@ -206,7 +206,7 @@ def pretrain_language(config: PretrainConfig, backbone: Backbone) -> int:
 
 
 def teach(course: Course, place: int) -> None:
-    """Answer batches until the time is up; the first of the processes steps for all."""
+    """Train on batches until the end; the first process takes the optimizer steps for all."""
     config = course.config
     optimizer = Adafactor(course.parameters, lr=config.language_lr, scale_parameter=True, relative_step=False)
     asked = (course.scenes, course.model.backbone.tokenizer, config.seed + 1 + 1000 * place)
@@ -229,7 +229,7 @@ def teach(course: Course, place: int) -> None:
 
 
 def lead(course: Course, optimizer: Adafactor, loss: float, seconds: float) -> None:
-    """Take a step, and tell how far it is."""
+    """Take an optimizer step, and print the progress."""
     config, step = course.config, course.steps.value
     for group in optimizer.param_groups:
         group["lr"] = config.language_lr * rate(step, course.done.value)
@@ -248,9 +248,9 @@ def lead(course: Course, optimizer: Adafactor, loss: float, seconds: float) -> N
 
 
 def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray], features: Tensor) -> Tensor:
-    """Of the answers, and of what the encoder knows at the end of a phrase of the objects that it fits.
+    """Return the loss of the answers plus that of predictions about phrases from the encoder's states.
 
-    The second finds in hundreds of steps what the answers alone teach in thousands.
+    The second loss teaches in hundreds of steps what the answers alone teach in thousands.
     """
     arguments = tensors(batch, features)
     ends, classes, places = (arguments.pop(name) for name in ("ends", "classes", "places"))
@@ -263,7 +263,7 @@ def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray]
     states = encoded_source.last_hidden_state[ends[:, 0], ends[:, 1]]
     *named, found = heads(states.float()).float().split(HEADS, dim=-1)
     compared = ~places[:, -1].isnan()
-    # Comparisons are few, and count by themselves.
+    # Comparisons are rare, so they have a separate weight.
     weights = [PHRASE_WEIGHT / len(ends)] * (1 + len(CELL_CLASSES))
     weights += [COMPARISON_WEIGHT / max(1, int(compared.sum()))] * 2
     for scores, target, weight in zip(named, classes.unbind(1), weights, strict=True):
@@ -279,5 +279,5 @@ def loss_of(model: PromptedModel, heads: nn.Linear, batch: dict[str, np.ndarray]
 
 
 def rate(step: int, done: float) -> float:
-    """Linear warm-up, times a cosine to zero."""
+    """Return the learning-rate factor: linear warm-up, times a cosine decay to zero."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -1,4 +1,4 @@
-"""What a small backbone knows of scenes."""
+"""Evaluation of a small backbone on scenes."""
 
 from random import Random
 
@@ -16,7 +16,7 @@ from pretraining.options import PretrainConfig
 
 
 def measure(config: PretrainConfig) -> dict[str, float]:
-    """Scores of the stored backbone on scenes that it never saw."""
+    """Return the scores of the saved backbone on new scenes."""
     backbone = Backbone.from_pretrained(config.output_dir).to(config.device)
     rng = Random(config.seed + 2)
     scenes = [sample_scene(rng) for _ in range(config.evaluation_scenes)]
@@ -26,7 +26,7 @@ def measure(config: PretrainConfig) -> dict[str, float]:
 
 @torch.no_grad()
 def encode_scenes(backbone: Backbone, scenes: list[Scene], workers: int) -> Tensor:
-    """Visual features of every scene, (scenes, 1, tokens, d_vision), in half precision."""
+    """Return visual features of every scene, (scenes, 1, tokens, d_vision), in half precision."""
     assert backbone.vision is not None
     device = backbone.device
     drawn = loader(Pixels(scenes), workers)
@@ -34,14 +34,14 @@ def encode_scenes(backbone: Backbone, scenes: list[Scene], workers: int) -> Tens
 
 
 def tensors(batch: dict[str, np.ndarray], features: Tensor) -> dict[str, Tensor | None]:
-    """The model's arguments for an encoded batch."""
+    """Return the model's inputs for an encoded batch."""
     found = {name: torch.from_numpy(part).to(features.device) for name, part in batch.items()}
     rows = found.pop("rows")
     return found | {"visual_features": features[rows].flatten(1, 2).float() if rows.numel() else None}
 
 
 def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor) -> dict[str, float]:
-    """Share answered exactly, by family: as pretraining asks, and what it never asks."""
+    """Return the exact match by family of questions, including families that pretraining leaves out."""
     rng = Random(0)
     samples: dict[str, list[Sample]] = {}
     rows = range(len(scenes))
@@ -67,7 +67,7 @@ def evaluate(model: PromptedModel, scenes: list[Scene], features: Tensor) -> dic
 
 
 def exact_match(model: PromptedModel, samples: list[Sample], features: Tensor) -> float:
-    """Share of samples whose greedy answer equals the target."""
+    """Return the share of samples whose greedy prediction equals the target."""
     right = 0
     for start in range(0, len(samples), 1024):
         batch = samples[start : start + 1024]

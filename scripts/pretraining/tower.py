@@ -1,4 +1,4 @@
-"""The vision tower, supervised cell by cell on rendered scenes."""
+"""Training of the vision tower, with labels for each cell of rendered scenes."""
 
 import time
 from random import Random
@@ -16,7 +16,7 @@ from pretraining.options import PretrainConfig
 
 VISION_ARCHITECTURE = "resnet10t"
 VISION_ARGS = {"channels": (32, 64, 96, 128), "stem_width": 16, "output_stride": 16}
-"""A ResNet of timm, narrowed; stride 16 makes 4 x 4 visual tokens of a 64-pixel image."""
+"""A narrow ResNet of timm. Stride 16 makes 4 x 4 visual tokens of a 64-pixel image."""
 PIXELS = {
     "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
     "mean": (0.5, 0.5, 0.5),
@@ -25,11 +25,11 @@ PIXELS = {
     "interpolation": "bilinear",
 }
 OFFSET_WEIGHT = 5.0
-"""Of the error of the offset in a cell, in cells."""
+"""Loss weight of the offset in a cell, measured in cells."""
 
 
 def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, float]]:
-    """Train the tower to name what has its centre in each cell and where in it, and the cell's own place."""
+    """Train the tower to predict the object centred in each cell, its offset, and the cell's own position."""
     device = config.device
     tower = TimmWrapperModel(
         TimmWrapperConfig(
@@ -60,7 +60,7 @@ def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, fl
         *named, placed, found = logits(pixels)
         loss = nn.functional.cross_entropy(placed.flatten(0, 1), places.repeat(len(pixels)))
         filled = targets[:, 1] != IGNORE_INDEX
-        # The offset in the cell, without which a third of the image or a comparison cannot be told.
+        # The offset in the cell, which questions about thirds of the image and comparisons need.
         loss = loss + OFFSET_WEIGHT * nn.functional.smooth_l1_loss(found[filled], offsets[filled], beta=0.1)
         for scores, target, weight in zip(named, targets.unbind(1), [shape_weights, None, None], strict=True):
             loss = loss + nn.functional.cross_entropy(
@@ -90,7 +90,7 @@ def pretrain_vision(config: PretrainConfig) -> tuple[VisionEncoder, dict[str, fl
 
 
 def take_step(loss: Tensor, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """One clipped step."""
+    """Take one optimizer step with clipped gradients."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,3 +1,3 @@
-"""Time and memory of a step, ours and others', side by side; `scripts/bench.py` runs it."""
+"""Benchmark of time and memory of a step, for this package, PEFT and others; `scripts/bench.py` runs it."""
 
 __all__ = ["costs", "figures", "measure", "methods", "pretrained", "steps"]

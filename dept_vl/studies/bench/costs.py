@@ -1,4 +1,4 @@
-"""Processor time and memory of a training step, for several configurations of one task in turn."""
+"""Processor time and memory of a training step, for several configurations of one task."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -23,17 +23,17 @@ from dept_vl.training.build import build_model
 from dept_vl.training.optim import build_optimizer
 
 TRAINED_BYTES = 12
-"""Of each trained number in full precision: its gradient and AdamW's two moments."""
+"""Bytes for each trainable parameter in full precision: gradient and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step takes.
+    """Cost of a training step.
 
     Attributes:
-        seconds: Of the processor, all threads together, one for each round.
-        bytes: What the forward pass keeps for the backward pass, gradients, and AdamW's moments; not the
-            weights, which are the same with every method.
+        seconds: Processor time of each round, summed over threads.
+        bytes: Bytes that the forward pass keeps for the backward pass, gradients, and AdamW's moments. The
+            weights, which are the same for every method, are not included.
     """
 
     seconds: list[float]
@@ -41,25 +41,25 @@ class StepCost:
 
     @property
     def milliseconds(self) -> float:
-        """Of the processor, the median over the rounds."""
+        """Median processor time over the rounds."""
         return 1000 * median(self.seconds)
 
     @property
     def mib(self) -> float:
-        """The bytes in MiB."""
+        """Memory in MiB."""
         return self.bytes / 2**20
 
 
 @waiting("measuring steps")
 def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, StepCost]:
-    """Measure steps on the same batches of a task's training split.
+    """Measure training steps of several configurations on the same batches, on a CPU.
 
-    Every configuration takes one step in each round and another one first each time, so that a busy machine
-    disturbs all alike. Time is the processor's, not the clock's: other programs do not count. On a CPU only.
+    Every configuration takes one step per round, and a different one is first each time, so that other load
+    affects all equally. Processor time is measured, which excludes other programs.
 
     Args:
-        configs: By name; of one task, with one seed. Configurations that train nothing are left out.
-        rounds: Steps that are measured of each; one more is not.
+        configs: Configurations by name, of one task with one seed. Those that train nothing are left out.
+        rounds: Number of measured steps of each configuration, after one warm-up step.
     """
     accelerator = Accelerator(cpu=True)
     first = next(iter(configs.values()))
@@ -90,7 +90,7 @@ def measure_steps(configs: Mapping[str, RunConfig], rounds: int) -> dict[str, St
         name: StepCost([], _memory(models[name], optimizer, batches[name][0]))
         for name, optimizer in optimizers.items()
     }
-    for name, optimizer in optimizers.items():  # a first step makes AdamW's moments
+    for name, optimizer in optimizers.items():  # the first step creates AdamW's moments
         _step(models[name], optimizer, batches[name][0], configs[name])
     for number, names in enumerate(in_turn(list(costs), rounds), start=1):
         for name in names:
@@ -106,7 +106,7 @@ def _collator(
     config: RunConfig,
     accelerator: Accelerator,
 ) -> Collator:
-    """Return what makes the batches of a configuration: with the encoder's outputs, if these are kept."""
+    """Return the collator of a configuration, with stored encoder outputs if it uses them."""
     if config.data.features != "encoded":
         return collate
     examples = [draw.example for draws in drawn for draw in draws]

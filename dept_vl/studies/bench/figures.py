@@ -1,4 +1,4 @@
-"""What the measurements of steps say: ratios, bars, tables and a plot."""
+"""Results of the benchmark: ratios, bars, tables and a plot."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ Measured = dict[str, Any]
 
 
 def ratio(record: Measured | None, ours: str, theirs: str, figure: str) -> Ratio | None:
-    """Ours over theirs; None if one was not measured."""
+    """Return the ratio of two methods, or None if one was not measured."""
     measured = record["measured"] if record else {}
     values = [measured[name][figure] for name in (ours, theirs) if name in measured]
     if len(values) < 2 or not all(values):
@@ -41,14 +41,14 @@ def ratio(record: Measured | None, ours: str, theirs: str, figure: str) -> Ratio
 
 @dataclass(frozen=True)
 class Bar:
-    """A ratio that is to be reached, within one group.
+    """Limit for the ratio of two methods in one group.
 
     Attributes:
-        what: In words.
-        group: Where it is measured.
-        ours, theirs: Numerator and denominator.
+        what: Description.
+        group: Key of the group.
+        ours, theirs: Methods in the numerator and the denominator.
         figure: `seconds` or `memory`.
-        limit: At most, or at least.
+        limit: Largest ratio, or smallest if `at_least`.
     """
 
     what: str
@@ -60,7 +60,7 @@ class Bar:
     at_least: bool = False
 
     def met(self, found: Ratio) -> bool:
-        """Whether the median reaches it."""
+        """Return whether the median ratio is within the limit."""
         return found.median >= self.limit if self.at_least else found.median <= self.limit
 
 
@@ -81,7 +81,7 @@ BARS = (
     Bar("features looked up over images read, step time", FILES, "cached", "live", TIME, 0.75),
 )
 SAME_LENGTH = 1.02
-"""Prompt and offset over the bare model at equal length, at most."""
+"""Largest ratio of the model with prompt and offset to the bare model at equal length."""
 PRETRAINED_BARS = tuple(
     Bar(
         f"{model}, {WORKS[work]}: {METHODS[ours]} over the model alone at its length, {word}",
@@ -99,15 +99,15 @@ PRETRAINED_BARS = tuple(
 )
 MET = {True: "met", False: "NOT met", None: ""}
 GROWTH = ("small", "base", "large")
-"""The saving is to grow with the model."""
+"""Models in order of size. The saving should grow with it."""
 
 
 def bar_rows(results: Measured) -> list[tuple[str, str, str, str]]:
-    """What each bar asks, what was measured, and whether it is met; for the tiny model too."""
+    """Return each bar with its limit, the measured ratio, and whether it is met."""
     groups = results["groups"]
     tiny = bool(results["config"]["tiny"])
     rows = []
-    # Of what nobody asked for, nothing is shown.
+    # Bars of models that were not measured are left out.
     of_t5 = not groups or any(key.partition("/")[0] not in pretrained.MODELS for key in groups)
     bars = [bar for bar in PRETRAINED_BARS if bar.group in groups]
     for bar in (*(BARS if of_t5 else ()), *bars):
@@ -129,7 +129,7 @@ HEADER = ("method", "trained", "tokens", "encoder GFLOPs", "ms", "time ratio", "
 
 
 def tables(results: Measured) -> str:
-    """Everything measured, as Markdown."""
+    """Return all results as Markdown."""
     parts = []
     for record in results["groups"].values():
         measured = record["measured"]
@@ -174,7 +174,7 @@ def _row(record: Measured, name: str, base: str) -> list[str]:
 
 
 def share_lines(results: Measured) -> list[str]:
-    """What share of the bare backbone's throughput DePT reaches, a line for each training group."""
+    """Return DePT's throughput relative to the bare backbone's, one line for each training group."""
     lines = []
     for record in results["groups"].values():
         same, floor = (ratio(record, name, "dept40", "seconds") for name in ("constant", "floor"))
@@ -188,7 +188,7 @@ def share_lines(results: Measured) -> list[str]:
 
 
 def draw(results: Measured, path: Path) -> None:
-    """Time and memory of training steps, of the group with most methods, next to plain prompt tuning's."""
+    """Plot time and memory of the largest group of training steps, relative to plain prompt tuning."""
     groups = [r for r in results["groups"].values() if "pt100" in r["measured"] and r["work"] == "train"]
     if not groups:
         return

@@ -1,4 +1,4 @@
-"""Measuring a step: saved activations, encoder operations, rounds taken in turn, ratios within a round."""
+"""Measurement of a step: saved activations, peak memory, operations, order of rounds, and ratios."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 MEMORY = "[memory]"
-"""Name of torch's events of memory."""
+"""Name of memory events in torch's profiler."""
 
 
 def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int:
-    """Bytes that a forward pass keeps for the backward pass: each storage once, parameters not.
+    """Return the bytes that a forward pass keeps for the backward pass, counting each storage once.
 
-    The peak of a step's activations on any device, without what an allocator adds.
+    This is the peak of a step's activations on any device, without the allocator's overhead.
 
     Args:
-        forward: The pass.
-        parameters: What lies in memory with or without it.
+        forward: Forward pass.
+        parameters: Tensors that do not count, such as weights and buffers.
     """
     known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
     kept: dict[int, Any] = {}
@@ -40,10 +40,10 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of the processor's memory that a call adds at its peak, those that it frees again included.
+    """Return the bytes that a call adds at its peak to the memory of a CPU.
 
     Args:
-        run: Called once; what it leaves is counted.
+        run: Function to call once. Memory that it frees or returns is included.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -53,19 +53,19 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def encoder_flops(*, batch: int, tokens: int, d_model: int, d_inner: int, d_ff: int, layers: int) -> int:
-    """Operations of a forward pass of T5's encoder: two for each multiplication in a matrix product.
+    """Return the operations of a forward pass of T5's encoder, two for each multiplication in a product.
 
-    Per token and layer four projections of d_model x d_inner and two of d_model x d_ff; per pair of tokens
-    two products of d_inner. Norms, softmax and the backward pass (about once more, as weights are frozen)
-    are not counted.
+    Each token and layer has four projections of d_model x d_inner and two of d_model x d_ff; each pair of
+    tokens has two products of d_inner. Norms, softmax and the backward pass (about the same number, as
+    weights are frozen) are not counted.
 
     Args:
-        batch: Examples.
-        tokens: Positions of each: prompt, text and visual.
-        d_model: Width.
-        d_inner: Heads x width of a head.
+        batch: Batch size.
+        tokens: Sequence length: prompt, text and visual tokens.
+        d_model: Hidden size.
+        d_inner: Number of heads times their width.
         d_ff: Inner width of the feed-forward layer.
-        layers: Of the encoder.
+        layers: Number of encoder layers.
     """
     token = 2 * (4 * d_model * d_inner + 2 * d_model * d_ff)
     pair = 2 * 2 * d_inner
@@ -73,9 +73,9 @@ def encoder_flops(*, batch: int, tokens: int, d_model: int, d_inner: int, d_ff: 
 
 
 def in_turn(names: Sequence[str], rounds: int) -> list[list[str]]:
-    """The order of each round: all names, and another one first each time.
+    """Return the order of names for each round, starting with a different name each time.
 
-    What disturbs a machine for a while then disturbs all alike, and no one always comes behind the same.
+    Temporary load on the machine then affects all equally, and the same name does not always come second.
     """
     if not names:
         return [[] for _ in range(rounds)]
@@ -85,7 +85,7 @@ def in_turn(names: Sequence[str], rounds: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two measured in the same rounds: the median of the rounds' ratios, the least and the largest."""
+    """Ratio of two measurements: median, lowest and highest of the ratios in each round."""
 
     median: float
     low: float
@@ -93,10 +93,10 @@ class Ratio:
 
     @classmethod
     def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Ratio":
-        """Round by round.
+        """Compute the ratio round by round.
 
         Raises:
-            ValueError: If they are not of the same rounds, or there is none.
+            ValueError: If the numbers of rounds differ or are 0.
         """
         if len(ours) != len(theirs) or not ours:
             raise ValueError(f"expected as many rounds of both, found {len(ours)} and {len(theirs)}")

@@ -1,7 +1,7 @@
-"""What is measured: frozen backbones of T5's sizes with random weights, batches of three shapes, and methods.
+"""Methods to measure on frozen backbones with T5's sizes and random weights, and batches of three shapes.
 
-Speed does not depend on the weights. All methods see the same batches; all prompts have the parameters of
-100 vectors (T5-base: 76,800), and the visual projection is frozen, so that nothing else is trained.
+Speed does not depend on the weights. All methods see the same batches. All prompts have the parameters of 100
+vectors (76,800 for T5-base). The visual projection is frozen, so that only the prompt is trained.
 """
 
 import copy
@@ -36,14 +36,14 @@ from dept_vl.prompts.dept import DePT
 from dept_vl.training.optim import build_optimizer
 
 REFERENCE_LENGTH = 100
-"""Vectors whose parameters every prompt has (l)."""
+"""Budget of every prompt: the parameters of this many vectors (l)."""
 TARGET_LENGTH = 4
-"""Tokens of every training target."""
+"""Number of tokens of every training target."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A T5 and the CLIP tower that goes with it."""
+    """Sizes of a T5 and of the CLIP tower used with it."""
 
     d_model: int
     d_ff: int
@@ -57,7 +57,7 @@ class Size:
 
     @property
     def d_inner(self) -> int:
-        """All heads together."""
+        """Width of all heads together."""
         return self.heads * self.d_kv
 
 
@@ -71,13 +71,13 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What an example is like.
+    """Shape of the examples.
 
     Attributes:
-        text: Mean length, in tokens.
-        spread: Standard deviation of it.
-        longest: Of any text (s), to which the authors' implementation pads.
-        image: Whether 49 visual tokens follow.
+        text: Mean length of the text, in tokens.
+        spread: Standard deviation of the length.
+        longest: Maximum length (s), to which the implementation of DePT's authors pads.
+        image: Whether 49 visual tokens follow the text.
     """
 
     text: int
@@ -93,20 +93,20 @@ SHAPES = {
 }
 
 Inputs = dict[str, Any]
-"""Tensors by name, and `paths` of the images where they are read in the step."""
+"""Tensors by name, and `paths` of images that are read in the step."""
 
 
 @dataclass
 class Runner:
-    """A method, ready to be measured.
+    """Method that is ready to be measured.
 
     Attributes:
-        forward: From what `prepare` gives to a loss, or to tokens.
-        modules: What it computes with; their parameters are no activations.
-        trained: What the optimizer moves; empty where the backbone alone is measured.
-        prompt_length: Positions in front of the text.
-        prepare: From a batch to what goes into `forward`; not measured.
-        compiled: Its layers are: the first step of a length may compile another graph.
+        forward: Function from prepared inputs to the loss, or to token ids.
+        modules: Modules it uses. Their parameters do not count as activations.
+        trained: Trained parameters; empty for the bare backbone.
+        prompt_length: Number of positions in front of the text.
+        prepare: Function from a batch to the inputs of `forward`. It is not measured.
+        compiled: Whether layers are compiled, so that the first step of a length may compile.
     """
 
     forward: Callable[[Inputs], Tensor]
@@ -117,12 +117,12 @@ class Runner:
     compiled: bool = False
 
     def __post_init__(self) -> None:
-        """AdamW, as in training."""
+        """Create AdamW, as in training."""
         groups = {"prompt": self.trained} if self.trained else {}
         self.optimizer = build_optimizer(groups, OptimOptions()) if groups else None
 
     def train_step(self, given: Inputs) -> None:
-        """Forward, backward, clipping, optimizer."""
+        """Run forward, backward, clipping and optimizer."""
         self.forward(given).backward()  # type: ignore[no-untyped-call]
         if self.optimizer is not None:
             nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -131,7 +131,7 @@ class Runner:
 
 
 def t5_config(size: Size) -> T5Config:
-    """T5 1.0 of this size."""
+    """Return a T5 1.0 configuration of this size."""
     return T5Config(
         vocab_size=size.vocabulary,
         d_model=size.d_model,
@@ -148,12 +148,12 @@ def t5_config(size: Size) -> T5Config:
 
 
 def build_backbone(size: Size, tokenizer: Path, *, vision: bool) -> Backbone:
-    """A frozen T5 with random weights, and a CLIP ViT with 49 patches.
+    """Build a frozen T5 with random weights, optionally with a CLIP ViT of 49 patches.
 
     Args:
-        size: Widths and depths.
-        tokenizer: Folder of any tokenizer of T5's kind; texts are drawn as token ids.
-        vision: With the tower and a projection.
+        size: Sizes of the models.
+        tokenizer: Folder of any T5 tokenizer. Texts are drawn as token ids.
+        vision: Whether to add the vision tower and a projection.
     """
     language = T5ForConditionalGeneration(t5_config(size))
     tower = None
@@ -180,14 +180,14 @@ def build_backbone(size: Size, tokenizer: Path, *, vision: bool) -> Backbone:
 
 
 def draw_batch(backbone: Backbone, shape: Shape, size: int, seed: int, *, multiple: int = 1) -> Inputs:
-    """Random tokens, padded to the longest text of the batch; features if the shape has an image.
+    """Draw a batch of random tokens, padded to its longest text, with features if the shape has an image.
 
     Args:
-        backbone: Its vocabulary and its tower's sizes.
-        shape: Of the examples.
-        size: How many.
-        seed: Of the batch.
-        multiple: The width is rounded up to it.
+        backbone: Backbone that determines vocabulary and tower sizes.
+        shape: Shape of the examples.
+        size: Batch size.
+        seed: Random seed.
+        multiple: Multiple to round the text length up to.
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(size, generator=generator)
@@ -223,20 +223,20 @@ METHODS = {
     "peft100held": "PEFT's PT (l=100) on our backbone",
     "lora8": "PEFT's LoRA (r=8 on q, v)",
 }
-"""By the name on the command line: the name in a table."""
+"""Name of each method in tables, by its name on the command line."""
 COMPILED = "+compiled"
-"""Behind the name of a method: its layers are compiled."""
+"""Suffix of the names of methods with compiled layers."""
 COMPILABLE = ("pt100", "dept0", "dept20", "dept40", "dept60", "dept80", "floor", "constant")
 METHODS |= {name + COMPILED: f"{METHODS[name]}, compiled" for name in COMPILABLE}
 
 
 def needs_peft(method: str) -> bool:
-    """Whether a method is PEFT's."""
+    """Return whether a method needs PEFT."""
     return method.startswith(("peft", "lora"))
 
 
 def has_peft() -> bool:
-    """Whether PEFT is installed (`pip install -e ".[bench]"`)."""
+    """Return whether PEFT is installed (`pip install -e ".[bench]"`)."""
     return importlib.util.find_spec("peft") is not None
 
 
@@ -248,17 +248,17 @@ def build_runners(
     stock: nn.Module | None = None,
     compiled: Backbone | None = None,
 ) -> dict[str, Runner]:
-    """A runner for each method.
+    """Return a runner for each method.
 
     Args:
-        names: Of `METHODS`.
-        backbone: Ready for a step; ours, the backbone alone and `peft100held` share it.
-        shape: Of the batches.
-        stock: The language model as it was loaded, for PEFT; None if none of its methods is named.
-        compiled: A copy of the backbone whose layers are compiled; None if no such method is named.
+        names: Names in `METHODS`.
+        backbone: Backbone ready for a step. All methods share it, except PEFT's on `stock`.
+        shape: Shape of the batches.
+        stock: Language model as loaded, for PEFT; None if no name needs it.
+        compiled: Copy of the backbone with compiled layers; None if no name needs it.
 
     Raises:
-        ValueError: If there is no such method, or no compiled backbone for it.
+        ValueError: If a method is unknown, or needs a compiled backbone and there is none.
     """
     runners = {}
     for name in names:
@@ -289,7 +289,7 @@ def _build_runner(name: str, backbone: Backbone, stock: nn.Module | None, shape:
 
 
 def build_prompt(d_model: int, shape: Shape, prompt_length: int) -> DePT:
-    """A prompt of so many vectors, the rest of the budget as rank."""
+    """Build a prompt of this length; the rest of the budget determines its rank."""
     sizes: dict[str, Any] = {
         "d_model": d_model,
         "max_source_length": shape.longest,
@@ -304,7 +304,7 @@ def _ours(backbone: Backbone, shape: Shape, prompt_length: int) -> Runner:
 
 
 def ours(backbone: Backbone, prompt: DePT) -> Runner:
-    """The backbone with a prompt, which is on its device."""
+    """Return a runner for the backbone with a prompt on the same device."""
     model = PromptedModel(backbone, prompt, backbone_dropout=backbone.training).train()
 
     def forward(batch: Inputs) -> Tensor:
@@ -315,16 +315,16 @@ def ours(backbone: Backbone, prompt: DePT) -> Runner:
 
 
 def pad_text(batch: Inputs, length: int) -> Inputs:
-    """Every text padded to one length, as the authors' implementation needs it for `A @ B`."""
+    """Pad every text to one length, as the implementation of DePT's authors needs for `A @ B`."""
     missing = length - batch["input_ids"].shape[1]
     padded = {name: nn.functional.pad(batch[name], (0, missing)) for name in ("input_ids", "attention_mask")}
     return batch | padded
 
 
 def _bare(backbone: Backbone, more: int) -> Runner:
-    """The backbone on one tensor of input embeddings that needs a gradient, as deep as a prompt's.
+    """Return a runner for the bare backbone, whose input embeddings need a gradient like a prompt.
 
-    Nothing of ours is in it: no look-up, no offset, no concatenation, no projection and no optimizer.
+    It includes no look-up, offset, concatenation, projection or optimizer.
     """
 
     def prepare(batch: Inputs) -> Inputs:
@@ -358,12 +358,12 @@ def _bare(backbone: Backbone, more: int) -> Runner:
 
 
 def _peft(backbone: Backbone, language: nn.Module, *, prompt_length: int) -> Runner:
-    """PEFT on the whole model; images as input embeddings, projected by the same projection.
+    """Return a runner for PEFT on the whole model. Images are input embeddings from the same projection.
 
     Args:
-        backbone: Word table and projection.
-        language: What PEFT wraps; LoRA changes it.
-        prompt_length: Of prompt tuning; 0 is LoRA.
+        backbone: Backbone with embedding matrix and projection.
+        language: Model that PEFT wraps. LoRA changes it.
+        prompt_length: Length for prompt tuning; 0 is LoRA.
     """
     from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
@@ -393,7 +393,7 @@ def _peft(backbone: Backbone, language: nn.Module, *, prompt_length: int) -> Run
 
 
 def generating(runners: dict[str, Runner], new_tokens: int) -> dict[str, Runner]:
-    """Runners of our methods and of the backbone alone that answer with so many tokens, no fewer."""
+    """Return runners that generate exactly this many tokens, for our methods and the bare backbone."""
 
     def of(runner: Runner) -> Runner:
         (model,) = runner.modules
@@ -415,7 +415,7 @@ def generating(runners: dict[str, Runner], new_tokens: int) -> dict[str, Runner]
 
 
 def write_images(folder: Path, count: int) -> list[Path]:
-    """JPEG files of COCO's usual size, 640 x 480, with something in them to decode."""
+    """Write JPEG images of COCO's usual size, 640 x 480, with random content."""
     paths = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -427,7 +427,7 @@ def write_images(folder: Path, count: int) -> list[Path]:
 
 
 def seeing(runner: Runner, vision: VisionEncoder, paths: Sequence[Path]) -> dict[str, Runner]:
-    """A method with features read from files (`cached`), and with images decoded and encoded (`live`)."""
+    """Return two runners of a method: `cached` reads stored features, `live` decodes and encodes images."""
     device = next(vision.parameters()).device
     images, folder = paths[0].parent, paths[0].parent / "features"
     write_features(vision, images, paths, folder, Accelerator(cpu=device.type == "cpu"))

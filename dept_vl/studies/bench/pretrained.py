@@ -1,7 +1,7 @@
-"""Pretrained models with random weights at published widths: alone, prompted, with LoRA, at equal length.
+"""Pretrained models with random weights in published sizes: bare, prompted, with LoRA, at equal length.
 
-The model alone is called as transformers has it, with as many further words in its source as the prompt has
-vectors. Nothing of this package is in it but the gradient of its embeddings, so that it is run back as deep.
+The bare model is called as in transformers, with as many further words in its source as the prompt has
+vectors. Its embeddings need a gradient, so that its backward pass is as deep as with a prompt.
 """
 
 import copy
@@ -35,23 +35,23 @@ from dept_vl.studies.bench.methods import Inputs, Runner, Shape, build_prompt
 
 Width = Literal["tiny", "small", "real"]
 TEXT, ANSWER, NEW_TOKENS = 24, 4, 10
-"""Tokens of each text, of each answer that is learnt, and of each that is generated."""
+"""Number of tokens of each text, of each training target, and of each generated answer."""
 LENGTH = 40
-"""Vectors of the prompt, and further words of the bare model."""
+"""Vectors of the prompt, and further words for the bare model."""
 ASKED = Shape(TEXT, 0.0, TEXT + 2, True)
 TINY_VOCABULARY = 1024
 WORDS = 500
-"""Tokens that texts are drawn from; those of images have higher numbers."""
+"""Texts are drawn from token ids below this; the ids of image tokens are higher."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as a model reads it.
+    """Image in the form that a model reads.
 
     Attributes:
-        ids: Its tokens.
-        shown: Pixels and whatever belongs to them, of so many images.
-        typed: The model is told which tokens are of images.
+        ids: Token ids of the image.
+        shown: Function that draws pixels and related inputs for a number of images.
+        typed: Whether the model needs to know which tokens are of images.
     """
 
     ids: tuple[int, ...]
@@ -59,7 +59,7 @@ class Picture:
     typed: bool = False
 
     def source(self, texts: Tensor, mask: Tensor) -> Inputs:
-        """An image in front of each text."""
+        """Return inputs with an image in front of each text."""
         ids = torch.tensor(self.ids).repeat(len(texts), 1)
         source = {
             "input_ids": torch.cat([ids, texts], dim=1),
@@ -71,7 +71,7 @@ class Picture:
 
 
 def blip2(width: Width) -> tuple[PretrainedConfig, Picture]:
-    """BLIP-2: real is with FLAN-T5-XL and EVA's ViT-g, small with FLAN-T5-base; 32 queries."""
+    """Return configuration and image of BLIP-2: FLAN-T5-XL and ViT-g if real, FLAN-T5-base if small."""
     d_model, d_ff, layers, heads = {
         "tiny": (64, 64, 2, 2),
         "small": (768, 2048, 12, 12),
@@ -105,7 +105,7 @@ def blip2(width: Width) -> tuple[PretrainedConfig, Picture]:
 
 
 def florence2(width: Width) -> tuple[PretrainedConfig, Picture]:
-    """Florence-2: real is large with DaViT at 768 pixels (577 tokens), small is base at 256 (65 tokens)."""
+    """Return those of Florence-2: large at 768 pixels (577 tokens) if real, base at 256 (65) if small."""
     pixels = {"tiny": 128, "small": 256, "real": 768}[width]
     d_model, layers, d_ff = {"tiny": (64, 2, 64), "small": (768, 6, 3072), "real": (1024, 12, 4096)}[width]
     vocabulary = TINY_VOCABULARY if width == "tiny" else 51289
@@ -135,7 +135,7 @@ def florence2(width: Width) -> tuple[PretrainedConfig, Picture]:
 
 
 def qwen(width: Width) -> tuple[PretrainedConfig, Picture]:
-    """Qwen2.5-VL: real is of 3B at 448 pixels (256 tokens), small has 12 layers at 224 (64 tokens)."""
+    """Return those of Qwen2.5-VL: 3B at 448 pixels (256 tokens) if real, 12 layers at 224 (64) if small."""
     d_model, d_ff, layers, heads = {
         "tiny": (256, 64, 2, 2),
         "small": (1024, 4096, 12, 8),
@@ -191,7 +191,7 @@ METHODS = {
     "bare40": "model alone, 40 words more",
     "attached40": "DePT (m=40), attached",
 }
-"""Beside those of `methods.METHODS`."""
+"""Methods in addition to `methods.METHODS`."""
 AT_EQUAL_LENGTH = ("bare40", "dept40")
 PLAN = {
     "train": ("bare", *AT_EQUAL_LENGTH, "pt100", "lora8"),
@@ -199,13 +199,13 @@ PLAN = {
     "labels": ("bare40", "attached40"),
     f"generate{NEW_TOKENS}": (*AT_EQUAL_LENGTH, "attached40"),
 }
-"""Work and methods, of every model."""
+"""Methods by kind of work, for every model."""
 VARIABLE = ("qwen2.5-vl",)
-"""Models whose images have as many tokens as their size makes, so that no features of them are kept."""
+"""Models whose number of image tokens depends on the image size, so that features are not stored."""
 
 
 def of_pretrained(model: str) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Shape and work, and methods, of a model."""
+    """Return the methods of a model by shape and work."""
     return {
         ("vl", work): methods
         for work, methods in PLAN.items()
@@ -214,11 +214,11 @@ def of_pretrained(model: str) -> dict[tuple[str, str], tuple[str, ...]]:
 
 
 class Processor:
-    """Puts tokens of an image in front of a text; stands for the processor that random weights lack.
+    """Processor that puts the tokens of an image in front of a text, since random weights come without one.
 
     Args:
-        tokenizer: Any; of its tokens those below `WORDS` are used.
-        picture: What an image becomes.
+        tokenizer: Any tokenizer.
+        picture: Form of the image.
     """
 
     def __init__(self, tokenizer: Any, picture: Picture) -> None:
@@ -233,14 +233,14 @@ class Processor:
 def build_pretrained(
     name: str, width: Width, tokenizer: Path, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> VisionLanguageModel:
-    """A frozen model with random weights, as `--model` would load it.
+    """Build a frozen model with random weights, as `--model` would load it.
 
     Args:
-        name: Of `MODELS`.
-        width: Of its published sizes, or smaller.
+        name: Name in `MODELS`.
+        width: Published size, or a smaller one.
         tokenizer: Folder of any tokenizer.
-        device: Where it is made.
-        dtype: Of its weights.
+        device: Device of the model.
+        dtype: Data type of the weights.
     """
     config, picture = MODELS[name](width)
     before = torch.get_default_dtype()
@@ -255,13 +255,13 @@ def build_pretrained(
 
 
 def draw_pretrained(backbone: VisionLanguageModel, size: int, seed: int, *, cached: bool = False) -> Inputs:
-    """A batch on the model's device; what `PromptedModel` reads.
+    """Draw a batch of inputs for `PromptedModel` on the model's device.
 
     Args:
-        backbone: With the processor of `build_pretrained`.
-        size: Examples.
-        seed: Of the batch.
-        cached: With features of the images in place of pixels.
+        backbone: Backbone from `build_pretrained`.
+        size: Batch size.
+        seed: Random seed.
+        cached: Whether to give features of the images instead of pixels.
     """
     torch.manual_seed(seed)
     picture = cast(Processor, backbone.processor.processor).picture
@@ -281,19 +281,19 @@ def draw_pretrained(backbone: VisionLanguageModel, size: int, seed: int, *, cach
 
 
 def sharing(module: nn.Module) -> Any:
-    """A copy of a module with hooks and layers of its own, and the same weights."""
+    """Return a copy of a module that shares its weights but has its own hooks and layers."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())})
 
 
 def build_pretrained_runners(
     names: Sequence[str], backbone: VisionLanguageModel, work: str = "train"
 ) -> dict[str, Runner]:
-    """A runner for each method.
+    """Return a runner for each method.
 
     Args:
-        names: Of `PLAN`.
-        backbone: Ready for a step; its weights are shared.
-        work: Of `PLAN`.
+        names: Names in `PLAN`.
+        backbone: Backbone ready for a step. Its weights are shared.
+        work: Kind of work in `PLAN`.
     """
     answered = int(work.removeprefix("generate")) if work.startswith("generate") else 0
     return {name: _runner(name, backbone, work, answered) for name in names}
@@ -316,7 +316,7 @@ def _runner(name: str, backbone: VisionLanguageModel, work: str, answered: int) 
 
 
 def _ours(model: PromptedModel, answered: int) -> Runner:
-    """The way of `--model`."""
+    """Return a runner for a model loaded by `--model`."""
     model.eval()  # the backbone has no dropout here
     trained = [parameter for group in model.parameter_groups().values() for parameter in group]
     length = 0 if model.prompt is None else model.prompt.prompt_length
@@ -332,14 +332,14 @@ def _ours(model: PromptedModel, answered: int) -> Runner:
 
 
 def _called(backbone: VisionLanguageModel, model: Any, work: str, answered: int, *, more: int = 0) -> Runner:
-    """A model of transformers as anybody calls it.
+    """Return a runner for a transformers model that is called directly.
 
     Args:
-        backbone: It, in this package.
-        model: Called, bare or with a prompt attached.
-        work: Of `PLAN`; with `labels` the model makes the loss.
-        answered: Tokens to generate; 0 trains.
-        more: Words in front of the source.
+        backbone: Backbone of this package with the same model.
+        model: Model to call, bare or with an attached prompt.
+        work: Kind of work in `PLAN`. With `labels` the model computes the loss.
+        answered: Number of tokens to generate; 0 trains.
+        more: Number of further words in front of the source.
     """
     prompt = getattr(model, "prompt", None)
     trained = [] if prompt is None or answered else list(prompt.parameters())
@@ -389,5 +389,5 @@ def _greedy(count: int) -> dict[str, Any]:
 
 
 def _need(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-    """A gradient of the embeddings, so that the model is run back as deep as for a prompt."""
+    """Require a gradient of the embeddings, so that the backward pass is as deep as with a prompt."""
     return output.requires_grad_() if torch.is_grad_enabled() else output

@@ -1,4 +1,4 @@
-"""Training steps, generation and memory, measured in rounds that take every method in turn."""
+"""Measurement of training steps, generation and memory, in rounds over all methods."""
 
 import copy
 import gc
@@ -46,9 +46,9 @@ from dept_vl.studies.options import BenchConfig
 
 RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8
-"""Examples answered together, for each of a training step: evaluation keeps nothing for a backward pass."""
+"""Examples to answer together for each of a training step; evaluation keeps nothing for a backward pass."""
 IMAGES = 16
-"""Different image files, of which every batch takes some."""
+"""Number of different image files, from which every batch takes some."""
 PAIR = ("pt100", "dept40")
 DEPTHS = ("dept0", "dept20", "dept40", "dept60", "dept80")
 PLAN: dict[tuple[str, str, str], tuple[str, ...]] = {
@@ -64,7 +64,7 @@ PLAN: dict[tuple[str, str, str], tuple[str, ...]] = {
     ("small", "vl", "train"): PAIR,
     ("large", "vl", "train"): PAIR,
 }
-"""What is measured unless the flags say otherwise, in this order: (model, shape, work) and methods."""
+"""Methods by (model, shape, work), measured in this order unless the options say otherwise."""
 PLAN |= {(model, *key): methods for model in PRETRAINED for key, methods in of_pretrained(model).items()}
 
 
@@ -81,12 +81,12 @@ class Group:
 
     @property
     def key(self) -> str:
-        """Name in the results."""
+        """Name of the group in the results."""
         return f"{self.model}/{self.shape}/{self.work}"
 
 
 def plan(config: BenchConfig) -> list[Group]:
-    """The groups, model after model, so that each is built once.
+    """Return the groups to measure, ordered by model so that each model is built once.
 
     Raises:
         ValueError: If a name is unknown, or nothing is left to measure.
@@ -129,16 +129,16 @@ def _installed(methods: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Bench:
-    """Measures groups and keeps the figures on disk.
+    """Benchmark that measures groups and saves the results.
 
-    Groups that an earlier call with the same options has measured whole on this machine are not repeated.
+    Groups that an earlier call with the same options on this machine has finished are not repeated.
 
     Args:
-        config: What is measured.
-        tokenizer: Folder of any tokenizer of T5's kind.
+        config: Configuration of the benchmark.
+        tokenizer: Folder of any T5 tokenizer.
 
     Attributes:
-        results: As in bench.json.
+        results: Content of bench.json.
     """
 
     def __init__(self, config: BenchConfig, tokenizer: Path) -> None:
@@ -157,10 +157,10 @@ class Bench:
             self._take_up(read_json(path), path)
 
     def _take_up(self, before: dict[str, Any], path: Path) -> None:
-        """Go on with what is there.
+        """Continue with earlier results.
 
         Raises:
-            ValueError: If it was measured with other options, or on another machine.
+            ValueError: If they were measured with other options or on another machine.
         """
         old, new = map(_conditions, (before, self.results))
         changed = [
@@ -174,7 +174,7 @@ class Bench:
         self.results["groups"] = before["groups"]
 
     def measure(self, groups: Sequence[Group]) -> None:
-        """All groups; a model is built when its first group comes and given up behind its last."""
+        """Measure all groups. Each model is built before its first group and released after its last."""
         for model in dict.fromkeys(group.model for group in groups):
             mine = [group for group in groups if group.model == model and not self._has(group)]
             if not mine:
@@ -191,7 +191,7 @@ class Bench:
             compiled = None
             if any(name.endswith(COMPILED) for group in mine for name in group.methods):
                 compiled = self._compiled(backbone)
-            gc.freeze()  # so that collecting before every step takes no time
+            gc.freeze()  # so that collecting before every step is fast
             with tempfile.TemporaryDirectory() as folder:
                 paths = write_images(Path(folder), IMAGES) if images else []
                 for group in mine:
@@ -210,7 +210,7 @@ class Bench:
         )
 
     def _compiled(self, backbone: Backbone) -> Backbone:
-        """A copy whose layers are compiled."""
+        """Return a copy of the backbone with compiled layers."""
         backbone = copy.deepcopy(backbone).train(self.config.backbone_dropout)
         prepare_step(backbone.language, self.device, bfloat16=self.bfloat16, compiled=True)
         return backbone
@@ -246,7 +246,7 @@ class Bench:
         self._measure_rounds(group, runners, [draw(number) for number in range(group.rounds + 1)])
 
     def _measure_pretrained(self, model: str, groups: list[Group]) -> None:
-        """All groups of a model; see `bench.pretrained`."""
+        """Measure all groups of a pretrained model; see `bench.pretrained`."""
         width: Width = "tiny" if self.config.tiny else "small"
         backbone = build_pretrained(model, width, self.tokenizer, self.device)
         if self.bfloat16:
@@ -262,10 +262,10 @@ class Bench:
     def _measure_rounds(
         self, group: Group, runners: dict[str, Runner], batches: list[dict[str, Any]]
     ) -> None:
-        """Sizes and memory of every method by the first batch, then a round by each of the others."""
+        """Measure sizes and memory of every method on the first batch, then one round on each other batch."""
         record = {**asdict(group), "methods": list(group.methods), "measured": {}}
         self.results["groups"][group.key] = record
-        for name, runner in runners.items():  # the warm-up too
+        for name, runner in runners.items():  # also warms up
             given = runner.prepare(batches[0])
             record["measured"][name] = {
                 **self._sizes(group, runner, batches[0], given),
@@ -284,7 +284,7 @@ class Bench:
     def _sizes(
         self, group: Group, runner: Runner, batch: dict[str, Any], given: dict[str, Any]
     ) -> dict[str, int]:
-        """Trained parameters, encoder positions of the first batch, operations of its encoder pass."""
+        """Return trained parameters, encoder tokens of the first batch, and operations of the encoder."""
         text = given.get("input_ids", batch["input_ids"]).shape[1]
         trained = sum(parameter.numel() for parameter in runner.trained)
         if group.model in PRETRAINED:
@@ -310,7 +310,7 @@ class Bench:
         return runner.forward if group.work.startswith("generate") else runner.train_step
 
     def _memory(self, group: Group, runner: Runner, given: dict[str, Any]) -> int | None:
-        """Bytes of a step beyond what is there before it: the allocator's peak, on a CPU what is saved."""
+        """Return the bytes that a step adds: on a GPU the allocator's peak, on a CPU those that are saved."""
         if self.device.type == "cuda":
             self._run(group, runner, given)  # kernels and their workspaces come with the first call
             gc.collect()
@@ -328,14 +328,13 @@ class Bench:
             return saved_bytes(lambda: runner.forward(given), known)
 
     def _time(self, group: Group, runner: Runner, batch: dict[str, Any]) -> tuple[float, float]:
-        """Seconds of a step, and the same by the clock.
+        """Return the seconds of a step, and the wall-clock seconds.
 
-        On a CPU they are those that the process's threads computed: what other programs take meanwhile
-        does not count.
+        On a CPU the first is the processor time of this process, which excludes other programs.
         """
         given = runner.prepare(batch)
         if self.device.type == "cuda" or runner.compiled:
-            self._run(group, runner, given)  # what a new length costs once: kernels chosen, memory asked for
+            self._run(group, runner, given)  # a new length costs time once, to choose kernels and allocate
         gc.collect()
         gc.disable()
         self._synchronize()
@@ -363,14 +362,14 @@ class Bench:
 
 
 def _conditions(results: dict[str, Any]) -> dict[str, Any]:
-    """What one file's figures have in common; which groups it holds is free."""
+    """Return the conditions that all results of a file share; the groups may differ."""
     free = ("bars", "models", "shapes")
     options = {name: value for name, value in results["config"].items() if name not in free}
     return {**results["machine"], "dtype": results["dtype"], **options}
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 itself, so that it is faster than full precision."""
+    """Return whether a device multiplies bfloat16 in hardware, so that it is faster than full precision."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -378,7 +377,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Return the properties of the machine that the results depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "processors": os.cpu_count(),

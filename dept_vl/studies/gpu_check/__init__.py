@@ -1,6 +1,6 @@
-"""Every open question about a GPU, measured in minutes; `scripts/gpu_check.py` runs it.
+"""Measurements that need a GPU, within minutes; `scripts/gpu_check.py` runs them.
 
-`parts` runs one part after the other in processes of their own; each of the others is what a part measures.
+`parts` runs each part in its own process. The other modules measure the parts.
 """
 
 __all__ = ["images", "launches", "parts", "ready_made", "report", "results", "runs"]

@@ -1,4 +1,4 @@
-"""From JPEG files to features: where the time goes, with how many workers, and what cached features cost."""
+"""Time from JPEG files to features: stages, number of workers, and the cost of stored features."""
 
 import tempfile
 import time
@@ -25,11 +25,11 @@ from dept_vl.studies.bench.methods import (
 from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 
 PLANNED = 120_000
-"""Images, about those of COCO's splits that VQAv2 uses for training and validation."""
+"""Number of images, about as many as VQAv2 uses for training and validation."""
 
 
 def measure(measuring: Measuring, root: Path) -> None:
-    """Measure all entries."""
+    """Measure the stages of an image, encoding by number of workers, and stored features."""
     small = measuring.small
     backbone = build_backbone(SIZES["tiny" if small else "base"], root / TOKENIZER, vision=True)
     backbone = backbone.to(measuring.device).train(False)
@@ -63,7 +63,7 @@ def _stages(measuring: Measuring, vision: VisionEncoder, paths: list[Path]) -> E
 
 
 def _on_one_thread(vision: VisionEncoder, images: list[Image.Image]) -> None:
-    """As a worker of a loader works."""
+    """Preprocess images on one thread, like a data loader worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,7 +82,7 @@ def _encode(vision: VisionEncoder, paths: list[Path], workers: int) -> Entry:
 
 
 def _cached(measuring: Measuring, backbone: Backbone, paths: list[Path]) -> Entry:
-    """Steps with features looked up and copied before each, against steps on the same tensors."""
+    """Compare steps that look up and copy stored features with steps on the same tensors."""
     device, batch_size = measuring.device, 2 if measuring.small else 256
     few, vision = paths[:512], backbone.vision
     assert vision is not None

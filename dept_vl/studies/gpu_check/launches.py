@@ -1,4 +1,4 @@
-"""Steps that launches bound: eager, as CUDA graphs, and with compiled layers, at several batch sizes."""
+"""Steps bound by kernel launches: eager, as CUDA graphs, and with compiled layers, at several batch sizes."""
 
 import copy
 import importlib.util
@@ -34,13 +34,13 @@ from dept_vl.training.graphs import GraphedStep
 BATCHES = (64, 256, 16)
 METHODS = ("dept40", "pt100", "constant", "floor", "lora8")
 OWN_METHODS = ("memory",)
-"""Measured beside the benchmark's methods: steps of the other ones are like one of these."""
+"""Methods in addition to the benchmark's. Steps of all other methods are like one of these."""
 TOKENS = 4
-"""Of an answer."""
+"""Number of tokens of an answer."""
 
 
 def measure(measuring: Measuring, root: Path) -> None:
-    """Measure all entries: batch, method and way; then answers of a few tokens."""
+    """Measure steps for each batch size, method and way, and short answers."""
     device, shape = measuring.device, SHAPES["vl"]
     backbone = _backbone(measuring, root)
     names = [name for name in METHODS if has_peft() or name != "lora8"]
@@ -57,7 +57,7 @@ def measure(measuring: Measuring, root: Path) -> None:
 
 
 def _steps(measuring: Measuring, runners: dict[str, Runner], number: int, batch: Inputs) -> None:
-    """Measure a step of each method, eager and then as graphs."""
+    """Measure a step of each method, eager and as CUDA graphs."""
     for way, measure_way in (("eager", _eager), ("graphs", _graphs)):
         for name, runner in runners.items():
             measuring.entry(f"{number}/{name}/{way}", measure_way, measuring, runner, batch)
@@ -115,7 +115,7 @@ def _graphs(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
     if measuring.device.type != "cuda":
         return {"skipped": "graphs need a CUDA device"}
     given = runner.prepare(batch)
-    # The bare backbone's embeddings stand for a prompt: they get the gradient.
+    # For the bare backbone, the embeddings get the gradient instead of a prompt.
     leaf = given.get("embeddings")
     parameters: list[Any] = runner.trained or [leaf]
     inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and x is not leaf}
@@ -138,7 +138,7 @@ def _graphs(measuring: Measuring, runner: Runner, batch: Inputs) -> Entry:
 
 
 def _answers(measuring: Measuring, backbone: Backbone, batch: Inputs) -> Entry:
-    """Answers of `TOKENS` tokens of DePT, by `generate` and by graphs."""
+    """Compare answers of `TOKENS` tokens with DePT, by `generate` and by graphs."""
     model = PromptedModel(backbone, _prompt("dept", backbone)).eval()
     graphed = GraphedAnswers(model, len(batch["labels"]), print)
     given = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -163,7 +163,7 @@ def _gap(
     parameters: list[nn.Parameter],
     inputs: dict[str, Tensor | None],
 ) -> float:
-    """Largest distance of a gradient of the graph from the plain step's."""
+    """Return the largest relative distance between the gradients of the graph and of the plain step."""
     for parameter in parameters:
         parameter.grad = None
     plain(inputs)
@@ -181,7 +181,7 @@ def _gap(
 
 
 def measure_compiled(measuring: Measuring, root: Path) -> None:
-    """Measure steps with compiled layers, eager and as graphs."""
+    """Measure steps with compiled layers, eager and as CUDA graphs."""
     if measuring.device.type != "cuda" or importlib.util.find_spec("triton") is None:
         why = "tests compile on a CPU" if measuring.device.type != "cuda" else "Triton is not installed"
         measuring.entry("compiled", lambda: {"skipped": why})

@@ -1,4 +1,4 @@
-"""The parts of the check, each in a process of its own with a time limit of its own."""
+"""Parts of the GPU check. Each runs in its own process with its own time limit."""
 
 import importlib
 import importlib.metadata
@@ -27,14 +27,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "bitsandbyt
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured in one process.
+    """Part of the check that is measured in one process.
 
     Attributes:
-        name: On the command line.
-        share: Of the minutes.
-        gib: Memory of the device that it needs.
-        module: Beside this one.
-        function: That measures; it is given the `Measuring` and the project's folder.
+        name: Name on the command line.
+        share: Share of the minutes.
+        gib: Free device memory that it needs, in GiB.
+        module: Module in this package.
+        function: Function that measures it. It is called with the `Measuring` and the project's folder.
     """
 
     name: str
@@ -57,13 +57,13 @@ PARTS = {
         Part("compiled", 0.08, 20, "launches", "measure_compiled"),
     )
 }
-"""In the order of their worth."""
+"""Parts in order of importance."""
 
 
 def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
-    """Run every part that is not finished yet; returns what the file of results holds.
+    """Run every part that is not finished, and return the content of the results file.
 
-    The script measures one part when it is called with `--part`.
+    `script` measures one part when it is called with `--part`.
 
     Raises:
         RuntimeError: If something failed in a dry run.
@@ -73,7 +73,7 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
     if not config.report_only:
         with updating(path) as results:
             results["machine"] = describe()
-        # Side by side they would disturb each other's times, which in a dry run mean nothing.
+        # Parallel parts would disturb each other's times, which mean nothing in a dry run.
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if config.dry_run else 1) as pool:
             for _ in pool.map(lambda name: _run_part(config, script, name, path), config.parts or PARTS):
                 pass
@@ -85,7 +85,7 @@ def run_parts(config: GpuCheckConfig, script: Path) -> dict[str, Any]:
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
-    """Return the parts that did not end by themselves, and the entries with an error or failed tests."""
+    """Return the parts that failed or were stopped, and the entries with an error or failed tests."""
     found = []
     for name, part in results.items():
         if part.get("status", "finished").startswith(("failed", "stopped")):
@@ -97,7 +97,7 @@ def failures(results: Mapping[str, Any]) -> list[str]:
 
 
 def _run_part(config: GpuCheckConfig, script: Path, name: str, path: Path) -> None:
-    """Run a part, or say why not, unless it is finished; what it measured is written either way."""
+    """Run a part unless it is finished or cannot run here; store its status."""
     if read_json(path).get(name, {}).get("status") == "finished":
         say(f"{name}: finished before")
         return
@@ -111,7 +111,7 @@ def _run_part(config: GpuCheckConfig, script: Path, name: str, path: Path) -> No
 
 
 def why_skipped(part: Part, *, dry_run: bool) -> str:
-    """Return in one line why a part cannot be run here; empty if it can."""
+    """Return why a part cannot run here, or an empty string if it can."""
     if dry_run:
         return ""
     if not torch.cuda.is_available():
@@ -139,7 +139,7 @@ def _in_a_process(config: GpuCheckConfig, script: Path, name: str, limit: float)
 
 
 GRACE = 8.0
-"""Seconds for the entry at hand, once a part's time is up."""
+"""Seconds for the current entry after a part's time is up."""
 
 
 def measure_part(config: GpuCheckConfig, root: Path) -> None:
@@ -152,7 +152,7 @@ def measure_part(config: GpuCheckConfig, root: Path) -> None:
 
 
 def describe() -> dict[str, Any]:
-    """Return the device, its driver and the versions that numbers depend on."""
+    """Return the device, its driver and the package versions."""
     machine: dict[str, Any] = {"device": "cpu", "processors": len(os.sched_getaffinity(0))}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name(0)

@@ -1,4 +1,4 @@
-"""Pretrained models of published sizes, random weights: alone, prompted, with LoRA, on a base of 4 bits."""
+"""Pretrained models in published sizes with random weights: bare, prompted, with LoRA, and in 4 bits."""
 
 import importlib.util
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from dept_vl.studies.bench.pretrained import (
 from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 
 BATCH = 16
-"""Examples of a step."""
+"""Batch size."""
 MODELS = {"blip2-flan-t5-xl": "blip2", "florence-2-large": "florence2", "qwen2.5-vl-3b": "qwen2.5-vl"}
-"""Part -> model."""
+"""Model of each part."""
 GENERATED = f"generate{NEW_TOKENS}"
 
 
 def measure(measuring: Measuring, root: Path) -> None:
-    """Measure the model that the part is named after: every method, then at equal length in rounds."""
+    """Measure the model of the part: prompt and bare model at equal length, then every method."""
     name = MODELS[measuring.part]
     torch.manual_seed(0)
     width: Width = "tiny" if measuring.small else "real"
@@ -48,7 +48,7 @@ def measure(measuring: Measuring, root: Path) -> None:
 
 
 def _overhead(measuring: Measuring, backbone: VisionLanguageModel, batch: Inputs, work: str) -> Entry:
-    """Prompt and offset over the model alone with as many further words, in rounds that take both in turn."""
+    """Compare prompt and offset with the bare model that has as many further words, in rounds."""
     names = AT_EQUAL_LENGTH if work != "labels" else PLAN[work]
     runners = build_pretrained_runners(names, backbone, work)
     steps = {name: _step(runner, runner.prepare(batch), work) for name, runner in runners.items()}
@@ -65,7 +65,7 @@ def _step(runner: Runner, given: Inputs, work: str) -> partial[object]:
 
 
 def _four_bits(measuring: Measuring, backbone: VisionLanguageModel, batch: Inputs) -> Entry:
-    """Measure a prompt on the language model's layers in NF4 (QLoRA, Dettmers et al. 2023)."""
+    """Measure a prompt with the language model's layers in NF4 (QLoRA, Dettmers et al. 2023)."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return {"skipped": "bitsandbytes is not installed"}
     from bitsandbytes import nn as of_bits

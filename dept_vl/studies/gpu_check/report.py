@@ -1,4 +1,4 @@
-"""The results of a GPU check as tables of times and of ratios."""
+"""Tables of times and ratios from the results of a GPU check."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from dept_vl._utils.tables import markdown_table
 
 Results = Mapping[str, Any]
-"""What gpu_check.json holds."""
+"""Content of gpu_check.json."""
 
 
 def markdown(results: Results) -> str:
-    """Return the machine, steps by batch and method, ready-made models, runs, images and tests."""
+    """Return all results as Markdown."""
     machine = ", ".join(f"{name} {value}" for name, value in results.get("machine", {}).items())
     parts = [
         f"Measured on: {machine}.",
@@ -25,7 +25,7 @@ def markdown(results: Results) -> str:
 
 
 def _launches(results: Results) -> str:
-    """Return the time of a step, its share of a prompt of 100 vectors, and what launches add to it."""
+    """Return step times, also relative to a prompt of 100 vectors and to the largest batch."""
     entries = _entries(results, "launches") | _entries(results, "compiled")
     steps = {name: entry["ms"] for name, entry in entries.items() if "ms" in entry}
     largest = max((int(name.split("/")[0]) for name in steps), default=0)
@@ -49,7 +49,7 @@ def _launches(results: Results) -> str:
 
 
 def _model(results: Results, part: str) -> str:
-    """Return what a ready-made model takes, bare and adapted; empty for other parts."""
+    """Return the results of a pretrained model, bare and adapted; empty for other parts."""
     entries = _entries(results, part)
     measured = {name: entry for name, entry in entries.items() if "generate_10_ms" in entry}
     bare = measured.get("bare")
@@ -92,7 +92,7 @@ def _entries(results: Results, part: str) -> dict[str, Any]:
 
 
 def _short(measured: Mapping[str, Any]) -> str:
-    """Return an entry in one line, with its overall score alone."""
+    """Return an entry in one line, with only its overall score."""
     values = {**measured, **({"scores": measured["scores"]["overall"]} if "scores" in measured else {})}
     return ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"

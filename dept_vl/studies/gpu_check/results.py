@@ -1,4 +1,4 @@
-"""What a part has measured so far, on disk after every entry, and how it is timed."""
+"""Results of a part, saved after every entry, and timing."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +17,13 @@ from dept_vl.studies.bench.measure import in_turn
 
 RESULTS_FILE = "gpu_check.json"
 TOKENIZER = Path("data", "tiny-clip-t5", "language")
-"""In the project."""
+"""Path of the tokenizer in the project."""
 Entry = dict[str, Any]
 
 
 @contextmanager
 def updating(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a file of results and write it back with the changes of the block; locked between processes."""
+    """Read a file of results and write it back after the block, locked against other processes."""
     with FileLock(path.with_suffix(".lock")):
         content: dict[str, Any] = read_json(path) if path.is_file() else {}
         yield content
@@ -32,14 +32,14 @@ def updating(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Measuring:
-    """One part being measured.
+    """Measurement of one part.
 
     Attributes:
-        path: File of all parts.
-        part: Name of this one.
-        seconds: That it may take; entries that would begin later are left out.
-        device: Where it is measured.
-        small: Sizes are the smallest; the numbers mean nothing.
+        path: File with the results of all parts.
+        part: Name of this part.
+        seconds: Time limit. Entries that would start later are left out.
+        device: Device to measure on.
+        small: Whether sizes are the smallest, so that the figures mean nothing.
     """
 
     path: Path
@@ -50,7 +50,7 @@ class Measuring:
     started: float = field(default_factory=time.monotonic)
 
     def entry(self, name: str, measure: Callable[..., Entry], *arguments: Any) -> None:
-        """Record what `measure` returns, unless it is there or time is up; an error is recorded too."""
+        """Store the result of `measure` or its error, unless it is stored already or the time is up."""
         content = read_json(self.path) if self.path.is_file() else {}
         before = content.get(self.part, {}).get("entries", {}).get(name, {})
         if before and "error" not in before:
@@ -60,7 +60,7 @@ class Measuring:
             return
         try:
             measured = measure(*arguments)
-        except Exception as error:  # whatever it is, the other entries are worth having
+        except Exception as error:  # the other entries are measured in any case
             measured = {"error": f"{type(error).__name__}: {one_line(error)}"}
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -69,7 +69,7 @@ class Measuring:
             content.setdefault(self.part, {}).setdefault("entries", {})[name] = measured
 
     def in_rounds(self, steps: Mapping[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of several steps by name, taken in turn: each once a round, and another one first."""
+        """Return the seconds of several steps by name, each once per round, starting with a different one."""
         for step in steps.values():
             for _ in range(1 if self.small else 3):
                 step()
@@ -80,7 +80,7 @@ class Measuring:
         return seconds
 
     def milliseconds(self, step: Callable[[], object]) -> Entry:
-        """Time a step: rounds of several, each ended by one wait for the device; the median and the range."""
+        """Time a step in rounds of several and synchronise after each; return the median and the range."""
         for _ in range(1 if self.small else 3):
             step()
         once = self._timed(step, 1)
@@ -89,7 +89,7 @@ class Measuring:
         return {"ms": median(rounds), "low": min(rounds), "high": max(rounds), "steps": count}
 
     def peak_mib(self, step: Callable[[], object]) -> float | None:
-        """MiB of the device at most during a step, all that is there before included."""
+        """Return the peak device memory during a step in MiB, including what was allocated before."""
         if self.device.type != "cuda":
             return None
         torch.cuda.reset_peak_memory_stats(self.device)

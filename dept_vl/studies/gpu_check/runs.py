@@ -1,4 +1,4 @@
-"""Whole runs by the command, and the tests that are marked `gpu`."""
+"""Whole runs through the command line, and the tests marked `gpu`."""
 
 import importlib.util
 import json
@@ -19,7 +19,7 @@ LONG = ("--max_steps", "3000", "--eval_every", "3000", "--warmup_steps", "300", 
 
 
 def measure(measuring: Measuring, root: Path) -> None:
-    """Measure the main job as it is, and a run of 3,000 steps, plain and on graphs."""
+    """Measure the main training job, and a run of 3,000 steps with and without CUDA graphs."""
     folder = measuring.path.parent / "runs"
     name, data = "easy-vqa", root / "data" / "easy-vqa"
     if not data.is_dir() and not measuring.small and importlib.util.find_spec("easy_vqa"):
@@ -65,14 +65,14 @@ def _run(command: list[str], output: Path, measuring: Measuring) -> Entry:
 
 
 def _rate(output: Path) -> Entry:
-    """Median over the log's lines."""
+    """Return the median throughput in the log."""
     log = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     rates = [line["samples_per_second"] for line in log if "samples_per_second" in line]
     return {"examples_per_second": median(rates), "logged": len(rates)} if rates else {"logged": 0}
 
 
 def run_tests(measuring: Measuring, root: Path) -> None:
-    """Run the tests that are marked `gpu`; without a GPU, rehearse them on the CPU."""
+    """Run the tests marked `gpu`. Without a GPU they are rehearsed on the CPU."""
     rehearsal = {"DEPT_VL_REHEARSE_GPU_TESTS": "1"} if measuring.device.type == "cpu" else {}
     environment = {**os.environ, **rehearsal, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
     report = measuring.path.parent / "tests.txt"

@@ -1,7 +1,6 @@
 """Report of a run: an HTML page, and plots.
 
-`html` collects the content of the page, `page` has its templates and charts, `plots` draws images with
-matplotlib.
+`html` writes the page from the templates and charts of `page`; `plots` draws images with matplotlib.
 """
 
 __all__ = ["html", "page", "plots", "remake"]

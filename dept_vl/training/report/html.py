@@ -133,8 +133,7 @@ def mark(answered: Answered) -> Marks:
 def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[list[int], list[int]]:
     """Choose the worst and the best predictions to show, and prefer images that are not shown yet.
 
-    Among equal marks, examples on which more humans agree come first. Further ties are broken by a fixed
-    permutation.
+    Among equal marks, examples with more agreement of humans come first, then a fixed random order decides.
 
     Returns:
         Indices of imperfect predictions, worst first, and of the best others. Without marks, indices of any
