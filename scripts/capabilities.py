@@ -39,7 +39,7 @@ def main(check: Path | None = None, write: Path | None = None) -> int:
     sys.path.insert(0, str(TESTS))  # the probes are test code
     from zoo import capabilities as probes
 
-    torch.set_num_threads(1)  # tiny models lose time to more
+    torch.set_num_threads(1)  # tiny models are slower with more
     warnings.simplefilter("ignore")
     disable_progress_bar()
     set_verbosity_error()

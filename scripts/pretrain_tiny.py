@@ -111,7 +111,7 @@ def pretrain(config: PretrainConfig) -> dict[str, Any]:
     torch.manual_seed(config.seed + 1)
     # The language model learns from the tower as it is stored.
     vision = VisionEncoder.from_pretrained(config.output_dir / "vision")
-    # While the language model learns, so do the places.
+    # The position vectors are trained together with the language model.
     order: ObjectOrder = "none" if config.object_order == "none" else "trained"
     earlier = Backbone.from_pretrained(config.language_from) if config.language_from else None
     goes_on = earlier is not None and earlier.language.config.model_type == config.language

@@ -80,7 +80,7 @@ def tune(config: RunConfig) -> RunResult:
     opened: list[Any] = []
     forget_contents()
     on_main(processes, lambda: opened.append(_open(config, folder, processes.num_processes)))
-    study = opened[0] if opened else None  # the main process alone has it
+    study = opened[0] if opened else None  # only on the main process
     for number in range(config.tune):
         values, steps = on_main(processes, partial(_propose, study, config, number))
         trial = trial_config(config, folder, number, values)

@@ -96,6 +96,6 @@ def _way_on(run: Path) -> str:
     try:
         steps = [steps_of(place) for place in checkpoints(run)]
         where = f"step {steps[-1]:,}, its newest checkpoint" if steps else "the beginning"
-    except OSError:  # no more files, not even for this
+    except OSError:  # for example if no more files may be opened
         where = "its newest checkpoint"
     return f"Nothing that was saved is lost: --resume {run} continues from {where}"

@@ -140,7 +140,7 @@ def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[st
     features = _changed_features(folder, config)
     try:
         if _differences(then, contents(config, processes)):
-            forget_contents()  # they may have been looked at before they were changed, or put back
+            forget_contents()  # they may have changed since they were read
         return features + _differences(then, contents(config, processes))
     except FileNotFoundError as error:
         _remark(folder, str(error))
@@ -179,7 +179,7 @@ def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
     found |= _weights_of(config.backbone)
     sources = [Adapter.from_pretrained(path) for path in config.prompt.init_from]
     if any("visual_projection" in source.trainable_parameters for source in sources):
-        found.pop("backbone.projection", None)  # the run began with the source's
+        found.pop("backbone.projection", None)  # the run began with the source's projection
     return found | _sources(config) | {"batches": batches(config, processes)}
 
 

@@ -70,7 +70,7 @@ class Loop:
         self.schedule = build_schedule(optimizer, optim, options.max_steps)
         self.state = TrainingState(output_dir, model, optimizer, self.schedule, accelerator)
         self.progress = Progress() if checkpoint is None else self.state.load(checkpoint)
-        # The wrapped model is the one called: a call past the wrapper would not synchronise gradients.
+        # Training calls the wrapped model, because the bare one would not synchronise gradients.
         self.spread = is_spread(model)
         self.wrapped = model if self.spread else accelerator.prepare_model(model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -167,7 +167,7 @@ class Loop:
         """Train on one batch and return its loss as a tensor: reading it would wait for the device."""
         options, accelerator = self.options, self.accelerator
         batch = next(self.batches)
-        # Counted before the batch moves: on a device the count would have to be waited for.
+        # Counted before the batch is moved, because reading a count from the device would wait for it.
         tokens = encoder_tokens(self.model, batch)
         batch = batch.to(accelerator.device)
         _check_readable(batch, self.progress.steps + 1)
@@ -186,7 +186,7 @@ class Loop:
         """Run forward and backward on a batch and return its loss."""
         with self.accelerator.autocast():
             loss: Tensor = self.wrapped(**inputs).loss
-        # accelerate's own backward and clipping ask for engines that a spread backbone lacks.
+        # accelerate's backward and clipping need engines that a backbone on several devices lacks.
         (loss / self.options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -280,7 +280,7 @@ class _Interrupt:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_Interrupt":
-        # Only the main thread may set handlers; elsewhere signals do what they always do.
+        # Only the main thread may set handlers; in other threads the handlers stay as they are.
         if threading.current_thread() is threading.main_thread():
             self.previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self

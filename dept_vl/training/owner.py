@@ -79,7 +79,7 @@ def _take(lock: FileLock, folder: Path, seconds: float) -> str:
 
 
 def _leave(lock: FileLock, folder: Path) -> None:
-    # Before the lock is given back: whoever waits for it sees that its file is gone, and makes another.
+    # Remove the files before releasing the lock; a waiting process notices this and creates a new file.
     for name in (OWNER_FILE, LOCK_FILE):
         with suppress(OSError):
             (folder / name).unlink()

@@ -112,7 +112,7 @@ class ProgressLine:
 
     def __init__(self, total: int, done: int, *, show: bool) -> None:
         self.total, self.show, self.told_at = total, show, -PLAIN_SECONDS
-        # While a step takes long, or none is logged.
+        # Shown while a step takes long, or none is logged.
         self.count = Count("training", total, done=done, show=show and not is_live()).__enter__()
         self.pieces: list[str] = []
         self.bar = tqdm(total=total, initial=done, disable=not (show and is_live()), bar_format="{desc}")
@@ -151,7 +151,7 @@ class ProgressLine:
         line = fitted([f"{step}/{self.total}", *self.pieces], columns)
         room = columns - len(line) - 1
         self.bar.ncols = columns
-        # A description of its own, since braces are the format's.
+        # Not part of the format, which would interpret braces.
         self.bar.desc = line
         self.bar.bar_format = "{desc} {bar}" if room >= BAR else "{desc}"
 

@@ -79,7 +79,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     check_tracker(config.log_with)
     disable_progress_bar()  # transformers' bars for loading weights
     accelerator = Accelerator(
-        # Given explicitly, or accelerate takes several processes on a bare CPU for as many single runs.
+        # Without this, accelerate does not connect several processes on a machine without a GPU.
         cpu=not torch.accelerator.is_available(),
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -334,10 +334,10 @@ class Run(Stages):
                 write_noted_json(folder / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
         table = summary_table(self.config, self.parts, self.summary)
         write_atomically(folder / "summary.md", (table + "\n").encode())
-        # Last, and whole: this file marks the run as finished.
+        # Written last and atomically: this file marks the run as finished.
         write_noted_json(folder / SUMMARY_FILE, self.summary.content(), indent=2)
         if not self.config.train.checkpoint_every:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # kept for the case of a stop
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # only needed to resume
         say("", *table.split("\n"), "", f"adapter, predictions, log and pictures: {folder}")
 
     def write_report(self, answered: Sequence[Answered]) -> Path:

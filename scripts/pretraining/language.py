@@ -108,7 +108,7 @@ def build_language(config: PretrainConfig) -> PreTrainedModel:
             )
         )
         for part in (bart.model.encoder, bart.model.decoder):
-            # As large as the scaled words; when new they are a sixteenth of that, and word order is lost.
+            # As large as the scaled words: BART's defaults are 16 times smaller, and word order is lost.
             part.embed_positions.weight.data.copy_(waves(*part.embed_positions.weight.shape))
         return bart
     return T5ForConditionalGeneration(
@@ -138,7 +138,7 @@ def fit_projection(backbone: Backbone, earlier: Backbone, config: PretrainConfig
     new, old = backbone.visual_projection, earlier.visual_projection
     assert new is not None
     assert old is not None
-    new.load_state_dict(old.state_dict(), strict=False)  # it may have no places
+    new.load_state_dict(old.state_dict(), strict=False)  # it may have no position vectors
     rng = Random(config.seed + 4)
     scenes = [sample_scene(rng) for _ in range(FITTED_SCENES)]
     found, wanted = (

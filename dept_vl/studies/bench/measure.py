@@ -29,7 +29,7 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, or its address would be given out again
+            kept[storage.data_ptr()] = storage  # kept alive, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

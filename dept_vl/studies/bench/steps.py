@@ -312,7 +312,7 @@ class Bench:
     def _memory(self, group: Group, runner: Runner, given: dict[str, Any]) -> int | None:
         """Return the bytes that a step adds: on a GPU the allocator's peak, on a CPU those that are saved."""
         if self.device.type == "cuda":
-            self._run(group, runner, given)  # kernels and their workspaces come with the first call
+            self._run(group, runner, given)  # the first call loads kernels and allocates workspaces
             gc.collect()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)

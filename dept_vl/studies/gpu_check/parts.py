@@ -132,7 +132,7 @@ def _in_a_process(config: GpuCheckConfig, script: Path, name: str, limit: float)
         try:
             status = child.wait(timeout=limit + GRACE)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)  # it and what it started
+            os.killpg(child.pid, signal.SIGKILL)  # with its child processes
             child.wait()
             return f"stopped after {limit + GRACE:.0f} s"
     return "finished" if status == 0 else f"failed with status {status}"

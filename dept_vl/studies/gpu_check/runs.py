@@ -86,7 +86,7 @@ def run_tests(measuring: Measuring, root: Path) -> None:
             try:
                 child.wait(timeout=measuring.seconds)
             except subprocess.TimeoutExpired:
-                child.send_signal(signal.SIGINT)  # it still says what has failed
+                child.send_signal(signal.SIGINT)  # pytest then still reports failures
                 try:
                     child.wait(timeout=5)
                 except subprocess.TimeoutExpired:
