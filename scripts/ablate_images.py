@@ -2,9 +2,10 @@
 
     python scripts/ablate_images.py
 
-Object order: the shipped backbone with the position vectors that it was pretrained with (own), without any
-(none), or with random ones instead (frozen, trained).
-Image fit: scenes twice as wide as high, with objects in the outer quarters too, squashed, cropped or padded.
+Object order: the shipped backbone with its pretrained position vectors (own), without any (none), or with
+random ones instead (frozen, trained). Image fit: scenes twice as wide as high, with objects in the outer
+quarters too, squashed, cropped or padded.
+
 Each run trains a prompt and the visual projection on the same questions, and is scored on the same questions
 about other scenes. Finished runs are kept, so the same command resumes.
 """

@@ -5,10 +5,10 @@
     python scripts/bench_loading.py --output_dir /tmp/own-sized --own_rows 1000000 --images 300000
 
 Writes files of the size of VQAv2's training split (443,757 questions, 4.4 million answers, 82,783 image
-names) and loads them in new processes, first without a cache, then from the converted columns. With
-`--text_pairs` it reads and tokenizes text pairs in MNLI's format, stores their lengths, and measures the
-padding in batches. With `--own_rows` it loads a table of your own data. Processor seconds, given beside the
-times, exclude other programs.
+names) and loads them in new processes, first without a cache, then from the converted columns. With the
+option `--text_pairs` it reads and tokenizes text pairs in MNLI's format, stores their lengths, and measures
+the padding in batches. With `--own_rows` it loads a table of your own data. Processor seconds, given beside
+the times, exclude other programs.
 """
 
 import json
