@@ -1,6 +1,6 @@
-"""From questions to answers: decoding, evaluation, a predictor, rows with different adapters, a server.
+"""Inference: decoding, evaluation, `Predictor`, batches with several adapters, the demo and the server.
 
-The same question gets the same answer in evaluation, prediction, the demo and from the server.
+The same question gets the same answer in all of them.
 """
 
 __all__ = [

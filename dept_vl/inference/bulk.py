@@ -1,12 +1,11 @@
-"""A table of questions, answered row by row into a file: `dept-vl predict --data FILE --output FILE`.
+"""Answer all questions of a table into a file: `dept-vl predict --data FILE --output FILE`.
 
     answers.jsonl.partial        answers so far, in the order of the table
-    answers.jsonl.partial.json   what they are made of
-    answers.jsonl                all of them
+    answers.jsonl.partial.json   checksums of the inputs that the answers depend on
+    answers.jsonl                all answers, when complete
 
-Batches are cut at the same rows whatever the number of processes and wherever an earlier start has ended,
-so the file is always the same. The main process alone writes, and memory holds the batches of one round,
-however many rows there are.
+Batches hold the same rows for any number of processes and after any interruption, so the file is always the
+same. Only the main process writes. Memory holds the batches between two writes, not the whole table.
 """
 
 import json
@@ -48,19 +47,20 @@ from dept_vl.tasks.base import Task
 from dept_vl.tasks.own.task import CAPTIONS
 
 ROUND = 8
-"""Batches of each process between two writes, where there are several: a write waits for the slowest."""
+"""Batches per process between two writes, if there are several processes: a write waits for all of them."""
 READ_BYTES = 1 << 20
 Answers = list[tuple[int, str | None]]
-"""Rows with their answers; None for a row whose image cannot be read."""
+"""Pairs of a row number and its answer; None if the row's image cannot be read."""
 
 
 def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> Path:
-    """Answer the rows of a table that have no answer yet; the file is there when all have one.
+    """Answer the rows of a table that have no answer yet, and return the path of the finished file.
 
     Raises:
-        FileExistsError: If the file is there already.
-        InUseError: If another process writes it.
-        UsageError: If the table does not fit the adapter, or answers were begun of something else.
+        FileExistsError: If the file already exists.
+        InUseError: If another process is writing it.
+        UsageError: If no file is given, the table does not fit the adapter, or the partial file belongs to
+            other inputs.
     """
     output = config.output
     if output is None:
@@ -80,7 +80,7 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
         with Count("answering", len(table) - begun, show=accelerator.is_main_process) as count:
             for _ in range(math.ceil((last - first) / (processes * at_once))):
                 found = [pair for batch in islice(answers, at_once) for pair in batch]
-                # Of the first batch some may be written already: it is answered as it was then.
+                # Some rows of the first batch may have been written before.
                 pairs = [pair for pair in sorted(gather_object(found)) if pair[0] >= begun]
                 unread += _write(file, table, pairs, output)
                 count.add(len(pairs))
@@ -95,13 +95,13 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
 
 
 def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> tuple[Task, Collator]:
-    """Return the table, and what makes batches of it."""
+    """Return the rows of the table as a task, and the collator for them."""
     asked, vision = predictor.task, predictor.model.backbone.vision
-    task = OWN_TASK if asked.asks else CAPTIONS.name  # whose rows need no question
+    task = OWN_TASK if asked.asks else CAPTIONS.name  # a task whose rows need no question
     options = DataOptions(
         task=task, own=config.own, features=config.features, features_dir=config.features_dir
     )
-    with main_first(accelerator):  # the first to read the table keeps its rows for all
+    with main_first(accelerator):  # the main process caches the rows for the others
         table = load_split(options, config.split).asked_by(asked)
     for note in table.notes:
         say(f"note: {note}")
@@ -124,7 +124,7 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
 
 
 class _Numbered(Dataset[Draw]):
-    """The rows of a table, by their numbers."""
+    """Rows of a table, with the row number as example id."""
 
     def __init__(self, table: Task) -> None:
         self.table = table
@@ -140,14 +140,14 @@ def _answers(predictor: Predictor, table: Task, batches: Iterable[Batch]) -> Ite
         pairs: Answers = [(int(row), None) for row in batch.skipped]
         if batch.ids:
             texts = decode(model, batch.to(model.backbone.device), options, spelled)
-            # A choice stays as the table spells it, which a scorer's normalisation would not.
+            # A choice keeps the spelling of the table, so it is not normalised like other answers.
             written = table.written if batch.choices else predictor.task.written
             pairs += [(int(row), written(text)) for row, text in zip(batch.ids, texts, strict=True)]
         yield pairs
 
 
 def _write(file: BinaryIO | None, table: Task, pairs: Answers, output: Path) -> int:
-    """Append answers; return how many are null. Only the main process has the file."""
+    """Append answers to the file, and return how many are null. Without a file, do nothing."""
     if file is None:
         return 0
     lines = []
@@ -163,7 +163,7 @@ def _write(file: BinaryIO | None, table: Task, pairs: Answers, output: Path) -> 
 
 
 def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
-    """Return checksums of what the answers depend on."""
+    """Return checksums of the inputs that the answers depend on."""
     adapter, options = predictor.adapter, (predictor.decoding, predictor.max_source_length)
     tensors = {} if adapter is None else adapter.tensors
     backbone = {**describe_backbone(predictor.model.backbone), "name": None}  # it may move
@@ -180,7 +180,7 @@ def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
 def _partial(
     output: Path, made_of: dict[str, str], accelerator: Accelerator
 ) -> Iterator[tuple[BinaryIO | None, int]]:
-    """Open the file to append to, on the main process, and count its answers; at the end name it `output`."""
+    """Yield the partial file (main process only) and its number of answers; on exit rename it to `output`."""
     partial, main = output.with_name(f"{output.name}.partial"), accelerator.is_main_process
     about = partial.with_name(f"{partial.name}.json")
     lock = FileLock(output.with_name(f".{output.name}.lock"), thread_local=False)
@@ -212,7 +212,7 @@ def _partial(
 
 
 def _begun(output: Path, partial: Path, about: Path, made_of: dict[str, str]) -> int:
-    """Return how many answers there are; what was cut short behind them is removed."""
+    """Return the number of answers in the partial file, after removing an incomplete last line."""
     if output.exists():
         raise FileExistsError(f"{output} is there already; nothing was changed. Choose another --output")
     if not partial.exists():

@@ -1,7 +1,7 @@
-"""Chat completions in OpenAI's form: how requests are read, and answers and errors written.
+"""Parsing of requests, and formatting of answers and errors, for OpenAI's chat completions API.
 
-A question is one user message with text and images. Options that would change an answer and that decoding
-does not have are rejected by name; those that cannot change one are ignored.
+A request is one user message with text and images. Unsupported options that would change the answer are
+rejected by name; options that do not change it are ignored.
 """
 
 import asyncio
@@ -19,10 +19,10 @@ from dept_vl._utils.embedded import data_url_bytes
 from dept_vl.inference.gate import MOST_UPLOADED, Refused
 
 LONGEST_FETCH = 10.0
-"""Seconds for an image from another server."""
+"""Maximum number of seconds to fetch an image from another server."""
 PORTS = {"http": 80, "https": 443}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-"""OpenAI's words for kinds of refusals; others are `invalid_request_error`, or `server_error` from 500 on."""
+"""OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -31,28 +31,28 @@ class _Strict(BaseModel):
 
 
 class Text(_Strict):
-    """Words of a message."""
+    """Text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(_Strict):
-    """Where an image is: a data URL, or an address if that is allowed."""
+    """URL of an image: a data URL, or an http(s) URL if the server allows it."""
 
     url: str
     detail: str | None = None
 
 
 class Picture(_Strict):
-    """An image of a message."""
+    """Image part of a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
 class Message(_Strict):
-    """The question."""
+    """User message with the question."""
 
     role: Literal["user"]
     content: str | list[Annotated[Text | Picture, Field(discriminator="type")]]
@@ -60,14 +60,14 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """What a stream has at its end."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class ChatRequest(_Strict):
-    """A question to a model; options that are not named here are rejected."""
+    """Body of a request for a chat completion. Fields that are not listed here are rejected."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=1)]
@@ -75,7 +75,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    # Taken as long as they ask for what is done in any case: one answer, the likeliest.
+    # Accepted only with the values that describe what is always done: one answer, the most probable.
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
@@ -92,7 +92,7 @@ class ChatRequest(_Strict):
 
     @property
     def question(self) -> str:
-        """The text of the message."""
+        """Text of the message."""
         content = self.messages[0].content
         if isinstance(content, str):
             return content
@@ -107,24 +107,24 @@ class ChatRequest(_Strict):
 
     @property
     def longest(self) -> int | None:
-        """Tokens that the answer may have; None leaves it to the adapter."""
+        """Maximum number of tokens of the answer; None uses the adapter's maximum."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class NewAdapter(_Strict):
-    """An adapter to be added while the server runs."""
+    """Body of a request to add an adapter."""
 
     source: Annotated[str, Field(min_length=1, max_length=4096)]
-    """Folder of a run or an adapter, or a name on the Hub."""
+    """Folder of a run or an adapter, or name of an adapter on the Hub."""
     name: Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w.@/+ -]+$")] | None = None
-    """What requests call it; left out, the end of the source."""
+    """Name of the adapter in requests. Defaults to the last part of the source."""
 
 
 def read(kind: type[T], body: bytes) -> T:
     """Parse the body of a request.
 
     Raises:
-        Refused: With the first thing that is wrong with it.
+        Refused: If the body is not valid; the message describes the first problem.
     """
     try:
         return kind.model_validate_json(body)
@@ -149,14 +149,14 @@ def read(kind: type[T], body: bytes) -> T:
 
 
 def error_body(refused: Refused) -> dict[str, Any]:
-    """Return an error in the form that OpenAI's clients expect."""
+    """Return the body of an error response in OpenAI's format."""
     kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
     fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
     return {"error": fields}
 
 
 def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer in OpenAI's form."""
+    """Return the body of a response in OpenAI's format."""
     body = _head("chat.completion", model) | {
         "choices": [
             {
@@ -168,12 +168,12 @@ def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
         ],
         "usage": _usage(reply),
     }
-    # No field of OpenAI's: clients show it among the extra ones.
+    # `warnings` is not a field of OpenAI's; clients show it as an extra field.
     return body | ({"warnings": reply["notes"]} if reply["notes"] else {})
 
 
 def chunks(model: str, reply: dict[str, Any], *, usage: bool) -> list[dict[str, Any]]:
-    """Return the answer as a stream, whose first part has all of it."""
+    """Return the chunks of a streamed response. The first one contains the complete answer."""
     head = _head("chat.completion.chunk", model) | ({"usage": None} if usage else {})
 
     def chunk(delta: dict[str, str], finish: str | None) -> dict[str, Any]:
@@ -193,10 +193,10 @@ def _usage(reply: dict[str, Any]) -> dict[str, int]:
 
 
 async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
-    """Return the content of the image file that a request names.
+    """Return the content of the image file at a URL.
 
     Raises:
-        Refused: If it is no such URL, or what it names cannot be had.
+        Refused: If the URL is not valid or not allowed, or the image cannot be fetched.
     """
     scheme = url[:8].partition(":")[0].lower()
     try:
@@ -218,15 +218,16 @@ async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
 
 
 async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> bytes:
-    """Fetch an address, which must not be of this machine or its network.
+    """Fetch an http or https URL of a public server, but never one of this machine or its network.
 
-    The name is looked up once, and that address is the one connected to; redirections are not followed.
+    The host name is resolved only once, and redirects are not followed.
 
-    The address is of http or https, at the usual port. `allowed` says of an IP address whether it may be
-    connected to, in place of `is_public`.
+    Args:
+        url: URL with the default port of its scheme; with `allowed`, any port.
+        allowed: Function that tells whether an IP address may be connected to. Defaults to `is_public`.
 
     Raises:
-        ValueError: If it is no such address, or nothing of a usable size is there.
+        ValueError: If the URL is not allowed, or the content is too large or cannot be fetched.
     """
     import httpx
 
@@ -238,7 +239,7 @@ async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> by
     except (OSError, ValueError, UnicodeError):
         raise ValueError(f"there is no server {host!r:.100}") from None
     addresses = [str(entry[4][0]) for entry in found]
-    # One answer for all, so that nothing is to be learnt of this network.
+    # One message for all cases, so that it reveals nothing about this network.
     if parts.username is not None or not addresses or not all(map(allowed or is_public, addresses)):
         raise ValueError(f"images are not fetched from {host!r:.100}")
     if allowed is None and port != PORTS[parts.scheme]:
@@ -267,7 +268,7 @@ async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> by
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet, and not of a machine or a network of somebody's own."""
+    """Return whether an IP address is on the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
     return all(each.is_global and not each.is_multicast and not each.is_reserved for each in (ip, inner))

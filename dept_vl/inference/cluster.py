@@ -1,4 +1,4 @@
-"""The server on a cluster: the same addresses, limits and model as a deployment of Ray Serve.
+"""Deployment of the server on a cluster, with Ray Serve.
 
 from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.cluster import deployment
@@ -23,10 +23,10 @@ from dept_vl.inference.server import find_token, guard, replica_of
 
 
 class ClusterSpec(ChatSpec):
-    """The addresses of a process with the model, whose questions Ray batches."""
+    """Endpoints of one replica. Its process holds the model, and Ray Serve batches the questions."""
 
     def load(self) -> None:
-        """Load the model here."""
+        """Load the model in this process."""
         import torch
 
         self.replica = replica_of(self.config, self)
@@ -43,7 +43,7 @@ class ClusterSpec(ChatSpec):
         return await asyncio.to_thread(self.replica.predict, questions)
 
     async def health(self, request: Request) -> Response:
-        """See `ChatSpec.health`; Ray asks nothing of a process that is not ready."""
+        """Report readiness; Ray Serve sends no requests to replicas that are not ready."""
         return JSONResponse({"status": "ok", "ready": 1, "processes": 1})
 
     async def outcome(self, question: Question) -> dict[str, Any]:
@@ -55,17 +55,17 @@ def deployment(config: ServeConfig, **options: Any) -> serve.Application:
     """Return the application for `serve run` and `ray.serve.run`.
 
     Args:
-        config: As for `dept-vl serve`; Ray says where it listens, and adapters stay as they are.
-        **options: Of `serve.deployment`, such as `num_replicas`.
+        config: Options of `dept-vl serve`. Host and port are ignored, because Ray Serve sets them.
+        **options: Arguments of `ray.serve.deployment`, such as `num_replicas`.
 
     Raises:
-        UsageError: If requests could add adapters, which one of several processes alone would know.
+        UsageError: If `config.allow_adapter_changes` is set, because only one replica would get a change.
     """
     if config.allow_adapter_changes:
         raise UsageError("adapters of a cluster change by deploying it anew; leave out allow_adapter_changes")
     token = find_token(config)
     usual = {"name": "dept_vl", "max_ongoing_requests": config.max_requests}
-    # Sent to the processes, which call it.
+    # The function is sent to the replicas, which call it there.
     made = serve.ingress(lambda: _app(config, token))()
     return serve.deployment(made, **(usual | options)).bind()
 

@@ -1,4 +1,4 @@
-"""A page on which images are uploaded, questions asked and adapters picked."""
+"""Web page on which visitors upload images, choose an adapter and ask questions."""
 
 import atexit
 import os
@@ -30,15 +30,15 @@ from dept_vl.inference.predictor import Predictor
 BASE = "no adapter (the backbone alone)"
 PASSWORD_VARIABLE = "DEPT_VL_PASSWORD"
 FOLDER_VARIABLE = "GRADIO_TEMP_DIR"
-"""Where Gradio keeps uploads."""
+"""Environment variable with the folder in which Gradio saves uploads."""
 MOST_CHARACTERS = 1000
-"""Of a question."""
+"""Maximum number of characters of a question."""
 MOST_WAITING = 16
-"""Questions in the queue; more are turned away at once."""
+"""Maximum number of questions in the queue; further ones are rejected immediately."""
 LONGEST_ANSWER = 60.0
-"""Seconds that a visitor waits for an answer whose turn has come; then decoding stops for the next one."""
+"""Maximum time for one answer, in seconds, after which decoding is stopped."""
 MOST_SESSIONS = 1000
-"""Visitors whose last question Gradio remembers."""
+"""Number of visitors whose session state Gradio keeps."""
 KEPT = 3600
 """Seconds after which an upload is deleted."""
 STYLE = """
@@ -51,7 +51,7 @@ footer {display: none !important}
 
 
 def describe(predictor: Predictor) -> str:
-    """Describe an adapter in Markdown."""
+    """Return a description of an adapter in Markdown."""
     adapter, backbone = predictor.adapter, predictor.model.backbone
     if adapter is None:
         name = markdown_text(backbone.name)
@@ -72,13 +72,11 @@ def describe(predictor: Predictor) -> str:
 def respond(
     many: ManyAdapters, name: str, uploads: Sequence[dict[str, Any] | None], question: str, folder: Path
 ) -> tuple[str, str]:
-    """Return the answer, and errors or warnings; either may be empty.
+    """Return the answer to a question, and its errors or warnings; either may be empty.
 
-    Whatever is no image that was uploaded gets one and the same answer, so that nothing is to be learnt
-    of this machine's files.
-
-    An upload is what a request says of a file, its `path` and `orig_name`, and None where there is none.
-    Nothing outside the folder of uploads is read.
+    An upload holds the `path` and the `orig_name` of a file as the request gives them; None is a missing
+    image. Only files inside `folder` are read. All unusable uploads get the same message, so that it reveals
+    nothing about files on this machine.
     """
     adapter = None if name == BASE else name
     started = monotonic()
@@ -115,10 +113,10 @@ def _too_late() -> str:
 
 
 def _read_upload(upload: dict[str, Any], folder: Path, *, exif: bool) -> Image.Image:
-    """Read an upload, turned by its EXIF orientation or not as the backbone does it.
+    """Read an uploaded image; `exif` tells whether to rotate it by its EXIF orientation.
 
     Raises:
-        ValueError: If it is none, or no image; which of the two is not said.
+        ValueError: If this is not an upload or not an image. The message does not tell which.
     """
     found = upload_at(str(upload.get("path")), folder)
     try:
@@ -138,7 +136,7 @@ def answer_in_time(
     question: str,
     folder: Path,
 ) -> tuple[str, str]:
-    """Call `respond` with a time limit; print the traceback of an internal error here, not on the page."""
+    """Call `respond` with a time limit. Tracebacks of internal errors are printed, not shown on the page."""
     answering = worker.submit(respond, many, name, uploads, question, folder)
     try:
         return answering.result(LONGEST_ANSWER)
@@ -160,11 +158,11 @@ def build(many: ManyAdapters, folder: Path) -> Any:
     names = [name for name in many.predictors if name is not None]
     most_images = max(predictor.task.image_count for predictor in many.predictors.values())
     first = many.predictor(names[0])
-    # One model, which one question at a time goes through.
+    # The model answers one question at a time.
     worker = ThreadPoolExecutor(max_workers=1)
 
     def looks(name: str) -> list[Any]:
-        """Show as many images as the adapter asks about, and the question if it has one."""
+        """Return updates that show the image fields and the question field that the adapter needs."""
         task = many.predictor(None if name == BASE else name).task
         boxes = [gradio.update(visible=task.image_count > place) for place in range(most_images)]
         about = describe(many.predictor(None if name == BASE else name))
@@ -200,8 +198,7 @@ def build(many: ManyAdapters, folder: Path) -> Any:
         asked = {
             "inputs": [adapter, question, *uploads],
             "outputs": [answer, problem],
-            # Gradio would open an image by itself, and say nothing useful of one that is broken. That an
-            # upload is one is still checked.
+            # Gradio would open images itself, with useless messages for broken ones. `respond` checks them.
             "preprocess": False,
             "concurrency_limit": 1,
             "concurrency_id": "model",
@@ -215,7 +212,7 @@ def build(many: ManyAdapters, folder: Path) -> Any:
 
 
 def _upload(place: int, most_images: int, shown: int) -> Any:
-    """Build the field of an image; it is visible if the task asks about so many images."""
+    """Return the upload field of an image; it is visible if at least `place + 1` images are shown."""
     return _gradio().Image(
         label="Image" if most_images == 1 else ("Left image", "Right image")[place],
         type="filepath",
@@ -236,18 +233,18 @@ def launch(
     password: str | None = None,
     wait: bool = True,
 ) -> str:
-    """Serve the page: to this machine alone, unless another host is named; with no link to share it.
+    """Serve the page, by default to this machine only, and without a public link.
 
     Args:
-        many: The adapters.
-        host: Address to listen at; 0.0.0.0 is every one of this machine's.
-        port: To listen at; None takes a free one.
-        password: That visitors have to know, with any user name. None asks for none on this machine, and
-            where others reach the page makes one up and prints it.
-        wait: Until it is interrupted. Else it is served in the background.
+        many: Adapters to choose from.
+        host: Address to listen on; 0.0.0.0 listens on all addresses of this machine.
+        port: Port to listen on; None uses a free one.
+        password: Password for visitors; the user name is ignored. If None, there is no password on this
+            machine, and one is generated and printed if other machines can reach the page.
+        wait: Whether to block until interrupted; otherwise the page is served in the background.
 
     Returns:
-        The page's address.
+        URL of the page.
 
     Raises:
         ImportError: If Gradio is not installed.
@@ -265,7 +262,7 @@ def launch(
         )
     folder = uploads_folder()
     page = build(many, folder)
-    fonts = ["system-ui", "sans-serif"]  # the page's own would come from a server of Google's
+    fonts = ["system-ui", "sans-serif"]  # Gradio's default fonts are fetched from Google
     _, address, _ = page.launch(
         share=False,
         server_name=host,
@@ -287,7 +284,7 @@ def launch(
 
 
 def uploads_folder() -> Path:
-    """Create a folder for the uploads of this page, which is removed when the program ends."""
+    """Return the folder for uploads: Gradio's if set, otherwise one that is removed when the program ends."""
     given = os.environ.get(FOLDER_VARIABLE)
     if given is None:
         given = os.environ[FOLDER_VARIABLE] = tempfile.mkdtemp(prefix="dept-vl-uploads-")
@@ -296,8 +293,8 @@ def uploads_folder() -> Path:
 
 
 def serve(config: DemoConfig) -> str:
-    """Load the adapters and serve until interrupted; returns the page's address."""
-    _gradio()  # now, rather than after loading
+    """Load the adapters, serve the page until interrupted, and return its URL."""
+    _gradio()  # raise a missing import before loading
     disable_progress_bar()
     set_verbosity_error()
     many = load_many(names_of(config.adapters), backbone=config.backbone, device=config.device)
@@ -306,7 +303,7 @@ def serve(config: DemoConfig) -> str:
 
 
 def _gradio() -> Any:
-    # Before it is imported: it would call home.
+    # Disable Gradio's telemetry before it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio

@@ -1,4 +1,4 @@
-"""What the server answers at which address: chat completions, models, adapters, health and metrics."""
+"""Endpoints of the server: chat completions, models, adapters, health and metrics."""
 
 import asyncio
 import itertools
@@ -42,17 +42,17 @@ from dept_vl.inference.replica import BASE, IDLE, Question
 
 KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapters(/.+)?)")
 UNCOUNTED = ("/health", "/metrics")
-"""Answered however many requests there are."""
+"""Paths that do not count towards the limit of open requests."""
 MOST_ADAPTERS = 1000
 LONGEST_PAUSE = 30.0
-"""Seconds before a process that keeps dying is started again."""
+"""Maximum number of seconds before a process that keeps dying is restarted."""
 ENDINGS = (signal.SIGTERM, signal.SIGINT)
-"""Signals for the server alone, which ends its processes itself once everybody is answered. Others may send
-them to all of its processes: a terminal for Ctrl-C, or systemd."""
+"""Signals that only the main process handles; it ends the model processes after all answers are sent. These
+block the signals, because a terminal (Ctrl-C) and systemd send them to all processes."""
 
 
 class Metrics:
-    """What is counted, for Prometheus."""
+    """Metrics of the server, for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -66,14 +66,14 @@ class Metrics:
         self.restarts = Counter("dept_vl_restarts", "Processes that died and were started again", **to)
 
     def forget(self, model: str) -> None:
-        """Count no longer for an adapter that is gone."""
+        """Remove the counter of an adapter that was removed."""
         with suppress(KeyError):
             self.answered.remove(model)
 
 
 @dataclass
 class Model:
-    """An adapter, or the bare backbone, as requests know it."""
+    """A model that requests can name: an adapter, or the backbone alone."""
 
     number: str
     source: str
@@ -81,18 +81,18 @@ class Model:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def card(self, name: str) -> dict[str, Any]:
-        """Return the entry of `/v1/models`."""
+        """Return the entry of the model in `/v1/models`."""
         known = {"task": self.about["task"], "images": self.about["images"]}
         return {"id": name, "object": "model", "created": self.created, "owned_by": "dept_vl"} | known
 
 
 class ServerGate(Gate):
-    """The server's gate, which asks for the token as OpenAI's clients bear it."""
+    """Gate of the server. It checks the bearer token that OpenAI's clients send."""
 
     when_busy = 429
 
     def __init__(self, app: App, *, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
-        # Time for the request, for its images and for its answer; each has a limit of its own.
+        # Receiving the request, fetching its images and answering each have a time limit of their own.
         longest = 3 * config.timeout
         super().__init__(app, password=token, most_open=config.max_requests, longest=longest)
         self.most_sent, self.metrics = config.max_request_mb << 20, metrics
@@ -108,7 +108,7 @@ class ServerGate(Gate):
         elif scope["type"] == "http":
             said = headers_of(scope).get(b"content-length", b"")
             length = int(said[:20]) if said.isdigit() else 0
-            length = length if length <= self.most_sent else 0  # it is refused
+            length = length if length <= self.most_sent else 0  # will be refused
             self.held += length
             try:
                 await super().__call__(scope, receive, send)
@@ -135,20 +135,20 @@ class ServerGate(Gate):
         return scope, receive
 
     async def refuse(self, send: Send, refused: Refused) -> None:
-        """Answer as OpenAI does."""
+        """Send an error response in OpenAI's format."""
         self.metrics.refused.labels(refused.code).inc()
         again = {b"retry-after": b"1"} if refused.status in (429, 503) else {}
         await send_json(send, refused.status, error_body(refused), again)
 
 
 class ChatSpec(LitSpec):  # type: ignore[misc]
-    """The addresses of the server, on the queue of LitServe."""
+    """Endpoints of the server, which send questions to the model processes by LitServe's queue."""
 
     def __init__(self, config: ServeConfig, sources: dict[str, str], metrics: Metrics) -> None:
         super().__init__()
         self.api_path = "/v1/chat/completions"
         self.config, self.metrics = config, metrics
-        self.server: LitServer  # once it is there
+        self.server: LitServer  # set when the server has started
         self.numbers = map(str, itertools.count(1))
         self.models = {name: Model(next(self.numbers), source, {}) for name, source in sources.items()}
         self.changing = asyncio.Lock()
@@ -161,31 +161,31 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         self.add_endpoint("/v1/adapters/{name:path}", self.remove_adapter, ["DELETE"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the part that the processes with the model need."""
+        """Return the state that the model processes need."""
         return {"api_path": self.api_path}
 
     def pre_setup(self, lit_api: LitAPI) -> None:
-        """Called by LitServe once the model is known, which is not started yet."""
+        """Keep the `Replica`; LitServe calls this before `setup`."""
         self.replica = lit_api
 
     def setup(self, server: LitServer) -> None:
-        """Called by LitServe before it starts a process."""
+        """Prepare the state shared with the model processes; LitServe calls this before it starts them."""
         super().setup(server)
         if self.replica.shared is None:
-            server.manager.end_with_parent(LONGEST_PAUSE / 10)  # after those that ask it for questions
+            server.manager.end_with_parent(LONGEST_PAUSE / 10)  # after the model processes, which use it
             self.replica.shared = server.manager.dict()
             self._share()
 
     def started(self) -> None:
-        """Take over what the processes say of the models.
+        """Take over the description of the models from the model processes, and add the backbone.
 
         Raises:
-            UsageError: If an adapter is called like the backbone.
+            UsageError: If an adapter has the name of the backbone.
         """
         about = self.replica.shared["models"]
         for model in self.models.values():
             model.about = about[model.number]
-        # Without the folders of this machine.
+        # Do not reveal folders of this machine.
         name = "+".join(Path(part).name for part in about[BASE]["backbone"].split("+"))
         if name in self.models:
             raise UsageError(
@@ -193,10 +193,10 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
             )
         self.models[name] = Model(BASE, "", about[BASE])
 
-    # Addresses
+    # Endpoints
 
     async def health(self, request: Request) -> Response:
-        """Whether a model is there to answer."""
+        """Report how many model processes are ready; refuse with 503 if there are none."""
         states = list(self.server.workers_setup_status.values())
         ready = states.count(WorkerSetupStatus.READY)
         if not ready:
@@ -204,7 +204,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return JSONResponse({"status": "ok", "ready": ready, "processes": len(states)})
 
     async def show_metrics(self, request: Request) -> Response:
-        """Return the metrics in the text format of Prometheus."""
+        """Return the metrics in Prometheus's text format."""
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4")
 
     async def list_models(self, request: Request) -> Response:
@@ -213,7 +213,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return JSONResponse({"object": "list", "data": cards})
 
     async def show_model(self, request: Request) -> Response:
-        """Return one model."""
+        """Return the entry of one model."""
         name = request.path_params["name"]
         return JSONResponse(self._model(name).card(name))
 
@@ -248,7 +248,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return Response(events, media_type="text/event-stream")
 
     async def add_adapter(self, request: Request) -> Response:
-        """Load an adapter, and list it once it is there."""
+        """Load an adapter, and return its entry."""
         self._check_changes()
         new = read(NewAdapter, await self._body(request))
         name = new.name or Path(new.source).name or new.source
@@ -260,7 +260,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
                 raise Refused(400, text, code="too_many_adapters")
             source = new.source
             try:
-                # Before the model is asked for it, which answers nobody meanwhile.
+                # Download first, because the model process answers no questions while it loads an adapter.
                 if not Path(source).is_dir():
                     source = str(await asyncio.to_thread(adapter_folder, source))
             except (OSError, ValueError) as error:
@@ -276,7 +276,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
             return JSONResponse(self.models[name].card(name), status_code=201)
 
     async def remove_adapter(self, request: Request) -> Response:
-        """Answer what was asked of an adapter, and nothing more."""
+        """Remove an adapter; questions that were sent before are still answered."""
         self._check_changes()
         name = request.path_params["name"]
         async with self.changing:
@@ -290,10 +290,10 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     # The queue
 
     async def submit(self, question: Question, *, param: str) -> dict[str, Any]:
-        """Send a question to the processes with the model, and return their reply.
+        """Send a question to the model processes, and return the reply.
 
         Raises:
-            Refused: If they cannot answer, or do not in time.
+            Refused: If the question cannot be answered, or not in time.
         """
         self.metrics.waiting.inc()
         try:
@@ -311,10 +311,10 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return reply
 
     async def outcome(self, question: Question) -> dict[str, Any]:
-        """Put a question into the queue, and wait for the result of `Replica.predict`.
+        """Put a question into the queue, and return the result of `Replica.predict`.
 
         Raises:
-            Refused: If the process that had it has died.
+            Refused: If the process that was answering it has died.
         """
         uid = uuid.uuid4().hex
         item = self.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
@@ -329,15 +329,15 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         return dict(reply)
 
     async def watch(self) -> None:
-        """Start processes again that die, and tell those who wait for them."""
+        """Restart model processes that die, and fail the questions that were lost."""
         workers, pause, started = self.server.inference_workers, 0.0, 0.0
         while True:
             await asyncio.sleep(IDLE / 2)
             dead = {place for place, worker in enumerate(workers) if not worker.is_alive()}
             if not dead:
                 continue
-            # The queue may hand questions to a process that is dead for as long as it waited for them; of
-            # those that no process has begun nobody knows which are lost.
+            # The queue may still hand questions to a dead process for as long as that would have waited.
+            # Questions that no process has begun fail too, because any of them may be lost.
             await asyncio.sleep(IDLE)
             for item in list(self.response_buffer.values()):
                 if item.worker_id is None or item.worker_id in dead:

@@ -1,7 +1,7 @@
-"""What stands in front of the page and of the server: who may send which requests, how many and how large.
+"""Middleware in front of the demo page and the server: checks password, path, size and number of requests.
 
-Gradio answers much more than the page asks, and takes a request's word: the page's gate knows the few
-addresses of the page, asks for the password, and leaves of a question nothing but texts and names of uploads.
+Gradio has many more endpoints than the page uses, and trusts the content of requests. `PageGate` therefore
+allows only the paths of the page, and keeps only texts and names of uploads of a question.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MOST_UPLOADED = 20 * 2**20
-"""Bytes of an image."""
+"""Maximum size of an image, in bytes."""
 MOST_STORED = 2**30
-"""Bytes of all uploads that are kept."""
+"""Maximum total size of stored uploads, in bytes."""
 MOST_ASKED = 2**16
-"""Bytes of a question with the names of its uploads."""
+"""Maximum size of a question with the names of its uploads, in bytes."""
 MOST_OPEN = 256
-"""Requests at a time; a page that is looked at holds one open."""
+"""Maximum number of open requests; every open page holds one."""
 LONGEST_REQUEST = 120.0
-"""Seconds for all of a request and its response, besides the streams of events."""
+"""Maximum number of seconds for a request and its response, except for event streams."""
 AFTER_WRONG_PASSWORD = 1.0
-"""Seconds until the next try, which guessing takes."""
+"""Delay after a wrong password, in seconds, against guessing."""
 
 API = "/gradio_api"
 ASK, UPLOAD, FILE, READY = f"{API}/queue/join", f"{API}/upload", f"{API}/file=", f"{API}/startup-events"
@@ -47,9 +47,9 @@ KEPT_OF_QUESTION = ("data", "fn_index", "trigger_id", "session_hash")
 
 
 class Refused(Exception):
-    """A request that is not handed on.
+    """A rejected request.
 
-    `code` says in a word what is wrong, for programs, and `param` names the part of the request.
+    `code` is a machine-readable reason, and `param` names the part of the request that is wrong.
     """
 
     def __init__(self, status: int, text: str, *, code: str | None = None, param: str | None = None) -> None:
@@ -58,13 +58,13 @@ class Refused(Exception):
 
 
 class Gate(ABC):
-    """A gate, as a middleware of ASGI; what it lets through is up to its kind.
+    """ASGI middleware that rejects requests. Subclasses decide which.
 
-    `most_open` requests are let through at a time; each has `longest` seconds with its response.
+    At most `most_open` requests are open at a time, and each may take `longest` seconds.
     """
 
     when_busy = 503
-    """Status for requests beyond `most_open`."""
+    """HTTP status of requests that exceed `most_open`."""
 
     def __init__(
         self, app: App, *, password: str | None, most_open: int = MOST_OPEN, longest: float = LONGEST_REQUEST
@@ -74,7 +74,7 @@ class Gate(ABC):
         self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
+        """Pass a request on to the application, or reject it."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
@@ -92,7 +92,7 @@ class Gate(ABC):
                     raise Refused(self.when_busy, "busy: try again in a while", code="busy")
                 await self.app(*await self.passed(scope, body), answer)
         except Refused as refused:
-            # Whoever is still sending would lose the connection instead of hearing why.
+            # Read the rest of the body, or the client would lose the connection before it gets the response.
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.longest):
                     while body.coming:
@@ -107,22 +107,22 @@ class Gate(ABC):
 
     @abstractmethod
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """Return the request that is handed on.
+        """Return the request to pass on, possibly modified.
 
         Raises:
-            Refused: If it is not.
+            Refused: If the request is rejected.
         """
 
     @abstractmethod
     async def refuse(self, send: Send, refused: Refused) -> None:
-        """Answer a request that is not handed on."""
+        """Send the response to a rejected request."""
 
     def is_stream(self, scope: Scope) -> bool:
-        """Whether a response is open as long as whoever asked wants it."""
+        """Return whether the response is an event stream, which has no time limit."""
         return False
 
     async def knows(self, word: bytes) -> bool:
-        """Whether this is the password; if not, only after a while."""
+        """Return whether a word is the password; for a wrong one, after a delay."""
         if self.password is None or secrets.compare_digest(word, self.password.encode()):
             return True
         await asyncio.sleep(AFTER_WRONG_PASSWORD)
@@ -130,7 +130,7 @@ class Gate(ABC):
 
 
 class PageGate(Gate):
-    """The page's gate, which asks for the password by HTTP Basic, with any user name."""
+    """Gate of the demo page. It checks the password by HTTP Basic, and ignores the user name."""
 
     def __init__(self, app: App, *, folder: Path, password: str | None) -> None:
         super().__init__(app, password=password)
@@ -144,7 +144,7 @@ class PageGate(Gate):
         """See `Gate.passed`."""
         path, method = scope["path"], scope["method"]
         headers = headers_of(scope)
-        # Gradio asks for this itself as it starts; there is nothing to learn from it.
+        # Gradio itself requests this path when it starts; it reveals nothing.
         if path != READY and not await self._knows_password(headers):
             raise Refused(401, "a password is needed")
         allowed = {"GET": (READ, STREAMS), "HEAD": (READ,), "POST": (SENT,)}.get(method, ())
@@ -163,7 +163,7 @@ class PageGate(Gate):
             raise Refused(400, "this is no question of the page") from None
 
     async def refuse(self, send: Send, refused: Refused) -> None:
-        """Answer as FastAPI does, so that the page shows it."""
+        """Send an error response in FastAPI's format, which the page shows."""
         basic = {b"www-authenticate": b'Basic realm="dept_vl", charset="UTF-8"'}
         await send_json(
             send, refused.status, {"detail": str(refused)}, basic if refused.status == 401 else {}
@@ -183,15 +183,15 @@ class PageGate(Gate):
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:
-    """Return the headers of a request by their lower-case names."""
+    """Return the headers of a request, with lower-case names."""
     return {name.lower(): value for name, value in scope["headers"]}
 
 
 def check_size(headers: MutableMapping[bytes, bytes], most: int) -> None:
-    """Check how long a request says that its body is.
+    """Check the Content-Length of a request.
 
     Raises:
-        Refused: If it does not say, or the body is too long.
+        Refused: If it is missing or larger than `most`.
     """
     length = headers.get(b"content-length", b"")
     if not length.isdigit() or b"transfer-encoding" in headers:
@@ -201,7 +201,7 @@ def check_size(headers: MutableMapping[bytes, bytes], most: int) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a page at this address."""
+    """Return whether only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -209,25 +209,25 @@ def is_loopback(host: str) -> bool:
 
 
 def upload_at(path: str, folder: Path) -> Path | None:
-    """Return the file at a path if it resolves into the folder of uploads, else None."""
+    """Return the resolved path of a file if it is inside the folder of uploads, otherwise None."""
     try:
         found = Path(path).resolve(strict=True)
         inside = Path(path).is_absolute() and found.is_relative_to(folder.resolve()) and found.is_file()
-    # No such file, a name that is too long, a zero byte, a ring of links.
+    # The file does not exist, or its name is too long, has a zero byte or is a cycle of links.
     except (OSError, ValueError, RuntimeError):
         return None
     return found if inside else None
 
 
 def cleaned(body: bytes) -> bytes:
-    """Return a question with nothing but texts and, for uploads, path and original name.
+    """Return the body of a question with only its texts, and the path and original name of its uploads.
 
-    Without the mark of an upload (`meta`) Gradio does not look at the file, and nothing is fetched or copied
-    that a request names.
+    Without the field `meta`, Gradio does not treat the latter as files, so it fetches or copies nothing that
+    a request names.
 
     Raises:
-        ValueError: If it is none.
-        RecursionError: If it is nested a thousand deep.
+        ValueError: If the body is not a question.
+        RecursionError: If the JSON is nested too deeply.
     """
     asked = json.loads(body)
     if not isinstance(asked, dict) or not isinstance(asked.get("data"), list):
@@ -245,7 +245,7 @@ def _plain(value: Any) -> str | dict[str, str] | None:
 
 
 def stored(folder: Path) -> int:
-    """Return the bytes of all files in a folder and below."""
+    """Return the total size of all files in a folder and its subfolders, in bytes."""
     total = 0
     for path in folder.rglob("*"):
         with suppress(OSError):  # deleted meanwhile
@@ -254,7 +254,7 @@ def stored(folder: Path) -> int:
 
 
 class _Body:
-    """Notes whether there is more of a request's body to come."""
+    """Wrapper of `receive` that records whether more of the body is to come."""
 
     def __init__(self, receive: Receive) -> None:
         self.receive, self.coming = receive, True
@@ -266,7 +266,7 @@ class _Body:
 
 
 class _Answer:
-    """Notes whether a response has begun."""
+    """Wrapper of `send` that records whether the response has begun."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.begun = send, False
@@ -279,7 +279,7 @@ class _Answer:
 async def send_json(
     send: Send, status: int, content: dict[str, Any], headers: MutableMapping[bytes, bytes]
 ) -> None:
-    """Answer with JSON."""
+    """Send a JSON response."""
     body = json.dumps(content).encode()
     usual = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": [*usual, *headers.items()]})
@@ -290,7 +290,7 @@ async def read_body(receive: Receive) -> bytes:
     """Read the body of a request.
 
     Raises:
-        ValueError: If the connection is closed before it has come.
+        ValueError: If the connection is closed before the end of the body.
     """
     parts = []
     while True:
@@ -303,7 +303,7 @@ async def read_body(receive: Receive) -> bytes:
 
 
 def _with_body(scope: Scope, body: bytes) -> tuple[Scope, Receive]:
-    """Replace the body of a request."""
+    """Return a request with another body."""
     length = (b"content-length", str(len(body)).encode())
     replaced = (b"content-length", b"content-type")
     headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]

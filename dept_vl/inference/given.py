@@ -1,4 +1,4 @@
-"""Images as callers have them: files, their content, Pillow images, arrays, tensors, rows of `datasets`."""
+"""Conversion of image arguments: files, bytes, Pillow images, arrays, tensors, rows of `datasets`."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,20 +20,20 @@ KINDS = (
 
 
 def as_images(image: Any, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]], bool]:
-    """The images of each question, and whether they are one question's.
+    """Return the images of each question, and whether there is just one question.
 
     Args:
-        image: One as `as_image` takes it, or several: in a sequence, or an array or a tensor of four
-            dimensions. In a sequence for several questions None stands for no image.
-        pairs: A sequence of two images is of one question.
+        image: One image (see `as_image`) or several, as a sequence or as an array or tensor with four
+            dimensions. None is a question without image, also as an element of a sequence.
+        pairs: Whether the questions have two images, so that a flat sequence belongs to one question.
 
     Raises:
-        ValueError: If something is no image; of several the message has its number.
+        ValueError: If an item is not an image; with several items, the message has its number.
     """
     if is_one(image):
         return [() if image is None else (as_image(image),)], True
     several = _list(image)
-    known: dict[int, ImageSource] = {}  # what comes again is encoded once
+    known: dict[int, ImageSource] = {}  # the same object becomes the same image, which is encoded once
 
     def converted(one: Any, number: int) -> ImageSource:
         if id(one) not in known:
@@ -47,7 +47,7 @@ def as_images(image: Any, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]]
 
 
 def is_one(given: Any) -> bool:
-    """Whether this is one image or none, and not several."""
+    """Return whether this is a single image or None, rather than several images."""
     if isinstance(given, np.ndarray | torch.Tensor):
         return given.ndim < 4
     single = given is None or isinstance(given, ImageSource | bytearray | memoryview | Mapping)
@@ -55,18 +55,18 @@ def is_one(given: Any) -> bool:
 
 
 def as_image(given: Any, name: str = "image") -> ImageSource:
-    """An image as the package reads it.
+    """Convert an image to a form that `read_image` accepts.
 
     Args:
-        given: A path, the bytes of a file, an open file, a data URL or a Pillow image. Or an array or a
-            tensor of shape (height, width), (height, width, channels) or (channels, height, width), with 1,
-            3 or 4 channels (where both fit, a tensor has them first and an array last): whole numbers from
-            0 to 255, or floats from 0 to 1. Or a row of `datasets`: a mapping with `bytes` or `path`, or
-            with any of these under `image`.
-        name: In messages.
+        given: A path, the bytes of a file, an open file, a data URL or a Pillow image; an array or tensor
+            of shape (height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4
+            channels and integers from 0 to 255 or floats from 0 to 1 (if both layouts are possible, tensors
+            have channels first and arrays last); or a row of `datasets`, which is a mapping with `bytes` or
+            `path`, or with any of these under `image`.
+        name: Name of the image, for error messages.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If `given` is none of these.
     """
     if isinstance(given, str) and is_data_url(given):
         return data_url_bytes(given, name)
@@ -102,7 +102,7 @@ def _list(given: Any) -> list[Any]:
 
 
 def _of_array(given: Any, channels_at: tuple[int, int], name: str) -> Image.Image:
-    """An array as a Pillow image of eight bits; its channels are at the first of two places that fits."""
+    """Convert an array to an 8-bit Pillow image; `channels_at` has the channel axes to try, in order."""
     shape = tuple(given.shape)
     at = [place for place in channels_at if len(shape) == 3 and shape[place] in CHANNELS]
     if not (at or len(shape) == 2) or 0 in shape:

@@ -1,8 +1,8 @@
-"""Short answers as CUDA graphs: encoder and decoder of a batch are launched at once.
+"""Greedy decoding of short answers as CUDA graphs.
 
-A short answer takes the decoder a few steps of hardly any arithmetic, so it takes as long as its launches.
-Here all of them are one graph, recorded for each shape of a batch. It keeps no keys and values of earlier
-tokens: to read a handful of tokens again costs less than to launch what would look them up.
+Decoding a few tokens takes little arithmetic, so launching the kernels dominates its time. Encoder and all
+decoder steps of a batch are therefore recorded as one CUDA graph per batch shape. There is no key-value
+cache: recomputing a few tokens is faster than the kernels that a cache needs.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ from dept_vl.models.graphs import SHAPES, shape_of
 from dept_vl.models.prompted import PromptedModel
 
 LONGEST = 16
-"""Tokens of an answer; reading them again for each one grows with the square."""
+"""Maximum number of tokens of an answer; without a cache, the cost grows quadratically."""
 WARM_UPS = 2
 
 
 def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> Int[Tensor, "batch target"]:
-    """Answer by the likeliest token each time, without asking the device whether all have ended.
+    """Decode greedily for a fixed number of steps, without synchronising with the device.
 
     Args:
-        model: Of an encoder-decoder, in evaluation mode.
-        inputs: Of `PromptedModel.encode`.
-        new_tokens: Of every answer; padding follows its end.
+        model: Prompted encoder-decoder model in evaluation mode.
+        inputs: Inputs of `PromptedModel.encode`.
+        new_tokens: Number of tokens to generate.
 
     Returns:
-        The tokens that `PromptedModel.generate` returns for greedy search, padded to `new_tokens` each.
+        Token ids that `PromptedModel.generate` returns for greedy search, padded to `new_tokens`.
     """
     language = model.backbone.language_model
     special = language.special_tokens
@@ -42,7 +42,7 @@ def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> 
     answers[:, 0] = special["decoder_start_token_id"]
     ended = torch.zeros_like(mask[:, 0])
     for place in range(1, 1 + new_tokens):
-        # The last label is what is asked for, and is not read.
+        # The decoder predicts the last label and does not read it.
         logits = language.logits(encoded, mask, answers[:, 1 : place + 1])[:, -1]
         answers[:, place] = logits.float().argmax(dim=-1).where(~ended, padding)
         ended = ended | (answers[:, place] == end)
@@ -50,7 +50,7 @@ def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> 
 
 
 def why_plain(model: PromptedModel, options: Mapping[str, Any]) -> str:
-    """Return why answers are not recorded; empty if they can be."""
+    """Return the reason why decoding cannot be recorded as a CUDA graph; empty if it can."""
     device = next(model.parameters()).device
     special = model.backbone.language_model.special_tokens
     if device.type != "cuda":
@@ -69,7 +69,7 @@ def why_plain(model: PromptedModel, options: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Recorded:
-    """Answers of one shape: what the graph reads and writes."""
+    """A recorded graph for one batch shape, with its input and output tensors."""
 
     inputs: dict[str, Tensor]
     answers: Int[Tensor, "batch target"]
@@ -77,10 +77,10 @@ class Recorded:
 
 
 class GraphedAnswers:
-    """`PromptedModel.generate` that replays graphs where it can, and falls back to itself where not.
+    """Replacement of `PromptedModel.generate` that replays CUDA graphs if possible.
 
-    Batches of `rows` questions are recorded; others may be the only ones of their shape. Trained parameters
-    may change between calls. `report` is called once with each reason why nothing is recorded.
+    Only batches of `rows` questions are recorded, because other sizes may occur only once. The values of
+    trained parameters may change between calls. `report` is called once with each reason not to record.
     """
 
     def __init__(self, model: PromptedModel, rows: int, report: Any) -> None:
@@ -92,7 +92,7 @@ class GraphedAnswers:
 
     @torch.no_grad()
     def __call__(self, **given: Any) -> Int[Tensor, "sequences target"]:
-        """Answer a batch; takes what `PromptedModel.generate` takes."""
+        """Return the token ids that `PromptedModel.generate` returns for the same arguments."""
         inputs = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         options = {name: x for name, x in given.items() if name not in inputs and x is not None}
         step = None
@@ -103,13 +103,13 @@ class GraphedAnswers:
         for name, tensor in inputs.items():
             step.inputs[name].copy_(tensor, non_blocking=True)
         step.replay()
-        return step.answers.clone()  # the next replay writes there
+        return step.answers.clone()  # the next replay overwrites them
 
     def _step(self, inputs: dict[str, Tensor], options: dict[str, Any]) -> Recorded | None:
         if reason := why_plain(self.model, options):
             self._say(reason)
             return None
-        # A parameter that is stored elsewhere now is not what a graph reads.
+        # A graph reads parameters at the addresses at which they were when it was recorded.
         places = tuple(parameter.data_ptr() for parameter in self.model.parameters())
         key = (shape_of(inputs), options["max_new_tokens"], hash(places))
         if key not in self.recorded and len(self.recorded) < SHAPES:
@@ -126,7 +126,7 @@ class GraphedAnswers:
 
         def answer() -> Tensor:
             kind = device.type
-            # Weights that were cast before would be read from memory that is free by the time of a replay.
+            # Cached casts of weights would be in memory that is freed before a replay.
             with torch.autocast(
                 kind,
                 torch.get_autocast_dtype(kind),

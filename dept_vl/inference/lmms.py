@@ -1,6 +1,6 @@
-"""Adapters as a model of lmms-eval: `lmms-eval --model dept_vl --model_args adapter=runs/vqa ...`.
+"""Model class for lmms-eval: `lmms-eval --model dept_vl --model_args adapter=runs/vqa ...`.
 
-Found by its entry point (`lmms_eval.models`) where both packages are installed.
+lmms-eval finds it by the entry point `lmms_eval.models` of this package.
 """
 
 from collections.abc import Sequence
@@ -11,24 +11,24 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 
 def manifest() -> ModelManifest:
-    """What lmms-eval has to know of the model before it is loaded."""
+    """Return the entry of this model for the registry of lmms-eval."""
     return ModelManifest(model_id="dept_vl", simple_class_path=f"{__name__}.Adapted")
 
 
 class Adapted(lmms):  # type: ignore[misc]
-    """An adapter on its backbone, asked and decoded as its task does.
+    """An adapter as a model of lmms-eval.
 
-    What a benchmark says of decoding does not count.
+    Prompting and decoding follow the adapter's task; decoding settings of the benchmark are ignored.
 
     Args:
-        adapter: See `dept_vl.load`, as for the next ones.
-        backbone: See `find_backbone`.
-        revision: Of an adapter on the Hub.
-        task: How questions are asked.
-        device: Such as cuda.
-        batch_size: Questions answered at a time.
-        whole_text: Read instructions below the question too, such as to answer in a single word, which an
-            adapter has not seen in its training.
+        adapter: Folder or name of the adapter, see `dept_vl.load`.
+        backbone: Backbone to load, see `find_backbone`.
+        revision: Branch, tag or commit of an adapter on the Hub.
+        task: Task that determines how questions are asked.
+        device: Device, such as cuda. Ignored with several processes.
+        batch_size: Batch size.
+        whole_text: Whether to keep everything after the first line of a question. These are usually
+            instructions ("Answer in a single word") that the adapter has not seen in training.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Adapted(lmms):  # type: ignore[misc]
 
         from dept_vl.inference.loading import load
 
-        # Options of lmms-eval's own for every model, which are left at what they are.
+        # lmms-eval passes this option to every model.
         unknown = sorted(set(others) - {"max_batch_size"})
         if unknown:
             raise ValueError(f"unknown options of dept_vl: {', '.join(unknown)}")
@@ -58,7 +58,7 @@ class Adapted(lmms):  # type: ignore[misc]
         self.batch_size, self.whole_text = int(batch_size), whole_text
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Answer a process's share of the questions."""
+        """Return the answers to the requests of this process."""
         if not requests:
             return []
         task = self.predictor.task
@@ -72,17 +72,9 @@ class Adapted(lmms):  # type: ignore[misc]
         return list(answers)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refuse: the package generates answers and computes no likelihoods for lmms-eval.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError, because dept_vl does not compute likelihoods."""
         raise NotImplementedError("dept_vl generates answers; take a task of the type generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Refuse: the package answers each question by itself.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError, because dept_vl has no conversations."""
         raise NotImplementedError("dept_vl answers single questions; take a task of the type generate_until")

@@ -1,7 +1,4 @@
-"""Several adapters on one backbone, a different one for every row of a batch if needed.
-
-Rows with different adapters go through the model together (see `models.row_prompts`).
-"""
+"""Several adapters on one backbone. The rows of a batch may use different ones, see `models.row_prompts`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,24 +17,24 @@ from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 
 Names = Sequence[str | None]
-"""Adapter of each row; None is the backbone alone."""
+"""Name of the adapter of each row; None is the backbone alone."""
 
 
 class ManyAdapters:
-    """Adapters by name, on one backbone.
+    """Named adapters on one backbone.
 
     Args:
-        backbone: As it was before any of them.
-        predictors: Loaded on it (`load(..., backbone=backbone)`).
-        base_task: How rows without adapter are asked; None takes the first adapter's task. With it there
-            may be no adapter.
+        backbone: Backbone without adapter.
+        predictors: Predictors by adapter name, loaded with `load(..., backbone=backbone)`.
+        base_task: Task that determines how questions are asked without an adapter. Defaults to the first
+            adapter's task; required if `predictors` is empty.
 
     Attributes:
-        predictors: By adapter's name; None is the backbone alone.
+        predictors: Predictors by adapter name; None is the backbone alone.
 
     Raises:
-        ValueError: If there is no adapter, or one is on another backbone or has trained the language model
-            itself.
+        ValueError: If there are neither adapters nor a `base_task`, or if an adapter is on another backbone
+            or contains weights of the language model.
     """
 
     def __init__(
@@ -84,22 +81,22 @@ class ManyAdapters:
         batch_size: int = 32,
         max_time: float | None = None,
     ) -> str | list[str]:
-        """Answer a question, or several, each with its adapter.
+        """Answer one or several questions, each with an adapter of its own.
 
-        As `Predictor.answer`; one image, question or adapter goes with every one of several others. Rows of
-        one batch may be of different tasks; those whose answers are decoded differently, or that have
-        another number of images, go through the model apart.
+        A single image, question or adapter is used for all rows. Rows may have different tasks; those that
+        differ in decoding settings or in the number of images are put in different batches.
 
         Args:
-            image: See `Predictor.answer`; in a list each row's: an image, a pair for NLVR2, or None.
-            question: See `Predictor.answer`.
-            adapters: Name of each row's, or one for all; None is the backbone alone.
-            batch_size: Questions answered at a time.
-            max_time: Seconds of decoding after which a batch's answers are cut; None for no limit.
+            image: Image or images, see `Predictor.answer`. A list holds an image, a pair of images (NLVR2)
+                or None for each row.
+            question: Question or questions, see `Predictor.answer`.
+            adapters: Name of the adapter, or of each row's adapter; None is the backbone alone.
+            batch_size: Batch size.
+            max_time: Number of seconds after which the decoding of a batch is cut; None for no limit.
 
         Raises:
-            FileNotFoundError: If there is no such image.
-            ValueError: As `Predictor.answer`; or if there is no such adapter.
+            FileNotFoundError: If an image does not exist.
+            ValueError: If `Predictor.answer` raises it, or an adapter is unknown.
         """
         single = adapters is None or isinstance(adapters, str)
         names: list[str | None] = (
@@ -124,12 +121,12 @@ class ManyAdapters:
         return answers[0] if alone else answers
 
     def model(self, adapters: Names) -> PromptedModel:
-        """Return the model for a batch whose rows have these adapters, for inference.
+        """Return a model for inference on a batch whose rows use these adapters.
 
-        It shares the backbone, and is as quick to make as a few small tensors.
+        The model shares the backbone, so this is fast.
 
         Raises:
-            ValueError: If there is no such adapter.
+            ValueError: If an adapter is unknown.
         """
         predictors = {name: self.predictor(name) for name in adapters}
         device = self.backbone.device
@@ -138,7 +135,7 @@ class ManyAdapters:
         if backbone.visual_projection is not None:
             rows_of = {name: (rows == self._places[name]).nonzero().squeeze(1) for name in predictors}
             parts: dict[nn.Module | None, list[torch.Tensor]] = {}
-            # Adapters without a projection share the backbone's.
+            # Adapters without a visual projection share the backbone's.
             for name, predictor in predictors.items():
                 parts.setdefault(predictor.model.backbone.visual_projection, []).append(rows_of[name])
             projections = [(part, torch.cat(of_part).sort().values) for part, of_part in parts.items()]
@@ -149,7 +146,7 @@ class ManyAdapters:
         """Return the predictor of an adapter; None is the backbone alone.
 
         Raises:
-            ValueError: If there is no such adapter.
+            ValueError: If the adapter is unknown.
         """
         if name not in self.predictors:
             known = ", ".join(repr(known) for known in self.predictors)
@@ -167,14 +164,14 @@ def load_many(
     """Load several adapters on one backbone.
 
     Args:
-        sources: As `load` takes them, by the name that each is to have.
-        backbone: See `find_backbone`; None takes that of the first.
-        device: See `find_backbone`.
-        base_task: See `ManyAdapters`.
+        sources: Sources of the adapters (see `load`) by the names to give to them.
+        backbone: Backbone or where to load it from, see `find_backbone`. Defaults to the first adapter's.
+        device: Device to load the backbone on, see `find_backbone`.
+        base_task: Task of questions without an adapter, see `ManyAdapters`.
 
     Raises:
-        FileNotFoundError: If there is no such adapter, or no backbone.
-        ValueError: As `load` and `ManyAdapters`.
+        FileNotFoundError: If an adapter or the backbone is not found.
+        ValueError: If there is no adapter, or `load` or `ManyAdapters` raises it.
 
     Example:
         >>> import dept_vl

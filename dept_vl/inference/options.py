@@ -1,4 +1,4 @@
-"""Options of the commands that ask an adapter; this module imports no engine."""
+"""Options of the commands predict, demo and serve. This module does not import torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,88 +14,90 @@ from dept_vl.tasks.own.options import OwnOptions
 
 @dataclass(frozen=True)
 class PredictConfig(Options):
-    """What to predict, with which adapter."""
+    """Options of `dept-vl predict`."""
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE... QUESTION...")]
-    """Image files, then questions; none with --data."""
+    """Image files, followed by questions. Leave them out with --data."""
     adapter: str
-    """Folder of a run or of an adapter, or an adapter's name on the Hub."""
+    """Folder of a run or an adapter, or name of an adapter on the Hub."""
     backbone: Path | None = None
-    """What the adapter was trained on, if it is not where the adapter says: a folder, or VISION+LANGUAGE."""
+    """Backbone that the adapter was trained on: a folder, or VISION+LANGUAGE. If not given, it is looked up
+    where the adapter says."""
     revision: str | None = None
     """Branch, tag or commit of an adapter on the Hub."""
     task: str | None = None
-    """How the questions are asked; left out, as the adapter was trained."""
+    """Task that determines how questions are asked. If not given, the adapter's task."""
     device: str | None = None
-    """Such as cpu or cuda; left out, a GPU if there is one."""
+    """Device, such as cpu or cuda. If not given, a GPU if there is one."""
     own: Own = field(default_factory=OwnOptions)
     output: Path | None = None
-    """With --data: file for the answers, JSON Lines in the order of the table. After a stop the same
-    command continues it, on any number of processes."""
+    """With --data: JSON Lines file for the answers, in the order of the table. If the command is stopped, run
+    it again to continue, with any number of processes."""
     split: str = "all"
-    """With --data: rows to answer; all, or those of the split train, validation or test."""
+    """With --data: split whose rows to answer (train, validation or test), or all."""
     batch_size: Positive = 128
-    """With --data: rows answered at a time, per process."""
+    """With --data: batch size per process."""
     num_workers: Workers = 0
-    """With --data: processes that read images; 0 reads them in the answering process."""
+    """With --data: number of worker processes that read images; 0 reads them in the main process."""
     features: Features = "auto"
-    """With --data: as for dept-vl evaluate."""
+    """With --data: source of visual features, which is files written by dept-vl features (cached), the images
+    (live), or those files if they match the backbone and cover all images, otherwise the images (auto)."""
     features_dir: Path | None = None
-    """With --data: folder of those files; left out, features in the folder of the data."""
+    """With --data: folder of those files. If not given, features in the folder of the data."""
     on_bad_image: OnBadImage = "raise"
-    """With --data: raise, or skip: give the answer null, count it and continue."""
+    """With --data: stop at an image that cannot be read (raise), or write null as its answer (skip)."""
 
 
 @dataclass(frozen=True)
 class DemoConfig(Options):
-    """What is shown where."""
+    """Options of `dept-vl demo`."""
 
     adapters: tuple[str, ...]
-    """Folders of runs or adapters, or names on the Hub, all of one backbone."""
+    """Folders of runs or adapters, or names of adapters on the Hub, all trained on the same backbone."""
     backbone: Path | None = None
-    """What they were trained on, if it is not where the first says: a folder, or VISION+LANGUAGE."""
+    """Backbone of the adapters: a folder, or VISION+LANGUAGE. If not given, the one of the first adapter."""
     host: str = "127.0.0.1"
-    """Address to listen at; whoever reaches another than the default has to know a password."""
+    """Address to listen on. A password is required if other machines can reach it."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
-    """Port to listen at."""
+    """Port to listen on."""
     password: str | None = None
-    """That visitors have to know, with any user name. Others on this machine can read it in the list of
-    processes: rather set DEPT_VL_PASSWORD in the environment. Left out, one is made up where it is needed."""
+    """Password for visitors; the user name is ignored. Other users of this machine can see it in the process
+    list, so prefer the environment variable DEPT_VL_PASSWORD. If needed but not given, one is generated."""
     device: str | None = None
-    """Such as cpu or cuda; left out, a GPU if there is one."""
+    """Device, such as cpu or cuda. If not given, a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class ServeConfig(Options):
-    """What is served where, and what requests may be."""
+    """Options of `dept-vl serve`."""
 
     adapters: tuple[str, ...]
-    """Folders of runs or adapters, or names on the Hub, all of one backbone."""
+    """Folders of runs or adapters, or names of adapters on the Hub, all trained on the same backbone."""
     backbone: Path | None = None
-    """What they were trained on, if it is not where the first says: a folder, or VISION+LANGUAGE."""
+    """Backbone of the adapters: a folder, or VISION+LANGUAGE. If not given, the one of the first adapter."""
     host: str = "127.0.0.1"
-    """Address to listen at; whoever reaches another than the default has to know a token."""
+    """Address to listen on. A token is required if other machines can reach it."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 uses a free port."""
     token_file: Path | None = None
-    """File with the token that requests have to bear; left out, DEPT_VL_TOKEN in the environment."""
+    """File with the token that requests must send. If not given, the environment variable DEPT_VL_TOKEN."""
     allow_adapter_changes: bool = False
-    """Let requests add adapters (POST /v1/adapters) and remove them (DELETE /v1/adapters/NAME)."""
+    """Allow requests to add adapters (POST /v1/adapters) and remove them (DELETE /v1/adapters/NAME)."""
     allow_urls: bool = False
-    """Fetch images from public http and https addresses, besides data URLs."""
+    """Accept public http and https URLs of images, not only data URLs."""
     device: str | None = None
-    """cpu, cuda or mps; left out, all NVIDIA GPUs if there are any. CUDA_VISIBLE_DEVICES picks among them."""
+    """cpu, cuda or mps. If not given, all NVIDIA GPUs (see CUDA_VISIBLE_DEVICES), or the CPU without any."""
     copies: Positive = 1
-    """Of the model on each device, each in a process of its own."""
+    """Number of processes per device, each with a copy of the model."""
     max_batch_size: Positive = 32
-    """Questions answered together, whichever adapters they are for."""
+    """Maximum batch size. A batch may hold questions for different adapters."""
     max_wait_ms: Rate = 5.0
-    """Milliseconds that a question waits for others to be answered with."""
+    """Maximum time in milliseconds that a question waits for a batch to fill up."""
     max_requests: Positive = 1024
-    """Requests at a time, those that wait included; further ones are rejected."""
+    """Maximum number of open requests, including those that wait; further ones are rejected."""
     max_request_mb: Positive = 32
-    """Megabytes of a request."""
+    """Maximum size of a request in MiB."""
     max_question: Positive = 1000
-    """Characters of a question."""
+    """Maximum number of characters of a question."""
     timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
-    """Seconds for a request to come, and again for its answer."""
+    """Maximum time in seconds for receiving a request, and again for answering it."""

@@ -1,4 +1,4 @@
-"""Ask a trained adapter on the command line: what `dept-vl predict` does."""
+"""Implementation of `dept-vl predict`."""
 
 import torch
 from accelerate import Accelerator
@@ -12,11 +12,11 @@ from dept_vl.inference.options import PredictConfig
 
 
 def predict(config: PredictConfig) -> list[str]:
-    """Ask, print the answers and return them; those of a table go into a file.
+    """Print and return the answers to `config.inputs`; with `config.own.data`, write them to a file instead.
 
     Raises:
         FileNotFoundError: If the adapter, its backbone or an image is missing.
-        UsageError: If there are fewer images or questions than the task needs.
+        UsageError: If options are incompatible, or images or questions are missing.
     """
     disable_progress_bar()
     set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The model behind the server, in a process of its own on each device: batches for any adapters."""
+"""Model process of the server: it answers batches of questions to any of the adapters."""
 
 import multiprocessing
 import os
@@ -17,29 +17,29 @@ from litserve.loops.simple_loops import BatchedLoop
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import printable, say
 
-if TYPE_CHECKING:  # the server itself has no model, and loads no torch
+if TYPE_CHECKING:  # the main process does not import torch
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.inference.predictor import Ask, Predictor, Reply
 
 IDLE = 0.2
-"""Seconds that a process waits for a question at a time."""
+"""Seconds that a process waits for a question before it tries again."""
 END = (None, None, None, None)
-"""In the place of a question: end the process that takes it."""
+"""Queue item that ends the process that takes it."""
 BASE, FIRST = "backbone", "first"
-"""In the place of an adapter's number: the bare backbone, and the adapter that knows which it is."""
+"""Used instead of adapter numbers: the backbone alone, and the adapter that the backbone is loaded for."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it is sent to the processes.
+    """A question, as it is sent to the model processes.
 
     Attributes:
-        adapter: Number of the adapter, which no other ever has; `BASE` is the bare backbone.
-        source: Of the adapter.
-        text: What is asked.
+        adapter: Number of the adapter, which is never reused; `BASE` is the backbone alone.
+        source: Folder or Hub name of the adapter.
+        text: Text of the question.
         images: Contents of image files.
-        longest: Tokens that the answer may have; None leaves it to the adapter.
-        loading: Ask nothing: load the adapter, and tell about it.
+        longest: Maximum number of tokens of the answer; None uses the adapter's maximum.
+        loading: Whether to only load the adapter and describe it, without a question.
     """
 
     adapter: str
@@ -51,10 +51,7 @@ class Question:
 
 
 def end_with_parent(after: float = 0.0) -> None:
-    """End this process when the one that has started it is gone, also where that was killed.
-
-    Waits for so many seconds first, for others to end before.
-    """
+    """End this process `after` so many seconds when its parent process has ended, even if it was killed."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
@@ -68,12 +65,12 @@ def end_with_parent(after: float = 0.0) -> None:
 
 
 class Batches(BatchedLoop):  # type: ignore[misc]
-    """LitServe's loop over batches, which waits for the first question without asking a thousand times."""
+    """LitServe's loop over batches, but waiting for the first question without busy polling."""
 
     def get_batch_requests(
         self, lit_api: LitAPI, request_queue: Any, transport: Any
     ) -> tuple[list[Any], list[Any]]:
-        """Collect a batch: questions in the queue, and those that come while the first one waits."""
+        """Collect a batch from the queue, until it is full or the first question has waited long enough."""
         from litserve.utils import LitAPIStatus, LoopResponseType
 
         taken: list[Any] = []
@@ -91,15 +88,15 @@ class Batches(BatchedLoop):  # type: ignore[misc]
             self.put_response(transport, number, uid, (), LitAPIStatus.START, LoopResponseType.REGULAR)
             if not taken:
                 until = time.monotonic() + lit_api.batch_timeout
-            if time.monotonic() - asked < lit_api.request_timeout:  # nobody waits for it any more
+            if time.monotonic() - asked < lit_api.request_timeout:  # not timed out
                 taken.append((number, uid, question))
         return taken, []
 
 
 class Replica(LitAPI):  # type: ignore[misc]
-    """One backbone with all adapters.
+    """One backbone with all adapters, as LitServe's model.
 
-    `first` is the adapter that knows the backbone; `max_wait` is in seconds.
+    The backbone is loaded for the adapter `first`. `max_wait` is in seconds.
     """
 
     def __init__(
@@ -108,11 +105,11 @@ class Replica(LitAPI):  # type: ignore[misc]
         super().__init__(max_batch_size=max_batch_size, batch_timeout=max_wait, loop=Batches(), spec=spec)
         self.first, self.backbone = first, backbone
         self.shared: Any = None
-        """What the processes know of each other: `adapters`, source by number; `models`, what is to be
-        known of those that were there at the start; `failed`, why there was no start."""
+        """State shared by all processes: `adapters`, sources by number; `models`, descriptions of those that
+        were loaded at the start; `failed`, the reason if the start failed."""
 
     def setup(self, device: str) -> None:
-        """Load the backbone and the adapters; called in the process of a device."""
+        """Load the backbone and the adapters; LitServe calls this in the model process."""
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from dept_vl.inference.mixed import load_many
@@ -121,7 +118,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         disable_progress_bar()
         set_verbosity_error()
         try:
-            # The first knows the backbone, and how it is asked alone; it may have been removed since.
+            # Determines the backbone and its task without adapter, even if the adapter was removed since.
             self.many: ManyAdapters = load_many(
                 {FIRST: self.first}, backbone=self.backbone, device=str(device)
             )
@@ -138,7 +135,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         }
 
     def predict(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Answer a batch; what is wrong with a question is the answer to it alone."""
+        """Answer a batch. An invalid question gets an error as its reply and does not affect the others."""
         errors = self._load(questions)
         outcomes: list[dict[str, Any] | None] = []
         asks: list[Ask] = []
@@ -169,21 +166,21 @@ class Replica(LitAPI):  # type: ignore[misc]
         for place, reply, noted_here in zip(places, self._answer(asks, numbers), notes, strict=True):
             outcomes[place] = reply if "error" in reply else reply | {"notes": noted_here}
         size = len(questions)
-        # The first tells of the batch, so that it is counted once.
+        # Only the first reply has the batch size, so that a batch is counted once.
         return [
             (outcome or {}) | {"batch": size if place == 0 else 0} for place, outcome in enumerate(outcomes)
         ]
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """Return it unchanged: the server writes it in OpenAI's form."""
+        """Return the reply unchanged; `ChatSpec.chat` formats it."""
         return output
 
     def decode_request(self, request: Any) -> Any:
-        """Return it unchanged: the server has read it."""
+        """Return the request unchanged; `ChatSpec.chat` has parsed it."""
         return request
 
     def _load(self, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
-        """Bring the adapters up to date; what is wrong with those that cannot be loaded."""
+        """Load new adapters and drop removed ones; return the errors of those that cannot be loaded."""
         from dept_vl.inference.loading import load
         from dept_vl.inference.mixed import ManyAdapters
 
@@ -197,7 +194,7 @@ class Replica(LitAPI):  # type: ignore[misc]
             try:
                 kept[number] = load(wanted[number], backbone=self.many.backbone)
                 ManyAdapters(self.many.backbone, {number: kept[number]})
-            except Exception as error:  # of whatever kind: the other questions are to be answered
+            except Exception as error:  # any error: the other questions must still be answered
                 kept.pop(number, None)
                 errors[number] = _refusal(400, "invalid_adapter", f"{wanted[number]}: {one_line(error)}")
         if kept.keys() != known.keys():
@@ -208,10 +205,10 @@ class Replica(LitAPI):  # type: ignore[misc]
         return self.many.predictor(None if question.adapter == BASE else question.adapter)
 
     def _ask(self, question: Question, pixels: dict[bytes, Any]) -> "Ask":
-        """A question with its images read, which are then of one size, however large they were.
+        """Return a question with its images read and preprocessed; `pixels` caches them.
 
         Raises:
-            ValueError: If an image cannot be read, or the answer cannot be so short.
+            ValueError: If an image cannot be read, or `longest` is too small for the adapter's candidates.
         """
         from dept_vl.data.features import load_pixels
         from dept_vl.inference.predictor import Ask
@@ -249,7 +246,7 @@ class Replica(LitAPI):  # type: ignore[misc]
 
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # noted already
+                warnings.simplefilter("ignore")  # collected by `predict`
                 return [_said(reply) for reply in answer_all(asks, model_of, len(asks))]
         except Exception as error:
             if len(asks) > 1:
@@ -260,7 +257,7 @@ class Replica(LitAPI):  # type: ignore[misc]
             return [_refusal(500, "internal_error", "this question could not be answered")]
 
     def _about(self, predictor: "Predictor") -> dict[str, Any]:
-        """Return what the server has to know of an adapter."""
+        """Return the description of an adapter that the server needs."""
         task = predictor.task
         name = predictor.model.backbone.name
         return {"task": task.name, "images": task.image_count, "backbone": name}
