@@ -1,6 +1,6 @@
-"""What every package uses and none is about: files, tensors, images, statistics, tables.
+"""Internal utilities of all packages: files, tensors, images, statistics, tables.
 
-Internal; nothing here knows of models, tasks or runs.
+They do not depend on models, tasks or runs.
 """
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""Checksums of files that are trusted later: caches end in one, which is compared before they are used.
+"""Checksums that detect damaged files. Cache files end with one, which is compared before use.
 
-XXH3 reads some 15 GB a second, six times as fast as zlib's CRC-32 and ten times as fast as SHA-256; it finds
-damage, and keeps no forger out.
+XXH3 reads about 15 GB per second, six times as fast as zlib's CRC-32 and ten times as fast as SHA-256. It
+detects damage, not forgery.
 """
 
 import mmap
@@ -19,21 +19,21 @@ if TYPE_CHECKING:  # imported where it is needed: the command line reads options
     import pyarrow as pa
 
 SEAL = b"XXH3"
-"""In front of the checksum at the end of a file."""
+"""Marker before the checksum at the end of a file."""
 DIGEST_BYTES = 16
 CHUNK_BYTES = 1 << 24
 
 _compared: dict[Path, tuple[int, ...]] = {}
-"""Files whose checksum this process has compared, and what the system said of them then."""
+"""Files whose checksum this process has compared, with their identity at that time."""
 
 
 def checksum(content: "bytes | memoryview | mmap.mmap | pa.Buffer") -> str:
-    """32 hexadecimal digits of some bytes."""
+    """Return the checksum of bytes, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(content)
 
 
 def file_checksum(path: Path, size: int = sys.maxsize) -> str:
-    """32 hexadecimal digits of a file's content, or of its first bytes."""
+    """Return the checksum of a file or of its first `size` bytes, as 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:
         while size > 0 and (chunk := file.read(min(size, CHUNK_BYTES))):
@@ -43,7 +43,7 @@ def file_checksum(path: Path, size: int = sys.maxsize) -> str:
 
 
 def known_checksum(path: Path) -> str:
-    """Return a file's checksum, read once in a process as long as size and times stay: splits share files."""
+    """Return a file's checksum, computed once per process while its size and times stay the same."""
     return _checksum_of(path, _identity(path))
 
 
@@ -60,7 +60,7 @@ def seal(path: Path) -> None:
 
 
 def open_sealed(path: Path) -> "pa.Buffer":
-    """Map a sealed file without its seal, compared once in a process; DamagedFileError if it changed."""
+    """Map a sealed file without its checksum, which is compared once; DamagedFileError if it differs."""
     import pyarrow as pa
 
     size = path.stat().st_size - len(SEAL) - DIGEST_BYTES
@@ -78,12 +78,12 @@ def open_sealed(path: Path) -> "pa.Buffer":
 
 
 def was_compared(path: Path) -> bool:
-    """Return whether the checksum of a file as it is now was compared in this process."""
+    """Return whether this process has compared the checksum of a file since its last change."""
     return _compared.get(path) == _identity(path)
 
 
 def note_compared(path: Path) -> None:
-    """Note that a file's checksum was compared."""
+    """Record that a file's checksum was compared."""
     _compared[path] = _identity(path)
 
 

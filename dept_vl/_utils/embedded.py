@@ -1,10 +1,10 @@
-"""Images whose bytes are in a table, named like files below it.
+"""Images stored inside a table, addressed by paths below the table's file.
 
     photos.parquet/image/17      row 17 of the column `image`
-    photos.parquet/images/17/0   the first of several images of row 17, or of the data URLs there
-    photos.jsonl/bytes/120/4096  a data URL in a file of text, from byte 120 on, 4,096 bytes long
+    photos.parquet/images/17/0   the first of several images, or data URLs, in row 17
+    photos.jsonl/bytes/120/4096  a data URL in a text file, 4,096 bytes long from byte 120
 
-So they are read when they are needed, and never written out.
+They are read when needed and never copied to files.
 """
 
 import base64
@@ -27,27 +27,27 @@ COLUMNAR = (".parquet", ".arrow")
 NAME = re.compile(r"(.*\.(?:parquet|arrow|jsonl?|ndjson|[ct]sv))/([^/]+)/([0-9]+)(?:/([0-9]+))?", re.I | re.S)
 ARROW_MAGIC = b"ARROW1"
 BATCH_ROWS = 8
-"""Rows of a Parquet file that are decoded at a time: a row group may hold gigabytes. Its pages are decoded
+"""Number of rows of a Parquet file decoded at a time, since a row group may hold gigabytes. Pages are decoded
 whole."""
 
 
 KEPT_BATCHES = 8
-"""That stay decoded: threads that read one row after the other come a little out of order."""
+"""Number of decoded batches to keep, since threads do not read rows exactly in order."""
 
 
 def embedded_path(file: str, column: str, row: int, item: int | None = None) -> str:
-    """Name the image of a row, or one of several."""
+    """Return the path of the image of a row, or of one of several."""
     end = "" if item is None else f"/{item}"
     return f"{file}/{quote(column, safe='')}/{row}{end}"
 
 
 def is_embedded(path: str | Path) -> bool:
-    """Return whether a path leads into a Parquet or Arrow file."""
+    """Return whether a path leads to an image inside a table."""
     return _parts(os.fspath(path)) is not None
 
 
 def embedded_bytes(path: str | Path) -> bytes:
-    """Read an embedded image; raise FileNotFoundError without such a row, ValueError if it has no bytes."""
+    """Read an embedded image; FileNotFoundError if there is no such row, ValueError if it has no bytes."""
     parts = _parts(os.fspath(path))
     if parts is None:
         raise FileNotFoundError(f"no image at {path}")
@@ -68,12 +68,12 @@ def embedded_bytes(path: str | Path) -> bytes:
 
 
 def is_data_url(text: str) -> bool:
-    """Return whether a text begins as a data URL does."""
+    """Return whether a text starts like a data URL."""
     return text[:5].lower() == "data:"
 
 
 def data_url_bytes(url: str, name: str = "image") -> bytes:
-    """Return the content of a data URL; raise ValueError, with the name, if it is none."""
+    """Return the content of a data URL; raise ValueError with `name` if it is not valid."""
     kind, comma, data = url.partition(",")
     try:
         if not comma or not is_data_url(kind):
@@ -86,7 +86,7 @@ def data_url_bytes(url: str, name: str = "image") -> bytes:
 
 
 def data_urls(value: Any) -> Iterator[str]:
-    """Find the data URLs in what JSON can say, in the order in which they stand there."""
+    """Yield the data URLs in a JSON-like value, in their order."""
     if isinstance(value, str):
         if is_data_url(value):
             yield value
@@ -99,7 +99,7 @@ def _text_at(file: str, start: int, length: int) -> str:
     with open(file, "rb") as opened:
         opened.seek(start)
         content = opened.read(length)
-    # A data URL is ASCII: of UTF-16 every other byte is zero, and some writers of JSON escape the slash.
+    # Data URLs are ASCII, so in UTF-16 every other byte is zero. Some JSON writers escape the slash.
     return content.replace(b"\0", b"").replace(b"\\/", b"/").decode("latin-1")
 
 
@@ -121,7 +121,7 @@ def _value(file: str, column: str, row: int) -> Any:
 
 @lru_cache(maxsize=64)
 def open_arrow(file: str, changed: int) -> Any:
-    """Map an Arrow file into memory: of the file format, sealed by us or not, or of the stream format."""
+    """Map an Arrow file into memory: file format, with or without our checksum, or stream format."""
     import pyarrow as pa
 
     with open(file, "rb") as opened:
@@ -145,12 +145,12 @@ def _group_starts(file: str, changed: int) -> list[int]:
 
 
 class _Group:
-    """A column of a row group, decoded a few rows at a time, forwards."""
+    """A column of a row group, decoded forwards in small batches."""
 
     def __init__(self, file: str, number: int, column: str) -> None:
         import pyarrow.parquet as pq
 
-        # An opened file each: threads must not decode from one at a time.
+        # Each group opens the file itself, since threads must not share an open file.
         self._opened = pq.ParquetFile(file, memory_map=True)
         self._number, self._column, self._lock = number, column, Lock()
         self._rewind()
@@ -176,7 +176,7 @@ class _Group:
             return batch.column(0)[place - start].as_py()
 
 
-@lru_cache(maxsize=1)  # neighbours are usually read one after the other
+@lru_cache(maxsize=1)  # neighbouring rows are usually read in order
 def _group(file: str, changed: int, number: int, column: str, process: int) -> _Group:
-    # Of this process alone: what a worker inherits may be in the middle of a read.
+    # `process` keeps workers from using an inherited group, which may be in the middle of a read.
     return _Group(file, number, column)

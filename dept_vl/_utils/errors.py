@@ -1,4 +1,4 @@
-"""Errors that users cause, by what is wrong; the command line prints each as one line."""
+"""Exceptions for errors caused by users. The command line prints them as one line."""
 
 import os
 import signal
@@ -14,15 +14,15 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class UsageError(ValueError):
-    """Options that are unknown, out of range, or do not fit each other. The command line exits with 2."""
+    """Invalid options: unknown, out of range, or incompatible. The command line then exits with status 2."""
 
 
 class DamagedFileError(ValueError):
-    """A file of ours that is not as it was written."""
+    """A file of this package that has changed since it was written."""
 
 
 class UnknownNameError(UsageError):
-    """A name of a category, such as `task`, that is not among the known ones."""
+    """An unknown name in a category such as `task`. The message lists the known names."""
 
     def __init__(self, category: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
@@ -33,31 +33,31 @@ class UnknownNameError(UsageError):
 
 
 class InUseError(RuntimeError):
-    """A folder that another process writes to."""
+    """A folder that another process is writing to."""
 
 
 DEBUG_VARIABLE = "DEPT_VL_DEBUG"
 RAISED = (ValueError, RuntimeError, ImportError)
-"""What our own `raise` statements report mistakes of users with, besides `OSError`."""
+"""Exception types, besides `OSError`, that this package raises for errors caused by users."""
 MAIN_FIRST = 5.0
-"""Seconds that another process leaves the main one to report an error that all have: the first that fails
-ends the launch, and with it those that have said nothing yet."""
+"""Seconds that other processes wait for the main process to report a shared error. The first process that
+fails ends the launch, and with it the processes that have not reported yet."""
 LONGEST_LINE = 2000
 
 
 def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]) -> int:
-    """Run a command, and print an error that the user caused as one line on stderr.
+    """Run a command and return its exit status; errors caused by the user are printed as one line on stderr.
 
     Args:
-        command: Takes the command line; what it returns is the exit status if it is a whole number.
-        arguments: Without the program's name. `--debug` among them, or `DEPT_VL_DEBUG=1` in the environment,
+        command: Function of the command line arguments. If it returns an integer, that is the exit status.
+        arguments: Arguments without the program's name. `--debug`, or `DEPT_VL_DEBUG=1` in the environment,
             keeps the traceback.
 
     Returns:
-        The exit status: 2 for a `UsageError`, 1 for another mistake of the user.
+        The exit status: 2 for a `UsageError`, 1 for another error caused by the user.
 
     Raises:
-        Exception: If it is a bug, or for `--debug`.
+        Exception: If the error is a bug, or with `--debug`.
     """
     debug = "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     try:
@@ -78,7 +78,7 @@ def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]
 def is_user_error(error: BaseException) -> bool:
     """Return whether an error was raised in this package, or comes from the file system or the network.
 
-    Errors that another library raised in the middle of its work keep their traceback.
+    Other errors, raised inside libraries, keep their traceback.
     """
     if isinstance(error, UsageError | OSError):
         return True
@@ -91,7 +91,7 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def _report(error: BaseException, *, same_everywhere: bool) -> None:
-    """Print the line; of several processes the main one prints what all of them have."""
+    """Print an error. Errors that all processes share are printed by the main process only."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(MAIN_FIRST)  # the launcher ends this process if the main one fails meanwhile

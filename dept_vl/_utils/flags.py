@@ -1,4 +1,4 @@
-"""Flags of a command line, read into functions and dataclasses by tyro; its errors as one line."""
+"""Command line flags for functions and dataclasses, parsed by tyro, with one-line errors."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from dept_vl._utils.options import Options, validate
 from dept_vl._utils.printable import say
 
 Command = Callable[[list[str]], object]
-"""Takes the command line; returns the exit status, or something else for 0."""
+"""Function of the command line arguments that returns the exit status, or something else for 0."""
 T = TypeVar("T")
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -24,10 +24,10 @@ AnyOptions = TypeVar("AnyOptions", bound=Options)
 def parse_options(
     kind: type[AnyOptions], arguments: Sequence[str], program: str, description: str | None
 ) -> AnyOptions:
-    """Read flags into a dataclass, and check types and ranges.
+    """Parse flags into a dataclass, and check types and ranges.
 
     Raises:
-        UsageError: If a flag is unknown, a value is out of range, or one is missing.
+        UsageError: If a flag is unknown, or a value is missing or out of range.
     """
     options = flags_of(kind, arguments, prog=program, description=description)
     validate(options)
@@ -35,14 +35,14 @@ def parse_options(
 
 
 class FirstFlags(argparse.ArgumentParser):
-    """Reads the flags that decide about others; a mistake is a `UsageError`."""
+    """Parser for flags that determine other flags. Errors are raised as `UsageError`."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def flags_of(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
-    """Let tyro read flags; its box of errors becomes one line."""
+    """Parse flags with tyro; convert its error box to a one-line UsageError."""
     printed = StringIO()
     try:
         with redirect_stderr(printed):
@@ -55,7 +55,7 @@ def flags_of(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -
 
 
 def _one_line(box: str) -> str:
-    """Return what tyro says in a box, of ASCII where the terminal has no lines: the first part and names."""
+    """Return the main text of tyro's error box (drawn in Unicode or ASCII), with the suggested names."""
     lines = [line.strip("│ ") for line in box.splitlines() if line[:1] not in ("╭", "╰")]
     parts = [" ".join(part.split()) for part in split("[─-]{8,}", "\n".join(lines))]
     if "╭" not in box:
@@ -71,7 +71,7 @@ def _one_line(box: str) -> str:
 
 
 def choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:
-    """Run the command that the first argument names; without one, or for --help, list them."""
+    """Run the command named by the first argument. Without arguments, or for --help, list the commands."""
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [
             f"  {name:<12}{(command.__doc__ or '').splitlines()[0]}" for name, command in commands.items()
@@ -90,7 +90,7 @@ def choose(commands: Mapping[str, Command], program: str, about: str, arguments:
 def call(
     functions: Mapping[str, Callable[..., Any]], program: str, about: str | None, arguments: list[str]
 ) -> object:
-    """Call the function that the first argument names, with its arguments from flags."""
+    """Call the function named by the first argument, with its arguments from flags."""
 
     def command(name: str, function: Callable[..., Any]) -> Command:
         @wraps(function)

@@ -1,4 +1,4 @@
-"""Image files, read with care: they come by the hundred thousand, and some are broken."""
+"""Reading of image files, including large numbers of files and damaged ones."""
 
 import errno
 import math
@@ -17,7 +17,7 @@ from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import printable
 
 SIXTEEN_BIT_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-"""Pillow's modes of grey images with more than eight bits, which its own conversion would clip."""
+"""Pillow's modes of grey images with more than eight bits. Pillow's own conversion would clip them."""
 
 Image.init()  # registers what this Pillow reads; AVIF is not in all of them
 FORMATS = tuple(
@@ -25,12 +25,12 @@ FORMATS = tuple(
     for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "AVIF")
     if form in Image.OPEN
 )
-"""What is read, whatever a file is called. Pillow knows 30 more, and runs other programs for some of them
-(Ghostscript for EPS)."""
+"""Supported formats, recognised by content. Pillow has 30 more, some of which run other programs (Ghostscript
+for EPS)."""
 
 JPEG_QUALITY = 95
 FULL_CHROMA = 0
-"""Of images that are written. Pillow's code for 4:4:4: halved chroma would bleed colours of small shapes."""
+"""Pillow's code for 4:4:4 chroma in written images. Halved chroma would blur the colours of small shapes."""
 
 ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
@@ -42,40 +42,40 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes an image upright, by its EXIF orientation."""
+"""Transformation that makes an image upright, by EXIF orientation."""
 STRIP_ROWS = 256
-"""Rows of a 16-bit image that are converted at a time."""
+"""Number of rows of a 16-bit image converted at a time."""
 EXIF_BYTES = 1 << 16
-"""Of the start of a file, where its orientation usually stands."""
+"""Number of bytes at the start of a file to search for its orientation."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 
 LARGEST_RATIO = 200
-"""Of the longer to the shorter side of an image. No photograph has more, and towers that resize the shorter
-side to 224 would make 44,800 of the longer one."""
+"""Maximum ratio of the longer to the shorter side of an image. Photographs stay below it, and encoders that
+resize the shorter side to 224 would make 44,800 of the longer one."""
 LARGEST_RESIZED = 1 << 26
-"""Pixels of an image after a tower has resized it: 192 MiB in RGB."""
+"""Maximum number of pixels of a resized image: 192 MiB in RGB."""
 
 ImageSource = str | Path | bytes | Image.Image
-"""An image file, its content, or an image that Pillow has opened."""
+"""An image file, the content of one, or an image opened by Pillow."""
 
 
 def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
-    """Read an image as RGB: grey, palette, CMYK and 16-bit images too, of an animation the first frame.
+    """Read an image as RGB, also from grey, palette, CMYK and 16-bit images. Animations give the first frame.
 
-    Transparency is dropped: hidden colours show. A JPEG of more than `PIL.Image.MAX_IMAGE_PIXELS` pixels,
-    up to twice as many, is decoded at half its size or less.
+    Transparency is dropped, so hidden colours become visible. A JPEG with more than
+    `PIL.Image.MAX_IMAGE_PIXELS` pixels, up to twice as many, is decoded at half its size or less.
 
     Args:
-        source: The image.
-        exif: Turn and mirror it as its EXIF orientation says, as `transformers.image_utils.load_image` does;
-            otherwise pixels come as stored (Pillow turns TIFF files all the same).
+        source: Image to read.
+        exif: Whether to turn and mirror the image by its EXIF orientation, as
+            `transformers.image_utils.load_image` does. Otherwise pixels are as stored, except that Pillow
+            always turns TIFF files.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is no whole image of one of `FORMATS`, or so large that it may be meant to fill
-            the memory.
-        OSError: If the process may open no more files, or a network disk is gone.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is not a complete image in one of `FORMATS`, or too large to be safe.
+        OSError: If the process has too many open files, or a network disk is gone.
     """
     try:
         if isinstance(source, str | Path) and is_embedded(source):
@@ -101,25 +101,25 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
     except Exception as error:
-        # Nothing is wrong with the image, and it must not be left out for this.
+        # The image itself is fine, and must not be skipped because of this.
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ESTALE):
             raise
-        # Pillow would name the object in memory.
+        # Pillow's message would contain the address of an object.
         unknown = isinstance(error, UnidentifiedImageError)
         problem = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(error)
         raise ValueError(f"{_called(source)} is no readable image: {problem}") from None
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
-    """Decode a file."""
+    """Decode an image file."""
     with warnings.catch_warnings():
-        # What Pillow says of odd metadata is no fault of the pixels; of its size see below.
+        # Warnings about odd metadata do not concern the pixels; sizes are checked below.
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(file, formats=FORMATS) as image:
             limit, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
             if limit is not None and pixels > limit:
-                # The decoder of JPEG makes it smaller as it goes; others would need memory for all of it.
+                # The JPEG decoder can shrink while decoding; others would need memory for the full size.
                 image.draft(None, (image.width // 2, image.height // 2))
                 if math.prod(image.size) > limit:
                     raise Image.DecompressionBombWarning(
@@ -130,48 +130,48 @@ def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
 
 
 def _upright(image: Image.Image, exif: bool) -> Image.Image:
-    """Return an image in RGB, turned as its metadata says."""
+    """Return an image in RGB, turned by its EXIF orientation if `exif`."""
     rgb = to_rgb(image)
     turn = TURNS.get(orientation_of(image)) if exif else None
     if turn is None:
         return rgb
     turned = rgb.transpose(turn)
-    turned.info.clear()  # or whoever reads it again would turn it again
+    turned.info.clear()  # otherwise reading it again would turn it again
     return turned
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image that is loaded: 1, upright, where it says none."""
+    """Return the EXIF orientation of a loaded image; 1 (upright) if it has none."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # odd metadata is no fault of the pixels
+    except Exception:  # odd metadata does not concern the pixels
         return 1
     return value if isinstance(value, int) else 1
 
 
 def is_turned(path: Path) -> bool:
-    """Return whether the EXIF orientation of an image file turns it; False if it is no image."""
+    """Return whether the EXIF orientation of an image file turns it; False if it is not an image."""
     try:
         with path.open("rb") as file:
             start = file.read(EXIF_BYTES)
-            # The usual photograph of a data set has no EXIF, and no decoder needs to look.
+            # Most photographs in data sets have no EXIF and need no decoder.
             if start.startswith(b"\xff\xd8") and b"Exif" not in start and b"tiff:Orientation" not in start:
                 return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
-                if image.format == "PNG":  # its EXIF may stand behind the pixels
+                if image.format == "PNG":  # its EXIF may come after the pixels
                     image.load()
                 return orientation_of(image) in TURNS and image.format != "TIFF"
-    except Exception:  # of whatever kind: `read_image` says what is wrong with it
+    except Exception:  # `read_image` reports what is wrong
         return False
 
 
 def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
-    """Check what an image becomes before anything is made of it.
+    """Check the size of an image before processing it.
 
-    `shortest_edge` is what its shorter side is resized to, in pixels; None if both sides are. Raise
-    ValueError if the image is too long for its width, or too large after resizing.
+    `shortest_edge` is the size in pixels that the shorter side is resized to; None if both sides are. Raises
+    ValueError if the image is too elongated, or too large after resizing.
     """
     short, long = sorted((width, height))
     if short < 1 or long > LARGEST_RATIO * short:
@@ -187,7 +187,7 @@ def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
 
 
 def _png_content(path: Path) -> bytes:
-    """Return a PNG file's content; nothing of another file."""
+    """Return the content of a PNG file; empty for another file."""
     with path.open("rb") as file:
         start = file.read(len(PNG_SIGNATURE))
         return start + file.read() if start == PNG_SIGNATURE else b""
@@ -205,20 +205,20 @@ def _without_texts(png: bytes) -> bytes:
 
 
 def _called(source: ImageSource) -> str:
-    """Name of an image in messages."""
+    """Return the name of an image for messages."""
     if isinstance(source, bytes):
         return f"what was given ({len(source):,} bytes)"
     return printable(source) if isinstance(source, str | Path) else "what was given"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any of Pillow's modes in RGB; more than eight bits are scaled, not clipped."""
+    """Return an image of any Pillow mode in RGB. More than eight bits are scaled, not clipped."""
     return (_eight_bits(image) if image.mode in SIXTEEN_BIT_MODES else image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     stored = np.asarray(image)
-    # Strips: in double precision all of it would take eight times the memory.
+    # In strips, since the whole image in double precision would take eight times the memory.
     strips = [slice(row, row + STRIP_ROWS) for row in range(0, len(stored), STRIP_ROWS)]
     largest = max(_finite(stored[strip]).max() for strip in strips)
     pixels = np.empty(stored.shape, np.uint8)
@@ -239,10 +239,9 @@ def _finite(values: np.ndarray[Any, np.dtype[Any]]) -> np.ndarray[Any, np.dtype[
 
 
 def confined(name: str, what: str) -> str:
-    """Return a path of a data file, which must stay inside the folder it is looked up in.
+    """Return a path from a data file, after checking that it stays inside its folder.
 
-    Raise ValueError, saying what was found where, if it is empty, absolute, goes up, or has a backslash, a
-    colon or control characters.
+    Raises ValueError if it is empty, absolute, contains `..`, a backslash, a colon or control characters.
     """
     path = PurePosixPath(name)
     if (
@@ -258,11 +257,11 @@ def confined(name: str, what: str) -> str:
 
 
 def missing_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files that are missing, found by one listing of each folder."""
+    """Return the files that do not exist, from one listing of each folder."""
     listings: dict[str, set[str]] = {}
     missing = []
     for path in paths:
-        folder, name = os.path.split(path)  # a Path of each folder would take most of the time
+        folder, name = os.path.split(path)  # creating a Path for each folder would take most of the time
         if folder not in listings:
             here = folder or "."
             listings[folder] = set(os.listdir(here)) if os.path.isdir(here) else set()

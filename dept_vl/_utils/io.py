@@ -1,10 +1,10 @@
-"""Our own files, JSON and safetensors: written whole, and read as if anybody could have written them.
+"""Reading and writing of this package's files, JSON and safetensors: written atomically, read with checks.
 
-Whatever is wrong with one becomes one ValueError of one line, with its path; nothing is made of a file
-before it is checked, and nothing larger than the file itself.
+Problems with a file are raised as one ValueError of one line, with its path. Content is checked before it is
+used, and files do not use much more memory than their size.
 
 Files of runs and adapters have their size and checksum in `.checksums.json` beside them, which is compared
-whenever one is read; a file that this does not name, as one from elsewhere, is taken as it is.
+whenever a file is read. Files that are not listed there, such as files from elsewhere, are not compared.
 """
 
 import json
@@ -21,34 +21,34 @@ from dept_vl._utils.options import check
 from dept_vl._utils.printable import printable
 
 LONGEST_JSON = 1 << 26
-"""Bytes; descriptions and configurations have a few thousand."""
+"""Maximum size of a JSON file in bytes; usual files have a few thousand."""
 CHECKSUMS_FILE = ".checksums.json"
-"""Size and checksum of files of a folder, by name."""
+"""File with the size and checksum of files in its folder, by name."""
 TRIES, PAUSE = 3, 0.05
-"""How often files are compared, and seconds between: another process may be writing them."""
+"""Number of comparisons and seconds between them, since another process may be writing the files."""
 
 Noted = tuple[int, str]
-"""Size and checksum of a file, or of the beginning of one that grows."""
+"""Size and checksum of a file, or of the start of a growing file."""
 Checksums = dict[str, dict[str, Noted]]
-"""Noted of `files`, and of what was there `before` those that are being written."""
+"""Recorded checksums: `files`, and those `before` the current write."""
 
 
 class RepeatedKeyError(ValueError):
-    """A key that stands twice in one JSON object: one of its values would be lost."""
+    """A key that occurs twice in one JSON object, so that one of its values would be lost."""
 
     def __init__(self, key: str) -> None:
         super().__init__(f"the key {key!r:.60} stands twice in one object; keep one of them")
 
 
 class UniqueKeys(dict[str, Any]):
-    """A JSON object that ijson fills one key after the other, each of which may come once: see `check_keys`.
+    """A JSON object built by ijson that records repeated keys, for `check_keys`.
 
-    ijson does not stop at an error that is raised here.
+    Raising an error here would not stop ijson.
     """
 
     __slots__ = ("repeated",)
     met: ClassVar = False
-    """Whether any object of this process has a key twice."""
+    """Whether any object in this process has a repeated key."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in self:
@@ -58,7 +58,7 @@ class UniqueKeys(dict[str, Any]):
 
 
 def check_keys(value: Any) -> None:
-    """Raise RepeatedKeyError if an object in what ijson read has a key twice."""
+    """Raise RepeatedKeyError if a value read by ijson contains an object with a repeated key."""
     if not UniqueKeys.met:
         return
     if isinstance(value, UniqueKeys) and hasattr(value, "repeated"):
@@ -76,24 +76,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_unique).decode
-"""Parse JSON text as `json.loads` does, but raise `RepeatedKeyError` where an object has a key twice."""
+"""Parse JSON text like `json.loads`, but raise `RepeatedKeyError` if an object has a key twice."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside its place, flush it, and rename it: whole or not at all. OSError names the file."""
+    """Write a file under a temporary name, flush it, and rename it. An OSError names the file."""
     partial = path.with_name(path.name + ".partial")
     try:
         write_flushed(partial, content, path)
         partial.replace(path)
     except OSError:
-        # A full disk has no room for a part either.
+        # A partial file would only fill a full disk.
         with suppress(OSError):
             partial.unlink()
         raise
 
 
 def write_flushed(path: Path, content: bytes, name: Path | None = None) -> None:
-    """Write a file, and wait until it is on the disk; an error has the name, or the path."""
+    """Write a file and wait until it is on the disk. Errors name `name`, or the path."""
     with writing(name or path), path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -101,7 +101,7 @@ def write_flushed(path: Path, content: bytes, name: Path | None = None) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file: whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomically(path, _json(content, indent))
 
 
@@ -110,9 +110,10 @@ def _json(content: Any, indent: int | None) -> bytes:
 
 
 def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files of a folder, each whole or not at all, and note their checksums there.
+    """Write files of a folder atomically, and record their checksums in the folder.
 
-    Old and new ones are both known meanwhile, so that whenever this ends none is taken for damaged.
+    While writing, the old and new checksums are both valid, so that an interruption does not make a file look
+    damaged.
     """
     known = _known(folder)
     before = {}
@@ -130,18 +131,18 @@ def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def write_noted_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write a JSON file, and note its checksum beside it; see `write_noted`."""
+    """Write a JSON file and record its checksum; see `write_noted`."""
     write_noted(path.parent, {path.name: _json(content, indent)})
 
 
 def noted(path: Path) -> Noted:
-    """Return what is noted of a file as it is now."""
+    """Return the size and checksum of a file as it is now."""
     size = path.stat().st_size
     return size, file_checksum(path, size)
 
 
 def note(folder: Path, files: Mapping[str, Noted | None]) -> None:
-    """Note other files below a folder; None forgets one."""
+    """Record checksums of other files below a folder; None removes one."""
     known = _known(folder)
     changed = {**known["files"], **files}
     kept = {name: value for name, value in changed.items() if value is not None}
@@ -149,7 +150,7 @@ def note(folder: Path, files: Mapping[str, Noted | None]) -> None:
 
 
 def remove_noted(folder: Path, *names: str) -> None:
-    """Remove files and what is noted of them."""
+    """Remove files and their recorded checksums."""
     with suppress(OSError):
         note(folder, dict.fromkeys(names))
     for name in names:
@@ -158,7 +159,7 @@ def remove_noted(folder: Path, *names: str) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Return whether there is a file; raise DamagedFileError if there is none, and one was written there."""
+    """Return whether a file exists; raise DamagedFileError if it is recorded but missing."""
     if path.is_file():
         return True
     check_noted(path)
@@ -166,18 +167,18 @@ def is_there(path: Path) -> bool:
 
 
 def check_noted(*paths: Path, folder: Path | None = None, grows: bool = False) -> int:
-    """Compare files of a folder with what is noted there, if it is; together they are old, or new.
+    """Compare files of a folder with their recorded checksums: all with the old ones, or all with the new.
 
     Args:
-        paths: The files.
-        folder: In which they are noted; None for their own.
-        grows: They may have become longer since.
+        paths: Files to compare.
+        folder: Folder with the checksums; None for that of the first file.
+        grows: Whether the files may have grown since.
 
     Returns:
-        How many bytes of the last one were compared; -1 if nothing is noted of it.
+        Number of compared bytes of the last file; -1 if it has no recorded checksum.
 
     Raises:
-        DamagedFileError: If one is another than was written, or is gone.
+        DamagedFileError: If a file differs or is missing.
     """
     folder = folder or paths[0].parent
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -232,7 +233,7 @@ def _read_checksums(folder: Path) -> Checksums:
 
 
 def _known(folder: Path) -> Checksums:
-    """Read the checksums to write them anew: nothing is known of damaged ones."""
+    """Return the recorded checksums, for an update; empty if they are damaged."""
     try:
         return _read_checksums(folder)
     except DamagedFileError:
@@ -245,7 +246,7 @@ def _write_checksums(folder: Path, files: Mapping[str, Noted], before: Mapping[s
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name the file in errors of writing it, where the system says only that there is no space left."""
+    """Add the file name to errors of writing it, since the system's message may lack it."""
     try:
         yield
     except OSError as error:
@@ -255,14 +256,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says, on one line of bearable length that prints: it may quote the file."""
+    """Return an error message as one printable line of limited length, since it may quote file content."""
     return printable(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
-    """Read a JSON file of ours; raise DamagedFileError if it is damaged, or too long to be one.
+    """Read a JSON file; raise DamagedFileError if it is damaged or too large.
 
-    `parse` turns its text into what it says; of files that others read too, `json.loads`, as these do.
+    `parse` decodes the text; the default rejects repeated keys. Use `json.loads` for files that other
+    programs read in that way.
     """
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON file at {path}, found none")
@@ -276,17 +278,17 @@ def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except RepeatedKeyError as error:
         raise DamagedFileError(f"{path} is damaged: {error}") from None
-    # Nesting a thousand deep ends the decoder with a RecursionError.
+    # Very deep nesting raises a RecursionError.
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
 
 
 def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object with the fields of a dataclass or other type; older files lack those of `earlier`.
+    """Read a JSON object with the fields of a type; `earlier` has defaults for fields that older files lack.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        DamagedFileError: If it is damaged, or has other fields; they are named.
+        FileNotFoundError: If the file does not exist.
+        DamagedFileError: If the file is damaged or has other fields; the message names them.
     """
     content: dict[str, Any] = read_json(path)
     if earlier and isinstance(content, dict):

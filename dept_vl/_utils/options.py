@@ -1,4 +1,4 @@
-"""Options as dataclasses, with ranges beside the fields; pydantic reads them from JSON and checks them."""
+"""Base of option dataclasses. Ranges are declared with the fields, and pydantic checks them."""
 
 import json
 from dataclasses import asdict
@@ -17,17 +17,17 @@ Workers = Annotated[int, Field(ge=0, le=1024)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LONGEST_VALUE = 60
-"""Characters of a value that are quoted."""
+"""Maximum number of characters of a value quoted in a message."""
 
 
 class Options:
-    """Base of the dataclasses of options: no unknown keys, and no value of another type."""
+    """Base class of option dataclasses. Unknown keys and values of other types are rejected."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
 
 FILES = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""How files are read into types that do not say it themselves."""
+"""Pydantic settings for reading files into types without settings of their own."""
 T = TypeVar("T", bound=Options)
 
 
@@ -38,7 +38,7 @@ def to_json(options: Options) -> dict[str, Any]:
 
 
 def build(kind: type[T], content: Any) -> T:
-    """Build options from JSON, with defaults; raise UsageError with every problem, and what is allowed."""
+    """Build options from JSON, with defaults; UsageError lists every problem and what is allowed."""
     problems = _bad_text(content)
     if not problems:
         built, problems = _read(TypeAdapter(kind), kind, content)
@@ -49,8 +49,8 @@ def build(kind: type[T], content: Any) -> T:
 
 
 def check(content: Any, kind: Any) -> Any:
-    """Return JSON as a dataclass or other type; raise ValueError with every problem, and what is allowed."""
-    # In a list, which has no settings of its own: its members take those given here.
+    """Convert JSON to a dataclass or other type; ValueError lists the problems and what is allowed."""
+    # Wrapped in a list, since pydantic accepts a config only for types without their own.
     built, problems = _read(TypeAdapter(list[kind], config=FILES), kind, [content], inside=1, most=3)
     if problems:
         raise ValueError("; ".join(problems))
@@ -60,7 +60,7 @@ def check(content: Any, kind: Any) -> Any:
 def _read(
     adapter: Any, kind: Any, content: Any, inside: int = 0, most: int | None = None
 ) -> tuple[Any, list[str]]:
-    """Return JSON as pydantic reads it, or the first problems with it, so many levels inside."""
+    """Return JSON as parsed by pydantic, or its first problems, located `inside` levels deeper."""
     try:
         return adapter.validate_json(json.dumps(content)), []
     except ValidationError as error:
@@ -72,12 +72,12 @@ def _read(
 
 
 def validate(options: Options) -> None:
-    """Check the values of options; raise UsageError with every problem, and what is allowed."""
+    """Check the values of options; UsageError lists every problem and what is allowed."""
     build(type(options), to_json(options))
 
 
 def _bad_text(content: Any) -> list[str]:
-    """Name the options with text that no file system or tokenizer takes."""
+    """Return a message for each text that file systems or tokenizers cannot handle."""
     problems: list[str] = []
     todo: list[tuple[tuple[str | int, ...], Any]] = [((), content)]
     while todo:  # no recursion: the content may be nested deeply
@@ -87,7 +87,7 @@ def _bad_text(content: Any) -> list[str]:
             todo += [(place, key) for key in value]
         elif isinstance(value, list):
             todo += [((*place, number), inner) for number, inner in enumerate(value)]
-        # Paths end at a zero byte; half of a surrogate pair is no character.
+        # Paths end at a zero byte, and a lone surrogate is not a character.
         elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
             problems.append(
                 f"{_name(place)} is {_quoted(value)}; expected text without zero bytes and lone surrogates"
@@ -96,7 +96,7 @@ def _bad_text(content: Any) -> list[str]:
 
 
 def _problem(kind: Any, details: Any, listed: set[str]) -> str:
-    """Describe what pydantic reports; `listed` are groups whose options an earlier line names."""
+    """Describe an error of pydantic; `listed` holds groups whose options another message has listed."""
     name, context = f"{_name(details['loc']):.200}", details.get("ctx", {})
     what = "option" if isinstance(kind, type) and issubclass(kind, Options) else "field"
     match details["type"]:
@@ -128,7 +128,7 @@ def _problem(kind: Any, details: Any, listed: set[str]) -> str:
 
 
 def _names_beside(kind: Any, place: tuple[str | int, ...]) -> list[str]:
-    """Return the fields that exist where an unknown one was given."""
+    """Return the known fields at the location of an unknown one."""
     schema = TypeAdapter(kind).json_schema()
     level: Any = {"properties": {"": schema}}
     for part in ("", *place[:-1]):

@@ -1,4 +1,4 @@
-"""What one of several processes does for all of them: every one gets the result, or the error."""
+"""Work of one process for all: every process gets the result or the error."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from dept_vl._utils.errors import UsageError
 
 T = TypeVar("T")
 KINDS: tuple[type[Exception], ...] = (UsageError, OSError, ValueError, RuntimeError)
-"""What stands for an error that cannot be sent to another process."""
+"""Exception types that replace an error that cannot be sent to another process."""
 
 
 def on_main(processes: Accelerator | PartialState | None, function: Callable[[], T]) -> T:
-    """Call a function on the main process; every process, all of which call this, gets result or error."""
+    """Call a function on the main process and return its result, or raise its error, on every process."""
     if processes is None or processes.num_processes == 1:
         return function()
     outcome: list[T | Exception | None] = [None, None]
@@ -37,9 +37,9 @@ def on_main(processes: Accelerator | PartialState | None, function: Callable[[],
 
 @contextmanager
 def main_first(processes: Accelerator | PartialState) -> Iterator[None]:
-    """Let the main process of each machine go first, and the others after it though it has failed.
+    """Let the main process of each machine run first, then the others, even if it fails.
 
-    They come upon the same error then, where accelerate's own leaves them waiting.
+    The others then meet the same error, where accelerate's `main_process_first` would leave them waiting.
     """
     first = processes.is_local_main_process
     if not first:
@@ -53,7 +53,7 @@ def main_first(processes: Accelerator | PartialState) -> Iterator[None]:
 
 def _sendable(error: Exception) -> Exception:
     try:
-        copy.copy(error)  # made anew of its arguments, as the other process makes it
+        copy.copy(error)  # rebuilds it from its arguments, as the other process does
     except Exception:
         kind = next((kind for kind in KINDS if isinstance(error, kind)), RuntimeError)
         return kind(str(error))

@@ -1,4 +1,4 @@
-"""Things by name: built-in ones are imported when first used, so that listing names costs nothing."""
+"""Registry of objects by name. Built-in objects are imported on first use, so that listing names is fast."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A mapping of names that users may add to.
+    """A mapping of names to objects that users can extend.
 
     Args:
-        category: What is registered, for messages, such as `task`.
-        built_in: Name -> `module:attribute`, imported at the first look-up.
+        category: Category of the entries for messages, such as `task`.
+        built_in: `module:attribute` by name, imported on first use.
     """
 
     def __init__(self, category: str, built_in: Mapping[str, str]) -> None:
@@ -22,7 +22,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._entries: dict[str, T | str] = dict(built_in)
 
     def __getitem__(self, name: str) -> T:
-        """Return what is registered under a name; raise UnknownNameError otherwise."""
+        """Return the entry of a name; raise UnknownNameError if there is none."""
         entry = self._entries.get(name)
         if entry is None:
             raise UnknownNameError(self.category, name, self)
@@ -32,7 +32,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return entry
 
     def check(self, name: str) -> str:
-        """Return a name that is registered, without importing its entry; raise UnknownNameError otherwise."""
+        """Return the name if it is registered, without importing the entry; else raise UnknownNameError."""
         if name not in self._entries:
             raise UnknownNameError(self.category, name, self)
         return name
@@ -47,11 +47,11 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def register(self, name: str, entry: T) -> None:
-        """Add an entry; raise ValueError if another has the name."""
+        """Add an entry; raise ValueError if the name is taken."""
         if name in self._entries:
             raise ValueError(f"a {self.category} {name!r} is registered already; choose another name")
         self._entries[name] = entry
 
     def unregister(self, name: str) -> None:
-        """Remove an entry, as tests do with their own."""
+        """Remove an entry, for example at the end of a test."""
         del self._entries[name]

@@ -1,4 +1,4 @@
-"""Names of what is stored in the folder of a run, and paths of its options found again."""
+"""Names of the files in a run's folder, and search for the paths in its options."""
 
 import os
 from pathlib import Path
@@ -6,46 +6,46 @@ from pathlib import Path
 from dept_vl._utils.io import read_json
 
 CONFIG_FILE = "config.json"
-"""The options of the run."""
+"""Options of the run."""
 LOG_FILE = "log.jsonl"
 SUMMARY_FILE = "summary.json"
-"""Scores and costs, written when the run has ended."""
+"""Scores and costs, written at the end of the run."""
 SCORES_FILE = "scores.json"
-"""Scores of an evaluation after the run, in its own folder."""
+"""Scores of a later evaluation, in its own folder."""
 CANDIDATES_FILE = "candidates.json"
-"""The answers that were chosen among."""
+"""Candidate answers of the run."""
 TASK_FILE = "task.json"
-"""What adapters say themselves now: longest answer, labels."""
+"""Maximum prediction length and labels, in older runs; adapters now contain them."""
 SHOTS_FILE = "shots.json"
-"""The few examples that were trained on."""
+"""Few-shot selection of the run."""
 FEATURES_FILE = "features.json"
-"""The precision of the visual features that were trained on."""
+"""Precision of the visual features that the run was trained on."""
 IDENTITY_FILE = "identity.json"
-"""What the run is made of: its data and models in a few digits, and where and on what it was begun."""
+"""Hashes of the run's data and models, and the folder and hardware of its start."""
 LOCK_FILE = ".lock"
-"""Held by the process that writes there."""
+"""Lock held by the process that writes to the folder."""
 OWNER_FILE = ".owner.json"
-"""Who that is."""
+"""Description of that process."""
 REPORT_FILE = "report.html"
 CHECKPOINTS = "checkpoints"
-"""Folder of the resumable states."""
+"""Folder of the resumable checkpoints."""
 BEST = "best"
 """Folder of the adapter with the best dev score."""
 LAST = "last"
 """Folder of the adapter after the last step."""
 
 NEAR = 6
-"""Folders, the run's own and those above it, in which a relative path is looked for."""
+"""Number of folders, the run's own and its parents, in which a relative path is searched."""
 
 
 def find_again(name: str, folder: Path) -> str:
-    """Return the path of an option as it is found now; a name of the Hub, or what is nowhere, as it is.
+    """Return the current location of a path in the options; names on the Hub and unknown paths are unchanged.
 
-    A relative path is looked for from here, then from where the run was started, then beside the run.
+    A relative path is searched from the working directory, the run's start directory, and the run's folder.
 
     Args:
-        name: As it was typed.
-        folder: Of the run, the adapter or the configuration that it is of.
+        name: Path as given in the options.
+        folder: Folder of the run, adapter or configuration with the options.
     """
     if not name or os.path.isabs(name) or os.path.exists(name):
         return name
@@ -59,7 +59,7 @@ def find_again(name: str, folder: Path) -> str:
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name may be one of the Hub, `user/model` or `model`; it is a path otherwise."""
+    """Return whether a name can be one on the Hub, `user/model` or `model`; otherwise it is a path."""
     return name.count("/") <= 1 and not name.startswith((".", "~")) and not os.path.isabs(name)
 
 

@@ -1,4 +1,4 @@
-"""Mean, spread and 95% interval of a few seeds' scores."""
+"""Mean, standard deviation and 95% confidence interval of scores over seeds."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 @dataclass(frozen=True)
 class Interval:
-    """Scores of so many runs: mean, and of several sample deviation and half of the 95% interval (t)."""
+    """Mean of `count` scores, with sample standard deviation and half of the 95% interval if count > 1."""
 
     mean: float
     deviation: float | None
@@ -21,7 +21,7 @@ class Interval:
 
 
 def interval(scores: Sequence[float]) -> Interval:
-    """Mean, sample standard deviation and 95% interval of the mean; raise ValueError without scores."""
+    """Return the mean, sample standard deviation and 95% interval; ValueError if there are no scores."""
     if not scores:
         raise ValueError("expected one score or more, found none")
     if len(scores) == 1:
@@ -32,8 +32,8 @@ def interval(scores: Sequence[float]) -> Interval:
 
 
 def quantile(freedom: int) -> float:
-    """Student's t below which 97.5% lie."""
-    # What scipy.stats.t.ppf computes, imported a second faster, and only where an interval is asked for.
+    """Return the 97.5% quantile of Student's t with `freedom` degrees of freedom."""
+    # Equals scipy.stats.t.ppf, which takes a second longer to import.
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 0.975))

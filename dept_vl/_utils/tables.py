@@ -1,4 +1,4 @@
-"""Tables of scores in Markdown."""
+"""Markdown tables of scores."""
 
 from collections.abc import Sequence
 
@@ -6,9 +6,9 @@ from dept_vl._utils.printable import markdown_text
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Align a Markdown table, readable as plain text too; cells show what they say, whoever wrote it."""
+    """Return an aligned Markdown table, readable as plain text too. Cells are escaped."""
     cells = [list(map(markdown_text, row)) for row in (header, *rows)]
-    # Narrower than 3, the rule would be no Markdown.
+    # Markdown needs at least three dashes.
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Tensors in files and modules: read, checked, and put in place."""
+"""Tensors in files and modules: reading, checking, loading and fingerprints."""
 
 import hashlib
 import math
@@ -15,24 +15,24 @@ from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import check_noted, one_line
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-"""What trained parameters may be stored in."""
+"""Dtypes that trained parameters may be stored in."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file of ours; raise DamagedFileError if it is damaged."""
+    """Read a safetensors file; raise FileNotFoundError or DamagedFileError if that fails."""
     if not path.is_file():
         raise FileNotFoundError(f"expected a safetensors file at {path}, found none")
     check_noted(path)
     try:
         tensors: dict[str, Tensor] = load_file(path)
-    # Besides its own errors: names of data types and sizes that torch does not know.
+    # Others than SafetensorError come from dtypes and sizes that torch does not support.
     except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError, RecursionError) as error:
         raise DamagedFileError(f"{path} is damaged: {one_line(error)}") from None
     return tensors
 
 
 def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError, naming it, if a tensor is not of floating point, or not finite."""
+    """Raise ValueError with the name of the tensor if one is not floating point or not finite."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
             raise ValueError(
@@ -48,20 +48,20 @@ def check_parameters(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Return copies on the CPU, as files take them."""
+    """Return contiguous copies on the CPU, for saving."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors}
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, by the rest of their names."""
+    """Return the tensors whose names start with a prefix, by name without the prefix."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, prefix: str = "") -> None:
-    """Put tensors into all parameters of a module.
+    """Copy tensors into all parameters of a module.
 
-    `what` says whose tensors they are, and `prefix` how their names begin in the file, for messages. Raise
-    ValueError if some are missing, unknown, or of another shape.
+    In error messages, `what` names the owner of the tensors, and `prefix` precedes their names. Raises
+    ValueError if tensors are missing, unknown, or of another shape.
     """
     parameters = dict(module.named_parameters())
     missing, extra = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
@@ -81,10 +81,10 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, pref
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
-    """16 hexadecimal digits that name these weights, alike in full precision and in bfloat16.
+    """Return 16 hexadecimal digits that identify weights, equal in full precision and in bfloat16.
 
-    Each tensor gives its name, shape and at most `samples` evenly spaced values rounded to bfloat16:
-    quick at any size, and another checkpoint differs.
+    They depend on the name, shape and at most `samples` evenly spaced values of each tensor, rounded to
+    bfloat16. This is fast at any size, and differs between checkpoints.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors):
@@ -96,7 +96,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> s
 
 
 def exact_fingerprint(tensors: Mapping[str, Tensor], settings: Any = None) -> str:
-    """16 hexadecimal digits that name every bit of a few weights, and their settings."""
+    """Return 16 hexadecimal digits that identify every bit of a few weights, and their settings."""
     digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

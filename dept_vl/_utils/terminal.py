@@ -1,4 +1,4 @@
-"""What the terminal can show: how far something is, and durations as people read them."""
+"""Progress in the terminal, and readable durations."""
 
 import os
 import sys
@@ -13,35 +13,35 @@ from tqdm import tqdm
 from dept_vl._utils.printable import printable
 
 PLAIN_SECONDS = 10.0
-"""Least time between two lines where they stay: in a pipe, a file, a batch job."""
+"""Minimum time between progress lines in a pipe, file or batch job."""
 BEAT = 1.0
-"""Seconds between looks whether a line is due."""
+"""Seconds between checks whether a line is due."""
 T = TypeVar("T")
 
 
 def is_live() -> bool:
-    """Return whether a line on stderr can be drawn over: on a terminal, and in a notebook."""
+    """Return whether stderr supports progress bars: a terminal or a notebook."""
     return sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel")
 
 
 class Count:
-    """Tells on stderr how far something is: a bar on a terminal, elsewhere a line every ten seconds.
+    """Progress on stderr: a bar on a terminal, elsewhere a line every ten seconds.
 
-    What ends within ten seconds says nothing in a pipe, and of several processes the main one tells. A line
-    comes also while a single piece takes longer; of several counts within each other the innermost tells.
+    Outside a terminal, work of less than ten seconds prints nothing. Only the main process prints. Lines are
+    also printed while a single item takes long. Of nested counts, the innermost prints.
 
     Args:
-        what: Is done, such as `evaluating`.
-        total: How much there is; 0 if that is not known.
-        unit: What is counted, and by how many.
-        done: How much was done before.
-        show: Whether this process tells.
+        what: Name of the work, such as `evaluating`.
+        total: Total amount of work; 0 if unknown.
+        unit: Name of the displayed unit, and number of items per unit.
+        done: Amount that was done before.
+        show: Whether this process shows progress.
     """
 
     told_at: ClassVar[float] = 0.0
-    """When the last line of any count was printed."""
+    """Time of the last line printed by any count."""
     begun: ClassVar[list["Count"]] = []
-    """Those within each other."""
+    """Active counts, outermost first."""
 
     def __init__(
         self, what: str, total: int, unit: tuple[str, int] = ("", 1), *, done: int = 0, show: bool = True
@@ -74,14 +74,14 @@ class Count:
             Count.begun.remove(self)
 
     def add(self, more: int) -> None:
-        """Add to the count, and print a line if ten seconds have passed since the last."""
+        """Add to the count, and print a line if one is due."""
         more = min(more, self.total - self.done)
         self.done += more
         self.bar.update(more)
         self._tell()
 
     def _watch(self) -> None:
-        """Tell while nothing is added."""
+        """Print progress while nothing is added."""
         while not self.ended.wait(BEAT):
             if self.live:
                 self.bar.refresh()
@@ -105,7 +105,7 @@ class Count:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Tell that something of unknown length is done, and since when; a decorator too. See `Count`."""
+    """Show elapsed time during work of unknown length. Also usable as a decorator; see `Count`."""
     with Count(what, 0):
         yield
 
@@ -113,9 +113,9 @@ def waiting(what: str) -> Iterator[None]:
 def counted(
     what: str, items: Iterable[T], total: int, *, size: Callable[[T], int] = lambda _: 1, show: bool = True
 ) -> Iterator[T]:
-    """Count items, each when the next one is asked for; see `Count`.
+    """Yield items with progress, each counted when the next is requested; see `Count`.
 
-    `total` is over all processes; of several processes those of the main one stand for all, by their `size`.
+    `total` is over all processes; the `size` of an item of the main process must cover those of all.
     """
     with Count(what, total, show=show) as count:
         for item in items:
@@ -124,7 +124,7 @@ def counted(
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: 31s, 2m31s, 2h31m, 3d04h."""
+    """Return a duration in its two largest units: 31s, 2m31s, 2h31m, 3d04h."""
     whole = round(seconds)
     for (large, size), (small, part) in (
         (("d", 86_400), ("h", 3_600)),

@@ -1,4 +1,4 @@
-"""Answers that a tokenizer cannot write back, or that are cut: counted before anything is learnt."""
+"""Check for training targets that the tokenizer cannot reproduce or that are truncated."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from dept_vl.models.tokens import target_ids, target_texts
 from dept_vl.tasks.base import Task
 
 EXAMPLES = 20_000
-"""Examples whose answers are looked at, spread over the training split."""
+"""Approximate number of examples to check, spread over the training split."""
 AT_ONCE = 5_000
 SHOWN = 3
 FEWEST = 10
-"""Answers from which on a share of them means something."""
+"""Minimum number of answers for which the lost share is checked."""
 LONGEST = 256
-"""Tokens of the longest answer that is learnt without being asked for."""
+"""Maximum length of a target, in tokens, unless the options set another."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What of the answers is lost.
+    """Statistics of lost answers.
 
     Attributes:
-        answers: Answers looked at, each as often as it is learnt.
-        unwritable: How often each comes back different from the tokenizer, or has the tokens of another
-            candidate.
-        cut: How often each is longer than the limit.
-        longest: Tokens of the longest answer, end included.
+        answers: Number of checked answers, with repetitions.
+        unwritable: Count by answer, for answers that change when tokenised and decoded, or that have the same
+            tokens as another candidate.
+        cut: Count by answer, for answers longer than the limit.
+        longest: Length of the longest answer in tokens, including the end token.
     """
 
     answers: int
@@ -46,7 +46,7 @@ class Lost:
 
 
 def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
-    """Tokenise the answers to learn, and back; limit 0 is that of the answers, up to `LONGEST` tokens."""
+    """Tokenise and decode the training targets, and return what is lost. A limit of 0 is `LONGEST`."""
     counts, _ = task.target_counts(EXAMPLES)
     texts = list(counts)
     unwritable, cut = Counter[str](), Counter[str]()
@@ -59,14 +59,14 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
             longest = max(longest, len(tokens))
             if len(tokens) > (limit or LONGEST):
                 cut[text] = counts[text]
-            # Spaces apart: some tokenizers put them around punctuation.
+            # Spaces are ignored, since some tokenizers add them around punctuation.
             elif "".join(again.split()) != "".join(text.split()):
                 unwritable[text] = counts[text]
     return Lost(counts.total(), unwritable, cut, longest)
 
 
 def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], limit: int) -> Lost:
-    """Tokenise the only answers there are: one is lost if its tokens are another's too, or it is cut."""
+    """Return the lost candidates: those that are truncated or have the same tokens as another one."""
     counts, _ = task.target_counts(EXAMPLES)
     tokens = dict(zip(candidates, map(tuple, target_ids(tokenizer, candidates)), strict=True))
     shared = Counter(tokens.values())
@@ -80,19 +80,19 @@ def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], li
 
 
 def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
-    """Set the length of the answers, and say what is lost.
+    """Set the maximum prediction length of a task, and report lost answers.
 
     Returns:
-        The splits with the longest answer in their decoding, and lines to print.
+        The splits with the new length in their decoding, and lines to print.
 
     Raises:
-        UsageError: If more than `max_lost_answers` of the answers are lost, and there are ten or more.
+        UsageError: If the lost share exceeds `max_lost_answers` and there are at least ten answers.
     """
     options, decoding, task = splits.options, splits.decoding, splits.train
     limit = options.max_answer_tokens
     if not limit and not task.fits_answers:
         limit = decoding.max_new_tokens
-    if decoding.candidates:  # which are given back as they are
+    if decoding.candidates:  # candidates are never decoded from tokens
         lost = look_at_candidates(task, tokenizer, decoding.candidates, limit)
         unwritable = "have the same tokens as others, from which they cannot be told apart"
     else:

@@ -1,4 +1,4 @@
-"""What your own data hold, and what is wrong with them: `dept-vl data check --data`."""
+"""Report on your own data and on problems in them, for `dept-vl data check --data`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,21 +21,21 @@ from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
 from dept_vl.tasks.prepare.check import Finding, check_files
 
 SHOWN = 10
-"""Of the commonest answers, and of the rows in which something is wrong."""
+"""Number of the most frequent answers, and of faulty rows, to show."""
 SIDE = 4
-"""Examples across and down the contact sheet."""
+"""Number of examples across and down the contact sheet."""
 USUAL = 99
-"""Percentile of the lengths that is printed beside the longest."""
+"""Percentile of the lengths, printed beside the maximum."""
 
 
 def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | None) -> Iterator[Finding]:
-    """Look at your own data: counts, images, ids, questions, answers, lengths, splits.
+    """Check your own data: counts, images, ids, questions, answers, lengths and splits.
 
     Args:
-        own: Where they are.
-        sample: Images to open; 0 opens all.
-        tokenizer: Of the language model to be trained; None counts characters.
-        sheet: PNG file for 16 examples; None draws none.
+        own: Options for the data.
+        sample: Number of images to open; 0 opens all.
+        tokenizer: Tokenizer of the language model to train; None counts characters.
+        sheet: PNG file for a contact sheet of 16 examples; None draws none.
     """
     try:
         whole = load_split(DataOptions(own=own), ALL)
@@ -129,7 +129,7 @@ def _tokens(task: Task, tokenizer: Any) -> Iterator[Finding]:
 
 
 def _readable(task: Task, count: int) -> Task:
-    """Return examples spread over the rows, each of other images that can be read."""
+    """Return examples spread over the rows, with different images that can be read."""
     chosen: list[int] = []
     seen: set[tuple[Path, ...]] = set()
     step = max(1, len(task) // (count * SIDE))

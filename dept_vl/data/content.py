@@ -1,4 +1,4 @@
-"""What a split holds, in a few digits: its rows as they were read, and the sizes of its images."""
+"""Short hashes of the content of a split: its rows as read, and the sizes of its images."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from dept_vl.data.feature_index import file_stats
 from dept_vl.tasks.io.rows import Rows
 
 ROWS = 65_536
-"""Rows that are hashed at a time; a part of what the digits mean."""
+"""Number of rows hashed at a time. The hash depends on it."""
 REMARKS = frozenset({"cleaned"})
-"""Columns that say what was done to others: rows of before, which lack them, have the same content."""
+"""Columns that the hash ignores: they describe changes to other columns, and older rows lack them."""
 MISSING = -1
-"""Size of an image that is not there."""
+"""Size of a missing image."""
 
 
 def rows_content(rows: Rows) -> str:
-    """Return 16 hexadecimal digits that name these rows, in their order, however they are kept."""
+    """Return 16 hexadecimal digits that identify rows and their order, independent of their storage."""
     digest = hashlib.sha256()
     for start in range(0, len(rows), ROWS):
         if rows.indices is None:
@@ -37,7 +37,7 @@ def rows_content(rows: Rows) -> str:
 
 
 def _pieces(array: Any) -> Iterator[Any]:
-    """Yield the bytes of an Arrow column: what it says, and not how it says it."""
+    """Yield bytes that identify the values of an Arrow column, independent of their encoding."""
     kind = array.type
     if pa.types.is_dictionary(kind):
         array = array.dictionary_decode()
@@ -62,6 +62,6 @@ def _pieces(array: Any) -> Iterator[Any]:
 
 
 def sizes_content(paths: Sequence[Path]) -> str:
-    """Return 16 hexadecimal digits that name the sizes of files, in their order."""
+    """Return 16 hexadecimal digits that identify the sizes of files and their order."""
     sizes = [size if (size, time) != (0, 0) else MISSING for size, time in file_stats(paths)]
     return hashlib.sha256(np.array(sizes, np.int64).tobytes()).hexdigest()[:16]

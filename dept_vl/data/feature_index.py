@@ -1,6 +1,6 @@
-"""The index and the shards of a folder of visual features: of which images they are, and what made them.
+"""Index and shards of a folder of visual features. They record the images and the encoder.
 
-An image is known by its path below the data folder: two splits may have files of one name.
+Images are identified by their path relative to the data folder, since splits can have files of the same name.
 """
 
 import hashlib
@@ -35,16 +35,16 @@ from dept_vl.tasks.options import Precision
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 2
-"""Version 1 keeps neither times of images nor a checksum, and its images were read as they are stored."""
+"""Version of the index. Version 1 has no image times and no checksum, and ignores the EXIF orientation."""
 LOOKED_AT, LOOKERS = 1000, 16
-"""Files that a thread looks at before the next look, and threads."""
+"""Number of files that a thread stats at a time, and number of threads."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-"""Fields of a configuration that change no feature."""
+"""Configuration fields that do not affect features."""
 
 
 @dataclass(frozen=True)
 class Fingerprint1:
-    """What made the features, in format version 1."""
+    """Fingerprint of the encoder that made the features, in format version 1."""
 
     weights: str
     architecture: str
@@ -57,7 +57,7 @@ class Fingerprint1:
 
 @dataclass(frozen=True)
 class Fingerprint(Fingerprint1):
-    """The same; `image_fit` is left out where it is the encoder's own, as in older files."""
+    """Fingerprint of the encoder, in the current format. Files without `image_fit` use the encoder's own."""
 
     orientation: Literal["exif", "stored"]
     image_fit: ImageFit = "own"
@@ -65,7 +65,7 @@ class Fingerprint(Fingerprint1):
 
 @dataclass(frozen=True)
 class Index1:
-    """The fields of `index.json` of format version 1; `shard_bytes` is null until all shards are there."""
+    """Fields of `index.json` in format version 1. `shard_bytes` is null until all shards are written."""
 
     format_version: int
     fingerprint: Fingerprint1
@@ -79,20 +79,22 @@ class Index1:
 
 @dataclass(frozen=True)
 class Index(Index1):
-    """The fields of `index.json`: sizes and times, in nanoseconds, of all images too."""
+    """Fields of `index.json` in the current format. Times are in nanoseconds."""
 
     fingerprint: Fingerprint
     image_times: list[int]
 
 
 def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
-    """All that an image's features depend on, by part; of weights and configurations 16 hexadecimal digits.
+    """Return everything that features depend on; weights and configurations as 16 hexadecimal digits each.
 
-    Unlike an adapter's, this fingerprint is of every bit of the weights: features are stored, not adapted.
+    Unlike the fingerprint in an adapter, this one covers every bit of the weights, since features are stored.
     """
     weights = hashlib.sha256()
     for name, tensor in sorted(vision.weights().items()):
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of a spread tower
+        whole = (
+            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        )  # of a tower sharded over devices
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor_bytes(whole.detach().cpu()))
     config = getattr(vision.model, "config", None)
@@ -109,12 +111,12 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a folder of features; what one of version 1 lacks is filled in (see `is_first`).
+    """Read the index of a folder of features. An index of version 1 is completed to the current fields.
 
     Raises:
-        FileNotFoundError: If there is none.
-        DamagedFileError: If it is damaged.
-        ValueError: If it is of another format version.
+        FileNotFoundError: If there is no index.
+        DamagedFileError: If the index is damaged.
+        ValueError: If the index has another format version.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
@@ -128,7 +130,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise DamagedFileError(f"{error}; {EXTRACT} makes it again") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     sealed = content.pop("checksum", None) if isinstance(content, dict) else None
-    # First: another version may seal it in another way.
+    # Checked first, since another version may compute the checksum differently.
     if type(version) is int and version not in (1, FORMAT_VERSION):
         raise ValueError(
             f"{path} has format version {version}; this dept_vl reads 1 and {FORMAT_VERSION}: make the "
@@ -149,12 +151,12 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def is_first(index: Mapping[str, Any]) -> bool:
-    """Return whether an index is of version 1, without times of images and choice of orientation."""
+    """Return whether an index has format version 1, without image times and orientation."""
     return bool(index["format_version"] == 1)
 
 
 def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[Path]:
-    """Return the images of other size or time than those encoded; one that is gone is not among them."""
+    """Return the images whose size or time differs from the index; missing images are not included."""
     sizes, times = index["image_bytes"], index["image_times"]
     return [
         path
@@ -164,7 +166,7 @@ def changed_images(index: Mapping[str, Any], rows: Mapping[Path, int]) -> list[P
 
 
 def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *, exif: bool) -> None:
-    """Note what features of version 1 do not tell; raise ValueError if an image is turned today."""
+    """Print a note about features of version 1; ValueError if EXIF orientation would turn an image."""
     if not is_first(index):
         return
     say(
@@ -190,16 +192,16 @@ def _seal(content: Any) -> str:
 
 
 def image_keys(paths: Sequence[Path], root: Path) -> list[str]:
-    """Return what images are called in an index: their paths below the data folder, with forward slashes."""
+    """Return the names of images in an index: paths relative to the data folder, with forward slashes."""
     start = "" if root == Path() else os.path.join(root, "")
-    # Of 120,000 paths, `Path.relative_to` would take half a second.
+    # `Path.relative_to` would take half a second for 120,000 paths.
     return [os.fspath(path).removeprefix(start).replace(os.sep, "/") for path in paths]
 
 
 def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder: Path) -> None:
-    """Raise ValueError if another encoder made the features, with both fingerprints and their differences."""
+    """Raise ValueError if another encoder made the features; the message lists the differences."""
     stored = index["fingerprint"]
-    if is_first(index):  # images that nothing turns are the same either way
+    if is_first(index):  # the orientation makes no difference for images that are not turned
         stored = {**stored, "orientation": expected["orientation"]}
     differing = [part for part in {**stored, **expected} if stored.get(part) != expected.get(part)]
     if differing:
@@ -215,7 +217,7 @@ def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder:
 
 
 def _check_counts(index: Index1) -> None:
-    """Refuse what no extraction can have written."""
+    """Raise ValueError if the fields of an index contradict each other."""
     images, sizes = index.images, index.shard_bytes
     if len(set(images)) != len(images):
         raise ValueError("expected images to name each once")
@@ -229,13 +231,13 @@ def _check_counts(index: Index1) -> None:
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write the index with its checksum, whole or not at all; the folder is made if it is missing."""
+    """Write the index with its checksum, atomically. The folder is created if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INDEX_FILE, {**index, "checksum": _seal(index)})
 
 
 def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """Return size in bytes and time of change in nanoseconds of files; zeros for one that is missing."""
+    """Return the size in bytes and modification time in nanoseconds of files; zeros for missing ones."""
 
     def look(some: Sequence[Path]) -> list[tuple[int, int]]:
         found = []
@@ -245,13 +247,13 @@ def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
                 found.append((stat.st_size, stat.st_mtime_ns))
             except FileNotFoundError:
                 found.append((0, 0))
-            except NotADirectoryError:  # an image in a table, whose content tells more than a time
+            except NotADirectoryError:  # an image in a table: its checksum replaces the time
                 found.append(_embedded_stat(path))
         return found
 
     parts = [paths[start : start + LOOKED_AT] for start in range(0, len(paths), LOOKED_AT)]
-    # Threads: a network disk answers many at a time, and each of them after a while.
-    # Of a table one reads after the other what it has decoded.
+    # Network disks are slow per request, but answer many at a time, hence threads.
+    # A table is read by one thread, in order, to reuse decoded rows.
     with ThreadPoolExecutor(1 if paths and is_embedded(paths[0]) else LOOKERS) as pool:
         return [stat for part in pool.map(look, parts) for stat in part]
 
@@ -271,7 +273,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def digest(description: Any) -> str:
-    """16 hexadecimal digits of what JSON can say, but for what changes no feature."""
+    """Return 16 hexadecimal digits of a JSON-like value, ignoring the fields in `VOLATILE`."""
     if isinstance(description, dict):
         description = {key: value for key, value in description.items() if key not in VOLATILE}
     content = json.dumps(description, sort_keys=True, default=str)
@@ -279,12 +281,12 @@ def digest(description: Any) -> str:
 
 
 def shard_name(number: int) -> str:
-    """File of a shard."""
+    """Return the file name of a shard."""
     return f"features-{number:05d}.safetensors"
 
 
 def rows_of(index: Mapping[str, Any], number: int) -> slice:
-    """Return the images of a shard."""
+    """Return the range of images in a shard."""
     per_shard = index["shard_images"]
     return slice(number * per_shard, min((number + 1) * per_shard, len(index["images"])))
 
@@ -295,7 +297,7 @@ def shard_content(
     number: int,
     unreadable: Mapping[str, str],
 ) -> bytes:
-    """Return a shard's file."""
+    """Return the content of a shard file."""
     content = _description(features, index, number, unreadable)
     file: bytes = save({"features": features}, metadata={"dept_vl": json.dumps(content)})
     return file
@@ -307,7 +309,7 @@ def _description(
     number: int,
     unreadable: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Say what made a shard, of which images by name, size and time, and its checksum."""
+    """Return a shard's metadata: the encoder, names, sizes and times of the images, and a checksum."""
     made_by, rows = index["fingerprint"], rows_of(index, number)
     images = [index[part][rows] for part in ("images", "image_bytes")]
     data = tensor_bytes(features)
@@ -321,7 +323,7 @@ def _description(
 
 
 def unreadable_of(folder: Path, index: Mapping[str, Any], number: int) -> dict[str, str] | None:
-    """Unreadable images of a stored shard that is whole and of these images; None without such a shard."""
+    """Return the unreadable images of a stored shard; None if it is missing, damaged or of other images."""
     path = folder / shard_name(number)
     try:
         features = read_shard(path)
@@ -335,7 +337,7 @@ def unreadable_of(folder: Path, index: Mapping[str, Any], number: int) -> dict[s
 
 
 def check_shard(index: Mapping[str, Any], number: int, folder: Path) -> None:
-    """Raise DamagedFileError unless a shard is whole and of the images of the index."""
+    """Raise DamagedFileError if a shard is damaged or does not fit the index."""
     path, rows = folder / shard_name(number), rows_of(index, number)
     expected, size = index["shard_bytes"][number], file_stats([path])[0][0]
     if size != expected:

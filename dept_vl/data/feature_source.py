@@ -1,4 +1,4 @@
-"""Where the visual features of a run come from: files, memory, or the encoder as images come."""
+"""Source of a run's visual features: files, memory, or the encoder at every step."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ GIB = 2**30
 def read_features(
     backbone: FrozenBackbone, splits: list[Splits], *, num_workers: int, accelerator: Accelerator
 ) -> FeatureTable | VisionEncoder | None:
-    """Return features of all images, from files or in memory, or the encoder that makes them as images come.
+    """Return the features of all images, from files or computed into memory, or the encoder for live use.
 
-    The first task's options choose.
+    The options of the first task decide for all tasks.
 
     Raises:
-        FileNotFoundError: If features are to come from files that are missing, or lack some of the images.
-        ValueError: If those files are of another encoder, unfinished or damaged; or if an image could not be
-            encoded that is not to be skipped.
+        FileNotFoundError: If features must come from files, and files or images in them are missing.
+        ValueError: If these files are of another encoder, unfinished or damaged; or if an image that must not
+            be skipped could not be encoded.
     """
     wanted = [(part.options, _image_files(part)) for part in splits]
     first = splits[0].options
@@ -47,7 +47,7 @@ def read_features(
         main = accelerator.is_main_process
         table = FeatureTable.encode(vision, paths, num_workers=num_workers, progress=main)
         say("visual features: encoded once, in memory")
-    # Now, rather than when they come up.
+    # Checked here, before training reaches these images.
     for split in splits if table.errors else ():
         for task, default in ((split.train, "skip"), (split.dev, "raise"), (split.test, "raise")):
             if (split.options.on_bad_image or default) == "raise":
@@ -58,12 +58,14 @@ def read_features(
 def encoder_of(
     backbone: FrozenBackbone, choice: Features, stored: DataOptions | None = None
 ) -> VisionEncoder | None:
-    """Return what encodes images, if its features may be kept; None if they are not to be.
+    """Return the vision encoder if its features can be cached; None if they are not to be.
 
     Args:
-        backbone: The models.
-        choice: Whether features may, must or must not be used; UsageError if they must be and cannot.
-        stored: Ask only if there are some of this task.
+        backbone: Backbone with the encoder.
+        choice: Whether cached features may (auto), must (cached) or must not (live) be used; UsageError if
+            they must be and cannot.
+        stored: Data options; if given, require that features are stored for this task, unless `choice` is
+            cached.
     """
     if backbone.processor is None:
         return backbone.vision
@@ -90,13 +92,13 @@ def mapped_features(
     choice: Features,
     accelerator: Accelerator,
 ) -> FeatureTable | None:
-    """Map features that `dept-vl features` made of the images wanted; None if they are not to be used.
+    """Map the features that `dept-vl features` stored for these images; None if they are not to be used.
 
-    If `choice` says that they may be used, problems with them are printed.
+    With `choice` auto, problems are printed and None is returned.
 
     Raises:
-        FileNotFoundError: If they must be used and are missing, or lack some of the images.
-        ValueError: If they must be used and are of another encoder, unfinished or damaged.
+        FileNotFoundError: If `choice` is cached, and features or images in them are missing.
+        ValueError: If `choice` is cached, and features are of another encoder, unfinished or damaged.
     """
     folders = [features_folder(options) for options, paths in wanted if paths]
     complete = all((folder / INDEX_FILE).is_file() for folder in folders)
@@ -117,7 +119,7 @@ def mapped_features(
         )
     except (FileNotFoundError, ValueError) as error:
         problem = error
-    # All processes have them, or none.
+    # All processes use the files, or none does.
     problems = [text for text in gather_object([str(problem or "")]) if text]
     if problems and choice == "cached":
         raise problem or ValueError(problems[0])
@@ -129,7 +131,7 @@ def mapped_features(
 
 
 def features_folder(options: DataOptions) -> Path:
-    """Return where the visual features of a task are."""
+    """Return the folder of a task's visual features."""
     own = options.own
     if own.data is not None and own.folder() is None and options.features_dir is None:
         return cache_folder() / "features" / own.data.replace("/", "--")

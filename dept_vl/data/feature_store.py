@@ -1,11 +1,11 @@
 """Visual features in files that every run maps into memory.
 
-    index.json                    what they are, of which images, and whether all are there
-    features-00000.safetensors    of the first images, (images, tokens, d_vision)
-    features-00001.safetensors    of the next
+    index.json                    encoder, images, and whether all shards are written
+    features-00000.safetensors    features of the first images, (images, tokens, d_vision)
+    features-00001.safetensors    features of the next images
 
-A shard is written whole or not at all and says itself what it holds, so that a stopped extraction can be
-resumed. What index and shards say is in `feature_index`.
+Shards are written atomically and describe their own content, so that a stopped extraction can be
+resumed. `feature_index` defines the content of index and shards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ from dept_vl.tasks.options import Precision
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 LOCK_SECONDS = 10.0
-"""Seconds after which processes that wait for another extraction tell each other so."""
+"""Timeout in seconds of each attempt to lock a folder that another extraction writes to."""
 
 
 def write_features(
@@ -67,32 +67,32 @@ def write_features(
     num_workers: int = 0,
     skip_unreadable: bool = False,
 ) -> int:
-    """Encode images into a folder, every process its share of the shards; what is there already stays.
+    """Encode images into a folder; the shards are divided among the processes, and finished ones are kept.
 
-    Wait until no other extraction writes to the folder. Resume an unfinished folder, and add new images to a
-    finished one. Encode shards again that are damaged, or that hold an image whose size or modification time
-    differs from the stored one. The files are the same on any number of processes.
+    If another extraction writes to the folder, wait for it. An unfinished folder is resumed, and new images
+    are added to a finished one. Shards are encoded again if they are damaged, or if the size or modification
+    time of an image has changed. The files do not depend on the number of processes.
 
     Args:
-        vision: The frozen encoder, on the device of this process.
-        root: The data folder; images are known by their paths below it.
-        paths: The images.
-        folder: Where the features go.
-        accelerator: Of the processes.
-        dtype: What features are stored in.
-        shard_images: Images in a file; a folder that is resumed keeps its own.
-        batch_size: Images encoded at a time.
-        num_workers: Processes that read and preprocess images; 0 uses this one.
-        skip_unreadable: Note what is wrong with images that cannot be read, rather than stop.
+        vision: Frozen vision encoder, on the device of this process.
+        root: Data folder; images are identified by their path relative to it.
+        paths: Image files.
+        folder: Folder for the features.
+        accelerator: Accelerator of the processes.
+        dtype: Precision of the stored features.
+        shard_images: Number of images per file; an existing folder keeps its own.
+        batch_size: Number of images encoded at a time.
+        num_workers: Number of worker processes that read images; 0 uses this process.
+        skip_unreadable: Whether to record unreadable images and continue, instead of raising an error.
 
     Returns:
-        How many images were encoded, over all processes.
+        Number of images encoded, over all processes.
 
     Raises:
-        ValueError: If another encoder made the folder's features, an image cannot be read that may not be
-            skipped, or a feature is too large for the dtype.
-        FileNotFoundError: If images of the folder are not in the data folder any more.
-        OSError: If a file cannot be written; what was written before is untouched.
+        ValueError: If another encoder made the folder's features, an unreadable image must not be skipped, or
+            a feature is too large for the dtype.
+        FileNotFoundError: If images of the folder are no longer in the data folder.
+        OSError: If a file cannot be written; files written before are unchanged.
     """
     with _only_writer(folder, accelerator):
         made_by = {**fingerprint(vision), "dtype": dtype}
@@ -108,9 +108,9 @@ def write_features(
         index["shard_bytes"] = None  # until all are there
         on_main(accelerator, lambda: write_index(folder, index))
         files = [root / image for image in images]
-        # None goes over the end of a shard, so that what is encoded together depends on no process.
+        # No batch crosses the end of a shard, so that batches do not depend on the processes.
         batches = [batch for n in todo for batch in batches_of(of[n].start, of[n].stop, batch_size)]
-        # Closed even when an image ends the loop: its progress line would stay.
+        # Closed also after an error, to remove the progress line.
         with closing(
             encode_images(
                 vision, files, batches, num_workers, accelerator.is_main_process, accelerator.num_processes
@@ -140,7 +140,7 @@ def write_features(
 
 @contextmanager
 def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other extractions out by a lock of the system's, which a killed process loses."""
+    """Hold a system lock on a folder of features; a killed process releases it."""
     place = folder.resolve()
     lock = FileLock(place.with_name(f".{place.name}.lock"))
     waited = False
@@ -166,18 +166,18 @@ def open_features(
 ) -> FeatureTable:
     """Map the features of images from a folder that `write_features` made.
 
-    Shards are compared with their checksums, once in a process.
+    The checksum of each shard is compared once per process.
 
     Args:
-        vision: The encoder that a run has.
-        root: The data folder.
-        paths: Images of which there have to be features.
-        folder: The folder.
-        renewable: So many images that have changed since are encoded again, in memory; more are an error.
+        vision: Vision encoder of the run.
+        root: Data folder.
+        paths: Images whose features are needed.
+        folder: Folder with the features.
+        renewable: Maximum number of changed images to encode again, in memory; more raise an error.
 
     Raises:
-        FileNotFoundError: If there are no features, or some of the images are not among them.
-        ValueError: If they are of another encoder, unfinished, damaged, or images have changed since.
+        FileNotFoundError: If there are no features, or images are missing from them.
+        ValueError: If features are of another encoder, unfinished or damaged, or too many images changed.
     """
     index = read_index(folder)
     dtype = index["fingerprint"]["dtype"]
@@ -237,7 +237,7 @@ def _plan(
     made_by: dict[str, Any],
     shard_images: int,
 ) -> dict[str, Any]:
-    """Return the index of what is to be: the images that it has already in their order, then the others."""
+    """Return the index to write: images of the existing index in their order, then new images."""
     shape = [vision.token_count, vision.d_vision]
     known: list[str] = []
     whole = None
@@ -250,7 +250,7 @@ def _plan(
     if before is not None:
         check_encoder(before, made_by, folder)
         known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
-        # One of version 1 is made again.
+        # Features of version 1 are encoded again.
         whole, shard_images = None if is_first(before) else before["shard_bytes"], before["shard_images"]
         _check_images(root, before, folder)
     images = list(dict.fromkeys([*known, *image_keys(paths, root)]))
@@ -269,7 +269,7 @@ def _plan(
 
 
 def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
-    """Raise FileNotFoundError if images that were encoded are gone: they may have to be encoded again."""
+    """Raise FileNotFoundError if encoded images are missing, since they may have to be encoded again."""
     images, per_shard = before["images"], before["shard_images"]
     shards = range(-(-len(images) // per_shard))
     written = {number for number in shards if (folder / shard_name(number)).is_file()}
@@ -290,7 +290,7 @@ def _check_images(root: Path, before: Mapping[str, Any], folder: Path) -> None:
 def _stored(
     features: Float[Tensor, "batch tokens d_vision"], dtype: Precision, first: Path
 ) -> Float[Tensor, "batch tokens d_vision"]:
-    """Return features as they are stored; raise ValueError if some are too large for that."""
+    """Return features in their stored precision; ValueError if values are too large for it."""
     stored = features.to(DTYPES[dtype])
     if not stored.isfinite().all():
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Visual features of a set of images, each encoded once: a table of them in memory, or mapped into it.
+"""Visual features of a set of images, each encoded once, in memory or memory-mapped.
 
-The tower is frozen, so an image's features never change.
+The vision encoder is frozen, so the features of an image do not change.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -23,7 +23,7 @@ EXTRACT = "dept-vl features"
 
 
 def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 height width"]:
-    """Read and preprocess one image; raise FileNotFoundError without one, ValueError if it is not usable."""
+    """Read and preprocess an image; FileNotFoundError if it is missing, ValueError if it is not usable."""
     image = read_image(source, exif=vision.exif)
     try:
         return vision.preprocess([image])[0]
@@ -33,7 +33,7 @@ def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 
 
 
 class _Pixels(Dataset[tuple[Tensor, str]]):
-    """Pixels with an empty message, or zeros with what is wrong with the file."""
+    """Pixels of images, each with an empty message; zeros with an error message for unreadable images."""
 
     def __init__(self, vision: VisionEncoder, paths: Sequence[Path]) -> None:
         self.vision, self.paths = vision, paths
@@ -50,16 +50,16 @@ class _Pixels(Dataset[tuple[Tensor, str]]):
 
 
 class FeatureTable:
-    """Features of a set of images, in memory or mapped into it, looked up by file.
+    """Features of a set of images by file, in memory or memory-mapped.
 
     Args:
-        shards: (images, tokens, d_vision) each, all of one dtype.
-        places: Shard and row in it of each file.
-        errors: What is wrong with the files that could not be read.
-        files: What the first shards are mapped from; the others are in memory.
+        shards: Tensors of shape (images, tokens, d_vision), all of one dtype.
+        places: Index of the shard and row in the shard, by image file.
+        errors: Error message by image file, for images that could not be read.
+        files: Files that the first shards are mapped from; the other shards are in memory.
 
     Raises:
-        ValueError: If the shards are of several dtypes.
+        ValueError: If the shards have different dtypes.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class FeatureTable:
         if len(dtypes) != 1:
             raise ValueError(f"expected visual features of one dtype, found {', '.join(sorted(dtypes))}")
         self.dtype = dtypes.pop()
-        # Bytes: NumPy copies rows several times faster than torch does, and knows no bfloat16.
+        # As bytes, since NumPy copies rows several times faster than torch, but has no bfloat16.
         self._rows = [shard.view(torch.uint8).numpy() for shard in self.shards]
 
     @classmethod
@@ -87,14 +87,14 @@ class FeatureTable:
         num_workers: int = 0,
         progress: bool = True,
     ) -> "FeatureTable":
-        """Encode images into memory, in float32, each once however often it is named.
+        """Encode images into memory in float32; repeated images are encoded once.
 
         Args:
-            vision: The frozen encoder.
-            paths: The images.
-            batch_size: Images encoded at a time.
-            num_workers: Processes that read and preprocess images; 0 uses this one.
-            progress: Print how far it is.
+            vision: Frozen vision encoder.
+            paths: Image files.
+            batch_size: Number of images encoded at a time.
+            num_workers: Number of worker processes that read images; 0 uses this process.
+            progress: Whether to show progress.
         """
         distinct = list(dict.fromkeys(paths))
         batches = batches_of(0, len(distinct), batch_size)
@@ -113,11 +113,11 @@ class FeatureTable:
         errors: Mapping[Path, str],
         renewed: Sequence[Float[Tensor, "_ tokens d_vision"]] = (),
     ) -> "FeatureTable":
-        """Map shards into memory, in front of others that are there."""
+        """Return a table of memory-mapped shards, followed by the shards in memory (`renewed`)."""
         return cls([*map(read_shard, files), *renewed], places, errors, files)
 
     def with_renewed(self, vision: VisionEncoder, paths: Sequence[Path]) -> "FeatureTable":
-        """Encode some images again, in the dtype of the others; raise ValueError if that is too small."""
+        """Encode some images again, in the dtype of the table; ValueError if values are too large for it."""
         new = FeatureTable.encode(vision, paths, progress=False)
         shard = new.shards[0].to(self.shards[0].dtype)
         if not shard.isfinite().all():
@@ -130,7 +130,7 @@ class FeatureTable:
 
     @classmethod
     def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
-        """Join several mapped tables of one dtype."""
+        """Return the union of mapped tables of one dtype."""
         places: dict[Path, tuple[int, int]] = {}
         errors: dict[Path, str] = {}
         files = [file for table in tables for file in table.files]
@@ -147,20 +147,20 @@ class FeatureTable:
         return cls.map(files, places, errors, renewed)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By name where there is one, so that a spawned worker maps the files and copies nothing.
+        # Mapped shards are pickled by file name, so that a spawned worker maps them without copying.
         if self.files:
             renewed = self.shards[len(self.files) :]
             return FeatureTable.map, (self.files, self.places, self.errors, renewed)
         return FeatureTable, (self.shards, self.places, self.errors)
 
     def check(self, paths: Sequence[Path]) -> None:
-        """Raise ValueError if one of the images could not be read, with what is wrong with the first."""
+        """Raise ValueError with the error message if one of the images could not be read."""
         for path in paths:
             if path in self.errors:
                 raise ValueError(self.errors[path])
 
     def __call__(self, examples: Sequence[Sequence[Path]]) -> Float[Tensor, "batch images tokens d_vision"]:
-        """Return features of the images of some examples, each of which has as many."""
+        """Return the features of the images of examples, which all have the same number of images."""
         places = [self.places[path] for paths in examples for path in paths]
         features = self.shards[0].new_empty(len(places), *self.shards[0].shape[1:])
         rows = features.view(torch.uint8).numpy()
@@ -170,12 +170,12 @@ class FeatureTable:
 
 
 def table_bytes(vision: VisionEncoder, image_count: int) -> int:
-    """Return memory that `FeatureTable.encode` takes for so many images."""
+    """Return the memory in bytes that `FeatureTable.encode` needs for `image_count` images."""
     return image_count * vision.token_count * vision.d_vision * 4
 
 
 def batches_of(start: int, stop: int, size: int) -> list[range]:
-    """Return the numbers from start to stop, so many at a time."""
+    """Return the range from `start` to `stop` in parts of `size`."""
     return [range(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
@@ -187,9 +187,9 @@ def encode_images(
     progress: bool,
     processes: int = 1,
 ) -> Generator[tuple[range, Float[Tensor, "batch tokens d_vision"], Sequence[str]], None, None]:
-    """Yield the batches, each with its features and, for every image, what is wrong with it or nothing.
+    """Yield each batch with its features and an error message for each image, empty if it was read.
 
-    Of several processes with as many batches each, the count is that of all.
+    With several processes, progress assumes that each has the same number of images.
     """
     device = next(vision.parameters()).device
     loader = readers.load(
@@ -206,7 +206,7 @@ def encode_images(
 
 
 def read_shard(path: Path) -> Float[Tensor, "images tokens d_vision"]:
-    """Map a shard into memory; raise FileNotFoundError without one, ValueError if it is damaged."""
+    """Map a shard into memory; FileNotFoundError if it is missing, ValueError if it is damaged."""
     tensors = read_tensors(path)
     if tensors.keys() != {"features"} or tensors["features"].dim() != 3:
         raise ValueError(f"{path} is damaged: it holds no features; {EXTRACT} makes it again")

@@ -1,4 +1,4 @@
-"""How long the texts of a task are, in tokens: counted once for each tokenizer, and kept."""
+"""Lengths of a task's texts in tokens, counted once per tokenizer and cached."""
 
 import hashlib
 import json
@@ -19,14 +19,13 @@ from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, writing_cache
 
 Lengths = np.ndarray[Any, np.dtype[np.int32]]
 LENGTH_SAMPLE = 2000
-"""Texts that are measured to see how many `max_source_length` cuts; all if they are a column of the rows."""
+"""Number of texts to measure for truncation, unless the rows have a column with all texts."""
 
 
 def source_lengths(task: Task, tokenizer: Any) -> Lengths:
-    """Count the tokens of every source text, special tokens included and nothing cut.
+    """Count the tokens of every source text, with special tokens and without truncation.
 
-    They are kept in the cache folder, under a name made from the texts and the tokenizer; OSError if it
-    cannot be written.
+    Counts are cached by texts and tokenizer. Raises OSError if the cache folder cannot be written.
     """
     texts = source_texts(task)
     path = cache_folder() / f"lengths-{_key(texts, tokenizer)}.bin"
@@ -39,13 +38,13 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
     found = [
         len(ids)
         for start in counted("counting tokens", starts, len(starts))
-        # Not verbose: it would warn of texts that are longer than the model is used to.
+        # Not verbose, to avoid warnings about texts longer than the model's maximum.
         for ids in tokenizer(
             texts.slice(start, CHUNK_ROWS).to_pylist(), return_attention_mask=False, verbose=False
         ).input_ids
     ]
     lengths = np.array(found, dtype=np.int32)
-    # A name of its own: several processes may count at a time, and the last one's file is as good.
+    # A unique name, since several processes may count at a time; any of their files will do.
     partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
     try:
         with writing_cache(path.parent, f"the lengths of {task.name}"):
@@ -60,7 +59,7 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
 
 
 def source_texts(task: Task) -> pa.ChunkedArray:
-    """Return what the encoder reads, of all examples; from a column of the rows where there is one."""
+    """Return the texts for the encoder of all examples, from a column of the rows if there is one."""
     if task.source_column:
         return task.rows.column(task.source_column)
     texts = pa.array([task[index].source_text for index in range(len(task))], pa.string())
@@ -75,7 +74,7 @@ def _key(texts: pa.ChunkedArray, tokenizer: Any) -> str:
 
 
 def tokenizer_description(tokenizer: Any) -> str:
-    """Return all that a tokenizer's work depends on, but cutting and padding, set at every call."""
+    """Return everything that a tokenizer's output depends on, except truncation and padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
@@ -86,7 +85,7 @@ def tokenizer_description(tokenizer: Any) -> str:
 def check_source_lengths(
     task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
 ) -> None:
-    """Print how many texts are cut; raise ValueError if the task prefix alone fills `max_source_length`."""
+    """Print the number of truncated texts; ValueError if the task prefix alone fills `max_source_length`."""
     text = task[0].source_text
     shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
     if max_source_length <= shared:
@@ -95,7 +94,7 @@ def check_source_lengths(
             f"{text!r} alone takes {shared}; raise max_source_length"
         )
     whole = bool(task.source_column)
-    with main_first(accelerator):  # the first to count keeps the lengths for all
+    with main_first(accelerator):  # the main process caches the lengths for all
         lengths = source_lengths(
             task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer
         )

@@ -1,4 +1,4 @@
-"""A picture of questions with their images and answers, to look at."""
+"""Contact sheet of questions with their images and answers."""
 
 import textwrap
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.predictions import ExampleId
 
 TILE = 200
-"""Pixels of a picture's side in the grid."""
+"""Side of a tile, in pixels."""
 TEXT_HEIGHT, MARGIN, FONT_SIZE, ANSWER_SIZE, WRAP = 88, 14, 15, 19, 27
 RIGHT, WRONG, INK, PAPER = (24, 128, 56), (190, 32, 32), (32, 32, 32), (255, 255, 255)
 
@@ -26,15 +26,15 @@ def picture_grid(
     rows: int = 3,
     mistakes: int = 5,
 ) -> None:
-    """Draw images with question, human answer and prediction: green where right, red where wrong.
+    """Draw images with question, prediction and human answer; correct predictions are green, others red.
 
     Args:
-        task: A split with images.
-        predictions: An answer for each of its examples.
+        task: Split with images.
+        predictions: Prediction by example id.
         path: PNG file to write.
-        columns: Tiles across.
-        rows: Tiles down.
-        mistakes: Wrong answers to show, where there are as many; the rest are right ones.
+        columns: Number of tiles across.
+        rows: Number of tiles down.
+        mistakes: Maximum number of wrong predictions to show; the others are correct ones.
     """
     tiles = _choose(task, predictions, columns * rows, mistakes)
     width, height = TILE + MARGIN, TILE + TEXT_HEIGHT + MARGIN
@@ -45,7 +45,7 @@ def picture_grid(
         example = task[index]
         answer = predictions[example.example_id]
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
-        # Two images share a tile, side by side.
+        # Several images share a tile, side by side.
         side = TILE // len(example.images)
         for number, image in enumerate(map(read_image, example.images)):
             resized = image.resize((side, side), Image.Resampling.BICUBIC)
@@ -56,7 +56,7 @@ def picture_grid(
         right = answer == example.answer
         verdict = answer if right or not example.answer else f"{answer} (humans: {example.answer})"
         place_of_answer = (left, top + TILE + TEXT_HEIGHT - 28)
-        # A caption is neither right nor wrong; it stands under a human one.
+        # Captions are not marked as right or wrong; they are drawn below a human caption.
         fill = INK if not example.answer else RIGHT if right else WRONG
         verdict = textwrap.shorten(printable(verdict, lines=True), WRAP)
         draw.text(place_of_answer, verdict, fill=fill, font=_fitting(draw, verdict))
@@ -64,13 +64,13 @@ def picture_grid(
 
 
 def _fitting(draw: ImageDraw.ImageDraw, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return the largest font in which a line is no wider than a tile."""
+    """Return the largest font in which a line fits into a tile."""
     fonts = map(ImageFont.load_default, range(ANSWER_SIZE, 0, -1))
     return next(font for font in fonts if draw.textlength(text, font) <= TILE)
 
 
 def _choose(task: Task, predictions: Mapping[ExampleId, str], count: int, mistakes: int) -> list[int]:
-    """Return indices spread over the split, each of another image: first mistakes, then right answers."""
+    """Return `count` indices spread over the split, with different images and at most `mistakes` errors."""
     chosen: dict[bool, list[int]] = {True: [], False: []}
     seen: set[tuple[Path, ...]] = set()
     step = max(1, len(task) // 997)

@@ -1,4 +1,4 @@
-"""Which example comes when: the draws of training and evaluation, and the batches of every process."""
+"""Order of examples: the draws of training and evaluation, and the batches of each process."""
 
 import itertools
 from array import array
@@ -13,15 +13,15 @@ from dept_vl.data.lengths import Lengths
 from dept_vl.tasks.base import Task
 
 WINDOW = 50
-"""Batches that are sorted by length together: enough for few to be padded much, few enough to stay mixed."""
+"""Number of batches sorted by length together: enough to save padding, few enough to keep batches mixed."""
 
 
 class TrainingDraws(Dataset[Draw]):
-    """The endless streams of draws, one a task: number n is example n mod len in epoch n div len.
+    """Endless streams of draws, one per task: draw n is example n mod len in epoch n div len.
 
-    The answer is chosen with probability proportional to its score (VL-T5), from the seed and n
-    alone, so it depends on no process, worker or restart; one whose score is 0 weighs
-    nothing. Of targets that are learnt in turn, as many epochs as there are targets show each once.
+    The target is drawn with probability proportional to its score (as in VL-T5). The drawing depends only on
+    the seed and n, not on processes, workers or restarts. A target with score 0 gets weight 0. An `in_turn`
+    example with k targets uses each of them once in k epochs.
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int) -> None:
@@ -58,24 +58,24 @@ class EvaluationDraws(Dataset[Draw]):
 
 @dataclass(eq=False)
 class TrainingBatches(Sampler[list[tuple[int, int]]]):
-    """This process's share of every batch: (task, draw number), in an order fixed by the seed.
+    """This process's share of every batch, as (task, draw number), in an order fixed by the seed.
 
-    A batch is of one task, drawn with probability proportional to the number of batches in its epoch,
-    so that all tasks go through their epochs together. Each epoch is one permutation of the examples
-    and batches run across its end, so every global batch is full and the same whatever the number of
-    processes.
+    Each batch has examples of one task. Tasks are drawn with probability proportional to their batches per
+    epoch, so that all go through their epochs together. Each epoch is a permutation of the examples. Batches
+    continue across its end, so that every global batch is full and independent of the number of processes.
 
-    With lengths, texts of about the same length come together: the next `WINDOW` batches are sorted by
-    length and put into a random order. They end where the epoch does, with the batch that runs across.
+    With `lengths`, texts of similar length are batched together: `WINDOW` batches at a time are sorted by
+    length and shuffled. A window ends with the epoch, at the batch that contains its last example.
 
     Attributes:
-        example_counts: Examples in an epoch of each task.
-        batch_sizes: Of one process, for each task.
-        seed: Of the permutations and of the order of the tasks.
-        process: Which of `processes` this is.
-        processes: How many there are.
-        lengths: Of the texts of each task, in tokens, as they are cut; None leaves them mixed.
-        start: Batches to skip, of a run that resumes.
+        example_counts: Number of examples of each task.
+        batch_sizes: Batch size per process for each task.
+        seed: Random seed for the permutations and the order of tasks.
+        process: Index of this process.
+        processes: Number of processes.
+        lengths: Lengths of the texts of each task in tokens, after truncation; None for batches of mixed
+            lengths.
+        start: Number of batches to skip, to resume a run.
     """
 
     example_counts: Sequence[int]
@@ -94,7 +94,7 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
                 self._grouped(stream, lengths, size * self.processes)
                 for stream, lengths, size in zip(numbers, self.lengths, self.batch_sizes, strict=True)
             ]
-        # Whole batches, so that no rounding makes the order depend on the number of processes.
+        # Shares are of global batches, so that the order does not depend on the number of processes.
         pairs = zip(self.example_counts, self.batch_sizes, strict=True)
         shares = [count / (size * self.processes) for count, size in pairs]
         choices = Random(f"{self.seed} tasks")
@@ -108,14 +108,14 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
     def _numbers(self, example_count: int) -> Iterator[int]:
         epoch = 0
         while True:
-            # Four bytes a number: a list of GQA's 14 million would take half a GiB.
+            # Four bytes per number: a list of GQA's 14 million would take half a GiB.
             order = array("I", range(example_count))
             Random(f"{self.seed} {epoch}").shuffle(order)
             yield from (epoch * example_count + index for index in order)
             epoch += 1
 
     def _grouped(self, numbers: Iterator[int], lengths: Lengths, batch_size: int) -> Iterator[int]:
-        """Yield the same numbers, in batches of texts of about the same length."""
+        """Yield the same numbers, in batches of texts of similar length."""
         count, drawn = len(lengths), 0
         while True:
             left_in_epoch = count - drawn % count

@@ -1,9 +1,9 @@
-"""A few examples of a training split, and as many others to choose on.
+"""Few-shot selection: a few examples of a training split, and as many others as a dev set.
 
-k of each class and k more of each to choose on are LM-BFF's (Gao et al. 2021), so that nothing but the shots
-decides. k in all, spread evenly over the classes, with the best adapter chosen on a whole dev split
-(`shots_dev`), are what DePT (Shi & Lipani 2024) has in its few-shot tables: at k = 16 eight of each of two.
-They are kept with a run as `shots.json`, so that another run can learn from the same ones:
+As in LM-BFF (Gao et al. 2021), k examples per class are drawn for training and k per class for the dev set.
+As in DePT's few-shot tables (Shi & Lipani 2024), the k examples can instead be spread evenly over the classes
+(`shots_per`: with k = 16, eight of each of two classes), and a whole dev split can be used (`shots_dev`). The
+selection is saved with a run as `shots.json`, so that another run can use it:
 
     {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...]}
 """
@@ -20,19 +20,19 @@ from dept_vl.tasks.base import Task
 from dept_vl.tasks.options import ShotsPer
 
 YES_NO = 2
-"""Different answers of a split that is all yes and no."""
+"""Number of different answers in a yes/no split."""
 
 
 @dataclass(frozen=True)
 class Shots:
-    """Places in a training split.
+    """Few-shot selection from a training split.
 
     Attributes:
-        k: Examples of each class, or in all.
-        seed: Of the draw.
-        classes: The classes; empty if the task has none.
-        train: Places of the examples to learn.
-        dev: Places of those to choose on.
+        k: Number of examples per class, or in total.
+        seed: Random seed of the drawing.
+        classes: Names of the classes; empty if the task has none.
+        train: Indices of the training examples.
+        dev: Indices of the dev examples.
     """
 
     k: int
@@ -42,12 +42,12 @@ class Shots:
     dev: tuple[int, ...]
 
     def write(self, path: Path) -> None:
-        """Keep them for another run."""
+        """Save the selection, so that another run can use it."""
         write_noted_json(path, asdict(self), indent=None)
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
-    """Return the words of a classification, yes and no where these are all answers, else nothing."""
+    """Return the classes of a task: its candidates, or its answers if there are at most two; else nothing."""
     if task.decoding.candidates:
         return tuple(sorted(task.decoding.candidates))
     answers: set[str] = set()
@@ -59,7 +59,7 @@ def classes_of(task: Task) -> tuple[str, ...]:
 
 
 def choose_shots(options: DataOptions, train: Task) -> Shots | None:
-    """Draw or read the few examples to learn from, with the errors of either; None learns from all."""
+    """Return the few-shot selection of these options, drawn or read; None to train on all examples."""
     if options.shots and options.shots_file:
         raise ValueError(
             f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
@@ -72,16 +72,17 @@ def choose_shots(options: DataOptions, train: Task) -> Shots | None:
 
 
 def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
-    """Draw k examples of each class to learn and k to choose on, with no image on both sides.
+    """Draw k training examples and k dev examples per class, without sharing images between the two.
 
     Args:
-        task: The training split.
-        k: How many of each class, or in all where there are no classes.
-        seed: Of the draw.
-        per: `all`: k are those in all; where they cannot be spread evenly, the first classes have one more.
+        task: Training split.
+        k: Number of examples per class, or in total if there are no classes.
+        seed: Random seed.
+        per: Whether k is per class, or in total (`all`). If a total cannot be spread evenly, the first
+            classes get one more.
 
     Raises:
-        ValueError: If there are too few; the message names the class and its count.
+        ValueError: If there are too few examples; the message names the class and its count.
     """
     classes = classes_of(task)
     sizes = dict.fromkeys(classes or ("",), k)
@@ -95,7 +96,7 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
 
 
 def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
-    """Return the first of each class that show none of the images to avoid; how many `sizes` says."""
+    """Return the first `sizes[name]` examples of each class that have none of the images to avoid."""
     taken: dict[str, list[int]] = {name: [] for name in sizes}
     for index in order:
         if all(len(indices) == sizes[name] for name, indices in taken.items()):
@@ -117,7 +118,7 @@ def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: S
 
 
 def read_shots(path: Path, count: int) -> Shots:
-    """Read the shots of a run; raise ValueError if they are damaged, or not of so many examples."""
+    """Read a few-shot selection; ValueError if it is damaged or does not fit a split of `count` examples."""
     shots: Shots = check(read_object(path, Shots), Shots)
     places = [*shots.train, *shots.dev]
     if not shots.train or not shots.dev or len(set(places)) < len(places):

@@ -1,4 +1,4 @@
-"""Processes that read images for the training process: whom they obey, and how their end is noticed."""
+"""Worker processes that read images for training: their signal handling, and detection of their end."""
 
 import multiprocessing
 import os
@@ -13,12 +13,12 @@ from dept_vl._utils.printable import say
 
 
 def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
-    """Return batches that so many workers prepare; 0 prepares them where they are used.
+    """Return a data loader with `num_workers` workers; 0 loads in the current process.
 
     Args:
-        dataset: What a worker reads.
-        num_workers: Workers.
-        **options: Of `DataLoader`.
+        dataset: Data set that the workers read.
+        num_workers: Number of workers.
+        **options: Other arguments of `DataLoader`.
     """
     return _Loader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
 
@@ -28,43 +28,43 @@ class _Loader(DataLoader[Any]):
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         on_child = signal.getsignal(signal.SIGCHLD)
-        # Workers inherit that SIGTERM waits, and get it once they are prepared: until then they would run the
-        # training process's own handler, which only notes the signal.
+        # Workers inherit the blocked SIGTERM, and receive it once they are prepared. Before that they would
+        # run the training process's handler, which only records the signal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            # Torch's handler would raise in the middle of anything, say of a line that holds a lock for which
-            # other threads then wait forever. Its queues notice a killed worker too, within five seconds.
+            # Torch's handler could raise anywhere, also while a lock is held, for which other threads would
+            # then wait forever. Its queues also notice a killed worker, within five seconds.
             if signal.getsignal(signal.SIGCHLD) is not on_child:
                 signal.signal(signal.SIGCHLD, on_child or signal.SIG_DFL)
 
 
 def prepare_reader(worker: int) -> None:
-    """Make a process that reads images obey the training process alone, and keep no batch from it.
+    """Prepare a worker: it ends only when the training process says so, or when it cannot send a batch.
 
-    Terminals send Ctrl-C, and Slurm SIGTERM, to every process; without its worker the step at hand could not
-    be ended. A batch that cannot be handed over (for want of open files, say) would be dropped, and waited
-    for forever: the worker ends instead, which is noticed.
+    Terminals send Ctrl-C, and Slurm sends SIGTERM, to every process; if workers ended then, the current step
+    could not be finished. A batch that cannot be sent (because of too many open files, for example) would be
+    dropped, and training would wait for it forever. The worker ends instead, which is noticed.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None and hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told_by, args=(parent.pid,), daemon=True).start()
-    elif hasattr(signal, "pthread_sigmask"):  # macOS does not say who sent a signal: all are obeyed
+    elif hasattr(signal, "pthread_sigmask"):  # macOS does not tell who sent a signal, so all are obeyed
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    # The hook that the standard library has for it; torch's queues are of this class.
+    # This is the standard library's hook for such errors; torch's queues inherit from this class.
     Queue._on_queue_feeder_error = staticmethod(_end_reader)  # type: ignore[attr-defined]
 
 
 def _end_when_told_by(sender: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
-    os._exit(0)  # as after any other end that it was told of
+    os._exit(0)  # the same status as after any other requested end
 
 
 def _end_reader(error: Exception, batch: object) -> None:
     say(f"a batch could not be handed over: {error}", error=True, each=True)
-    os._exit(0)  # another status would be raised in the middle of a step, not where the batch is missed
+    os._exit(0)  # another status would raise in the middle of a step, not where the batch is missing
