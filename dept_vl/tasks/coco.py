@@ -5,7 +5,7 @@
     val2014/COCO_val2014_000000391895.jpg
 
 from https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip and https://cocodataset.org.
-Training is on train and restval together, as everyone does.
+As usual, the training split joins train and restval.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ KARPATHY_FILE = "dataset_coco.json"
 KARPATHY_SOURCE = "https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip"
 IMAGE_SOURCE = "https://cocodataset.org/#download"
 SPLITS = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
-"""Split -> its names in the file."""
+"""Names in the file, by split."""
 
 SCHEMA = pa.schema(
     {
@@ -57,7 +57,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class COCOCaptions(Task):
-    """One split; an example is an image with its five or more captions, each learnt in turn."""
+    """One split of COCO captions. An example is an image with its five or more captions (`in_turn`)."""
 
     rows: Rows = NO_ROWS
     image_folders: Mapping[str, Path] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class COCOCaptions(Task):
     pipeline = "image-to-text"
 
     def read(self, root: Path, split: str) -> "COCOCaptions":
-        """Read a split from a folder with `dataset_coco.json` and images; the errors are those of `load`."""
+        """Read a split from a folder with `dataset_coco.json` and images. Raises the errors of `load`."""
         check_split(split, SPLITS, "COCO")
         file = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
         rows = read_rows(file).where("split", SPLITS[split])
@@ -105,13 +105,13 @@ class COCOCaptions(Task):
         )
 
     def source(self, question: str) -> str:
-        """Return the prefix, the same for every image; raise ValueError if a question is asked."""
+        """Return the prefix, which is the text for every image; raise ValueError if there is a question."""
         if question.strip():
             raise ValueError(f"a caption answers no question, and {question!r:.60} is one; leave it out")
         return self.prefix
 
     def draws_per_epoch(self) -> int:
-        """Every caption once."""
+        """Return the number of captions."""
         return int(pc.sum(pc.list_value_length(self.rows.column("answers"))).as_py() or 0)
 
     def images(self, index: int) -> tuple[Path, ...]:
@@ -119,17 +119,18 @@ class COCOCaptions(Task):
         return (self.image_folders[self.rows.value("folder", index)] / self.rows.value("file", index),)
 
     def image_files(self) -> list[Path]:
-        """Return the different images."""
+        """Return the images of all examples, each once."""
         return [self.image_folders[folder] / file for folder, file in self.rows.distinct("folder", "file")]
 
     def mark(self, example: Example, prediction: str) -> float:
-        """Word F1 with the closest human caption: CIDEr and the others are of many images."""
+        """Return the word F1 with the closest human caption, since CIDEr and others need many images."""
         return squad([prediction], [example.answers])["f1"] / 100
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100.
 
-        CIDEr weighs words by the captions scored, so that of a subset is the subset's own.
+        CIDEr weighs words by the captions scored, so scores of a subset and of the whole split do not
+        compare.
         """
         captions = {int(key): caption for key, caption in predictions.items()}
         return reported(score_captions(references_of(self.rows), captions, meteor=self.meteor))
@@ -139,7 +140,7 @@ class COCOCaptions(Task):
         return replace(self, meteor=False)
 
     def check_requirements(self) -> None:
-        """Check that `pycocoevalcap` and Java are installed and METEOR runs; the errors say what is wrong."""
+        """Check that `pycocoevalcap` and Java are installed and METEOR runs."""
         check_installed()
         if self.meteor:
             check_meteor()
@@ -150,13 +151,13 @@ class COCOCaptions(Task):
 
 
 def read_rows(path: Path) -> Rows:
-    """Read all images of `dataset_coco.json`, as in `SCHEMA`."""
+    """Read all images of `dataset_coco.json`, with the columns of `SCHEMA`."""
     sources = [existing(path, "COCO", KARPATHY_SOURCE)]
     return convert("coco", sources, SCHEMA, _records(path), unique="image_id")
 
 
 def read_references(path: Path, split: str = "") -> dict[int, list[str]]:
-    """Read human captions by image id, of COCO's own annotations or of a split of `dataset_coco.json`."""
+    """Read human captions by image id, from COCO's own annotations or a split of `dataset_coco.json`."""
     if split:
         check_split(split, SPLITS, "COCO")
         return references_of(read_rows(path).where("split", SPLITS[split]))

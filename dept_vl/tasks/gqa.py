@@ -32,7 +32,7 @@ FOLDERS = ("images", "allImages/images")
 Choices = Mapping[str, Mapping[str, Sequence[str]]]
 
 SHORT = {name: f"{name}_balanced" for name in ("train", "val", "testdev", "test")}
-"""`val` is short for `val_balanced`, on which accuracy is reported, and so on."""
+"""Short names of splits: `val` is `val_balanced`, on which accuracy is reported, and so on."""
 SPLITS = (
     *(f"{name}_{kind}" for name in ("train", "val", "testdev", "test") for kind in ("balanced", "all")),
     *("challenge_balanced", "challenge_all", "submission_all"),
@@ -42,7 +42,7 @@ JOINED = {
     "trainval_balanced": ("train_balanced", "val_balanced"),
     "trainval_all": ("train_all", "val_all"),
 }
-"""Splits that are two of the files; VL-T5 and VL-Adapter train on the balanced one."""
+"""Splits that join two official ones; VL-T5 and VL-Adapter train on the balanced one."""
 
 SCHEMA = pa.schema(
     {
@@ -60,7 +60,7 @@ SCHEMA = pa.schema(
     }
 )
 PARTS = {"train_all": 10}
-"""Splits that come as a folder of files numbered from 0."""
+"""Splits that are a folder of numbered files, with the number of files."""
 
 _SCORED = tuple(f.name for f in fields(GqaQuestion) if f.name != "answer")
 
@@ -81,9 +81,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class GQA(Task):
-    """One split; metrics are the official ones, in percent but for `distribution`, where lower is better.
+    """One split of GQA. Metrics are the official ones in percent; for `distribution` lower is better.
 
-    `rows` are as in `SCHEMA`; without a `choices_file` there is no validity and plausibility.
+    `rows` has the columns of `SCHEMA`. Without a `choices_file`, validity and plausibility are left out.
     """
 
     rows: Rows = NO_ROWS
@@ -103,7 +103,7 @@ class GQA(Task):
     pipeline = "visual-question-answering"
 
     def read(self, root: Path, split: str) -> "GQA":
-        """Read a split from a folder that holds the official files; the errors are those of `load`."""
+        """Read a split from a folder with the official files. Raises the errors of `load`."""
         split = SHORT.get(split, split)
         check_split(split, (*SHORT, *JOINED, *SPLITS), "GQA")
         choices = f"{split.split('_')[0]}_choices.json"
@@ -123,7 +123,7 @@ class GQA(Task):
             question=row["question"],
             answer="".join(row["answers"]),
             answers=tuple(row["answers"]),
-            # Figures are of balanced questions.
+            # Only balanced questions are scored.
             kinds=tuple(
                 (f"{name} type", row[name])
                 for name in ("structural", "semantic")
@@ -136,25 +136,25 @@ class GQA(Task):
         return (self.image_folder / f"{self.rows.value('image_id', index)}.jpg",)
 
     def image_files(self) -> list[Path]:
-        """Return the different images."""
+        """Return the images of all examples, each once."""
         return [self.image_folder / f"{image_id}.jpg" for (image_id,) in self.rows.distinct("image_id")]
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute accuracy, binary, open, distribution; with a choices file validity and plausibility.
 
-        Consistency needs the entailed questions too: it is there for whole `all` splits alone.
+        Consistency needs the entailed questions too, so it is only computed for complete `all` splits.
         """
         choices = None if self.choices_file is None else read_choices(self.choices_file)
         score = score_rows(self.rows, {str(key): value for key, value in predictions.items()}, choices)
         return {name: value for name, value in score.items() if isinstance(value, float)}
 
     def written(self, answer: str) -> str:
-        """Return a decoded answer as the gold ones are written."""
+        """Return a decoded prediction in lower case, like the gold answers."""
         return answer.strip().lower()
 
 
 def question_files(root: Path, split: str) -> list[Path]:
-    """Return the file of a split, or its parts; raise FileNotFoundError if one is missing."""
+    """Return the file or files of a split; raise FileNotFoundError if one is missing."""
     for folder in (root / f"{split}_questions", root / "questions" / f"{split}_questions"):
         if split not in PARTS or not folder.is_dir():
             continue
@@ -170,13 +170,13 @@ def question_files(root: Path, split: str) -> list[Path]:
 
 
 def read_rows(path: Path) -> Rows:
-    """Read a file of questions, as in `SCHEMA`; those of the test splits have no answers."""
+    """Read a file of questions, with the columns of `SCHEMA`. Questions of test splits have no answers."""
     sources = [existing(path, "GQA", SOURCE)]
     return convert(f"gqa-{path.stem}", sources, SCHEMA, _records(path), unique="question_id")
 
 
 def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | None) -> Figures:
-    """Return the official figures of predictions, compared as they stand; consistency where it can be had."""
+    """Return the official scores of predictions, compared as written; consistency if it is possible."""
     questions = {
         row["question_id"]: GqaQuestion(
             answer="".join(row["answers"]),
@@ -185,7 +185,7 @@ def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | No
         )
         for row in rows
     }
-    # All of it or none: the official scorer needs every entailed question, and an answer to every one.
+    # The official scorer needs every entailed question, and a prediction for every question.
     balanced = [question for question in questions.values() if question.is_balanced]
     consistency = (
         any(other != question.question_id for question in balanced for other in question.entailed)
@@ -206,7 +206,7 @@ def read_choices(path: Path) -> Choices:
         other = [one for values in answers.values() for one in values if not isinstance(one, str)]
         if other:
             raise ValueError(f"{where}: expected answers of text, found {brief(other[0])}")
-        # The same lists come again and again; each is kept once.
+        # Most lists are repeated; equal ones share one tuple.
         content[question_id] = {
             kind: known.setdefault(json.dumps(values), values) for kind, values in answers.items()
         }

@@ -1,10 +1,10 @@
-"""NLVR2 (Suhr et al. 2019): is the sentence true of the two photographs?
+"""NLVR2 (Suhr et al. 2019): decide whether a sentence is true of two photographs.
 
     dev.json   {"sentence": "The left image ...", "label": "True", "identifier": "dev-850-0-0", ...} a line
     dev/dev-850-0-img0.png, dev/dev-850-0-img1.png            (train/<directory>/train-... in training)
 
-from https://github.com/lil-lab/nlvr (annotations) and, on request to the authors, the images. About one
-in twenty of the images' addresses is dead, so a collection made from them has gaps.
+from https://github.com/lil-lab/nlvr (annotations); the images are sent on request to NLVR2's authors. About
+one in twenty of the images' URLs is dead, so images downloaded from them are incomplete.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,10 +24,10 @@ from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 
 SOURCE = "https://github.com/lil-lab/nlvr/tree/master/nlvr2"
 SPLITS = {"train": "train", "dev": "dev", "test": "test1", "test1": "test1", "test2": "test2"}
-"""Split -> the name in its files; test1 is the public test set, the test-P of papers."""
+"""Name in the files, by split. test1 is the public test set, called test-P in papers."""
 
 VERBALIZER = {"True": "true", "False": "false"}
-"""Label -> the word that stands for it."""
+"""Target word by label."""
 
 SCHEMA = pa.schema(
     {
@@ -57,9 +57,9 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class NLVR2(Task):
-    """One split. An answer is one of two words, chosen by the first token in which they differ.
+    """One split of NLVR2. A prediction is one of two words, chosen by the first token in which they differ.
 
-    `flat` if training images are in one folder instead of the numbered ones.
+    `flat` is whether training images are in one folder instead of the numbered ones.
     """
 
     rows: Rows = NO_ROWS
@@ -80,7 +80,7 @@ class NLVR2(Task):
     example_call = '("left.jpg", "right.jpg"), "both images show a dog"'
 
     def read(self, root: Path, split: str) -> "NLVR2":
-        """Read a split from a folder that holds the official files; the errors are those of `load`."""
+        """Read a split from a folder with the official files. Raises the errors of `load`."""
         check_split(split, SPLITS, "NLVR2")
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
@@ -111,12 +111,12 @@ class NLVR2(Task):
         return self.image_folder / (name.rpartition("/")[2] if self.flat else name)
 
     def image_files(self) -> list[Path]:
-        """Return the different images."""
+        """Return the images of all examples, each once."""
         names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
         return [self._image(name) for name in names]
 
     def mark(self, example: Example, prediction: str) -> float:
-        """1 for the right word."""
+        """Return 1 for the correct word, else 0."""
         return float(prediction.lower() == example.answer)
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
@@ -127,12 +127,12 @@ class NLVR2(Task):
         return {name: 100 * score[name] for name in ("accuracy", "consistency")}
 
     def written(self, answer: str) -> str:
-        """Return the word as the official script reads it."""
+        """Return the prediction in the form that the official script reads."""
         return answer.strip().lower()
 
 
 def read_rows(path: Path) -> Rows:
-    """Read a file of sentences, as in `SCHEMA`."""
+    """Read a file of sentences, with the columns of `SCHEMA`."""
     sources = [existing(path, "NLVR2", SOURCE)]
     return convert(f"nlvr2-{path.stem}", sources, SCHEMA, _records(path), unique="identifier")
 
@@ -147,9 +147,9 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(
                 f"{where}: expected an identifier split-set-pair-sentence, found {brief(identifier)}"
             )
-        shown = repr(identifier)[1:61].rstrip("'")  # escaped: it may hold half of a surrogate pair
+        shown = repr(identifier)[1:61].rstrip("'")  # escaped, since it may contain a lone surrogate
         label = row.get("label")
-        # A tuple: a list or an object, which cannot be a key, is rejected too.
+        # A tuple, so that lists and objects, which are not hashable, are rejected too.
         if label not in (None, *VERBALIZER):
             raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {brief(label)}")
         if labelled is None:

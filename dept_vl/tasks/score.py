@@ -1,7 +1,7 @@
-"""The commands of `dept-vl score`: score a file of predictions, anyone's, as the official servers do.
+"""Commands of `dept-vl score`: score any prediction file as the official servers do.
 
-Every command writes its figures with `--json FILE` under the keys of the official scorers. Answers are
-compared as they are in the file. `check-vqav2` and `check-gqa` check a file before it is uploaded.
+All commands write their scores with `--json FILE`, by the keys of the official scorers. Predictions are
+compared as written in the file. `check-vqav2` and `check-gqa` check a file before upload.
 """
 
 import json
@@ -34,14 +34,14 @@ def vqav2(
     normalisation: Normalisation = "official",
     output: Output = None,
 ) -> Figures:
-    """VQA accuracy (0-100) of VQAv2 or v1.
+    """Score VQA accuracy (0-100) of VQAv2 or v1.
 
     Args:
         questions: Official questions file.
         annotations: Official annotations file.
         predictions: [{"question_id": int, "answer": str}], one for each question.
-        normalisation: official compares raw where all ten humans agree; always normalises regardless.
-        output: File for the figures.
+        normalisation: official: do not normalise if all ten human answers agree; always: normalise all.
+        output: File for the scores.
     """
     rows = vqav2_task.read_rows(questions, annotations)
     answers = vqav2_task.TASK.prediction_format.read(predictions)
@@ -51,13 +51,13 @@ def vqav2(
 
 
 def gqa(questions: Path, predictions: Path, choices: Path | None = None, output: Output = None) -> Figures:
-    """GQA figures: percent, but for distribution, where lower is better.
+    """Score GQA in percent; for distribution, lower is better.
 
     Args:
-        questions: Official questions file; with the `all` questions answered, consistency too.
-        predictions: [{"questionId": str, "prediction": str}], one for each balanced question at least.
+        questions: Official questions file; consistency needs the `all` questions with predictions.
+        predictions: [{"questionId": str, "prediction": str}], at least one for each balanced question.
         choices: Official choices file, for validity and plausibility.
-        output: File for the figures.
+        output: File for the scores.
     """
     rows = gqa_task.read_rows(questions)
     if not rows.value("answers", 0):
@@ -76,12 +76,12 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
 
 
 def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
-    """NLVR2 accuracy and consistency, fractions of 1.
+    """Score NLVR2 accuracy and consistency, as fractions of 1.
 
     Args:
-        examples: Official file, one JSON object a line.
+        examples: Official file, with one JSON object per line.
         predictions: Lines of identifier,true or identifier,false; one for each example.
-        output: File for the figures.
+        output: File for the scores.
     """
     rows = nlvr2_task.read_rows(examples)
     ids = rows.column("identifier").to_pylist()
@@ -97,14 +97,14 @@ def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
 def coco(
     references: Path, predictions: Path, split: str = "", spice: bool = False, output: Output = None
 ) -> Figures:
-    """BLEU, METEOR, ROUGE-L, CIDEr and SPICE by pycocoevalcap, all times 100.
+    """Score captions by BLEU, METEOR, ROUGE-L, CIDEr and SPICE of pycocoevalcap, all times 100.
 
     Args:
         references: COCO's captions_*.json, or Karpathy's dataset_coco.json with --split.
         predictions: [{"image_id": int, "caption": str}], one for each image.
-        split: Of dataset_coco.json: val or test.
-        spice: SPICE as well, which needs its models and an older Java.
-        output: File for the figures.
+        split: Split of dataset_coco.json: val or test.
+        spice: Also compute SPICE, which needs its models and an older Java.
+        output: File for the scores.
     """
     captions = coco_task.read_references(references, split)
     answers = {
@@ -116,9 +116,9 @@ def coco(
 
 
 def show(title: str, figures: Figures, output: Path | None, form: str) -> Figures:
-    """Print a table and write the file."""
+    """Print a table of the scores and write them to `output`; return the scores."""
     rows = [
-        # A distance of a tenth or so, not a percentage.
+        # The distribution is a distance of about 0.1, not a percentage.
         (
             name,
             f"{value:,}"
@@ -135,7 +135,7 @@ def show(title: str, figures: Figures, output: Path | None, form: str) -> Figure
 
 
 def flatten(figures: Figures, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Figures of figures, each under the names that lead to it."""
+    """Yield the scores in nested scores, with the names of all levels joined."""
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}: ")

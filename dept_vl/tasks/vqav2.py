@@ -5,9 +5,9 @@
                                                     "answer_type", "answers": [{"answer", ...} x 10]}]}
     train2014/COCO_train2014_000000000009.jpg
 
-from https://visualqa.org/download.html. Names without `v2_` (VQA v1) are read as well. Splits other
-than the official ones need a list beside them: `dataset_coco.json` (Karpathy & Fei-Fei 2015) for the
-Karpathy splits, `minival.json` (LXMERT, Tan & Bansal 2019) for minival and nominival.
+from https://visualqa.org/download.html. Names without `v2_` (VQA v1) are read as well. Unofficial splits
+need a list in the same folder: `dataset_coco.json` (Karpathy & Fei-Fei 2015) for the Karpathy splits,
+`minival.json` (LXMERT, Tan & Bansal 2019) for minival and nominival.
 """
 
 from collections.abc import Iterator, Mapping
@@ -41,10 +41,10 @@ SOURCE = "https://visualqa.org/download.html"
 MINIVAL_FILE = "minival.json"
 MINIVAL_SOURCE = "https://nlp.cs.unc.edu/data/lxmert_data/vqa/minival.json"
 ANSWER_LIST = "answer_list.json"
-"""File beside the official ones with the answers that published labels are within."""
+"""Optional file in the data folder that replaces the published answer list."""
 PUBLISHED_LIST = Path(__file__).parent / "metrics" / "vqa_answers.json"
 ANSWERS = 10
-"""Human answers to a question."""
+"""Number of human answers per question."""
 
 SUBTYPES = {
     "train": ("train2014",),
@@ -59,7 +59,7 @@ SUBTYPES = {
     "test-std": ("test2015",),
     "test": ("test2015",),
 }
-"""The official files of each split. Submissions are made on all of test2015, test-std's too."""
+"""Official files of each split. Submissions, also for test-std, cover all of test2015."""
 IMAGE_SUBTYPES = {"test-dev2015": "test2015"}
 ANSWERED = ("train2014", "val2014")
 
@@ -78,25 +78,25 @@ NO_ANNOTATION: dict[str, Any] = {"answers": [], "answer_type": "", "question_typ
 
 
 def question_names(subtype: str) -> tuple[str, str]:
-    """Return what the questions file of a subtype may be called: of version 2, then of version 1."""
+    """Return the possible names of the questions file of a subtype: version 2, then version 1."""
     name = f"OpenEnded_mscoco_{subtype}_questions.json"
     return f"v2_{name}", name
 
 
 def annotation_names(subtype: str) -> tuple[str, str]:
-    """Return what the annotations file of a subtype may be called."""
+    """Return the possible names of the annotations file of a subtype."""
     name = f"mscoco_{subtype}_annotations.json"
     return f"v2_{name}", name
 
 
 def folder_names(subtype: str) -> tuple[str, str, str]:
-    """Return where the images of a subtype may lie."""
+    """Return the possible folders of the images of a subtype."""
     name = IMAGE_SUBTYPES.get(subtype, subtype)
     return name, f"images/{name}", f"Images/mscoco/{name}"
 
 
 def image_prefix(subtype: str) -> str:
-    """Return how the names of the images of a subtype begin."""
+    """Return the start of the image names of a subtype."""
     return f"COCO_{IMAGE_SUBTYPES.get(subtype, subtype)}_"
 
 
@@ -123,10 +123,11 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class VQAv2(Task):
-    """One split. Accuracy is the official one, 0 to 100, rounded to two decimals.
+    """One split of VQAv2. Accuracy is the official one, from 0 to 100, rounded to two decimals.
 
     Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for an answer
-    given by 1, 2, 3, or 4 and more of the ten; or answers of `answer_list`, as they are written.
+    given by 1, 2, 3, or at least 4 of the ten annotators. With `answer_list`, only answers in the list are
+    used, as written.
     """
 
     rows: Rows = NO_ROWS
@@ -139,9 +140,9 @@ class VQAv2(Task):
     prefix = "vqa: "
     primary = "overall"
     marked_by = "VQA accuracy"
-    # With a floor of 9 on train and val nearly the 3,129 published answers, see `prepare.commands`.
+    # A floor of 9 on train and val gives almost the 3,129 published answers, see `prepare.commands`.
     has_usual_answers = True
-    # Submissions are made on all of test2015, for test-dev too.
+    # Submissions cover all of test2015, also for test-dev.
     server_split = "test"
     published: ClassVar = PUBLISHED
     elsewhere: ClassVar = {
@@ -154,7 +155,7 @@ class VQAv2(Task):
     pipeline = "visual-question-answering"
 
     def read(self, root: Path, split: str) -> "VQAv2":
-        """Read a split from a folder that holds the official files; the errors are those of `load`."""
+        """Read a split from a folder with the official files. Raises the errors of `load`."""
         check_split(split, SUBTYPES, "VQAv2")
         parts = [
             read_rows(
@@ -172,10 +173,10 @@ class VQAv2(Task):
         return replace(self, rows=rows, image_folders=folders)
 
     def with_published_labels(self, root: Path) -> "VQAv2":
-        """Return the split with the labels of LXMERT (Tan & Bansal 2019), which VL-T5 learns.
+        """Return the split with the targets of LXMERT (Tan & Bansal 2019), which VL-T5 uses too.
 
-        These are the answers, as they are written, that are in a list of 3,129: that of `ANSWER_LIST` beside
-        the official files, else the published one. A question without such an answer weighs nothing.
+        These are the answers, as written, that are in the list of 3,129 published answers, or in the file
+        `ANSWER_LIST` of the data folder if there is one. A question without such an answer gets weight 0.
         """
         own = root / ANSWER_LIST
         return replace(
@@ -203,17 +204,17 @@ class VQAv2(Task):
         return (self._image(self.rows.value("subtype", index), self.rows.value("image_id", index)),)
 
     def image_files(self) -> list[Path]:
-        """Return the different images."""
+        """Return the images of all examples, each once."""
         return [
             self._image(subtype, image_id) for subtype, image_id in self.rows.distinct("subtype", "image_id")
         ]
 
     def mark(self, example: Example, prediction: str) -> float:
-        """Return the official accuracy of one answer."""
+        """Return the official accuracy of one prediction."""
         return vqa_accuracy(prediction, example.answers, normalisation=self.normalisation)
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the official accuracy: `overall`, then per answer type and per question type."""
+        """Compute the official accuracy: `overall`, then by answer type and by question type."""
         score = score_rows(self.rows, predictions, self.normalisation)
         return {
             "overall": score["overall"],
@@ -222,7 +223,7 @@ class VQAv2(Task):
         }
 
     def written(self, answer: str) -> str:
-        """Normalise an answer for a submission: where ten humans agree, the scorer compares raw."""
+        """Normalise a prediction for submission, since the scorer does not if all ten human answers agree."""
         return normalise_answer(answer)
 
     def _image(self, subtype: str, image_id: int) -> Path:
@@ -230,7 +231,7 @@ class VQAv2(Task):
 
 
 def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
-    """Read questions with annotations, as in `SCHEMA`; raise ValueError if they do not belong together."""
+    """Read questions and annotations, with the columns of `SCHEMA`; ValueError if their ids differ."""
     sources = [existing(path, "VQAv2", SOURCE) for path in (questions_file, annotations_file) if path]
     records = _records(questions_file, annotations_file, subtype)
     return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
@@ -239,7 +240,7 @@ def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str 
 def score_rows(
     rows: Rows, predictions: Mapping[ExampleId, str], normalisation: Normalisation
 ) -> dict[str, Any]:
-    """Return the official figures of predictions, compared as they stand."""
+    """Return the official scores of predictions, compared as written."""
     records = (
         (
             vqa_accuracy(predictions[row["question_id"]], row["answers"], normalisation=normalisation),
@@ -259,7 +260,7 @@ def _targets(
         return ()
     if answer_list is not None:
         return tuple(listed_scores(answers, answer_list).items()) or ((most_usual(answers), 0.0),)
-    # "a", the answer to "what letter is it?", is an article to the scorer, which leaves nothing of it.
+    # Normalisation removes "a" as an article, even as the answer to "what letter is it?".
     scores = soft_scores(answers) or {most_usual(answers): 1.0}
     return tuple(scores.items())
 
@@ -296,7 +297,7 @@ def _records(questions_file: Path, annotations_file: Path | None, subtype: str) 
 
 
 def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    # The same few thousand answers come again and again; each is kept once.
+    # A few thousand answers make up most of the file; equal ones share one string.
     known: dict[str, str] = {}
     for row in read_list(path, "annotations", SOURCE):
         where = f"{path}, question {brief(row.get('question_id'))}"
@@ -318,7 +319,7 @@ def _annotations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _listed(rows: Rows, root: Path, split: str) -> Rows:
-    """Of a split that is not an official one, the questions that its list names; of others all."""
+    """Return the questions that the list of an unofficial split names; all questions of an official split."""
     if split.startswith("karpathy-"):
         path = find(root, (KARPATHY_FILE,), "Karpathy's splits of COCO", KARPATHY_SOURCE)
         listed = rows.where("image_id", karpathy_split(path, split.removeprefix("karpathy-")))
@@ -343,7 +344,7 @@ def _minival_ids(path: Path) -> list[int]:
 
 
 def read_answer_list(path: Path) -> list[str]:
-    """Read a JSON list of answers, or the published one with its source; raise DamagedFileError otherwise."""
+    """Read a JSON list of answers, or the published list with its source; DamagedFileError otherwise."""
     content = read_json(path)
     answers = content.get("answers") if isinstance(content, dict) else content
     try:

@@ -1,6 +1,6 @@
-"""Annotation and prediction files: read as a stream, kept as Arrow rows, written for servers.
+"""Annotation and prediction files: read as a stream, stored as Arrow rows, written for servers.
 
-Files come from strangers, so everything is checked as it is read.
+All content is checked while it is read, since files may come from anyone.
 """
 
 __all__ = ["official_files", "predictions", "records", "rows", "submission"]

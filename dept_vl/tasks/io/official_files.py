@@ -1,4 +1,4 @@
-"""Official files: found by name, and what was published about them."""
+"""Search for official files by name, and published facts about them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Published:
-    """What the authors of a data set say of a split.
+    """Published facts about a split.
 
     Attributes:
-        files: For each annotation file the names it may have, the usual one first.
-        folders: For each image folder likewise.
-        source: Where all of it is published.
-        examples: Questions, sentences or captioned images.
-        images: Different images; None where nobody says.
-        answers: Human answers or captions; None where there are none or nobody says.
+        files: Possible names of each annotation file, the usual one first.
+        folders: Possible names of each image folder, the usual one first.
+        source: Where the files are published.
+        examples: Number of questions, sentences or captioned images.
+        images: Number of different images; None if not published.
+        answers: Number of human answers or captions; None if there are none or it is not published.
     """
 
     files: tuple[tuple[str, ...], ...]

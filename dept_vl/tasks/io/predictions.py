@@ -1,4 +1,4 @@
-"""Files of predictions in the form of each task's official server: written, read and checked."""
+"""Prediction files in the format of each task's official server: writing, reading and checking."""
 
 import csv
 import io
@@ -16,15 +16,15 @@ ExampleId = int | str
 
 @dataclass(frozen=True)
 class PredictionFormat:
-    """How a server wants its predictions.
+    """Format of a server's prediction files.
 
     Attributes:
         id_key: Name of the field with the example's id.
-        answer_key: Name of the field with the answer.
-        id_type: Of the ids.
-        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header, `lines` for such
-            lines as a script reads that splits them at the commas: quotes and spaces are part of a cell, and
-            what comes behind a second comma is nothing.
+        answer_key: Name of the field with the prediction.
+        id_type: Type of the ids.
+        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header, `lines` for the
+            same lines split at the commas only: quotes and spaces belong to a cell, and text after a second
+            comma is ignored.
     """
 
     id_key: str
@@ -34,12 +34,12 @@ class PredictionFormat:
 
     @property
     def suffix(self) -> str:
-        """Of a file in this form."""
+        """File extension of the format."""
         return ".json" if self.kind == "json" else ".csv"
 
     def content(self, predictions: Mapping[ExampleId, str]) -> bytes:
-        """Return the content of a file, in order of the ids."""
-        # 9 before 10, be the ids numbers or text.
+        """Return the content of a prediction file, in the order of the ids."""
+        # 9 comes before 10, for ids that are numbers or text.
         ids = sorted(predictions, key=lambda key: (len(str(key)), str(key)))
         if self.kind == "json":
             rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
@@ -51,11 +51,11 @@ class PredictionFormat:
         return text.getvalue().encode()
 
     def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
-        """Write a file."""
+        """Write a prediction file."""
         path.write_bytes(self.content(predictions))
 
     def read(self, path: Path) -> dict[ExampleId, str]:
-        """Read a file; raise ValueError if it is in another form, or names an id twice."""
+        """Read a prediction file; raise ValueError if it has another format or repeats an id."""
         if not path.is_file():
             raise FileNotFoundError(f"expected a file of predictions at {path}, found none")
         check_noted(path)
@@ -70,7 +70,7 @@ class PredictionFormat:
 
     def _rows(self, path: Path) -> Iterator[tuple[str, ExampleId, str]]:
         try:
-            # Not as text: line ends inside of an answer stay as they are.
+            # Decoded from bytes, to keep line ends inside answers.
             text = path.read_bytes().decode("utf-8-sig")
             if self.kind == "json":
                 content = parse_json(text)
@@ -84,7 +84,7 @@ class PredictionFormat:
                     raise ValueError(
                         f"{path}, line {number}: expected {self._form()}, found {','.join(cells)!r:.60}"
                     )
-                # Numbers are text here like everything else; 18 digits fit 64 bits.
+                # CSV cells are text; 18 digits fit into 64 bits.
                 is_number = self.id_type == "int" and re.fullmatch(r"-?[0-9]{1,18}", cells[0])
                 key = int(cells[0]) if is_number else cells[0]
                 yield f"line {number}", self._id(key, path, f"line {number}"), cells[1]
@@ -106,7 +106,7 @@ class PredictionFormat:
             return value
         if self.id_type == "int" and isinstance(value, int) and not isinstance(value, bool):
             return value
-        # The servers compare by value: 262148000.0 and "262148000" are nobody's question.
+        # Servers compare by value, so 262148000.0 and "262148000" match no question.
         raise ValueError(
             f"{path}, {place}: expected {self.id_key!r} to be {self.id_type}, found {value!r:.60}"
         )
@@ -118,20 +118,20 @@ class PredictionFormat:
 
 
 def _lines(text: str) -> list[tuple[int, list[str]]]:
-    """Return the lines that are not blank, each with its number and what stands before its second comma."""
+    """Return the lines that are not blank, with their number and their cells up to a second comma."""
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(number, line.strip().split(",")[:2]) for number, line in lines if line.strip()]
 
 
 def _csv_lines(text: str) -> list[tuple[int, list[str]]]:
-    """Return the lines that are not blank, each with its number."""
+    """Return the lines that are not blank, with their number."""
     lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
     return [(number, cells) for number, cells in rows if cells not in ([], [""])]
 
 
 def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:
-    """Raise ValueError unless there is one prediction for each example; count and name the others."""
+    """Raise ValueError unless there is one prediction per example; the message names the others."""
     wanted, given = dict.fromkeys(expected), dict.fromkeys(found)
     missing = [key for key in wanted if key not in given]
     extra = [key for key in given if key not in wanted]

@@ -1,9 +1,9 @@
-"""Read official annotation files a record at a time.
+"""Readers of official annotation files, one record at a time.
 
-VQAv2's training annotations are 4.4 million answers and GQA's questions 22 million: as Python objects
-they fill tens of GiB. Here one record lives at a time, whatever the size of the file. NaN and Infinity,
-which JSON does not have, and whole numbers of more than 64 bits are rejected; only `read_lines` takes them
-as Python's `json` does.
+VQAv2's training annotations have 4.4 million answers, and GQA has 22 million questions. As Python objects
+they would fill tens of GiB, so only one record is kept in memory, whatever the file's size. NaN, Infinity and
+integers of more than 64 bits are rejected, except by `read_lines`, which accepts what Python's `json`
+accepts.
 """
 
 import codecs
@@ -20,22 +20,22 @@ from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_js
 from dept_vl._utils.terminal import Count
 
 CHUNK = 1 << 14
-"""Bytes read at a time."""
+"""Number of bytes read at a time."""
 LONGEST_PARSED = 1 << 26
-"""Bytes of a damaged JSON file that is parsed again to find the line of the fault."""
+"""Maximum size in bytes of a damaged JSON file that is parsed again to find the line of the error."""
 DEEPEST = 200
-"""Lists and objects within each other that a chunk may open: ijson's memory grows by the square of them."""
+"""Maximum nesting depth that a chunk may add, since ijson's memory grows with its square."""
 
 
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
-    """Read the objects of the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
+    """Read the objects in the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
 
-    What stands behind the list is walked through too: a file cut there is damaged all the same. All readers
-    here take where the file is published, for messages.
+    The rest of the file after the list is checked too. The `source` argument of all readers here names where
+    the file is published, for messages.
 
     Raises:
-        FileNotFoundError: If there is no such file, here and in the readers below.
-        ValueError: If it is cut short, of another form, or has no record.
+        FileNotFoundError: If the file does not exist. The other readers here raise it too.
+        ValueError: If the file is truncated, has another form, or has no record.
     """
     with _json(path, source) as file:
         records = enumerate(_items(file, f"{key}.item"))
@@ -44,21 +44,21 @@ def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
 
 
 def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read the keys and objects of a JSON object of objects, such as GQA's questions by their ids."""
+    """Read the keys and values of a JSON object of objects, such as GQA's questions by id."""
     with _json(path, source) as file:
         records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         yield from _checked(records, path, "an object of objects")
 
 
 def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
-    """Read the objects of a file that is one JSON list."""
+    """Read the objects of a file that is a JSON list."""
     with _json(path, source) as file:
         for _, record in _checked(enumerate(_items(file, "item")), path, "a list of objects"):
             yield record
 
 
 def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
-    """Read the objects of a file with one JSON object a line; blank lines are passed over."""
+    """Read the objects of a JSON Lines file, ignoring blank lines."""
     found = False
     with _open(path, source) as file:
         for number, line in enumerate(file, start=1):
@@ -83,9 +83,9 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
 
 
 def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """Return a field of a record; raise ValueError, naming `where`, if it is missing or of another type."""
+    """Return a field of a record; ValueError with location `where` if it is missing or of another type."""
     value = record.get(name)
-    # True and False are ints to Python, and no id to anyone.
+    # In Python True and False are ints, but they are not valid ids.
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         expected = " or ".join(one.__name__ for one in kinds)
@@ -95,7 +95,7 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
 
 
 def json_fault(path: Path, error: Exception, encoding: str = "utf-8-sig") -> tuple[str, str]:
-    """Return where a file that ijson rejects is no JSON, by line and column if it is not large, and why."""
+    """Return the location of an error in a JSON file (line and column unless it is large) and the reason."""
     where, reason = f"{path}", " ".join(str(error).removesuffix("(right here) ------^\n").split())[:200]
     if path.stat().st_size <= LONGEST_PARSED:
         text = ""
@@ -110,7 +110,7 @@ def json_fault(path: Path, error: Exception, encoding: str = "utf-8-sig") -> tup
 
 
 def json_reason(error: Exception, text: str) -> str:
-    """Return why a text is no JSON."""
+    """Return why a text is not valid JSON."""
     if isinstance(error, json.JSONDecodeError):
         if text[: error.pos].rstrip().endswith(","):
             return "a comma stands before the closing bracket, or a value is missing behind it"
@@ -119,7 +119,7 @@ def json_reason(error: Exception, text: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """Return the beginning of a value of a stranger's file, for messages."""
+    """Return the start of a value, for messages."""
     try:
         return f"{value!r:.60}"
     except RecursionError:
@@ -127,7 +127,7 @@ def brief(value: Any) -> str:
 
 
 def _open(path: Path, source: str) -> BinaryIO:
-    """Return the file behind a byte order mark."""
+    """Open a file and skip its byte order mark, if any."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _open(path: Path, source: str) -> BinaryIO:
 
 
 class _Shallow:
-    """A file for ijson whose lists and objects are not nested without an end."""
+    """A file for ijson that limits the nesting of lists and objects."""
 
     def __init__(self, file: BinaryIO, count: Count) -> None:
         self.file, self.count = file, count
@@ -155,7 +155,7 @@ class _Shallow:
 
 @contextmanager
 def _json(path: Path, source: str) -> Iterator[_Shallow]:
-    """The file, any damage of it told in one line."""
+    """Open a JSON file; convert errors in it to a one-line ValueError."""
     with (
         _open(path, source) as file,
         Count(f"reading {path.name}", path.stat().st_size, ("MiB", 1 << 20)) as count,
@@ -177,7 +177,7 @@ def _items(file: _Shallow, prefix: str) -> Iterator[Any]:
 
 
 def _checked(records: Iterable[tuple[Any, Any]], path: Path, expected: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the records with their names, each checked to be an object, and at least one."""
+    """Yield the records with their names; raise ValueError if one is not an object, or there are none."""
     found = False
     for name, record in records:
         if not isinstance(record, dict):

@@ -1,8 +1,8 @@
-"""Annotation files as Arrow columns: converted once, memory-mapped by every process from then on.
+"""Annotation files as Arrow columns: converted once, then memory-mapped by every process.
 
-The converted file is stored in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`) under a name
-made from the paths and the content of its sources, so that a changed source is converted anew, and ends in
-a checksum, which is compared before Arrow sees the columns: damaged ones would crash it.
+Converted files are stored in the cache folder (`$DEPT_VL_CACHE`, else `~/.cache/dept_vl`). Their names depend
+on the paths and content of the sources, so that changed sources are converted again. Each file ends with a
+checksum, which is compared before Arrow reads the columns, since damaged columns would crash it.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.printable import say
 
 CONVERTER_VERSION = 1
-"""Raised whenever the same sources would give other columns."""
+"""Version of the conversion, to be raised when the same sources would give other columns."""
 CHUNK_ROWS = 50_000
-"""Rows held as Python objects while converting."""
+"""Number of rows held as Python objects during conversion."""
 
 
 def cache_folder() -> Path:
-    """Return where converted files are kept."""
+    """Return the folder for converted files."""
     if chosen := os.environ.get("DEPT_VL_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dept_vl"
@@ -40,12 +40,12 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Rows:
-    """Rows of an Arrow table, and which of them count.
+    """Selected rows of an Arrow table.
 
     Args:
-        table: The columns, memory-mapped where they come from files.
-        indices: The rows that count, in order; None for all.
-        files: What the table was read from, one after the other; empty for a table in memory.
+        table: Columns, memory-mapped if they come from files.
+        indices: Indices of the selected rows, in order; None for all rows.
+        files: Files that the table was read from, in order; empty for a table in memory.
     """
 
     def __init__(self, table: pa.Table, indices: Indices | None = None, files: Sequence[Path] = ()) -> None:
@@ -60,11 +60,11 @@ class Rows:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> "Rows":
-        """Return a few rows in memory."""
+        """Return rows in memory, made from a few records."""
         return cls(pa.Table.from_pylist([dict(record) for record in records], schema))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By name where there is one, so that a spawned worker maps the files and copies nothing.
+        # Mapped tables are pickled by file name, so that a spawned worker maps them without copying.
         if self.files:
             return Rows.open, (self.files, self.indices)
         return Rows, (self.table, self.indices)
@@ -87,7 +87,7 @@ class Rows:
         return index % len(self) if self.indices is None else int(self.indices[index])
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield all rows, a chunk at a time."""
+        """Yield all rows, read in chunks."""
         for start in range(0, len(self), CHUNK_ROWS):
             if self.indices is None:
                 chunk = self.table.slice(start, CHUNK_ROWS)
@@ -101,13 +101,13 @@ class Rows:
         return column if self.indices is None else column.take(pa.array(self.indices))
 
     def lengths(self, name: str) -> Indices:
-        """Return how long each list of a field is, which takes far less than the lists themselves."""
+        """Return the lengths of the lists in a field, without reading the lists."""
         counted = pc.list_value_length(self._columns[name]).to_numpy(zero_copy_only=False)
         found: Indices = counted.astype(np.int64)
         return found if self.indices is None else found[self.indices]
 
     def distinct(self, *names: str) -> list[tuple[Any, ...]]:
-        """Return the different values of these fields, in order of first appearance."""
+        """Return the distinct values of these fields, in order of first appearance."""
         codes = np.zeros(len(self), dtype=np.int64)
         for name in names:
             encoded = self.column(name).combine_chunks().dictionary_encode()
@@ -116,19 +116,19 @@ class Rows:
         return list(zip(*(self.column(name).take(first).to_pylist() for name in names), strict=True))
 
     def subset(self, indices: Sequence[int] | Indices) -> "Rows":
-        """Return these rows alone; raise IndexError if there is no such row."""
+        """Return only these rows; raise IndexError if a row does not exist."""
         places = np.arange(len(self)) if self.indices is None else self.indices
         return Rows(self.table, places[np.asarray(indices, dtype=np.int64)], self.files)
 
     def where(self, name: str, values: Sequence[Any], *, keep: bool = True) -> "Rows":
-        """Return the rows whose field is one of the values, or (`keep=False`) is none of them."""
+        """Return the rows whose field is one of the values, or with `keep=False` the others."""
         column = self.column(name)
         found = pc.is_in(column, value_set=pa.array(values, column.type)).to_numpy(zero_copy_only=False)
         return self.subset(np.flatnonzero(found == keep))
 
 
 NO_ROWS = Rows.of([], pa.schema({}))
-"""The rows of a blank task."""
+"""Rows of a blank task."""
 
 
 def convert(
@@ -139,20 +139,20 @@ def convert(
     *,
     unique: str,
 ) -> Rows:
-    """Write records to an Arrow file in the cache folder, or find them there.
+    """Convert records to an Arrow file in the cache folder, unless it is already there, and return its rows.
 
     Args:
-        name: Of the file, for people.
-        sources: The files that the records come from.
-        schema: Of the columns.
-        records: A field for each column; not read if the sources were converted before.
-        unique: The column of the ids.
+        name: Readable start of the file name.
+        sources: Files that the records come from.
+        schema: Schema of the columns.
+        records: Records with a field for each column; not read if the file is already there.
+        unique: Name of the id column.
 
     Raises:
-        ValueError: If an id stands there twice, or a record does not fit the columns.
+        ValueError: If an id is repeated, or a record does not fit the schema.
         OSError: If the cache folder cannot be written.
     """
-    # All of the content: a sample, size and time would miss an edit, and parsing takes far longer.
+    # The whole content is hashed: size, time or a sample could miss an edit, and parsing takes far longer.
     stats = [(str(path.resolve()), path.stat().st_size, known_checksum(path)) for path in sources]
     key = hashlib.sha256(json.dumps([CONVERTER_VERSION, str(schema), stats]).encode()).hexdigest()[:24]
     path = cache_folder() / f"{name}-{key}.arrow"
@@ -162,8 +162,8 @@ def convert(
         say(f"note: {error}; it is made again from {sources[0].name}", error=True)
     except OSError:
         pass  # not there yet
-    # A name of its own: several processes, of several machines, may convert at a time, and the last
-    # one's file is as good.
+    # A unique name, since several processes on several machines may convert at a time; any of their
+    # files will do.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         _write(partial, schema, records, sources[0])
@@ -173,7 +173,7 @@ def convert(
         with writing_cache(path.parent, f"the columns of {sources[0].name}"):
             partial.replace(path)
     finally:
-        # Where even this fails there is an error under way that says why.
+        # If this fails, another error is already being raised.
         with suppress(OSError):
             partial.unlink()
     return Rows.open([path])
@@ -196,7 +196,7 @@ def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]], 
         file = pa.OSFile(str(path), "wb")
         writer = pa.ipc.new_file(file, schema)
     with file:
-        # Read outside of `writing_cache`: a source that cannot be read is not a cache that cannot be written.
+        # Read outside `writing_cache`, since errors of reading a source are not errors of writing the cache.
         for batch in _batches(schema, records, source):
             with writing_cache(path.parent, f"the columns of {source.name}"):
                 writer.write_batch(batch)
@@ -207,7 +207,7 @@ def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]], 
 
 @contextmanager
 def writing_cache(folder: Path, what: str) -> Iterator[None]:
-    """Say what to do where the cache folder cannot be written."""
+    """Add advice to errors of writing the cache folder."""
     try:
         yield
     except OSError as error:
@@ -231,7 +231,7 @@ def _column(column: pa.Field, chunk: Sequence[Mapping[str, Any]], source: Path, 
         return pa.array([record[column.name] for record in chunk], column.type)
     # Arrow's own errors are among these: too large a number, a lone surrogate, a list of other things.
     except (TypeError, ValueError, OverflowError) as error:
-        if len(chunk) > 1:  # to name the one
+        if len(chunk) > 1:  # to find the faulty record
             for number, record in enumerate(chunk):
                 _column(column, [record], source, start + number)
         raise ValueError(

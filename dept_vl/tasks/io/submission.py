@@ -1,4 +1,4 @@
-"""Files for the evaluation servers, checked before anything is uploaded."""
+"""Submission files for the evaluation servers, checked before upload."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 UNANSWERED = ""
-"""Stands for an answer to a question that the phase does not score."""
+"""Prediction for a question that the current phase does not score."""
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A file that passes the server's check: questions answered, and those of other phases, left empty."""
+    """A checked submission file, with the number of predictions and of questions left empty."""
 
     path: Path
     answered: int
@@ -21,10 +21,10 @@ class Submission:
 
 
 def write_submission(predictions: Mapping[ExampleId, str], whole: Task, path: Path) -> Submission:
-    """Write predictions as a submission over a whole split; what was not asked is left empty.
+    """Write predictions as a submission for a whole split; questions without prediction are left empty.
 
     Raises:
-        ValueError: If predictions belong to no example of the split.
+        ValueError: If a prediction does not belong to the split.
     """
     ids = whole.example_ids()
     known = set(ids)
@@ -35,11 +35,11 @@ def write_submission(predictions: Mapping[ExampleId, str], whole: Task, path: Pa
 
 
 def check_submission(path: Path, ids: Sequence[ExampleId], form: PredictionFormat) -> int:
-    """Read a file as the server would, and return how many predictions there are.
+    """Read a submission file like the server and return the number of predictions.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is in another form, or ids are missing, unknown or there twice.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the format is wrong, or ids are missing, unknown or repeated.
     """
     predictions = form.read(path)
     check_ids(ids, predictions, str(path))

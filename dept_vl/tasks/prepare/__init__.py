@@ -1,6 +1,6 @@
-"""Data sets made ready: downloads, conversions, samples, and checks of what is there.
+"""Preparation of data sets: downloads, conversions, samples and checks.
 
-Used by `dept-vl data`; nothing here is needed to train.
+Used by `dept-vl data`; training does not need it.
 """
 
 __all__ = ["check", "commands", "copies", "easy_vqa", "hub", "parquet", "snippets", "staging"]

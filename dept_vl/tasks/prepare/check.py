@@ -1,4 +1,4 @@
-"""What of a data set is there, what is missing, and whether it is what its authors published."""
+"""Check which files of a data set exist, and whether its counts are those published."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from dept_vl.tasks.io.official_files import Published
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the report: what was looked at, and what was found.
+    """A line of the report, with its status.
 
-    The status is `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images, `skipped`
-    for what could not be looked at; of your own data also `note`, `empty`, `leak` and `lost`.
+    The status is `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images, and
+    `skipped` for splits that cannot be checked. For your own data it can also be `note`, `empty`, `leak` or
+    `lost`.
     """
 
     status: str
@@ -33,13 +34,13 @@ class Finding:
 
 
 def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterator[Finding]:
-    """Look at every split of a task.
+    """Check every split of a task.
 
     Args:
-        task: Name of a task whose files are `published`; UnknownNameError otherwise.
-        root: Folder with its official files; FileNotFoundError without it.
-        sample: Images opened in each split; 0 opens all.
-        seed: Of the sample.
+        task: Name of a task with `published` files; UnknownNameError otherwise.
+        root: Folder with the official files; FileNotFoundError if it does not exist.
+        sample: Number of images to open per split; 0 opens all.
+        seed: Random seed of the sample.
     """
     known = [name for name, blank in TASKS.items() if blank.published]
     if task not in known:
@@ -89,7 +90,7 @@ def _split(
 
 
 def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Iterator[Finding]:
-    """Look for image files, and open a sample of them; 0 opens all."""
+    """Check that image files exist, and open a random sample of them; 0 opens all."""
     missing = missing_files(files)
     if missing:
         yield Finding("missing", f"{name}: {len(missing):,} of {len(files):,} image files")

@@ -1,4 +1,4 @@
-"""The commands of `dept-vl data`: bring data into the official files that the tasks read, and check them."""
+"""Commands of `dept-vl data`: convert data to the official files that the tasks read, and check them."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -25,9 +25,9 @@ from dept_vl.tasks.vqav2 import (
 )
 
 USUAL_FROM = 9
-"""Questions in train and val that an answer has to be the usual one of to be in the published list."""
+"""Minimum number of questions in train and val with a usual answer for it to be in the published list."""
 SHOWN = 20
-"""Missing or broken files that are named on the screen, of each kind; --report names them all."""
+"""Maximum number of missing or broken files to print, for each status; --report names them all."""
 
 
 def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
@@ -43,25 +43,25 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
 
 
 def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
-    """Make small stand-ins for all four tasks, in their official form, from generated scenes.
+    """Make small replacements for all four tasks, in their official format, from generated scenes.
 
     Args:
-        output_dir: Folder to make, with vqav2, gqa, nlvr2 and coco in it.
-        train: Images of the training splits.
-        val: Images of the validation splits.
-        test: Images of the test splits.
+        output_dir: Folder to create, with vqav2, gqa, nlvr2 and coco in it.
+        train: Number of training images.
+        val: Number of validation images.
+        test: Number of test images.
     """
     write_tasks(output_dir, train=train, val=val, test=test)
     say(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
 
 
 def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: int = 400) -> None:
-    """Make two sets of questions in VQAv2's form about concepts that the small backbone never had.
+    """Make two data sets in VQAv2's format with concepts that the small backbone was not trained on.
 
     Args:
-        output_dir: Folder to make, with relabelled and many-or-few in it.
-        train: Images of the training splits.
-        val: Images of the validation splits.
+        output_dir: Folder to create, with relabelled and many-or-few in it.
+        train: Number of training images.
+        val: Number of validation images.
     """
     write_concepts(output_dir, train=train, val=val)
     say(f"{output_dir} holds relabelled and many-or-few")
@@ -72,7 +72,7 @@ def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = No
 
     Args:
         output_dir: Folder to write.
-        archive: Source distribution of vaderSentiment; left out, pip downloads it.
+        archive: Source distribution of vaderSentiment. Default: download it with pip.
     """
     for split, count in snippets_task.write(output_dir, archive).items():
         say(f"{split:<11}{count:>7,} snippets")
@@ -84,8 +84,8 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
     Args:
         task: vqav2, gqa, nlvr2 or coco.
         root: Folder with the task's official files.
-        sample: Images to open in each split; 0 opens all.
-        report: File for the whole report, a line a finding.
+        sample: Number of images to open per split; 0 opens all.
+        report: File for the complete report, with one finding per line.
     """
     good = print_findings(check_task(task, root, sample=sample), report)
     say("everything is there" if good else f"not everything of {task} is in {root}")
@@ -93,7 +93,7 @@ def check(task: str, root: Path, sample: int = 200, report: Path | None = None) 
 
 
 def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
-    """Print findings, the first of each kind, and write all of them to a file; whether all are good."""
+    """Print the first findings of each status, write all to a file, and return whether all are good."""
     lines: list[str] = []
     counts: Counter[str] = Counter()
     good = True
@@ -113,12 +113,12 @@ def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
 
 
 def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None) -> None:
-    """Rebuild the list of answers that `--answer_labels published` learns, from VQAv2's annotations.
+    """Rebuild the answer list for `--answer_labels published` from VQAv2's annotations.
 
     Args:
         root: Folder with the annotations of train and val.
-        floor: Questions that an answer has to be the usual one of; 9 is published.
-        output: File to write; left out, answer_list.json in the folder, which runs on it read from then on.
+        floor: Minimum number of questions with the same usual answer; 9 is published.
+        output: File to write. Default: answer_list.json in the folder, which runs on it then use.
     """
     answers = usual_answers(root, floor)
     published = set(read_answer_list(PUBLISHED_LIST))
@@ -131,11 +131,11 @@ def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None)
 
 
 def usual_answers(root: Path, floor: int = USUAL_FROM) -> list[str]:
-    """List the answers that are the usual one of at least `floor` questions of train and val, sorted.
+    """Return the sorted answers that are the usual answer of at least `floor` questions of train and val.
 
-    The rule of the published list (Teney et al. 2018, as LXMERT has it): usual answers are those that the
-    annotation files name (`multiple_choice_answer`), brought to the form in which the scorer compares them.
-    Raise ValueError if none is usual that often.
+    This is the rule of the published list (Teney et al. 2018, as in LXMERT). Usual answers are those that the
+    annotation files name (`multiple_choice_answer`), normalised as by the scorer. Raises ValueError if there
+    is no such answer.
     """
     counts: Counter[str] = Counter()
     for subtype in ANSWERED:
@@ -157,9 +157,9 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
 
     Args:
         task: vqav2, gqa, nlvr2 or coco.
-        split: As the task calls it; for coco, whose one file holds every split, all.
+        split: Name of the split in the task's own terms; all for coco, whose one file holds every split.
         output_dir: Folder to write, or to add to.
-        source: Name on the Hub, or folder with the copy; left out, the usual one of the task.
+        source: Name on the Hub, or folder with the copy. Default: the task's usual copy.
     """
     for kind, count in hub.fetch(task, source, output_dir, split=split).items():
         say(f"{kind:<22}{count:>9,}")
@@ -174,4 +174,4 @@ COMMANDS: dict[str, Callable[..., bool | None]] = {
     "answer-list": answer_list,
     "from-hub": from_hub,
 }
-"""By name; the arguments of each are its flags. `check` returns False if something is missing."""
+"""Commands by name; their arguments are flags. `check` returns False if something is missing."""

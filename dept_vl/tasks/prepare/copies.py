@@ -1,8 +1,8 @@
-"""What the parquet copies of the data sets hold, and how each becomes the official files of its task.
+"""Content of the parquet copies of the data sets, and conversion of each to the task's official files.
 
 lmms-lab/VQAv2           val, test-dev, test; no train
-lmms-lab/GQA             every official split, images and questions apart, joined by imageId
-lmms-lab/NLVR2           dev, test1, test2 as two subsets, five sixths of each; no train
+lmms-lab/GQA             every official split, images and questions in separate tables, joined by imageId
+lmms-lab/NLVR2           dev, test1, test2 as two subsets with five sixths of the examples; no train
 yerevann/coco-karpathy   Karpathy's splits and captions; no images
 """
 
@@ -26,16 +26,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Copy:
-    """The copy of a task.
+    """A parquet copy of a task's data.
 
     Attributes:
         hub: Usual name on the Hub.
         official: Where the official files are published.
-        parts: Split -> the parts of the copy that it is made of.
-        files: Split -> the annotation files to write.
-        write: Writes a split from its parts.
-        examples: What the examples are.
-        short: Other names of splits.
+        parts: Parts of the copy that make up each split.
+        files: Function that returns the annotation files of a split.
+        write: Function that writes a split from its parts.
+        examples: Name of the examples, for messages.
+        short: Official name of a split, by its other names.
         note: What the copy lacks.
     """
 
@@ -50,12 +50,12 @@ class Copy:
 
 
 def _carried(row: Row, *names: str) -> Row:
-    """Columns that are written if the copy has them."""
+    """Return the optional columns that a row has."""
     return {name: row[name] for name in names if row.get(name) is not None}
 
 
 def _structs(value: Any, where: str) -> list[Row]:
-    """Return a list of structs; older versions of `datasets` give a struct of lists."""
+    """Return a list of structs, also from the struct of lists of older versions of `datasets`."""
     if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):
         columns = value.values()
         value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
@@ -169,7 +169,7 @@ def _gqa_record(row: Row, where: str, answered: bool) -> Row:
 
 
 def _ids(row: Row, name: str, where: str) -> list[str]:
-    """Return a list of ids, which the copy of GQA keeps as text."""
+    """Return a list of ids, also from the text form in the copy of GQA."""
     value = row[name]
     if value is None:
         return []
@@ -184,7 +184,7 @@ NLVR2_CARRIED = ("left_url", "right_url", "writer", "synset", "query")
 
 def _write_nlvr2(source: Source, output: Output, split: str, parts: Sequence[Part]) -> None:
     columns = ("identifier", "question", "answer", "left_image", "right_image")
-    # All opened before any is read, so that one that is not there is missed at once.
+    # All are opened before any is read, so that a missing one is reported at once.
     opened = [source.rows(part, columns, NLVR2_CARRIED, images=columns[3:]) for part in parts]
     with (output.staging / f"{split}.json").open("w", encoding="utf-8") as file:
         for where, row in chain.from_iterable(opened):
@@ -208,7 +208,7 @@ def _write_nlvr2(source: Source, output: Output, split: str, parts: Sequence[Par
 
 
 COCO_SPLITS = {"train": "train", "restval": "restval", "validation": "val", "test": "test"}
-"""Split of the copy -> its name in the official file."""
+"""Official name of each split of the copy."""
 
 
 def _write_coco(source: Source, output: Output, split: str, parts: Sequence[Part]) -> None:
@@ -289,4 +289,4 @@ COPIES = {
         f"{coco.IMAGE_SOURCE}. No tokens of captions (`tokens`), which nothing here reads.",
     ),
 }
-"""Task -> its copy."""
+"""Copies by task."""

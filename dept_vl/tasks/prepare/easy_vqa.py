@@ -3,7 +3,7 @@
 easy-VQA (Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA) is 64 x 64 pictures of one
 coloured shape and templated questions about it, shipped whole in the Python package `easy-vqa`:
 4,000 + 1,000 images, 38,575 + 9,673 questions, 13 answers. Written as VQAv2, it is read by any
-loader of VQAv2 and scored by the official scorer, with no code of its own.
+loader of VQAv2 and scored by the official scorer.
 
     question  {"image_id": 0, "question": "what shape does the image contain?", "question_id": 0}
     answer    "circle", given by all ten annotators
@@ -27,7 +27,7 @@ from dept_vl.tasks.prepare.staging import dump, staging_for, unanimous
 from dept_vl.tasks.vqav2 import annotation_names, question_names
 
 MARKER = "easy_vqa_counts.json"
-"""File of a finished conversion: what the other files hold, as `convert` returns it."""
+"""File of a finished conversion with the counts that `convert` returns."""
 
 QUESTION_TYPES = (
     "what is the color of the",
@@ -39,10 +39,10 @@ QUESTION_TYPES = (
     "what",
     "is",
 )
-"""Of the official VQA question types (`mscoco_question_types.txt`), those that occur here."""
+"""Official VQA question types (`mscoco_question_types.txt`) that occur in this data set."""
 
 QUESTIONS_PER_IMAGE = 1000
-"""Room for question ids within an image, as in COCO-VQA."""
+"""Number of question ids reserved per image, as in COCO-VQA."""
 
 INFO = {
     "description": "easy-VQA 1.0 in the format of VQA v2.0.",
@@ -54,27 +54,27 @@ INFO = {
 LICENSE = {"url": "https://opensource.org/licenses/MIT", "name": "MIT License"}
 
 NOTICE = Path(__file__).with_suffix(".md")
-"""Where the data come from, what was changed, and their licence; written beside them."""
+"""Source, changes and licence of the data; copied to the output folder."""
 
 Questions = tuple[list[str], list[str], list[int]]
-"""Texts, answers and image ids, one entry a question: what the package's getters return."""
+"""Texts, answers and image ids, one entry per question, as returned by the package."""
 
 
 def convert(output_dir: Path) -> dict[str, int]:
-    """Write easy-VQA as VQAv2, whole or not at all: train becomes train2014, test becomes val2014.
+    """Write easy-VQA in VQAv2's format, atomically: train becomes train2014, test becomes val2014.
 
-    A finished conversion stays as it is and needs no package. Image ids of train are kept (0 to 3,999); those
-    of test, which start at 0 again, follow them (4,000 to 4,999). Question ids are `image_id * 1000 + n`, n
-    counting the questions of the image, as in COCO-VQA.
+    A finished conversion is kept, and then the package is not needed. Image ids of train are kept (0 to
+    3,999); those of test, which also start at 0, follow them (4,000 to 4,999). Question ids are `image_id *
+    1000 + n`, where n counts the questions of the image, as in COCO-VQA.
 
     Args:
-        output_dir: Folder to write; must not exist, or hold a finished conversion.
+        output_dir: Folder to write; it must not exist, or hold a finished conversion.
 
     Returns:
-        Images, questions and annotations of each split on disk, by `train2014_images` and so on.
+        Number of images, questions and annotations of each split, by `train2014_images` and so on.
 
     Raises:
-        FileExistsError: If `output_dir` is there and is no finished conversion.
+        FileExistsError: If `output_dir` exists and is not a finished conversion.
         ImportError: If the package `easy-vqa` is not installed.
     """
     if output_dir.exists():
@@ -112,7 +112,7 @@ def question_type(question: str) -> str:
 
 def _import_package() -> ModuleType:
     try:
-        # By name: the package has no types, and is needed here only.
+        # Imported by name, since the package has no types and is only needed here.
         return importlib.import_module("easy_vqa")
     except ImportError as error:
         raise ImportError(
@@ -122,7 +122,7 @@ def _import_package() -> ModuleType:
 
 
 def _finished_counts(output_dir: Path) -> dict[str, int] | None:
-    """Counts of a finished conversion; None where the files do not bear out the marker."""
+    """Return the counts of a finished conversion; None if the files do not match the marker."""
     try:
         expected = json.loads((output_dir / MARKER).read_text(encoding="utf-8"))
         counts = _count(output_dir)
@@ -132,7 +132,7 @@ def _finished_counts(output_dir: Path) -> dict[str, int] | None:
 
 
 def _count(folder: Path) -> dict[str, int]:
-    """Return what the files in the folder hold."""
+    """Return the counts of images, questions and annotations in a folder."""
     counts = {}
     for split in ("train2014", "val2014"):
         questions = json.loads((folder / question_names(split)[0]).read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def _count(folder: Path) -> dict[str, int]:
 def _write_split(
     folder: Path, split: str, rows: Questions, image_paths: Mapping[int, str], *, offset: int
 ) -> None:
-    """Questions, annotations and images of one split, image ids raised by `offset`."""
+    """Write questions, annotations and images of one split, with `offset` added to the image ids."""
     questions: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     asked: Counter[int] = Counter()

@@ -1,6 +1,6 @@
-"""Parquet copies of the data sets, as on the Hub, written as the official files that the tasks read.
+"""Conversion of parquet copies of the data sets, such as those on the Hub, to official files.
 
-So each task has one reader, and official scorers work on what was fetched. `copies` lists the copies.
+Each task then needs only one reader, and official scorers can read the files. `copies` lists the copies.
 """
 
 from pathlib import Path
@@ -14,25 +14,25 @@ from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, stag
 
 
 def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
-    """Write one split of a copy as official files and images; whole or not at all.
+    """Write one split of a copy as official files and images, atomically.
 
-    A folder that holds other splits gains this one. Images that it has under their official names are kept.
+    A folder with other splits gains this one. Images that it already has under their official names are kept.
 
     Args:
         task: Name of a task that has a copy.
-        source: A name on the Hub, or a folder that holds the copy; empty for the usual one.
+        source: Name on the Hub, or folder with the copy; empty for the usual copy.
         output_dir: Folder to write, or to add to.
-        split: As the task calls it; `all` for coco, whose one file holds every split.
+        split: Name of the split in the task's own terms; `all` for coco, whose one file holds every split.
 
     Returns:
-        The number of examples, and for tasks with images: `images` that belong to the split, those
-            `images_kept` from before, and those `images_reencoded` as JPEG because of their official names.
+        Number of examples, and for tasks with images the number of `images` of the split, of `images_kept`
+        from before, and of `images_reencoded` as JPEG because of their official names.
 
     Raises:
         ValueError: If the task or split is unknown, columns are missing, or a row is damaged.
-        FileNotFoundError: If the source is no folder and no name on the Hub, or lacks the split.
-        FileExistsError: If the split is there already.
-        OSError: If the copy cannot be read, for want of a network for example.
+        FileNotFoundError: If the source is neither a folder nor a name on the Hub, or lacks the split.
+        FileExistsError: If the split exists already.
+        OSError: If the copy cannot be read, for example without a network.
     """
     copy = find_copy(task)
     name = copy.short.get(split, split)
@@ -43,7 +43,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
             f"at {copy.official}"
         )
     opened = open_source(source or copy.hub, copy.hub, copy.official)
-    output_dir = output_dir.resolve()  # a link's own neighbours may lie on another disk
+    output_dir = output_dir.resolve()  # the neighbours of a symbolic link may be on another disk
     note = f"SOURCE-{name}.md"
     files = (*copy.files(name), note)
     refuse_existing(output_dir, files)
@@ -73,7 +73,7 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
 
 
 def find_copy(task: str) -> Copy:
-    """Return the copy of a task; raise UnknownNameError without one."""
+    """Return the copy of a task; raise UnknownNameError if there is none."""
     if task not in COPIES:
         raise UnknownNameError("task", task, COPIES)
     return COPIES[task]

@@ -1,7 +1,7 @@
-"""A parquet copy of a data set as a stream of rows: on the Hub, or in a folder.
+"""Stream of rows from a parquet copy of a data set, on the Hub or in a folder.
 
-In a folder it lies as downloaded (parquet, under `data/`, under a folder for each configuration, or under
-one for each split) or as `save_to_disk` writes it.
+In a folder, the copy has the form of a download (parquet files, in `data/`, in a folder per configuration or
+in a folder per split) or of `save_to_disk`.
 """
 
 import re
@@ -18,12 +18,12 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SHARD = re.compile(r"-\d+-of-(\d+)")
 
 Part = tuple[str | None, str]
-"""A configuration of a copy (None for its only one) and a split in it."""
+"""A configuration of a copy (None if it has only one) and a split."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A copy in a folder or on the Hub (`place`); its usual name there, and where the original is."""
+    """A copy in a folder or on the Hub (`place`), with its usual Hub name and the official source."""
 
     place: str | Path
     hub: str
@@ -32,16 +32,16 @@ class Source:
     def rows(
         self, part: Part, needed: Sequence[str], carried: Sequence[str] = (), images: Sequence[str] = ()
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Return the rows of a part as a stream, each named for messages; columns are checked at once.
+        """Return the rows of a part as a stream, with their location. Columns are checked immediately.
 
         Args:
             part: Configuration and split.
-            needed: Columns that have to be there.
-            carried: Columns that are written too if they are there.
-            images: Those of `needed` that hold images; not decoded, as dicts with `bytes`.
+            needed: Names of the required columns.
+            carried: Names of the optional columns.
+            images: Columns of `needed` with images, which are not decoded but returned as dicts with `bytes`.
 
         Raises:
-            ValueError: If needed columns are missing.
+            ValueError: If required columns are missing.
             FileNotFoundError: If the folder lacks the part.
             OSError: If the copy cannot be read.
         """
@@ -102,7 +102,7 @@ class Source:
 
 
 def open_source(source: str | Path, hub: str, official: str) -> Source:
-    """Return a copy in a folder, or on the Hub; raise FileNotFoundError if the source is neither."""
+    """Return a copy in a folder or on the Hub; raise FileNotFoundError if `source` is neither."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Source(folder, hub, official)
@@ -114,7 +114,7 @@ def open_source(source: str | Path, hub: str, official: str) -> Source:
 
 
 def placing(hub: str | Path) -> str:
-    """Say how to come by a copy in a folder, for messages."""
+    """Return instructions for downloading a copy to a folder, for messages."""
     return (
         f"Download it where there is a network (hf download {hub} --repo-type dataset --local-dir FOLDER) "
         "and give FOLDER as the source"
@@ -145,7 +145,7 @@ def _open_folder(folder: Path, part: Part, hub: str) -> Any:
             )
         if (root / split / "state.json").is_file():
             return load_from_disk(str(root / split))
-        # Saved alone: it has to say itself which split it is.
+        # A split saved on its own must name itself.
         if (root / "state.json").is_file() and str((saved := load_from_disk(str(root))).split) == split:
             return saved
     except Exception as error:  # Arrow's errors and those of `datasets` have no common base

@@ -1,16 +1,16 @@
-"""Movie-review snippets that people rated, as a task like SST-2 that needs the package index alone.
+"""Rated movie-review snippets, as a task like SST-2 that needs only the Python package index.
 
-The source distribution of `vaderSentiment` (C.J. Hutto, MIT licence; Hutto & Gilbert 2014) holds 10,605
-sentences of reviews on rottentomatoes.com (Pang & Lee), each with the mean of 20 or more ratings from -4
-to 4:
+The source distribution of `vaderSentiment` (C.J. Hutto, MIT licence; Hutto & Gilbert 2014) has 10,605
+sentences of reviews on rottentomatoes.com (Pang & Lee), each with the mean of 20 or more ratings from -4 to
+4:
 
     3	-0.6	Effective but too tepid biopic
 
-A snippet is positive or negative by the sign of its mean; those nearer to zero than `NEUTRAL` are left
-out (533 of them), which leaves 4,996 positive and 5,076 negative. A hash of the sentence decides the
-split, so that it depends on nothing else and no sentence is on two sides: a tenth each is validation and
-test. Whether two sentences are of one review is not published. SST-2 is of the same sentences: do not
-train on one and score on the other.
+The sign of the mean decides whether a snippet is positive or negative. The 533 snippets with a mean closer to
+zero than `NEUTRAL` are left out, which leaves 4,996 positive and 5,076 negative ones. The split of a sentence
+only depends on its hash, so no sentence is in two splits; validation and test have a tenth each. Which
+sentences are from the same review is not published. SST-2 has the same sentences, so do not train on one and
+score on the other.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ REQUIREMENT = "vaderSentiment==3.3.2"
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 RATED = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 NEUTRAL = 0.5
-"""Mean ratings nearer to zero are no judgement."""
+"""Minimum absolute mean rating; ratings closer to zero are neutral."""
 SPLITS = ("train", "validation", "test")
 
 
 def download(folder: Path) -> Path:
-    """Fetch the source distribution with pip; raise OSError if that fails."""
+    """Download the source distribution with pip; raise OSError if that fails."""
     command = ["download", "--no-binary", ":all:", "--no-deps", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(
         [sys.executable, "-m", "pip", *command], capture_output=True, text=True, check=False
@@ -47,16 +47,16 @@ def download(folder: Path) -> Path:
 
 
 def write(output_dir: Path, archive: Path | None = None) -> dict[str, int]:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`; return the examples of each.
+    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`; return the number of examples of each.
 
     Args:
-        output_dir: Folder to make.
-        archive: The source distribution; None downloads it.
+        output_dir: Folder to write to.
+        archive: Source distribution; None downloads it.
 
     Raises:
-        FileExistsError: If the folder holds such files already.
-        OSError: If the distribution cannot be had.
-        ValueError: If it is another than expected.
+        FileExistsError: If the folder already has such files.
+        OSError: If the download fails.
+        ValueError: If the distribution has another content than expected.
     """
     paths = {split: output_dir / f"{split}.jsonl" for split in SPLITS}
     if any(path.exists() for path in paths.values()):
@@ -75,7 +75,7 @@ def write(output_dir: Path, archive: Path | None = None) -> dict[str, int]:
 
 
 def read(archive: Path) -> str:
-    """Read the rated snippets from the archive within the distribution; raise ValueError without them."""
+    """Read the rated snippets from the inner archive of the distribution; ValueError if they are missing."""
     try:
         with tarfile.open(archive) as outer:
             name = next(name for name in outer.getnames() if name.endswith(INNER))
@@ -96,7 +96,7 @@ def _content(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def parse(text: str) -> Iterator[tuple[str, float]]:
-    """Read sentences and mean ratings; raise ValueError if a line is of another form."""
+    """Yield sentences and mean ratings; raise ValueError if a line has another form."""
     for number, line in enumerate(text.splitlines(), start=1):
         cells = line.split("\t")
         try:
@@ -111,6 +111,6 @@ def parse(text: str) -> Iterator[tuple[str, float]]:
 
 
 def split_of(sentence: str) -> str:
-    """Return the split of a sentence: of ten parts by its hash eight, one and one."""
+    """Return the split of a sentence by its hash: eight tenths train, one validation, one test."""
     part = int(hashlib.sha256(sentence.encode()).hexdigest(), 16) % 10
     return {8: "validation", 9: "test"}.get(part, "train")

@@ -1,4 +1,4 @@
-"""A split while it is written: official files and images, which appear whole or not at all."""
+"""Writing of a split's official files and images, so that they appear complete or not at all."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY, confined, read_image
 
 JPEG = b"\xff\xd8\xff"
-"""How every JPEG file begins."""
+"""Start of every JPEG file."""
 ANNOTATORS = 10
 
 
@@ -21,9 +21,9 @@ class Output:
     """The split being written.
 
     Attributes:
-        staging: Where it is written.
-        final: Where it will lie.
-        examples: How many were written.
+        staging: Folder where it is written.
+        final: Folder where it will be moved.
+        examples: Number of examples written.
     """
 
     staging: Path
@@ -34,10 +34,10 @@ class Output:
     reencoded: int = 0
 
     def image(self, name: str, value: Any, where: str) -> None:
-        """Write an image under its official name, once; a `.jpg` that is none becomes a JPEG.
+        """Write an image once, under its official name. Other formats become JPEG if the name ends in `.jpg`.
 
         Raises:
-            ValueError: If the name leads out of the folder, or the bytes are no image.
+            ValueError: If the name leads out of the folder, or the bytes are not an image.
         """
         if name in self.images:
             return
@@ -62,14 +62,14 @@ class Output:
             self.reencoded += 1
 
     def counts(self) -> dict[str, int]:
-        """Return what became of the images; empty where there are none."""
+        """Return the number of images, and of those kept and re-encoded; empty if there are no images."""
         if not self.images:
             return {}
         return {"images": len(self.images), "images_kept": self.kept, "images_reencoded": self.reencoded}
 
 
 def refuse_existing(folder: Path, files: Sequence[str]) -> None:
-    """Raise FileExistsError if a folder holds one of the files: nothing is overwritten."""
+    """Raise FileExistsError if a folder has one of the files, since nothing is overwritten."""
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"expected {folder} to be a folder, found a file")
     there = [name for name in files if (folder / name).exists()]
@@ -81,12 +81,12 @@ def refuse_existing(folder: Path, files: Sequence[str]) -> None:
 
 
 def publish(staging: Path, folder: Path, files: Sequence[str]) -> None:
-    """Move a finished split to its place, beside other splits if there are any."""
+    """Move a finished split to its folder, which may hold other splits."""
     if not folder.exists():
         staging.rename(folder)
         return
     refuse_existing(folder, files)
-    # Annotation files last: they make the split one that tasks find.
+    # Annotation files are moved last, since tasks find a split by them.
     images = (path for path in staging.rglob("*") if path.is_file() and path.parent != staging)
     for path in chain(images, (staging / name for name in reversed(files))):
         target = folder / path.relative_to(staging)
@@ -96,24 +96,24 @@ def publish(staging: Path, folder: Path, files: Sequence[str]) -> None:
 
 @contextmanager
 def staging_for(output_dir: Path) -> Iterator[Path]:
-    """An empty folder to fill and then rename; what is left of it is removed."""
+    """Yield an empty folder to fill and then rename; it is removed if it is still there."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, so that the rename stays within one file system.
+    # In the same parent folder, so that the rename stays on one file system.
     with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
-        # One level down: the temporary folder itself is readable to its owner only.
+        # One level down, since the temporary folder itself is only readable by its owner.
         staging = Path(temporary) / output_dir.name
         staging.mkdir()
         yield staging
 
 
 def dump(path: Path, content: object) -> None:
-    """Write a JSON file in one line, and its folder."""
+    """Write JSON on one line, and create the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def unanimous(answer: str) -> dict[str, Any]:
-    """Part of an annotation of VQAv2: an answer that all ten annotators give."""
+    """Return the part of a VQAv2 annotation in which all ten annotators give the same answer."""
     answers = [
         {"answer": answer, "answer_confidence": "yes", "answer_id": number}
         for number in range(1, ANNOTATORS + 1)
@@ -123,7 +123,7 @@ def unanimous(answer: str) -> dict[str, Any]:
 
 @contextmanager
 def joined(path: Path, opening: str, closing: str) -> Iterator[Callable[[str], None]]:
-    """A file written item by item, with commas between them."""
+    """Yield a function that appends an item to a file, with commas between items."""
     with path.open("w", encoding="utf-8") as file:
         file.write(opening)
         before = "\n"
@@ -139,6 +139,6 @@ def joined(path: Path, opening: str, closing: str) -> Iterator[Callable[[str], N
 
 @contextmanager
 def json_list(path: Path, header: dict[str, Any], key: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A JSON object whose last member is a list, written item by item."""
+    """Yield a function that appends an item to the list that is the last member of a JSON object."""
     with joined(path, f'{json.dumps(header)[:-1]}, "{key}": [', "]}") as add:
         yield lambda item: add(json.dumps(item))

@@ -1,7 +1,7 @@
-"""A small rendered world: scenes of coloured shapes, and questions about them in plain English.
+"""Rendered scenes of coloured shapes, and questions about them in plain English.
 
-The shipped backbones are pretrained on it (`scripts/pretrain_tiny.py`), with some phrasings kept out
-so that a prompt has something to learn.
+The included backbones are pretrained on them (`scripts/pretrain_tiny.py`). Some phrasings are excluded from
+pretraining, so that a prompt can learn them.
 """
 
 __all__ = ["official", "questions", "render", "texts"]

@@ -1,9 +1,8 @@
-"""Small data sets of generated scenes in the official form of the four tasks.
+"""Small data sets of generated scenes in the official format of the four tasks.
 
-A stand-in for VQAv2, GQA, NLVR2 and COCO captions where these are not at hand: every file has the name
-of the real one and the fields that are read, so loaders, scorers and scripts run on it unchanged.
-Questions and captions are of the kinds kept out of the small backbone's pretraining, so that there is
-something to learn. Figures on it say nothing about the real data sets.
+They replace VQAv2, GQA, NLVR2 and COCO captions where these are not available: files have the official names
+and the fields that are read, so that loaders, scorers and scripts run unchanged. Questions and captions are
+of kinds excluded from the small backbone's pretraining. Scores on them say nothing about the real data sets.
 """
 
 import json
@@ -27,7 +26,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Drawn:
-    """A scene with the number of its image, unique over all splits."""
+    """A scene with its image number, which is unique over all splits."""
 
     number: int
     scene: Scene
@@ -36,10 +35,10 @@ class Drawn:
 def write_tasks(
     output_dir: Path, *, train: int = 800, val: int = 150, test: int = 150, seed: int = 0
 ) -> None:
-    """Write the folders vqav2, gqa, nlvr2 and coco, with so many images of each split; whole or not at all.
+    """Write the folders vqav2, gqa, nlvr2 and coco, with these numbers of images, atomically.
 
     Raises:
-        FileExistsError: If the folder is there.
+        FileExistsError: If the folder exists.
         ValueError: If a split would be empty.
     """
     _check(output_dir, dict(zip(SPLITS, (train, val, test), strict=True)))
@@ -57,10 +56,10 @@ def write_tasks(
 
 
 def write_concepts(output_dir: Path, *, train: int = 1200, val: int = 400, seed: int = 0) -> None:
-    """Write the folders relabelled and many-or-few, in VQAv2's form; whole or not at all.
+    """Write the folders relabelled and many-or-few in VQAv2's format, atomically.
 
-    Two concepts that pretraining never had: an arbitrary code for each shape, and a judgement. One question
-    an image. The errors are those of `write_tasks`.
+    They hold two concepts that do not occur in pretraining, an arbitrary code for each shape and a judgement,
+    with one question per image. Raises the errors of `write_tasks`.
     """
     _check(output_dir, {"train": train, "val": val})
     rng = Random(seed)
@@ -103,7 +102,7 @@ def _vqav2(
                 text, answer = ask(drawn.scene, rng)
                 ids = {"image_id": drawn.number, "question_id": 10 * drawn.number + place}
                 questions.append({**ids, "question": text})
-                # People write digits there, and ten of the same are compared raw.
+                # Normalised, since VQAv2's answers use digits, and unanimous ones are compared as written.
                 annotations.append({**ids, **_annotation(text, normalise_answer(answer))})
             _save(drawn, folder / subtype / f"COCO_{subtype}_{drawn.number:012d}.jpg")
         parts = {subtype: questions}
@@ -170,7 +169,7 @@ def _nlvr2(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
     for split, name in (("train", "train"), ("val", "dev"), ("test", "test1")):
         rows = []
         for place, (left, right) in enumerate((drawn, rng.choice(splits[split])) for drawn in splits[split]):
-            # Two sentences a pair; training images are stored in numbered folders.
+            # Two sentences per pair; training images are stored in numbered folders.
             directory = f"{place % 3}/" if split == "train" else ""
             for side, drawn in enumerate((left, right)):
                 _save(drawn, folder / name / f"{directory}{name}-{place}-0-img{side}.png")
@@ -194,7 +193,7 @@ def _coco(folder: Path, splits: dict[str, list[Drawn]], rng: Random) -> None:
                     "filepath": subtype,
                     "filename": name,
                     "cocoid": drawn.number,
-                    # Karpathy's training images are of train and restval.
+                    # Karpathy's training images are in train and restval.
                     "split": "restval" if split == "train" and place % 4 == 0 else split,
                     "sentences": [{"raw": raw, "imgid": drawn.number} for raw in listings(drawn.scene)],
                 }

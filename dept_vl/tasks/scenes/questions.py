@@ -1,8 +1,8 @@
 """Questions about scenes, with exact answers.
 
-A family is a function `(scene, rng) -> Fact`: what goes into a wording's slots, and the answer (None
-where the scene does not admit the question). Wordings are in `wordings.json`: pretraining shows those of
-`PHRASINGS`, and never those of `KEPT_OUT`.
+A family is a function `(scene, rng) -> Fact`, which returns the words for a wording's slots and the answer,
+or None if the question does not fit the scene. `wordings.json` has the wordings: those in `PHRASINGS` are
+used in pretraining, those in `KEPT_OUT` are not.
 """
 
 import json
@@ -15,18 +15,18 @@ from dept_vl.tasks.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Obje
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 NOUNS = ("shape", "object", "thing", "item")
-"""Any object may be called so."""
+"""Nouns for any object."""
 
 
 class QA(NamedTuple):
-    """A source text and the text to answer it with."""
+    """A source text and its target text."""
 
     source_text: str
     target_text: str
 
 
 class Fact(NamedTuple):
-    """The words for a wording's slots, and the answer."""
+    """Words for a wording's slots, and the answer."""
 
     slots: tuple[str, ...]
     answer: str
@@ -36,20 +36,20 @@ Family = Callable[[Scene, Random], Fact | None]
 
 WORDINGS = json.loads((Path(__file__).parent / "wordings.json").read_text(encoding="utf-8"))
 PHRASINGS: dict[str, list[str]] = WORDINGS["shown"]
-"""The wordings of each family of pretraining."""
+"""Wordings for pretraining, by family."""
 YES, TRUE, POSITIVE = ("no", "yes"), ("false", "true"), ("negative", "positive")
-"""Answers by truth."""
+"""Answers by truth value."""
 
 
 def name(item: Object, attributes: Sequence[str], rng: Random) -> str:
-    """Return a noun phrase with these attributes: `red circle`, `large thing`."""
+    """Return a noun phrase with these attributes, such as `red circle` or `large thing`."""
     words = [getattr(item, a) for a in ("size", "colour") if a in attributes]
     noun = item.shape if "shape" in attributes else rng.choice(NOUNS)
     return " ".join([*words, noun])
 
 
 def noun(item: Object) -> str:
-    """Colour and shape."""
+    """Return colour and shape."""
     return f"{item.colour} {item.shape}"
 
 
@@ -59,7 +59,7 @@ def matches(item: Object, wanted: dict[str, str]) -> bool:
 
 
 def referring(scene: Scene, item: Object, rng: Random, hide: str = "") -> str | None:
-    """Return a phrase that fits this object alone and does not mention the attribute `hide`."""
+    """Return a phrase that fits only this object and does not mention the attribute `hide`, or None."""
     usable = [a for a in ("colour", "shape", "size") if a != hide]
     choices = [[a] for a in usable] + [[a, b] for i, a in enumerate(usable) for b in usable[i + 1 :]]
     if len(scene.objects) == 1:
@@ -73,9 +73,9 @@ def referring(scene: Scene, item: Object, rng: Random, hide: str = "") -> str | 
 
 
 def random_phrase(scene: Scene, rng: Random) -> tuple[str, dict[str, str]]:
-    """Return a phrase that fits some object about half of the time, and its attributes.
+    """Return a phrase that fits some object in about half of all cases, and its attributes.
 
-    Half of those that fit none differ from an object in one attribute alone: the hard negatives.
+    Half of the changed phrases differ from an object in at most one attribute, as hard negatives.
     """
     attributes = rng.choice([["colour"], ["shape"], ["shape"], ["colour", "shape"], ["size", "shape"]])
     item = rng.choice(scene.objects)
@@ -88,13 +88,13 @@ def random_phrase(scene: Scene, rng: Random) -> tuple[str, dict[str, str]]:
 
 
 FALSE_PHRASES = 0.6
-"""Share of phrases that are changed; some fit another object, so about half fit none."""
+"""Share of changed phrases. Some fit another object, so about half of all phrases fit no object."""
 
 VALUES: dict[str, Sequence[str]] = {"colour": list(COLOURS), "shape": SHAPES, "size": list(SIZES)}
 
 
 def place(item: Object) -> str:
-    """`top left`, `center`, `bottom`, ...: thirds of the image."""
+    """Return the location in thirds of the image: `top left`, `center`, `bottom` and so on."""
     third = IMAGE_SIZE / 3
     row = ("top", "", "bottom")[min(2, int(item.y / third))]
     column = ("left", "", "right")[min(2, int(item.x / third))]
@@ -108,17 +108,17 @@ RELATIONS: dict[str, Callable[[Object, Object], bool]] = {
     "below": lambda a, b: a.y > b.y,
 }
 CLEAR_DISTANCE = 8
-"""Two centres nearer than this, in pixels, are in no clear relation."""
+"""Minimum distance in pixels between two centres for a clear relation."""
 
 
 def clear(relation: str, a: Object, b: Object) -> bool:
-    """Return whether the relation, or its opposite, can be seen."""
+    """Return whether the relation, or its opposite, is clearly visible."""
     apart = abs(a.x - b.x) if relation in ("left of", "right of") else abs(a.y - b.y)
     return apart >= CLEAR_DISTANCE
 
 
 def _about(answer: Callable[[Object], str], hide: str = "") -> Family:
-    """Ask about an object by a phrase that does not mention the attribute `hide`."""
+    """Return a family that asks about an object by a phrase without the attribute `hide`."""
 
     def ask_about(scene: Scene, rng: Random) -> Fact | None:
         item = rng.choice(scene.objects)
@@ -129,12 +129,12 @@ def _about(answer: Callable[[Object], str], hide: str = "") -> Family:
 
 
 def _lone(answer: Callable[[Object], str]) -> Family:
-    """Ask about the only object of a scene."""
+    """Return a family that asks about the only object of a scene."""
     return lambda scene, rng: Fact((), answer(scene.objects[0])) if len(scene.objects) == 1 else None
 
 
 def _judged(sentence: Callable[[Scene, Random], tuple[str, bool]], words: Sequence[str]) -> Family:
-    """Ask whether something is true, to be answered with one of two words."""
+    """Return a family that asks whether a sentence is true, with one of two words as the answer."""
 
     def ask_judged(scene: Scene, rng: Random) -> Fact:
         text, truth = sentence(scene, rng)
@@ -188,7 +188,7 @@ def _count(scene: Scene, rng: Random) -> Fact:
 
 
 def _two(scene: Scene, rng: Random, relation: str) -> tuple[tuple[Object, Object], tuple[str, str]] | None:
-    """Draw two objects that a relation clearly holds of or not, with a phrase for each; None if it cannot."""
+    """Return two objects that are in a clear relation, and a phrase for each; None if there are none."""
     if len(scene.objects) < 2:
         return None
     a, b = rng.sample(scene.objects, 2)
@@ -208,7 +208,7 @@ def _relation(scene: Scene, rng: Random) -> Fact | None:
 
 
 def _beside(scene: Scene, rng: Random) -> tuple[tuple[str, str], Object | None] | None:
-    """Return a phrase and a relation that at most one object is in, and that object."""
+    """Return a phrase and relation that hold for at most one object, and that object; None if impossible."""
     relation = rng.choice(list(RELATIONS))
     item = rng.choice(scene.objects)
     phrase = referring(scene, item, rng)
@@ -248,7 +248,7 @@ def _same(scene: Scene, rng: Random) -> Fact | None:
 
 
 SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
-"""The relation of the object that lies further to a side."""
+"""Relation of the object that is further to a side, by side."""
 
 
 def _extreme(scene: Scene, rng: Random) -> Fact | None:
@@ -262,7 +262,7 @@ def _extreme(scene: Scene, rng: Random) -> Fact | None:
 
 
 def _distance(scene: Scene, rng: Random) -> Fact | None:
-    """In eighths of the image, from the other side: what relations compare."""
+    """Ask for the distance from the opposite side, in eighths of the image."""
     item, side = rng.choice(scene.objects), rng.choice(list(SIDES))
     phrase = referring(scene, item, rng)
     if phrase is None:
@@ -302,11 +302,11 @@ FAMILIES: dict[str, tuple[Family, float]] = {
     "further": (_further, 1.0),
     "describe": (_lone(lambda o: f"{o.size} {noun(o)}"), 0.7),
 }
-"""Questions about one image, and how often each is asked in pretraining."""
+"""Families of questions about one image, with their weights in pretraining."""
 
 
 RELABELLED = dict(zip(SHAPES, NUMBERS, strict=False))
-"""An arbitrary code for each shape."""
+"""Arbitrary code for each shape."""
 MANY = 3
 
 
@@ -321,7 +321,7 @@ def _many_or_few(scene: Scene, rng: Random) -> Fact:
 
 
 _NEW: dict[str, Family] = {
-    # easy-VQA's own templates, in its own answer style: yes and no, and bare colours and shapes.
+    # easy-VQA's templates and answer style: yes, no, and bare colours and shapes.
     "is there": _judged(_exists, YES),
     "is there not": _judged(_absent, YES),
     "what color": _about(lambda o: o.colour, "colour"),
@@ -336,27 +336,24 @@ _NEW: dict[str, Family] = {
 KEPT_OUT: dict[str, tuple[Family, list[str]]] = {
     name: (family, WORDINGS["kept out"][name]) for name, family in _NEW.items()
 }
-"""Questions that pretraining never asks: what a prompt has to learn.
-
-Their answer words are targets elsewhere: with tied embeddings no prompt can elicit a word that never was.
-"""
+"""Families that are not used in pretraining, for prompts to learn. Their answer words are targets of other
+families, since with tied embeddings no prompt can elicit a word that was never a target."""
 
 CODES = dict(zip(SHAPES, ("left", "right", "top", "bottom", "small", "large"), strict=True))
-"""An arbitrary code for each shape, of words that VQA's normalisation leaves as they are (numbers become
-digits)."""
+"""Arbitrary code for each shape, of words that VQA's normalisation does not change (unlike number words)."""
 
 
 def ask_code(scene: Scene, rng: Random) -> QA:
-    """Return which code the first shape has; for scenes of one."""
+    """Return a question for the code of the first object's shape, for scenes with one object."""
     return QA(rng.choice(KEPT_OUT["relabelled shapes"][1]), CODES[scene.objects[0].shape])
 
 
 AFFIRMATIVE = ("colour", "shape", "only_shape", "size", "place", "exists", "count", "extreme", "describe")
-"""Families without negation or comparison: where to start."""
+"""Families without negation or comparison, for the start of pretraining."""
 
 
 def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA:
-    """Return a question of a random family out of `names`, in a wording of pretraining."""
+    """Return a question of a random family among `names`, in a pretraining wording."""
     weights = [FAMILIES[name][1] for name in names]
     while True:
         family = rng.choices(names, weights)[0]
@@ -366,7 +363,7 @@ def ask(scene: Scene, rng: Random, names: Sequence[str] = tuple(FAMILIES)) -> QA
 
 
 def ask_kept_out(scene: Scene, rng: Random, names: Sequence[str] = tuple(KEPT_OUT)) -> QA:
-    """Return a question that pretraining never asks."""
+    """Return a question that is not used in pretraining."""
     while True:
         family, wordings = KEPT_OUT[rng.choice(names)]
         fact = family(scene, rng)

@@ -1,4 +1,4 @@
-"""Scenes: a few coloured shapes on a light ground, drawn with Pillow."""
+"""Scenes of a few coloured shapes on a light background, drawn with Pillow."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,10 @@ from random import Random
 from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 64
-"""Pixels, both ways."""
+"""Width and height of an image, in pixels."""
 
 GRID = 4
-"""A scene has GRID x GRID cells; no two objects have their centre in the same one."""
+"""Number of grid cells per side. No two objects have their centre in the same cell."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (245, 20, 20),
@@ -28,7 +28,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "rectangle", "triangle", "diamond", "cross", "star")
 SIZES: dict[str, tuple[int, int]] = {"small": (7, 12), "medium": (14, 20), "large": (23, 32)}
-"""Range of an object's longer side, in pixels."""
+"""Range of an object's longer side in pixels, by size."""
 
 COLOUR_JITTER = 22
 LIGHTEST, DARKEST_GROUND = 255, 222
@@ -37,7 +37,7 @@ SECOND_OBJECT_TRIES = 12
 
 @dataclass(frozen=True)
 class Object:
-    """One shape; `x` and `y` are its centre, `width` and `height` its box, in pixels."""
+    """One shape. `x` and `y` are its centre, `width` and `height` its box, in pixels."""
 
     shape: str
     colour: str
@@ -63,14 +63,14 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects from left to right, and a seed for the ground and the jitter of colours."""
+    """Objects from left to right, and a random seed for the background and colour variations."""
 
     objects: tuple[Object, ...]
     seed: int
 
 
 def sample_scene(rng: Random, *, max_objects: int = 4) -> Scene:
-    """Draw one to `max_objects` objects that do not overlap; one object is the commonest case."""
+    """Draw one to `max_objects` objects that do not overlap; one object is the most frequent number."""
     count = rng.choices(range(1, max_objects + 1), [4, 3, 2, 2][:max_objects])[0]
     objects: list[Object] = []
     for _ in range(SECOND_OBJECT_TRIES * count):
@@ -95,11 +95,11 @@ def _sample_object(rng: Random, *, crowded: bool) -> Object:
 
 
 def render(scene: Scene, stretch: int = 1) -> Image.Image:
-    """Draw a scene; the same scene always gives the same pixels.
+    """Draw a scene. The same scene always gives the same pixels.
 
     Args:
-        scene: What is drawn.
-        stretch: So many times as wide as high, with the objects, in their own shape, as far apart.
+        scene: Scene to draw.
+        stretch: Ratio of width to height; objects keep their shape and move apart.
     """
     rng = Random(scene.seed)
     ground = tuple(rng.randint(DARKEST_GROUND, LIGHTEST) for _ in range(3))
@@ -121,7 +121,7 @@ Colour = tuple[int, ...]
 
 
 def _polygon(*points: tuple[float, float]) -> Callable[[ImageDraw.ImageDraw, Box, Colour], None]:
-    """Return what draws a filled polygon, given in the unit square, y downwards."""
+    """Return a function that draws a filled polygon, given in the unit square with y downwards."""
 
     def draw_polygon(draw: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
         left, top, right, bottom = box

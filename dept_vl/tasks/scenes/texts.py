@@ -1,4 +1,4 @@
-"""Captions of scenes, statements about two, and small tasks on words alone."""
+"""Captions of scenes, statements about pairs of scenes, and small tasks on words without images."""
 
 from random import Random
 
@@ -41,7 +41,7 @@ WORDS = sorted({*OPPOSITES, *KINDS, *NOUNS, "center", "nothing", "object", "imag
 
 
 def ask_text(rng: Random) -> QA:
-    """Ask without an image. Every answer word is a target somewhere, or no prompt could elicit it."""
+    """Return a question without an image. Every word is a target somewhere, so that prompts can elicit it."""
     words = [rng.choice(WORDS) for _ in range(rng.randint(1, 4))]
     listed = " ".join(words)
     kind = rng.randrange(6)
@@ -63,7 +63,7 @@ def ask_text(rng: Random) -> QA:
 
 
 def caption(scene: Scene, rng: Random) -> QA:
-    """Return all objects from left to right: `a small red circle at the top left and a ...`."""
+    """Return a caption of all objects, left to right: `a small red circle at the top left and a ...`."""
     parts = [f"a {o.size} {noun(o)} at the {place(o)}" for o in scene.objects]
     return QA(rng.choice(CAPTION_PHRASINGS), " and ".join(parts))
 
@@ -93,13 +93,13 @@ def pair_statement(left: Scene, right: Scene, rng: Random) -> tuple[str, bool]:
 
 
 def ask_pair(left: Scene, right: Scene, rng: Random) -> QA:
-    """Return a statement about two images, true or false."""
+    """Return a question whether a statement about two images is true."""
     sentence, truth = pair_statement(left, right, rng)
     return QA(rng.choice(PAIR_PHRASINGS).format(sentence), TRUE[truth])
 
 
 def listings(scene: Scene) -> list[str]:
-    """Five captions in a style that pretraining never uses: what there is, without size or place."""
+    """Return five captions in a style not used in pretraining: the objects without size or place."""
     things = [noun(o) for o in scene.objects]
     nouns = [f"a {thing}" for thing in things]
     return [

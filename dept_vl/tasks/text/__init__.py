@@ -1,6 +1,6 @@
-"""The text tasks of the paper (GLUE, SuperGLUE, MRQA, ...), all in one table.
+"""The text tasks of DePT's paper (GLUE, SuperGLUE, MRQA and others).
 
-`table` lists them, `task` is the one class, `source` reads their files or the Hub.
+`table` defines the tasks, `task` is their class, and `source` reads their files or the Hub.
 """
 
 __all__ = ["source", "table", "task"]

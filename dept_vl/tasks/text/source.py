@@ -1,8 +1,8 @@
-"""Rows of published text data: from the Hub, from `save_to_disk`, or from a folder of files.
+"""Rows of published text data sets, from the Hub, from `save_to_disk`, or from a folder of files.
 
-A folder is looked through for a split's files, `validation.jsonl` for example, or the shards
-`validation-00000-of-00001.parquet`, in itself, in a folder of the configuration's name and in `data`:
-so that a copy of a Hub repository is read as it is.
+The files of a split, such as `validation.jsonl` or shards `validation-00000-of-00001.parquet`, are searched
+in the folder, in a subfolder with the name of the configuration, and in `data`, so that copies of Hub
+repositories can be read.
 """
 
 import re
@@ -19,12 +19,12 @@ from dept_vl.tasks.text.table import TextSpec
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 BATCH_ROWS = 1000
-"""Rows decoded at a time."""
+"""Number of rows decoded at a time."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split's rows, with the columns asked for and perhaps more; where they are, and in which files."""
+    """Rows of a split, with at least the needed columns, their location for messages, and their files."""
 
     place: str
     files: tuple[Path, ...]
@@ -32,7 +32,7 @@ class Source:
 
 
 def placing(spec: TextSpec, split: str) -> str:
-    """Say how a copy of a task is placed."""
+    """Return instructions for making a copy of a task's data."""
     if not spec.dataset:
         return f"make one with: dept-vl data {spec.name} --output_dir data/{spec.name}"
     name = f"{spec.dataset!r}" + (f", {spec.config!r}" if spec.config else "")
@@ -46,18 +46,18 @@ def placing(spec: TextSpec, split: str) -> str:
 def open_source(
     published: TextSpec, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
 ) -> Source:
-    """Find a split in a folder, or (None) on the Hub or among what was fetched from it before.
+    """Open a split in a folder, or with `folder=None` on the Hub or in its cache.
 
     Args:
-        published: The data set.
-        folder: Folder with a copy.
-        split: As published.
-        needed: Columns without which there is no example.
-        wanted: Columns that a copy may lack.
+        published: Text task.
+        folder: Folder with a copy; None for the Hub.
+        split: Published name of the split.
+        needed: Names of the required columns.
+        wanted: Names of the optional columns.
 
     Raises:
-        FileNotFoundError: If there is no such split; the message says how to place one.
-        ValueError: If columns of a data set are missing; those of a folder's files are checked row by row.
+        FileNotFoundError: If the split is not found; the message says how to make a copy.
+        ValueError: If required columns are missing. For files in a folder, columns are checked with each row.
     """
     if folder is None:
         return _hub(published, split, needed, wanted)
@@ -78,7 +78,7 @@ def open_source(
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
-    """Return a split's files: of the first place and kind that has any."""
+    """Return the files of a split, from the first location and file type that has any."""
     name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
     for root in (folder, folder / (config or "."), folder / "data"):
         for suffix in SUFFIXES:
@@ -89,7 +89,7 @@ def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]
 
 
 def check_columns(place: str, needed: Sequence[str], found: Sequence[str]) -> None:
-    """Raise ValueError if a column that is needed is missing, with those found."""
+    """Raise ValueError if a required column is missing; the message lists the columns found."""
     missing = [name for name in needed if name not in found]
     if missing:
         raise ValueError(
@@ -106,7 +106,7 @@ def _hub(published: TextSpec, split: str, needed: Sequence[str], wanted: Sequenc
 
     try:
         dataset = load_dataset(published.dataset, published.config, split=split)
-    except Exception as error:  # of a dozen kinds, for want of a network
+    except Exception as error:  # of many types, if there is no network
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
             f"cannot read {name}, split {split!r}, from the Hub ({reason:.200}), and no copy of it is here; "
@@ -124,10 +124,10 @@ def _saved(folder: Path, needed: Sequence[str], wanted: Sequence[str]) -> Source
 
 @contextmanager
 def _whole(place: str | Path) -> Iterator[None]:
-    """Within, whatever the library raises over a data set says that it is damaged."""
+    """Convert errors of reading a data set to a ValueError that it is damaged."""
     try:
         yield
-    except Exception as error:  # of a dozen kinds
+    except Exception as error:  # of many types
         if is_user_error(error) and not isinstance(error, OSError):
             raise
         raise ValueError(
@@ -144,7 +144,7 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
     def rows() -> Iterator[Mapping[str, Any]]:
         with _whole(place):
             for batch in batches:
-                batch.validate(full=True)  # damaged places in a file end a process
+                batch.validate(full=True)  # damaged data would crash the process
                 yield from batch.to_pylist()
 
     return Source(place, files, rows())
@@ -153,7 +153,7 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
 def _read_files(
     files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
 ) -> Iterator[Mapping[str, Any]]:
-    """Rows of tables, read as one's own tables are; their columns are checked with the rows."""
+    """Yield the rows of table files, read like your own tables; columns are checked later."""
     for path in files:
         try:
             for _, row in read_records(path, columns=(*needed, *wanted)):

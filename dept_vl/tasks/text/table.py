@@ -1,48 +1,47 @@
-"""The text tasks, a few lines each: where they are published, how they read, what is figured.
+"""Definitions of the text tasks: data set, text template, classes, splits and metrics.
 
 GLUE (Wang et al. 2019) and SuperGLUE (Wang et al. 2019), MRQA (Fisch et al. 2019), WinoGrande
 (Sakaguchi et al. 2020), Yelp-2 (Zhang et al. 2015), SciTail (Khot et al. 2018), PAWS-Wiki (Zhang et al.
 2019): the 21 text tasks of DePT, and the movie-review snippets of `snippets`.
 
-Texts and words are those that T5 (Raffel et al. 2020) was trained on: the task's name, then every column
-with its name before it, to be answered with the name of the class. Differences, each with its reason:
+Texts and class names are those that T5 (Raffel et al. 2020) was trained on: the task's name, then each
+column preceded by its name; the target is the name of the class. Differences and their reasons:
 
-    boolq       the question before the passage, as ATTEMPT (Asai et al. 2022) has it and DePT took over,
-                or a long passage would push the question out of the text
-    wsc         T5's classification form, ` * ` around the noun and ` # ` around the pronoun, answered
-                with True or False, which is what published figures are of; not T5's later form, in which
-                the noun itself is generated
-    MRQA        no spaces put around punctuation, since an answer so written is wrong to the scorer; the
-                first of several answers is learnt, as in the literature
-    paws        with the words that T5 knows from mrpc
-    winogrande, yelp2, scitail    not T5's: as ATTEMPT's, in T5's manner
+    boolq       the question comes before the passage, as in ATTEMPT (Asai et al. 2022) and DePT, since a
+                long passage would otherwise push the question out of the text
+    wsc         T5's classification form, with ` * ` around the noun and ` # ` around the pronoun and the
+                targets True and False, as in published results; not T5's later form, in which the noun
+                is generated
+    MRQA        no spaces around punctuation, since the scorer would count such answers as wrong; the first
+                of several answers is the target, as in the literature
+    paws        class names of mrpc, which T5 was trained on
+    winogrande, yelp2, scitail    not in T5's training: columns of ATTEMPT, in T5's form
 
-ATTEMPT and DePT answer with the number of the class instead of its name.
+In ATTEMPT and DePT the target is the number of the class instead of its name.
 
-What DePT's released runs do otherwise, and changes a published number:
+DePT's released runs differ in ways that change published numbers:
 
-    no task name in front      here it is, as T5 was trained to read it; their text is ours without it
-    the number of the class    see above; T5 was trained on the names
-    one answer of MRQA's       learnt here too; scored both ways: `f1` and `em` over all human answers, as
-                               MRQA has it, `f1_first` and `em_first` against the first alone, as theirs
-    answers of 20 tokens       MRQA's, here 32; `--preset paper` cuts at 20 (`--max_answer_tokens`)
-    chosen by                  MRQA by exact match, CB by macro F1; here by F1 and accuracy, which are
-                               reported; `--preset paper` chooses as they do (`--choose_by`)
-    yelp2                      their first 100,000 rows; here all 560,000, since no reason is given
+    no task name in the text   here the text starts with it, as in T5's training
+    class numbers as targets   see above; T5 was trained on the names
+    one answer in MRQA         one target here too, but two scores: `f1` and `em` over all human answers, as
+                               in MRQA, and `f1_first` and `em_first` for the first answer, as in DePT
+    20 tokens in MRQA          32 here; 20 with `--preset paper` (`--max_answer_tokens`)
+    choice of the adapter      by exact match in MRQA and macro F1 in CB; here by F1 and accuracy, which
+                               are reported; `--preset paper` chooses like DePT (`--choose_by`)
+    yelp2                      the first 100,000 rows; here all 560,000, since no reason is given
     eps 1e-6, no decay         `--preset paper`; without it torch's 1e-8 and a decay of 1e-5
     P from a sentence          `--preset paper`; without it from common words, as Lester et al. (2021)
     few-shot                   `dept-vl transfer --preset paper`, see `data.shots`
 
-Splits are those of this literature (ATTEMPT's code, taken over by MPT and DePT), since most test labels
-are not published:
+Since most test labels are not published, splits follow the literature (ATTEMPT's code, used by MPT and DePT):
 
-    HALVED      a small set's validation split is halved, into validation and test
-    HELD_OUT    of a large set (over 10,000 to train on) 1,000 training examples are validation, and the
-                validation split is test (yelp2 has no validation split and a test split with labels)
-    mnli        the mismatched validation split is validation, the matched one test
-    PUBLISHED   as they are (paws, snippets)
+    HALVED      for small data sets, the validation split is halved into validation and test
+    HELD_OUT    for data sets of over 10,000 training examples, 1,000 of them are validation, and the
+                validation split is test (yelp2 has no validation split, but a labelled test split)
+    mnli        the mismatched validation split is validation, the matched one is test
+    PUBLISHED   splits as published (paws, snippets)
 
-Which examples are drawn is the literature's too: the first of torch's permutation with seed 42.
+As in the literature, the drawn examples are the first of torch's permutation with seed 42.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,12 +52,15 @@ from typing import Any, Literal
 from dept_vl.tasks.metrics.text import accuracy, f1, macro_f1, matthews, multirc, pearson, squad
 
 Row = Mapping[str, Any]
-"""A row of a data set as published."""
+"""A row of a published data set."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a published split: all, `size` examples drawn (a tenth at most; 0: half), or the rest."""
+    """Part of a published split: all, the drawn examples, or the rest.
+
+    `size` is the number of drawn examples, at most a tenth of the split; 0 draws half.
+    """
 
     split: str
     side: Literal["all", "drawn", "rest"] = "all"
@@ -78,7 +80,7 @@ YELP = HELD_OUT | {"test": Part("test")}
 
 @dataclass(frozen=True)
 class Answered:
-    """Predictions, right answers and groups of examples; and the words of the classes, if there are any."""
+    """Predictions, correct answers and groups of examples, and the class names if there are classes."""
 
     predictions: Sequence[str]
     answers: Sequence[Sequence[str]]
@@ -87,12 +89,12 @@ class Answered:
 
     @property
     def labels(self) -> list[str]:
-        """The one right answer of each example."""
+        """Correct answer of each example."""
         return [given[0] for given in self.answers]
 
     @property
     def chosen(self) -> list[str]:
-        """The predictions; of two classes, one that names neither becomes the one that is not the label."""
+        """Predictions for two classes, where one that names neither class is replaced by the wrong class."""
         negative, positive = self.classes
         opposite = {negative: positive, positive: negative}
         pairs = zip(self.predictions, self.labels, strict=True)
@@ -100,48 +102,49 @@ class Answered:
 
 
 Score = Callable[[Answered], dict[str, float]]
-"""Metrics of a split, the primary one first."""
+"""Function that computes the metrics of a split, with the primary metric first."""
 
 
 def accuracy_alone(split: Answered) -> dict[str, float]:
-    """Accuracy; what is no class is wrong."""
+    """Return the accuracy; predictions outside the classes are wrong."""
     return {"accuracy": accuracy(split.predictions, split.labels)}
 
 
 def accuracy_and_f1(split: Answered) -> dict[str, float]:
-    """Accuracy, and F1 of the second class; as T5 has it, what is no class counts as the wrong one."""
+    """Return accuracy and F1 of the second class; predictions outside the classes are wrong, as in T5."""
     chosen, labels = split.chosen, split.labels
     return {"accuracy": accuracy(chosen, labels), "f1": f1(chosen, labels, positive=split.classes[1])}
 
 
 def by_question(split: Answered) -> dict[str, float]:
-    """MultiRC's F1 over all answers and share of questions without a mistake, among those of the split.
+    """Return MultiRC's F1 over all answers, and the share of questions without a mistake.
 
-    A question's answers lie on both sides of the halved split, as in the literature.
+    Halving the split can separate the answers to a question, as in the literature. Only answers in the split
+    are scored.
     """
     return multirc(split.chosen, split.labels, split.groups, positive=split.classes[1])
 
 
 def accuracy_and_macro_f1(split: Answered) -> dict[str, float]:
-    """Accuracy, and the mean over the classes of their F1."""
+    """Return the accuracy and the mean F1 of the classes."""
     macro = macro_f1(split.predictions, split.labels, classes=split.classes)
     return {**accuracy_alone(split), "macro_f1": macro}
 
 
 def matthews_alone(split: Answered) -> dict[str, float]:
-    """Matthews correlation; what is no class is a class of its own, as T5 has it."""
+    """Return the Matthews correlation; a prediction outside the classes is a class of its own, as in T5."""
     return {"matthews": matthews(split.predictions, split.labels)}
 
 
 def pearson_alone(split: Answered) -> dict[str, float]:
-    """Pearson correlation with the rounded scores; what is no number is -1, as T5 has it."""
+    """Return the Pearson correlation with the rounded scores; predictions that are not numbers are -1."""
     return {"pearson": pearson([number(text) for text in split.predictions], list(map(float, split.labels)))}
 
 
 def words_of_answers(split: Answered) -> dict[str, float]:
-    """Word F1 and exact match: MRQA's, the best over all human answers; and with the first of them alone.
+    """Return word F1 and exact match, the best over all human answers as in MRQA, and for the first answer.
 
-    The latter (`f1_first`, `em_first`) is how DePT's code scores.
+    `f1_first` and `em_first`, for the first answer only, are the scores of DePT's code.
     """
     best = squad(split.predictions, split.answers)
     alone = squad(split.predictions, [given[:1] for given in split.answers])
@@ -149,16 +152,16 @@ def words_of_answers(split: Answered) -> dict[str, float]:
 
 
 def number(text: str) -> float:
-    """Return the number that a text is, -1 if it is none."""
+    """Return the number in a text, or -1 if it is not a finite number."""
     try:
         value = float(text)
     except ValueError:
         return -1.0
-    return value if abs(value) < float("inf") else -1.0  # neither of infinity and nan
+    return value if abs(value) < float("inf") else -1.0  # not infinity or nan
 
 
 def fifths(score: Any) -> str:
-    """Round a similarity from 0 to 5 to the next 0.2, as T5 learns it; raise ValueError for another."""
+    """Round a similarity from 0 to 5 to the nearest 0.2, as in T5; raise ValueError if it is out of range."""
     value = float(score)
     if not 0 <= value <= 5:
         raise ValueError(f"expected a number from 0 to 5, found {score!r}")
@@ -166,7 +169,7 @@ def fifths(score: Any) -> str:
 
 
 def without_markup(row: Row) -> Row:
-    """MultiRC's columns without their HTML."""
+    """Return a row of MultiRC without HTML in its text columns."""
     plain = {}
     for name in ("question", "answer", "paragraph"):
         text = str(row[name]).replace("<br>", " ")
@@ -175,10 +178,10 @@ def without_markup(row: Row) -> Row:
 
 
 def with_marks(row: Row) -> Row:
-    """Put ` * ` around the noun (span 1) and ` # ` around the pronoun (span 2) of WSC's text.
+    """Return a row of WSC with ` * ` around the noun (span 1) and ` # ` around the pronoun (span 2).
 
-    Spans begin at a numbered word. What is marked there is the span, however its letters are written, or,
-    where something else stands there, as many whole words. Raise ValueError if the text has no such word.
+    A span starts at a word index. The mark ends where the span's text ends, ignoring case, or after as many
+    whole words if the text differs. Raises ValueError if there is no such word.
     """
     words = row["text"].split()
     for name, mark in (("span2", "#"), ("span1", "*")):
@@ -197,26 +200,26 @@ def with_marks(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """What there is to know of a text task.
+    """Definition of a text task.
 
     Attributes:
-        name: In the registry, and in front of the text.
-        dataset: Its name on the Hub; empty where it is on none.
-        reads: The columns that go into the text, in order; `premise=sentence1` names one otherwise.
-        classes: Names of the classes 0, 1, ...; none where answers are free.
-        config: Its configuration there.
-        keys: What the classes are called in the data, where not 0, 1, ...
-        task_name: Whether the text begins with the name of the task.
+        name: Name in the registry, and at the start of the text.
+        dataset: Name of the data set on the Hub; empty if it is not there.
+        reads: Columns in the text, in order; `premise=sentence1` reads column sentence1 as premise.
+        classes: Names of the classes 0, 1, ...; empty for free answers.
+        config: Configuration of the data set.
+        keys: Labels of the classes in the data, if they are not 0, 1, ...
+        task_name: Whether the text starts with the name of the task.
         label: Column of the label, the number or the answers.
-        splits: What ours are made from.
-        score: Its metrics.
-        primary: The first of them, that papers report.
-        answer: Free answers only: how a label is written; None for a column that lists the answers.
-        group: What examples that are scored together have in common.
-        only: Column and value of the rows that are of this task; a copy without the column has no others.
-        prepare: Changes a row before its text is written.
-        columns: What `prepare` needs besides.
-        max_new_tokens: Longest answer, in tokens.
+        splits: Parts of the published splits that make up each split.
+        score: Function that computes the metrics.
+        primary: Primary metric, reported in papers.
+        answer: For free answers, function that formats a label; None for a column that lists the answers.
+        group: Template for the group of examples that are scored together.
+        only: Column and value that select the rows of this task; a copy without the column has only these.
+        prepare: Function that changes a row before its text is written.
+        columns: Additional columns for `prepare`.
+        max_new_tokens: Maximum length of a prediction, in tokens.
     """
 
     name: str
@@ -239,14 +242,14 @@ class TextSpec:
 
     @cached_property
     def text(self) -> str:
-        """The template of the text that the encoder reads."""
+        """Template of the text for the encoder."""
         pairs = (read.partition("=") for read in self.reads.split())
         parts = [f"{shown}: {{{column or shown}}}" for shown, _, column in pairs]
         return " ".join([self.name, *parts] if self.task_name else parts)
 
     @cached_property
     def words(self) -> dict[str, str]:
-        """Label -> the word that stands for it."""
+        """Class name by label."""
         names = self.classes.split()
         return dict(zip(self.keys.split() or map(str, range(len(names))), names, strict=True))
 
@@ -263,7 +266,7 @@ def _super_glue(name: str, reads: str, classes: str, **others: Any) -> TextSpec:
 
 
 def _mrqa(name: str, subset: str) -> TextSpec:
-    """Return a task of MRQA, told by its name in the column `subset`."""
+    """Return a task of MRQA, selected by its name in the column `subset`."""
     return TextSpec(
         name,
         "mrqa-workshop/mrqa",
@@ -342,4 +345,4 @@ _TABLE = (
     TextSpec("snippets", "", "sentence", "negative positive", splits=PUBLISHED),
 )
 TEXT_TASKS = {spec.name: spec for spec in _TABLE}
-"""By the names that the published hyper-parameters go by (`presets.PAPER`)."""
+"""Text tasks by name. The published hyper-parameters use these names (`presets.PAPER`)."""

@@ -1,12 +1,12 @@
-"""A text task: an encoder-decoder reads one text and writes the answer; the model is the one of images.
+"""Text tasks: the model reads a text without images and generates the answer.
 
-What each task is stands in `nlp_table`, where its rows come from in `nlp_source`. Whatever the source,
-its rows are converted once to the columns of `SCHEMA`:
+`text.table` defines the tasks and `text.source` reads their data, which are converted once to the columns
+of `SCHEMA`:
 
     {"id": 0, "source_text": "rte sentence1: No weapons ... sentence2: Weapons of ...",
      "answers": ["not_entailment"], "group": ""}
 
-`id` is the row's number in the published split, from 0; GLUE's own `idx` is the same.
+`id` is the index of the row in the published split, and equals GLUE's `idx`.
 """
 
 import hashlib
@@ -31,17 +31,17 @@ SCHEMA = pa.schema(
     {"id": pa.int64(), "source_text": pa.string(), "answers": pa.list_(pa.string()), "group": pa.string()}
 )
 UNLABELLED = (None, "", -1, "-1")
-"""What stands for a label that is not published."""
+"""Values of a label that is not published."""
 FAR = 5
-"""Between the least and the largest number that is an answer (stsb)."""
+"""Difference between the smallest and the largest number that can be an answer (stsb)."""
 DRAWING_SEED = 42
-"""Of the examples that are held out: this literature's."""
+"""Random seed for drawing held-out examples, as in the literature."""
 SHORT = {"dev": "validation", "val": "validation"}
 
 
 @dataclass(frozen=True)
 class TextTask(Task):
-    """One split of a text task of `TEXT_TASKS`; rows are as in `SCHEMA`."""
+    """One split of a text task in `TEXT_TASKS`. `rows` has the columns of `SCHEMA`."""
 
     name: str
     rows: Rows = NO_ROWS
@@ -56,7 +56,7 @@ class TextTask(Task):
     example_call = '"..."'
 
     def load(self, root: Path | None = None, split: str = "") -> "TextTask":
-        """Read a split, as `Task.load` does; without a folder `data/NAME` from the Hub."""
+        """Read a split, like `Task.load`. Without `root` and folder `data/NAME`, it is read from the Hub."""
         folder = data_folder(self.name, root)
         return self.read(None if root is None and not folder.is_dir() else folder, split or self.train_split)
 
@@ -64,8 +64,8 @@ class TextTask(Task):
         """Read a split.
 
         Args:
-            root: Folder with a copy of the data set, as `text.source` says; None for the Hub.
-            split: Train, validation or test: this literature's, see `text.table`.
+            root: Folder with a copy of the data set, see `text.source`; None for the Hub.
+            split: train, validation or test, as defined in `text.table`.
 
         Raises:
             FileNotFoundError: If there is no copy and no network.
@@ -87,29 +87,29 @@ class TextTask(Task):
 
     @property
     def spec(self) -> TextSpec:
-        """What there is to know of the task."""
+        """Definition of the task."""
         return TEXT_TASKS[self.name]
 
     @property
     def primary(self) -> str:  # type: ignore[override]  # nobody writes it
-        """The figure that papers report."""
+        """Primary metric, reported in papers."""
         return self.spec.primary
 
     @property
     def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
-        """A class is right or wrong, a number is near or far, and free answers share words."""
+        """Name of the measure that `mark` returns: correct class, distance of numbers, or word F1."""
         if self.spec.words:
             return "right or wrong"
         return "word F1" if self.spec.answer is None else f"1 - distance / {FAR}"
 
     @property
     def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
-        """Greedy; among the words of the classes where there are any."""
+        """Greedy decoding, among the class names if there are classes."""
         return Decoding(self.spec.max_new_tokens, candidates=tuple(self.spec.words.values()))
 
     @property
     def pipeline(self) -> str:  # type: ignore[override]  # nobody writes it
-        """The Hub's name for what a model of the task does."""
+        """Pipeline tag of the task on the Hugging Face Hub."""
         return "text-classification" if self.spec.words else "question-answering"
 
     def __getitem__(self, index: int) -> Example:
@@ -127,7 +127,11 @@ class TextTask(Task):
         )
 
     def source(self, question: str) -> str:
-        """Return the text as the template has it; a single column's value is enough; ValueError otherwise."""
+        """Return a text in the task's template. A text task with one column accepts its bare value too.
+
+        Raises:
+            ValueError: If the text does not fit the template.
+        """
         text, names = " ".join(question.split()), _fields(self.spec.text)
         form = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.spec.text))
         if not re.fullmatch(form, text) and len(names) == 1:
@@ -139,15 +143,15 @@ class TextTask(Task):
         return text
 
     def images(self, index: int) -> tuple[Path, ...]:
-        """None."""
+        """Return no images."""
         return ()
 
     def image_files(self) -> list[Path]:
-        """None."""
+        """Return no images."""
         return []
 
     def mark(self, example: Example, prediction: str) -> float:
-        """As `marked_by` says; what should be a number and is none gets 0."""
+        """Return a score from 0 to 1 for one prediction; 0 if a number is expected and there is none."""
         if self.spec.words:
             return float(prediction == example.answer)
         if self.spec.answer is None:
@@ -156,7 +160,7 @@ class TextTask(Task):
         return 0.0 if found < 0 else max(0.0, 1 - abs(found - float(example.answer)) / FAR)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics in percent, the primary one first; none where labels are not published."""
+        """Compute the metrics in percent, with the primary metric first; empty if labels are unpublished."""
         ids = self.example_ids()
         check_ids(ids, predictions, self.name)
         answers = self.rows.column("answers").to_pylist()
@@ -168,8 +172,8 @@ class TextTask(Task):
 
 
 def choose(count: int, part: Part) -> Indices:
-    """Return the rows of a part among so many, in their order."""
-    import torch  # not for those who only score
+    """Return the indices of a part of `count` rows, in ascending order."""
+    import torch  # not needed for scoring only
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(DRAWING_SEED))
     drawn = min(part.size, count // 10) if part.size else count // 2
@@ -179,26 +183,26 @@ def choose(count: int, part: Part) -> Indices:
 
 
 def read_rows(name: str, folder: Path | None, split: str) -> Rows:
-    """Read a published split as in `SCHEMA`, converted once; the errors are those of `TextTask.read`."""
+    """Read a published split, converted once to `SCHEMA`. Raises the errors of `TextTask.read`."""
     spec = TEXT_TASKS[name]
     wanted = (spec.only[0],) if spec.only else ()
     source = open_source(spec, folder, split, columns(spec), wanted)
-    if not source.files:  # a data set that was told to live in memory
+    if not source.files:  # a data set in memory
         return Rows.of(list(_records(spec, source)), SCHEMA)
-    # Tasks share files (MRQA), and a text is what the table makes of a row.
+    # The name depends on the definition too, since tasks share files (MRQA).
     made_by = repr((spec.text, spec.label, sorted(spec.words.items()), spec.group, spec.only))
     title = f"{name}-{split}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
     return convert(title, source.files, SCHEMA, _records(spec, source), unique="id")
 
 
 def columns(spec: TextSpec) -> tuple[str, ...]:
-    """Return the columns that a task's rows must have."""
+    """Return the columns that a task requires."""
     named = dict.fromkeys((*_fields(spec.text), *_fields(spec.group), *spec.columns, spec.label))
     return tuple(named)
 
 
 def _fields(template: str) -> list[str]:
-    """Return the columns of a template, `idx` for `{idx[question]}`."""
+    """Return the columns in a template, such as `idx` for `{idx[question]}`."""
     return [name.split("[")[0] for _, name, _, _ in string.Formatter().parse(template) if name]
 
 
@@ -218,7 +222,7 @@ def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
             row = spec.prepare(row)
             yield {
                 "id": number,
-                # One space between words, as T5's tokenizer has it anyway.
+                # Single spaces between words, as T5's tokenizer produces anyway.
                 "source_text": " ".join(spec.text.format_map(row).split()),
                 "answers": read_answers(spec, row[spec.label]),
                 "group": spec.group.format_map(row),
@@ -228,7 +232,7 @@ def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
 
 
 def read_answers(spec: TextSpec, label: Any) -> list[str]:
-    """Return right answers: a class's word, a number's text, or all listed; ValueError for other labels."""
+    """Return the correct answers: class name, number as text, or all listed; ValueError for other labels."""
     if isinstance(label, list) and not spec.words and spec.answer is None:
         if not all(isinstance(answer, str) for answer in label):
             raise ValueError(f"expected {spec.label} to be a list of texts, found {label!r:.80}")
