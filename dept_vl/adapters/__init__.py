@@ -1,6 +1,6 @@
-"""A trained prompt as a small file: saved, loaded, shared, described, attached to other models.
+"""Adapters: saving, loading, sharing and describing trained prompts, and attaching them to other models.
 
-An adapter is what is passed on; the state of a run that can be resumed is `training.checkpoint`.
+An adapter has only the trained parameters. `training.checkpoint` saves the state to resume a run from.
 """
 
 __all__ = [

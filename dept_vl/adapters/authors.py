@@ -1,7 +1,7 @@
-"""The two files in which the authors of DePT release an adapter, read and written.
+"""Adapters in the file format of DePT's authors.
 
-`adapter_model.bin` is a pickle with the tensors P, A and B, `adapter_config.json` a configuration of
-their fork of PEFT. Source: the adapters and the code that came with Shi & Lipani (ICLR 2024).
+`adapter_model.bin` is a pickle with the tensors P, A and B, and `adapter_config.json` is a configuration of
+their fork of PEFT. Source: the adapters and the code released with Shi & Lipani (ICLR 2024).
 """
 
 import io
@@ -27,7 +27,7 @@ NAMES = {
     "offset_a": "prompt_encoder.lora_embedding_A",
     "offset_b": "prompt_encoder.lora_embedding_B",
 }
-"""The authors' name of each of our tensors."""
+"""Name of each tensor in the files of DePT's authors, by our name."""
 
 DEFAULTS: dict[str, Any] = {
     "bias": "none",
@@ -45,12 +45,12 @@ DEFAULTS: dict[str, Any] = {
     "save_lora_embeddings": True,
     "task_type": "SEQ_2_SEQ_LM",
 }
-"""What their configuration says besides sizes and names; their code reads no heads and no layers."""
+"""Fields of their configuration besides sizes and names; their code does not use heads and layers."""
 
 
 @dataclass(frozen=True)
 class PromptFields:
-    """What a configuration has to say of P."""
+    """Required fields of a configuration to load P."""
 
     num_virtual_tokens: PositiveSize
     token_dim: PositiveSize
@@ -61,21 +61,22 @@ class PromptFields:
 
 @dataclass(frozen=True)
 class AllFields(PromptFields):
-    """What it has to say of P, A and B."""
+    """Required fields of a configuration to load P, A and B."""
 
     r: PositiveSize
 
 
 def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, by our names, and the configuration.
+    """Return the tensors by our names, and the configuration.
 
     Args:
-        folder: Holds the two files.
-        prompt_only: Take P and leave A and B, whether they are there or not.
+        folder: Folder with the two files.
+        prompt_only: Whether to read only P, without A and B.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged, holds anything but tensors, or holds P alone unasked.
+        ValueError: If a file is damaged, contains anything but tensors, or has no A and B while `prompt_only`
+            is False.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSORS_FILE):
@@ -115,7 +116,7 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
 
 
 def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the authors' configuration records of the backbone: its name; and the configuration."""
+    """Return a description of the backbone, with its name and the whole configuration."""
     return {
         "name": config["base_model_name_or_path"],
         "fingerprint": None,
@@ -128,13 +129,13 @@ def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
 def contents(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, Any], backbone: str, config: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """The two files, by name.
+    """Return the content of the two files by file name.
 
     Args:
-        tensors: P, A and B by our names.
-        sizes: Of the prompt, as an adapter describes them.
+        tensors: Tensors P, A and B by our names.
+        sizes: Description of the prompt; see `Adapter.prompt`.
         backbone: Name of the language model.
-        config: The configuration that the adapter was read with, if it was; empty if not.
+        config: Configuration that the adapter was read with, or an empty mapping.
     """
     width, alpha = sizes["d_model"], sizes["alpha"]
     kept = dict(config) or DEFAULTS | {"hidden_size": width, "tokenizer_name_or_path": backbone}
@@ -158,7 +159,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # A pickle can run code; this reads tensors and plain containers, and rejects everything else.
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what a damaged pickle raises is anybody's guess
+    except Exception:  # a damaged pickle can raise anything
         content = None
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and type(value) is Tensor and value.layout is torch.strided
@@ -168,7 +169,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged or holds more than tensors; nothing else is read, because reading a "
             "pickle can run code"
         )
-    # A pickle may spread few bytes over a large tensor, by strides of 0, or squeeze them.
+    # With strides of 0, or compressed, a small pickle can claim a large tensor.
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in content.values())
     if claimed > path.stat().st_size:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Calls of a model with a prompt: placeholders in what it reads, and none in what it gives.
+"""Hooks that insert a prompt into the calls of a model and remove its columns from the outputs.
 
-Hooks around `forward` and one around `generate` put the placeholders of `models.placeholders` into a call,
-whoever makes it and whatever has become of `forward`; the word embeddings then ask `_put`.
+Hooks on `forward` and a wrapper of `generate` insert the placeholders of `models.placeholders` into the
+inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders.
 """
 
 import functools
@@ -24,11 +24,11 @@ from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 
 GIVEN = "given"
-"""Marks the tokens that are no placeholders."""
+"""Key of the mask of tokens that are not placeholders."""
 
 
 class PromptedCalls:
-    """What a model with a prompt does besides: for classes of modules that hold the prompt."""
+    """Mixin for modules that hold a prompt and hook it into the calls of a model."""
 
     _parts: Parts
     _placed: Placement | None = None
@@ -37,10 +37,10 @@ class PromptedCalls:
 
     @abstractmethod
     def current_prompt(self) -> DePT | None:
-        """The prompt that is read now; None if there is none."""
+        """Return the active prompt, or None."""
 
     def _enter(self, model: PreTrainedModel, parts: Parts, *around: nn.Module) -> None:
-        """Put the hooks on a model, and on modules around it that are called in its place."""
+        """Add the hooks to a model and to modules `around` it, which may be called instead of the model."""
         self._parts = parts
         self._handles = [
             handle
@@ -57,7 +57,7 @@ class PromptedCalls:
             vars(model)["generate"] = prompted
 
     def _leave(self, model: PreTrainedModel) -> None:
-        """Take the hooks off again."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         vars(model).pop("generate", None)
@@ -68,7 +68,7 @@ class PromptedCalls:
         self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prompt = self.current_prompt()
-        if prompt is None or self._placed is not None:  # within another call
+        if prompt is None or self._placed is not None:  # no prompt, or inside another prompted call
             return None
         self._outermost = id(module)
         named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
@@ -85,7 +85,7 @@ class PromptedCalls:
         if prompt is None or self._placed is not None:
             return run(*inputs, **named)
         named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
-        if named.get("inputs") is not None:  # as `generate` calls the tokens
+        if named.get("inputs") is not None:  # name of the token ids in `generate`
             named["input_ids"] = named.pop("inputs")
         try:
             named |= self._prompted(prompt, named)
@@ -94,18 +94,18 @@ class PromptedCalls:
             self._placed = None
 
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
-        """The embeddings of a source with its prompt; None leaves them as they are."""
+        """Return the embeddings of a source with its prompt, or None to leave them unchanged."""
         prompt = self.current_prompt()
         return None if prompt is None or self._placed is None else put(prompt, self._placed, ids, embedded)
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
-        """What changes of a call: the source gets placeholders, and `_placed` is what they stand for.
+        """Return the changed arguments of a call, with placeholders in the source, and set `_placed`.
 
         Raises:
-            ValueError: If the source is given in another way than by its tokens, or is too long.
+            ValueError: If the source is not given as token ids, or is too long.
         """
         ids, mask, length = named.get("input_ids"), named.get("attention_mask"), prompt.prompt_length
-        if named.get("encoder_outputs") is not None:  # which may have P in them
+        if named.get("encoder_outputs") is not None:  # they include P if they are longer than the mask by m
             if mask is None or named["encoder_outputs"][0].shape[1] != mask.shape[1] + length:
                 return {}
             return {"attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)}
@@ -136,7 +136,7 @@ class PromptedCalls:
             start=self._parts.start,
             padding_first=None,
         )
-        # Every row has as many.
+        # Every row has the same number of given tokens.
         self._given = packing(placed.others.pop(GIVEN).bool())[:, : ids.shape[1]]
         changed = placed.others | {"input_ids": placed.ids, "attention_mask": placed.mask.to(mask.dtype)}
         if labels is not None:
@@ -154,10 +154,10 @@ class PromptedCalls:
         mask: Bool[Tensor, "batch source"],
         labels: Tensor | None,
     ) -> Bool[Tensor, "batch source"]:
-        """Where the offset goes.
+        """Return a mask of the text tokens, which the offset is added to.
 
         Raises:
-            UsageError: If labels begin in front of all text.
+            UsageError: If the first label is in front of all text.
         """
         text = text_of(ids, mask, torch.tensor(self._parts.image_tokens, dtype=torch.long))
         if labels is None:
@@ -171,7 +171,7 @@ class PromptedCalls:
         return asked
 
     def _as_given(self, made: Any, placed: Placement | None) -> Any:
-        """What a decoder-only model gives, without the columns of placeholders."""
+        """Return the output of a decoder-only model without the columns of placeholders."""
         if placed is None or self._parts.encoder_decoder:
             return made
         if isinstance(made, tuple):
@@ -188,6 +188,6 @@ class PromptedCalls:
 
 
 def is_prompted(model: nn.Module) -> bool:
-    """Whether a model has a prompt already."""
+    """Return whether a prompt is attached to a model."""
     hooks = model._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks)

@@ -1,4 +1,4 @@
-"""The model card of an adapter, `README.md` on the Hub: what it is, how good it is, and how to run it."""
+"""Model card of an adapter (`README.md` on the Hub), with its description, metrics and usage."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,31 +16,31 @@ from dept_vl.tasks.base import Task, scale_of, shown_metrics
 
 CARD_FILE = "README.md"
 TRAINING_FILE = "training.json"
-"""The configuration of the run that made an adapter, beside it on the Hub."""
+"""Name of the training configuration of an adapter on the Hub."""
 
 METRICS = {"overall": "accuracy", "em": "exact_match", "f1a": "f1", "macro_f1": "f1", "pearson": "pearsonr"}
 METRICS |= {"matthews": "matthews_correlation", "ROUGE_L": "rouge"}
 METRICS |= {f"Bleu_{n}": "bleu" for n in range(1, 5)}
-"""The Hub's name of a figure, where it is another than the figure's own in small letters."""
+"""Hub name of each metric whose Hub name is not its own name in lower case."""
 LOCAL = (
     *("data_dir", "own", "features_dir", "shots_file", "init_from"),
     *("output_dir", "resume", "accept_changes", "wait", "log_with"),
 )
-"""Options that tell of one machine alone."""
+"""Options that only apply to one machine and are not published."""
 MODELS = ("backbone", "vision", "language")
-"""Options that name a model of the Hub, or a folder of this machine."""
+"""Options that name a model on the Hub or a local folder."""
 
 
 def training_of(run: Path, task: str) -> dict[str, Any]:
-    """What the folder of a run tells of its training: its configuration without this machine's paths.
+    """Return the training configuration of a run, without local paths.
 
     Args:
-        run: The folder.
-        task: Of the adapter.
+        run: Folder of the run.
+        task: Task that the adapter was trained on.
 
     Raises:
-        FileNotFoundError: If it is no run's.
-        ValueError: If its configuration is damaged, or it was trained on another task.
+        FileNotFoundError: If `run` is not the folder of a run.
+        ValueError: If the configuration is damaged, or the run was trained on another task.
     """
     config = read_object(run / CONFIG_FILE, dict)
     tasks = _tasks_of(config)
@@ -60,15 +60,14 @@ def model_card(
     datasets: Sequence[str] = (),
     training: Mapping[str, Any] | None = None,
 ) -> str:
-    """A card: metadata in YAML for the Hub's search, then text for people.
+    """Return the text of a model card, with YAML metadata for the Hub.
 
     Args:
-        name: Of the repository.
-        adapter: What `adapter.json` says.
+        name: Name of the repository.
+        adapter: Content of `adapter.json`.
         images: Whether the model reads images.
-        datasets: Names on the Hub of what it was trained on; a task may have been learnt on other data in
-            its form.
-        training: As `training_of` gives it, if the run is known.
+        datasets: Hub names of the training datasets.
+        training: Training configuration from `training_of`, or None.
     """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup
@@ -78,7 +77,7 @@ def model_card(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        # Adapters come from anybody: text is text, unless it is marked as ours.
+        # Adapters come from anybody, so all text is escaped unless it is `Markup`.
         finalize=markdown_text,
     )
     templates.filters |= {"code": _code, "literal": _literal}
@@ -111,14 +110,14 @@ def model_card(
 
 
 def _code(text: object) -> str:
-    """A span of code, in which entities would be shown as they are written."""
+    """Return a Markdown code span, which is not escaped."""
     from markupsafe import Markup
 
     return Markup(f"`{printable(text).replace('`', chr(39))}`")
 
 
 def _literal(text: object) -> str:
-    """A string of Python."""
+    """Return a Python string literal."""
     from markupsafe import Markup
 
     return Markup(json.dumps(printable(text), ensure_ascii=False))
@@ -164,18 +163,18 @@ def _metric(figure: str) -> str:
 
 
 def _pipeline(task: str, *, images: bool) -> str:
-    """The Hub's name for what the model does."""
+    """Return the Hub's pipeline tag of a task."""
     known = [one.pipeline for one in _known([task]) if bool(one.image_count) == images]
     return known[0] if known else "image-text-to-text" if images else "text-generation"
 
 
 def _known(names: Sequence[str]) -> list[Task]:
-    """The tasks of these names; an adapter may be of others."""
+    """Return the tasks of these names, without unknown names."""
     return [TASKS[name] for name in names if name in TASKS]
 
 
 def _on_hub(name: str) -> bool:
-    """Whether this may be the name of a model on the Hub, and not a folder."""
+    """Return whether `name` can be a model on the Hub and is not a local folder."""
     return "/" in name and is_hub_name(name) and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""Ready-made models that a prompt can be attached to: what the hooks need of them, and their identity."""
+"""Models of transformers that a prompt can be attached to, with the properties that the hooks need."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ SUPPORTED = {
     "AutoModelForSeq2SeqLM": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForCausalLM": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
-"""Whatever transformers opens by these."""
+"""Supported model classes by the auto class of transformers that loads them."""
 IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end", "boi", "eoi")
-"""What configurations call the token of an image, and those that fence it in."""
+"""Names in configurations of the image token and of the tokens at the start and end of an image."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What of a model the hooks need.
+    """Properties of a model that the hooks need.
 
     Attributes:
-        name: Of the model, for messages.
-        embedding: Looks the source's tokens up, those of images included; see `words_of`.
-        encoder_decoder: Whether an answer is a sequence of its own.
-        image_tokens: Ids of the tokens of an image, and of those that fence it in.
-        special_tokens: Ids of all tokens that the configuration names.
-        start: Id of the token that a source of a decoder-only model begins with, if it has one.
-        positions: How many there are; None where there is no limit.
+        name: Name of the model, for error messages.
+        embedding: Word embeddings of the source; see `words_of`.
+        encoder_decoder: Whether the model is an encoder-decoder.
+        image_tokens: Token ids of images, with those at the start and end of an image.
+        special_tokens: Ids of all tokens in the configuration.
+        start: Id of the start token of a decoder-only model, or None.
+        positions: Number of positions; None if there is no limit.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Parts:
 
     @property
     def placeholder(self) -> int:
-        """A token that means nothing to the model."""
+        """Id of a token that is not special, for use as a placeholder."""
         return next(n for n in range(len(self.special_tokens) + 1) if n not in self.special_tokens)
 
     @classmethod
     def of(cls, model: Any) -> "Parts":
-        """Find them in a model.
+        """Return the properties of a model.
 
         Raises:
-            ValueError: If it is none that answers, or names no token of an image.
+            ValueError: If the model is not supported, or reads images and has no image token.
         """
         classes = {kind.__name__ for kind in type(model).__mro__}
         known = [name for name, kinds in SUPPORTED.items() if classes & {*kinds.values()}]
@@ -85,10 +85,10 @@ class Parts:
         )
 
     def check_length(self, prompt: int, source: int) -> None:
-        """Refuse a source for which the model has too few positions.
+        """Check that the model has enough positions for a prompt and a source.
 
         Raises:
-            ValueError: With the limit and what each part takes of it.
+            ValueError: If it has too few.
         """
         if self.positions is not None and prompt + source > self.positions:
             raise ValueError(
@@ -98,7 +98,7 @@ class Parts:
 
 
 def _tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
-    """Names and ids of the tokens in a configuration and in those of its parts."""
+    """Yield the names and ids of the tokens in a configuration and its nested configurations."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _tokens_of(value)
@@ -109,13 +109,13 @@ def _tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
 
 
 def model_name(model: PreTrainedModel) -> str:
-    """Name of a model for messages and adapters: where it was loaded from, or its class."""
+    """Return the name or folder that a model was loaded from, or else the name of its class."""
     name: str = model.name_or_path
     return name or type(model).__name__
 
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what an adapter records of the model that it belongs to."""
+    """Return the description of a model that is saved with an adapter; see `Adapter.backbone`."""
     weights = describe_base(model, model.get_input_embeddings())
     return {
         "name": model_name(model),
@@ -129,10 +129,10 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_model(adapter: Adapter, model: PreTrainedModel) -> None:
-    """Compare a model with the one that an adapter was trained on; warn of what differs and may.
+    """Check that an adapter was trained on a model, and warn about differences that are allowed.
 
     Raises:
-        ValueError: If the model is of another class, or has other word embeddings.
+        ValueError: If the model has another class or other word embeddings.
     """
     known = adapter.backbone
     record = known["fingerprint"] or {}
@@ -140,10 +140,10 @@ def check_model(adapter: Adapter, model: PreTrainedModel) -> None:
 
 
 def over_items(output: Any, labels: Tensor | None, items: Tensor | int | None) -> Any:
-    """An output whose loss is a mean over all tokens that are learnt in a step, not over those of its batch.
+    """Return an output with the loss averaged over all label tokens of a step, instead of those of its batch.
 
-    So a trainer that accumulates gradients asks for it. Of the families some know how and some do not but
-    take the argument: a trainer would leave the loss of those as it is, and the step would be too large.
+    Trainers that accumulate gradients pass `items`, the number of label tokens in the step. Some models
+    accept that argument but ignore it, which would make the step too large.
     """
     if items is None or labels is None:
         return output

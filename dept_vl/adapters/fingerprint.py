@@ -1,13 +1,13 @@
-"""Which base an adapter belongs to: what is recorded of it, and what is compared before it is used.
+"""Fingerprints of backbones, which are saved with an adapter and compared before it is used.
 
-A base of our own (`Backbone`) has to be the same to the last weight. Models of others come in several
-precisions and vocabulary sizes, so `check_base` compares them, for `attach` and PEFT's plugin alike, by
-hashes and by samples of their values:
+`check_backbone` compares our backbones by hashes of all weights. Models of transformers come in several
+precisions and vocabulary sizes, so `check_base`, for `attach` and the PEFT plugin, also compares samples of
+their values:
 
 | what differs                                  | what happens                                    |
 |-----------------------------------------------|-------------------------------------------------|
-| the precision (float32, bfloat16, float16)    | nothing, if the values are the same but for it  |
-| the number of word embeddings                 | a warning, if the rows that both have are alike |
+| the precision (float32, bfloat16, float16)    | nothing, if the values agree up to rounding     |
+| the number of word embeddings                 | a warning, if the common rows are the same      |
 | the last word embeddings (tokens were added)  | a warning                                       |
 | other word embeddings                         | an error                                        |
 | other weights (fine-tuned, quantised)         | a warning                                       |
@@ -34,11 +34,11 @@ from dept_vl.models.options import BEFORE_ORDER
 from dept_vl.models.quantised import fingerprint_of_words
 
 ROWS = 512
-"""Word embeddings that are sampled, one value of each."""
+"""Number of word embeddings to sample, with one value each."""
 TOLERANCE = 2**-7
-"""Of bfloat16: a value rounded to float16 in between may be the next one."""
+"""Relative tolerance in bfloat16: a value that was rounded to float16 first may differ by one step."""
 SMALLEST = 2**-24
-"""Of float16, which has no smaller numbers."""
+"""Smallest positive number in float16, used as the absolute tolerance."""
 
 _PEFT_TENSORS = re.compile(r"(^|\.)(dept_prompt|modules_to_save|trainable_tokens_\w+|token_indices)(\.|$)")
 _PEFT_WRAPPERS = re.compile(r"(^|(?<=\.))(base_layer|original_module|token_adapter)\.")
@@ -46,13 +46,13 @@ _PEFT_WRAPPERS = re.compile(r"(^|(?<=\.))(base_layer|original_module|token_adapt
 
 @dataclass(frozen=True)
 class Sample:
-    """Values of a base, in bfloat16.
+    """Sampled values of a model, in bfloat16.
 
     Attributes:
         vocabulary: Number of word embeddings.
-        dtype: What the word embeddings were in.
+        dtype: Data type of the word embeddings.
         rows: One value of each sampled word embedding (see `_rows`).
-        others: One value of each tensor that has no row for every word.
+        others: One value of each tensor whose shape does not depend on the vocabulary.
     """
 
     vocabulary: int
@@ -62,10 +62,10 @@ class Sample:
 
     @classmethod
     def recorded(cls, record: Mapping[str, str]) -> "Sample | None":
-        """Read it from a fingerprint; None if an older version wrote that.
+        """Return the sample in a fingerprint; None if it has none, as in files of older versions.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: If the fingerprint is damaged.
         """
         if "rows" not in record:
             return None
@@ -83,8 +83,8 @@ def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
     """Return the fingerprint of a model of transformers; empty if its word embeddings have no values.
 
     Args:
-        model: With prompts of PEFT on it or without: they do not count.
-        embedding: Its word embeddings.
+        model: Model, whose PEFT adapters are ignored.
+        embedding: Word embeddings of the model.
     """
     words, weights = _base_weights(embedding), _base_weights(model)
     if "weight" not in words:
@@ -116,18 +116,18 @@ def check_base(
     trained_on: str | None = None,
     strict: bool = True,
 ) -> None:
-    """Compare a model of transformers with the one that an adapter was trained on.
+    """Check that an adapter was trained on a model of transformers.
 
     Args:
-        record: As `describe_base` returned it for the latter.
-        model: The one at hand.
-        embedding: Its word embeddings.
-        adapter: What the messages call the adapter.
-        trained_on: Name of its base.
-        strict: Raise for another base; False warns.
+        record: Fingerprint of the adapter's model, from `describe_base`.
+        model: Model to check.
+        embedding: Word embeddings of `model`.
+        adapter: Description of the adapter for messages.
+        trained_on: Name of the adapter's model.
+        strict: Whether to raise an error for a different model; otherwise, only warn.
 
     Raises:
-        ValueError: If it is another base, or the record is damaged.
+        ValueError: If the model is a different one and `strict` is True, or if the record is damaged.
     """
     here = describe_base(model, embedding)
     problem, note = _compare(record, here, model, embedding)
@@ -150,14 +150,14 @@ def check_base(
 
 
 def shown(record: Mapping[str, str] | None) -> dict[str, str]:
-    """Return what a person can compare of a fingerprint: the samples are long."""
+    """Return a fingerprint without its samples, which are too long for messages."""
     return {name: value for name, value in (record or {}).items() if name not in ("rows", "others")}
 
 
 def _compare(
     record: Mapping[str, str], here: Mapping[str, str], model: nn.Module, embedding: nn.Module
 ) -> tuple[str, str]:
-    """Return why a model is another base, and what else differs; both empty if nothing does."""
+    """Return why a model is a different one, and other differences to warn about; or empty strings."""
     if not record:
         return "", ""
     if record.get("class", type(model).__name__) != type(model).__name__:
@@ -185,7 +185,7 @@ def _compare(
 def _compare_words(
     record: Mapping[str, str], sample: Sample | None, here: Mapping[str, str], embedding: nn.Module
 ) -> tuple[str, str]:
-    """Return why word embeddings are others, and what is to be noted of them."""
+    """Return why word embeddings are different ones, and other differences; or empty strings."""
     words = _base_weights(embedding)
     hashes = (here["embeddings"], fingerprint([("embeddings", words["weight"])]))  # the latter: older files
     if record.get("embeddings") in hashes:
@@ -203,10 +203,10 @@ def _compare_words(
                 f"it has {mine.vocabulary:,} word embeddings and the adapter was trained with "
                 f"{sample.vocabulary:,}; those that both have are the same"
             )
-        # Within one precision the hash decides, which is of more values.
+        # In the same precision, the hash decides, because it covers all values.
         return ("it has other word embeddings, though few", "") if exact else ("", "")
     first = int(different[0])
-    # Tokens are added at the end, where resizing makes new rows at random, near their mean: some are alike.
+    # Tokens are added at the end, with random rows near the mean, some of which can be equal by chance.
     if 2 * first > len(rows):
         return "", (
             f"its last word embeddings, after row {int(rows[first - 1]):,}, are others (tokens were added?): "
@@ -216,11 +216,11 @@ def _compare_words(
 
 
 def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> tuple[str, str]:
-    """The same with a record of hashes alone, which float16 changes."""
+    """Compare word embeddings with a record of an older version, which has hashes but no samples."""
     if record.get("embeddings") == _rounded(words):
         return "", ""
     values = _values(words["weight"], _rows(len(words["weight"])))
-    # What was rounded already does not tell any more what float16 made of it.
+    # From values that were rounded before, the recorded float16 values cannot be computed.
     if values.dtype == torch.float16 or torch.equal(values, values.bfloat16().to(values.dtype)):
         return "", (
             "its word embeddings could not be compared: an older version recorded a hash of them, which "
@@ -230,14 +230,14 @@ def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> tu
 
 
 def _rounded(weights: Mapping[str, Tensor]) -> str:
-    """The hash that these weights have in float16."""
+    """Return the hash of weights in float16."""
     return fingerprint(
         (name, tensor.half() if tensor.is_floating_point() else tensor) for name, tensor in weights.items()
     )
 
 
 def _different(one: Tensor, other: Tensor, exact: bool) -> Tensor:
-    """Return where two samples differ; everywhere if they are of other models."""
+    """Return the indices at which two samples differ; all indices if their lengths differ."""
     if len(one) != len(other):
         return torch.arange(max(len(one), len(other)))
     same = one == other
@@ -248,39 +248,39 @@ def _different(one: Tensor, other: Tensor, exact: bool) -> Tensor:
 
 
 def _exact(one: str, other: str) -> bool:
-    """Whether both precisions have the same values in bfloat16: float16 rounds on the way."""
+    """Return whether samples of two precisions can be compared exactly: both or neither are float16."""
     return (one == "float16") == (other == "float16")
 
 
 def _base_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights by the names that they have without PEFT, which wraps modules and adds its own."""
+    """Return the weights of a model by their names without PEFT, and without PEFT's own tensors."""
     return {
         _PEFT_WRAPPERS.sub("", name): tensor
         for name, tensor in weights_of(module).items()
-        # Of quantised weights in classes of their own the values cannot be looked at one by one.
+        # Single values of quantised weights in tensor subclasses cannot be read.
         if not _PEFT_TENSORS.search(name) and not is_traceable_wrapper_subclass(tensor)
     }
 
 
 def _of_words(tensor: Tensor, embedding: Tensor) -> bool:
-    """Whether a tensor has one row for every word, or one column (BART's `final_logits_bias`)."""
+    """Return whether a tensor has one row or column per word (such as BART's `final_logits_bias`)."""
     return len(embedding) in tensor.shape
 
 
 def _rows(vocabulary: int) -> Tensor:
-    """Word embeddings that are sampled: the first, the last, and those between at even steps."""
+    """Return the indices of the sampled word embeddings: evenly spaced, with the first and the last."""
     count = min(vocabulary, ROWS)
     return torch.arange(count) * (vocabulary - 1) // max(count - 1, 1)
 
 
 def _values(weight: Tensor, rows: Tensor) -> Tensor:
-    """One value of each of these rows, from all columns in turn."""
+    """Return one value of each of these rows, from varying columns."""
     rows = rows.to(weight.device)
     return weight.detach()[rows, rows * 7 % weight.shape[1]]
 
 
 def _encoded(values: Sequence[Tensor]) -> str:
-    """Values in bfloat16, as text."""
+    """Return values in bfloat16, encoded as text in base64."""
     flat = [tensor.detach().to("cpu", torch.bfloat16) for tensor in values]
     content = torch.cat(flat) if flat else torch.empty(0, dtype=torch.bfloat16)
     return base64.b64encode(content.contiguous().view(torch.uint8).numpy().tobytes()).decode()
@@ -296,7 +296,7 @@ def _decoded(text: str) -> Tensor:
 
 
 def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
-    """Return what an adapter records of its backbone."""
+    """Return the description of a backbone that is saved with an adapter; see `Adapter.backbone`."""
     return {
         "name": backbone.name,
         "fingerprint": backbone.fingerprint,
@@ -312,17 +312,17 @@ def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
 
 
 def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> None:
-    """Compare a backbone with the one that an adapter was trained on.
+    """Check that an adapter was trained on a backbone.
 
-    The authors' files record no weights: only the names are compared, with a warning. `PromptedModel` adds
-    the width.
+    Files of DePT's authors have no hashes of weights, so only the names are compared, with a warning. The
+    hidden size is checked by `PromptedModel`.
 
     Args:
-        recorded: As `describe_backbone` returns it.
-        backbone: The one at hand.
+        recorded: Description of the adapter's backbone, from `describe_backbone`.
+        backbone: Backbone to check.
 
     Raises:
-        ValueError: If they differ, with both names and fingerprints.
+        ValueError: If they differ. The message has both names and fingerprints.
     """
     if recorded["fingerprint"] is None:
         _check_backbone_of_authors(recorded["name"], backbone)
@@ -351,11 +351,11 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
 def _in_another_precision(
     expected: Mapping[str, Any], given: Mapping[str, Any], backbone: FrozenBackbone
 ) -> Mapping[str, str]:
-    """Return this backbone's fingerprint if the one recorded may be it in other bits, with a warning."""
+    """Return the backbone's fingerprint and warn if only the precision may differ; else the recorded one."""
     record, words = expected["fingerprint"], "its word embeddings are the same"
     if record.get("model") != backbone.fingerprint.get("model"):
         return record  # type: ignore[no-any-return]
-    if "words" not in record:  # of full precision
+    if "words" not in record:  # the adapter was trained in full precision
         words = "its weights could not be compared"
     elif record["words"] != fingerprint_of_words(backbone):
         return record  # type: ignore[no-any-return]
@@ -369,12 +369,12 @@ def _in_another_precision(
 
 
 def check_name(name: str, backbone: FrozenBackbone, accepted: Collection[str]) -> None:
-    """Compare names of models by their last part.
+    """Check the name of a model by its last part.
 
-    "t5-base" is "google-t5/t5-base" on the Hub now, and any folder of that name on a disk.
+    For example, "t5-base" is now "google-t5/t5-base" on the Hub, and can be a local folder.
 
     Raises:
-        ValueError: If none of the accepted names is this one.
+        ValueError: If the last part of `name` is not that of an accepted name.
     """
     if Path(name).name not in {Path(other).name for other in accepted}:
         raise ValueError(

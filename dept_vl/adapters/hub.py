@@ -1,6 +1,6 @@
-"""Adapters on the Hugging Face Hub: fetched into its cache, and uploaded.
+"""Download and upload of adapters on the Hugging Face Hub.
 
-A repository holds the two files of an adapter at its top, and a model card.
+A repository has the two files of an adapter and a model card in its root folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 TENSORS_FILE = "adapter.safetensors"
 ADAPTER_FILE = "adapter.json"
 PEFT_CONFIG_FILE = "adapter_config.json"
-"""PEFT's; fetched to say that the adapter is one of PEFT's, where ours is missing."""
+"""Configuration file of PEFT, which is downloaded to recognise adapters of PEFT for error messages."""
 
 
 def adapter_folder(
     name_or_folder: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> Path:
-    """Return the folder with an adapter's files: the one named, its `best/` if a run's, or the Hub's cache.
+    """Return the folder with an adapter's files: a local folder, the `best/` of a run, or the Hub's cache.
 
-    A folder that is there goes before a repository. See `Adapter.from_pretrained`.
+    A local folder takes precedence over a repository of that name. See `Adapter.from_pretrained`.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
@@ -43,10 +43,10 @@ def adapter_folder(
 
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:
-    """Adapters by the names that they are shown under: the shortest ends of their paths that differ.
+    """Return adapters by display names, the shortest ends of their paths that are all different.
 
     Raises:
-        ValueError: If one is named twice.
+        ValueError: If an adapter is given twice.
     """
     if len(set(sources)) != len(sources):
         raise ValueError(f"an adapter is named twice: {', '.join(sources)}")
@@ -68,7 +68,7 @@ def push(
     message: str,
     token: str | bool | None = None,
 ) -> str:
-    """Upload files, contents by name, in one commit; return its address. See `Adapter.push_to_hub`."""
+    """Upload files, given by name, in one commit and return its URL; see `Adapter.push_to_hub`."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -97,7 +97,7 @@ def push(
 
 
 def _raise_rejected(error: "HfHubHTTPError", message: str) -> NoReturn:
-    """Raise a `PermissionError` if the Hub rejected the token, and the error itself otherwise."""
+    """Raise a `PermissionError` if the Hub rejected the token, and `error` otherwise."""
     if error.response.status_code not in (401, 403):
         raise error
     raise PermissionError(message) from error
@@ -115,7 +115,7 @@ def _is_repository_name(name: str) -> bool:
 
 
 def _download(name: str, revision: str | None, token: str | bool | None) -> Path:
-    """The adapter's files of one commit, without whatever else the repository holds."""
+    """Download the adapter's files of a repository and return their folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -1,4 +1,4 @@
-"""Modules whose weights accelerate keeps on the CPU or the disk: where they run, and what they hold."""
+"""Devices and weights of modules that accelerate offloads to the CPU or the disk."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def device_of(embedding: nn.Module) -> torch.device:
-    """Return the device that an embedding runs on, wherever its weights are kept between calls.
+    """Return the device that an embedding runs on, even if its weights are offloaded.
 
     Raises:
-        ValueError: If its weights are on the meta device and nothing puts them anywhere else.
+        ValueError: If the weights are on the meta device and are not offloaded by accelerate.
     """
     device: torch.device = embedding.weight.device  # type: ignore[assignment]
     if device.type != "meta":
@@ -25,7 +25,7 @@ def device_of(embedding: nn.Module) -> torch.device:
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's state with the weights that are offloaded; what has no values is left out."""
+    """Return a module's state dict with offloaded weights, and without tensors that have no values."""
     state: dict[str, Tensor] = dict(module.state_dict())
     for prefix, part in module.named_modules():
         for hook in _hooks_of(part):
@@ -37,10 +37,10 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _hooks_of(module: nn.Module) -> Iterator[Any]:
-    """Yield the hooks of accelerate that fetch weights of this very module."""
+    """Yield the hooks of accelerate that load offloaded weights of this module."""
     hooks = [getattr(module, "_hf_hook", None)]
     while hooks:
         hook = hooks.pop()
-        hooks += getattr(hook, "hooks", ())  # several, one after the other
+        hooks += getattr(hook, "hooks", ())  # a sequence of hooks
         if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None:
             yield hook

@@ -1,4 +1,4 @@
-"""`adapter.json`, and the configurations of others: what they may say, whoever has written them."""
+"""Schemas of `adapter.json` and of PEFT's configurations, which are checked when files are read."""
 
 import math
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from dept_vl.prompts.options import PositiveSize, Size
 from dept_vl.tasks.base import QuestionCase
 
 FORMAT_VERSION = 2
-"""Version 1 names A and B `lora_a` and `lora_b`."""
+"""Current format version. In version 1, A and B are named `lora_a` and `lora_b`."""
 READABLE_VERSIONS = (1, FORMAT_VERSION)
 BEFORE_VISION: dict[str, Any] = {"vision": None, "exif": None}
-"""What is left out where a backbone was described before that was kept."""
+"""Defaults for descriptions of backbones in older files, which lack these fields."""
 BEFORE_METHODS = {"method": "dept", "seed": 0, "visual_offset": False}
-"""What is left out where a prompt was described before there was more than one method, or an option of it."""
+"""Defaults for descriptions of prompts in older files, which lack these fields."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The prompt, as `Method.describe` returns it."""
+    """Fields of `prompt` in `adapter.json`; see `Method.describe`."""
 
     method: str
     prompt_length: Size
@@ -42,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class BackboneFields:
-    """The backbone, as `fingerprint.describe_backbone` returns it."""
+    """Fields of `backbone` in `adapter.json`; see `fingerprint.describe_backbone`."""
 
     name: str
     fingerprint: dict[str, str]
@@ -56,7 +56,7 @@ class BackboneFields:
 
 @dataclass(frozen=True)
 class PretrainedFields(BackboneFields):
-    """The same, of a pretrained vision-language model."""
+    """Fields of `backbone` for a pretrained model."""
 
     text_form: str
     load_in: LoadIn = ""
@@ -64,7 +64,7 @@ class PretrainedFields(BackboneFields):
 
 @dataclass(frozen=True)
 class BackboneOfAuthors:
-    """The backbone of an adapter that was read from the authors' files (`Adapter.from_authors`)."""
+    """Fields of `backbone` for an adapter of DePT's authors; see `Adapter.from_authors`."""
 
     name: str
     fingerprint: None
@@ -76,7 +76,7 @@ class BackboneOfAuthors:
 
 @dataclass(frozen=True)
 class Answering:
-    """What answering needs to know of your own data that were learnt; the task knows what its facts are."""
+    """Facts about a task on your own data that are needed for predictions; `facts` depend on the task."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
     facts: dict[str, Any]
@@ -84,7 +84,7 @@ class Answering:
 
 @dataclass(frozen=True)
 class Description:
-    """The fields of `adapter.json`."""
+    """Fields of `adapter.json`."""
 
     prompt: Sizes | None
     backbone: BackboneFields
@@ -98,24 +98,24 @@ class Description:
 
 @dataclass(frozen=True)
 class DescriptionOfPretrained(Description):
-    """The same, of an adapter of a pretrained vision-language model."""
+    """Fields of `adapter.json` for an adapter of a pretrained model."""
 
     backbone: PretrainedFields
 
 
 @dataclass(frozen=True)
 class DescriptionOfAuthors(Description):
-    """The same, of an adapter that was read from the authors' files."""
+    """Fields of `adapter.json` for an adapter of DePT's authors."""
 
     backbone: BackboneOfAuthors  # type: ignore[assignment]
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The fields of an `adapter.json`; what was left out before there were more methods is filled in.
+    """Read an `adapter.json`, and add default values for fields that older files lack.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, or of another format version.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is damaged, or has an unknown format version.
     """
     description = read_json(path)
     version = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
@@ -132,7 +132,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if isinstance(description, dict):
         description.setdefault("question_case", "lower")
     if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
-        # Last, so that a file that says them is written again as it was.
+        # Added last, so that a file that has these fields keeps their order when it is written again.
         for name, value in BEFORE_METHODS.items():
             description["prompt"].setdefault(name, value)
     try:
@@ -148,15 +148,15 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_configuration(path: Path, peft_type: str, kind: Any) -> dict[str, Any]:
-    """Read an `adapter_config.json` of PEFT, or of the authors' fork of it.
+    """Read an `adapter_config.json` of PEFT, or of the fork of PEFT by DePT's authors.
 
     Args:
-        path: The file.
-        peft_type: The method that it has to be of.
-        kind: Dataclass of the fields that are needed; a missing one counts as null. There may be others.
+        path: Path of the file.
+        peft_type: Required value of `peft_type`.
+        kind: Dataclass of the checked fields. Missing fields count as null, and further fields are allowed.
 
     Raises:
-        ValueError: If it is damaged, or of another method.
+        ValueError: If the file is damaged, or has another `peft_type`.
     """
     config: dict[str, Any] = read_json(path)
     method = config.get("peft_type") if isinstance(config, dict) else config
@@ -178,19 +178,19 @@ def _check_scale(prompt: Mapping[str, Any]) -> None:
 
 
 def described_method(prompt: Mapping[str, Any]) -> Method:
-    """Return the method at the sizes that a description has.
+    """Return the method and sizes of a prompt's description.
 
     Raises:
         UnknownNameError: If there is no method of this name.
         ValueError: If the method cannot be built with these sizes.
     """
-    # A whole number may stand without its point in JSON.
+    # JSON may have a whole number without a decimal point.
     sizes = {**BEFORE_METHODS, **prompt, "alpha": float(prompt["alpha"])}
     del sizes["scale"]  # follows from the others
     return sized(**sizes)
 
 
 def tensor_shapes(prompt: Mapping[str, Any]) -> dict[str, Shapes]:
-    """Return the shapes of the tensors of a prompt, by its description: by group, by name in the file."""
+    """Return the tensor shapes of a described prompt, by group and by the tensor's name in the file."""
     groups = described_method(prompt).trained()
     return {group: {f"prompt.{k}": v for k, v in named.items()} for group, named in groups.items()}

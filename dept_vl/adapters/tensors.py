@@ -1,4 +1,4 @@
-"""The tensors of an adapter: of which modules they are, how many, and whether they are those described."""
+"""Tensors of an adapter: collecting and counting them, and checking them against the description."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,20 +11,20 @@ from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.prompted import PromptedModel
 
 PREFIXES = ("prompt.", "visual_projection.", "language.")
-"""Of the names of tensors, one for each module that an adapter may hold."""
+"""Prefixes of tensor names, one for each module in an adapter."""
 GROUPS = {"prompt": "prompt", "visual_projection": "visual_projection", "language": "backbone"}
-"""Group of `PromptedModel.parameter_groups`, by prefix; a prompt's second group is of its method."""
+"""Group of `PromptedModel.parameter_groups` by prefix. A prompt's tensors can also be in `low_rank`."""
 FROZEN_ORDER = f"visual_projection.{OBJECT_ORDER}.weight"
-"""Kept with the projection, trained or not: without it the places of the tokens are lost."""
+"""Name of the object order, which is saved with the projection even if it is frozen."""
 
 
 def count_trainable(model: PromptedModel) -> dict[str, int]:
-    """Trained parameters by group, in all, and without the visual projection."""
+    """Return the number of trained parameters of a model; see `count_parameters`."""
     return count_parameters(model.parameter_groups())
 
 
 def count_parameters(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
-    """Parameters by group, in all, and without the visual projection."""
+    """Return the number of parameters by group, in total, and without the visual projection."""
     groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
     total = sum(groups.values())
     return {
@@ -35,13 +35,13 @@ def count_parameters(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[s
 
 
 def parts_of(model: PromptedModel) -> dict[str, nn.Module | None]:
-    """The modules that an adapter may hold, by the prefix of their tensors in the file."""
+    """Return the modules of a model that can be in an adapter, by the prefix of their tensors."""
     modules = (model.prompt, model.backbone.visual_projection, model.backbone.language)
     return dict(zip(PREFIXES, modules, strict=True))
 
 
 def tensors_of(model: PromptedModel) -> dict[str, Tensor]:
-    """What an adapter keeps of a model: all that is trained, and the visual projection."""
+    """Return the tensors that are saved in an adapter: all trained ones, and the visual projection."""
     return {
         prefix + name: parameter
         for prefix, module in parts_of(model).items()
@@ -57,18 +57,16 @@ def check_described(
     trainable_parameters: Mapping[str, int],
     object_order: ObjectOrder | None = None,
 ) -> None:
-    """Compare tensors with their description.
-
-    A model that is built from the description is then no larger than the file.
+    """Check that tensors fit their description, so that a model built from it is no larger than the file.
 
     Args:
-        tensors: By their names in the file.
-        prompt: See `Adapter`.
-        trainable_parameters: See `Adapter`.
-        object_order: Of the backbone; frozen vectors are kept and not counted.
+        tensors: Tensors by their names in the file.
+        prompt: Description of the prompt; see `Adapter`.
+        trainable_parameters: Number of trained parameters by group; see `Adapter`.
+        object_order: Object order of the backbone. If it is frozen, its vectors are not counted.
 
     Raises:
-        ValueError: If there are others, of other shapes, or more or fewer parameters than described.
+        ValueError: If the names, shapes or numbers of parameters differ from the description.
     """
     unknown = [name for name in tensors if not name.startswith(PREFIXES)]
     if unknown:

@@ -1,4 +1,4 @@
-"""A prompt that starts from trained ones: transfer between tasks."""
+"""Initialisation of a prompt from trained prompts, for transfer between tasks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,18 @@ from dept_vl.prompts.dept import DePT
 
 
 def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> None:
-    """Start the prompt of a model from the mean of trained ones.
+    """Initialise the prompt of a model with the mean of trained prompts.
 
-    A visual projection that the only source trained comes along: its prompt knows images through it.
+    A single source with a trained visual projection also sets the model's visual projection.
 
     Args:
-        model: Untrained.
-        paths: Runs or adapters on the same language model.
-        parts: What is taken. The mean of offsets is the nearest of their rank to the mean of A B.
+        model: Untrained model.
+        paths: Folders of runs or adapters that were trained on the same language model.
+        parts: Parts to initialise. Offsets are averaged as the mean of A B, reduced to their rank.
 
     Raises:
-        FileNotFoundError: If a source is missing.
-        ValueError: If a source is of another backbone, or of other sizes than the model's prompt.
+        FileNotFoundError: If a source does not exist.
+        ValueError: If a source was trained on another backbone, or its prompt has other sizes.
     """
     adapters = [Adapter.from_pretrained(path) for path in paths]
     for path, adapter in zip(paths, adapters, strict=True):
@@ -55,7 +55,7 @@ def _vectors(prompt: DePT) -> Tensor:
 
 @torch.no_grad()
 def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
-    """A and B, as large as each other, of the nearest matrix of their rank (Eckart & Young)."""
+    """Set A B to the matrix of its rank nearest to the mean of the sources' products (Eckart & Young)."""
     if prompt.offset_a is None or prompt.offset_b is None:
         return
     products = [s.offset_a @ s.offset_b for s in sources if s.offset_a is not None and s.offset_b is not None]
@@ -68,9 +68,9 @@ def _take_mean_offset(prompt: DePT, sources: Sequence[DePT]) -> None:
 
 
 def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts, sources: int) -> None:
-    """Refuse a source that the model's prompt cannot start from."""
+    """Raise a `ValueError` if the model's prompt cannot be initialised from a source."""
     backbone, trained_on = model.backbone, adapter.backbone
-    # P was learnt in front of this language model's words; what it sees with is no part of that.
+    # P depends on the language model's word embeddings; the vision tower may be another one.
     language = (trained_on["fingerprint"] or {}).get("language")
     if language != backbone.fingerprint["language"]:
         raise ValueError(

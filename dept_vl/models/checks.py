@@ -1,7 +1,7 @@
-"""Models of strangers, checked where they are loaded: damaged, hostile, or with another tokenizer.
+"""Checks of untrusted models while they are loaded, for damaged or hostile files and wrong tokenizers.
 
-transformers makes up a tokenizer where a folder has none, starts missing weights at random, and believes what
-a file says about its size. Here each of these is one error, before much is read; nothing in a folder is run.
+transformers creates a tokenizer if a folder has none, initialises missing weights at random, and trusts sizes
+in files. Here each of these raises an error before much is read, and no code of a folder is run.
 """
 
 import json
@@ -24,17 +24,17 @@ CHECKED_FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
-"""JSON objects; `tokenizer.json` is read by its own library, which is quick."""
+"""Files that have to be JSON objects. `tokenizer.json` is read by its own library, which is fast."""
 TERSE_FILES = CHECKED_FILES[:4]
-"""Of these, texts have no control characters: transformers logs them as they are."""
+"""Files whose texts must have no control characters, because transformers logs them."""
 LARGEST_SIZE = 1 << 27
-"""Above any size in a configuration (the longest contexts are of 10 million)."""
+"""Upper bound on sizes in a configuration (the longest contexts have 10 million tokens)."""
 MOST_LAYERS = 1 << 10
 MOST_EXPERTS = 1 << 10
 TENSORS_ANYWAY = 5_000
 TENSORS_PER_LAYER = 64
 HEADER_PER_TENSOR = 400
-"""Bytes of a safetensors header; about 100 are usual."""
+"""Upper bound on bytes per tensor in a safetensors header; about 100 are usual."""
 WIDTHS = ("d_model", "hidden_size", "n_embd")
 TABLES = (
     *WIDTHS,
@@ -42,22 +42,22 @@ TABLES = (
 )
 LARGEST_HEADER = 1 << 25
 PIXELS = 4096
-"""Edge of the largest image that an image processor may make."""
+"""Largest side in pixels of an image processor's output."""
 CHANNELS = 3
 PLAIN_WORDS = ("the", "what", "red", "is", "no", "two")
 
 
 @contextmanager
 def loading(name: str | Path, what: str) -> Iterator[None]:
-    """Turn whatever a library raises over files of strangers into one error with their place.
+    """Convert the errors of libraries about untrusted files to a `ValueError` that names the files.
 
     Args:
-        name: Name on the Hub, or folder; the files of a folder are checked first.
-        what: Is loaded, such as "a language model".
+        name: Hub name or folder. The files of a folder are checked first.
+        what: Description of what is loaded, such as "a language model".
 
     Raises:
-        ValueError: If the files are damaged, or are not what is loaded.
-        OSError: If there are none, as transformers says it.
+        ValueError: If the files are damaged, or do not contain `what`.
+        OSError: If transformers finds no files.
     """
     if Path(name).is_dir():
         _check_folder(Path(name))
@@ -77,10 +77,10 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check a folder's files by what they say of themselves, in milliseconds.
+    """Check the configurations and headers in a folder, without reading weights.
 
     Raises:
-        ValueError: If they are damaged or hostile.
+        ValueError: If a file is damaged or hostile.
     """
     for name in CHECKED_FILES:
         path = folder / name
@@ -109,7 +109,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _values(content: Any) -> Iterator[tuple[str, Any]]:
-    """All values of JSON content that hold no others, and their dotted names."""
+    """Yield all values in JSON content that are neither objects nor lists, with their dotted names."""
     open_ = [("", content)]
     while open_:
         place, value = open_.pop()
@@ -122,10 +122,10 @@ def _values(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_sizes(config: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Return how many layers and experts a configuration asks for.
+    """Return the numbers of layers and experts in a configuration.
 
     Raises:
-        ValueError: If a size is out of all proportion, or a length or number is negative.
+        ValueError: If a size is too large or negative.
     """
     layers = experts = 0
     for place, value in _values(config):
@@ -149,12 +149,12 @@ def _check_sizes(config: dict[str, Any], path: Path) -> tuple[int, int]:
 
 
 def _check_tables(config: dict[str, Any], path: Path, stored: int) -> None:
-    """Check that the files hold enough for the largest tables of a configuration.
+    """Check that the weight files are large enough for the largest matrices of a configuration.
 
-    transformers fills a table of any size at random before it says that the file's differs.
+    transformers would allocate and fill a matrix of any size before it reports a mismatch.
 
     Raises:
-        ValueError: If a table would be larger than all files (which may pack two numbers to a byte).
+        ValueError: If a matrix would be larger than all files (with up to two numbers per byte).
     """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         sizes = {key: part[key] for key in TABLES if type(part.get(key)) is int}
@@ -168,10 +168,10 @@ def _check_tables(config: dict[str, Any], path: Path, stored: int) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """Check that an index names shards beside it.
+    """Check that an index only names files in its own folder.
 
     Raises:
-        ValueError: If it is damaged, or names something else.
+        ValueError: If the index is damaged, or names other or missing files.
     """
     content = read_json(path, json.loads)
     names = content.get("weight_map") if isinstance(content, dict) else None
@@ -188,10 +188,10 @@ def _check_index(path: Path) -> None:
 
 
 def _check_header(path: Path, most: int) -> None:
-    """Check the header of a safetensors file against what the configuration can need.
+    """Check that the header of a safetensors file has at most `most` tensors.
 
     Raises:
-        ValueError: If it is damaged or far too large.
+        ValueError: If the header is damaged or too large.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -225,15 +225,15 @@ def _check_header(path: Path, most: int) -> None:
 
 
 def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | None = None) -> None:
-    """Refuse weights that transformers made up because the files lack them.
+    """Check that no weights were missing in a model's files.
 
     Args:
-        name: Of the model, for the message.
-        info: What `from_pretrained(..., output_loading_info=True)` says.
-        unused: Part of the names of those that are never used.
+        name: Name of the model, for the error message.
+        info: Loading information of `from_pretrained(..., output_loading_info=True)`.
+        unused: Part of the names of weights that are not used and may be missing.
 
     Raises:
-        ValueError: If some are missing, with the first.
+        ValueError: If weights are missing.
     """
     missing = sorted(key for key in info["missing_keys"] if unused is None or unused not in key)
     if missing:
@@ -245,11 +245,11 @@ def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | No
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """Load a tokenizer from its own files; `check_tokenizer` says whether it is the model's.
+    """Load a tokenizer from its own files; `check_tokenizer` checks that it belongs to the model.
 
     Raises:
-        ValueError: If there are no files of one, or they are damaged.
-        OSError: If there is no such model, as transformers says it.
+        ValueError: If there are no files of a tokenizer, or they are damaged.
+        OSError: If transformers finds no such model.
     """
     with loading(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -277,16 +277,16 @@ def _has(name: str | Path, file: str) -> bool:
 
 
 def check_tokenizer(tokenizer: Any, model: nn.Module, name: str | Path) -> None:
-    """Refuse a tokenizer that is not the model's.
+    """Check that a tokenizer belongs to a model.
 
     Args:
-        tokenizer: Of transformers.
-        model: Its word embeddings have a row for each token.
-        name: Of the model, for messages.
+        tokenizer: Tokenizer of transformers.
+        model: Model with word embeddings.
+        name: Name of the model, for the error message.
 
     Raises:
-        ValueError: If a token has no row in the word embeddings, the configuration names other special
-            tokens, or plain words are lost.
+        ValueError: If a token has no row in the embedding matrix, the configuration has other special tokens,
+            or common words cannot be encoded and decoded.
     """
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     # bart-large-cnn is published without a row for `<mask>`, which no text has.
@@ -308,9 +308,9 @@ def check_tokenizer(tokenizer: Any, model: nn.Module, name: str | Path) -> None:
 
 
 def _check_special_tokens(tokenizer: Any, config: Any, name: str | Path) -> None:
-    """Compare the special tokens that tokenizer and configuration both name.
+    """Raise a `ValueError` if tokenizer and configuration name different special tokens.
 
-    A decoder-only model that was tuned to chat may end with another of its special tokens.
+    The tokenizer of a decoder-only model may use any of its special tokens, as some chat models do.
     """
     special = set(tokenizer.all_special_ids) | {
         id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -339,10 +339,10 @@ def _comes_back(tokenizer: Any, word: str) -> bool:
 
 
 def check_processor(processor: Any, name: str | Path) -> None:
-    """Refuse an image processor whose images are of absurd size, or that are not of three channels.
+    """Check the image size and the number of channels of an image processor, before it is used.
 
     Raises:
-        ValueError: If it is so; nothing was made of it yet.
+        ValueError: If the images would be too large, or would not have three channels.
     """
     for field in ("size", "crop_size"):
         given = getattr(processor, field, None)

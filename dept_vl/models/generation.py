@@ -1,8 +1,8 @@
-"""Generation settings for transformers, from the caller's options and the model's token ids alone.
+"""Generation with settings from the caller's options and the model's token ids only.
 
-A checkpoint's `generation_config.json` (with old ones the generation fields of `config.json`) has habits:
-summaries of 56 tokens and more, sampling, four beams, no three tokens twice. transformers takes each for an
-option that the caller left out. Here they are left out.
+transformers fills options that the caller omits from the checkpoint's `generation_config.json` (in old ones,
+`config.json`), such as a minimum of 56 tokens, sampling, four beams or no repeated trigrams. These settings
+are ignored here.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from dept_vl.models.tokens import WORD
 
 GENERATING = RLock()
-"""While a model has our settings: threads of a server may share it."""
+"""Lock for the time in which a model has our settings, because threads of a server may share the model."""
 MARIAN = "marian"
 
 
 def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
-    """Generation settings that a model and its tokenizer imply, which are those that training teaches.
+    """Return the generation settings that follow from a model and its tokenizer.
 
-    No token is forced: the first of BART's answers, `<s>`, and the last are learnt as all others are.
+    No token is forced, not even `<s>` at the start of BART's answers, because all are learnt in training.
     """
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if not model.config.is_encoder_decoder:
@@ -30,7 +30,7 @@ def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
     labels = torch.tensor([tokenizer(text_target=WORD).input_ids])
     ids["decoder_start_token_id"] = int(model.prepare_decoder_input_ids_from_labels(labels)[0, 0])
     if model.config.model_type == MARIAN:
-        # Its padding has a score that nothing ever taught, often the highest.
+        # The logit of Marian's padding token was never trained, and is often the highest.
         ids["bad_words_ids"] = [[tokenizer.pad_token_id]]
     return ids
 
@@ -41,23 +41,23 @@ def generate(
     options: dict[str, Any],
     inputs: dict[str, Any],
 ) -> torch.Tensor:
-    """Call `model.generate` with these settings alone.
+    """Call `model.generate` without the checkpoint's own settings.
 
     Args:
-        model: Of transformers; its own `generation_config` is as before afterwards.
-        special: Of `special_tokens`.
-        options: Of the caller, whatever `generate` of transformers takes; they come before `special`. Who
-            wants the habits of the checkpoint says so: `generation_config=model.generation_config`.
-        inputs: What is read.
+        model: Model of transformers, whose `generation_config` is restored afterwards.
+        special: Settings from `special_tokens`.
+        options: Options of transformers' `generate`, which override `special`. To use the checkpoint's own
+            settings, pass `generation_config=model.generation_config`.
+        inputs: Model inputs.
     """
     asked: GenerationConfig | None = options.get("generation_config")
     settings = GenerationConfig(**special | (asked.to_diff_dict() if asked is not None else {}))
     others = settings.update(**{k: v for k, v in options.items() if k != "generation_config"})
     run: Callable[..., torch.Tensor] = model.generate
-    # A pretrained model may let a part of it generate.
+    # A pretrained model may call `generate` of one of its modules.
     parts = [module for module in model.modules() if getattr(module, "generation_config", None) is not None]
     with GENERATING:
-        # transformers fills what is not set from the model's own, whichever settings it is given.
+        # transformers fills unset settings from the model's own, even if it is given others.
         own = [part.generation_config for part in parts]
         try:
             for part in parts:

@@ -1,4 +1,4 @@
-"""CUDA graphs: what a function launches is recorded once, and launched together from then on."""
+"""Recording of CUDA graphs, which launch all kernels of a function at once."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -9,24 +9,24 @@ from torch import Tensor
 
 Inputs = Mapping[str, Tensor | None]
 SHAPES = 16
-"""Text lengths at most, so that graphs stay few; longer texts are padded to coarser multiples."""
+"""Maximum number of different text lengths, and so of graphs; longer texts are padded to larger multiples."""
 TILE = 8
-"""What a GPU pads to."""
+"""Smallest multiple that texts are padded to on a GPU."""
 
 
 def padding_multiple(max_source_length: int) -> int:
-    """Return what lengths are rounded up to, so that there are at most `SHAPES` of texts."""
+    """Return the multiple that text lengths are padded to, so that there are at most `SHAPES` lengths."""
     return TILE * -(-max_source_length // (TILE * SHAPES))
 
 
 def shape_of(inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
-    """Return what a graph is recorded for: names, sizes and types of its inputs."""
+    """Return the names, shapes and data types of inputs, which identify a graph."""
     return tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in sorted(inputs.items()))
 
 
 @contextmanager
 def aside(device: torch.device) -> Iterator[None]:
-    """A stream of its own, for what comes before a recording."""
+    """Run a `with` statement in a separate CUDA stream, for warm-up before a recording."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -35,15 +35,15 @@ def aside(device: torch.device) -> Iterator[None]:
 
 
 def new_pool() -> Any:
-    """Memory that graphs share."""
+    """Return a memory pool that graphs can share."""
     return torch.cuda.graph_pool_handle()
 
 
 def record(step: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record what a step launches; nothing is computed.
+    """Record a CUDA graph of a step, without computing anything.
 
     Returns:
-        What launches it, and the tensor that it writes its result to.
+        Function that launches the graph, and the tensor that it writes the result to.
 
     Raises:
         RuntimeError: If the step cannot be recorded.
@@ -55,7 +55,7 @@ def record(step: Callable[[], Tensor], pool: Any, device: torch.device) -> tuple
         with torch.cuda.graph(graph, pool=pool):
             result = step()
     except RuntimeError:
-        # A recording that failed leaves the generator and the allocator in recording mode.
+        # After a failed recording, the generator and the allocator are still in recording mode.
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index or 0, pool)
         fresh = torch.Generator(device)

@@ -1,8 +1,8 @@
-"""Image features of a pretrained model: what it computes from an image before it reads any text.
+"""Image features of pretrained models, which can be computed in advance and stored.
 
-Store the output of its `get_image_features`, and return it in place of pixels later: the vectors of BLIP-2's
-Q-Former, the projected patches of LLaVA, PaliGemma, Gemma 3, Florence-2 and T5Gemma 2. Raise where the output
-depends on the question, or where its length depends on the image.
+The features are the outputs of a model's `get_image_features`, such as the vectors of BLIP-2's Q-Former or
+the projected patches of LLaVA, PaliGemma, Gemma 3, Florence-2 and T5Gemma 2. Models whose features depend on
+the question, or whose number of features depends on the image, are not supported.
 """
 
 import inspect
@@ -24,22 +24,22 @@ from dept_vl.models.source import QUESTION, SourceReader
 from dept_vl.models.vision import VisionEncoder
 
 PIXELS, FEATURES = "pixel_values", "image_features"
-"""What a source has of its images; the second in place of the first."""
+"""Keys of the pixels of images in a source, and of the features that replace them."""
 SIZES = ((64, 64), (640, 160), (200, 900))
-"""Of images that tell whether all have as many tokens."""
+"""Sizes of the test images for whether all images have the same number of tokens."""
 OTHER_QUESTION = "is it two"
 
 
 class ImageFeatures(VisionEncoder):
-    """The part of a pretrained model that reads images, as `VisionEncoder` is one.
+    """Image encoder of a pretrained model, with the interface of `VisionEncoder`.
 
     Args:
-        model: Of transformers.
-        reader: Makes pixels.
-        exif: Turn images as their EXIF orientation says.
+        model: Model of transformers.
+        reader: Reader that preprocesses images.
+        exif: Whether to rotate images by their EXIF orientation.
 
     Raises:
-        UsageError: If what it makes of an image cannot be kept.
+        UsageError: If the model's image features cannot be stored.
     """
 
     def __init__(self, model: PreTrainedModel, reader: SourceReader, *, exif: bool) -> None:
@@ -65,7 +65,7 @@ class ImageFeatures(VisionEncoder):
             raise UsageError("features of images are not kept while what makes them is trained")
 
     def _problem(self, source: Mapping[str, Tensor]) -> str:
-        """What is in the way of keeping features; empty if nothing is."""
+        """Return the reason why features cannot be stored, or an empty string."""
         if not hasattr(self.model, "get_image_features"):
             return "no get_image_features is known"
         if any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
@@ -81,7 +81,7 @@ class ImageFeatures(VisionEncoder):
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For processes that read images: they compute nothing."""
+        """Return the state without the model, for worker processes that only preprocess images."""
         return {**vars(self), "_modules": {}, "own_weights": {}}
 
     def weights(self) -> dict[str, Tensor]:
@@ -104,14 +104,14 @@ class ImageFeatures(VisionEncoder):
 
 
 def inputs_of(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a source a model reads its images from."""
+    """Return the inputs of a source that are arguments of the model's `get_image_features`."""
     taken = inspect.signature(model.get_image_features).parameters
     device = model.get_input_embeddings().weight.device
     return {name: value.to(device) for name, value in source.items() if name in taken}
 
 
 def encoded(model: PreTrainedModel, source: Mapping[str, Tensor]) -> Any:
-    """What a model makes of the images of a source, without dropout."""
+    """Return the output of `get_image_features` for a source, in evaluation mode."""
     was_training = {part for part in model.modules() if part.training}
     model.eval()
     try:
@@ -123,14 +123,14 @@ def encoded(model: PreTrainedModel, source: Mapping[str, Tensor]) -> Any:
 
 @torch.no_grad()
 def output_of(model: PreTrainedModel, reader: SourceReader) -> tuple[type, bool]:
-    """In what a model has what it makes of images, and whether that is one tensor for all."""
+    """Return the class of the model's image output, and whether its features are a single tensor."""
     made = encoded(model, reader.process([QUESTION], [[Image.new("RGB", SIZES[0])]]))
     return type(made), isinstance(made.pooler_output, Tensor)
 
 
 @torch.no_grad()
 def image_parts(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """The modules by name that a model reads images with, and those around them."""
+    """Return the modules that a model reads images with, and the modules that contain them, by name."""
     parts = {name: part for name, part in model.named_modules() if hasattr(part, "get_image_features")}
     hooks = [
         module.register_forward_pre_hook(lambda part, _, name=name: parts.update({name: part}))
@@ -146,11 +146,11 @@ def image_parts(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[st
 
 @contextmanager
 def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterator[None]:
-    """Within, what a model gets as pixels is what it makes of images.
+    """Let a model take image features in place of pixels within a `with` statement.
 
     Args:
-        model: Of transformers.
-        output: See `output_of`.
+        model: Model of transformers.
+        output: Class and form of the image output; see `output_of`.
     """
     kind, together = output
 
@@ -159,7 +159,7 @@ def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterato
 
     makers = [part for part in model.modules() if hasattr(part, "get_image_features")]
     replaced: list[tuple[nn.Module, str, Any]] = [(maker, "get_image_features", given) for maker in makers]
-    if hasattr(model, "qformer"):  # BLIP-2's own `generate` calls its parts itself
+    if hasattr(model, "qformer"):  # BLIP-2's `generate` does not call `get_image_features`
         replaced += [
             (model.vision_model, "forward", lambda pixel_values, **_: BaseModelOutput(pixel_values)),
             (

@@ -1,13 +1,13 @@
-"""The two classes of language model, behind one interface: embed, encode, logits, generate.
+"""Encoder-decoders and decoder-only language models with a common interface: embed, encode, logits, generate.
 
-|                | `EncoderDecoder` (T5, BART)           | `DecoderOnly` (GPT-2, Llama)                |
-|----------------|---------------------------------------|---------------------------------------------|
-| reads          | `[prompt ; text ; visual]`, both ways | `[prompt ; start ; visual ; text ; answer]` |
-| `encode` gives | the encoder's output                  | the embeddings, still to be read            |
-| padding        | last                                  | first, so that the answer follows the text  |
-| `generate`     | a start token, then the answer        | the answer alone                            |
+|            | `EncoderDecoder` (T5, BART)                | `DecoderOnly` (GPT-2, Llama)                |
+|------------|--------------------------------------------|---------------------------------------------|
+| input      | `[prompt ; text ; visual]`, bidirectional  | `[prompt ; start ; visual ; text ; answer]` |
+| `encode`   | returns the encoder's output               | returns the embeddings                      |
+| padding    | on the right                               | on the left, so the answer follows the text |
+| `generate` | returns a start token and the answer       | returns the answer                          |
 
-The start token is there where the tokenizer puts one in front of texts (Llama's does).
+A decoder-only model has the start token if its tokenizer puts one in front of texts, as Llama's does.
 """
 
 import inspect
@@ -41,21 +41,21 @@ SUPPORTED = (
     "encoder-decoders with T5's or BART's positions (T5, FLAN-T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, "
     "Marian) and decoder-only models (GPT-2, Llama, Mistral, Qwen2 and their like)"
 )
-"""Language models, for messages."""
+"""Supported language models, for error messages."""
 
 
 def load_language(name_or_path: str | Path) -> PreTrainedModel:
-    """An encoder-decoder or a decoder-only model of the Hub or the disk, in full precision.
+    """Load a language model from the Hub or a folder, in full precision.
 
     Raises:
-        ValueError: If its configuration is of neither class, it brings code of its own, or its files are
-            damaged.
+        ValueError: If it is neither an encoder-decoder nor a decoder-only model, if it needs its own code, or
+            if its files are damaged.
     """
-    # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+    # Without trust_remote_code=False, transformers asks whether to run code of the model's folder.
     with loading(name_or_path, "a language model"):
         try:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except ValueError as error:  # a type of which transformers knows nothing
+        except ValueError as error:  # unknown model type
             problem = one_line(error).partition(". ")[0]
             raise ValueError(
                 f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
@@ -82,13 +82,13 @@ class LanguageModel:
     """Word embeddings and positions of a language model.
 
     Args:
-        model: Of transformers.
-        text_model: The part of it that reads the text: the encoder, or the whole decoder-only stack.
-        name: Of the backbone, for messages.
+        model: Model of transformers.
+        text_model: Part of `model` that reads the text: the encoder, or the decoder of a decoder-only model.
+        name: Name of the backbone, for error messages.
 
     Attributes:
-        counts_text: Positions are columns counted from the text's first, whatever is before it.
-        special_tokens: Of `generation.special_tokens`; `wrap_language_model` sets them.
+        counts_text: Whether positions are counted from the first text column, whatever is in front of it.
+        special_tokens: Settings from `generation.special_tokens`, set by `wrap_language_model`.
     """
 
     def __init__(self, model: PreTrainedModel, text_model: PreTrainedModel, name: str) -> None:
@@ -100,24 +100,24 @@ class LanguageModel:
         self.special_tokens: dict[str, Any] = {}
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the model uses them (BART's scale included)."""
+        """Return the word embeddings of tokens as the model uses them (with BART's scale)."""
         embeddings: Tensor = self.word_embeddings(input_ids)
-        # BART's embedding scales by itself; Pegasus' and Marian's encoders do it, for input_ids alone.
+        # BART's embedding module applies the scale. The encoders of Pegasus and Marian do so for input_ids.
         scales_itself = hasattr(self.word_embeddings, "embed_scale")
         scale: float = 1.0 if scales_itself else getattr(self.text_model, "embed_scale", 1.0)
         return embeddings * scale if scale != 1.0 else embeddings
 
     @property
     def positions(self) -> int | None:
-        """How many there are; None where there is no limit."""
+        """Number of positions; None if there is no limit."""
         limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
         return limit
 
     def check_positions(self, holder: str, **parts: int) -> None:
-        """Refuse an input for which the model has too few positions.
+        """Check that the model has enough positions for all parts of an input.
 
         Raises:
-            ValueError: With the limit and what each part takes of it.
+            ValueError: If it has too few. The message names the limit and the length of each part.
         """
         limit, needed = self.positions, sum(parts.values())
         if limit is not None and needed > limit:
@@ -129,10 +129,7 @@ class LanguageModel:
 
 
 class Answerer(LanguageModel, ABC):
-    """A language model that scores and generates answers; `vlm` has one more.
-
-    Its arguments and attributes are those of `LanguageModel`.
-    """
+    """Base class of language models that score and generate answers; see `LanguageModel` for arguments."""
 
     @abstractmethod
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
@@ -142,23 +139,23 @@ class Answerer(LanguageModel, ABC):
     def logits(
         self, encoded: Any, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
     ) -> Float[Tensor, "batch target vocabulary"]:
-        """Scores of each token of the answer, those before it given."""
+        """Return the logits of each answer token, given the tokens before it."""
 
     @abstractmethod
     def generate(
         self, encoded: Any, mask: Bool[Tensor, "batch source"], **options: Any
     ) -> Int[Tensor, "sequences target"]:
-        """Decode; new tokens, behind the decoder's start where there is one."""
+        """Generate token ids of answers, after the decoder's start token if there is one."""
 
 
 class EncoderDecoder(Answerer):
-    """A T5- or BART-like model: its encoder reads, its decoder answers.
+    """T5- or BART-like model, whose encoder reads the source and whose decoder answers.
 
     Args:
-        model: Of transformers.
-        name: Of the backbone, for messages.
+        model: Model of transformers.
+        name: Name of the backbone, for error messages.
         visual_position_bias: See `VisualPositionBias`.
-        visual_normed: Visual tokens bypass the encoder's norm of embeddings.
+        visual_normed: Whether visual tokens bypass the encoder's norm of embeddings.
 
     Raises:
         ValueError: If the encoder has neither T5's nor BART's positions.
@@ -177,7 +174,7 @@ class EncoderDecoder(Answerer):
             self.counts_text = TextPositions(self.text_model, visual_normed).counts_text
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `Backbone.check_length`. The decoder has positions of its own for the answer."""
+        """See `FrozenBackbone.check_length`."""
         self.check_positions("encoder", prompt=prompt, text=text, visual=visual)
 
     def encode(
@@ -187,13 +184,13 @@ class EncoderDecoder(Answerer):
         visual: Float[Tensor, "batch visual d_model"] | None,
         prompt_length: int,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """The encoder's output and the mask for the decoder's cross-attention; see `Backbone.encode`."""
+        """Return the encoder's output and the cross-attention mask; see `Backbone.encode`."""
         visual_length = 0 if visual is None else visual.shape[1]
         if visual is not None:
             embeddings = torch.cat([embeddings, visual.to(embeddings.dtype)], dim=1)
             mask = torch.cat([mask, mask.new_ones(visual.shape[:2])], dim=1)
             if self.visual_position_bias == "relative":
-                # Padding between text and image would shift the image's positions: it goes last.
+                # Padding between text and image would shift the image's positions.
                 embeddings, mask = pack(embeddings, mask)
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
         if self.visual_position_bias == "relative":
@@ -206,7 +203,7 @@ class EncoderDecoder(Answerer):
         mask: Bool[Tensor, "batch source"],
         labels: Int[Tensor, "batch target"],
     ) -> Float[Tensor, "batch target vocabulary"]:
-        """Scores of each token of the answer, those before it given."""
+        """Return the logits of each answer token, given the tokens before it."""
         logits: Tensor = self.model(
             encoder_outputs=encoded,
             attention_mask=mask,
@@ -218,23 +215,22 @@ class EncoderDecoder(Answerer):
     def generate(
         self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], **options: Any
     ) -> Int[Tensor, "sequences target"]:
-        """Decode; the first token is the decoder's start."""
+        """Generate token ids of answers, which begin with the decoder's start token."""
         inputs = {"encoder_outputs": encoded, "attention_mask": mask}
         return generate(self.model, self.special_tokens, options, inputs)
 
 
 class DecoderOnly(Answerer):
-    """A GPT-2- or Llama-like model: prompt, text and answer are one sequence.
+    """GPT-2- or Llama-like model, in which prompt, text and answer are one sequence.
 
     Args:
-        model: Of transformers.
-        tokenizer: Where it has no padding token, as GPT-2's, the end of text is taken for one; masks tell
-            them apart.
-        name: Of the backbone, for messages.
+        model: Model of transformers.
+        tokenizer: Tokenizer of the model. If it has no padding token, its end-of-text token is used.
+        name: Name of the backbone, for error messages.
 
     Raises:
-        ValueError: If the model reads both ways (BERT), or takes no positions (Bloom, Mamba);
-            or if the tokenizer has no end of text.
+        ValueError: If the model is bidirectional (BERT) or takes no position ids (Bloom, Mamba), or if the
+            tokenizer has no end-of-text token.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
@@ -258,11 +254,11 @@ class DecoderOnly(Answerer):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.starts = int(tokenizer(WORD).input_ids[0] == tokenizer.bos_token_id)
-        # Of rows with different prompts, so that all have their text in the same columns; packed by `encode`.
+        # Rows with different prompts then have their text in the same columns, until `encode` moves padding.
         self.counts_text = True
 
     def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `Backbone.check_length`."""
+        """See `FrozenBackbone.check_length`."""
         images = {"visual": visual} if visual else {}
         self.check_positions("context", prompt=prompt, text=text, **images, answer=answer)
 
@@ -273,7 +269,7 @@ class DecoderOnly(Answerer):
         visual: Float[Tensor, "batch visual d_model"] | None,
         prompt_length: int,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """The embeddings, read together with the answer only, padding first; and their mask."""
+        """Return the embeddings and their mask, with padding on the left; see `Backbone.encode`."""
         if visual is not None:  # the question sees the image, and the answer follows the question
             front = prompt_length + self.starts
             seen = visual.to(embeddings.dtype)
@@ -289,7 +285,7 @@ class DecoderOnly(Answerer):
         mask: Bool[Tensor, "batch source"],
         labels: Int[Tensor, "batch target"],
     ) -> Float[Tensor, "batch target vocabulary"]:
-        """Scores of each token of the answer, those before it given; of no token of the text.
+        """Return the logits of each answer token, given the tokens before it.
 
         Raises:
             ValueError: If source and answer are longer than the context.
@@ -305,19 +301,19 @@ class DecoderOnly(Answerer):
             use_cache=False,
             logits_to_keep=labels.shape[1] + 1,
         ).logits
-        return logits[:, :-1]  # each token is foretold at the one before it
+        return logits[:, :-1]  # each token is predicted at the position before it
 
     def generate(
         self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], **options: Any
     ) -> Int[Tensor, "sequences target"]:
-        """Decode; new tokens only.
+        """Generate token ids of answers, without the source.
 
         Raises:
             ValueError: If source and answer (`max_new_tokens`) are longer than the context.
         """
         source = encoded.last_hidden_state
         self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens", 0))
-        # Positions are counted from the mask, and kept, by `generate` itself.
+        # `generate` computes positions from the mask.
         inputs = {"inputs_embeds": source, "attention_mask": mask.long()}
         return generate(self.model, self.special_tokens, options, inputs)
 
@@ -329,10 +325,10 @@ def wrap_language_model(
     visual_position_bias: VisualPositionBias,
     visual_normed: bool = False,
 ) -> EncoderDecoder | DecoderOnly:
-    """Wrap a language model of transformers in the class that fits it.
+    """Wrap a language model of transformers in `EncoderDecoder` or `DecoderOnly`.
 
     Raises:
-        ValueError: If its tokenizer is made for the other class, or as the class raises.
+        ValueError: If the class raises it, or if the tokenizer does not fit the class.
     """
     wrapper: EncoderDecoder | DecoderOnly
     if model.config.is_encoder_decoder:
@@ -351,5 +347,5 @@ def wrap_language_model(
 
 
 def reads_in_blocks(model: PreTrainedModel) -> bool:
-    """Whether the encoder's self-attention goes by blocks of the source, as both of LongT5's do."""
+    """Return whether the encoder's self-attention is restricted to blocks of the source, as in LongT5."""
     return hasattr(model.config, "encoder_attention_type")

@@ -1,4 +1,4 @@
-"""Options of the models, by name; this module imports no engine."""
+"""Options of the models; imports no torch."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,50 +11,50 @@ from dept_vl._utils.options import Options
 from dept_vl.prompts.options import PositiveSize
 
 VisualPositionBias = Literal["none", "relative"]
-"""What the language model's own position signal says of visual tokens.
+"""Position information of visual tokens in the language model.
 
-`none`: nothing, as published. T5's relative bias is zero for every pair with a visual token; BART's
-learned positions count the text alone (the prompt has none either).
-`relative`: the stock Hugging Face encoder on `[prompt ; text ; visual]`, every position counted. Decoder-only
-models with images always do.
+`none`: none, as published. T5's relative bias is zero for every pair with a visual token. BART's learned
+positions are only added to the text (and not to the prompt).
+`relative`: the unchanged Hugging Face encoder, in which every position of `[prompt ; text ; visual]` counts.
+Decoder-only models with images always use it.
 """
 
 ObjectOrder = Literal["frozen", "trained", "none"]
-"""The vector that is added to each visual token for its place in the image.
+"""Position vector that is added to each visual token for its place in the image.
 
-`frozen`: random and never trained, as published. `trained`: with the visual projection, and counted with it.
-`none`: no such vector; with `visual_position_bias` none the language model then reads a set of patches.
+`frozen`: random and never trained, as published. `trained`: trained and counted with the visual projection.
+`none`: no vector. With `visual_position_bias` none, the language model then reads a set of patches.
 """
 
 VisualNorm = Literal["once", "twice"]
-"""Whether visual tokens, which the projection has normed, pass through BART's `layernorm_embedding` as well.
+"""Number of times that visual tokens are normalised: by the projection, and by BART's `layernorm_embedding`.
 
-`once`: they do not, as published. `twice`: they do, as in the stock encoder, in everything that was trained
-before there was a choice, and always with `visual_position_bias` relative. T5 has no such norm.
+`once`: only by the projection, as published. `twice`: by both, as in the unchanged encoder, in older runs,
+and always with `visual_position_bias` relative. T5 has no such norm.
 """
 
 ImageFit = Literal["squash", "crop", "pad", "own"]
-"""How an image gets the shape of the image encoder's pixels, which is square for most.
+"""Method to fit an image to the input shape of the image encoder, which is usually square.
 
-`squash`: both sides are resized, as published; nothing is lost, and shapes are distorted.
-`crop`: the centre is cut out; of a photograph of 640 x 480 a quarter is never seen.
-`pad`: the image keeps its shape between bars of the mean colour.
-`own`: what the encoder's own processor does, which is one of these: CLIP's crops, SigLIP's squashes. All was
-made with it before there was a choice. An image that has the shape already is always left to it.
+`squash`: resize both sides, as published. Nothing is lost, but the aspect ratio changes.
+`crop`: crop the centre. For a photograph of 640 x 480, this loses a quarter.
+`pad`: keep the aspect ratio and pad with the mean colour.
+`own`: use the method of the encoder's own processor (CLIP crops, SigLIP squashes), as in older runs. An image
+that already has the shape is always left to the processor, unless that would cut off a margin.
 """
 BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice", "image_fit": "own"}
-"""What older files leave out: what was built before there was a choice."""
+"""Defaults for older files, which lack these options."""
 
 
 LoadIn = Literal["", "4bit", "8bit"]
-"""In how many bits bitsandbytes keeps the linear layers of a pretrained model; empty for full precision."""
+"""Quantisation of a pretrained model's linear layers by bitsandbytes; empty for full precision."""
 
 TrainedPart = Literal["all", "biases", "lora"]
-"""What of the language model is trained where it is not frozen."""
+"""Part of the language model that is trained if it is not frozen."""
 
 
 LARGEST_GRID = 256
-"""Side of a pooled grid; towers have 50 or so at most."""
+"""Largest side of a pooled grid; vision towers have about 50 patches per side at most."""
 
 
 @dataclass(frozen=True)
@@ -62,63 +62,62 @@ class BackboneOptions(Options):
     """The frozen models."""
 
     backbone: Path | None = None
-    """Folder of a saved backbone, such as data/tiny-clip-t5; or model, or vision and language, instead."""
+    """Folder of a saved backbone, such as data/tiny-clip-t5. Alternatives: model, or vision and language."""
     model: str | None = None
-    """Hub name or folder of a pretrained vision-language model, such as Salesforce/blip2-flan-t5-xl or
-    Qwen/Qwen2.5-VL-3B-Instruct: any of transformers' AutoModelForImageTextToText; or, for text alone, of
-    AutoModelForCausalLM and AutoModelForSeq2SeqLM."""
+    """Hub name or folder of a pretrained model: a vision-language model of AutoModelForImageTextToText, such
+    as Salesforce/blip2-flan-t5-xl or Qwen/Qwen2.5-VL-3B-Instruct, or, for text alone, a model of
+    AutoModelForCausalLM or AutoModelForSeq2SeqLM."""
     text_form: str = ""
-    """How model is asked: chat for its chat template, or a text with {text} (and {image}); left out, the chat
-    template where there is one, else as its authors ask it. The adapter keeps it."""
+    """Form of the questions to model: chat for its chat template, or a text with {text} (and {image}). By
+    default, its chat template if it has one, else the form of its authors. Saved with the adapter."""
     load_in: LoadIn = ""
-    """Keep the linear layers of model in 4bit (NF4) or 8bit, by bitsandbytes; prompts and gradients stay in
-    full precision."""
+    """Quantise the linear layers of model to 4bit (NF4) or 8bit by bitsandbytes. Prompts and gradients stay
+    in full precision."""
     device_map: Literal["", "auto"] = ""
-    """auto: one process spreads model over all its devices, and the memory of the processor."""
+    """auto: spread model over all devices of one process and the memory of the CPU."""
     vision: str | None = None
     """Hub name or folder of the image encoder, such as openai/clip-vit-base-patch32."""
     language: str | None = None
     """Hub name or folder of the encoder-decoder, such as google-t5/t5-base or facebook/bart-base, or of a
     decoder-only model, such as openai-community/gpt2 or Qwen/Qwen2.5-0.5B."""
     vision_layer: Annotated[int, Field(ge=-1000, le=1000)] = -1
-    """Hidden state of the image encoder that is read: -1 the last, -2 the penultimate."""
+    """Hidden state of the image encoder to use: -1 for the last, -2 for the penultimate."""
     class_token: bool = False
     """Keep the image encoder's class token."""
     pooled_grid: Annotated[int, Field(ge=0, le=LARGEST_GRID)] = 0
-    """Max-pool the patches to a square of this side; 0 keeps them all."""
+    """Side of the square grid that patches are max-pooled to; 0 to keep all patches."""
     exif: bool = True
-    """Turn images as their EXIF orientation says; --no_exif takes pixels as they are stored."""
+    """Rotate images by their EXIF orientation; --no_exif uses pixels as they are stored."""
     image_fit: ImageFit | Literal["auto"] = "auto"
-    """How images become square. squash: resized, nothing is lost (published); crop: the centre is cut out;
-    pad: between bars of the mean colour; own: what the encoder's processor does, as in older runs; auto: the
-    backbone folder's own, else squash."""
+    """Method to make images square. squash: resize both sides (published); crop: crop the centre; pad: pad
+    with the mean colour; own: method of the encoder's processor, as in older runs; auto: value in the
+    backbone folder, else squash."""
     visual_position_bias: VisualPositionBias = "none"
-    """none: the language model's own positions leave visual tokens out (published); relative: stock; of
-    decoder-only models always relative."""
+    """Positions of visual tokens in the language model. none: none (published); relative: those of the
+    unchanged model, as always in decoder-only models."""
     object_order: ObjectOrder | Literal["auto"] = "auto"
-    """Vector of each visual token's place. frozen: random, not trained (published); trained: with the visual
-    projection; none: the language model reads a set of patches; auto: the backbone folder's own, else
-    frozen."""
+    """Position vector of each visual token. frozen: random, not trained (published); trained: trained with
+    the visual projection; none: no vector; auto: value in the backbone folder, else frozen."""
     visual_norm: VisualNorm | Literal["auto"] = "auto"
-    """once: visual tokens bypass BART's norm of embeddings, having their own (published); twice: they pass
-    through both, as in older runs; auto: the backbone folder's own, else once. T5 has no such norm."""
+    """Norms of visual tokens. once: that of the projection (published); twice: BART's norm of embeddings too,
+    as in older runs; auto: value in the backbone folder, else once. T5 has no such norm."""
     backbone_dropout: bool = True
-    """Dropout in the frozen language model while training."""
+    """Use the dropout of the frozen language model in training."""
     train_projection: bool = True
-    """Train the visual projection, as every published row does."""
+    """Train the visual projection, as in all published results."""
     train_backbone: bool = False
-    """Train the language model too: full fine-tuning, the ceiling to compare with."""
+    """Train the language model too (full fine-tuning), as an upper bound for comparisons."""
     train_only: TrainedPart = "all"
-    """With train_backbone: all of it; biases alone (BitFit; T5 has none: the scales of its norms); or lora,
-    the pairs of LoRA that peft adds to the attention's queries and values."""
+    """Part that train_backbone trains: all; biases (BitFit; in T5, which has none, the scales of norms); or
+    lora, which peft adds to the query and value projections of the attention."""
     lora_rank: PositiveSize = 8
-    """Rank of each pair of LoRA."""
+    """Rank of LoRA."""
 
     def loading(self) -> dict[str, Any]:
         """Return the arguments of `models.vlm.open_backbone`.
 
         Raises:
-            UsageError: If options of two models that are joined are given besides a whole one.
+            UsageError: If an option does not apply to the kind of backbone that is given.
         """
         if self.model is not None:
             usual, free = BackboneOptions(), {"model", "text_form", "exif", "backbone_dropout"}

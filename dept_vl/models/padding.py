@@ -1,7 +1,7 @@
-"""Columns of padded rows: taken in another order, packed to one side, inserted in front of the text.
+"""Reordering of columns in padded batches: moving padding to one side, and inserting columns.
 
-This is the only place where padding is moved. Prompts (`prompts.dept`) are given rows that are packed
-already, so that a column of the text is its position.
+Padding is moved only here. Prompts (`prompts.dept`) get rows whose padding is on the right, so that the
+column of a text token is its position.
 """
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 def packing(
     mask: Bool[Tensor, "batch length"], *, padding_first: bool = False
 ) -> Int[Tensor, "batch length"]:
-    """The order of columns, for `take`, that moves each row's padding to its end, or to its start.
+    """Return the order of columns, for `take`, that moves padding to the right, or to the left.
 
-    The other columns keep their order. `packing(mask).argsort(dim=1)` is the way back.
+    The other columns keep their order. `packing(mask).argsort(dim=1)` is the inverse.
     """
     return torch.argsort(mask.to(torch.uint8), dim=1, descending=not padding_first, stable=True)
 
@@ -22,7 +22,7 @@ def packing(
 def take(
     values: Shaped[Tensor, "batch length *rest"], columns: Int[Tensor, "batch taken"], dim: int = 1
 ) -> Shaped[Tensor, "batch _ *_"]:
-    """The columns of each row by their numbers, along any dimension but the first."""
+    """Return columns of each row by their indices, along any dimension but the first."""
     index_shape = [1] * values.ndim
     index_shape[0], index_shape[dim] = columns.shape
     taken_shape = [*values.shape]
@@ -36,7 +36,7 @@ def pack(
     *,
     padding_first: bool = False,
 ) -> tuple[Float[Tensor, "batch length d_model"], Bool[Tensor, "batch length"]]:
-    """Move every row's padding to its end, or to its start, the order of the rest kept."""
+    """Move the padding of embeddings and mask to the right, or to the left."""
     columns = packing(mask, padding_first=padding_first)
     return take(embeddings, columns), take(mask, columns)
 
@@ -46,15 +46,15 @@ def insert(
     row: Shaped[Tensor, "batch source *rest"],
     mask: Shaped[Tensor, "batch source"],
 ) -> Shaped[Tensor, "batch prompt_source *rest"]:
-    """Put columns in front of each row, but behind the padding that it begins with.
+    """Insert columns in front of each row, but after padding on the left.
 
-    Padding on the left would otherwise stand between prompt and text, and change their distance.
+    Otherwise that padding would be between prompt and text, and change their distance.
     """
     return take(torch.cat([front, row], dim=1), inserting(mask, front.shape[1]))
 
 
 def inserting(mask: Shaped[Tensor, "batch source"], length: int) -> Int[Tensor, "batch prompt_source"]:
-    """The order of columns, for `take`, in which so many in front of a row go behind its padding."""
+    """Return the order of columns, for `take`, that moves the first `length` columns after left padding."""
     padding = (mask.cumsum(1) == 0).sum(1, keepdim=True)
     column = torch.arange(length + mask.shape[1], device=mask.device)
     columns = torch.where(column < padding + length, column - padding, column)

@@ -1,8 +1,8 @@
-"""A prompt in a pretrained model, by placeholder tokens and one hook on the word embeddings.
+"""Insertion of a prompt into a pretrained model, by placeholder tokens and a hook on the word embeddings.
 
-The source gets as many tokens of an ordinary word as the prompt has vectors, behind its start token and in
-front of everything else. The model looks them up as any others; the hook puts P in their places and adds the
-offset to the text. Masks, positions, caches and the places of images are the model's own doing.
+For each prompt vector, a token of an ordinary word is inserted after the start token of the source. The model
+embeds these placeholders like other tokens. The hook replaces their embeddings by P and adds the offset to
+the text. The model itself handles masks, positions, caches and images.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,15 +21,15 @@ from dept_vl.prompts.dept import DePT
 
 @dataclass(frozen=True)
 class Placement:
-    """A source with placeholders, and what belongs in their places.
+    """Source with placeholders, and the positions of prompt and text in it.
 
     Attributes:
-        ids: Tokens of the source.
-        mask: True on tokens, placeholders included.
-        others: Further values per token, such as its type.
-        columns: The column of `[P ; text]` that each token takes; -1 for images and padding.
-        order: Columns of each row's text, moved together.
-        is_text: True on those of `order` that are text.
+        ids: Token ids of the source, with placeholders.
+        mask: Mask that is True on tokens and placeholders.
+        others: Further inputs with a value per token, such as token types.
+        columns: Column in `[P ; text]` of each token; -1 for images and padding.
+        order: Columns of each row's text tokens, followed by other columns.
+        is_text: Mask that is True on the columns in `order` that are text.
     """
 
     ids: Int[Tensor, "batch source"]
@@ -51,24 +51,24 @@ def place(
     start: int | None = None,
     padding_first: bool | None = False,
 ) -> Placement:
-    """Put placeholders into a source, and its padding to one side.
+    """Insert placeholders into a source, and move its padding to one side.
 
     Args:
-        prompt: None puts none in.
-        ids: Tokens of the source, padded on either side.
-        mask: True on tokens.
-        is_text: True on tokens of text.
-        others: Further values per token; they are zero for placeholders.
-        placeholder: Token that the model treats as any word.
-        start: Token that stays in front, if a row begins with it.
-        padding_first: Padding goes first, so that an answer follows the text; None leaves it where it is.
+        prompt: Prompt to insert, or None.
+        ids: Token ids of the source, padded on either side.
+        mask: Mask that is True on tokens.
+        is_text: Mask that is True on text tokens.
+        others: Further inputs with a value per token, which is set to zero for placeholders.
+        placeholder: Id of the placeholder token.
+        start: Id of the start token, which stays in front of the placeholders; None if there is none.
+        padding_first: Whether to move padding to the left instead of the right; None to leave it in place.
     """
     batch = len(ids)
     length = 0 if prompt is None else prompt.prompt_length
     lengths = getattr(prompt, "lengths", None)
     in_prompt = torch.arange(length, device=ids.device).expand(batch, -1)
     real = torch.ones_like(in_prompt, dtype=torch.bool)
-    if lengths is not None:  # of rows with prompts of their own, a shorter one's padding is in front
+    if lengths is not None:  # rows with different prompts, of which shorter ones are padded on the left
         real = in_prompt >= length - lengths[:, None]
     text = torch.where(is_text, is_text.cumsum(1) - 1 + length, -1)
     mask = mask.bool()
@@ -76,7 +76,7 @@ def place(
     if start is not None:
         first = (mask.cumsum(1) == 1) & mask
         behind = mask & ~(first & (ids == start))
-    # One order of columns for all: placeholders behind padding and start, then padding to its side.
+    # One order of columns for all inputs: placeholders go after padding and start, then padding to one side.
     at = inserting(behind, length)
     if padding_first is not None:
         at = take(at, packing(take(torch.cat([real, mask], dim=1), at), padding_first=padding_first))
@@ -96,7 +96,7 @@ def place(
 def text_of(
     ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"], image_tokens: Int[Tensor, " tokens"]
 ) -> Bool[Tensor, "batch source"]:
-    """Which tokens are text: all but padding and what is between the first of an image and the last."""
+    """Return a mask of text tokens: all but padding and those from the first to the last image token."""
     image = torch.isin(ids, image_tokens.to(ids.device)) & mask
     begun = image.cumsum(1) > 0
     ended = image.flip(1).cumsum(1).flip(1) == 0
@@ -104,25 +104,25 @@ def text_of(
 
 
 def words_of(model: PreTrainedModel) -> Any:
-    """The `nn.Embedding` that looks up the tokens of a source, or what was put around it."""
+    """Return the word embeddings of the source: an `nn.Embedding`, or a wrapper of it."""
     if is_encoder_decoder(model.config) and not hasattr(model, "get_image_features"):
-        model = model.get_encoder()  # where each stack of a language model has its own
+        model = model.get_encoder()  # encoder and decoder can have separate word embeddings
     return model.get_input_embeddings()
 
 
 def is_encoder_decoder(config: PretrainedConfig) -> bool:
-    """Whether a model's answer is a sequence of its own."""
+    """Return whether a model is an encoder-decoder."""
     return bool(config.is_encoder_decoder or config.get_text_config().is_encoder_decoder)
 
 
 @contextmanager
 def prompting(embedding: nn.Module, prompt: DePT | None, placed: Placement) -> Iterator[None]:
-    """Within, the word embeddings of a source are those of its prompt; of anything else as ever.
+    """Apply a prompt to the word embeddings of a source within a `with` statement.
 
     Args:
-        embedding: The model's, of the source's tokens.
-        prompt: None changes nothing.
-        placed: What the model reads; it may repeat rows (beams) and append tokens (an answer).
+        embedding: Word embeddings of the model.
+        prompt: Prompt, or None.
+        placed: Source with placeholders. Inputs with repeated rows (beams) or appended tokens are recognised.
     """
     if prompt is None:
         yield
@@ -138,9 +138,9 @@ def prompting(embedding: nn.Module, prompt: DePT | None, placed: Placement) -> I
 
 
 def put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor | None:
-    """Replace the embeddings of placeholders and text, if it is the source that is looked up."""
+    """Return the embeddings with prompt and offset, or None if `ids` are not those of the source."""
     rows, width = placed.ids.shape
-    # Not a single token to compare with, a step of decoding, or a decoder's own.
+    # Other calls: inputs without token ids, decoding steps, or inputs of a decoder.
     if ids.ndim != 2 or ids.shape[1] < width or ids.shape[0] % rows:
         return None
     copies = ids.shape[0] // rows
@@ -149,7 +149,7 @@ def put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor |
         for tensor in (placed.ids, placed.columns)
     )
     changed = columns >= 0
-    # Images may be looked up as padding.
+    # Only prompt and text are compared, because models may replace image tokens by padding.
     if not bool(((ids[:, :width] == source) | ~changed).all()):
         return None
     read = embedded[:, :width]
@@ -160,7 +160,7 @@ def put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor |
     both = torch.cat([read, prompted], dim=1)
     at = torch.where(changed, columns + width, torch.arange(width, device=columns.device))
     at = at + both.shape[1] * torch.arange(len(at), device=at.device)[:, None]
-    # Rows of a table: three times as fast as gathering every number of them.
+    # Looking up rows of a table is three times as fast as gathering single values.
     source_read = nn.functional.embedding(at, both.flatten(0, 1))
     return torch.cat([source_read, embedded[:, width:]], dim=1) if ids.shape[1] > width else source_read
 
@@ -168,7 +168,7 @@ def put(prompt: DePT, placed: Placement, ids: Any, embedded: Tensor) -> Tensor |
 def _prompted(
     prompt: DePT, text: Float[Tensor, "batch text d_model"], is_text: Bool[Tensor, "batch text"]
 ) -> Float[Tensor, "batch prompt_text d_model"]:
-    """`[P ; text]` with the offset on the text, in the precision of the embeddings."""
+    """Return `[P ; text]` with the offset added to the text, in the data type of the embeddings."""
     prompted: Tensor = prompt(text, is_text)[0]
     if prompted.shape[1] == 0:  # neither prompt nor text
         prompted = text.new_zeros(len(text), 1, text.shape[2])

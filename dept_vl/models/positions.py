@@ -1,4 +1,4 @@
-"""The encoder's own positions, kept to the text (`visual_position_bias="none"`)."""
+"""Encoder positions that only apply to the text (`visual_position_bias="none"`)."""
 
 from typing import Any
 
@@ -8,35 +8,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 Segments = tuple[int, int]
-"""How many of a call's first columns are prompt, and how many of its last are visual; the rest are text."""
+"""Number of prompt columns at the start of a call's input, and of visual columns at its end."""
 STOCK: Segments = (0, 0)
-"""All columns are text: the encoder as transformers has it."""
+"""Segments of an input that is all text, for the unchanged encoder of transformers."""
 
 
 class TextPositions:
-    """Hooks that leave prompt and visual columns of `[prompt ; text ; visual]` without position signal.
+    """Hooks that remove position information from parts of `[prompt ; text ; visual]`.
 
-    T5's relative bias becomes zero for every pair with a visual column; BART's learned positions count the
-    text alone, and its norm of embeddings may leave visual columns as they are. The hooks are on parts of the
-    encoder, which see one sequence, so the segments travel beside it: as the keyword argument `segments` of
-    the encoder's call.
+    T5's relative bias becomes zero for every pair with a visual column. BART's learned positions are only
+    added to the text, and visual columns may bypass its norm of embeddings. The hooks are on modules that see
+    one sequence, so its segments are passed as the keyword argument `segments` of the encoder's call.
 
-    Invariants of `_segments`, which nothing outside this class reads or writes:
+    Invariants of `_segments`, which is only used in this class:
 
-    - Set before each call of the encoder, from its `segments`, which the encoder itself never gets; a call
-      without them sets `STOCK`. A call therefore never sees the segments of another.
-    - Read by the hooks on these modules, during the call only, except for gradient checkpointing:
-      it runs the layers again in the backward pass, after other calls perhaps. The gradient of a call's
-      output comes first there, and sets that call's segments again.
-    - Not cleared after a call: the next one sets them.
-    - One thread calls the encoder at a time. In a compiled graph the segments are constants of the graph.
+    - It is set before each call of the encoder from the argument `segments`, which is then removed. A call
+      without the argument sets `STOCK`, so a call never uses the segments of another call.
+    - The hooks read it during the call. Gradient checkpointing also runs the layers in the backward pass,
+      possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
+    - It is not cleared after a call, because the next call sets it.
+    - Only one thread at a time calls the encoder. In a compiled graph, the segments are constants.
 
     Args:
-        encoder: Hooked in place, for good.
-        visual_normed: Visual columns bypass the norm of embeddings, having a norm of their own.
+        encoder: Encoder, to which the hooks are added permanently.
+        visual_normed: Whether visual columns bypass the norm of embeddings.
 
     Attributes:
-        counts_text: Positions are columns counted from the text's first (BART), whatever is before it.
+        counts_text: Whether positions are counted from the first text column (BART).
 
     Raises:
         ValueError: If the encoder has neither T5's nor BART's positions.

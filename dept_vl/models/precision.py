@@ -1,4 +1,4 @@
-"""What makes a training step faster or smaller without changing what it computes."""
+"""Settings that make training steps faster or reduce their memory: bfloat16, compiling, checkpointing."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,10 +14,10 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.models.sharding import is_spread
 
 BACKEND = "inductor"
-"""Of `torch.compile`."""
+"""Backend of `torch.compile`."""
 RECOMPILES = 32
-"""Graphs of one kind of layer at most, for any lengths. T5 comes to 8, and to more with batches of one
-example, answers of one token, or some batches without images."""
+"""Maximum number of graphs per kind of layer. T5 needs 8, and more with batches of one example, answers of
+one token, or some batches without images."""
 
 
 def prepare_step(
@@ -29,18 +29,19 @@ def prepare_step(
     compiled: bool = False,
     pretrained: bool = False,
 ) -> None:
-    """Make a language model ready to be trained fast; its weights are loaded and on the device.
+    """Prepare a language model in place for training, after its weights are on the device.
 
     Args:
-        language: Changed in place.
-        device: Where it runs.
-        bfloat16: It will run under bfloat16 autocast, always.
-        gradient_checkpointing: See `recompute_activations`.
-        compiled: See `compile_layers`.
-        pretrained: It is a whole vision-language model.
+        language: Language model.
+        device: Device that the model runs on.
+        bfloat16: Whether the model will always run under bfloat16 autocast.
+        gradient_checkpointing: Whether to call `recompute_activations`.
+        compiled: Whether to call `compile_layers`.
+        pretrained: Whether the model is a pretrained backbone, which cannot be compiled.
 
     Raises:
-        ValueError: If a spread backbone is to be compiled, or see `compile_layers`.
+        UsageError: If a pretrained backbone is to be compiled.
+        ValueError: If a backbone that is spread over processes is to be compiled; see also `compile_layers`.
     """
     if compiled and pretrained:
         raise UsageError(
@@ -61,28 +62,27 @@ def prepare_step(
 
 
 def hold_frozen_in_bfloat16(language: nn.Module) -> None:
-    """Keep a language model's frozen linear layers in bfloat16, if it runs under bfloat16 autocast.
+    """Convert a language model's frozen linear layers to bfloat16, for use under bfloat16 autocast only.
 
-    Autocast makes this copy of a frozen weight at every use and keeps it until the backward pass. Made
-    once, it gives the same numbers to the bit. Embeddings, norms and whatever is trained stay in full
-    precision, and a head that shares the word table gets its own copy. Outside autocast such a model
-    cannot run. A backbone that is spread over processes is left as it is.
+    Otherwise autocast converts a frozen weight at every use and keeps the copy until the backward pass. The
+    results are identical. Embeddings, norms and trained parameters stay in full precision, and a head that
+    shares the embedding matrix gets its own copy. A backbone that is spread over processes is not changed.
     """
     if is_spread(language):
         return
     for module in language.modules():
         if isinstance(module, nn.Linear):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                # What is quantised has whole numbers.
+                # Quantised weights are integers and are not converted.
                 if not parameter.requires_grad and parameter.is_floating_point():
                     held = nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
                     setattr(module, name, held)
 
 
 def choose_attention(language: PreTrainedModel, device: torch.device, *, bfloat16: bool) -> None:
-    """Take the fastest attention: SDPA (as loaded), but on a CPU in bfloat16 the three plain products.
+    """Choose the fastest attention: SDPA (as loaded), or eager attention on a CPU in bfloat16.
 
-    There torch's fused backward pass takes four to five times as long as theirs
+    There the backward pass of SDPA takes four to five times as long as that of eager attention
     (data/benchmarks/README.md, "Step time and memory").
     """
     if device.type == "cpu" and bfloat16:
@@ -90,31 +90,31 @@ def choose_attention(language: PreTrainedModel, device: torch.device, *, bfloat1
 
 
 def recompute_activations(language: nn.Module) -> None:
-    """Gradient checkpointing: keep each layer's input alone and run the layer again in the backward pass.
+    """Enable gradient checkpointing: keep only each layer's input, and run it again in the backward pass.
 
-    transformers' own switch works in training mode alone, which a backbone without dropout is not in.
-    Non-reentrant, so that a layer whose input needs no gradient is as good as any.
+    transformers' own gradient checkpointing needs training mode, which a backbone without dropout is not in.
+    Non-reentrant checkpointing also works for layers whose input needs no gradient.
     """
     for layer in layers_of(language):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_layers(language: nn.Module) -> None:
-    """Compile the layers of a language model for training steps, for any lengths.
+    """Compile the layers of a language model for training steps with inputs of any length.
 
-    Layers of one kind share their graphs, so that a deep model compiles as fast as a shallow one: T5 has
-    four for batches with padding and four for those without, where the whole step of T5-base is one graph of
-    24 layers. Without gradients, as in evaluation, layers run as before. A graph break or more than
-    `RECOMPILES` graphs is an error, not a slow run. Compiled layers are left as they are.
+    Layers of one kind share their graphs, so a deep model compiles as fast as a shallow one. T5 has four
+    graphs for batches with padding and four for batches without. Without gradients, as in evaluation, layers
+    are not compiled. A graph break or more than `RECOMPILES` graphs raises an error. Compiled layers are not
+    changed.
 
-    Settings of torch's compiler are changed for the whole process, and what was compiled in it before is
-    forgotten and compiled again when it is next used.
+    This changes settings of torch's compiler for the whole process. Everything that was compiled before is
+    compiled again when it is next used.
 
     Args:
-        language: Its layers' `forward` are replaced.
+        language: Language model. The `forward` of its layers is replaced.
 
     Raises:
-        ValueError: If there are no such layers, or something else has replaced their `forward`.
+        ValueError: If there are no such layers, or other code has replaced their `forward`.
     """
     layers = [layer for layer in layers_of(language) if not _is_compiled(layer)]
     if not layers and layers_of(language):
@@ -128,11 +128,11 @@ def compile_layers(language: nn.Module) -> None:
     settings = torch._dynamo.config
     settings.recompile_limit = RECOMPILES
     settings.fail_on_recompile_limit_hit = True
-    # A model whose positions are hooked must not run another's graph, made without hooks.
+    # A model with hooks on its positions must not use a graph that was compiled without hooks.
     settings.skip_nnmodule_hook_guards = False
-    # Layers are small enough to be whole; DDP's buckets would split graphs of the whole model.
+    # DDP would split graphs at its buckets, which is only useful for graphs of the whole model.
     settings.optimize_ddp = False
-    # Or sizes that are equal by chance in a first call would be held for one.
+    # Otherwise sizes that are equal by chance in the first call would be assumed to be always equal.
     torch.fx.experimental._config.use_duck_shape = False
     compiled = {
         layer_class: torch.compile(
@@ -145,7 +145,7 @@ def compile_layers(language: nn.Module) -> None:
 
 
 def _inductor_options() -> dict[str, Any] | None:
-    """Inductor's tiling analysis can fail for lengths that are symbols (pytorch issues 181563, 197077)."""
+    """Disable Inductor's tiling analysis, which fails for some symbolic lengths (pytorch 181563, 197077)."""
     import torch._inductor.config as inductor
 
     if BACKEND != "inductor" or not hasattr(inductor.triton, "coalesce_tiling_analysis"):
@@ -165,5 +165,5 @@ def _forward(layer: nn.Module, compiled: Callable[..., Any], *inputs: Any, **nam
 
 
 def layers_of(language: nn.Module) -> list[nn.Module]:
-    """The transformer layers, as transformers marks them."""
+    """Return the transformer layers of a model, which are of class `GradientCheckpointingLayer`."""
     return [module for module in language.modules() if isinstance(module, GradientCheckpointingLayer)]

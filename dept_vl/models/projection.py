@@ -1,6 +1,6 @@
-"""From visual features to visual tokens: norm, image order and object order (VL-T5, Cho et al. 2021).
+"""Visual projection with norm, image order and object order (VL-T5, Cho et al. 2021).
 
-The published box embedding is a constant under grid features and is therefore left to the image order.
+There is no box embedding, because for grid features it is a constant, which the image order includes.
 """
 
 from jaxtyping import Float
@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 
 MAX_IMAGES = 2
 OBJECT_ORDER = "object_order"
-"""Name of the vectors of the places, in the module and in the names of its tensors."""
+"""Name of the object order in the module and in the names of its tensors."""
 
 
 class VisualProjection(nn.Module):
-    """LayerNorm(Linear(visual features)) + image order + object order; trained in every published row.
+    """Projection of visual features to visual tokens: norm(linear(features)) + image order + object order.
 
-    The image order tells two images apart, the object order the places in an image, which two images share.
+    The image order has one vector per image, the object order one vector per place in an image.
 
     Args:
-        d_vision: Width of the visual features.
-        d_model: Width of the language model.
-        norm: The norm that the language model uses: RMSNorm for T5, LayerNorm for BART.
-        places: Visual tokens of an image, with a vector each; 0 gives none.
-        std: Of these vectors when new.
+        d_vision: Hidden size of the visual features.
+        d_model: Hidden size of the language model.
+        norm: Norm of the kind that the language model uses: RMSNorm for T5, LayerNorm for BART.
+        places: Number of visual tokens per image; 0 for no object order.
+        std: Standard deviation of the initial object order.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class VisualProjection(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch images tokens d_vision"]
     ) -> Float[Tensor, "batch images*tokens d_model"]:
-        """Visual tokens of all images of an example, one after the other."""
+        """Return the visual tokens of each example, with those of its images concatenated."""
         order = self.image_order.weight[: features.shape[1], None]
         if self.object_order is not None:
             order = order + self.object_order.weight
-        # Features from files may be of half precision. The norm is in full under autocast too, as T5's own.
+        # Features from files may be in half precision. The norm is in full precision, as in T5.
         linear: Tensor = self.linear(features.to(self.linear.weight.dtype))
         tokens: Tensor = self.norm(linear.float()) + order
         return tokens.flatten(1, 2)
@@ -56,14 +56,14 @@ class VisualProjection(nn.Module):
 def new_projection(
     language: PreTrainedModel, d_vision: int, places: int, word_size: float = 1.0
 ) -> VisualProjection:
-    """Make a projection with the language model's kind of norm and its spread of new word vectors.
+    """Return a new projection with the language model's kind of norm and scale of new word embeddings.
 
     Args:
-        language: What reads the visual tokens.
-        d_vision: Width of the visual features.
-        places: See `VisualProjection`.
-        word_size: Of its word embeddings, which visual tokens of a decoder-only model begin with: those of
-            GPT-2 and Llama are far below one, and larger tokens would hardly be changed by its layers.
+        language: Language model that reads the visual tokens.
+        d_vision: Hidden size of the visual features.
+        places: Number of visual tokens per image; 0 for no object order.
+        word_size: Root mean square of the word embeddings, which is the initial size of visual tokens in a
+            decoder-only model. In GPT-2 and Llama it is far below 1, and layers hardly change larger tokens.
     """
     width: int = language.get_input_embeddings().embedding_dim
     config = language.config
@@ -80,7 +80,7 @@ def new_projection(
 
 
 def embedding_norm(language: PreTrainedModel) -> nn.Module | None:
-    """The norm that the encoder puts on all that it is given, as BART's does; None if it has none."""
+    """Return the norm that the encoder applies to its input embeddings, as in BART; None if it has none."""
     if not language.config.is_encoder_decoder:
         return None
     norm: nn.Module | None = getattr(language.get_encoder(), "layernorm_embedding", None)

@@ -1,4 +1,4 @@
-"""A pretrained model in fewer bits, or on several devices: how transformers is asked for it."""
+"""Loading of pretrained models with quantised weights, or on several devices."""
 
 import importlib.util
 from typing import Any
@@ -12,11 +12,11 @@ from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.options import LoadIn
 
 PACKS = "support_avx512bf16_for_cpu"
-"""Attribute of a layer of bitsandbytes."""
+"""Attribute of bitsandbytes' layers that enables the CPU kernel for inference."""
 
 
 def placing(load_in: LoadIn, device_map: str) -> dict[str, Any]:
-    """Return the options of `from_pretrained`; none for full precision on one device.
+    """Return the options of `from_pretrained`, which are empty for full precision on one device.
 
     Raises:
         UsageError: If bitsandbytes is not installed.
@@ -36,10 +36,10 @@ def placing(load_in: LoadIn, device_map: str) -> dict[str, Any]:
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Leave out the kernel that bitsandbytes has for answers alone.
+    """Disable bitsandbytes' CPU kernel for inference.
 
-    On some processors it packs a layer's weights at the first call in evaluation mode, and passes no
-    gradient from then on.
+    On some CPUs, it packs a layer's weights at the first call in evaluation mode, after which no gradients
+    are computed.
     """
     for module in model.modules():
         if hasattr(module, PACKS):
@@ -47,5 +47,5 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def fingerprint_of_words(backbone: FrozenBackbone) -> str:
-    """Name the word embeddings, which no precision changes."""
+    """Return the hash of the word embeddings, which are the same in every precision."""
     return fingerprint([("words", backbone.language_model.word_embeddings.weight)])

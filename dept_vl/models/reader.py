@@ -1,4 +1,4 @@
-"""The wrapper that scores and generates answers with a whole pretrained model; see `vlm`."""
+"""Wrapper that scores and generates answers with a pretrained model; see `vlm`."""
 
 import inspect
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from dept_vl.prompts.dept import DePT
 
 @dataclass(frozen=True)
 class Source:
-    """A source with its prompt, ready to be read.
+    """Source with its prompt, as an input of `PretrainedReader`.
 
     Attributes:
-        prompt: None is none.
-        placed: The tokens.
-        more: What the model reads besides tokens: pixels.
+        prompt: Prompt, or None.
+        placed: Token ids with placeholders.
+        more: Further model inputs, such as pixels.
     """
 
     prompt: DePT | None
@@ -35,14 +35,14 @@ class Source:
 
 
 class PretrainedReader(Answerer):
-    """Scores and generates answers with the whole model.
+    """Wrapper that scores and generates answers with a pretrained model.
 
     Args:
-        model: Of transformers.
-        name: For messages.
-        encoder_decoder: Whether an answer is a sequence of its own.
-        answer_type: Token type of an answer.
-        special_tokens: Settings of `generate`.
+        model: Model of transformers.
+        name: Name of the backbone, for error messages.
+        encoder_decoder: Whether the model is an encoder-decoder.
+        answer_type: Token type of answers.
+        special_tokens: Generation settings from `special_tokens_of`.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class PretrainedReader(Answerer):
         self.counts_text = True
         self.output_of_images: tuple[type, bool] | None = None
         self.taken = set(inspect.signature(model.forward).parameters)
-        # Models with positions in three dimensions make them from the tokens.
+        # Models with three-dimensional positions compute them from the tokens.
         self.counted = "position_ids" in self.taken and not any(
             hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None))
         )
 
     def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Word embeddings as the model looks them up."""
+        """Return the word embeddings of tokens."""
         embeddings: Tensor = self.word_embeddings(input_ids)
         return embeddings
 
@@ -86,13 +86,13 @@ class PretrainedReader(Answerer):
 
     @contextmanager
     def _reading(self, encoded: Source, inputs: dict[str, Any]) -> Iterator[None]:
-        """Within, the model reads the prompt, and features of images if they are given."""
+        """Let the model read the prompt, and image features if given, within a `with` statement."""
         features = inputs.pop(FEATURES, None)
         with prompting(self.word_embeddings, encoded.prompt, encoded.placed):
             if features is None:
                 yield
                 return
-            assert self.output_of_images is not None  # `VisionLanguageModel.read` has it
+            assert self.output_of_images is not None  # set by `VisionLanguageModel.read`
             inputs[PIXELS] = features.to(self.word_embeddings.weight.dtype)
             with given_features(self.model, self.output_of_images):
                 yield
@@ -100,7 +100,7 @@ class PretrainedReader(Answerer):
     def logits(
         self, encoded: Source, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
     ) -> Float[Tensor, "batch target vocabulary"]:
-        """Scores of each token of the answer, those before it given."""
+        """Return the logits of each answer token, given the tokens before it."""
         placed = encoded.placed
         self.check_length(0, placed.ids.shape[1], 0, labels.shape[1])
         inputs: dict[str, Any] = {"input_ids": placed.ids, "attention_mask": mask.long()}
@@ -125,12 +125,12 @@ class PretrainedReader(Answerer):
             inputs["logits_to_keep"] = keep
         with self._reading(encoded, inputs):
             logits: Tensor = self.model(**inputs, use_cache=False).logits
-        return logits[:, -keep:-1]  # each token is foretold at the one before it
+        return logits[:, -keep:-1]  # each token is predicted at the position before it
 
     def generate(
         self, encoded: Source, mask: Bool[Tensor, "batch source"], **options: Any
     ) -> Int[Tensor, "sequences target"]:
-        """Decode; new tokens only, behind the decoder's start where there is one."""
+        """Generate token ids of answers, after the decoder's start token if there is one."""
         placed = encoded.placed
         width = placed.ids.shape[1]
         self.check_length(0, width, 0, options.get("max_new_tokens") or 0)
@@ -138,14 +138,14 @@ class PretrainedReader(Answerer):
         if allowed is not None and not self.encoder_decoder:
             options["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, tokens[width:])
         inputs = {"input_ids": placed.ids, "attention_mask": mask.long(), **placed.others, **encoded.more}
-        # Threads of a server may share the model, and its hook with it.
+        # Threads of a server may share the model and its hook.
         with GENERATING, self._reading(encoded, inputs):
             tokens = generate(self.model, self.special_tokens, options, inputs)
         return tokens if self.encoder_decoder else tokens[:, width:]
 
 
 def special_tokens_of(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
-    """Settings of `generate` that the model and its tokenizer imply."""
+    """Return the generation settings that follow from a model and its tokenizer."""
     style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
     ends = {tokenizer.eos_token_id} | ({style.end} if style else set())
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}

@@ -1,7 +1,7 @@
-"""Rows of one batch with different prompts, in the place of one prompt for all.
+"""Batches whose rows have different prompts.
 
-A prompt is no weight, so rows with different prompts go through the model together: P, the offset by
-position and the offset by token are those of the row's own prompt. A shorter P is padded to the longest.
+A prompt does not change the model's weights, so rows with different prompts can be computed in one batch.
+Each row has its own P and offsets. A shorter P is padded to the length of the longest.
 """
 
 from collections.abc import Sequence
@@ -16,24 +16,24 @@ from dept_vl.prompts.dept import DePT
 
 
 class PromptTable:
-    """What several prompts add to a text, computed once, with one entry a prompt.
+    """Vectors and offsets of several prompts, computed once for all rows.
 
     Args:
-        prompts: Of any method and size; None adds nothing.
-        words: The model's word embeddings, whose width, device and data type the table has.
-        padding_first: Keep the padding of a shorter P in front of it, for encoders that count positions
-            from the text on (`LanguageModel.counts_text`). Otherwise it goes behind the row, where it
-            shifts no position.
+        prompts: Prompts of any method and size; None for no prompt.
+        words: Word embeddings of the model, with the table's hidden size, device and data type.
+        padding_first: Whether to leave the padding of a shorter P in front of it, for encoders that count
+            positions from the text on (`LanguageModel.counts_text`). Otherwise it is moved to the end of the
+            row, where it changes no position.
 
     Attributes:
-        vectors: P of each, (prompts, longest P, d_model), padding first.
-        lengths: Vectors of each.
-        offsets: By position, of each, (prompts, longest text, d_model), zero behind its own longest text;
-            None if there is none.
-        limits: Longest text of each, in tokens.
-        token_offsets: Of each; None is none.
-        visual_offsets: The same.
-        memory_offsets: The same.
+        vectors: P of each prompt, (prompts, longest P, d_model), with padding in front.
+        lengths: Number of vectors of each prompt.
+        offsets: Offset by position of each prompt, (prompts, longest text, d_model), which is zero after the
+            prompt's own maximum text length; None if no prompt has one.
+        limits: Maximum text length of each prompt, in tokens.
+        token_offsets: Offset by token of each prompt, or None.
+        visual_offsets: Offset of visual tokens of each prompt, or None.
+        memory_offsets: Offset of the encoder's output of each prompt, or None.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class PromptTable:
 
 
 class RowPrompts(DePT):
-    """A prompt for a batch whose rows have different ones; it owns no parameters.
+    """Prompt without parameters, for a batch whose rows have different prompts.
 
     Args:
-        table: The prompts.
-        rows: Which of them each row has.
+        table: Table of the prompts.
+        rows: Index in `table` of each row's prompt.
 
     Attributes:
-        lengths: Vectors of each row's prompt.
-        prompt_length: Vectors of the longest prompt in use.
+        lengths: Number of vectors in each row's prompt.
+        prompt_length: Number of vectors in the longest prompt of the batch.
     """
 
     def __init__(self, table: PromptTable, rows: Int[Tensor, " batch"]) -> None:
@@ -86,10 +86,10 @@ class RowPrompts(DePT):
     def forward(
         self, token_embeddings: Float[Tensor, "batch text d_model"], mask: Bool[Tensor, "batch text"]
     ) -> tuple[Float[Tensor, "batch prompt_text d_model"], Bool[Tensor, "batch prompt_text"]]:
-        """See `DePT.forward`; columns that are padding in every row are cut off at the end.
+        """See `DePT.forward`. Columns at the end that are padding in every row are removed.
 
         Raises:
-            ValueError: If a text is longer than its row's prompt was built for.
+            ValueError: If a text is longer than `max_source_length` of its row's prompt.
         """
         self._check_lengths(mask)
         embeddings = self._offset(token_embeddings)
@@ -103,7 +103,7 @@ class RowPrompts(DePT):
         mask = torch.cat([in_prompt, mask], dim=1)
         if self.equal or self.table.padding_first:
             return embeddings, mask
-        # The row moves to the left by the padding in front, which comes out at its end.
+        # Each row is rotated to the left, so that the padding in front moves to its end.
         columns = (torch.arange(mask.shape[1], device=mask.device) + padding) % mask.shape[1]
         embeddings, mask = take(embeddings, columns), take(mask, columns)
         width = int(mask.any(0).nonzero().max()) + 1
@@ -122,10 +122,10 @@ class RowPrompts(DePT):
     def _offset(
         self, token_embeddings: Float[Tensor, "batch text d_model"]
     ) -> Float[Tensor, "batch text d_model"]:
-        """The text, shifted by position and by token."""
+        """Return the text with the offsets by position and by token."""
         embeddings, offsets = token_embeddings, self.table.offsets
         if offsets is not None:
-            # What is beyond the table is padding, or of a row without offset.
+            # Columns beyond the table are padding, or in rows without an offset.
             column = torch.arange(embeddings.shape[1], device=embeddings.device)
             position = column.clamp(max=offsets.shape[1] - 1)
             embeddings = embeddings + offsets[self.rows[:, None], position].to(embeddings.dtype)
@@ -154,7 +154,7 @@ class RowPrompts(DePT):
         read: Float[Tensor, "batch tokens d_model"],
         offsets: Sequence[nn.Module | None],
     ) -> Float[Tensor, "batch tokens d_model"]:
-        """Return the vectors, each row's shifted by its own function of what is read."""
+        """Return `vectors` plus, for each row, the row's own offset of `read`."""
         for place, offset in enumerate(offsets):
             rows = (self.rows == place).nonzero().squeeze(1)
             if offset is not None and len(rows):
@@ -163,10 +163,10 @@ class RowPrompts(DePT):
 
 
 def repeated(*parts: Tensor | None) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " batch"]] | None:
-    """Return the first of all rows that are equal, and for each row which of these it is; None if none are.
+    """Return the first row of each group of equal rows, and the group of each row; None if all rows differ.
 
     Args:
-        parts: Of a batch; rows are equal if they are in all of them.
+        parts: Tensors of a batch, or None. Rows are equal if they are equal in all tensors.
     """
     flat = torch.cat([part.flatten(1).float() for part in parts if part is not None], dim=1)
     _, which = torch.unique(flat, dim=0, return_inverse=True)
@@ -177,10 +177,10 @@ def repeated(*parts: Tensor | None) -> tuple[Int[Tensor, " distinct"], Int[Tenso
 
 
 class RowProjections(nn.Module):
-    """A visual projection for a batch whose rows have different ones.
+    """Visual projection for a batch whose rows have different projections.
 
     Args:
-        parts: Projections, and the rows that go through each; together all rows.
+        parts: Projections, and the indices of the rows of each. Together they are all rows.
     """
 
     def __init__(self, parts: Sequence[tuple[nn.Module | None, Int[Tensor, " _"]]]) -> None:

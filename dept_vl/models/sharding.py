@@ -1,11 +1,11 @@
-"""A frozen backbone that no single device holds: its blocks spread over the processes of a run.
+"""Frozen backbones that are sharded over the processes of a run, because they do not fit on one device.
 
-Each process keeps a share of every block and gathers a block when it is computed (PyTorch's FSDP2). What is
-trained is small and stays whole on every process, so that adapters and checkpoints are saved as ever and
-nothing of the backbone is gathered for them; its gradients, a few hundred kilobytes, are averaged by hand.
+Each process keeps a shard of every block and gathers a block when it is computed (PyTorch's FSDP2). Trainable
+parameters are small and are replicated on every process, so saving adapters and checkpoints needs no
+gathering. Their gradients, of a few hundred kilobytes, are averaged by `average_gradients`.
 
-Whoever configures accelerate for FSDP or for DeepSpeed's ZeRO-3 wants this. Neither one's wrapper is used:
-both spread what the optimizer owns, too, and would have to gather it for every save.
+This is used if accelerate is configured for FSDP or for DeepSpeed's ZeRO. Their own wrappers are not used,
+because they would also shard the trainable parameters and gather them for every save.
 """
 
 import os
@@ -23,12 +23,13 @@ from dept_vl.models.prompted import PromptedModel
 
 
 def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
-    """Move a model to the process's device; spread its blocks if accelerate is configured to spread.
+    """Move a model to the device of the process, and shard its blocks if accelerate is configured for it.
 
-    Block after block is moved, so that a device never holds more than its share and one block.
+    Blocks are moved one by one, so a device never has more than its shard and one block.
 
     Raises:
-        ValueError: If what is to be spread is to be trained.
+        UsageError: If the backbone does not support several processes or sharding.
+        ValueError: If a language model that is trained is to be sharded.
     """
     if accelerator.num_processes > 1 and getattr(model.backbone, "spread", False):
         raise UsageError(
@@ -53,7 +54,7 @@ def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of encoders and decoders: the members of the outermost lists of modules."""
+    """Yield the layers of encoders and decoders, which are the members of the outermost module lists."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -62,12 +63,12 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether some of its parameters are spread, so that all processes have to compute together."""
+    """Return whether a model is sharded, so that all processes have to compute together."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace the gradients of all processes by their mean, in one exchange."""
+    """Replace the gradients by their mean over all processes, in one reduction."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     mean = accelerator.reduce(flat, "mean")
@@ -76,7 +77,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerat
 
 
 def _asked(accelerator: Accelerator) -> bool:
-    # The launcher's word for FSDP: on a CPU accelerate itself knows none, and PyTorch does.
+    # The launcher sets this variable for FSDP. On a CPU, accelerate does not report FSDP, but PyTorch has it.
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     return accelerator.num_processes > 1 and (fsdp or deepspeed)

@@ -1,10 +1,10 @@
-"""Questions and images as a pretrained model reads them: its processor, and the form that a question has.
+"""Preprocessing of questions and images for a pretrained model, with its processor and a form of questions.
 
-| form                 | for                                                                              |
-|----------------------|----------------------------------------------------------------------------------|
-| the chat template    | models whose processor has one                                                   |
-| `FORMS`              | families without one, as their authors ask them                                  |
-| `--text_form`        | any text with `{text}`, and `{image}` where the image is not put in by itself     |
+| form              | used for                                                                         |
+|-------------------|----------------------------------------------------------------------------------|
+| the chat template | models whose processor has one                                                   |
+| `FORMS`           | model types without one, in the form of their authors                            |
+| `--text_form`     | any text with `{text}`, and `{image}` if the processor does not insert the image |
 """
 
 from collections.abc import Sequence
@@ -23,32 +23,32 @@ from dept_vl.models.tokens import AnswerStyle, write_answers_as
 
 CHAT = "chat"
 DESCRIBE = "Describe the image."
-"""Asked of a chat model where a task has no question."""
+"""Question to a chat model in tasks without questions."""
 FORMS = {
     "blip-2": ("Question: {text} Answer:", "a photo of"),
     "instructblip": ("{text} Short answer:", "A short image description:"),
     "florence2": ("<VQA>{text}", "<CAPTION>"),
     "paligemma": ("{image}answer en {text}", "{image}caption en"),
 }
-"""Type of a model -> how it is asked a question, and asked for a caption."""
+"""Forms for questions and for captions, by model type."""
 USUAL_FORM = ("{image}{text}", "{image}" + DESCRIBE)
 QUESTION = "what is red"
-"""Asked to learn what a processor makes of a question."""
+"""Test question to inspect the output of a processor."""
 MARK = "MARK"
-"""Stands for an answer in a chat template."""
+"""Answer that is used to inspect a chat template."""
 TEXT_AT_MOST = 20
-"""Times that a text is shortened at most until it fits."""
+"""Maximum number of attempts to shorten a text until it fits."""
 PER_TOKEN = ("token_type_ids", "cross_attention_mask")
-"""Suffixes of the names of inputs with a value per token."""
+"""Suffixes of the names of inputs that have a value per token."""
 
 
 @dataclass(frozen=True)
 class TextForm:
-    """How a question is written.
+    """Form of a question.
 
     Attributes:
-        ask: A text with `{text}`; `chat` for the processor's template.
-        describe: What is asked where there is no question.
+        ask: Text with `{text}`, or `chat` for the processor's chat template.
+        describe: Text that is used if there is no question.
     """
 
     ask: str
@@ -56,10 +56,10 @@ class TextForm:
 
     @classmethod
     def of(cls, given: str, processor: Any, model_type: str) -> "TextForm":
-        """The form that is asked for, or the usual one of a model.
+        """Return the given form, or the usual form of a model type if `given` is empty.
 
         Raises:
-            UsageError: If a form has no place for the text, or there is no chat template.
+            UsageError: If `given` has no `{text}`, or is `chat` and there is no chat template.
         """
         template = getattr(processor, "chat_template", None)
         if given == CHAT and not template:
@@ -77,17 +77,17 @@ class TextForm:
 
 
 class SourceReader:
-    """Makes sources of texts and images; picklable, for the processes that read images.
+    """Preprocessor of texts and images for a pretrained model. It is picklable, for worker processes.
 
     Args:
-        processor: Of transformers.
-        form: How a question is written.
-        taken: Names of what the model takes.
-        image_tokens: Ids of the tokens of an image.
+        processor: Processor or tokenizer of transformers.
+        form: Form of questions.
+        taken: Names of the arguments of the model's `forward`.
+        image_tokens: Token ids of images.
 
     Attributes:
-        frame: Text tokens that the form adds to a question.
-        placeholder: Token of a word, which the model treats as any other.
+        frame: Number of text tokens that the form adds to a question.
+        placeholder: Id of the token of an ordinary word.
     """
 
     def __init__(
@@ -103,21 +103,21 @@ class SourceReader:
     def __call__(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], longest: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Tokens, mask, pixels and whatever else the model reads.
+        """Return the model inputs of questions and images: token ids, mask, pixels and others.
 
         Args:
-            texts: Questions, each cut so that its source has no more text than `longest`.
-            images: Images of each.
-            longest: Tokens of text of each, those of the form included.
+            texts: Questions, which are truncated to `longest`.
+            images: Images of each question.
+            longest: Maximum number of text tokens of each question, including those of the form.
 
         Raises:
-            ValueError: If the form alone is longer.
+            ValueError: If the form alone is longer than `longest`.
         """
         rooms = [max(1, limit - self.frame) for limit in longest]
         cut = [self.shortened(text, room) for text, room in zip(texts, rooms, strict=True)]
         for _ in range(TEXT_AT_MOST):
             source = self.process(cut, images)
-            # Tokens merge where question and form meet, so that what fits alone may not fit.
+            # Question and form are tokenised together, which can give more tokens than separately.
             lengths = self.is_text(source["input_ids"], source["attention_mask"].bool()).sum(1)
             over = (lengths - torch.tensor(longest)).tolist()
             if max(over) <= 0:
@@ -131,7 +131,7 @@ class SourceReader:
         )
 
     def process(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
-        """What the processor makes of texts, in their form, and images."""
+        """Return the processor's output for texts, in their form, and images."""
         counts = [len(of_one) for of_one in images]
         written = [self.written(text, count) for text, count in zip(texts, counts, strict=True)]
         options: dict[str, Any] = {"text": written, "padding": True, "return_tensors": "pt"}
@@ -148,7 +148,7 @@ class SourceReader:
         return {name: value for name, value in made.items() if name in self.taken and torch.is_tensor(value)}
 
     def written(self, text: str, images: int) -> str:
-        """A question in its form."""
+        """Return a question in its form."""
         if self.form.ask == CHAT:
             asked: str = self.processor.apply_chat_template(
                 self.conversation(text, images), add_generation_prompt=True, tokenize=False
@@ -159,34 +159,34 @@ class SourceReader:
         return form.replace("{image}", str(image or "") * images).replace("{text}", text)
 
     def conversation(self, text: str, images: int) -> list[dict[str, Any]]:
-        """A question as a message of a user."""
+        """Return a question as a conversation with one user message."""
         content: list[dict[str, Any]] = [{"type": "image"}] * images
         return [{"role": "user", "content": [*content, {"type": "text", "text": text or self.form.describe}]}]
 
     def shortened(self, text: str, tokens: int) -> str:
-        """The first tokens of a text."""
+        """Return a text truncated to a number of tokens."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return text if len(ids) <= tokens else self.tokenizer.decode(ids[:tokens])
 
     def is_text(
         self, ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"]
     ) -> Bool[Tensor, "batch source"]:
-        """See `placeholders.text_of`."""
+        """Return a mask of text tokens; see `placeholders.text_of`."""
         return text_of(ids, mask, self.image_tokens)
 
     def learn(
         self, image: int | None, name: str, *, encoder_decoder: bool, reads_images: bool = True
     ) -> None:
-        """Find what the form adds to a question, which tokens are an image's, and how an answer continues.
+        """Determine `frame`, `placeholder`, the image tokens and the style of answers from a test question.
 
         Args:
-            image: Token of an image, as the model's configuration has it.
-            name: Of the model, for messages.
-            encoder_decoder: Whether an answer is a sequence of its own.
-            reads_images: Whether it is asked with an image.
+            image: Id of the image token in the model's configuration, or None.
+            name: Name of the model, for error messages.
+            encoder_decoder: Whether the model is an encoder-decoder.
+            reads_images: Whether the test question has an image.
 
         Raises:
-            ValueError: If the processor makes nothing of a question, or is not the model's.
+            ValueError: If the processor fails on the test question, or does not belong to the model.
         """
         blank = [Image.new("RGB", (64, 64))] * reads_images
         for nested in (True, False):
@@ -221,11 +221,11 @@ class SourceReader:
         self._learn_answers(ids, special, encoder_decoder, len(blank))
 
     def _learn_answers(self, ids: list[int], special: set[int], encoder_decoder: bool, images: int) -> None:
-        """Find how an answer continues a source, and what ends it."""
+        """Determine how an answer follows a source, and the token that ends it."""
         tokenizer = self.tokenizer
         end = tokenizer.eos_token_id
         if encoder_decoder:
-            if tokenizer(MARK).input_ids[-1] != end:  # T5Gemma's ends no text by itself
+            if tokenizer(MARK).input_ids[-1] != end:  # T5Gemma's tokenizer adds no end token
                 write_answers_as(tokenizer, AnswerStyle(lead="", end=end, start=1))
             return
         if self.form.ask == CHAT:
@@ -240,7 +240,7 @@ class SourceReader:
 
 
 def _with_fences(ids: list[int], image: int, special: set[int]) -> list[int]:
-    """The token of an image, and the special tokens that stand around its first and last."""
+    """Return the image token and the special tokens next to the first and last image token."""
     fences = {image}
     for step, place in ((-1, ids.index(image)), (1, len(ids) - 1 - ids[::-1].index(image))):
         beside = place + step

@@ -1,7 +1,7 @@
-"""Answers as tokens: what is learnt, what may be generated, and back to text.
+"""Conversion of answers to token ids and back.
 
-An encoder-decoder's answer is a sequence of its own. A decoder-only model's continues where its text
-stops, so its tokens are those that the tokenizer would make of it in "text answer", and the end of text.
+An encoder-decoder's answer is a separate sequence. A decoder-only model's answer continues its text, so its
+tokens are those of the answer in "text answer", followed by the end-of-text token.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from jaxtyping import Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""Label of a position that the loss does not count."""
+"""Label of positions that the loss ignores."""
 WORD = "a"
-"""Stands for the text in front of an answer; which it is does not matter to the tokens after a space."""
+"""Stand-in for the text in front of an answer, which does not affect the tokens after a space."""
 
 
 @dataclass(frozen=True)
 class AnswerStyle:
-    """How the answers of a pretrained model are written, where its tokenizer alone does not tell.
+    """Style of a pretrained model's answers, if it cannot be inferred from the tokenizer.
 
     Attributes:
-        lead: What stands before an answer, with no space between; None for a word and a space.
-        end: Token that ends an answer.
-        start: Tokens in front of a generated answer: 1 for a decoder's start.
+        lead: Text directly in front of an answer; None for a word and a space.
+        end: Id of the token that ends an answer.
+        start: Number of tokens in front of a generated answer: 1 for a decoder's start token, or 0.
     """
 
     lead: str | None
@@ -33,28 +33,27 @@ class AnswerStyle:
 
 
 def write_answers_as(tokenizer: Any, style: AnswerStyle) -> None:
-    """Have a tokenizer's answers written in a style, everywhere and in worker processes too."""
+    """Set the style of answers of a tokenizer, which is kept in worker processes."""
     tokenizer.answer_style = style
 
 
 def start_tokens(tokenizer: Any) -> int:
-    """Tokens in front of a generated answer: an encoder-decoder's first is the decoder's start."""
+    """Return the number of tokens in front of a generated answer: 1 for an encoder-decoder, else 0."""
     style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
     return style.start if style else int(not continues_text(tokenizer))
 
 
 def end_token(tokenizer: Any) -> int:
-    """Token that ends an answer."""
+    """Return the id of the token that ends an answer."""
     style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
     end: int = tokenizer.eos_token_id if style is None else style.end
     return end
 
 
 def continues_text(tokenizer: Any) -> bool:
-    """Whether answers continue the sequence of their text.
+    """Return whether answers continue the sequence of their text, as in decoder-only models.
 
-    The tokenizer tells: that of a decoder-only model leaves a text open, that of an encoder-decoder ends it
-    (T5 and BART with `</s>`).
+    The tokenizers of encoder-decoders end every text with a special token (T5 and BART with `</s>`).
     """
     if getattr(tokenizer, "answer_style", None) is not None:
         return True
@@ -63,7 +62,7 @@ def continues_text(tokenizer: Any) -> bool:
 
 
 def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-    """Token ids of answers, end of text included, each cut to `max_length`.
+    """Return the token ids of answers, including the end token, each truncated to `max_length`.
 
     Raises:
         ValueError: If an answer continues the sequence of its text and the tokenizer merges the two.
@@ -75,7 +74,7 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
     style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
     lead = WORD if style is None or style.lead is None else style.lead
     word = tokenizer(lead, add_special_tokens=False).input_ids
-    # Not " answer" alone: Llama's tokenizer puts a space of its own before the first word.
+    # Not " answer" alone, because Llama's tokenizer adds a space in front of the first word.
     space = " " if lead == WORD else ""
     following = [f"{lead}{space}{answer}" if answer else lead for answer in answers]
     targets = []
@@ -93,6 +92,6 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
 
 
 def target_texts(tokenizer: Any, tokens: Int[Tensor, "sequences target"]) -> list[str]:
-    """Generated tokens as answers, without special tokens and without the space after the text."""
+    """Return the answers of generated tokens, without special tokens and the space after the text."""
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.removeprefix(" ") for text in texts] if continues_text(tokenizer) else texts

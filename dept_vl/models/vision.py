@@ -1,8 +1,7 @@
-"""Frozen image encoders: CLIP, SigLIP, DINOv2 and other transformers vision models, and any timm model.
+"""Frozen image encoders: CLIP, SigLIP, DINOv2 and other vision models of transformers, and any timm model.
 
-Every encoder is loaded by the standard `from_pretrained` from a Hub name or a local folder (timm
-models through transformers' own timm wrapper), with its own image processor beside it, and gives
-`(batch, tokens, d_vision)`.
+Encoders are loaded with their image processors from a Hub name or a local folder (timm models by
+transformers' timm wrapper), and return features of shape `(batch, tokens, d_vision)`.
 """
 
 import math
@@ -22,15 +21,15 @@ from dept_vl.models.checks import check_processor, check_weights, loading
 from dept_vl.models.options import LARGEST_GRID, ImageFit
 
 CONVOLUTIONAL = 4
-"""Dimensions of a convolutional tower's output, (batch, channels, height, width)."""
+"""Number of dimensions of a convolutional encoder's output, (batch, channels, height, width)."""
 
 SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
-"""Image encoders, for messages."""
+"""Supported image encoders, for error messages."""
 
 
 @dataclass(frozen=True)
 class VisionOptions:
-    """What is read of an image encoder, as files have it; see `VisionEncoder`."""
+    """Options of an image encoder in files; see `VisionEncoder`."""
 
     layer: int
     class_token: bool
@@ -38,24 +37,24 @@ class VisionOptions:
 
 
 class VisionEncoder(nn.Module):
-    """Images in, visual tokens out; never trained.
+    """Frozen image encoder that converts images to visual features.
 
     Args:
-        model: A transformers vision model (a timm model in its wrapper counts).
-        processor: Its image processor.
-        layer: Which hidden state is read: -1 the last, -2 the penultimate.
-        class_token: Keep the class token (and registers) in front of the patch tokens.
-        pooled_grid: Adaptively max-pool the patch grid to `pooled_grid` x `pooled_grid` tokens
-            (published for CLIP RN101: 7x7 to 6x6); 0 keeps every patch.
-        exif: Turn images as their EXIF orientation says where they are read.
+        model: Vision model of transformers, or a timm model in its wrapper.
+        processor: Image processor of the model.
+        layer: Index of the hidden state to return: -1 for the last, -2 for the penultimate.
+        class_token: Whether to keep the class token (and registers) in front of the patch tokens.
+        pooled_grid: Side of the square grid that patches are max-pooled to (published for CLIP RN101: 7x7 to
+            6x6); 0 to keep every patch.
+        exif: Whether to rotate images by their EXIF orientation.
         image_fit: See `ImageFit`.
 
     Attributes:
-        own_fit: What the processor does by itself.
-        image_fit: What is done: `squash`, `crop` or `pad`.
+        own_fit: Fit of the image processor: `squash`, `crop` or `pad`.
+        image_fit: Fit that is used: `squash`, `crop` or `pad`.
 
     Raises:
-        ValueError: If there is no such layer, grid or fit.
+        ValueError: If the layer does not exist, or `pooled_grid` or `image_fit` has an invalid value.
     """
 
     def __init__(
@@ -91,26 +90,26 @@ class VisionEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> "VisionEncoder":
-        """Load from a Hub name or a local folder.
+        """Load an image encoder from a Hub name or a local folder.
 
         Args:
-            name_or_path: Such as `openai/clip-vit-base-patch32`, `timm/resnet50.a1_in1k` or a folder.
-            **options: `layer`, `class_token`, `pooled_grid`, `exif`, `image_fit` of the constructor.
+            name_or_path: Folder or Hub name, such as `openai/clip-vit-base-patch32`, `timm/resnet50.a1_in1k`.
+            **options: Arguments `layer`, `class_token`, `pooled_grid`, `exif` and `image_fit` of the class.
 
         Raises:
-            OSError: If there is no such model, as transformers says it.
-            ValueError: If it brings code of its own, or has no such layer.
+            OSError: If transformers finds no such model.
+            ValueError: If the model needs its own code, is no image encoder, or has no such layer.
         """
-        # Said plainly: left out, transformers asks at the terminal whether to run code of the model's folder.
+        # Without trust_remote_code=False, transformers asks whether to run code of the model's folder.
         with loading(name_or_path, "an image encoder"):
             try:
                 config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            except ValueError as error:  # a type of which transformers knows nothing
+            except ValueError as error:  # unknown model type
                 problem = one_line(error).partition(". ")[0]
                 raise ValueError(
                     f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
                 ) from None
-        # A two-tower checkpoint (CLIP, SigLIP) names its image half; the rest is never loaded.
+        # Of a checkpoint with two towers (CLIP, SigLIP), only the vision tower is loaded.
         config = getattr(config, "vision_config", config)
         with loading(name_or_path, "an image encoder"):
             model, info = AutoModel.from_pretrained(
@@ -134,12 +133,12 @@ class VisionEncoder(nn.Module):
             return cls(model, processor, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model and processor in the standard layout."""
+        """Save model and processor in the format of transformers."""
         cast(PreTrainedModel, self.model).save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
     def options(self) -> dict[str, int | bool]:
-        """The constructor's options that belong to a backbone, as `from_pretrained` takes them."""
+        """Return the options that are saved with a backbone, as arguments of `from_pretrained`."""
         return {
             "layer": self.layer,
             "class_token": self.class_token,
@@ -147,18 +146,18 @@ class VisionEncoder(nn.Module):
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Everything that features depend on besides options, by name."""
+        """Return all tensors that the features depend on, by name."""
         return self.model.state_dict()
 
     def fit_of(self, recorded: ImageFit) -> ImageFit:
-        """What a recorded fit means for this encoder: `own` is one of the others."""
+        """Return `recorded`, or the processor's own fit if it is `own`."""
         return self.own_fit if recorded == "own" else recorded
 
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
-        """Fit, resize and normalise as the encoder was trained, in RGB whatever the images are in.
+        """Convert images to RGB, fit them to the encoder's input shape and normalise them.
 
         Raises:
-            ValueError: If an image is too long for its width, or too large after resizing.
+            ValueError: If an image has too large an aspect ratio, or is too large after resizing.
         """
         size = getattr(self.processor, "size", None)
         own = self.image_fit == self.own_fit
@@ -166,7 +165,7 @@ class VisionEncoder(nn.Module):
             check_shape(*image.size, getattr(size, "shortest_edge", None) if own else None)
         rgb = [to_rgb(image) for image in images]
         height, width = self.pixel_shape[1:]
-        # What has the shape already is left to the processor, unless that would cut a margin off.
+        # Images with the right aspect ratio are left to the processor, unless it would cut off a margin.
         left = [own or (not self._cuts_margin() and one.width * height == one.height * width) for one in rgb]
         return torch.cat(
             [
@@ -180,7 +179,7 @@ class VisionEncoder(nn.Module):
         return pixels
 
     def _own_fit(self) -> ImageFit:
-        """What the processor does with an image that is three times too wide; seen from its pixels."""
+        """Return the processor's fit, which is inferred from its pixels of an image with ratio 3:1."""
         height, width = self.pixel_shape[1:]
         grey, white, edged = (
             Image.new("RGB", (3 * width, height), colour) for colour in ("grey", "white", "grey")
@@ -192,18 +191,18 @@ class VisionEncoder(nn.Module):
         return "pad" if torch.equal(plain[:, 0, 0], bright[:, 0, 0]) else "squash"
 
     def _settings(self) -> dict[str, Any]:
-        """What the processor says of itself; timm's has the same under other names."""
+        """Return the processor's settings. Those of timm's processor have other names."""
         return {**vars(self.processor), **getattr(self.processor, "data_config", {})}
 
     def _cuts_margin(self) -> bool:
-        """Whether the processor resizes to more than the encoder reads, and cuts the rest off."""
+        """Return whether the processor resizes images to more than the input shape and crops them."""
         settings = self._settings()
         edges = [getattr(settings.get("size"), name, None) for name in ("shortest_edge", "height")]
         shortest = min(self.pixel_shape[1:])
         return next(filter(None, edges), shortest) // (settings.get("crop_pct") or 1.0) > shortest
 
     def _fitted(self, image: Image.Image) -> Image.Image:
-        """An image at the encoder's size, in one step."""
+        """Return an image that is fitted to the encoder's input shape by `image_fit`."""
         settings = self._settings()
         height, width = self.pixel_shape[1:]
         resample = settings.get("resample") or settings.get("interpolation") or "bicubic"
@@ -218,7 +217,7 @@ class VisionEncoder(nn.Module):
         return ImageOps.pad(image, (width, height), method, color=tuple(round(255 * value) for value in mean))
 
     def _normalise(self, image: Image.Image) -> Float[Tensor, "1 3 height width"]:
-        """What the processor makes of an image that has the encoder's size."""
+        """Return the processor's pixels of an image that has the encoder's input shape."""
         config = getattr(self.processor, "data_config", None)
         if config is not None:
             from timm.data.transforms_factory import create_transform
@@ -230,18 +229,17 @@ class VisionEncoder(nn.Module):
         return cast(Tensor, self.processor(images=[image], return_tensors="pt", **off)["pixel_values"])
 
     def train(self, mode: bool = True) -> "VisionEncoder":
-        """Stay in evaluation mode: a frozen tower has no dropout and no running statistics."""
+        """Stay in evaluation mode, without dropout and without updates of running statistics."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(
         self, pixel_values: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch tokens d_vision"]:
-        """Visual tokens of preprocessed images.
+        """Return the visual features of preprocessed images.
 
         Raises:
-            ValueError: If there is no such layer, or a class token is asked for at one that timm gives
-                without.
+            ValueError: If the layer does not exist, or `class_token` is set for an inner layer of timm.
         """
         timm_model = getattr(self.model, "timm_model", None)
         if self.layer == -1:
@@ -276,7 +274,7 @@ class VisionEncoder(nn.Module):
         return torch.cat([prefix, patches], dim=1) if self.class_token else patches
 
     def _prefix_tokens(self, token_count: int, height: int, width: int) -> int:
-        """Class token and registers in front of the patches."""
+        """Return the number of tokens in front of the patches: class token and registers."""
         timm_model = getattr(self.model, "timm_model", None)
         if timm_model is not None:
             return int(getattr(timm_model, "num_prefix_tokens", 0))

@@ -1,7 +1,4 @@
-"""What a method is, and how large its prompt may be; this module imports no engine.
-
-`METHODS` has every method by its name; `methods` holds the built-in ones.
-"""
+"""Interface of prompt methods, their registry `METHODS` and their parameter budget; imports no torch."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,37 +9,37 @@ from typing import Any, ClassVar, Literal, TypeVar
 from dept_vl._utils.registry import Registry
 
 LARGEST_SIZE = 1_000_000
-"""Of a prompt, in any dimension, that a file may ask for."""
+"""Largest size of a prompt, in any dimension, that is accepted from a file."""
 GROUPS = ("prompt", "low_rank")
-"""What a method trains, by learning rate: `prompt_lr`, and `offset_lr` for all else."""
+"""Groups of trainable parameters, with the learning rates `prompt_lr` and `offset_lr`."""
 
 Init = Literal["vocabulary", "text", "random"]
-"""What a soft prompt starts from, see `initialise`."""
+"""Initialisation of a soft prompt; see `initialise`."""
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each parameter, by its name in `DePT`."""
+"""Shape of each parameter by its name in `DePT`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
-    """A way to prompt, at given sizes. Each subclass is one method.
+    """Prompt method with its sizes. Each subclass is one method.
 
     Attributes:
-        name: In commands, configurations and files.
-        keeps_length: The prompt has the l vectors of the plain one; other methods have m < l of them and
-            spend the rest of the budget on their rank.
-        has_rank: There is a rank to choose. At rank 0 such a method is plain prompt tuning.
-        seeded: Something random is frozen, and files keep its seed.
-        needs_vectors: P is made of something, and cannot be empty.
-        compressed: P is a product of a rank, which is not above its width.
-        has_prompt: There is a P to choose the length of; other methods spend the whole budget on their rank.
-        shifts_images: The offset can be applied to the visual tokens too (`visual_offset`).
-        d_model: Width of the embeddings that are prompted (d).
-        prompt_length: Vectors of P (m).
-        rank: See the table in `methods` (r).
-        max_source_length: Longest text in tokens (s).
-        alpha: Of the offset by position, see `DePT`.
-        seed: Of what is random and frozen.
-        visual_offset: Shift each visual token by a function of itself too, of the same rank.
+        name: Name of the method in commands, configurations and files.
+        keeps_length: Whether P has the l vectors of the plain prompt that sets the budget. Other methods have
+            m < l vectors and spend the rest of the budget on their rank.
+        has_rank: Whether the method has a rank. With rank 0, it is plain prompt tuning.
+        seeded: Whether the method has frozen random values, whose seed is saved.
+        needs_vectors: Whether P is computed from other parameters and needs `prompt_length` >= 1.
+        compressed: Whether P is a product of matrices, whose rank is at most `d_model`.
+        has_prompt: Whether the method has a P. Other methods spend the whole budget on their rank.
+        shifts_images: Whether the method supports `visual_offset`.
+        d_model: Hidden size of the backbone's word embeddings (d).
+        prompt_length: Number of vectors of P (m).
+        rank: Rank (r); see the table in `methods`.
+        max_source_length: Maximum text length in tokens (s).
+        alpha: Scaling parameter of the offset by position; see `DePT`.
+        seed: Random seed of the frozen random values.
+        visual_offset: Whether to add an offset of the same rank to each visual token.
     """
 
     name: ClassVar[str]
@@ -64,25 +61,25 @@ class Method(ABC):
 
     @abstractmethod
     def shapes(self) -> dict[str, Shapes]:
-        """Return what is trained, by group (see `GROUPS`); a shape of size zero is no parameter."""
+        """Return the shapes of the trained parameters by group; those of size zero are not parameters."""
 
     @abstractmethod
     def build(self) -> Any:
-        """Return the untrained `DePT`, with the parameters of `shapes`."""
+        """Return an untrained `DePT` with the parameters of `shapes`."""
 
     @property
     def scale(self) -> float:
-        """Factor of the offset by position; 0 without one."""
+        """Factor of the offset by position; 0 without such an offset."""
         return 0.0
 
     @property
     def largest_rank(self) -> int:
-        """Rank from which on more adds nothing that P can be."""
+        """Largest useful rank; a larger one adds parameters but no further values of P."""
         return LARGEST_SIZE
 
     @property
     def common(self) -> dict[str, Any]:
-        """Sizes that every `DePT` is built with, whatever its rank."""
+        """Arguments of `DePT` that do not depend on the rank."""
         names = ("d_model", "prompt_length", "max_source_length", "alpha")
         return {name: getattr(self, name) for name in names}
 
@@ -90,7 +87,7 @@ class Method(ABC):
         """Check the sizes.
 
         Raises:
-            ValueError: If the method cannot be built with them.
+            ValueError: If the method cannot be built with these sizes.
         """
         check_sizes(self.d_model, self.prompt_length, self.rank, self.max_source_length)
         if self.rank and not self.has_rank:
@@ -108,7 +105,7 @@ class Method(ABC):
             raise ValueError(f"{self.name} needs a rank of 1 to the width {self.d_model}; got {self.rank}")
 
     def trained(self) -> dict[str, Shapes]:
-        """Return `shapes` of what exists, for each of `GROUPS`."""
+        """Return `shapes` for all of `GROUPS`, without parameters of size zero."""
         shapes = self.shapes()
         return {
             group: {name: shape for name, shape in shapes.get(group, {}).items() if 0 not in shape}
@@ -120,7 +117,7 @@ class Method(ABC):
         return sum(math.prod(shape) for group in self.trained().values() for shape in group.values())
 
     def describe(self) -> dict[str, Any]:
-        """Return what `adapter.json` says of a prompt: name, sizes, and the scale that follows from them."""
+        """Return the description of a prompt in `adapter.json`: the method's name, sizes and scale."""
         return {
             "method": self.name,
             "prompt_length": self.prompt_length,
@@ -135,7 +132,7 @@ class Method(ABC):
 
     @classmethod
     def groups(cls) -> set[str]:
-        """Return those of `GROUPS` of which the method trains anything."""
+        """Return the groups in which the method has trainable parameters."""
         length, rank = int(cls.has_prompt), int(cls.has_rank)
         smallest = cls(d_model=1, prompt_length=length, rank=rank, max_source_length=1)
         return {group for group, shapes in smallest.trained().items() if shapes}
@@ -151,21 +148,22 @@ class Method(ABC):
         rank: int | None = None,
         visual_offset: bool = False,
     ) -> tuple[int, int]:
-        """Return the prompt length and rank with no more parameters than a plain prompt of l vectors.
+        """Return the prompt length and the largest rank within the budget of a plain prompt of l vectors.
 
-        At T5-base (d=768, s=256) and l = 100, DePT has the table of the paper: (m, r) = (0, 75), (20, 60),
-        (40, 45), (60, 30), (80, 15), (100, 0).
+        For T5-base (d=768, s=256) and l = 100, this gives the sizes of DePT in the paper: (m, r) = (0, 75),
+        (20, 60), (40, 45), (60, 30), (80, 15), (100, 0).
 
         Args:
-            d_model: Width of the model (d).
-            max_source_length: Longest text in tokens (s).
-            reference_prompt_length: Vectors of the plain prompt (l), and of methods that keep its length.
-            prompt_length: Vectors of the other methods (m); methods without a prompt have none.
-            rank: Taken as it is; None solves for the largest.
-            visual_offset: Spend the budget on the offset of visual tokens too.
+            d_model: Hidden size of the model (d).
+            max_source_length: Maximum text length in tokens (s).
+            reference_prompt_length: Length of the plain prompt (l), and of P in methods that keep its length.
+            prompt_length: Length of P (m) in other methods; ignored by methods without a prompt.
+            rank: Rank to return as it is; None to solve for the largest.
+            visual_offset: Whether the method has an offset of visual tokens.
 
         Raises:
-            ValueError: If the prompt alone is over the budget, or the method has no rank and is given one.
+            ValueError: If the prompt alone exceeds the budget, the budget is too small for rank 1 where the
+                method needs it, or the method cannot be built with a given `rank`.
         """
         length = reference_prompt_length if cls.keeps_length else prompt_length * cls.has_prompt
 
@@ -188,7 +186,7 @@ class Method(ABC):
                 f"budget is {budget:,}, which admits 0 to {reference_prompt_length}"
             )
         one, two = (at(rank).parameter_count() for rank in (1, 2))
-        # All counts are straight lines in the rank.
+        # The number of parameters is linear in the rank.
         solved = max(0, (budget - one) // (two - one) + 1)
         if solved == 0 and (cls.keeps_length or not cls.has_prompt):
             raise ValueError(
@@ -211,21 +209,21 @@ METHODS: Registry[type[Method]] = Registry(
         "memory": "dept_vl.prompts.methods:MemoryOffset",
     },
 )
-"""Every method, by name."""
+"""All methods by name."""
 
 M = TypeVar("M", bound=type[Method])
 
 
 def register_method(method: M) -> M:
-    """Make a method known by its name, for training, files, rows with different adapters and comparisons.
+    """Register a method under its name, so that it can be trained, saved, loaded and compared.
 
-    What it trains has to keep the names and shapes that `shapes` gives, because files are checked by them.
+    Its parameters need the names and shapes that `shapes` returns, because adapter files are checked by them.
 
     Args:
-        method: The class; returned as it is.
+        method: Subclass of `Method`, which is returned unchanged.
 
     Raises:
-        ValueError: If another method has the name.
+        ValueError: If the name is already registered.
 
     Example:
         >>> import dept_vl
@@ -247,7 +245,7 @@ def register_method(method: M) -> M:
 
 
 def sized(method: str, **sizes: Any) -> Method:
-    """Return a method at its sizes, as `Method` has them; at rank 0 that is plain prompt tuning.
+    """Return a method with its sizes (see `Method`). With rank 0, return plain prompt tuning.
 
     Raises:
         UnknownNameError: If there is no method of this name.
@@ -264,7 +262,7 @@ def check_sizes(d_model: int, prompt_length: int, rank: int, max_source_length: 
     """Check the sizes of a prompt.
 
     Raises:
-        ValueError: If one is negative, or there is no text position to offset.
+        ValueError: If `prompt_length` or `rank` is negative, or `d_model` or `max_source_length` is below 1.
     """
     if min(prompt_length, rank) < 0 or min(d_model, max_source_length) < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The vectors that a soft prompt starts from: words of the vocabulary, a text, or noise."""
+"""Initialisation of soft prompts from words of the vocabulary, from a text, or at random."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from dept_vl.prompts.base import Init
 from dept_vl.prompts.dept import DePT
 
 COMMON_TOKENS = 5000
-"""Initial prompt vectors are drawn from this many of the first, commonest tokens (Lester et al. 2021)."""
+"""Number of tokens to draw initial prompt vectors from, the first of the vocabulary (Lester et al. 2021)."""
 
 Embed = Callable[[Int[Tensor, " tokens"]], Float[Tensor, "tokens d_model"]]
 
@@ -28,18 +28,18 @@ def initialise(
     tokenizer: Any = None,
     text: str = "",
 ) -> None:
-    """Start P from word embeddings, repeated or cut to its m vectors.
+    """Initialise the soft prompt P in place.
 
     Args:
-        prompt: Changed in place.
-        init: `vocabulary` draws common tokens, `text` takes those of a text, `random` keeps the noise that
-            the prompt was built with.
-        embed: Looks word embeddings up.
-        vocabulary_size: Tokens that may be drawn, if there are fewer than `COMMON_TOKENS`.
-        special_tokens: Ids that are never drawn.
-        generator: Source of randomness for the draw, on the CPU; None is torch's own.
-        tokenizer: Of the text.
-        text: For `init="text"`.
+        prompt: Prompt to initialise.
+        init: `vocabulary` for embeddings of random common tokens, `text` for those of a text, repeated or cut
+            to m vectors, `random` to keep the random vectors of a new prompt.
+        embed: Function from token ids to word embeddings.
+        vocabulary_size: Number of tokens in the vocabulary, of which the first `COMMON_TOKENS` are drawn.
+        special_tokens: Token ids that are never drawn.
+        generator: Random generator on the CPU; None for torch's default generator.
+        tokenizer: Tokenizer of `text`.
+        text: Initial text, for `init="text"`.
 
     Raises:
         ValueError: If the text has no token, or no token is left to draw.
@@ -61,13 +61,13 @@ def initialise(
 def sample_vocabulary(
     vocabulary_size: int, count: int, generator: torch.Generator, *, exclude: Sequence[int] = ()
 ) -> Int[Tensor, " count"]:
-    """Draw token ids to start a prompt from, without replacement until the vocabulary is used up.
+    """Draw random token ids, without replacement until all have been drawn.
 
     Args:
-        vocabulary_size: Ids are drawn from `range(vocabulary_size)`.
-        count: How many ids.
-        generator: Source of randomness, on the CPU.
-        exclude: Ids never drawn (special tokens).
+        vocabulary_size: Number of token ids to draw from, beginning with 0.
+        count: Number of token ids to draw.
+        generator: Random generator on the CPU.
+        exclude: Token ids that are never drawn, such as those of special tokens.
 
     Raises:
         ValueError: If every id is excluded.

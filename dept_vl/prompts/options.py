@@ -1,4 +1,4 @@
-"""Options of the prompt; this module imports no engine."""
+"""Options of the prompt; imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 PositiveSize = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 InitParts = Literal["prompt", "all"]
-"""P alone, or all that the prompt has."""
+"""Parts of a trained prompt to start from: only P, or all parameters."""
 MethodName = Annotated[
     str,
     AfterValidator(METHODS.check),
@@ -25,7 +25,7 @@ MethodName = Annotated[
         str_from_instance=lambda name: [name],
     ),
 ]
-"""Name of a method in the registry, which users may add to."""
+"""Name of a registered prompt method."""
 
 
 @dataclass(frozen=True)
@@ -33,28 +33,28 @@ class PromptOptions(Options):
     """The prompt."""
 
     method: MethodName = "dept"
-    """pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt (compressed prompts),
-    residual, or memory (an adapter behind the encoder, no prompt); see prompts/methods.py."""
+    """Prompt method: pt, dept, adept (offset by token), hybrid (by position and token), ulpt, lopt
+    (compressed prompts), residual, or memory (adapter after the encoder); see prompts/methods.py."""
     prompt_length: Size = 40
-    """Vectors of the soft prompt (m); 0 leaves the offset alone. pt, ulpt and lopt have
+    """Number of vectors in the soft prompt (m); 0 for the offset alone. pt, ulpt and lopt use
     reference_prompt_length instead."""
     rank: Size | None = None
-    """Rank of the offset, or of a compressed prompt (r); 0 is plain prompt tuning. Left out, it is the
-    largest with which the prompt has no more parameters than reference_prompt_length vectors."""
+    """Rank of the offset or of a compressed prompt (r); 0 for plain prompt tuning. By default, the largest
+    rank with no more parameters than a plain prompt of reference_prompt_length vectors."""
     reference_prompt_length: PositiveSize = 100
-    """Length of the plain soft prompt (l) whose parameters are spent."""
+    """Length of the plain soft prompt (l) whose number of parameters is the budget."""
     max_source_length: PositiveSize = 20
-    """Longest text, in tokens, task prefix included (s); on a command line the task's own is the default
-    (NLVR2: 72, text tasks: 256)."""
+    """Maximum text length in tokens, including the task prefix (s). On a command line, the default depends on
+    the task (NLVR2: 72, text tasks: 256)."""
     alpha: Finite = 8.0
-    """The offset is scaled by alpha / sqrt(rank)."""
+    """Scaling parameter of the offset, which is multiplied by alpha / sqrt(rank)."""
     visual_offset: bool = False
-    """Shift each visual token by a function of itself too, of the same rank (adept, hybrid)."""
+    """Add an offset of the same rank to each visual token (adept, hybrid)."""
     prompt_init: Init = "vocabulary"
-    """Start from embeddings of common tokens drawn with the seed, of init_text, or from noise."""
+    """Initial vectors: embeddings of common tokens drawn with the random seed or of init_text, or random."""
     init_text: str = ""
-    """Words to start from, for prompt_init text; repeated or cut to the prompt's length."""
+    """Initial text for prompt_init text; repeated or cut to the prompt's length."""
     init_from: tuple[Path, ...] = ()
-    """Start from trained prompts instead: folders of runs or adapters; of several, from their mean."""
+    """Folders of runs or adapters to start from instead. Several prompts are averaged."""
     init_parts: InitParts = "prompt"
-    """Of these take the prompt alone (P), or all of it: the offset too."""
+    """Parts to take from init_from: the soft prompt (P), or all, which includes the offset."""

@@ -1,4 +1,4 @@
-"""Modules of the methods around DePT: what P is made of, and what shifts a token by what it is."""
+"""Modules of the methods in `methods`: sources of P, and offsets that depend on the token."""
 
 import math
 
@@ -11,7 +11,7 @@ from dept_vl.prompts.dept import PromptSource
 
 
 class Bottleneck(nn.Module):
-    """f(x) = ReLU(x A' + a) B' + b, a function of one vector; zero until it is trained."""
+    """Offset of a vector, f(x) = ReLU(x A' + a) B' + b, which is zero before training."""
 
     def __init__(self, d_model: int, rank: int) -> None:
         super().__init__()
@@ -22,13 +22,13 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The shift of each vector, in the vectors' own type."""
+        """Return the offset of each vector, in the data type of `vectors`."""
         shifts: Tensor = self.up(torch.relu(self.down(vectors.to(self.down.weight.dtype))))
         return shifts.to(vectors.dtype)
 
 
 class Residual(PromptSource):
-    """P = P' + f(P'). The published f ends in a norm, without which it can start at zero."""
+    """Source P = P' + f(P'). Unlike the published f, this f has no final norm, so it starts at zero."""
 
     def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
         super().__init__()
@@ -43,16 +43,16 @@ class Residual(PromptSource):
 
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """P' takes the vectors; f stays."""
+        """Set P' to `vectors` and leave f unchanged; see `PromptSource.start_from`."""
         self.soft_prompt.copy_(vectors)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """P' is trained as P is; f as an offset."""
+        """Return P' in `prompt`, and the parameters of f in `low_rank`."""
         return {"prompt": [self.soft_prompt], "low_rank": list(self.residual.parameters())}
 
 
 class LowRank(PromptSource):
-    """P = U V, with V of the size at which a step in U moves P as far."""
+    """Source P = U V. V is scaled so that a step of U changes P by about as much."""
 
     def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
         super().__init__()
@@ -66,19 +66,19 @@ class LowRank(PromptSource):
 
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """The nearest matrix of this rank (Eckart & Young)."""
+        """Set U V to the matrix of this rank that is nearest to `vectors` (Eckart & Young)."""
         rank, size = self.rank, math.sqrt(vectors.shape[1] / self.rank)
         left, values, right = torch.linalg.svd(vectors.float(), full_matrices=False)
         self.u.copy_(left[:, :rank] * values[:rank] / size)
         self.v.copy_(right[:rank] * size)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """U is trained as P is; V multiplies."""
+        """Return U in `prompt`, and V in `low_rank`."""
         return {"prompt": [self.u], "low_rank": [self.v]}
 
 
 class ScaledRandom(PromptSource):
-    """P = (Z P~) * scale + shift, with P~ random and never trained: its seed stands for it in files."""
+    """Source P = (Z P~) * scale + shift, with a frozen random P~, of which only the seed is saved."""
 
     random: Tensor
 
@@ -98,12 +98,12 @@ class ScaledRandom(PromptSource):
 
     @torch.no_grad()
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
-        """Shift is their mean, and Z the least squares of what is left."""
+        """Set `shift` to the mean of `vectors`, and Z by least squares to fit the remainder."""
         self.scale.fill_(1.0)
         self.shift.copy_(vectors.mean(0))
         solved = torch.linalg.lstsq(self.random.T, (vectors.float() - self.shift).T).solution
         self.z.copy_(solved.T)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Z and shift are trained as P is; scale multiplies."""
+        """Return Z and `shift` in `prompt`, and `scale` in `low_rank`."""
         return {"prompt": [self.z, self.shift], "low_rank": [self.scale]}

@@ -1,6 +1,6 @@
-"""DePT as a method of PEFT: import `plugin`, then use `DeptConfig` like a `LoraConfig`.
+"""DePT as a method of PEFT. Import `plugin`, then use `DeptConfig` like a `LoraConfig`.
 
-`plugin` registers the method, `layer` runs it, `files` converts adapters between PEFT's form and ours.
+`plugin` registers the method, `layer` has its modules, and `files` reads and writes PEFT's files.
 """
 
 __all__ = ["files", "layer", "plugin"]

@@ -1,8 +1,8 @@
-"""Adapters in PEFT's two files, written and read without PEFT; `peft_plugin` runs them in PEFT.
+"""Adapters in PEFT's file format, written and read without PEFT; `plugin` runs them in PEFT.
 
-`adapter_model.safetensors` holds the same tensors as our own adapter. PEFT names a tensor after the module
-that it belongs to, so `prompt.soft_prompt` is `base_model.model.<encoder>.dept_prompt.soft_prompt`
-there. `adapter_config.json` is a `peft_plugin.DeptConfig`.
+`adapter_model.safetensors` has the same tensors as our own adapter. PEFT names a tensor by its module, so
+`prompt.soft_prompt` becomes `base_model.model.<encoder>.dept_prompt.soft_prompt`. `adapter_config.json` is a
+`plugin.DeptConfig`.
 """
 
 import json
@@ -32,7 +32,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "DEPT"
 CONTAINER = "dept_prompt"
-"""Name of the prompts in the wrapped encoder."""
+"""Name of the `ModuleDict` of prompts in the wrapped module."""
 PLUGIN = "dept_vl.adapters.peft.plugin"
 USE = f"""
 ## Use
@@ -47,12 +47,12 @@ from peft import AutoPeftModelForSeq2SeqLM
 model = AutoPeftModelForSeq2SeqLM.from_pretrained(".", trust_remote_code=False)  # or its name
 ```
 """
-"""For the model card beside an adapter of PEFT's."""
+"""Usage section for the model card of a PEFT adapter."""
 
 
 @dataclass(frozen=True)
 class ConfigFields:
-    """What `adapter_config.json` has to say."""
+    """Fields of `adapter_config.json` that are read."""
 
     prompt_length: Size
     rank: Size
@@ -64,15 +64,15 @@ class ConfigFields:
 
 
 def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> None:
-    """Write an adapter in PEFT's two files.
+    """Save an adapter in PEFT's file format.
 
     Args:
-        adapter: P, A and B, for text.
-        backbone: Of the adapter; its language model is what PEFT calls the base model.
-        folder: Where the files go.
+        adapter: Adapter, whose only tensors are P, A and B.
+        backbone: Backbone of the adapter. Its language model is PEFT's base model.
+        folder: Output folder.
 
     Raises:
-        ValueError: If this is another backbone, or the adapter holds more or less than PEFT can run.
+        ValueError: If the adapter has another backbone, other tensors, or cannot run the same way in PEFT.
     """
     _check_positions(backbone)
     prompt = adapter.build(backbone).prompt
@@ -105,7 +105,7 @@ def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> N
 
 
 def add_use(folder: Path) -> None:
-    """Say in the model card of an adapter what to install and import, unless it does."""
+    """Add the usage section to the model card in a folder, if it has none."""
     path = folder / CARD_FILE
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if PLUGIN not in card:
@@ -115,18 +115,18 @@ def add_use(folder: Path) -> None:
 def from_peft(
     folder: str | Path, backbone: FrozenBackbone, *, task: str, metrics: Mapping[str, float] | None = None
 ) -> Adapter:
-    """Read an adapter that PEFT saved.
+    """Load an adapter that was saved by PEFT.
 
     Args:
-        folder: Holds the two files.
-        backbone: That it was trained on: the files tell the language model's name and no more.
-        task: The task it was trained on, of which the files say nothing.
-        metrics: Its figures, if there are any.
+        folder: Folder with PEFT's two files.
+        backbone: Backbone with the language model that the adapter was trained on.
+        task: Task that the adapter was trained on, which the files do not record.
+        metrics: Metrics of the adapter, or None.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one is damaged, they do not belong together, or they hold more than a prompt; or if
-            the backbone has another name or other word embeddings, or cannot run the prompt as PEFT does.
+        ValueError: If the files are damaged, do not belong together, or contain more than a prompt, or if the
+            backbone has another name or other word embeddings, or cannot run the prompt as PEFT does.
     """
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSORS_FILE):
@@ -171,14 +171,14 @@ def from_peft(
 
 
 def base_record(base: Mapping[str, str] | None, embedding: str | None) -> dict[str, str]:
-    """What a configuration records of its base: an older one has a hash of the words alone, or nothing."""
+    """Return the fingerprint in a configuration; an older one has only a hash of word embeddings, or none."""
     if base:
         return dict(base)
     return {"embeddings": embedding} if embedding else {}
 
 
 def is_text_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model is an encoder-decoder that reads text alone, whose encoder can be wrapped."""
+    """Return whether a model is an encoder-decoder for text alone, whose encoder can be wrapped."""
     config = getattr(model, "config", None)
     return (
         isinstance(model, PreTrainedModel)
@@ -191,32 +191,32 @@ def is_text_encoder_decoder(model: nn.Module) -> bool:
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by our own names: what follows the container's name."""
+    """Return PEFT's tensors by our own names."""
     return {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
 
 
 def wrapped(model: PreTrainedModel) -> nn.Module:
-    """The part of a model that PEFT wraps: the encoder of text, or the word embeddings."""
+    """Return the module that is wrapped in PEFT: the text encoder, or the word embeddings."""
     part: nn.Module = model.get_encoder() if is_text_encoder_decoder(model) else words_of(model)
     return part
 
 
 def wrapped_name(model: PreTrainedModel) -> str:
-    """The name of this part: `encoder` in T5, `model.encoder` in BART, `transformer.wte` in GPT-2."""
+    """Return the name of that module, such as `encoder` in T5 or `transformer.wte` in GPT-2."""
     part = wrapped(model)
     name: str = next(name for name, module in model.named_modules() if module is part)
     return name
 
 
 def _task_type(model: PreTrainedModel) -> str | None:
-    """Of PEFT's class that passes on what the model takes."""
+    """Return the task type of the PEFT class that fits a model."""
     if is_text_encoder_decoder(model):
         return "SEQ_2_SEQ_LM"
     return None if is_encoder_decoder(model.config) else "CAUSAL_LM"
 
 
 def _check_positions(backbone: FrozenBackbone) -> None:
-    """In PEFT the stock encoder reads `[P ; text]`, and counts the positions of the prompt too."""
+    """Raise a `ValueError` if positions differ in PEFT, where the encoder also counts those of the prompt."""
     if not isinstance(backbone, Backbone):
         _check_pretrained(backbone)
         return

@@ -1,7 +1,7 @@
-"""What `plugin` puts around a part of a model: an encoder of text, or the word embeddings of any other model.
+"""PEFT layers of `plugin`, which wrap the text encoder or the word embeddings of a model.
 
-In front of an encoder's text go prompts, and masks that see them; of word embeddings, those of placeholders
-are replaced (see `adapters.calls`).
+The wrapper of a text encoder puts prompts in front of the text and extends the masks. The wrapper of word
+embeddings replaces the embeddings of placeholders (see `adapters.calls`).
 """
 
 from abc import abstractmethod
@@ -25,16 +25,14 @@ from dept_vl.models.row_prompts import PromptTable, RowPrompts
 from dept_vl.prompts.dept import DePT
 
 BASE = "__base__"
-"""In `adapter_names`, a row that no prompt is put in front of."""
+"""Name in `adapter_names` for a row without a prompt."""
 
 
 class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A part of a model with prompts, one by adapter.
-
-    Whatever is not asked of the prompts is asked of the part: this class has its attributes too.
+    """Wrapper of a module with one prompt per adapter. It also has the attributes of the module.
 
     Args:
-        base_layer: The part.
+        base_layer: Module to wrap.
     """
 
     adapter_layer_names = (CONTAINER,)
@@ -49,7 +47,7 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet, as in unpickling
+            if name == "base_layer":  # not set yet, as during unpickling
                 raise
             return getattr(self.base_layer, name)
 
@@ -57,16 +55,16 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "dept." + super().__repr__()
 
     def update_layer(self, adapter_name: str, prompt: DePT, *, inference_mode: bool) -> None:
-        """Add an adapter, on the part's device and in its data type."""
+        """Add an adapter, on the device and in the data type of the wrapped module."""
         self.dept_prompt[adapter_name] = prompt
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the prompt.
+        """Set the active adapter.
 
         Raises:
-            ValueError: If there is more than one.
+            ValueError: If more than one is given.
         """
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise ValueError(
@@ -76,13 +74,17 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
-        """Refused."""
+        """Raise a `ValueError`; prompts cannot be merged."""
         refuse_merging()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The part as it was, and the model around it."""
+        """Remove the hooks and return the wrapped module.
+
+        Raises:
+            ValueError: If `merge` is True.
+        """
         if merge:
             refuse_merging()
         self.leave()
@@ -91,11 +93,11 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @abstractmethod
     def leave(self) -> None:
-        """Take off what is on other parts of the model."""
+        """Remove the hooks on other modules of the model."""
 
     @property
     def read_adapters(self) -> list[str]:
-        """The adapters that are read now: the active one, unless all are disabled."""
+        """Active adapter of this layer in a list, which is empty if adapters are disabled."""
         return [] if self.disable_adapters else [n for n in self.active_adapters if n in self.dept_prompt]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -106,10 +108,10 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class DeptWords(PromptedCalls, DeptTunerLayer):
-    """The word embeddings of a model; see `calls`.
+    """Wrapper of a model's word embeddings; see `adapters.calls`.
 
     Args:
-        model: With these word embeddings.
+        model: Model whose word embeddings are wrapped.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -129,18 +131,18 @@ class DeptWords(PromptedCalls, DeptTunerLayer):
         self._leave(*self._around)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Embeddings of tokens, with those of the prompt."""
+        """Return the embeddings of tokens, with the prompt in place of the placeholders."""
         embedded: Tensor = self.base_layer(input)
         prompted = self._put(input, embedded)
         return embedded if prompted is None else prompted
 
 
 class DeptLayer(DeptTunerLayer):
-    """A text encoder with prompts in front.
+    """Wrapper of a text encoder that puts prompts in front of the text.
 
     Args:
-        base_layer: The encoder.
-        decoder: Its decoder, which needs the prompt's positions; not a submodule of this one.
+        base_layer: Text encoder.
+        decoder: Decoder of the model. A hook extends its cross-attention mask by the prompt.
     """
 
     def __init__(self, base_layer: nn.Module, decoder: nn.Module) -> None:
@@ -148,7 +150,7 @@ class DeptLayer(DeptTunerLayer):
         self._decoder_hook = decoder.register_forward_pre_hook(_lengthen_mask, with_kwargs=True)
 
     def leave(self) -> None:
-        """See `DeptTunerLayer`: the decoder no longer sees the prompt's positions."""
+        """Remove the hook on the decoder."""
         self._decoder_hook.remove()
 
     def forward(
@@ -160,17 +162,18 @@ class DeptLayer(DeptTunerLayer):
         adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The encoder's output over `[P ; text]`, longer than its input by the prompt (the longest in use).
+        """Return the encoder's output for `[P ; text]`, longer than the input by the longest prompt in use.
 
         Args:
-            input_ids: Text tokens, padded on either side, or
-            attention_mask: Non-zero on text; None if all is text.
-            inputs_embeds: embeddings of text.
-            adapter_names: For each row the prompt to put in front, `__base__` for none.
-            **kwargs: Of the encoder.
+            input_ids: Token ids of the text, padded on either side.
+            attention_mask: Mask that is non-zero on text; None without padding.
+            inputs_embeds: Embeddings of the text, instead of `input_ids`.
+            adapter_names: Name of the adapter for each row, `__base__` for none; None for the active adapter.
+            **kwargs: Further arguments of the encoder.
 
         Raises:
-            ValueError: If text and prompt are longer than the encoder or the prompt admits.
+            ValueError: If the text is too long for the encoder or the prompt, or if arguments have different
+                lengths, or both or neither of `input_ids` and `inputs_embeds` are given.
         """
         active = self.read_adapters
         if self.disable_adapters or not (active or adapter_names):
@@ -210,7 +213,7 @@ class DeptLayer(DeptTunerLayer):
         return output.to_tuple() if return_dict is False else output
 
     def prompt_lengths(self, adapter_names: Sequence[str]) -> list[int]:
-        """Of the prompt of each row."""
+        """Return the length of each row's prompt."""
         return [0 if name == BASE else self._prompt(name).prompt_length for name in adapter_names]
 
     def _prompt(self, name: str) -> DePT:
@@ -226,11 +229,11 @@ class DeptLayer(DeptTunerLayer):
         Bool[Tensor, "batch prompt_text"],
         Int[Tensor, "batch prompt_text"],
     ]:
-        """`[P ; text ; padding]`, its mask, and the column that each column of `[P ; text]` has gone to."""
+        """Return `[P ; text ; padding]`, its mask, and the new column of each column of `[P ; text]`."""
         names = list(dict.fromkeys(adapter_names))
         prompts = [None if name == BASE else self._prompt(name) for name in names]
         rows = torch.tensor([names.index(name) for name in adapter_names], device=mask.device)
-        # Padding goes last, so that a column is a position. Rows of the base are read as they came.
+        # Padding is moved to the right, so that columns are positions, except in rows without a prompt.
         of_base = torch.tensor([name == BASE for name in adapter_names], device=mask.device)
         columns = packing(mask | of_base[:, None])
         prompt = prompts[0]
@@ -249,7 +252,7 @@ class DeptLayer(DeptTunerLayer):
 
 
 def _rearranged(output: ModelOutput, columns: Int[Tensor, "batch column"]) -> ModelOutput:
-    """Everything with a place for each column, in the order of `columns`."""
+    """Return an encoder's output with its columns in the order of `columns`."""
     output["last_hidden_state"] = take(output.last_hidden_state, columns)
     if output.get("hidden_states") is not None:
         output["hidden_states"] = tuple(take(states, columns) for states in output.hidden_states)
@@ -264,10 +267,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _lengthen_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Let the decoder see what the encoder gave in front of the text.
-
-    A mask that is as long as the encoder's output, as without a prompt, is left alone.
-    """
+    """Extend the cross-attention mask by the prompt, unless it is as long as the encoder's output."""
     states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
     if states is None or mask is None or mask.dim() != 2 or states.shape[1] <= mask.shape[1]:
         return None
@@ -278,12 +278,12 @@ def _lengthen_mask(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def hide_unused(
     decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], prompt_lengths: list[int]
 ) -> Call:
-    """Hide the columns in front of a text whose prompt is shorter than another's; runs after the above."""
+    """Mask the unused columns of rows whose prompt is not the longest; runs after `_lengthen_mask`."""
     states, mask = kwargs["encoder_hidden_states"], kwargs.get("encoder_attention_mask")
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
     lengths = torch.tensor(prompt_lengths, device=mask.device)
-    # Beams and returned sequences of a row stand behind one another.
+    # Beams and returned sequences of a row are adjacent.
     lengths = lengths.repeat_interleave(mask.shape[0] // len(prompt_lengths))
     column = torch.arange(mask.shape[1], device=mask.device)
     unused = (column >= lengths[:, None]) & (column < max(prompt_lengths))
@@ -293,14 +293,14 @@ def hide_unused(
 def tell_adapter_names(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> Call:
-    """Pass the name of each row's adapter to a module that asks for it."""
+    """Add the adapter name of each row to the arguments of a module's call."""
     rows = next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     copies = max(rows // len(adapter_names), 1)  # as in `hide_unused`
     return args, kwargs | {"adapter_names": [name for name in adapter_names for _ in range(copies)]}
 
 
 def refuse_merging() -> NoReturn:
-    """Say why there is no merging."""
+    """Raise a `ValueError` that explains why prompts cannot be merged."""
     raise ValueError(
         "DePT cannot be merged into the weights: the prompt is vectors in front of the text, and A @ B "
         "shifts the text by position; keep the adapter, or call unload() for the base model"

@@ -1,22 +1,21 @@
 """DePT as a method of PEFT: `import dept_vl.adapters.peft.plugin`, then use `DeptConfig` like a `LoraConfig`.
 
-Of an encoder-decoder that reads text alone, the tuner wraps the encoder: stacks size their masks before they
-embed, so wrapping the embedding alone could not put a prompt in front. A hook on the decoder lengthens the
-mask of the cross-attention by the prompt. Of decoder-only models, and of those that read images, it wraps the
-word embeddings, and hooks on the model's calls put placeholders in (`adapters.calls`). The arithmetic is
-`dept.DePT`.
+In an encoder-decoder for text alone, the tuner wraps the encoder, because encoders create their masks before
+they embed the tokens. A hook on the decoder extends the cross-attention mask by the prompt. In all other
+models it wraps the word embeddings, and hooks on the model's calls insert placeholders (`adapters.calls`).
+The prompt is computed by `dept.DePT`.
 
-|                      | encoder-decoders of text                  | all others                         |
+|                      | encoder-decoders for text                 | all others                         |
 |----------------------|-------------------------------------------|------------------------------------|
-| wrapped              | the encoder, by `DeptLayer`               | word embeddings, by `DeptWords`    |
-| hooks                | one on the decoder                        | on the model                       |
-| reads                | `[P ; text ; padding]`                    | `[padding ; start ; P ; the rest]` |
-| gives                | the decoder sees `[P ; text]`             | columns as without a prompt        |
-| rows with `adapter_names` | may differ                           | raises                             |
-| merging              | raises: a prompt is not a weight          | the same                           |
+| wrapped module       | the encoder, by `DeptLayer`               | word embeddings, by `DeptWords`    |
+| hooks                | on the decoder                            | on the model                       |
+| input                | `[P ; text ; padding]`                    | `[padding ; start ; P ; the rest]` |
+| output               | the decoder sees `[P ; text]`             | columns as without a prompt        |
+| `adapter_names`      | supported                                 | raises an error                    |
+| merging              | raises an error: a prompt is not a weight | raises an error                    |
 
-Tensors are `<wrapped>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}`.
-`unload` takes the wrapper and the hooks away again. Written against PEFT 0.21.
+Tensors are named `<wrapped>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}`.
+`unload` removes the wrapper and the hooks. Written for PEFT 0.21.
 """
 
 import enum
@@ -72,7 +71,7 @@ INITS = get_args(Init)
 
 
 class DeptType(str, enum.Enum):  # noqa: UP042  PEFT takes the name from str()
-    """The method's name; an enumeration of PEFT's own cannot be extended."""
+    """Name of the method, because PEFT's own enumeration cannot be extended."""
 
     DEPT = PEFT_TYPE
 
@@ -83,10 +82,10 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class DeptConfig(PeftConfig):  # type: ignore[misc]
-    """What `get_peft_model` makes a DePT of; the fields say in their metadata what they are.
+    """Configuration of DePT for `get_peft_model`. The metadata of each field has its description.
 
     Raises:
-        ValueError: If a value is out of range, or does not go with the others.
+        ValueError: If a value is out of range or does not fit the others.
     """
 
     prompt_length: int = _option(60, "Vectors in the soft prompt (m); 0 for the offset alone.")
@@ -158,7 +157,7 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
             )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and what to import into the model card of an adapter."""
+        """Save `adapter_config.json`, and add usage to the model card if the folder has an adapter."""
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         if any(folder.glob("adapter_model.*")):
@@ -166,25 +165,25 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
 
 
 class DeptModel(BaseTuner):  # type: ignore[misc]
-    """PEFT's tuner: puts prompts on the encoder of a model, and takes them off again."""
+    """Tuner of PEFT that adds prompts to a model and removes them."""
 
     prefix = "dept_"
     tuner_layer_cls = DeptTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name and form
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused; `unload` gives the base model back."""
+        """Raise a `ValueError`; `unload` returns the base model."""
         refuse_merging()
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused."""
+        """Raise a `ValueError`; prompts cannot be merged."""
         refuse_merging()
 
     def unmerge_adapter(self) -> None:
-        """Nothing to do: nothing is ever merged."""
+        """Do nothing, because prompts are never merged."""
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused."""
+        """Raise a `ValueError`; prompts cannot be added."""
         raise ValueError(
             "prompts cannot be added up: the m vectors of a prompt have no counterparts in another, and A @ "
             "B of two adapters has twice the rank; train one prompt on both tasks, or mix rows by "
@@ -194,7 +193,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _check_new_adapter_config(self, config: DeptConfig) -> None:
         super()._check_new_adapter_config(config)
         check_length(self.model, config.prompt_length)
-        # One to be trained on, or a configuration that is used a second time, may be on another base.
+        # An adapter for further training, or a configuration that is used again, may be on another base.
         strict = config.inference_mode
         check_base(
             base_record(config.base_fingerprint, config.embedding_fingerprint),
@@ -258,9 +257,9 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DeptConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Also take the tensors of our own adapter, `prompt.soft_prompt` and so on, and older names.
+        """Rename tensors of our own adapters (`prompt.soft_prompt`, ...) and of older versions for loading.
 
-        What is wrapped may have been another part in an older version.
+        Older versions may have wrapped another module.
         """
         layer = next(name for name, module in model.named_modules() if isinstance(module, DeptTunerLayer))
         of_prompt = re.compile(rf"^(prompt\.|(.*\.)?{CONTAINER}\.)")
@@ -277,7 +276,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """For one call of forward or generate: tell each row's adapter to whatever depends on it."""
+        """Pass `adapter_names` to the modules that need them, during one call of forward or generate."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -314,14 +313,15 @@ def create_dept_optimizer(
     offset_lr: float,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
-    """An optimizer with DePT's two learning rates, for `Trainer(optimizers=(optimizer, None))`.
+    """Return an optimizer with DePT's two learning rates, for `Trainer(optimizers=(optimizer, None))`.
 
     Args:
-        model: With a trainable prompt.
-        optimizer_cls: Such as `torch.optim.AdamW`.
-        prompt_lr: Of the soft prompt (alpha1; 0.3 is a good start).
-        offset_lr: Of the low-rank pair (alpha2; 1e-4 to 5e-3), and of `modules_to_save` unless `lr` is given.
-        **kwargs: Of the optimizer.
+        model: Model with a trainable prompt.
+        optimizer_cls: Class of the optimizer, such as `torch.optim.AdamW`.
+        prompt_lr: Learning rate of the soft prompt (alpha1; start with 0.3).
+        offset_lr: Learning rate of the low-rank pair (alpha2; 1e-4 to 5e-3), and of all other trainable
+            parameters unless `lr` is given.
+        **kwargs: Further arguments of the optimizer.
 
     Raises:
         ValueError: If the model has no trainable prompt.
@@ -347,10 +347,10 @@ def create_dept_optimizer(
 
 
 def check_length(model: nn.Module, prompt_length: int) -> None:
-    """Refuse a model that no prompt can be put on, or not one so long.
+    """Check that a prompt of this length can be added to a model.
 
     Raises:
-        ValueError: With what is supported, or the model's positions.
+        ValueError: If the model is not supported, or has too few positions.
     """
     if is_text_encoder_decoder(model):
         _language(model).check_positions("encoder", prompt=prompt_length, text=1)
@@ -359,14 +359,14 @@ def check_length(model: nn.Module, prompt_length: int) -> None:
 
 
 def _language(model: nn.Module) -> LanguageModel:
-    """The text encoder of an encoder-decoder, without its wrapper."""
+    """Return the text encoder of an encoder-decoder without the PEFT wrapper."""
     encoder = cast(PreTrainedModel, model).get_encoder()
     encoder = encoder.base_layer if isinstance(encoder, DeptLayer) else encoder
     return LanguageModel(encoder, encoder, type(model).__name__)
 
 
 def _new_prompt(config: DeptConfig, model: PreTrainedModel) -> DePT:
-    """A DePT as configured, its prompt started from words if so."""
+    """Return an initialised prompt for a configuration."""
     words = words_of(model)
     assert config.rank is not None  # solved in `_prepare_adapter_config`
     prompt = DePT(
@@ -380,7 +380,7 @@ def _new_prompt(config: DeptConfig, model: PreTrainedModel) -> DePT:
         nn.init.normal_(prompt.offset_b)
     tokenizer = None
     if config.prompt_init == "text":
-        if config.inference_mode:  # an adapter that is about to be loaded needs no tokenizer
+        if config.inference_mode:  # the initial vectors are replaced by those of the loaded adapter
             return prompt
         tokenizer = load_tokenizer(str(config.tokenizer_name_or_path))
         check_tokenizer(tokenizer, model, str(config.tokenizer_name_or_path))
