@@ -300,7 +300,7 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
     backbone, also = named.get("backbone"), named.get("also")
-    # A run saves all its options. These two exist since the first version: what else is missing is newer.
+    # Runs save all options. These two exist since the first version, so an option missing here is newer.
     if isinstance(backbone, dict) and {"vision_layer", "pooled_grid"} <= backbone.keys():
         parts = [named.get("data"), *(also if isinstance(also, list) else [])]
         names = [part.get("task") for part in parts if isinstance(part, dict)]

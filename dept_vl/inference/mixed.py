@@ -81,7 +81,7 @@ class ManyAdapters:
         batch_size: int = 32,
         max_time: float | None = None,
     ) -> str | list[str]:
-        """Answer one or several questions, each with an adapter of its own.
+        """Answer one or several questions, all with one adapter or each with its own.
 
         A single image, question or adapter is used for all rows. Rows may have different tasks; those that
         differ in decoding settings or in the number of images are put in different batches.
