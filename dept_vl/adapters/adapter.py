@@ -248,7 +248,7 @@ class Adapter:
                 `prompt_only` is False.
         """
         tensors, config = authors.read(folder, prompt_only=prompt_only)
-        with torch.device("meta"):  # for its sizes alone
+        with torch.device("meta"):  # only the sizes are needed, so no memory is allocated
             prompt = DePT(
                 config["token_dim"],
                 prompt_length=config["num_virtual_tokens"],
@@ -305,7 +305,7 @@ class Adapter:
         if ranks:
             backbone.add_lora(ranks[0])
         if self.prompt is not None and self.prompt["d_model"] != backbone.d_model:
-            # Before anything of that width is made.
+            # Checked before anything of that width is allocated.
             raise ValueError(
                 f"the adapter's prompt is {self.prompt['d_model']} wide and {backbone.name} is "
                 f"{backbone.d_model} wide; load the backbone it was trained on"
@@ -352,7 +352,7 @@ class Adapter:
             state = under(prefix, self.tensors)
             if module is None or (not state and module is model.backbone.language):
                 continue
-            if module is model.backbone.language:  # of which a part may be trained
+            if module is model.backbone.language:  # the adapter may have only a part of its tensors
                 state = dict(module.named_parameters()) | state
             load_exactly(module, state, "the adapter's", prefix)
 

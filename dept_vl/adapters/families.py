@@ -120,7 +120,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "name": model_name(model),
         "fingerprint": {"class": type(model).__name__, **weights},
-        "visual_position_bias": "relative",  # every position counts, as the stock encoder does it
+        "visual_position_bias": "relative",  # every position counts, as in the unchanged model
         "object_order": "none",
         "visual_norm": None,
         "image_fit": None,

@@ -196,7 +196,7 @@ class FrozenBackbone(nn.Module, ABC):
         common = torch.arange(min(COMMON_TOKENS, len(words)), device=words.device)
         return float(self.embed(common[None]).detach().float().square().mean().sqrt())
 
-    def probe(self, images: int = 1) -> None:  # a composed backbone was made for prompts
+    def probe(self, images: int = 1) -> None:  # nothing to check in a composed backbone
         """Run the model to check that a prompt works with `images` images per question.
 
         Raises:

@@ -192,7 +192,7 @@ class EncoderDecoder(Answerer):
             if self.visual_position_bias == "relative":
                 # Padding between text and image would shift the image's positions.
                 embeddings, mask = pack(embeddings, mask)
-        inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 calculates with it
+        inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 computes with it
         if self.visual_position_bias == "relative":
             return self.text_model(**inputs), mask
         return self.text_model(**inputs, segments=(prompt_length, visual_length)), mask
@@ -292,7 +292,7 @@ class DecoderOnly(Answerer):
         """
         source, answered = encoded.last_hidden_state, labels != IGNORE_INDEX
         self.check_positions("context", source=source.shape[1], answer=labels.shape[1])
-        answer = self.embed(labels.where(answered, 0))  # any token: the mask hides it
+        answer = self.embed(labels.where(answered, 0))  # any token will do, because it is masked
         mask = torch.cat([mask, answered], dim=1)
         logits: Tensor = self.model(
             inputs_embeds=torch.cat([source, answer], dim=1),

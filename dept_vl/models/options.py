@@ -40,7 +40,7 @@ ImageFit = Literal["squash", "crop", "pad", "own"]
 `crop`: crop the centre. For a photograph of 640 x 480, this loses a quarter.
 `pad`: keep the aspect ratio and pad with the mean colour.
 `own`: use the method of the encoder's own processor (CLIP crops, SigLIP squashes), as in older runs. An image
-that already has the shape is always left to the processor, unless that would cut off a margin.
+that already has the aspect ratio is left to the processor, unless that would cut off a margin.
 """
 BEFORE_ORDER: dict[str, str] = {"object_order": "none", "visual_norm": "twice", "image_fit": "own"}
 """Defaults for older files, which lack these options."""
@@ -99,8 +99,8 @@ class BackboneOptions(Options):
     """Position vector of each visual token. frozen: random, not trained (published); trained: trained with
     the visual projection; none: no vector; auto: value in the backbone folder, else frozen."""
     visual_norm: VisualNorm | Literal["auto"] = "auto"
-    """Norms of visual tokens. once: that of the projection (published); twice: BART's norm of embeddings too,
-    as in older runs; auto: value in the backbone folder, else once. T5 has no such norm."""
+    """Norms of visual tokens. once: that of the projection (published); twice: also BART's norm of
+    embeddings, as in older runs; auto: value in the backbone folder, else once. T5 has no such norm."""
     backbone_dropout: bool = True
     """Use the dropout of the frozen language model in training."""
     train_projection: bool = True

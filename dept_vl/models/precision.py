@@ -130,7 +130,7 @@ def compile_layers(language: nn.Module) -> None:
     settings.fail_on_recompile_limit_hit = True
     # A model with hooks on its positions must not use a graph that was compiled without hooks.
     settings.skip_nnmodule_hook_guards = False
-    # DDP would split graphs at its buckets, which is only useful for graphs of the whole model.
+    # DDP's graph splitting is meant for graphs of a whole model; those of layers are small enough.
     settings.optimize_ddp = False
     # Otherwise sizes that are equal by chance in the first call would be assumed to be always equal.
     torch.fx.experimental._config.use_duck_shape = False

@@ -20,7 +20,7 @@ class PromptTable:
 
     Args:
         prompts: Prompts of any method and size; None for no prompt.
-        words: Word embeddings of the model, with the table's hidden size, device and data type.
+        words: Word embeddings of the model. The table has their hidden size, device and data type.
         padding_first: Whether to leave the padding of a shorter P in front of it, for encoders that count
             positions from the text on (`LanguageModel.counts_text`). Otherwise it is moved to the end of the
             row, where it changes no position.

@@ -76,6 +76,7 @@ class VisionLanguageModel(FrozenBackbone):
         spread: Whether the model is spread over several devices. Such a model is not moved by `to`.
 
     Raises:
+        UsageError: If `text_form` has no `{text}`, or is `chat` and the processor has no chat template.
         ValueError: If the processor has no tokenizer or does not belong to the model.
 
     Example:
@@ -159,7 +160,7 @@ class VisionLanguageModel(FrozenBackbone):
             device_map: `auto` to spread the model over the devices of this process; empty for one device.
 
         Raises:
-            UsageError: If the package for quantisation is not installed.
+            UsageError: If bitsandbytes is needed and not installed, or `text_form` is invalid.
             ValueError: If the model is of none of `KINDS` or needs its own code, or if its files are damaged.
         """
         with loading(name_or_path, "a vision-language model"):

@@ -37,7 +37,7 @@ class Residual(PromptSource):
         self.residual = Bottleneck(d_model, rank)
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
+        """Return the soft prompt P."""
         vectors: Tensor = self.soft_prompt + self.residual(self.soft_prompt)
         return vectors
 
@@ -61,7 +61,7 @@ class LowRank(PromptSource):
         self.v = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
+        """Return the soft prompt P."""
         return self.u @ self.v
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class ScaledRandom(PromptSource):
         self.register_buffer("random", torch.from_numpy(drawn.astype(np.float32)), persistent=False)
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:
-        """P."""
+        """Return the soft prompt P."""
         return self.z @ self.random * self.scale + self.shift
 
     @torch.no_grad()

@@ -154,7 +154,7 @@ def from_peft(
     check_parameters(tensors, folder / TENSORS_FILE)
     sizes = {name: config[name] for name in ("prompt_length", "rank", "max_source_length")}
     state = own_names(tensors)
-    with torch.device("meta"):  # compared before anything of the claimed size is made
+    with torch.device("meta"):  # shapes are compared before memory is allocated
         shapes = {
             name: tuple(p.shape)
             for name, p in DePT(backbone.d_model, **sizes, alpha=float(config["alpha"])).named_parameters()

@@ -118,7 +118,7 @@ class DeptWords(PromptedCalls, DeptTunerLayer):
         parts = Parts.of(model)
         DeptTunerLayer.__init__(self, parts.embedding)
         self._enter(model, parts)
-        # No submodule: it is around this one.
+        # In a tuple, so that the model is not registered as a submodule of this wrapper.
         self._around = (model,)
 
     def current_prompt(self) -> DePT | None:
