@@ -1,7 +1,6 @@
 """Reading and writing of this package's files, JSON and safetensors: written atomically, read with checks.
 
-Problems with a file are raised as one ValueError of one line, with its path. Content is checked before it is
-used, and files do not use much more memory than their size.
+Any problem with a file is raised as a ValueError of one line, with its path. Content is checked before use.
 
 Files of runs and adapters have their size and checksum in `.checksums.json` beside them, which is compared
 whenever a file is read. Files that are not listed there, such as files from elsewhere, are not compared.
@@ -41,10 +40,7 @@ class RepeatedKeyError(ValueError):
 
 
 class UniqueKeys(dict[str, Any]):
-    """A JSON object built by ijson that records repeated keys, for `check_keys`.
-
-    Raising an error here would not stop ijson.
-    """
+    """A JSON object built by ijson that records repeated keys for `check_keys`; ijson ignores errors here."""
 
     __slots__ = ("repeated",)
     met: ClassVar = False
@@ -112,8 +108,7 @@ def _json(content: Any, indent: int | None) -> bytes:
 def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files of a folder atomically, and record their checksums in the folder.
 
-    While writing, the old and new checksums are both valid, so that an interruption does not make a file look
-    damaged.
+    Until all are written, old and new checksums are both valid, in case of an interruption.
     """
     known = _known(folder)
     before = {}

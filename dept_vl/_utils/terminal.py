@@ -27,8 +27,8 @@ def is_live() -> bool:
 class Count:
     """Progress on stderr: a bar on a terminal, elsewhere a line every ten seconds.
 
-    Outside a terminal, work of less than ten seconds prints nothing. Only the main process prints. Lines are
-    also printed while a single item takes long. Of nested counts, the innermost prints.
+    Only the main process prints, and of nested counts the innermost. Outside a terminal, work of less than
+    ten seconds prints nothing, and lines are also printed while a single item takes long.
 
     Args:
         what: Name of the work, such as `evaluating`.

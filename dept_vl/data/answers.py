@@ -28,9 +28,8 @@ class Lost:
 
     Attributes:
         answers: Number of checked answers, with repetitions.
-        unwritable: Count by answer, for answers that change when tokenised and decoded, or that have the same
-            tokens as another candidate.
-        cut: Count by answer, for answers longer than the limit.
+        unwritable: Count by answer that tokenising changes, or that has the same tokens as another candidate.
+        cut: Count by answer that is longer than the limit.
         longest: Length of the longest answer in tokens, including the end token.
     """
 

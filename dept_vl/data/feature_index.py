@@ -88,13 +88,11 @@ class Index(Index1):
 def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
     """Return everything that features depend on; weights and configurations as 16 hexadecimal digits each.
 
-    Unlike the fingerprint in an adapter, this one covers every bit of the weights, since features are stored.
+    Unlike an adapter's fingerprint, it covers every bit of the weights, since features are stored.
     """
     weights = hashlib.sha256()
     for name, tensor in sorted(vision.weights().items()):
-        whole = (
-            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        )  # of a tower sharded over devices
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # sharded tower
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         weights.update(tensor_bytes(whole.detach().cpu()))
     config = getattr(vision.model, "config", None)

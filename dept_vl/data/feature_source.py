@@ -29,8 +29,8 @@ def read_features(
 
     Raises:
         FileNotFoundError: If features must come from files, and files or images in them are missing.
-        ValueError: If these files are of another encoder, unfinished or damaged; or if an image that must not
-            be skipped could not be encoded.
+        ValueError: If such files are of another encoder, unfinished or damaged, or an image cannot be
+            encoded.
     """
     wanted = [(part.options, _image_files(part)) for part in splits]
     first = splits[0].options
@@ -62,10 +62,8 @@ def encoder_of(
 
     Args:
         backbone: Backbone with the encoder.
-        choice: Whether cached features may (auto), must (cached) or must not (live) be used; UsageError if
-            they must be and cannot.
-        stored: Data options; if given, require that features are stored for this task, unless `choice` is
-            cached.
+        choice: Use of cached features: auto, cached (UsageError if impossible), or live (never).
+        stored: Data options; if given, auto also requires stored features for this task.
     """
     if backbone.processor is None:
         return backbone.vision

@@ -78,8 +78,8 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
         task: Training split.
         k: Number of examples per class, or in total if there are no classes.
         seed: Random seed.
-        per: Whether k is per class, or in total (`all`). If a total cannot be spread evenly, the first
-            classes get one more.
+        per: Whether k is per class, or in total (`all`); the first classes get one more if it does not
+            divide.
 
     Raises:
         ValueError: If there are too few examples; the message names the class and its count.

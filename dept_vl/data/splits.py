@@ -21,10 +21,10 @@ LOOKED_AT = 50
 
 @dataclass(frozen=True)
 class Splits:
-    """The splits of a task for a run: for training, for choosing the best adapter, and for the final score.
+    """Training, dev and test split of a task, for a run.
 
-    `decoding` holds the generation settings, `options` the options that the splits were made from, and
-    `shots` the examples drawn for few-shot training, if any.
+    `decoding` holds the generation settings, `options` the options of the splits, and `shots` the few-shot
+    selection, if any.
     """
 
     train: Task
@@ -41,7 +41,7 @@ class Splits:
 
 
 def options_together(config: RunConfig) -> list[DataOptions]:
-    """Return the data options of every task, with one `on_bad_image`; ValueError if a task occurs twice."""
+    """Return the data options of all tasks; ValueError if a task is repeated or `on_bad_image` differs."""
     names = [options.task for options in (config.data, *config.also)]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -147,7 +147,7 @@ def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:
 def informed(task: Task, answering: Mapping[str, Any], run: Path | None) -> tuple[Task, int]:
     """Return a blank task with the facts of its training data, and the maximum prediction length or 0.
 
-    Both come from the adapter's `answering`; for older adapters, from a file in the run's folder.
+    They come from the adapter's `answering`, or for older adapters from a file in the run's folder.
     """
     if not answering and run is not None and is_there(run / TASK_FILE):
         answering = read_json(run / TASK_FILE)
@@ -258,7 +258,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
 
 
 def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
-    """Return a run's options for a task, overridden by those of an evaluation.
+    """Return a run's options for a task, as changed by an evaluation.
 
     Raises ValueError if the task is new to the run and `data_dir` or `split` is missing.
     """

@@ -35,14 +35,13 @@ class Example:
         source_text: Text for the encoder, including the task prefix.
         images: Image files; none, one or two.
         targets: Training targets, each with its score in [0, 1]; empty if answers are not published.
-        in_turn: Whether training uses every target once before repeating any (captions), instead of drawing
-            one in proportion to its score.
+        in_turn: Whether all targets are used in turn (captions), instead of drawn in proportion to their
+            scores.
         question: Question without prefix, for display.
         answer: Most frequent human answer, for display; empty if answers are not published.
         answers: All human answers, with repetitions, for display.
         choices: The only valid answers to this question; empty if any answer is valid.
-        kinds: Groups of the example, such as `("answer type", "yes/no")`. Accuracy is also shown for each
-            group.
+        kinds: Groups of the example, such as `("answer type", "yes/no")`. Accuracy is also shown for each.
     """
 
     example_id: ExampleId
@@ -75,9 +74,9 @@ class Decoding:
 class Task(ABC):
     """A task: constants as class attributes and, once loaded, the examples of one split.
 
-    Tasks are registered *blank*, without rows. A blank task is enough to answer your own questions; `load`
-    returns the task with the rows of a split. Subclasses are frozen dataclasses whose first field is `rows`.
-    See `dept_vl.tasks.register_task` for how to add one.
+    Tasks are registered *blank*, without rows, which is enough to answer your own questions; `load` returns
+    the task with a split. Subclasses are frozen dataclasses with `rows` as first field.
+    `dept_vl.tasks.register_task` explains how to add one.
     """
 
     rows: "Rows"
@@ -129,8 +128,7 @@ class Task(ABC):
     other_split = ""
     """Split to score when a run is evaluated on other data; empty for `test_split`."""
     fits_answers = False
-    """Whether the maximum prediction length is taken from the training answers, instead of `max_new_tokens`.
-    """
+    """Whether the maximum prediction length is that of the training answers, not `max_new_tokens`."""
     notes: tuple[str, ...] = ()
     """Remarks about the data, found while reading; printed once."""
 

@@ -129,8 +129,7 @@ class COCOCaptions(Task):
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute CIDEr, BLEU, METEOR and ROUGE-L by `pycocoevalcap`, all times 100.
 
-        CIDEr weighs words by the captions scored, so scores of a subset and of the whole split do not
-        compare.
+        CIDEr weighs words by the captions scored, so scores of different subsets do not compare.
         """
         captions = {int(key): caption for key, caption in predictions.items()}
         return reported(score_captions(references_of(self.rows), captions, meteor=self.meteor))

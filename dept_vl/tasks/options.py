@@ -103,8 +103,8 @@ class DataOptions(Options):
     def splits(self) -> tuple[str, str, str]:
         """Return the training, dev and test split: those set here, else those of the task.
 
-        An empty dev split means that images are held out of the training split. For text tasks it means the
-        task's own.
+        With an empty dev split, images are held out of the training split; text tasks use their own dev
+        split.
 
         Raises:
             UnknownNameError: If the task is unknown.

@@ -125,9 +125,8 @@ PUBLISHED = {
 class VQAv2(Task):
     """One split of VQAv2. Accuracy is the official one, from 0 to 100, rounded to two decimals.
 
-    Training targets are the human answers with their soft scores (VL-T5): 0.3, 0.6, 0.9 or 1 for an answer
-    given by 1, 2, 3, or at least 4 of the ten annotators. With `answer_list`, only answers in the list are
-    used, as written.
+    Targets are the human answers with VL-T5's soft scores: 0.3, 0.6, 0.9 or 1 for an answer given by 1, 2, 3,
+    or at least 4 of ten annotators. With `answer_list`, only answers in the list are used, as written.
     """
 
     rows: Rows = NO_ROWS

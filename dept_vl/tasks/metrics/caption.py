@@ -1,9 +1,9 @@
 """BLEU, METEOR, ROUGE-L, CIDEr and SPICE of image captions, as the COCO caption evaluation prints them.
 
 The figures are those of `pycocoevalcap.eval.COCOEvalCap` (Chen et al. 2015, "Microsoft COCO Captions:
-Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. This
-module starts and stops Java, keeps each caption on one line, writes nothing into the package's folder,
-which may be read-only, and makes the figures independent of the machine's locale and paths.
+Data Collection and Evaluation Server"): its tokeniser and its scorers, with its settings. This module
+starts and stops Java, keeps each caption on one line, writes nothing into the package's folder, which may
+be read-only, and makes scores independent of the machine's locale and paths.
 """
 
 import json
@@ -205,9 +205,7 @@ def _meteor(references: Captions, predictions: Captions) -> float:
     """Return METEOR from 0 to 1. The Java process is always stopped, also after an error."""
     from pycocoevalcap.meteor import meteor as package
 
-    meteor = package.Meteor.__new__(
-        package.Meteor
-    )  # not its constructor, which starts Java with other settings
+    meteor = package.Meteor.__new__(package.Meteor)  # without its constructor, which starts Java itself
     meteor.lock = Lock()
     folder = Path(package.__file__).parent
     # The table is passed explicitly, since METEOR does not find it in a path with a space. METEOR runs

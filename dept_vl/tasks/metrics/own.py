@@ -12,9 +12,9 @@ ANLS_THRESHOLD = 0.5
 def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Return the VQA accuracy of one prediction, from 0 to 1, for any number of human answers.
 
-    With ten or more answers it is the official metric. With fewer, prediction and answers are normalised, and
-    the score is the average over leaving out each annotator of min(1, matches / max(1, (n - 1) / 3)), where
-    the matches are among the n - 1 other answers. A single answer is compared directly.
+    With ten or more answers it is the official metric. With fewer, texts are normalised, and the score is the
+    mean, over leaving out each annotator, of min(1, matches / max(1, (n - 1) / 3)) with the n - 1 other
+    answers. A single answer is compared directly.
 
     Raises:
         ValueError: If there are no answers.

@@ -53,10 +53,9 @@ def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive:
 def macro_f1(
     predictions: Sequence[Hashable], labels: Sequence[Hashable], *, classes: Sequence[Hashable] | None = None
 ) -> float:
-    """Return the mean of the F1 of `classes` (for CB).
+    """Return the mean F1 of `classes` (for CB), by default of all predictions and labels.
 
-    By default the classes are all predictions and labels, so a prediction outside the task's classes adds a
-    class with an F1 of 0.
+    By default, a prediction outside the task's classes therefore adds a class with an F1 of 0.
     """
     _check_pairs(predictions, labels)
     averaged = {*predictions, *labels} if classes is None else set(classes)
@@ -79,11 +78,7 @@ def matthews(predictions: Sequence[Hashable], labels: Sequence[Hashable]) -> flo
 
 
 def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
-    """Return the Pearson correlation (for STS-B), from -100 to 100; 0.0 if one side is constant.
-
-    Raises:
-        ValueError: If a number is not finite.
-    """
+    """Return the Pearson correlation (STS-B), -100 to 100; 0.0 if a side is constant; ValueError for nan."""
     _check_pairs(predictions, labels)
     if not all(map(math.isfinite, (*predictions, *labels))):
         raise ValueError("expected finite numbers to correlate, found inf or nan")
@@ -110,8 +105,7 @@ def multirc(
 ) -> dict[str, float]:
     """Return `f1a`, the F1 over all answers, and `em`, the percentage of questions with all answers correct.
 
-    `questions` holds the question of each answer. Question ids of MultiRC are only unique within a paragraph,
-    so pass paragraph and question.
+    `questions` has the question of each answer, with its paragraph, since MultiRC's ids are per paragraph.
     """
     _check_pairs(predictions, labels)
     _check_pairs(predictions, questions, "questions")
@@ -130,8 +124,8 @@ def normalise_text(text: str) -> str:
 def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
     """Return `em` and `f1` of free-text predictions, each the best over the human answers to the question.
 
-    As in SQuAD v1.1 and MRQA, two texts that are empty after normalisation match exactly (`em`) but share no
-    word (`f1` of 0). Raises ValueError if a question has no answer.
+    Two texts that are empty after normalisation match exactly but share no word (`f1` of 0), as in SQuAD v1.1
+    and MRQA. Raises ValueError if a question has no answer.
     """
     _check_pairs(predictions, answers, "lists of answers")
     exact, overlap = [], []

@@ -30,7 +30,7 @@ class InlineImages:
 
     Args:
         path: Table file.
-        base: Folder of the data. References are relative to it, so that the folder can be moved.
+        base: Folder of the data. References are relative to it, so that it can be moved.
     """
 
     def __init__(self, path: Path, base: Path) -> None:
@@ -83,9 +83,7 @@ class InlineImages:
             written = url.replace("/", slash).encode(codec)
             start = self._file.find(written, self._start)
             if start >= 0:
-                self._writings.insert(
-                    0, self._writings.pop(number)
-                )  # the next one is probably written in the same way
+                self._writings.insert(0, self._writings.pop(number))  # likely for the next one too
                 self._end = max(self._end, start + len(written))
                 return embedded_path(self._name, "bytes", start, len(written))
         raise UsageError(f"{where}: expected a data URL without escapes, found them in {url[:40]!r}")

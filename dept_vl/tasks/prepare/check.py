@@ -19,9 +19,8 @@ from dept_vl.tasks.io.official_files import Published
 class Finding:
     """A line of the report, with its status.
 
-    The status is `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images, and
-    `skipped` for splits that cannot be checked. For your own data it can also be `note`, `empty`, `leak` or
-    `lost`.
+    The status is `found` or `missing` for files, `ok` or `differs` for counts, `broken` for images, `skipped`
+    for splits; for your own data also `note`, `empty`, `leak` or `lost`.
     """
 
     status: str

@@ -133,9 +133,8 @@ def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None)
 def usual_answers(root: Path, floor: int = USUAL_FROM) -> list[str]:
     """Return the sorted answers that are the usual answer of at least `floor` questions of train and val.
 
-    This is the rule of the published list (Teney et al. 2018, as in LXMERT). Usual answers are those that the
-    annotation files name (`multiple_choice_answer`), normalised as by the scorer. Raises ValueError if there
-    is no such answer.
+    As in the published list (Teney et al. 2018, as in LXMERT), usual answers are those named in the
+    annotation files (`multiple_choice_answer`), normalised. Raises ValueError if there is no such answer.
     """
     counts: Counter[str] = Counter()
     for subtype in ANSWERED:

@@ -1,6 +1,6 @@
-"""Conversion of parquet copies of the data sets, such as those on the Hub, to official files.
+"""Conversion of parquet copies of the data sets (see `copies`) to official files.
 
-Each task then needs only one reader, and official scorers can read the files. `copies` lists the copies.
+Each task then needs only one reader, and official scorers can read the files.
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ In ATTEMPT and DePT the target is the number of the class instead of its name.
 
 DePT's released runs differ in ways that change published numbers:
 
-    no task name in the text   here the text starts with it, as in T5's training
+    no task name in the text   here it starts the text, as in T5's training; the rest of the text is equal
     class numbers as targets   see above; T5 was trained on the names
     one answer in MRQA         one target here too, but two scores: `f1` and `em` over all human answers, as
                                in MRQA, and `f1_first` and `em_first` for the first answer, as in DePT
@@ -57,10 +57,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """Part of a published split: all, the drawn examples, or the rest.
-
-    `size` is the number of drawn examples, at most a tenth of the split; 0 draws half.
-    """
+    """Part of a published split: all of it, `size` drawn examples (at most a tenth; 0: half), or the rest."""
 
     split: str
     side: Literal["all", "drawn", "rest"] = "all"
@@ -117,10 +114,9 @@ def accuracy_and_f1(split: Answered) -> dict[str, float]:
 
 
 def by_question(split: Answered) -> dict[str, float]:
-    """Return MultiRC's F1 over all answers, and the share of questions without a mistake.
+    """Return MultiRC's F1 over all answers and share of questions without a mistake, within the split.
 
-    Halving the split can separate the answers to a question, as in the literature. Only answers in the split
-    are scored.
+    As in the literature, halving the split can separate the answers to a question.
     """
     return multirc(split.chosen, split.labels, split.groups, positive=split.classes[1])
 
@@ -142,9 +138,9 @@ def pearson_alone(split: Answered) -> dict[str, float]:
 
 
 def words_of_answers(split: Answered) -> dict[str, float]:
-    """Return word F1 and exact match, the best over all human answers as in MRQA, and for the first answer.
+    """Return word F1 and exact match, as in MRQA and (`f1_first`, `em_first`) as in DePT's code.
 
-    `f1_first` and `em_first`, for the first answer only, are the scores of DePT's code.
+    MRQA takes the best score over all human answers, DePT's code only scores against the first.
     """
     best = squad(split.predictions, split.answers)
     alone = squad(split.predictions, [given[:1] for given in split.answers])

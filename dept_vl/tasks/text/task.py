@@ -127,11 +127,7 @@ class TextTask(Task):
         )
 
     def source(self, question: str) -> str:
-        """Return a text in the task's template. A text task with one column accepts its bare value too.
-
-        Raises:
-            ValueError: If the text does not fit the template.
-        """
+        """Return a text in the task's template; for a single column its value is enough; else ValueError."""
         text, names = " ".join(question.split()), _fields(self.spec.text)
         form = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.spec.text))
         if not re.fullmatch(form, text) and len(names) == 1:
