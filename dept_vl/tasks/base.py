@@ -270,7 +270,7 @@ class Task(ABC):
         return self.scales.get(metric.rsplit("/", 1)[-1], USUAL_SCALE)
 
     def usual_answers(self, floor: int) -> tuple[str, ...]:
-        """Return usual answers of `floor` or more questions, most frequent first; ValueError without any."""
+        """Return answers that are most frequent in at least `floor` questions; ValueError if none is."""
         counts: Counter[str] = Counter()
         for answers in self.rows.column("answers").to_pylist():
             if answers:

@@ -57,7 +57,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class COCOCaptions(Task):
-    """One split of COCO captions. An example is an image with its five or more captions (`in_turn`)."""
+    """One split of COCO captions. An example is an image with five or more captions, used in turn."""
 
     rows: Rows = NO_ROWS
     image_folders: Mapping[str, Path] = field(default_factory=dict)

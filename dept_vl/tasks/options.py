@@ -74,8 +74,8 @@ class DataOptions(Options):
     """Maximum share of training answers that may be truncated, or changed by tokenising and decoding; more
     raise an error."""
     candidate_floor: Count = 0
-    """If not 0, choose predictions among the usual answers of at least this many training questions (9 for
-    VQAv2 in the literature)."""
+    """If not 0, choose predictions among the answers that are the most frequent one of at least this many
+    training questions (9 for VQAv2 in the literature)."""
     meteor: bool = True
     """Also score captions by METEOR, a Java program that takes seconds per evaluation."""
     choose_by: str | None = None

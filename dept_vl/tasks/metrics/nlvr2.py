@@ -26,7 +26,7 @@ def sentence_key(identifier: str) -> str:
 
 
 def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Score judgements as the official NLVR2 scorer does (Suhr et al. 2019).
+    """Score predictions as the official NLVR2 scorer does (Suhr et al. 2019).
 
     Labels and predictions are compared in lower case: the dataset writes ``True``, models often
     ``true``. Any other prediction, such as ``yes`` or `` true``, is wrong.

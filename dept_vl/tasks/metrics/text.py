@@ -53,9 +53,10 @@ def f1(predictions: Sequence[Hashable], labels: Sequence[Hashable], *, positive:
 def macro_f1(
     predictions: Sequence[Hashable], labels: Sequence[Hashable], *, classes: Sequence[Hashable] | None = None
 ) -> float:
-    """Return the mean F1 of `classes` (for CB), by default of all predictions and labels.
+    """Return the mean F1 over `classes` (for CB).
 
-    By default, a prediction outside the task's classes therefore adds a class with an F1 of 0.
+    None stands for all predictions and labels, so a prediction outside the task's classes adds a class with
+    F1 0.
     """
     _check_pairs(predictions, labels)
     averaged = {*predictions, *labels} if classes is None else set(classes)

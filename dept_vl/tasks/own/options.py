@@ -33,7 +33,7 @@ class OwnOptions(Options):
     """Metric for choosing the best adapter. auto: VQA accuracy if questions have several answers, exact match
     if they have one, accuracy for choices and labels. anls is only computed if selected here."""
     holdout_share: Annotated[float, Field(gt=0, le=0.5)] = 0.1
-    """Share of the training images to hold out for each of validation and test that the data lack."""
+    """Share of the training images to hold out for validation, and for test, if the data lack that split."""
     split_seed: Seed = 0
     """Random seed for drawing the held-out images."""
 

@@ -109,7 +109,7 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Ind
 
 
 def _contents(references: Sequence[str], root: Path) -> list[str]:
-    """Return a key per image: a checksum for bytes in a table, which may be repeated, else the path."""
+    """Return a key per image: the checksum of bytes in a table, so that copies are equal, else the path."""
 
     def content(reference: str) -> str:
         try:

@@ -89,7 +89,7 @@ class OwnTask(Task):
     fits_answers = True
 
     @property
-    def name(self) -> str:  # type: ignore[override]  # nobody writes it
+    def name(self) -> str:  # type: ignore[override]  # never assigned
         """Name of the task, by the form of the examples."""
         return FORMS[self.form]
 
@@ -99,17 +99,17 @@ class OwnTask(Task):
         return VQA.name
 
     @property
-    def prefix(self) -> str:  # type: ignore[override]  # nobody writes it
+    def prefix(self) -> str:  # type: ignore[override]  # never assigned
         """Text before every question, for the encoder."""
         return PREFIXES[self.form]
 
     @property
-    def asks(self) -> bool:  # type: ignore[override]  # nobody writes it
+    def asks(self) -> bool:  # type: ignore[override]  # never assigned
         """Whether examples have a question."""
         return self.form == "question"
 
     @property
-    def primary(self) -> str:  # type: ignore[override]  # nobody writes it
+    def primary(self) -> str:  # type: ignore[override]  # never assigned
         """Metric for comparing adapters; higher is better."""
         if self.options.metric != "auto" and self.form == "question":
             return self.options.metric
@@ -117,14 +117,14 @@ class OwnTask(Task):
         return {"caption": "CIDEr", "label": "accuracy"}.get(self.form) or of_questions[self.scoring]
 
     @property
-    def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
+    def marked_by(self) -> str:  # type: ignore[override]  # never assigned
         """Name of the measure that `mark` returns."""
         if self.form == "caption":
             return "word F1 with the closest human caption"
         return "VQA accuracy" if (self.form, self.scoring) == ("question", "several") else "right or wrong"
 
     @property
-    def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
+    def decoding(self) -> Decoding:  # type: ignore[override]  # never assigned
         """Beam search for captions, choice among `labels` for labels, greedy decoding for questions."""
         if self.form == "caption":
             return Decoding(max_new_tokens=40, num_beams=5)

@@ -56,7 +56,7 @@ class TextTask(Task):
     example_call = '"..."'
 
     def load(self, root: Path | None = None, split: str = "") -> "TextTask":
-        """Read a split, like `Task.load`. Without `root` and folder `data/NAME`, it is read from the Hub."""
+        """Read a split, like `Task.load`; from the Hub without `root` and without a folder `data/NAME`."""
         folder = data_folder(self.name, root)
         return self.read(None if root is None and not folder.is_dir() else folder, split or self.train_split)
 
@@ -91,24 +91,24 @@ class TextTask(Task):
         return TEXT_TASKS[self.name]
 
     @property
-    def primary(self) -> str:  # type: ignore[override]  # nobody writes it
+    def primary(self) -> str:  # type: ignore[override]  # never assigned
         """Primary metric, reported in papers."""
         return self.spec.primary
 
     @property
-    def marked_by(self) -> str:  # type: ignore[override]  # nobody writes it
+    def marked_by(self) -> str:  # type: ignore[override]  # never assigned
         """Name of the measure that `mark` returns: correct class, distance of numbers, or word F1."""
         if self.spec.words:
             return "right or wrong"
         return "word F1" if self.spec.answer is None else f"1 - distance / {FAR}"
 
     @property
-    def decoding(self) -> Decoding:  # type: ignore[override]  # nobody writes it
+    def decoding(self) -> Decoding:  # type: ignore[override]  # never assigned
         """Greedy decoding, among the class names if there are classes."""
         return Decoding(self.spec.max_new_tokens, candidates=tuple(self.spec.words.values()))
 
     @property
-    def pipeline(self) -> str:  # type: ignore[override]  # nobody writes it
+    def pipeline(self) -> str:  # type: ignore[override]  # never assigned
         """Pipeline tag of the task on the Hugging Face Hub."""
         return "text-classification" if self.spec.words else "question-answering"
 
