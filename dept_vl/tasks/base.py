@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads im
 USUAL_SCALE = "0-100"
 
 QuestionCase = Literal["lower", "keep"]
-"""Case in which questions are read. `lower` is the published setting of the tasks with images."""
+"""Case in which questions are read. `keep`, as written, is published for the tasks with images."""
 AnswerLabels = Literal["all", "published"]
 """Training targets: all human answers, normalised, or only those in the published list, as written."""
 
