@@ -1,4 +1,4 @@
-"""Safe display of untrusted text, such as text from adapters, data and models.
+"""Safe display and comparison of untrusted text, such as text from adapters, data and models.
 
 Escape sequences could control a terminal, added lines could pass for ours, and Markdown could contain tags
 and links. So all printing goes through `say`, Markdown through `markdown_text`, tables through
@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from contextlib import nullcontext
-from unicodedata import category
+from unicodedata import category, normalize
 
 MARKDOWN = re.compile(
     r"[\\`*|$~#]|\[(?!\d\](?![\[(:]))|\](?<!\[\d\])|[<>](?!=)|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[)|(?<=:)//|www\.",
@@ -21,6 +21,14 @@ MARKDOWN = re.compile(
 JOINERS = "\u200c\u200d"
 """Invisible characters that shape the letters beside them, as in Persian and Hindi, and join emoji."""
 
+DROPPED = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+)
+"""Control characters, halves of surrogate pairs, and invisible characters that do not affect the letters beside
+them."""
+SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
+
 
 def printable(text: object, *, lines: bool = False) -> str:
     """Return a text with unprintable characters escaped; `lines` keeps line ends and tabs."""
@@ -29,6 +37,22 @@ def printable(text: object, *, lines: bool = False) -> str:
     return "".join(
         c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in str(text)
     )
+
+
+def plain(text: str) -> str:
+    """Return a text in NFC form, with plain spaces and without invisible characters.
+
+    Texts that look the same but were typed or saved differently become equal.
+    """
+    if text.isascii() and text.isprintable():
+        return text.strip()
+    text = LINE_ENDS.sub("\n", SPACES.sub(" ", DROPPED.sub("", text)))
+    return normalize("NFC", text).strip(JOINERS + " \t\r\n")
+
+
+def one_line(text: str) -> str:
+    """Return a text as by `plain`, on one line with single spaces. Answers are compared in this form."""
+    return " ".join(plain(text).split())
 
 
 def markdown_text(text: object) -> str:

@@ -67,7 +67,7 @@ def is_complete(output_dir: Path) -> bool:
     return all((output_dir / name).is_file() for name in (SUMMARY_FILE, REPORT_FILE))
 
 
-def open_folder(config: RunConfig, output_dir: Path, processes: int) -> Opened:
+def open_folder(config: RunConfig, output_dir: Path) -> Opened:
     """Write the configuration of a new run, or find the newest undamaged checkpoint of the run to resume.
 
     Raises:
@@ -82,7 +82,7 @@ def open_folder(config: RunConfig, output_dir: Path, processes: int) -> Opened:
         raise _taken(output_dir)
     if (output_dir / SUMMARY_FILE).is_file():
         forget_contents()
-        check_kept(output_dir, config, processes)
+        check_kept(output_dir, config)
         return Opened(output_dir, None, claimed=False)
     return Opened(output_dir, _newest(output_dir), claimed=False)
 

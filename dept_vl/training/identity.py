@@ -111,13 +111,13 @@ def keep_identity(
     on_main(accelerator, keep)
 
 
-def check_kept(folder: Path, config: RunConfig, processes: int) -> None:
+def check_kept(folder: Path, config: RunConfig, processes: int | None = None) -> None:
     """Check that a finished run had these options, and that it would read the same data and models today.
 
     Args:
         folder: Folder of the run.
         config: Configuration to compare.
-        processes: Number of processes.
+        processes: Number of processes; None takes the one that the run had.
 
     Raises:
         DifferentError: If options, data, models or source adapters differ. The message lists them.
@@ -131,12 +131,13 @@ def check_kept(folder: Path, config: RunConfig, processes: int) -> None:
         )
 
 
-def changed_contents(folder: Path, config: RunConfig, processes: int) -> list[str]:
+def changed_contents(folder: Path, config: RunConfig, processes: int | None) -> list[str]:
     """Return how data and models differ from those that a run read; empty if this is unknown."""
     if not is_there(folder / IDENTITY_FILE):
         _remark(folder, f"it has no {IDENTITY_FILE}")
         return []
-    then = check(read_json(folder / IDENTITY_FILE), Identity).content
+    identity = check(read_json(folder / IDENTITY_FILE), Identity)
+    then, processes = identity.content, processes or int(identity.setup["processes"])
     features = _changed_features(folder, config)
     try:
         if _differences(then, contents(config, processes)):

@@ -91,7 +91,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     # A complete run is only read, so its disk may be read-only.
     complete = bool(config.resume) and on_main(accelerator, lambda: is_complete(output_dir))
     with nullcontext() if complete else owning(output_dir, accelerator, wait=config.wait):
-        opened = on_main(accelerator, lambda: open_folder(config, output_dir, accelerator.num_processes))
+        opened = on_main(accelerator, lambda: open_folder(config, output_dir))
         result = _run_in(opened, config, accelerator, started)
         accelerator.wait_for_everyone()
     if more_to_come:

@@ -259,6 +259,7 @@ NFC, NFD = "gy\u0151ri caf\u00e9", "gyo\u030bri cafe\u0301"
     [
         (NFD, NFC),
         ("re\0d", "red"),
+        ("re\ud800d", "red"),
         ("\ufeffred\u200b", "red"),
         ("red\u00a0car", "red car"),
         ("red\u3000 \tcar\n", "red car"),
@@ -315,6 +316,30 @@ def test_splits_and_image_names_are_read_as_they_look(tmp_path: Path) -> None:
     assert task.missing_images() == []
     assert [path.name for path in task.image_files()] == [f"{name}.jpg" for name in stored]
     assert [len(own(file, name, images=photos)) for name in ("train", "test", "validation")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.csv", "Image,que\u200bstion ,ANSWER\nIMG_0001.JPG,which?,blue\n"),
+        ("data.jsonl", '{"image\u00a0": "IMG_0001.JPG", "question ": "which?", "Answer": "blue"}\n'),
+        (
+            "data.jsonl",
+            '{"image": "IMG_0001.JPG", "question": "which?", "answer": "blue", "Answer": "red"}\n',
+        ),
+    ],
+)
+def test_columns_are_found_as_they_look(tmp_path: Path, name: str, content: str) -> None:
+    task = own(written(tmp_path, content, name))
+    assert (task.name, task[0].question, task[0].answer) == ("vqa", "which?", "blue")
+
+
+def test_splits_of_numbers_and_empty_questions_are_told(tmp_path: Path) -> None:
+    rows = [QUESTION | {"split": split} for split in (0, 1)]
+    with pytest.raises(UsageError, match="no rows to train on: found the splits 0, 1"):
+        own(written(tmp_path, lines(*rows)), "train")
+    task = own(written(tmp_path, lines(QUESTION, QUESTION | {"question": " \u200b"}), "empty.jsonl"))
+    assert "1 of 2 rows of all have an empty question" in task.notes
 
 
 def test_rows_from_before_have_the_same_content(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from dept_vl.inference.evaluate import evaluate
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training import checkpoint as state
 from dept_vl.training.identity import DifferentError
-from dept_vl.training.run import run
+from dept_vl.training.run import run, run_once
 from dept_vl.training.score_run import score_run
 from dept_vl.training.summary import RunResult
 
@@ -253,6 +253,16 @@ def test_a_finished_run_of_other_data_is_not_passed_off_as_one_of_these(
     wider = with_(again, train={"per_device_batch_size": 2 * config.train.per_device_batch_size})
     with pytest.raises(DifferentError, match="batches="):
         run(wider)
+    # By how many processes it was made does not matter to one that has ended, but to a study.
+    identity = json.loads((folder / "identity.json").read_text())
+    twice = {"batches": f"{2 * config.train.per_device_batch_size} examples a step"}
+    by_two = {"content": identity["content"] | twice, "setup": identity["setup"] | {"processes": "2"}}
+    (folder / "identity.json").write_text(json.dumps(identity | by_two))
+    forget_checksums(folder)
+    assert run(again).scores == whole.scores
+    with pytest.raises(DifferentError, match="batches="):
+        run_once(again)
+    (folder / "identity.json").write_text(json.dumps(identity))
     features = folder / "features.json"
     dtype = json.loads(features.read_text())["dtype"]
     features.write_text(json.dumps({"dtype": "float16"}))

@@ -1,8 +1,6 @@
 """Conversion of records into rows. Columns are found by their usual names, or by the names given."""
 
 import posixpath
-import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import RepeatedKeyError, parse_json
-from dept_vl._utils.printable import JOINERS
+from dept_vl._utils.printable import DROPPED, one_line, plain
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.own.conversations import pairs_of, turns_of
 from dept_vl.tasks.own.inline import EMBEDDED, Embedded
@@ -32,30 +30,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 CAPTIONS = ("captions", "caption", "text")
 ODD = (":", "//", "/.")
 """Substrings that plain relative paths do not contain; paths with one of them are checked in full."""
-DROPPED = re.compile(
-    r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]"
-)
-"""Control characters, and invisible characters that do not affect the letters beside them."""
-SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
-LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
 PARTS = ("answer", "text", "raw", "caption", "value")
 """Keys that can hold the text of an answer given as an object."""
-
-
-def plain(text: str) -> str:
-    """Return a text in NFC form, with plain spaces and without invisible characters.
-
-    Texts that look the same but were typed or saved differently become equal.
-    """
-    if text.isascii() and text.isprintable():
-        return text.strip()
-    text = LINE_ENDS.sub("\n", SPACES.sub(" ", DROPPED.sub("", text)))
-    return unicodedata.normalize("NFC", text).strip(JOINERS + " \t\r\n")
-
-
-def one_line(text: str) -> str:
-    """Return a text as by `plain`, on one line with single spaces. Answers are compared in this form."""
-    return " ".join(plain(text).split())
 
 
 def read_mapping(columns: Sequence[str]) -> dict[str, str]:
@@ -125,8 +101,15 @@ class Columns:
         key = tuple(record)
         found = self._known.get(key)
         if found is None:
+            # As they look, and in any case where the exact name is none.
+            alike = {one_line(name).casefold(): name for name in reversed(key)}
+            known = {name: alike.get(name.casefold()) for names in NAMES.values() for name in names}
+            known |= {name: name for name in key}
             found = {
-                role: name for role, names in NAMES.items() for name in reversed(names) if name in record
+                role: column
+                for role, names in NAMES.items()
+                for name in reversed(names)
+                if (column := known[name])
             }
             for role, name in self.mapping.items():
                 if name in record:
@@ -148,7 +131,7 @@ class Columns:
             "id": _identity(record.get(found["id"])) if "id" in found else "",
             "images": self._images(record, found, where),
             "column": found.get("image", "images"),
-            "split": one_line(split) if isinstance(split, str) else "",
+            "split": one_line(_identity(split)),
             "type": one_line(kind) if isinstance(kind, str) else "",
             "choices": [],
         }

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_json
+from dept_vl._utils.printable import one_line
 from dept_vl.tasks.io.records import brief, json_fault, json_reason
 from dept_vl.tasks.own.inline import Embedded
 
@@ -155,7 +156,7 @@ def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
 
 
 def _header(path: Path, cells: Sequence[str]) -> list[str]:
-    header = [cell.strip() for cell in cells]
+    header = list(map(one_line, cells))
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
         raise UsageError(f"{path}, line 1: the columns {', '.join(repeated)} stand there more than once")

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.options import LARGEST_COUNT, check
+from dept_vl._utils.printable import one_line, plain
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
@@ -21,7 +22,6 @@ from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accura
 from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
-from dept_vl.tasks.own.columns import one_line, plain
 from dept_vl.tasks.own.convert import rows_of
 from dept_vl.tasks.own.files import find_tables
 from dept_vl.tasks.own.images import ImageFolder
@@ -373,6 +373,10 @@ def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[st
             f"{cleaned:,} of {len(rows):,} rows have control characters in their text, or others that do not "
             "show; these are left out"
         )
+    forms = rows.column("form").combine_chunks().dictionary_encode().dictionary.to_pylist()
+    silent = pc.sum(pc.equal(chosen.column("question"), "")).as_py() if "question" in forms else 0
+    if silent:
+        yield f"{silent:,} of {len(chosen):,} rows of {split} have an empty question"
     alike = _differ_in_case(labels)
     if alike:
         yield f"labels that differ in case alone are apart: {', '.join(alike[:3])}"
