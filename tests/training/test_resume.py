@@ -255,7 +255,8 @@ def test_a_finished_run_of_other_data_is_not_passed_off_as_one_of_these(
         run(wider)
     # By how many processes it was made does not matter to one that has ended, but to a study.
     identity = json.loads((folder / "identity.json").read_text())
-    twice = {"batches": f"{2 * config.train.per_device_batch_size} examples a step"}
+    examples = config.train.per_device_batch_size * config.train.gradient_accumulation_steps
+    twice = {"batches": f"{2 * examples} examples a step"}
     by_two = {"content": identity["content"] | twice, "setup": identity["setup"] | {"processes": "2"}}
     (folder / "identity.json").write_text(json.dumps(identity | by_two))
     forget_checksums(folder)
