@@ -24,7 +24,7 @@ JOINERS = "\u200c\u200d"
 DROPPED = re.compile(
     r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
-"""Control characters, lone surrogates, and invisible characters that do not affect the letters beside them."""
+"""Control characters, lone surrogates, and invisible characters that affect no letters beside them."""
 SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
 

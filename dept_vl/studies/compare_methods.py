@@ -105,8 +105,8 @@ BOTH_RATES = _rates(prompt_lr=(0.3, 0.15, 0.15), offset_lr=(1e-3, 0.005, 0.02))
 LONG_RATES = _rates(prompt_lr=(0.3, 0.15, 0.05))
 OFFSET_RATES = _rates(offset_lr=(0.01, 0.003, 0.03))
 PROJECTION_RATES = _rates(projection_lr=(0.01, 3e-3, 0.03))
-LORA_RATES = _rates(backbone_lr=(0.01, 3e-3, 0.03))
-BIAS_RATES = _rates(backbone_lr=(0.1, 0.03, 0.3))
+LORA_RATES = _rates(backbone_lr=(0.01, 3e-3, 1e-3))
+BIAS_RATES = _rates(backbone_lr=(0.1, 0.03, 0.01))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3))
 """Three tries for every method. `offset_lr` trains the parts of a prompt that `prompt_lr` does not. The first
 of `BOTH_RATES` are the defaults of `OptimOptions`."""
