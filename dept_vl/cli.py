@@ -279,6 +279,9 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         )
 
     base = defaults if known.config is None else RunConfig()
+    if any(flag.partition("=")[0] in ("--model", "--backbone") for flag in rest):
+        # A whole model takes the place of the script's own.
+        base = replace(base, backbone=replace(base.backbone, language=None))
     config = flags(over(base))
     tasks = [data.task for data in (config.data, *config.also)]
     for task in tasks:

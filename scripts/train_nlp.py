@@ -2,6 +2,7 @@ r"""Train a prompt for a text task: GLUE, SuperGLUE, MRQA and more, without an i
 
 accelerate launch scripts/train_nlp.py --task rte --preset paper
 accelerate launch scripts/train_nlp.py --task sst2 --data_dir data/sst2 --max_steps 1000
+accelerate launch scripts/train_nlp.py --task sst2 --model Qwen/Qwen2.5-0.5B-Instruct
 """
 
 from functools import partial
