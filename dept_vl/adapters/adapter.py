@@ -158,8 +158,13 @@ class Adapter:
         if run is not None:
             training = training_of(Path(run), self.task)
             files[TRAINING_FILE] = (json.dumps(training, indent=2) + "\n").encode()
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as SEEING,
+        )
+
         trained_on = self.backbone["fingerprint"] or {}
-        images = "vision" in trained_on or "class" in trained_on  # the latter: see `attach`
+        whole = trained_on.get("class") or trained_on.get("model")  # attached, or of `--model`
+        images = "vision" in trained_on or whole in SEEING.values()
         card = model_card(repo_id, self._description(), images=images, datasets=datasets, training=training)
         files[CARD_FILE] = card.encode()
         return push(repo_id, files, private=private, revision=revision, message=commit_message, token=token)

@@ -27,7 +27,7 @@ LOCAL = (
     *("output_dir", "resume", "accept_changes", "wait", "log_with"),
 )
 """Options that only apply to one machine and are not published."""
-MODELS = ("backbone", "vision", "language")
+MODELS = ("backbone", "model", "vision", "language")
 """Options that name a model on the Hub or a local folder."""
 
 

@@ -8,17 +8,20 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import random_text
+from conftest import random_image, random_text
 from hub_server import READER, WRITER, FakeHub, Repository, running
 from huggingface_hub import ModelCard, constants
 
+from dept_vl import load
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
-from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
+from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 
 NAME = "someone/adapter"
@@ -252,3 +255,61 @@ def test_the_card_goes_along(hub: FakeHub, adapter: Adapter) -> None:
     data = ModelCard(held(hub)["README.md"].decode()).data
     assert data.datasets == ["someone/data"]
     assert data.pipeline_tag == "visual-question-answering"
+
+
+@pytest.mark.parametrize(
+    ("family", "text_form"),
+    [("qwen2_5_vl", ""), ("blip2", "{text} ?"), ("llama_text", "")],
+)
+def test_a_pretrained_model_s_adapter(
+    hub: FakeHub, pretrained_folder: Callable[[str], Path], family: str, text_form: str
+) -> None:
+    """The card says how the model is asked, and what is fetched answers the same."""
+    folder, images = pretrained_folder(family), family != "llama_text"
+    task = "vqav2" if images else "sst2"
+    backbone = open_backbone(model=folder, text_form=text_form).eval()
+    torch.manual_seed(0)
+    prompt = DePT(backbone.d_model, prompt_length=4, rank=3, max_source_length=40)
+    for parameter in prompt.parameters():
+        torch.nn.init.normal_(parameter)
+    adapter = Adapter.of(PromptedModel(backbone, prompt), task=task, metrics={})
+    adapter.save("run/best")
+    options = BackboneOptions(model=str(folder), text_form=text_form)
+    config = RunConfig(data=DataOptions(task=task), backbone=options)
+    Path("run/config.json").write_text(json.dumps(to_json(config)))
+    adapter.push_to_hub(NAME, run="run", token=WRITER)
+    names = {ADAPTER_FILE, TENSORS_FILE, "README.md", "training.json"}
+    assert held(hub).keys() == {".gitattributes", *names}
+    assert str(folder).encode() not in held(hub)["training.json"]  # a folder of this machine
+    card = ModelCard(held(hub)["README.md"].decode())
+    expected = {True: "visual-question-answering", False: "text-classification"}
+    assert card.data.pipeline_tag == expected[images]
+    assert f'dept_vl.load("{NAME}")' in card.text
+    assert f"`{folder}`" in card.text
+    assert ("`text_form`: `{text} ?`" in card.text) == bool(text_form)
+    pushed = Adapter.from_pretrained(NAME)
+    assert contents(pushed, Path("back")) == contents(adapter, Path("mine"))
+    asked = ([random_image((24, 20), 1)] if images else None, ["what is red"])
+    assert load(NAME).answer(*asked) == load("run").answer(*asked)
+    built, before = (one.build(backbone).eval() for one in (pushed, adapter))
+    source = backbone.processor(["what is red"], [asked[0] or []], [40])  # type: ignore[misc]
+    given = {name: source.pop(name) for name in ("input_ids", "attention_mask")}
+    given |= {"processed": source, "labels": torch.tensor([[40, 50, 1]])}
+    with torch.no_grad():
+        logits = built(**given).logits
+        assert torch.equal(logits, before(**given).logits)
+        assert not torch.equal(logits, PromptedModel(backbone).eval()(**given).logits)
+
+
+def test_the_code_on_the_card_loads_a_pretrained_model_of_no_known_task(
+    hub: FakeHub, pretrained_folder: Callable[[str], Path]
+) -> None:
+    backbone = open_backbone(model=pretrained_folder("blip2"), text_form="ask: {text}").eval()
+    prompt = DePT(backbone.d_model, prompt_length=4, rank=3, max_source_length=40)
+    Adapter.of(PromptedModel(backbone, prompt), task="", metrics={}).push_to_hub(NAME, token=WRITER)
+    card = held(hub)["README.md"].decode()
+    made: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```")[0], made)
+    assert torch.equal(made["model"].prompt.soft_prompt, prompt.soft_prompt)
+    assert made["backbone"].text_form == "ask: {text}"
+    assert ModelCard(card).data.pipeline_tag == "image-text-to-text"
