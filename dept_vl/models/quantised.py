@@ -1,6 +1,7 @@
 """Loading of pretrained models with quantised weights, or on several devices."""
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from dept_vl.models.options import LoadIn
 
 PACKS = "support_avx512bf16_for_cpu"
 """Attribute of bitsandbytes' layers that enables the CPU kernel for inference."""
+# Whatever imports it, such as PEFT, would print that a kernel is missing which no training uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def placing(load_in: LoadIn, device_map: str) -> dict[str, Any]:
