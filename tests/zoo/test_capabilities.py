@@ -57,6 +57,8 @@ def read_table(text: str) -> Found:
         ("Florence-2, attached", "residual"),
         ("LLaVA", "lora"),
         ("Qwen2.5-VL", "adept"),
+        ("InstructBLIP, Vicuna", "dept"),
+        ("GPT-2, --model", "memory"),
         ("BART in PEFT", "dept"),
     ],
 )

@@ -34,14 +34,16 @@ def asked(backbone: VisionLanguageModel, rows: range) -> Inputs:
     """Questions, each about an image of its own colour and shape."""
     images = [Image.new("RGB", (40 - 8 * row, 32), (200, 60 * row, 40)) for row in rows]
     made = backbone.processor(
-        [QUESTIONS[row] for row in rows], [[image] for image in images], [LONGEST] * len(rows)
+        [QUESTIONS[row] for row in rows],
+        [[image] if backbone.reads_images else [] for image in images],
+        [LONGEST] * len(rows),
     )
     inputs: dict[str, Any] = {name: made.pop(name) for name in ("input_ids", "attention_mask")}
     return inputs | {"processed": made}
 
 
 class Pretrained(Composed):
-    """A model of `AutoModelForImageTextToText` behind `--model`."""
+    """A model behind `--model`, which reads images or text alone."""
 
     base = staticmethod(pretrained)
     longest = LONGEST
@@ -83,5 +85,11 @@ PRETRAINED: dict[str, Callable[[str], Subject]] = {
     "SmolVLM": partial(Pretrained, name="smolvlm"),
     "Gemma 3": partial(Pretrained, name="gemma3"),
     "InternVL": partial(Pretrained, name="internvl"),
+    "BLIP-2, OPT": partial(Pretrained, name="blip2_opt"),
+    "InstructBLIP, Vicuna": partial(Pretrained, name="instructblip_vicuna"),
+    "GPT-2, --model": partial(Pretrained, name="gpt2_text"),
+    "Llama, --model": partial(Pretrained, name="llama_text"),
+    "T5, --model": partial(Pretrained, name="t5_text"),
+    "BART, --model": partial(Pretrained, name="bart_text"),
 }
 """Models of `--model`, by name."""
