@@ -57,10 +57,12 @@ def check_keys(value: Any) -> None:
     """Raise RepeatedKeyError if a value read by ijson contains an object with a repeated key."""
     if not UniqueKeys.met:
         return
-    if isinstance(value, UniqueKeys) and hasattr(value, "repeated"):
-        raise RepeatedKeyError(value.repeated)
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        check_keys(part)
+    parts = [value]
+    while parts:  # not recursive: values may be nested deeply
+        part = parts.pop()
+        if isinstance(part, UniqueKeys) and hasattr(part, "repeated"):
+            raise RepeatedKeyError(part.repeated)
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

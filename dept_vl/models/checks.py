@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import cached_file
 
 from dept_vl._utils.errors import is_user_error
@@ -74,6 +74,28 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
             f"{name} cannot be loaded as {what}; its files are damaged or of something else: "
             f"{type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def load_config(name: str | Path, what: str, supported: str) -> Any:
+    """Load the configuration of a model of transformers.
+
+    Args:
+        name: Hub name or folder.
+        what: Description of the model, such as "a language model".
+        supported: Model types to name in the message.
+
+    Raises:
+        OSError: If transformers finds no such model.
+        ValueError: If transformers does not know the type of the model, or its files are damaged.
+    """
+    # Without trust_remote_code=False, transformers asks whether to run code of the model's folder.
+    with loading(name, what):
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except ValueError as error:  # unknown model type
+            problem = one_line(error).partition(". ")[0]
+            kind = what.split(maxsplit=1)[1]
+            raise ValueError(f"{name} is no {kind}: {problem}. Supported are {supported}") from None
 
 
 def _check_folder(folder: Path) -> None:

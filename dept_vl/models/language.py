@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
@@ -29,8 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from dept_vl._utils.io import one_line
-from dept_vl.models.checks import check_weights, loading
+from dept_vl.models.checks import check_weights, load_config, loading
 from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
@@ -51,15 +49,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
         ValueError: If it is neither an encoder-decoder nor a decoder-only model, if it needs its own code, or
             if its files are damaged.
     """
-    # Without trust_remote_code=False, transformers asks whether to run code of the model's folder.
-    with loading(name_or_path, "a language model"):
-        try:
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        except ValueError as error:  # unknown model type
-            problem = one_line(error).partition(". ")[0]
-            raise ValueError(
-                f"{name_or_path} is no language model: {problem}. Supported are {SUPPORTED}"
-            ) from None
+    config = load_config(name_or_path, "a language model", SUPPORTED)
     encoder_decoder = config.is_encoder_decoder
     known = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in known:

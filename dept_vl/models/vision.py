@@ -13,11 +13,10 @@ import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from dept_vl._utils.images import check_shape, to_rgb
-from dept_vl._utils.io import one_line
-from dept_vl.models.checks import check_processor, check_weights, loading
+from dept_vl.models.checks import check_processor, check_weights, load_config, loading
 from dept_vl.models.options import LARGEST_GRID, ImageFit
 
 CONVOLUTIONAL = 4
@@ -100,15 +99,7 @@ class VisionEncoder(nn.Module):
             OSError: If transformers finds no such model.
             ValueError: If the model needs its own code, is no image encoder, or has no such layer.
         """
-        # Without trust_remote_code=False, transformers asks whether to run code of the model's folder.
-        with loading(name_or_path, "an image encoder"):
-            try:
-                config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            except ValueError as error:  # unknown model type
-                problem = one_line(error).partition(". ")[0]
-                raise ValueError(
-                    f"{name_or_path} is no image encoder: {problem}. Supported are {SUPPORTED}"
-                ) from None
+        config = load_config(name_or_path, "an image encoder", SUPPORTED)
         # Of a checkpoint with two towers (CLIP, SigLIP), only the vision tower is loaded.
         config = getattr(config, "vision_config", config)
         with loading(name_or_path, "an image encoder"):

@@ -230,7 +230,7 @@ def test_sizes_of_an_adapter_are_those_of_its_tensors(
             {"tensors": {"prompt.offset_a": torch.tensor([float("nan")])}},
             "finite values in 'prompt.offset_a'",
         ),
-        ({"tensors": {"prompt.offset_a": torch.tensor([1])}}, "found torch.int64"),
+        ({"tensors": {"prompt.offset_a": torch.tensor([1])}}, "has dtype torch.int64"),
     ],
 )
 def test_descriptions_that_say_something_else(tmp_path: Path, change: dict[str, Any], message: str) -> None:

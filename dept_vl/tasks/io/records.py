@@ -57,6 +57,34 @@ def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def json_object(
+    text: str | bytes, where: str, expected: str, kind: type[ValueError] = ValueError
+) -> dict[str, Any]:
+    """Parse the JSON object of a line.
+
+    Args:
+        text: The line; bytes are decoded as UTF-8.
+        where: Location of the line, for error messages.
+        expected: Description of the form, for error messages.
+        kind: Class of the error.
+
+    Raises:
+        ValueError: If the line is not a JSON object, or has a key twice.
+    """
+    try:
+        record = parse_json(text if isinstance(text, str) else text.decode())
+    except RepeatedKeyError as error:
+        raise kind(f"{where}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        shown = text if isinstance(text, str) else text.decode(errors="replace")
+        reason = json_reason(error, shown)
+        raise kind(f"{where}{column}: expected {expected}, found {text[:60]!r} ({reason})") from None
+    if not isinstance(record, dict):
+        raise kind(f"{where}: expected a JSON object, found {brief(record)}")
+    return record
+
+
 def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
     """Read the objects of a JSON Lines file, ignoring blank lines."""
     found = False
@@ -64,18 +92,8 @@ def read_lines(path: Path, source: str) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
-                record = parse_json(line.decode().rstrip())
-            except RepeatedKeyError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            except (ValueError, RecursionError) as error:
-                column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                raise ValueError(
-                    f"{path}, line {number}{column}: expected a JSON object in the form of {source}, found "
-                    f"{line[:60]!r} ({json_reason(error, line.decode(errors='replace'))})"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, found {line[:60]!r}")
+            form = f"a JSON object in the form of {source}"
+            record = json_object(line.rstrip(), f"{path}, line {number}", form)
             found = True
             yield record
     if not found:

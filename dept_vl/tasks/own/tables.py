@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_json
+from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys
 from dept_vl._utils.printable import one_line
-from dept_vl.tasks.io.records import brief, json_fault, json_reason
+from dept_vl.tasks.io.records import brief, json_fault, json_object
 from dept_vl.tasks.own.inline import Embedded
 
 Record = dict[str, Any]
@@ -37,6 +37,7 @@ IMAGE_ROWS = 16
 """Number of rows read at a time if image bytes are read with them."""
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
+ONE_A_LINE = "one JSON object a line"
 
 
 def place(path: Path, number: int) -> str:
@@ -72,23 +73,7 @@ def read_lines(path: Path) -> Numbered:
         for number, line in enumerate(file, start=1):
             text = line.strip().removesuffix(",")
             if text:
-                yield number, _object(path, number, text)
-
-
-def _object(path: Path, number: int, text: str) -> Record:
-    try:
-        record = parse_json(text)
-    except RepeatedKeyError as error:
-        raise UsageError(f"{place(path, number)}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UsageError(
-            f"{place(path, number)}{column}: expected one JSON object a line, found {text[:60]!r} "
-            f"({json_reason(error, text)})"
-        ) from None
-    if not isinstance(record, dict):
-        raise UsageError(f"{place(path, number)}: expected a JSON object, found {brief(record)}")
-    return record
+                yield number, json_object(text, place(path, number), ONE_A_LINE, UsageError)
 
 
 def _undecodable(path: Path) -> int:
@@ -218,7 +203,7 @@ def read_json(path: Path, key: str = "") -> Numbered:
 def read_record(path: Path) -> Numbered:
     """Read a file that is one JSON object."""
     with text_of(path) as file:
-        yield 1, _object(path, 1, file.read())
+        yield 1, json_object(file.read(), place(path, 1), ONE_A_LINE, UsageError)
 
 
 def read_objects(path: Path) -> Numbered:
