@@ -31,7 +31,7 @@ from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, write_json, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
-from dept_vl._utils.terminal import Count, duration
+from dept_vl._utils.terminal import Count, duration, waiting
 from dept_vl.adapters.fingerprint import describe_backbone
 from dept_vl.config import OWN_TASK, DataOptions
 from dept_vl.data import workers
@@ -94,6 +94,7 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
     return output
 
 
+@waiting("reading the table")
 def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> tuple[Task, Collator]:
     """Return the rows of the table as a task, and the collator for them."""
     asked, vision = predictor.task, predictor.model.backbone.vision

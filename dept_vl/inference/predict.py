@@ -6,6 +6,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
+from dept_vl._utils.terminal import waiting
 from dept_vl.inference.bulk import answer_table
 from dept_vl.inference.loading import load
 from dept_vl.inference.options import PredictConfig
@@ -29,13 +30,14 @@ def predict(config: PredictConfig) -> list[str]:
     if of_table:  # gives each process its device
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         accelerator = Accelerator(cpu=on_cpu)
-    predictor = load(
-        config.adapter,
-        backbone=config.backbone,
-        revision=config.revision,
-        task=config.task,
-        device=config.device,
-    )
+    with waiting("loading the adapter"):
+        predictor = load(
+            config.adapter,
+            backbone=config.backbone,
+            revision=config.revision,
+            task=config.task,
+            device=config.device,
+        )
     if accelerator is not None:
         answer_table(predictor, config, accelerator)
         accelerator.end_training()
