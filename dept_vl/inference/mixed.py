@@ -9,12 +9,13 @@ from torch import nn
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.inference.given import as_images
 from dept_vl.inference.loading import LONGEST_TEXT, find_backbone, load, run_of
-from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, line_up
+from dept_vl.inference.predictor import Ask, Images, Predictor, answer_all, as_questions, line_up
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowProjections, RowPrompts
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.records import brief
 
 Names = Sequence[str | None]
 """Name of the adapter of each row; None is the backbone alone."""
@@ -106,7 +107,7 @@ class ManyAdapters:
         pairs = all(predictor.task.image_count > 1 for predictor in predictors)
         (images, questions, predictors), alone = line_up(
             images=as_images(image, pairs=pairs),
-            questions=([question], True) if isinstance(question, str) else (list(question), False),
+            questions=as_questions(question),
             adapters=(predictors, single),
         )
         rows = zip(predictors, questions, images, strict=True)
@@ -180,6 +181,8 @@ def load_many(
         >>> len(answers)
         2
     """
+    if not isinstance(sources, Mapping):
+        raise ValueError(f'expected adapters by name, such as {{"vqa": "runs/vqa"}}, found {brief(sources)}')
     if not sources:
         raise ValueError("expected one adapter or more, found none")
     first = next(iter(sources.values()))

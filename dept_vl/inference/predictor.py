@@ -3,7 +3,7 @@
 Prompting, batching and decoding are those of evaluation, so the same question gets the same answer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import end_token, start_tokens
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.io.records import brief
 
 ENCODED_AT_ONCE = 32
 """Batch size of the vision tower."""
@@ -93,7 +94,7 @@ class Predictor:
         pairs = self.task.image_count > 1
         (images, questions), single = line_up(
             images=as_images(image, pairs=pairs),
-            questions=([question], True) if isinstance(question, str) else (list(question), False),
+            questions=as_questions(question),
         )
         asks = [Ask(self, *one) for one in zip(questions, images, strict=True)]
         answers = [reply.text for reply in answer_all(asks, lambda _: self.model, batch_size)]
@@ -175,6 +176,23 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
 
 
 @torch.no_grad()
+def as_questions(given: Any) -> tuple[list[str], bool]:
+    """Return the questions of `answer`, and whether a single one was given.
+
+    Raises:
+        ValueError: If it is neither a text nor a sequence of texts.
+    """
+    if isinstance(given, str):
+        return [given], True
+    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
+        raise ValueError(f"expected a question or a list of questions, found {brief(given)}")
+    questions = list(given)
+    for place, question in enumerate(questions, start=1):
+        if not isinstance(question, str):
+            raise ValueError(f"question {place}: expected a text, found {brief(question)}")
+    return questions, False
+
+
 def answer_all(
     asks: Sequence[Ask],
     model_of: Callable[[Sequence[Ask]], PromptedModel],
@@ -186,6 +204,8 @@ def answer_all(
     A batch holds questions with the same decoding and number of images, possibly for different predictors
     on the same backbone; `model_of` returns the model for it. Decoding stops after `max_time` seconds.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected 1 or more, found {batch_size}")
     backbone = asks[0].predictor.model.backbone
     sources = [ask.source() for ask in asks]
     batch_of = _composed(asks, sources) if backbone.processor is None else _processed(asks, sources)

@@ -18,6 +18,7 @@ from dept_vl._utils.run_files import (
     IDENTITY_FILE,
     LOG_FILE,
     REPORT_FILE,
+    SCORES_FILE,
     SUMMARY_FILE,
 )
 from dept_vl.config import RENAMED, RunConfig, to_json
@@ -41,6 +42,10 @@ class Opened:
     claimed: bool
 
 
+WRITTEN = (REPORT_FILE, SCORES_FILE, "summary.md", "predictions.json", "answers.png")
+"""Files that a run writes, or that belong to the answers of another model."""
+
+
 def choose_folder(config: RunConfig) -> Path:
     """Return the folder of the run to start or to resume.
 
@@ -57,8 +62,14 @@ def choose_folder(config: RunConfig) -> Path:
     if config.resume == "auto" and config.output_dir is None:
         raise ValueError("--resume auto needs --output_dir, the folder to look for a run in")
     output_dir = config.output_dir or _new_folder(config.data.task)
-    if not config.resume and _holds_run(output_dir):
-        raise _taken(output_dir)
+    if _holds_run(output_dir):
+        if not config.resume:
+            raise _taken(output_dir)
+    elif there := [name for name in WRITTEN if (output_dir / name).exists()]:
+        raise FileExistsError(
+            f"{output_dir} holds {', '.join(there)} but no run; a run would replace them, and nothing was "
+            "changed there. Choose another --output_dir"
+        )
     return output_dir
 
 

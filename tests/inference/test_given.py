@@ -1,6 +1,7 @@
 """Whatever form an image has, it is the same image; what is none gets a clear error."""
 
 import base64
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from PIL import Image
 from dept_vl._utils.images import read_image
 from dept_vl.inference.given import as_image, as_images
 from dept_vl.inference.loading import load
+from dept_vl.inference.mixed import load_many
+from dept_vl.inference.predictor import as_questions
 from dept_vl.models.backbone import Backbone
 
 Forms = dict[str, Any]
@@ -142,6 +145,18 @@ def test_answers_are_the_same_in_every_form(
     assert pairs.answer([[forms["HWC"], forms["bytes"]]] * 2, "both are red") == [pair] * 2
     with pytest.raises(ValueError, match="2 images and 3 questions"):
         predictor.answer([path, path], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("odd", [b"what?", None, 3, {"what?": 1}, ["what?", None]])
+def test_what_is_no_question_is_refused(odd: Any) -> None:
+    with pytest.raises(ValueError, match="expected a"):
+        as_questions(odd)
+
+
+def test_adapters_without_names_are_refused() -> None:
+    for odd in ("runs/vqa", ["runs/vqa"]):
+        with pytest.raises(ValueError, match="by name"):
+            inspect.unwrap(load_many)(odd)  # without the tests' own check of types
 
 
 def test_rows_of_datasets(forms: Forms, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.io.rows import Rows
-from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy
+from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy, normalise_own
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import image_groups, leaks
@@ -691,3 +691,55 @@ def test_an_adapter_alone_knows_its_labels_and_longest_answer(
 def test_facts_of_strangers_are_checked() -> None:
     with pytest.raises(ValueError, match="form"):
         TASKS["vqa"].with_facts({"form": "x", "scoring": "one", "labels": [], "image_count": 1})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("1.5", "15", False),
+        ("-5", "5", False),
+        (".5", "5", False),
+        ("+", "-", False),
+        ("A", "", False),
+        ("?", "", False),
+        ("1/2", "12", False),
+        ("10:30", "1030", False),
+        ("1,000", "1000", True),
+        ("The cat.", "cat", True),
+        ("15.", "15", True),
+        ("well-known", "wellknown", True),
+        ("Blue ", "blue!", True),
+    ],
+)
+def test_exact_match_keeps_numbers_and_signs_apart(one: str, other: str, same: bool) -> None:
+    assert (normalise_own(one) == normalise_own(other)) is same
+
+
+def test_an_answer_of_a_sign_is_right_alone(tmp_path: Path) -> None:
+    rows = [QUESTION | {"answer": answer} for answer in ("+", "-", "1.5", "15")]
+    task = own(written(tmp_path, lines(*rows)))
+    right = dict(zip(task.example_ids(), ("+", "-", "1.5", "15"), strict=True))
+    assert task.score(right)["exact_match"] == 100
+    for wrong in (("-", "+", "15", "1.5"), ("", "", "", "")):
+        assert task.score(dict(zip(right, wrong, strict=True)))["exact_match"] == 0
+
+
+def test_ids_that_are_floats_are_the_same_ids(tmp_path: Path) -> None:
+    table = pa.table({"id": [2.0, 0.0, 1.0], "image": ["IMG_0001.JPG"] * 3, "question": ["what?"] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert own(tmp_path / "a.parquet").example_ids() == ["2", "0", "1"]
+
+
+def test_the_number_of_a_row_takes_no_id_of_another(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        own(written(tmp_path, lines(QUESTION, QUESTION | {"id": "0"})))
+    assert "line 2" in str(caught.value)
+    assert own(written(tmp_path, lines(QUESTION | {"id": "1"}, QUESTION))).example_ids() == ["1", "1#2"]
+
+
+@pytest.mark.parametrize("cell", ["['red', 'redish']", "['red' 'crimson']"])
+def test_a_list_as_python_prints_it_is_refused(tmp_path: Path, cell: str) -> None:
+    table = f'image,question,answer\nIMG_0001.JPG,what?,"{cell}"\n'
+    with pytest.raises(UsageError) as caught:
+        own(written(tmp_path, table, "a.csv"))
+    assert "a.csv, line 2, column 'answer'" in str(caught.value)

@@ -432,6 +432,17 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(config: RunConfig, h
     assert files(config.output_dir) == {held: b"mine"}
 
 
+@pytest.mark.parametrize("held", ["report.html", "predictions.json", "scores.json"])
+def test_a_folder_with_other_results_is_refused_and_untouched(config: RunConfig, held: str) -> None:
+    assert config.output_dir is not None
+    config.output_dir.mkdir(parents=True)
+    (config.output_dir / held).write_text("mine")
+    with pytest.raises(FileExistsError) as error:
+        main(config)
+    assert held in str(error.value)
+    assert files(config.output_dir) == {held: b"mine"}
+
+
 def test_max_source_length_has_to_leave_room_for_the_question(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="max_source_length is 3 tokens and the task prefix") as error:
         main(with_(config, prompt={"max_source_length": 3}))

@@ -1,12 +1,30 @@
 """Scores for answers to your own questions: VQA accuracy for any number of human answers, and ANLS."""
 
+import re
+import string
 from collections import Counter
 from collections.abc import Sequence
 
+from dept_vl.tasks.metrics.text import ARTICLES
 from dept_vl.tasks.metrics.vqa import normalise_answer, vqa_accuracy
 
 OFFICIAL_ANSWERS = 10
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+NUMBER = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<![\w.])[-+](?=\.?\d)|(?<!\w)\.(?=\d)")
+"""Punctuation that belongs to a number: decimal points, signs, and what stands in ratios, times and dates."""
+PUNCTUATION = re.compile(f"({NUMBER.pattern})|[{re.escape(string.punctuation)}]")
 ANLS_THRESHOLD = 0.5
+
+
+def normalise_own(text: str) -> str:
+    """Return an answer as it is compared: in lower case, without punctuation, articles and extra spaces.
+
+    That is SQuAD's normalisation, except that numbers keep signs and decimal points, and an answer of nothing
+    but punctuation or articles stays as it is, so that 1.5 is not 15 and + is not -.
+    """
+    lower = " ".join(text.lower().split())
+    bare = PUNCTUATION.sub(lambda found: found[1] or "", THOUSANDS.sub("", lower))
+    return " ".join(ARTICLES.sub(" ", bare).split()) or lower
 
 
 def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:

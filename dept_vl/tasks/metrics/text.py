@@ -14,7 +14,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DELETE_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -122,7 +122,11 @@ def normalise_text(text: str) -> str:
     return " ".join(ARTICLES.sub(" ", bare).split())
 
 
-def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+def squad(
+    predictions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    normalise: Callable[[str], str] = normalise_text,
+) -> dict[str, float]:
     """Return `em` and `f1` of free-text predictions, each the best over the human answers to the question.
 
     Two texts that are empty after normalisation match exactly but share no word (`f1` of 0), as in SQuAD v1.1
@@ -133,8 +137,8 @@ def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
     for index, (prediction, golds) in enumerate(zip(predictions, answers, strict=True)):
         if isinstance(golds, str) or not golds:
             raise ValueError(f"expected a list of one answer or more to question {index}, found {golds!r}")
-        said = normalise_text(prediction)
-        wanted = [normalise_text(gold) for gold in golds]
+        said = normalise(prediction)
+        wanted = [normalise(gold) for gold in golds]
         exact.append(float(said in wanted))
         overlap.append(max(_word_f1(said.split(), gold.split()) for gold in wanted))
     count = len(predictions)

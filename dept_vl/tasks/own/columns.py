@@ -1,6 +1,7 @@
 """Conversion of records into rows. Columns are found by their usual names, or by the names given."""
 
 import posixpath
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 CAPTIONS = ("captions", "caption", "text")
 ODD = (":", "//", "/.")
 """Substrings that plain relative paths do not contain; paths with one of them are checked in full."""
+QUOTED = re.compile(r"\[\s*['\"]")
+"""Start of a list of texts."""
 PARTS = ("answer", "text", "raw", "caption", "value")
 """Keys that can hold the text of an answer given as an object."""
 
@@ -220,7 +223,10 @@ class Columns:
                 except RepeatedKeyError as error:
                     raise UsageError(f"{where}: {error}") from None
                 except ValueError:
-                    pass
+                    if QUOTED.match(text):  # as Python and NumPy print lists
+                        raise UsageError(
+                            f'{where}: expected a list as JSON, such as ["red", "blue"], found {text:.60}'
+                        ) from None
             return [text] if text else []
         if isinstance(value, bool):
             return ["yes" if value else "no"]
@@ -229,7 +235,7 @@ class Columns:
         if isinstance(value, float):
             if value != value:  # NaN: an empty cell
                 return []
-            return [str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)]
+            return [_number(value)]
         if isinstance(value, list):
             return [text for one in value for text in self._answers(one, where, text_cells=False)]
         if isinstance(value, dict):
@@ -261,7 +267,14 @@ def _of_choices(
 
 
 def _identity(value: Any) -> str:
+    """Return an id as text; a whole number is written without a fraction, however a table stores it."""
+    if isinstance(value, float) and value == value:
+        return _number(value)
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
 
 
 def confine(reference: str, root: Path, where: str) -> str:

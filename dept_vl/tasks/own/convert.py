@@ -52,7 +52,7 @@ def rows_of(
 def _records(
     tables: list[TableFile], folder: Path, base: Path, options: OwnOptions, columns: Columns
 ) -> Iterator[dict[str, Any]]:
-    seen: set[str] = set()
+    seen: dict[str, bool] = {}
     count = 0
     for table in tables:
         text_cells = table.path.suffix.lower() in (".csv", ".tsv")
@@ -66,7 +66,7 @@ def _records(
             inline.next_record()
             for row in columns.rows(record, where, text_cells=text_cells):
                 row["split"] = row["split"] or table.split
-                row["id"], row["renamed"] = _new_id(row["id"], count, seen)
+                row["id"], row["renamed"] = _new_id(row["id"], count, seen, where)
                 at = f"{where}, column {row['column']!r}"
                 row["images"] = [
                     inline.reference(image, record, number, at)
@@ -80,13 +80,28 @@ def _records(
             raise UsageError(f"{table.path} holds no rows")
 
 
-def _new_id(given: str, number: int, seen: set[str]) -> tuple[str, bool]:
-    """Return a unique id, and whether it replaces a given id that is already used."""
+def _new_id(given: str, number: int, seen: dict[str, bool], where: str) -> tuple[str, bool]:
+    """Return a unique id, and whether it replaces a given id that is already used.
+
+    Args:
+        given: Id of the row; empty if it has none.
+        number: Number of the row, its id then.
+        seen: Ids of earlier rows, and whether they were given.
+        where: Location of the row, for error messages.
+
+    Raises:
+        UsageError: If an earlier row without an id got this one.
+    """
+    if given and seen.get(given) is False:
+        raise UsageError(
+            f"{where}: the id {given!r:.60} is the number of an earlier row that has no id; give all rows an "
+            "id, or none"
+        )
     chosen, copy = given or str(number), 1
     while chosen in seen:
         copy += 1
         chosen = f"{given or number}#{copy}"
-    seen.add(chosen)
+    seen[chosen] = bool(given)
     return chosen, bool(given) and chosen != given
 
 

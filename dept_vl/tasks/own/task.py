@@ -18,8 +18,8 @@ from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
 from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
-from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy
-from dept_vl.tasks.metrics.text import macro_f1, normalise_text, squad
+from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy, normalise_own
+from dept_vl.tasks.metrics.text import macro_f1, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
 from dept_vl.tasks.own.convert import rows_of
@@ -271,7 +271,7 @@ class OwnTask(Task):
             return general_vqa_accuracy(prediction, example.answers)
         if self.form == "label" or example.choices:
             return float(prediction == example.answer)
-        return float(normalise_text(prediction) in map(normalise_text, example.answers))
+        return float(normalise_own(prediction) in map(normalise_own, example.answers))
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute the metrics over the examples that have answers, with the primary metric first."""
@@ -295,7 +295,7 @@ class OwnTask(Task):
         return {self.primary: scores.pop(self.primary), **scores}
 
     def _question_scores(self, said: list[str], answers: list[list[str]]) -> dict[str, float]:
-        words = squad(said, answers)
+        words = squad(said, answers, normalise_own)
         scores = {"exact_match": words["em"], "f1": words["f1"]}
         if self.scoring == "choices" or self.options.metric == "accuracy":
             scores["accuracy"] = _percent([one == right[0] for one, right in zip(said, answers, strict=True)])
