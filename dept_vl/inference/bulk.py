@@ -36,7 +36,8 @@ from dept_vl.adapters.fingerprint import describe_backbone
 from dept_vl.config import OWN_TASK, DataOptions
 from dept_vl.data import workers
 from dept_vl.data.collate import Batch, Collator, Draw
-from dept_vl.data.content import rows_content, sizes_content
+from dept_vl.data.content import rows_content
+from dept_vl.data.feature_index import file_stats
 from dept_vl.data.feature_source import mapped_features
 from dept_vl.data.lengths import check_source_lengths
 from dept_vl.data.splits import check_images, load_split
@@ -170,7 +171,8 @@ def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
     backbone = {**describe_backbone(predictor.model.backbone), "name": None}  # it may move
     return {
         "rows": rows_content(table.rows),
-        "images": sizes_content(table.image_files() if table.image_count else []),
+        # Sizes alone would not tell two images of one size that were exchanged.
+        "images": checksum(repr(file_stats(table.image_files() if table.image_count else [])).encode()),
         "adapter": checksum(safetensors.torch.save(tensors)),
         "backbone": checksum(repr(backbone).encode()),
         "decoding": f"{predictor.task.name} {checksum(repr(options).encode())}",

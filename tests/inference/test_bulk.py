@@ -1,6 +1,7 @@
 """A table is answered into one file: in order, after any stop, by any number of processes, as by `answer`."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -141,6 +142,34 @@ def test_a_stop_changes_nothing(
     else:
         in_two_processes(predict_here, asked)
     assert asked.output.read_bytes() == whole.output.read_bytes()
+
+
+def test_images_exchanged_after_a_stop_are_others(
+    asked: PredictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(PHOTOS, photos)
+    one, other = photos / "scan-3.png", photos / "scan-7.png"
+    for time, (path, color) in enumerate(((one, "red"), (other, "blue"))):
+        Image.new("RGB", (50, 40), color).save(path, "bmp")
+        os.utime(path, (time, time))
+    assert one.stat().st_size == other.stat().st_size
+    config = replace(asked, own=replace(asked.own, images=photos))
+    stopped_after(2, monkeypatch, config)
+    first = one.rename(photos / "first")
+    other.rename(one)
+    first.rename(other)
+    with pytest.raises(UsageError, match="images"):
+        predict(config)
+    copied = tmp_path / "copied"
+    shutil.copytree(photos, copied)  # with the times, as `cp -p` does
+    one, other = copied / "scan-3.png", copied / "scan-7.png"
+    first = one.rename(copied / "first")
+    other.rename(one)
+    first.rename(other)
+    predict(replace(config, own=replace(config.own, images=copied)))
+    assert asked.output is not None
+    assert len(rows(asked.output)) == 24
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy, normalise_own
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
+from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import image_groups, leaks
 from dept_vl.training.extract import extract
@@ -127,6 +128,37 @@ def test_missing_images_are_those_that_no_name_finds(tmp_path: Path) -> None:
         == missing_files(task.image_files())
         == [PHOTOS / "gone.png", PHOTOS / "deep/gone"]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("b.jpg", "b.jpg"),
+        ("images/b.jpg", "images/b.jpg"),
+        ("images/b", "images/b"),
+        ("masks/b.jpg", "masks/b.png"),
+        ("MASKS/b.jpg", "masks/b.png"),
+        ("b", "masks/b.png"),
+        ("c.png", "masks/c.png"),
+        ("c.jpg", "c.gif"),
+        ("d.jpg", "images/d.JPEG"),
+        ("9", "images/COCO_val2014_000000000009.jpg"),
+        ("000000000009", "images/COCO_val2014_000000000009.jpg"),
+        ("9.jpg", "images/COCO_val2014_000000000009.jpg"),
+        ("9.png", "9.png"),
+        ("images/9.png", "images/COCO_val2014_000000000009.jpg"),
+        ("masks/9", "masks/9"),
+        ("masks/9.jpg", "masks/9.jpg"),
+    ],
+)
+def test_an_image_of_another_folder_has_the_same_extension(tmp_path: Path, name: str, found: str) -> None:
+    files = ("masks/b.png", "masks/d.png", "masks/c.png", "c.gif", "images/d.JPEG")
+    for file in (*files, "images/COCO_val2014_000000000009.jpg"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(b"")
+    assert ImageFolder(tmp_path).find(name) == tmp_path / found
+    missing = [] if (tmp_path / found).exists() else [tmp_path / found]
+    assert ImageFolder(tmp_path).missing([name]) == missing
 
 
 def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
@@ -621,6 +653,25 @@ def test_an_adapter_is_asked_only_what_it_answers() -> None:
     for data, task, reason in ((whole, "nlvr2", "2"), (whole, "rte", "no images"), (captions, "gqa", "none")):
         with pytest.raises(UsageError, match=reason):
             data.asked_by(TASKS[task])
+
+
+def test_answers_that_an_adapter_cannot_give_are_told(tmp_path: Path) -> None:
+    rows = [{"image": "4", "label": label} for label in ("warm", "Warm", "hot", "Warm", "")]
+    data = own(written(tmp_path, lines(*rows)))
+    adapter = TASKS["labels"].with_facts(
+        {"form": "label", "scoring": "one", "labels": ["cold", "warm"], "image_count": 1}
+    )
+    told = "3 of 4 answers are none of the adapter's 2 labels: 'Warm', 'hot'"
+    assert data.asked_by(adapter).notes == (*data.notes, told)
+    assert data.asked_by(TASKS["labels"]).notes == data.notes
+    known = adapter.with_facts(adapter.facts() | {"labels": ["Warm", "hot", "warm"]})
+    assert data.asked_by(known).notes == data.notes
+
+
+def test_a_caption_among_questions_is_told(tmp_path: Path) -> None:
+    task = own(written(tmp_path, lines(QUESTION, {"image": "4", "caption": "a square"}, QUESTION)))
+    assert task.name == "vqa"
+    assert "1 of 3 rows of all have an empty question" in task.notes
 
 
 def test_a_run_on_own_captions_is_evaluated_with_its_own_options() -> None:

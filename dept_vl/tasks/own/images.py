@@ -1,4 +1,4 @@
-"""A folder of images that finds files by name, with any extension in any case."""
+"""A folder of images that finds files by name: with any extension in their own folder, in any case."""
 
 import os
 import unicodedata
@@ -13,6 +13,8 @@ SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
     | {".jp2", ".avif"}
 )
+SAME = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif"}
+"""Extensions of the same format."""
 DEEPEST = 3
 """Depth of folders to search for an image that is not at its path."""
 NUMBER_DIGITS = 12
@@ -41,7 +43,7 @@ class ImageFolder:
         if self._index is None:
             self._index = self._search()
         for key in _keys(name):
-            files = self._index.get(key, [])
+            files = [file for file in self._index.get(key, []) if _may_be(file, name)]
             here = [file for file in files if file.rpartition("/")[0] == folder]
             if len(here or files) > 1:
                 raise UsageError(
@@ -102,9 +104,27 @@ class ImageFolder:
         return dict(index)
 
 
+def _may_be(file: str, name: str) -> bool:
+    """Return whether a file with a key of a name is in the name's folder or, for a bare name, of its type."""
+    (folder, suffix), (wanted, said) = _folder_and_type(file), _folder_and_type(name)
+    # Of b.jpg, a b.png in another folder may be the mask.
+    return folder == wanted or (not wanted and said in ("", suffix))
+
+
+def _folder_and_type(name: str) -> tuple[str, str]:
+    """Return the folder of a name and its extension, "" if that is no image's; comparable by `==`."""
+    lower = _plain(name)
+    suffix = os.path.splitext(lower)[1]
+    return lower.rpartition("/")[0], SAME.get(suffix, suffix) if suffix in SUFFIXES else ""
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).lower()  # macOS writes accents as separate characters
+
+
 def _keys(name: str) -> tuple[str, ...]:
     """Return the lookup keys of a name, the most exact first."""
-    lower = unicodedata.normalize("NFC", name).lower()  # macOS writes accents as separate characters
+    lower = _plain(name)
     stem, suffix = os.path.splitext(lower)
     stem = stem if suffix in SUFFIXES else lower
     base = stem.rpartition("/")[2]

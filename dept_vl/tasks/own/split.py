@@ -1,4 +1,4 @@
-"""Selection of splits: those in the data, and those held out of the training images."""
+"""Splits: those in the data, those held out of the training images, and what is to be told about them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,4 +132,17 @@ def leaks(rows: Rows, root: Path) -> list[str]:
         for place, name in enumerate(present)
         for other in present[place + 1 :]
         if (shared := images[name] & images[other])
+    ]
+
+
+def unknown_labels(rows: Rows, labels: Sequence[str]) -> list[str]:
+    """Return a message if answers are none of an adapter's labels; nothing without labels."""
+    known, answers = set(labels), [row[0] for row in rows.column("answers").to_pylist() if row]
+    others = [answer for answer in answers if answer not in known] if known else []
+    if not others:
+        return []
+    first = list(dict.fromkeys(others))
+    return [
+        f"{len(others):,} of {len(answers):,} answers are none of the adapter's {len(known):,} labels: "
+        f"{', '.join(f'{label!r:.60}' for label in first[:3])}{', ...' if len(first) > 3 else ''}"
     ]

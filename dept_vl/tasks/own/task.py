@@ -206,7 +206,8 @@ class OwnTask(Task):
                 f"{asker.name} answers questions, and {data} has none; --columns question=NAME says where "
                 "they are"
             )
-        return replace(self, asker=asker)
+        labels = () if self.scoring == "choices" else asker.decoding.candidates
+        return replace(self, asker=asker, notes=(*self.notes, *splits.unknown_labels(self.rows, labels)))
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
