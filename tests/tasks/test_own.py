@@ -706,7 +706,7 @@ def test_features_of_embedded_images_are_kept(
 @pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("file", ["labels.jsonl", "qa.csv"])
 def test_an_adapter_alone_knows_its_labels_and_longest_answer(
-    file: str, tmp_path: Path, make_run: Callable[..., RunConfig]
+    file: str, tmp_path: Path, make_run: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = "a big blue circle that nobody has ever seen before in this place"
     rows = [json.loads(line) for line in (OWN / "qa.jsonl").read_text().splitlines()][::3]
@@ -725,6 +725,14 @@ def test_an_adapter_alone_knows_its_labels_and_longest_answer(
         assert alone.decoding.candidates == ("blue", "green", "red", "yellow")
         learnt = {row["answer"] for row in rows}
         assert set(alone.answer([PHOTOS / "scan-3.png", PHOTOS / "scan-7.png"])) <= learnt
+        other = written(tmp_path, lines(*(row | {"label": row["label"].upper()} for row in labels[:2])))
+        asked = OwnOptions(data=str(other), images=PHOTOS)
+        score_run(EvaluateConfig(run=trained.folder, own=asked, output_dir=tmp_path / "other"))
+        told = "note: 2 of 2 answers are none of the adapter's 4 labels: "
+        assert told in capsys.readouterr().out
+        config = PredictConfig((), str(trained.folder), own=asked, output=tmp_path / "answers.jsonl")
+        predict(replace(config, device="cpu"))
+        assert told in capsys.readouterr().out
     else:
         assert alone.decoding.max_new_tokens == len(backbone.tokenizer(long).input_ids) > 10
     for source in (trained, alone):
