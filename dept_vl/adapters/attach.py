@@ -2,7 +2,7 @@
 
 Encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5, Florence-2, T5Gemma 2) and decoder-only models (LLaVA,
 Qwen-VL, PaliGemma, Gemma 3, InternVL, ...) are supported, with images or for text alone. The soft prompt P is
-inserted after padding and the start token (see `models.placeholders`), and takes m of the model's positions.
+inserted after padding and the start token (see `models.prompt_hook`), and takes m of the model's positions.
 Outputs have the same length as without a prompt. The offset is added to the text tokens of the source, by
 their position among the text tokens of the row. Tokens from the first to the last token of an image are not
 text. Nor is the answer of a decoder-only model, which begins with the first label.

@@ -1,6 +1,6 @@
 """Hooks that insert a prompt into the calls of a model and remove its columns from the outputs.
 
-Hooks on `forward` and a wrapper of `generate` insert the placeholders of `models.placeholders` into the
+Hooks on `forward` and a wrapper of `generate` insert the placeholders of `models.prompt_hook` into the
 inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders.
 """
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.families import Parts
 from dept_vl.models.padding import insert, packing
-from dept_vl.models.placeholders import Placement, place, put, text_of
+from dept_vl.models.prompt_hook import Placement, place, put, text_of
 from dept_vl.models.source import PER_TOKEN
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT

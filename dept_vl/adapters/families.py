@@ -10,7 +10,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.fingerprint import check_base, describe_base
-from dept_vl.models.placeholders import is_encoder_decoder, words_of
+from dept_vl.models.prompt_hook import is_encoder_decoder, words_of
 from dept_vl.models.tokens import IGNORE_INDEX
 
 OF_IMAGES = "AutoModelForImageTextToText"

@@ -15,7 +15,7 @@ from dept_vl.data.pictures import picture_grid
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import Rows
-from dept_vl.tasks.own.files import find_tables
+from dept_vl.tasks.own.find import find_tables
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
 from dept_vl.tasks.prepare.check import Finding, check_files

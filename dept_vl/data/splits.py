@@ -130,7 +130,7 @@ def image_root(options: DataOptions) -> Path:
 
 def hub_folder(name: str) -> Path:
     """Return the local folder of a data set on the Hub, downloading it if needed."""
-    from dept_vl.tasks.own.files import fetch
+    from dept_vl.tasks.own.find import fetch
 
     return fetch(name)
 

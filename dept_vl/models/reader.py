@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dept_vl.models.generation import GENERATING, generate
 from dept_vl.models.image_features import FEATURES, PIXELS, given_features
 from dept_vl.models.language import Answerer
-from dept_vl.models.placeholders import Placement, prompting, words_of
+from dept_vl.models.prompt_hook import Placement, prompting, words_of
 from dept_vl.models.tokens import IGNORE_INDEX, AnswerStyle
 from dept_vl.prompts.dept import DePT
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
-from dept_vl.models.placeholders import text_of
+from dept_vl.models.prompt_hook import text_of
 from dept_vl.models.tokens import AnswerStyle, write_answers_as
 
 CHAT = "chat"
@@ -171,7 +171,7 @@ class SourceReader:
     def is_text(
         self, ids: Int[Tensor, "batch source"], mask: Bool[Tensor, "batch source"]
     ) -> Bool[Tensor, "batch source"]:
-        """Return a mask of text tokens; see `placeholders.text_of`."""
+        """Return a mask of text tokens; see `prompt_hook.text_of`."""
         return text_of(ids, mask, self.image_tokens)
 
     def learn(

@@ -36,7 +36,7 @@ from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_weights, loading
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.options import LoadIn
-from dept_vl.models.placeholders import is_encoder_decoder, place
+from dept_vl.models.prompt_hook import is_encoder_decoder, place
 from dept_vl.models.quantised import fingerprint_of_words, keep_gradients, placing
 from dept_vl.models.reader import PretrainedReader, Source, special_tokens_of
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm

@@ -1,4 +1,7 @@
-"""Initialisation of soft prompts from words of the vocabulary, from a text, or at random."""
+"""Initialisation of soft prompts from words of the vocabulary, from a text, or at random.
+
+The random values, and those of A and B, are set where they are made, in `dept.DePT`.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any

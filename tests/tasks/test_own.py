@@ -191,7 +191,7 @@ def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
 def test_unambiguous_oddities_are_read(
     tmp_path: Path, content: bytes, name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dept_vl.tasks.own.tables.CHUNK", chunk)
+    monkeypatch.setattr("dept_vl.tasks.own.readers.CHUNK", chunk)
     if name == "data.jsonl" and content.strip().startswith((b"{\n ", b'{"data"', b'{"a"')):
         pytest.skip("is no JSON Lines")
     assert own(written(tmp_path, content, name))[0].answers == ("blue",)

@@ -23,7 +23,7 @@ from dept_vl.adapters.fingerprint import check_base, check_name, describe_base
 from dept_vl.adapters.schema import read_configuration
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.placeholders import is_encoder_decoder, words_of
+from dept_vl.models.prompt_hook import is_encoder_decoder, words_of
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.options import PositiveSize, Size

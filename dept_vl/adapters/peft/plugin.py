@@ -62,7 +62,7 @@ from dept_vl.adapters.peft.layer import (
 )
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import LanguageModel
-from dept_vl.models.placeholders import words_of
+from dept_vl.models.prompt_hook import words_of
 from dept_vl.prompts.base import LARGEST_SIZE, METHODS, Init
 from dept_vl.prompts.dept import DePT, current_name
 from dept_vl.prompts.initialise import initialise

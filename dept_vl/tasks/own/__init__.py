@@ -1,6 +1,6 @@
 """Tasks on your own images and questions: tables with a folder of images, `--data FILE|FOLDER|HUB_NAME`.
 
-`options` defines the options, `files` finds tables and splits, `tables` reads tables, `formats` reads the
+`options` defines the options, `find` finds tables and splits, `readers` reads tables, `formats` reads the
 files of other data sets, `columns` turns records into rows, `convert` caches the rows, `images` finds image
 files, and `task` defines the task class.
 """
@@ -9,12 +9,12 @@ __all__ = [
     "columns",
     "conversations",
     "convert",
-    "files",
+    "find",
     "formats",
     "images",
     "inline",
     "options",
+    "readers",
     "split",
-    "tables",
     "task",
 ]

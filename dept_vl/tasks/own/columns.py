@@ -13,7 +13,7 @@ from dept_vl._utils.printable import DROPPED, one_line, plain
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.own.conversations import pairs_of, turns_of
 from dept_vl.tasks.own.inline import EMBEDDED, Embedded
-from dept_vl.tasks.own.tables import Record
+from dept_vl.tasks.own.readers import Record
 
 NAMES: dict[str, tuple[str, ...]] = {
     "image": (

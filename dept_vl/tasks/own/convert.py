@@ -12,11 +12,11 @@ from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Rows, convert
 from dept_vl.tasks.own.columns import Columns, confine, read_mapping
-from dept_vl.tasks.own.files import TableFile
+from dept_vl.tasks.own.find import TableFile
 from dept_vl.tasks.own.formats import annotations_of, read_records
 from dept_vl.tasks.own.inline import EMBEDDED, Embedded, InlineImages
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.tables import place
+from dept_vl.tasks.own.readers import place
 
 SCHEMA = pa.schema(
     {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.own.tables import (
+from dept_vl.tasks.own.readers import (
     Numbered,
     Record,
     begins_with_list,

@@ -10,7 +10,7 @@ from dept_vl._utils.checksums import checksum
 from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
-from dept_vl.tasks.own.files import SPLITS
+from dept_vl.tasks.own.find import SPLITS
 from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
 

@@ -23,7 +23,7 @@ from dept_vl.tasks.metrics.text import macro_f1, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
 from dept_vl.tasks.own.convert import rows_of
-from dept_vl.tasks.own.files import find_tables
+from dept_vl.tasks.own.find import find_tables
 from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
