@@ -369,12 +369,9 @@ def _in_another_precision(
 
 
 def check_name(name: str, backbone: FrozenBackbone, accepted: Collection[str]) -> None:
-    """Check the name of a model by its last part.
+    """Raise ValueError if the last part of a name is not that of an accepted name.
 
     For example, "t5-base" is now "google-t5/t5-base" on the Hub, and can be a local folder.
-
-    Raises:
-        ValueError: If the last part of `name` is not that of an accepted name.
     """
     if Path(name).name not in {Path(other).name for other in accepted}:
         raise ValueError(

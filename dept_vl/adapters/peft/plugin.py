@@ -257,10 +257,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DeptConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Rename tensors of our own adapters (`prompt.soft_prompt`, ...) and of older versions for loading.
-
-        Older versions may have wrapped another module.
-        """
+        """Rename tensors of our own adapters, and of older versions that wrapped another module."""
         layer = next(name for name, module in model.named_modules() if isinstance(module, DeptTunerLayer))
         of_prompt = re.compile(rf"^(prompt\.|(.*\.)?{CONTAINER}\.)")
         renamed = {
@@ -347,11 +344,7 @@ def create_dept_optimizer(
 
 
 def check_length(model: nn.Module, prompt_length: int) -> None:
-    """Check that a prompt of this length can be added to a model.
-
-    Raises:
-        ValueError: If the model is not supported, or has too few positions.
-    """
+    """Raise ValueError if a model is not supported, or has too few positions for a prompt of this length."""
     if is_text_encoder_decoder(model):
         _language(model).check_positions("encoder", prompt=prompt_length, text=1)
     else:
