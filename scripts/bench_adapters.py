@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.models.backbone import Backbone
     from dept_vl.models.prompted import PromptedModel
+    from dept_vl.studies.bench.backbones import Inputs, Shape
     from dept_vl.studies.bench.measure import Ratio
-    from dept_vl.studies.bench.methods import Inputs, Shape
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
@@ -76,7 +76,7 @@ class Figures:
 
 def questions_shape() -> "Shape":
     """Return the shape of questions, with different lengths so that every batch has padding."""
-    from dept_vl.studies.bench.methods import SHAPES
+    from dept_vl.studies.bench.backbones import SHAPES
 
     return replace(SHAPES["vl"], spread=4.0)
 
@@ -112,8 +112,8 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
     """Compare a batch whose rows alternate adapters with a batch that uses the longest one."""
     import torch
 
+    from dept_vl.studies.bench.backbones import draw_batch
     from dept_vl.studies.bench.measure import Ratio, in_turn
-    from dept_vl.studies.bench.methods import draw_batch
 
     many = adapters_of(backbone, [prompted(backbone, n) for n in lengths], questions_shape().longest)
     names = [name for name in many.predictors if name is not None]
@@ -155,8 +155,8 @@ def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.base import sized
     from dept_vl.prompts.methods import build
+    from dept_vl.studies.bench.backbones import draw_batch
     from dept_vl.studies.bench.measure import in_turn
-    from dept_vl.studies.bench.methods import draw_batch
 
     sizes = {"d_model": backbone.d_model, "prompt_length": 0, "rank": 49, "max_source_length": 64}
     prompts = [build(sized("memory", **sizes)).to(backbone.device) for _ in range(config.batch_size)]
@@ -186,7 +186,7 @@ def main(config: BenchConfig) -> dict[str, Figures]:
     """Measure and print adapters of equal and of unequal prompt length."""
     import torch
 
-    from dept_vl.studies.bench.methods import SIZES, build_backbone
+    from dept_vl.studies.bench.backbones import SIZES, build_backbone
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)

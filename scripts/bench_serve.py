@@ -124,7 +124,7 @@ def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
     torch.manual_seed(0)
     place = SHIPPED
     if config.model != "shipped":
-        from dept_vl.studies.bench.methods import SIZES, build_backbone
+        from dept_vl.studies.bench.backbones import SIZES, build_backbone
 
         place = folder / "backbone"
         build_backbone(SIZES[config.model], SHIPPED / "language", vision=True).save_pretrained(place)

@@ -13,20 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import layers_of
-from dept_vl.studies.bench import methods, steps
+from dept_vl.studies.bench import backbones, methods, steps
+from dept_vl.studies.bench.backbones import SHAPES, SIZES, Size, build_backbone, draw_batch
 from dept_vl.studies.bench.figures import BARS, GROWTH, bar_rows
 from dept_vl.studies.bench.measure import Ratio, encoder_flops, in_turn, saved_bytes
-from dept_vl.studies.bench.methods import (
-    SHAPES,
-    SIZES,
-    Size,
-    build_backbone,
-    build_prompt,
-    build_runners,
-    draw_batch,
-    has_peft,
-    needs_peft,
-)
+from dept_vl.studies.bench.methods import build_prompt, build_runners, has_peft, needs_peft
 from dept_vl.studies.bench.steps import Bench, plan
 from dept_vl.studies.options import BenchConfig
 from scripts import bench
@@ -136,8 +127,8 @@ def test_sizes_are_those_of_t5() -> None:
     for name, count in expected.items():
         with torch.device("meta"):
             size = SIZES[name]
-            config = methods.t5_config(size)
-            language = methods.T5ForConditionalGeneration(config)
+            config = backbones.t5_config(size)
+            language = backbones.T5ForConditionalGeneration(config)
         assert sum(p.numel() for p in language.parameters()) == count
 
 

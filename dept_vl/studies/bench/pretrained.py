@@ -31,7 +31,8 @@ from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.source import PER_TOKEN
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.models.vlm import VisionLanguageModel
-from dept_vl.studies.bench.methods import Inputs, Runner, Shape, build_prompt
+from dept_vl.studies.bench.backbones import Inputs, Shape
+from dept_vl.studies.bench.methods import Runner, build_prompt
 
 Width = Literal["tiny", "small", "real"]
 TEXT, ANSWER, NEW_TOKENS = 24, 4, 10

@@ -18,16 +18,13 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.printable import say
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
+from dept_vl.studies.bench.backbones import SHAPES, SIZES, build_backbone, draw_batch
 from dept_vl.studies.bench.measure import encoder_flops, in_turn, peak_bytes, saved_bytes
 from dept_vl.studies.bench.methods import (
     COMPILED,
     METHODS,
-    SHAPES,
-    SIZES,
     Runner,
-    build_backbone,
     build_runners,
-    draw_batch,
     generating,
     has_peft,
     needs_peft,

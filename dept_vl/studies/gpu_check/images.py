@@ -14,14 +14,8 @@ from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.studies.bench.methods import (
-    SHAPES,
-    SIZES,
-    build_backbone,
-    build_runners,
-    draw_batch,
-    write_images,
-)
+from dept_vl.studies.bench.backbones import SHAPES, SIZES, build_backbone, draw_batch
+from dept_vl.studies.bench.methods import build_runners, write_images
 from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 
 PLANNED = 120_000

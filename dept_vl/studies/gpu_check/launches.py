@@ -16,18 +16,8 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.dept import DePT
-from dept_vl.studies.bench.methods import (
-    COMPILED,
-    SHAPES,
-    SIZES,
-    Inputs,
-    Runner,
-    build_backbone,
-    build_runners,
-    draw_batch,
-    has_peft,
-    ours,
-)
+from dept_vl.studies.bench.backbones import SHAPES, SIZES, Inputs, build_backbone, draw_batch
+from dept_vl.studies.bench.methods import COMPILED, Runner, build_runners, has_peft, ours
 from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 from dept_vl.training.graphs import GraphedStep
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.studies.bench.backbones import Inputs
 from dept_vl.studies.bench.measure import Ratio
-from dept_vl.studies.bench.methods import Inputs, Runner, has_peft, needs_peft
+from dept_vl.studies.bench.methods import Runner, has_peft, needs_peft
 from dept_vl.studies.bench.pretrained import (
     AT_EQUAL_LENGTH,
     NEW_TOKENS,
