@@ -70,6 +70,11 @@ def choose_folder(config: RunConfig) -> Path:
             f"{output_dir} holds {', '.join(there)} but no run; a run would replace them, and nothing was "
             "changed there. Choose another --output_dir"
         )
+    elif output_dir == Path() and any(output_dir.iterdir()):
+        raise FileExistsError(
+            "--output_dir is the current folder, which holds other files; nothing was changed. Is a shell "
+            "variable empty? Choose a folder of the run's own"
+        )
     return output_dir
 
 

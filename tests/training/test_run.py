@@ -443,6 +443,17 @@ def test_a_folder_with_other_results_is_refused_and_untouched(config: RunConfig,
     assert files(config.output_dir) == {held: b"mine"}
 
 
+def test_an_empty_name_is_no_folder_for_a_run(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(FileExistsError, match="--output_dir"):
+        main(replace(config, output_dir=Path("")))
+    assert files(tmp_path / "work") == {"mine.txt": b"mine"}
+
+
 def test_max_source_length_has_to_leave_room_for_the_question(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="max_source_length is 3 tokens and the task prefix") as error:
         main(with_(config, prompt={"max_source_length": 3}))
