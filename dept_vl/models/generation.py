@@ -2,7 +2,7 @@
 
 transformers fills options that the caller omits from the checkpoint's `generation_config.json` (in old ones,
 `config.json`), such as a minimum of 56 tokens, sampling, four beams or no repeated trigrams. These settings
-are ignored here.
+are ignored here. The beams and lengths of a task's answers are set in `inference.decoding`.
 """
 
 from collections.abc import Callable
