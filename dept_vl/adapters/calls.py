@@ -165,8 +165,8 @@ class PromptedCalls:
         asked = text & ((labels != IGNORE_INDEX).cumsum(1) == 0)
         if prompt.offset_a is not None and text.any() and not asked.any():
             raise UsageError(
-                "the labels leave no text of a question (-100), which the offset goes to; label the answer "
-                "alone, or take a prompt without offset (rank=0)"
+                "the first label comes before all text, so the offset has no question to act on; set the "
+                "labels of the question to -100, or take a prompt without offset (rank=0)"
             )
         return asked
 

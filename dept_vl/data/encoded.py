@@ -135,7 +135,8 @@ def encode_sources(
     for batch in counted("encoding texts with images", batches, len(order), size=len):
         # Ids are positions in the batch, which show the sources that were read.
         read = collate([replace(distinct[source], example_id=place) for place, source in enumerate(batch)])
-        errors |= {batch[place][1]: "an image could not be read" for place in read.skipped}
+        unread = [batch[place][1] for place in read.skipped]
+        errors |= {images: f"{' or '.join(map(str, images))} could not be read" for images in unread}
         if not read.ids:
             continue
         with accelerator.autocast():

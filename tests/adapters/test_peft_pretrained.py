@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from test_attach_trainer import ARGUMENTS as OF_ATTACHED
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from zoo.vlms import FAMILIES
@@ -285,17 +286,7 @@ def test_our_files_and_pefts(pretrained_folder: Folder, family: str, tmp_path: P
 # -- trainers
 
 
-ARGUMENTS: dict[str, Any] = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
-    "learning_rate": 0.05,
-    "save_steps": 2,
-    "report_to": "none",
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "bf16": False,
-}
+ARGUMENTS: dict[str, Any] = OF_ATTACHED | {"max_steps": 2, "bf16": False}
 
 
 def conversations() -> Dataset:

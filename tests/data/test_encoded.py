@@ -1,6 +1,7 @@
 """Training on what the frozen encoder made of texts and images is training on texts and images."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_images_that_cannot_be_read_are_skipped_as_live_ones_are(config: RunConf
     counts = []
     for one in (config, encoded(config)):
         reset_accelerate()
-        with pytest.raises(ValueError, match=r"could not be read|no readable image"):
+        with pytest.raises(ValueError, match=re.escape(broken.name)):
             run(one)
         reset_accelerate()
         skipping = with_(one, data={"on_bad_image": "skip"}, output_dir=Path(f"{one.output_dir}-skipping"))

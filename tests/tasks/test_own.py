@@ -467,6 +467,13 @@ def test_data_urls_are_read_where_they_are(
         assert embedded_bytes(task[index].images[0]) == content[one]
 
 
+@pytest.mark.parametrize("url", ['data:image/svg+xml,<svg a="1">', "data:image/svg+xml,é"])
+def test_a_data_url_that_is_not_written_plainly_is_an_error(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        own(written(tmp_path, lines(QUESTION, QUESTION | {"image": url}), "a.jsonl"))
+    assert "a.jsonl, line 2, column 'image'" in str(caught.value)
+
+
 def test_a_name_like_a_reference_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     url = f"data:image/png;base64,{base64.b64encode((PHOTOS / 'scan-3.png').read_bytes()).decode()}"

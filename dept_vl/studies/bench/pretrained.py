@@ -106,7 +106,10 @@ def blip2(width: Width) -> tuple[PretrainedConfig, Picture]:
 
 
 def florence2(width: Width) -> tuple[PretrainedConfig, Picture]:
-    """Return those of Florence-2: large at 768 pixels (577 tokens) if real, base at 256 (65) if small."""
+    """Return configuration and image of Florence-2.
+
+    Real is large at 768 pixels (577 tokens), small is base at 256 pixels (65 tokens).
+    """
     pixels = {"tiny": 128, "small": 256, "real": 768}[width]
     d_model, layers, d_ff = {"tiny": (64, 2, 64), "small": (768, 6, 3072), "real": (1024, 12, 4096)}[width]
     vocabulary = TINY_VOCABULARY if width == "tiny" else 51289
@@ -136,7 +139,10 @@ def florence2(width: Width) -> tuple[PretrainedConfig, Picture]:
 
 
 def qwen(width: Width) -> tuple[PretrainedConfig, Picture]:
-    """Return those of Qwen2.5-VL: 3B at 448 pixels (256 tokens) if real, 12 layers at 224 (64) if small."""
+    """Return configuration and image of Qwen2.5-VL.
+
+    Real is 3B at 448 pixels (256 tokens), small has 12 layers at 224 pixels (64 tokens).
+    """
     d_model, d_ff, layers, heads = {
         "tiny": (256, 64, 2, 2),
         "small": (1024, 4096, 12, 8),

@@ -80,10 +80,13 @@ class InlineImages:
             with self.path.open("rb") as opened:
                 self._file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         for number, (codec, slash) in enumerate(self._writings):
-            written = url.replace("/", slash).encode(codec)
+            written = url.replace("/", slash).encode(codec, errors="replace")
             start = self._file.find(written, self._start)
             if start >= 0:
                 self._writings.insert(0, self._writings.pop(number))  # likely for the next one too
                 self._end = max(self._end, start + len(written))
                 return embedded_path(self._name, "bytes", start, len(written))
-        raise UsageError(f"{where}: expected a data URL without escapes, found them in {url[:40]!r}")
+        raise UsageError(
+            f"{where}: the data URL {url[:40]!r} is written with escapes, or is not ASCII; encode the image "
+            "in base64 (data:image/png;base64,...)"
+        )
