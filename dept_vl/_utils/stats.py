@@ -16,8 +16,12 @@ class Interval:
     count: int
 
     def __str__(self) -> str:
+        return format(self)
+
+    def __format__(self, sign: str) -> str:
+        """Return mean and half of the interval; with `+` a positive mean has its sign."""
         half_width = "" if self.half_width is None else f" ± {self.half_width:.2f}"
-        return f"{self.mean:.2f}{half_width}"
+        return f"{self.mean:{sign}.2f}{half_width}"
 
 
 def interval(scores: Sequence[float]) -> Interval:

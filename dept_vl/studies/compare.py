@@ -4,7 +4,7 @@
     OUTPUT/TASK/steps.json                                     time and memory of a step
     OUTPUT/60-steps/TASK/METHOD/seed1,prompt_lr=0.15,.../      a run
     OUTPUT/60-steps/comparison.json, .md, .png, curves.png     results of the finished seeds
-    OUTPUT/lengths.md                                          results of all lengths
+    OUTPUT/lengths.md, lengths.png                             results of all lengths
 
 Every method is trained for the same steps on the same examples in the same order, and its best checkpoint on
 the dev split is scored. The learning rates of a method are searched with the first seed, with the same number

@@ -66,6 +66,12 @@ def bare(config: RunConfig, *, projection: bool = False, language: TrainedPart |
     )
 
 
+def with_relative_rates(config: RunConfig) -> RunConfig:
+    """Configure DePT with learning rates relative to the size of the word embeddings."""
+    config = prompted("dept")(config)
+    return replace(config, optim=replace(config.optim, rates="relative"))
+
+
 def with_encoder_kept(config: RunConfig) -> RunConfig:
     """Configure method `memory` on encoder outputs that are computed once."""
     config = prompted("memory")(config)
@@ -134,7 +140,7 @@ def compared() -> dict[str, Compared]:
 
 
 def ablated() -> dict[str, Compared]:
-    """Return the ablations of the paper: split and size of the budget, one learning rate, and initial P."""
+    """Return the ablations of the paper: split and size of the budget, learning rates, and initial P."""
     of_split = {0: OFFSET_RATES, 100: LONG_RATES}
     one_rate = _rates(prompt_lr=(0.1, 0.03, 0.01), offset_lr=(0.1, 0.03, 0.01))
     starts = {"noise": "random", "words": "vocabulary", "a text": "text"}
@@ -155,4 +161,6 @@ def ablated() -> dict[str, Compared]:
             for start, init in starts.items()
         },
         "dept, one rate": Compared(prompted("dept"), one_rate),
+        "dept, default rates": Compared(prompted("dept"), BOTH_RATES[:1]),
+        "dept, relative rates": Compared(with_relative_rates, BOTH_RATES[:1]),
     }

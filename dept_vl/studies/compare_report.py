@@ -136,7 +136,7 @@ def against(rival: str, rows: Sequence[Row]) -> str:
         cost, ratios = mean_cost(mine), ["", ""]
         if cost and of_rival:
             ratios = [f"{a / b:.2f}" for a, b in zip(cost, of_rival, strict=True)]
-        lines.append([name, f"{'+' if gain.mean > 0 else ''}{gain}", *ratios])
+        lines.append([name, f"{gain:+}", *ratios])
     return f"Relative to {rival}:\n\n{markdown_table(['method', 'score', 'time', 'memory'], lines)}"
 
 
@@ -174,9 +174,10 @@ def draw_curves(rows: Sequence[Row], path: Path) -> bool:
 
 
 def over_lengths(folder: Path, like: int) -> str:
-    """Write and return the mean scores for each number of steps, over the tasks and methods that all have.
+    """Write and return the mean scores for each number of steps, over the tasks that all of them have.
 
-    Comparisons with other data or models than that of `like` steps are left out, and a note is printed.
+    Writes `lengths.md` and, if matplotlib is installed, `lengths.png`. Comparisons with other data or models
+    than that of `like` steps are left out, and a note is printed.
     """
     written = {
         int(path.parent.name.removesuffix("-steps")): read_json(path)
@@ -194,17 +195,56 @@ def over_lengths(folder: Path, like: int) -> str:
     lengths = sorted(found)
     tasks = set.intersection(*({row.task for row in rows} for rows in found.values()))
     whole = {
-        steps: by_method([row for row in rows if row.task in tasks], everywhere=True)
-        for steps, rows in found.items()
+        steps: by_method([row for row in found[steps] if row.task in tasks], everywhere=True)
+        for steps in lengths
     }
-    names = [name for name in whole[lengths[-1]] if all(name in of_length for of_length in whole.values())]
-    lines = [
-        [name, *(str(interval(means_over_tasks(whole[steps][name]))) for steps in lengths)] for name in names
-    ]
-    table = markdown_table(["method", *(f"{steps} steps" for steps in lengths)], lines)
-    text = f"Means over {', '.join(sorted(tasks))}:\n\n{table}"
+    names = list(dict.fromkeys(chain(*(whole[steps] for steps in reversed(lengths)))))
+    means = {
+        name: {steps: means_over_tasks(whole[steps][name]) for steps in lengths if name in whole[steps]}
+        for name in names
+    }
+    scores = {
+        name: {steps: interval(of_length) for steps, of_length in mine.items()}
+        for name, mine in means.items()
+    }
+    parts = [f"Means over {', '.join(sorted(tasks))}:", _by_length(lengths, scores)]
+    if rival := means.get(RIVALS[0]):
+        gains = {
+            name: {
+                steps: interval([a - b for a, b in zip(of_length, rival[steps], strict=True)])
+                for steps, of_length in mine.items()
+                if steps in rival
+            }
+            for name, mine in means.items()
+            if name != RIVALS[0]
+        }
+        parts += [f"Relative to {RIVALS[0]}, seed by seed:", _by_length(lengths, gains, sign="+")]
+    costs = {
+        name: cost
+        for of_length in whole.values()
+        for name, mine in of_length.items()
+        if (cost := mean_cost(mine))
+    }
+    if len(lengths) > 1 and costs:
+        seconds = {
+            name: {place * milliseconds / 1000: score for place, score in scores[name].items()}
+            for name, (milliseconds, _) in costs.items()
+        }
+        trained = {name: {float(place): score for place, score in scores[name].items()} for name in costs}
+        panes = {"steps": trained, "CPU seconds of steps": seconds}
+        curve_plot(panes, folder / "lengths.png", y="mean over tasks, test split", log=True)
+    text = "\n\n".join(parts)
     write_atomically(folder / "lengths.md", (text + "\n").encode())
     return text
+
+
+def _by_length(lengths: Sequence[int], scores: Mapping[str, Mapping[int, Interval]], sign: str = "") -> str:
+    """Return a table of scores by method and number of steps; empty where a method was not trained."""
+    lines = [
+        [name, *(f"{mine[steps]:{sign}}" if steps in mine else "" for steps in lengths)]
+        for name, mine in scores.items()
+    ]
+    return markdown_table(["method", *(f"{steps:,} steps" for steps in lengths)], lines)
 
 
 def _compared_on(config: Mapping[str, Any]) -> dict[str, Any]:

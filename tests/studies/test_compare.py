@@ -329,6 +329,16 @@ def test_lengths_side_by_side(base: Path, tmp_path: Path) -> None:
     assert "| 1 steps | 2 steps |" in text
     for place, name in enumerate(config.methods):
         assert [f"{of_length[place].score}" in text for of_length in rows.values()] == [True, True], name
+    gains = [of_length[0].score.mean - of_length[1].score.mean for of_length in rows.values()]
+    relative = text.partition("Relative to LoRA")[2]
+    assert [cell.strip() for cell in relative.splitlines()[-1].split("|")[2:4]] == [
+        f"{x:+.2f}" for x in gains
+    ]
+    assert (tmp_path / "lengths.png").is_file()
+    # A method that one length has not is left blank there.
+    compare(replace(config, methods=("zero-shot",), max_steps=(3,)))
+    (line,) = [x for x in (tmp_path / "lengths.md").read_text().splitlines() if x.startswith("| LoRA")]
+    assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True, False]
 
 
 def test_tables_and_bars(tmp_path: Path) -> None:

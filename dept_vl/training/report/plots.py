@@ -90,8 +90,12 @@ def score_plot(
     return True
 
 
-def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path: Path, *, y: str) -> bool:
+def curve_plot(
+    panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path: Path, *, y: str, log: bool = False
+) -> bool:
     """Plot means over several horizontal axes, one pane each, with the names at the ends of the curves.
+
+    With `log` the horizontal axes are logarithmic.
 
     Returns:
         Whether matplotlib is installed. Without it nothing is drawn.
@@ -102,7 +106,7 @@ def curve_plot(panes: Mapping[str, Mapping[str, Mapping[float, Interval]]], path
                 for name, of_name in lines.items():
                     means = [score.mean for score in of_name.values()]
                     pane.plot(list(of_name), means, marker="o", ms=3, color=colour_of(name))
-                pane.set(xlabel=x)
+                pane.set(xlabel=x, xscale="log" if log else "linear")
                 _name_ends(pane, lines)
             drawing[0].set(ylabel=y)
     except ImportError:
