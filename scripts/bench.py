@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import BenchConfig
 from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
-from dept_vl.studies.options import BenchConfig
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 
 
 def main(config: BenchConfig) -> dict[str, Any]:
     """Measure, write and print; return the content of bench.json."""
-    from dept_vl.studies.bench.figures import bar_rows, draw, tables
-    from dept_vl.studies.bench.methods import has_peft
-    from dept_vl.studies.bench.steps import Bench, plan
+    from benchmarks.figures import bar_rows, draw, tables
+    from benchmarks.methods import has_peft
+    from benchmarks.steps import Bench, plan
 
     if config.tiny:
         config = replace(config, rounds=1, batch_size=min(config.batch_size, 2))

@@ -24,11 +24,11 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 
 if TYPE_CHECKING:
+    from benchmarks.backbones import Inputs, Shape
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.models.backbone import Backbone
     from dept_vl.models.prompted import PromptedModel
-    from dept_vl.studies.bench.backbones import Inputs, Shape
-    from dept_vl.studies.bench.measure import Ratio
+    from dept_vl.studies.measure import Ratio
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
@@ -76,7 +76,7 @@ class Figures:
 
 def questions_shape() -> "Shape":
     """Return the shape of questions, with different lengths so that every batch has padding."""
-    from dept_vl.studies.bench.backbones import SHAPES
+    from benchmarks.backbones import SHAPES
 
     return replace(SHAPES["vl"], spread=4.0)
 
@@ -99,8 +99,8 @@ def prompted(backbone: "Backbone", length: int) -> "PromptedModel":
     """Return a model with a prompt of this length, the parameters of 100 vectors, and its own projection."""
     import torch
 
+    from benchmarks.methods import build_prompt
     from dept_vl.models.prompted import PromptedModel
-    from dept_vl.studies.bench.methods import build_prompt
 
     own = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
     prompt = build_prompt(backbone.d_model, questions_shape(), length).to(backbone.device)
@@ -112,8 +112,8 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
     """Compare a batch whose rows alternate adapters with a batch that uses the longest one."""
     import torch
 
-    from dept_vl.studies.bench.backbones import draw_batch
-    from dept_vl.studies.bench.measure import Ratio, in_turn
+    from benchmarks.backbones import draw_batch
+    from dept_vl.studies.measure import Ratio, in_turn
 
     many = adapters_of(backbone, [prompted(backbone, n) for n in lengths], questions_shape().longest)
     names = [name for name in many.predictors if name is not None]
@@ -152,11 +152,11 @@ def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
     """Return processor milliseconds of one question to `memory` adapters: one, together, and one by one."""
     import torch
 
+    from benchmarks.backbones import draw_batch
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.base import sized
     from dept_vl.prompts.methods import build
-    from dept_vl.studies.bench.backbones import draw_batch
-    from dept_vl.studies.bench.measure import in_turn
+    from dept_vl.studies.measure import in_turn
 
     sizes = {"d_model": backbone.d_model, "prompt_length": 0, "rank": 49, "max_source_length": 64}
     prompts = [build(sized("memory", **sizes)).to(backbone.device) for _ in range(config.batch_size)]
@@ -186,7 +186,7 @@ def main(config: BenchConfig) -> dict[str, Figures]:
     """Measure and print adapters of equal and of unequal prompt length."""
     import torch
 
-    from dept_vl.studies.bench.backbones import SIZES, build_backbone
+    from benchmarks.backbones import SIZES, build_backbone
 
     torch.set_num_threads(config.threads)
     torch.manual_seed(0)

@@ -29,7 +29,7 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 
 if TYPE_CHECKING:
-    from dept_vl.studies.bench.measure import Ratio
+    from dept_vl.studies.measure import Ratio
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "data" / "tiny-clip-t5"
@@ -124,7 +124,7 @@ def prepare(config: BenchConfig, folder: Path) -> tuple[Path, list[str]]:
     torch.manual_seed(0)
     place = SHIPPED
     if config.model != "shipped":
-        from dept_vl.studies.bench.backbones import SIZES, build_backbone
+        from benchmarks.backbones import SIZES, build_backbone
 
         place = folder / "backbone"
         build_backbone(SIZES[config.model], SHIPPED / "language", vision=True).save_pretrained(place)
@@ -214,7 +214,7 @@ async def ask_all(
 
 def measure(config: BenchConfig, folder: Path) -> Figures:
     """Measure throughput, latency, memory and answers."""
-    from dept_vl.studies.bench.measure import Ratio, in_turn
+    from dept_vl.studies.measure import Ratio, in_turn
 
     figures = Figures(cores=os.cpu_count() or 0)
     started = os.getloadavg()[0]

@@ -11,14 +11,14 @@ configurations, with random weights. `--dry_run` runs every part at the smallest
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import GpuCheckConfig
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.cli import entry, parse_options
-from dept_vl.studies.options import GpuCheckConfig
 
 
 def main(config: GpuCheckConfig) -> dict[str, Any]:
     """Run the parts, and return the content of gpu_check.json."""
-    from dept_vl.studies.gpu_check.parts import PARTS, measure_part, run_parts
+    from benchmarks.gpu.parts import PARTS, measure_part, run_parts
 
     for name in (*config.parts, config.part):
         if name and name not in PARTS:

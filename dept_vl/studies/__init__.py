@@ -1,14 +1,14 @@
-"""Experiments with many runs: search, transfer, comparison of methods, benchmarks.
+"""Experiments with many runs: search, transfer, comparison of methods.
 
 Only the command line imports them.
 """
 
 __all__ = [
-    "bench",
     "compare",
     "compare_methods",
     "compare_report",
-    "gpu_check",
+    "costs",
+    "measure",
     "options",
     "search",
     "transfer",

@@ -35,9 +35,9 @@ from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig
 from dept_vl.data.splits import load_splits
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
-from dept_vl.studies.bench.costs import StepCost, measure_steps
 from dept_vl.studies.compare_methods import Rates, compared
 from dept_vl.studies.compare_report import Row, over_lengths, report
+from dept_vl.studies.costs import StepCost, measure_steps
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt

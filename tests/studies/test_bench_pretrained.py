@@ -6,11 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import VisionLanguageModel
-from dept_vl.prompts.dept import DePT
-from dept_vl.studies.bench.measure import peak_bytes
-from dept_vl.studies.bench.pretrained import (
+from benchmarks.memory_and_flops import peak_bytes
+from benchmarks.options import BenchConfig
+from benchmarks.pretrained import (
     ANSWER,
     LENGTH,
     MODELS,
@@ -21,8 +19,10 @@ from dept_vl.studies.bench.pretrained import (
     draw_pretrained,
     of_pretrained,
 )
-from dept_vl.studies.bench.steps import plan
-from dept_vl.studies.options import BenchConfig
+from benchmarks.steps import plan
+from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.prompts.dept import DePT
 from scripts import bench
 
 

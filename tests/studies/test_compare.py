@@ -24,10 +24,10 @@ from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
-from dept_vl.studies.bench.costs import StepCost
 from dept_vl.studies.compare import compare, task_config
 from dept_vl.studies.compare_methods import ablated, compared
 from dept_vl.studies.compare_report import Row, bars, report
+from dept_vl.studies.costs import StepCost
 from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions

@@ -7,7 +7,7 @@ from helpers import write_vqa
 from runs import reset_accelerate, with_
 
 from dept_vl.config import DataOptions, RunConfig
-from dept_vl.studies.bench.costs import measure_steps
+from dept_vl.studies.costs import measure_steps
 from dept_vl.training.build import build_model
 
 

@@ -1,16 +1,17 @@
 """A GPU check: its parts are isolated, and its report has ratios of what was measured, and nothing else."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu import parts
+from benchmarks.gpu.parts import PARTS, Part, run_parts, why_skipped
+from benchmarks.gpu.report import markdown
+from benchmarks.gpu.results import RESULTS_FILE, Measuring
+from benchmarks.options import GpuCheckConfig
 from dept_vl._utils.io import read_json
-from dept_vl.studies.gpu_check import parts
-from dept_vl.studies.gpu_check.parts import PARTS, Part, run_parts, why_skipped
-from dept_vl.studies.gpu_check.report import markdown
-from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring
-from dept_vl.studies.options import GpuCheckConfig
 
 RESULTS = {
     "machine": {"device": "a card"},
@@ -62,7 +63,7 @@ from pathlib import Path
 if sys.argv[2] == "hangs":
     time.sleep(60)
 import torch
-from dept_vl.studies.gpu_check.results import Measuring
+from benchmarks.gpu.results import Measuring
 part, folder = sys.argv[2], Path(sys.argv[4])
 measuring = Measuring(folder / "gpu_check.json", part, 60.0, torch.device("cpu"), True)
 measuring.entry("first", lambda: {"ms": 1.0})
@@ -78,6 +79,8 @@ def three_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         name: Part(name, share, 0, "none") for name, share in (("dies", 1.0), ("hangs", 0.04), ("ends", 1.0))
     }
     monkeypatch.setattr(parts, "PARTS", made)
+    scripts = str(Path(__file__).parents[2] / "scripts")
+    monkeypatch.setenv("PYTHONPATH", scripts, prepend=os.pathsep)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return script

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.report import markdown
+from benchmarks.gpu.results import RESULTS_FILE, Measuring, updating
+from benchmarks.options import GpuCheckConfig
 from dept_vl._utils.io import read_json
 from dept_vl._utils.printable import say
-from dept_vl.studies.gpu_check.report import markdown
-from dept_vl.studies.gpu_check.results import RESULTS_FILE, Measuring, updating
-from dept_vl.studies.options import GpuCheckConfig
 
 REPORT_FILE = "gpu_check.md"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "triton", "bitsandbytes", "torchao")
@@ -147,7 +147,7 @@ def measure_part(config: GpuCheckConfig, root: Path) -> None:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     path = config.output_dir / RESULTS_FILE
     measuring = Measuring(path, config.part, 60 * config.minutes, device, config.dry_run)
-    module = importlib.import_module(f"dept_vl.studies.gpu_check.{PARTS[config.part].module}")
+    module = importlib.import_module(f"benchmarks.gpu.{PARTS[config.part].module}")
     getattr(module, PARTS[config.part].function)(measuring, root)
 
 

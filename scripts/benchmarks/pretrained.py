@@ -24,6 +24,8 @@ from transformers import (
     T5Config,
 )
 
+from benchmarks.backbones import Inputs, Shape
+from benchmarks.methods import Runner, build_prompt
 from dept_vl.adapters.attach import attach
 from dept_vl.models.checks import load_tokenizer
 from dept_vl.models.image_features import FEATURES, PIXELS, encoded, given_features, output_of
@@ -31,8 +33,6 @@ from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.source import PER_TOKEN
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.models.vlm import VisionLanguageModel
-from dept_vl.studies.bench.backbones import Inputs, Shape
-from dept_vl.studies.bench.methods import Runner, build_prompt
 
 Width = Literal["tiny", "small", "real"]
 TEXT, ANSWER, NEW_TOKENS = 24, 4, 10

@@ -8,15 +8,15 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
+from benchmarks.backbones import SHAPES, SIZES, build_backbone, draw_batch
+from benchmarks.gpu.results import TOKENIZER, Entry, Measuring
+from benchmarks.methods import build_runners, write_images
 from dept_vl._utils.images import read_image
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import hold_frozen_in_bfloat16
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.studies.bench.backbones import SHAPES, SIZES, build_backbone, draw_batch
-from dept_vl.studies.bench.methods import build_runners, write_images
-from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 
 PLANNED = 120_000
 """Number of images, about as many as VQAv2 uses for training and validation."""

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dept_vl.models.vlm import VisionLanguageModel
-from dept_vl.studies.bench.backbones import Inputs
-from dept_vl.studies.bench.measure import Ratio
-from dept_vl.studies.bench.methods import Runner, has_peft, needs_peft
-from dept_vl.studies.bench.pretrained import (
+from benchmarks.backbones import Inputs
+from benchmarks.gpu.results import TOKENIZER, Entry, Measuring
+from benchmarks.methods import Runner, has_peft, needs_peft
+from benchmarks.pretrained import (
     AT_EQUAL_LENGTH,
     NEW_TOKENS,
     PLAN,
@@ -22,7 +21,8 @@ from dept_vl.studies.bench.pretrained import (
     draw_pretrained,
     of_pretrained,
 )
-from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
+from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.studies.measure import Ratio
 
 BATCH = 16
 """Batch size."""

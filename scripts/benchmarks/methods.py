@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks.backbones import Inputs, Shape
 from dept_vl.config import OptimOptions
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.data.features import load_pixels
@@ -25,7 +26,6 @@ from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.dept import DePT
-from dept_vl.studies.bench.backbones import Inputs, Shape
 from dept_vl.training.optim import build_optimizer
 
 REFERENCE_LENGTH = 100

@@ -14,13 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-from dept_vl._utils.io import read_json, write_json
-from dept_vl._utils.printable import say
-from dept_vl.models.backbone import Backbone
-from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
-from dept_vl.studies.bench.backbones import SHAPES, SIZES, build_backbone, draw_batch
-from dept_vl.studies.bench.measure import encoder_flops, in_turn, peak_bytes, saved_bytes
-from dept_vl.studies.bench.methods import (
+from benchmarks.backbones import SHAPES, SIZES, build_backbone, draw_batch
+from benchmarks.memory_and_flops import encoder_flops, peak_bytes
+from benchmarks.methods import (
     COMPILED,
     METHODS,
     Runner,
@@ -31,15 +27,20 @@ from dept_vl.studies.bench.methods import (
     seeing,
     write_images,
 )
-from dept_vl.studies.bench.pretrained import MODELS as PRETRAINED
-from dept_vl.studies.bench.pretrained import (
+from benchmarks.options import BenchConfig
+from benchmarks.pretrained import MODELS as PRETRAINED
+from benchmarks.pretrained import (
     Width,
     build_pretrained,
     build_pretrained_runners,
     draw_pretrained,
     of_pretrained,
 )
-from dept_vl.studies.options import BenchConfig
+from dept_vl._utils.io import read_json, write_json
+from dept_vl._utils.printable import say
+from dept_vl.models.backbone import Backbone
+from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
+from dept_vl.studies.measure import in_turn, saved_bytes
 
 RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8

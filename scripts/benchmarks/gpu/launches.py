@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.backbones import SHAPES, SIZES, Inputs, build_backbone, draw_batch
+from benchmarks.gpu.results import TOKENIZER, Entry, Measuring
+from benchmarks.methods import COMPILED, Runner, build_runners, has_peft, ours
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
@@ -16,9 +19,6 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import METHODS as PROMPT_METHODS
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.dept import DePT
-from dept_vl.studies.bench.backbones import SHAPES, SIZES, Inputs, build_backbone, draw_batch
-from dept_vl.studies.bench.methods import COMPILED, Runner, build_runners, has_peft, ours
-from dept_vl.studies.gpu_check.results import TOKENIZER, Entry, Measuring
 from dept_vl.training.graphs import GraphedStep
 
 BATCHES = (64, 256, 16)

@@ -13,7 +13,7 @@ from filelock import FileLock
 
 from dept_vl._utils.io import one_line, read_json, write_json
 from dept_vl._utils.printable import say
-from dept_vl.studies.bench.measure import in_turn
+from dept_vl.studies.measure import in_turn
 
 RESULTS_FILE = "gpu_check.json"
 TOKENIZER = Path("data", "tiny-clip-t5", "language")

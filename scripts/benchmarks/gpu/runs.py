@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from benchmarks.gpu.results import Entry, Measuring
 from dept_vl._utils.io import read_json
-from dept_vl.studies.gpu_check.results import Entry, Measuring
 from dept_vl.tasks.scenes.official import write_tasks
 
 LONG = ("--max_steps", "3000", "--eval_every", "3000", "--warmup_steps", "300", "--log_every", "100")

@@ -18,7 +18,7 @@ from dept_vl.data.feature_source import read_features
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.data.splits import load_splits
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.studies.bench.measure import in_turn, saved_bytes
+from dept_vl.studies.measure import in_turn, saved_bytes
 from dept_vl.training.build import build_model
 from dept_vl.training.optim import build_optimizer
 
