@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dept_vl.tasks.scenes.questions import FAMILIES, NOUNS, QA, RELATIONS, SIDES, ask
+from dept_vl.tasks.scenes.questions import NOUNS, QA
 from dept_vl.tasks.scenes.render import (
     COLOURS,
     GRID,
@@ -24,8 +24,8 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from dept_vl.tasks.scenes.texts import ask_pair, ask_text, caption
 from pretraining.options import SPATIAL
+from pretraining.questions import FAMILIES, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
 
 IGNORE_INDEX = -100
 """Label that torch's loss ignores."""

@@ -23,12 +23,22 @@ from transformers import (
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel, sequence_loss
-from dept_vl.tasks.scenes.questions import AFFIRMATIVE, KEPT_OUT, PHRASINGS, ask
+from dept_vl.tasks.scenes.questions import KEPT_OUT
 from dept_vl.tasks.scenes.render import Scene, sample_scene
-from dept_vl.tasks.scenes.texts import CAPTION_PHRASINGS, PAIR_PHRASINGS, WORDS, ask_pair, ask_text, caption
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, loader
 from pretraining.measure import encode_scenes, evaluate, tensors
 from pretraining.options import PretrainConfig
+from pretraining.questions import (
+    AFFIRMATIVE,
+    CAPTION_PHRASINGS,
+    PAIR_PHRASINGS,
+    PHRASINGS,
+    WORDS,
+    ask,
+    ask_pair,
+    ask_text,
+    caption,
+)
 
 EVALUATE_EVERY = 700
 WATCHED_SCENES = 100

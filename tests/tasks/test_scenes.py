@@ -8,17 +8,7 @@ from random import Random
 
 import pytest
 
-from dept_vl.tasks.scenes.questions import (
-    FAMILIES,
-    KEPT_OUT,
-    NOUNS,
-    NUMBERS,
-    PHRASINGS,
-    RELATIONS,
-    SIDES,
-    Fact,
-    ask,
-)
+from dept_vl.tasks.scenes.questions import KEPT_OUT, NOUNS, NUMBERS, Fact
 from dept_vl.tasks.scenes.render import (
     COLOURS,
     IMAGE_SIZE,
@@ -29,7 +19,7 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from dept_vl.tasks.scenes.texts import ask_pair, ask_text, caption
+from pretraining.questions import FAMILIES, PHRASINGS, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
 
 SCENES = 300
 EASY_VQA_ANSWERS = {

@@ -19,9 +19,9 @@ from dept_vl.tasks import load_task
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.scenes import official as official_module
 from dept_vl.tasks.scenes.official import SPLITS, write_tasks
-from dept_vl.tasks.scenes.questions import KEPT_OUT, NOUNS, NUMBERS, ask_kept_out
+from dept_vl.tasks.scenes.questions import KEPT_OUT, NOUNS, NUMBERS, ask_kept_out, listings, pair_statement
 from dept_vl.tasks.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, render, sample_scene
-from dept_vl.tasks.scenes.texts import CAPTION_PHRASINGS, listings, pair_statement
+from pretraining.questions import CAPTION_PHRASINGS
 
 COUNTS = {"train": 12, "val": 6, "test": 6}
 LOADED = {

@@ -4,4 +4,4 @@ The included backbones are pretrained on them (`scripts/pretrain_tiny.py`). Some
 pretraining, so that a prompt can learn them.
 """
 
-__all__ = ["official", "questions", "render", "texts"]
+__all__ = ["official", "questions", "render"]
