@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.tensors import fingerprint
@@ -257,8 +256,8 @@ def _base_weights(module: nn.Module) -> dict[str, Tensor]:
     return {
         _PEFT_WRAPPERS.sub("", name): tensor
         for name, tensor in weights_of(module).items()
-        # Single values of quantised weights in tensor subclasses cannot be read.
-        if not _PEFT_TENSORS.search(name) and not is_traceable_wrapper_subclass(tensor)
+        # Single values of quantised weights in subclasses that wrap other tensors cannot be read.
+        if not _PEFT_TENSORS.search(name) and not hasattr(tensor, "__tensor_flatten__")
     }
 
 

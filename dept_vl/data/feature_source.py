@@ -141,4 +141,4 @@ def check_readable(table: FeatureTable, task: Task) -> None:
     """Raise ValueError if an image of a split could not be encoded."""
     for path in task.image_files():
         if path in table.errors:
-            raise ValueError(f"{table.errors[path]}. --on_bad_image skip continues without it")
+            raise ValueError(f"{table.errors[path]}. To leave it out, pass --on_bad_image skip")

@@ -122,7 +122,7 @@ def write_features(
                     errors = {images[row]: error for row, error in zip(rows, messages, strict=True) if error}
                     if errors and not skip_unreadable:
                         raise ValueError(
-                            f"{next(iter(errors.values()))}. --on_bad_image skip continues without it"
+                            f"{next(iter(errors.values()))}. To leave it out, pass --on_bad_image skip"
                         )
                     unreadable[n] |= errors
                     parts.append(_stored(features, index["fingerprint"]["dtype"], files[rows.start]))

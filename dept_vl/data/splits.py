@@ -234,7 +234,7 @@ def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage
         raise FileNotFoundError(
             f"{len(missing):,} of {len(task.image_files()):,} images of {task.name} are missing from "
             f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
-            "--on_bad_image skip continues without them"
+            "to leave them out, pass --on_bad_image skip"
         )
 
 

@@ -27,7 +27,6 @@ from dept_vl.models.language import (
     DecoderOnly,
     EncoderDecoder,
     load_language,
-    reads_in_blocks,
     wrap_language_model,
 )
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
@@ -110,7 +109,9 @@ class Backbone(FrozenBackbone):
         if vision is not None and not language.config.is_encoder_decoder:
             visual_position_bias = "relative"
         self.visual_position_bias = visual_position_bias
-        if vision is not None and visual_position_bias == "none" and reads_in_blocks(language):
+        # LongT5's encoder restricts self-attention to blocks of the source.
+        in_blocks = hasattr(language.config, "encoder_attention_type")
+        if vision is not None and visual_position_bias == "none" and in_blocks:
             raise ValueError(
                 f"{name} ({type(language).__name__}) reads in blocks that share one table of relative "
                 "positions, which cannot leave visual tokens out: give --visual_position_bias relative"

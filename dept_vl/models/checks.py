@@ -5,6 +5,7 @@ in files. Here each of these raises an error before much is read, and no code of
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -246,17 +247,23 @@ def _check_header(path: Path, most: int) -> None:
         )
 
 
-def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | None = None) -> None:
-    """Check that no weights were missing in a model's files.
+def load_model(opens: Any, name: str | Path, what: str, *, unused: str | None = None, **options: Any) -> Any:
+    """Load a model of transformers in full precision.
 
     Args:
-        name: Name of the model, for the error message.
-        info: Loading information of `from_pretrained(..., output_loading_info=True)`.
+        opens: Class whose `from_pretrained` loads the model.
+        name: Hub name or folder.
+        what: Description of the model, for error messages.
         unused: Part of the names of weights that are not used and may be missing.
+        **options: Further options of `from_pretrained`.
 
     Raises:
-        ValueError: If weights are missing.
+        ValueError: If the files are damaged, or weights are missing in them.
     """
+    with loading(name, what):
+        model, info = opens.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **options
+        )
     missing = sorted(key for key in info["missing_keys"] if unused is None or unused not in key)
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
@@ -264,6 +271,7 @@ def check_weights(name: str | Path, info: Mapping[str, Any], *, unused: str | No
             f"the weights of {name} are not those of its configuration: expected {missing[0]!r:.120}{more}, "
             "found none in its files; give a folder with all weights of the model"
         )
+    return model
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -346,9 +354,10 @@ def _check_special_tokens(tokenizer: Any, config: Any, name: str | Path) -> None
         if found is None or not expected or (found in allowed and known):
             continue
         raise ValueError(
-            f"the tokenizer of {name} is not its model's: expected the {role} token to be {expected[0]}, "
-            f"as in config.json, found {found} ({printable(getattr(tokenizer, f'{role}_token'))!r:.60}); put "
-            "the tokenizer beside the model that it was trained with"
+            f"the tokenizer of {name} belongs to another model: expected the {role} token to be "
+            f"{expected[0]}, as in config.json, found {found} "
+            f"({printable(getattr(tokenizer, f'{role}_token'))!r:.60}); put the tokenizer beside the model "
+            "that it was trained with"
         )
 
 
@@ -377,17 +386,13 @@ def check_processor(processor: Any, name: str | Path) -> None:
                     f"the image processor of {name} is damaged: expected {field!r} to be 1 to {PIXELS:,} "
                     f"pixels, found {edge!r:.60}"
                 )
-    for field, lowest in (("image_mean", None), ("image_std", 0.0)):
+    for field, lowest in (("image_mean", -math.inf), ("image_std", 0.0)):
         values = getattr(processor, field, None)
-        if isinstance(values, Iterable) and not _per_channel(list(values), lowest):
+        if not isinstance(values, Iterable):
+            continue
+        numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+        if len(numbers) != CHANNELS or len(list(values)) != CHANNELS or min(numbers) <= lowest:
             raise ValueError(
                 f"the image processor of {name} is damaged: expected {field!r} to be {CHANNELS} finite "
-                f"numbers{' above 0' if lowest is not None else ''}, found {values!r:.80}"
+                f"numbers{' above 0' if lowest == 0 else ''}, found {values!r:.80}"
             )
-
-
-def _per_channel(values: list[Any], lowest: float | None) -> bool:
-    if len(values) != CHANNELS or not all(isinstance(value, int | float) for value in values):
-        return False
-    numbers = torch.tensor(values, dtype=torch.float64)
-    return bool(torch.isfinite(numbers).all()) and (lowest is None or bool((numbers > lowest).all()))

@@ -72,7 +72,7 @@ class ImageFeatures(VisionEncoder):
             return "every process has a part"
         other = self.reader.process([OTHER_QUESTION], [[Image.new("RGB", SIZES[0])]])
         read = inputs_of(self.model, source)
-        asked = sorted(name for name in read if not _same(read[name], other.get(name)))
+        asked = sorted(n for n in read if n not in other or not torch.equal(read[n].cpu(), other[n].cpu()))
         if asked:
             return f"they depend on the question ({', '.join(asked)})"
         pixels = [self.reader.process([QUESTION], [[Image.new("RGB", size)]])[PIXELS] for size in SIZES]
@@ -176,7 +176,3 @@ def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterato
     finally:
         for part, name, _ in replaced:
             del vars(part)[name]
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and torch.equal(one, other)

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
-from dept_vl.models.checks import check_weights, load_config, loading
+from dept_vl.models.checks import load_config, load_model
 from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
@@ -59,12 +59,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
             f"openai-community/gpt2: supported are {SUPPORTED}"
         )
     loader = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    model: PreTrainedModel
-    with loading(name_or_path, "a language model"):
-        model, info = loader.from_pretrained(
-            name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-    check_weights(name_or_path, info)
+    model: PreTrainedModel = load_model(loader, name_or_path, "a language model")
     return model
 
 
@@ -334,8 +329,3 @@ def wrap_language_model(
         )
     wrapper.special_tokens = special_tokens(model, tokenizer)
     return wrapper
-
-
-def reads_in_blocks(model: PreTrainedModel) -> bool:
-    """Return whether the encoder's self-attention is restricted to blocks of the source, as in LongT5."""
-    return hasattr(model.config, "encoder_attention_type")

@@ -15,7 +15,7 @@ from dept_vl.models.generation import GENERATING, generate
 from dept_vl.models.image_features import FEATURES, PIXELS, given_features
 from dept_vl.models.language import Answerer
 from dept_vl.models.prompt_hook import Placement, prompting, words_of
-from dept_vl.models.tokens import IGNORE_INDEX, AnswerStyle
+from dept_vl.models.tokens import IGNORE_INDEX, style_of
 from dept_vl.prompts.dept import DePT
 
 
@@ -146,7 +146,7 @@ class PretrainedReader(Answerer):
 
 def special_tokens_of(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
     """Return the generation settings that follow from a model and its tokenizer."""
-    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    style = style_of(tokenizer)
     ends = {tokenizer.eos_token_id} | ({style.end} if style else set())
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
     if not encoder_decoder:

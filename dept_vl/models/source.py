@@ -19,7 +19,7 @@ from torch import Tensor
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl.models.prompt_hook import text_of
-from dept_vl.models.tokens import AnswerStyle, write_answers_as
+from dept_vl.models.tokens import AnswerStyle
 
 CHAT = "chat"
 DESCRIBE = "Describe the image."
@@ -207,8 +207,8 @@ class SourceReader:
         if image is not None:
             if image not in ids:
                 raise ValueError(
-                    f"the processor of {name} is not its model's: expected tokens {image} for an image, as "
-                    "in config.json, found none; put the processor beside the model that it belongs to"
+                    f"the processor of {name} belongs to another model: expected tokens {image} for an "
+                    "image, as in config.json, found none; put the model's own processor beside it"
                 )
             self.image_tokens = torch.tensor(_with_fences(ids, image, special))
         of_text = tokenizer(QUESTION, add_special_tokens=False).input_ids
@@ -226,7 +226,7 @@ class SourceReader:
         end = tokenizer.eos_token_id
         if encoder_decoder:
             if tokenizer(MARK).input_ids[-1] != end:  # T5Gemma's tokenizer adds no end token
-                write_answers_as(tokenizer, AnswerStyle(lead="", end=end, start=1))
+                tokenizer.answer_style = AnswerStyle(lead="", end=end, start=1)
             return
         if self.form.ask == CHAT:
             answer = {"role": "assistant", "content": [{"type": "text", "text": MARK}]}
@@ -236,7 +236,7 @@ class SourceReader:
             behind = tokenizer(whole.partition(MARK)[2].strip(), add_special_tokens=False).input_ids
             end = next((n for n in behind[:1] if n in special), end)
         open_ = tokenizer.decode(ids[-4:])[-1:]
-        write_answers_as(tokenizer, AnswerStyle(lead="\n" if open_.isspace() else None, end=end, start=0))
+        tokenizer.answer_style = AnswerStyle(lead="\n" if open_.isspace() else None, end=end, start=0)
 
 
 def _with_fences(ids: list[int], image: int, special: set[int]) -> list[int]:

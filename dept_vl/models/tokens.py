@@ -32,20 +32,21 @@ class AnswerStyle:
     start: int
 
 
-def write_answers_as(tokenizer: Any, style: AnswerStyle) -> None:
-    """Set the style of answers of a tokenizer, which is kept in worker processes."""
-    tokenizer.answer_style = style
+def style_of(tokenizer: Any) -> AnswerStyle | None:
+    """Return a tokenizer's style of answers; as its attribute, it is kept in worker processes."""
+    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    return style
 
 
 def start_tokens(tokenizer: Any) -> int:
     """Return the number of tokens in front of a generated answer: 1 for an encoder-decoder, else 0."""
-    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    style = style_of(tokenizer)
     return style.start if style else int(not continues_text(tokenizer))
 
 
 def end_token(tokenizer: Any) -> int:
     """Return the id of the token that ends an answer."""
-    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    style = style_of(tokenizer)
     end: int = tokenizer.eos_token_id if style is None else style.end
     return end
 
@@ -55,7 +56,7 @@ def continues_text(tokenizer: Any) -> bool:
 
     The tokenizers of encoder-decoders end every text with a special token (T5 and BART with `</s>`).
     """
-    if getattr(tokenizer, "answer_style", None) is not None:
+    if style_of(tokenizer) is not None:
         return True
     word = tokenizer(WORD, add_special_tokens=False).input_ids
     return bool(tokenizer(WORD).input_ids[-len(word) :] == word)
@@ -71,7 +72,7 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
         cut = {} if max_length is None else {"max_length": max_length, "truncation": True}
         separate: list[list[int]] = tokenizer(text_target=list(answers), **cut).input_ids
         return separate
-    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    style = style_of(tokenizer)
     lead = WORD if style is None or style.lead is None else style.lead
     word = tokenizer(lead, add_special_tokens=False).input_ids
     # Not " answer" alone, because Llama's tokenizer adds a space in front of the first word.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from dept_vl._utils.images import check_shape, to_rgb
-from dept_vl.models.checks import check_processor, check_weights, load_config, loading
+from dept_vl.models.checks import check_processor, load_config, load_model, loading
 from dept_vl.models.options import LARGEST_GRID, ImageFit
 
 CONVOLUTIONAL = 4
@@ -102,14 +102,7 @@ class VisionEncoder(nn.Module):
         config = load_config(name_or_path, "an image encoder", SUPPORTED)
         # Of a checkpoint with two towers (CLIP, SigLIP), only the vision tower is loaded.
         config = getattr(config, "vision_config", config)
-        with loading(name_or_path, "an image encoder"):
-            model, info = AutoModel.from_pretrained(
-                name_or_path,
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+        model = load_model(AutoModel, name_or_path, "an image encoder", unused="pooler", config=config)
         if model.main_input_name != "pixel_values":
             raise ValueError(
                 f"{name_or_path} is no image encoder: {type(model).__name__} reads {model.main_input_name}. "
@@ -117,7 +110,6 @@ class VisionEncoder(nn.Module):
             )
         # timm's processor exists for one backend; asking for another makes transformers warn.
         backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}
-        check_weights(name_or_path, info, unused="pooler")
         with loading(name_or_path, "an image encoder"):
             processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **backend)
             check_processor(processor, name_or_path)

@@ -18,7 +18,6 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -33,7 +32,7 @@ from dept_vl._utils.tensors import fingerprint
 from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.checks import check_weights, loading
+from dept_vl.models.checks import load_config, load_model, loading
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.options import LoadIn
 from dept_vl.models.prompt_hook import is_encoder_decoder, place
@@ -57,6 +56,8 @@ KINDS: tuple[tuple[Any, str, Any], ...] = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, "a language model", AutoModelForCausalLM),
 )
 """Supported configuration classes, what messages call such a model, and the class that loads it."""
+SUPPORTED = "models that AutoModelForImageTextToText, AutoModelForSeq2SeqLM or AutoModelForCausalLM opens"
+"""Supported models, for error messages."""
 CLOSE = 1e-3
 """Largest change of logits by padding (sums in another order), as a share of the largest logit."""
 CLOSE_IN_8_BITS = 0.05
@@ -163,31 +164,17 @@ class VisionLanguageModel(FrozenBackbone):
             UsageError: If bitsandbytes is needed and not installed, or `text_form` is invalid.
             ValueError: If the model is of none of `KINDS` or needs its own code, or if its files are damaged.
         """
-        with loading(name_or_path, "a vision-language model"):
-            try:
-                config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-            except ValueError as error:  # an unknown model type, or a model that needs its own code
-                problem = one_line(error).partition(". ")[0]
-                raise ValueError(f"{name_or_path} is no vision-language model: {problem}") from None
+        config = load_config(name_or_path, "a vision-language model", SUPPORTED)
         opened = [(what, opens) for mapping, what, opens in KINDS if type(config) in mapping]
         if not opened:
             raise ValueError(
                 f"{name_or_path} has type {config.model_type!r}, which answers no questions in transformers; "
-                "take what AutoModelForImageTextToText, AutoModelForSeq2SeqLM or AutoModelForCausalLM opens"
+                f"supported are {SUPPORTED}"
             )
         what, opens = opened[0]
         with loading(name_or_path, "a processor"):
             processor = _processor(name_or_path, config.model_type)
-        model: PreTrainedModel
-        with loading(name_or_path, what):
-            model, info = opens.from_pretrained(
-                name_or_path,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **placing(load_in, device_map),
-            )
-        check_weights(name_or_path, info)
+        model = load_model(opens, name_or_path, what, **placing(load_in, device_map))
         keep_gradients(model)
         return cls(
             model,

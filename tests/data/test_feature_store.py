@@ -287,7 +287,7 @@ def test_an_image_that_cannot_be_read_stops_the_extraction_or_is_noted(
         paths[2].unlink()
     else:
         paths[2].write_bytes(good[:60])
-    said = rf"{paths[2]}.*--on_bad_image skip continues without it"
+    said = rf"{paths[2]}.*--on_bad_image skip"
     counts = [*Count.begun]
     with pytest.raises(ValueError, match=said) as held:
         write(vision, paths, folder)
