@@ -2,20 +2,18 @@
 
 import hashlib
 import json
-import uuid
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
-from dept_vl._utils.checksums import open_sealed, seal
+from dept_vl._utils.checksums import open_sealed
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import counted
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, writing_cache
+from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, new_cache_file, writing_cache
 
 Lengths = np.ndarray[Any, np.dtype[np.int32]]
 LENGTH_SAMPLE = 2000
@@ -44,17 +42,9 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         ).input_ids
     ]
     lengths = np.array(found, dtype=np.int32)
-    # A unique name, since several processes may count at a time; any of their files will do.
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}")
-    try:
-        with writing_cache(path.parent, f"the lengths of {task.name}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(lengths.tobytes())
-            seal(partial)
-            partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    what = f"the lengths of {task.name}"
+    with new_cache_file(path, what) as partial, writing_cache(path.parent, what):
+        partial.write_bytes(lengths.tobytes())
     return lengths
 
 

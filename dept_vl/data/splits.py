@@ -224,11 +224,7 @@ def run_decoding(
 
 def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
     """Return the task; raise FileNotFoundError if images are missing and must not be skipped."""
-    _check_missing(task, task.missing_images(), on_bad_image)
-    return task
-
-
-def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage) -> None:
+    missing = task.missing_images()
     if missing and on_bad_image == "raise":
         names = ", ".join(path.name for path in missing[:3])
         raise FileNotFoundError(
@@ -236,12 +232,14 @@ def _check_missing(task: Task, missing: Sequence[Path], on_bad_image: OnBadImage
             f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
             "to leave them out, pass --on_bad_image skip"
         )
+    return task
 
 
 def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
     """Return the task without examples with missing images; raise FileNotFoundError if no example is left."""
+    if on_bad_image == "raise":
+        return check_images(task, on_bad_image)
     missing = set(task.missing_images())
-    _check_missing(task, list(missing), on_bad_image)
     if not missing:
         return task
     kept = [index for index in range(len(task)) if missing.isdisjoint(task.images(index))]

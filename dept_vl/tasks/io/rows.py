@@ -162,20 +162,10 @@ def convert(
         say(f"note: {error}; it is made again from {sources[0].name}", error=True)
     except OSError:
         pass  # not there yet
-    # A unique name, since several processes on several machines may convert at a time; any of their
-    # files will do.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with new_cache_file(path, f"the columns of {sources[0].name}") as partial:
         _write(partial, schema, records, sources[0])
-        with writing_cache(path.parent, f"the columns of {sources[0].name}"):
-            seal(partial)
-        _check_unique(Rows.open([partial]).column(unique), unique, sources)
-        with writing_cache(path.parent, f"the columns of {sources[0].name}"):
-            partial.replace(path)
-    finally:
-        # If this fails, another error is already being raised.
-        with suppress(OSError):
-            partial.unlink()
+        written = pa.ipc.open_file(pa.memory_map(str(partial))).read_all()
+        _check_unique(written.column(unique), unique, sources)
     return Rows.open([path])
 
 
@@ -191,18 +181,38 @@ def _check_unique(ids: pa.ChunkedArray, name: str, sources: Sequence[Path]) -> N
 
 
 def _write(path: Path, schema: pa.Schema, records: Iterator[Mapping[str, Any]], source: Path) -> None:
-    with writing_cache(path.parent, f"the columns of {source.name}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    what = f"the columns of {source.name}"
+    with writing_cache(path.parent, what):
         file = pa.OSFile(str(path), "wb")
         writer = pa.ipc.new_file(file, schema)
     with file:
         # Read outside `writing_cache`, since errors of reading a source are not errors of writing the cache.
         for batch in _batches(schema, records, source):
-            with writing_cache(path.parent, f"the columns of {source.name}"):
+            with writing_cache(path.parent, what):
                 writer.write_batch(batch)
-        with writing_cache(path.parent, f"the columns of {source.name}"):
+        with writing_cache(path.parent, what):
             writer.close()
             file.close()
+
+
+@contextmanager
+def new_cache_file(path: Path, what: str) -> Iterator[Path]:
+    """Yield the path of a file to write, which then gets a checksum and becomes `path`, unless writing fails.
+
+    Its name is unique, since several processes on several machines may write it at a time; any of their files
+    will do.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with writing_cache(path.parent, what):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with writing_cache(path.parent, what):
+            seal(partial)
+            partial.replace(path)
+    finally:
+        with suppress(OSError):  # if this fails, another error is already being raised
+            partial.unlink()
 
 
 @contextmanager
