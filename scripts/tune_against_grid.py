@@ -52,7 +52,7 @@ def main(options: TuningConfig) -> str:
     import torch
 
     from dept_vl._utils.io import read_json
-    from dept_vl.studies.search import GRID, grid, tune
+    from dept_vl.studies.search import GRID, tune
     from dept_vl.training.log import best_dev
 
     torch.set_num_threads(1)  # as `compare` does
@@ -74,6 +74,25 @@ def main(options: TuningConfig) -> str:
     write_atomically(options.output_dir / "tuning.md", (table + "\n").encode())
     print(f"\n{table}\n\nruns: {options.output_dir}")
     return table
+
+
+def grid(config: RunConfig, folder: Path) -> "list[RunResult]":
+    """Run the published grid with the configuration's own prompt length."""
+    from dept_vl.studies.search import GRID
+    from dept_vl.training.folder import existing
+    from dept_vl.training.run import run_once
+
+    return [
+        run_once(
+            replace(
+                config,
+                tune=0,
+                optim=replace(config.optim, prompt_lr=prompt_lr, offset_lr=offset_lr),
+                output_dir=existing(folder / f"prompt_lr={prompt_lr:g},offset_lr={offset_lr:g}"),
+            )
+        )
+        for prompt_lr, offset_lr in GRID
+    ]
 
 
 def prepared(options: TuningConfig) -> RunConfig:

@@ -117,7 +117,7 @@ def write_noted(folder: Path, files: Mapping[str, bytes]) -> None:
     for name in files:
         if (folder / name).is_file():
             there = noted(folder / name)
-            if name not in known["files"] or there in _all_of(known, name):
+            if name not in known["files"] or there in [entries.get(name) for entries in known.values()]:
                 before[name] = there
     now = known["files"] | {name: (len(content), checksum(content)) for name, content in files.items()}
     _write_checksums(folder, now, before)
@@ -207,10 +207,6 @@ def _is(path: Path, expected: Noted, grows: bool) -> bool:
         return (found == size or (grows and found > size)) and file_checksum(path, size) == digest
     except FileNotFoundError:
         return False
-
-
-def _all_of(known: Checksums, name: str) -> list[Noted]:
-    return [files[name] for files in known.values() if name in files]
 
 
 def _read_checksums(folder: Path) -> Checksums:

@@ -144,12 +144,9 @@ def _names_beside(kind: Any, place: tuple[str | int, ...]) -> list[str]:
 
 def _name(place: tuple[str | int, ...]) -> str:
     """Return a dotted name, such as `also[0].dev_limit`."""
-    name = "".join(f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" for part in place)
+    shown = (part if isinstance(part, int) or part.isprintable() else repr(part) for part in place)
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in shown)
     return name.removeprefix(".") or "the content"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else repr(text)
 
 
 def _quoted(value: Any) -> str:

@@ -97,9 +97,9 @@ def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
     }
     if not weight.is_floating_point():  # quantised
         return record
-    others = [
-        t.flatten()[t.numel() // 2 :][:1] for _, t in sorted(weights.items()) if not _of_words(t, weight)
-    ]
+    # Others have no row or column for each word, as BART's `final_logits_bias` has.
+    fixed = [tensor for _, tensor in sorted(weights.items()) if len(weight) not in tensor.shape]
+    others = [tensor.flatten()[tensor.numel() // 2 :][:1] for tensor in fixed]
     return record | {
         "rows": _encoded([_values(weight, _rows(len(weight)))]),
         "others": _encoded(others),
@@ -259,11 +259,6 @@ def _base_weights(module: nn.Module) -> dict[str, Tensor]:
         # Single values of quantised weights in subclasses that wrap other tensors cannot be read.
         if not _PEFT_TENSORS.search(name) and not hasattr(tensor, "__tensor_flatten__")
     }
-
-
-def _of_words(tensor: Tensor, embedding: Tensor) -> bool:
-    """Return whether a tensor has one row or column per word (such as BART's `final_logits_bias`)."""
-    return len(embedding) in tensor.shape
 
 
 def _rows(vocabulary: int) -> Tensor:

@@ -12,7 +12,7 @@ from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, LoadIn, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.vision import VisionOptions
-from dept_vl.prompts.base import LARGEST_SIZE, Method, Shapes, sized
+from dept_vl.prompts.base import LARGEST_SIZE, Method, sized
 from dept_vl.prompts.options import PositiveSize, Size
 from dept_vl.tasks.base import QuestionCase
 
@@ -140,7 +140,9 @@ def read_description(path: Path) -> dict[str, Any]:
         kind = DescriptionOfPretrained if pretrained else Description
         check(description, DescriptionOfAuthors if of_authors else kind)
         if description["prompt"] is not None:
-            _check_scale(description["prompt"])
+            prompt, scale = description["prompt"], described_method(description["prompt"]).scale
+            if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
+                raise ValueError(f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     checked: dict[str, Any] = description
@@ -171,12 +173,6 @@ def read_configuration(path: Path, peft_type: str, kind: Any) -> dict[str, Any]:
     return config
 
 
-def _check_scale(prompt: Mapping[str, Any]) -> None:
-    scale = described_method(prompt).scale
-    if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
-        raise ValueError(f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}")
-
-
 def described_method(prompt: Mapping[str, Any]) -> Method:
     """Return the method and sizes of a prompt's description.
 
@@ -188,9 +184,3 @@ def described_method(prompt: Mapping[str, Any]) -> Method:
     sizes = {**BEFORE_METHODS, **prompt, "alpha": float(prompt["alpha"])}
     del sizes["scale"]  # follows from the others
     return sized(**sizes)
-
-
-def tensor_shapes(prompt: Mapping[str, Any]) -> dict[str, Shapes]:
-    """Return the tensor shapes of a described prompt, by group and by the tensor's name in the file."""
-    groups = described_method(prompt).trained()
-    return {group: {f"prompt.{k}": v for k, v in named.items()} for group, named in groups.items()}

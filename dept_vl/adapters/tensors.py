@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dept_vl.adapters.schema import tensor_shapes
+from dept_vl.adapters.schema import described_method
 from dept_vl.models.options import ObjectOrder
 from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.prompted import PromptedModel
@@ -71,7 +71,11 @@ def check_described(
     unknown = [name for name in tensors if not name.startswith(PREFIXES)]
     if unknown:
         raise ValueError(f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}")
-    expected = {} if prompt is None else tensor_shapes(prompt)
+    groups_of_prompt = {} if prompt is None else described_method(prompt).trained()
+    expected = {
+        group: {f"prompt.{name}": shape for name, shape in named.items()}
+        for group, named in groups_of_prompt.items()
+    }
     shapes = {name: shape for group in expected.values() for name, shape in group.items()}
     prompt_shapes = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("prompt.")}
     if prompt_shapes != shapes:

@@ -32,7 +32,10 @@ def read_features(
         ValueError: If such files are of another encoder, unfinished or damaged, or an image cannot be
             encoded.
     """
-    wanted = [(part.options, _image_files(part)) for part in splits]
+    wanted = []
+    for part in splits:
+        files = (path for task in (part.train, part.dev, part.test) for path in task.image_files())
+        wanted.append((part.options, list(dict.fromkeys(files))))
     first = splits[0].options
     choice: Features = "auto" if first.features == "encoded" else first.features
     vision = encoder_of(backbone, choice) if any(paths for _, paths in wanted) else None
@@ -77,11 +80,6 @@ def encoder_of(
             raise
         say(f"visual features: encoded at every step; {error}")
         return None
-
-
-def _image_files(splits: Splits) -> list[Path]:
-    parts = (splits.train, splits.dev, splits.test)
-    return list(dict.fromkeys(path for task in parts for path in task.image_files()))
 
 
 def mapped_features(

@@ -124,15 +124,10 @@ def image_root(options: DataOptions) -> Path:
     """Return the folder that image names are relative to."""
     own = options.own.images or options.own.folder()
     if own is None and options.own.data is not None:
-        return hub_folder(options.own.data)
+        from dept_vl.tasks.own.find import fetch
+
+        return fetch(options.own.data)
     return own or data_folder(options.task, options.data_dir)
-
-
-def hub_folder(name: str) -> Path:
-    """Return the local folder of a data set on the Hub, downloading it if needed."""
-    from dept_vl.tasks.own.find import fetch
-
-    return fetch(name)
 
 
 def answering_of(splits: Sequence[Splits]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.hub import ADAPTER_FILE
-from dept_vl.config import EvaluateConfig, RunConfig, read_config
+from dept_vl.config import EvaluateConfig, read_config
 from dept_vl.data.splits import data_options, informed, run_decoding
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
@@ -76,7 +76,7 @@ def load(
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
         longest = trained.prompt.max_source_length + base.frame
-        if chosen.loaded_as in _tasks_of(trained):
+        if chosen.loaded_as in [options.task for options in (trained.data, *trained.also)]:
             config = EvaluateConfig(run, task=chosen.loaded_as)
             options = data_options(config, trained)
             decoding = run_decoding(config, options, chosen, chosen, longest_answer)
@@ -165,13 +165,9 @@ def find_backbone(
         ) from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     loaded = loaded.to(device or accelerator or "cpu").eval()
-    loaded.probe(_images(adapter))
+    counts = (TASKS[task].image_count for task in adapter.task.split("+") if task in TASKS)
+    loaded.probe(max(counts, default=1))
     return loaded
-
-
-def _images(adapter: Adapter) -> int:
-    """Return the number of images per question of the adapter's task."""
-    return max((TASKS[name].image_count for name in adapter.task.split("+") if name in TASKS), default=1)
 
 
 def _note_orientation(adapter: Adapter, exif: bool) -> None:
@@ -209,10 +205,6 @@ def run_of(source: Path) -> Path | None:
     else:
         return None
     return run if (run / CONFIG_FILE).is_file() else None
-
-
-def _tasks_of(config: RunConfig) -> list[str]:
-    return [options.task for options in (config.data, *config.also)]
 
 
 def _choose_task(adapter: Adapter, task: str | None) -> Task:

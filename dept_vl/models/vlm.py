@@ -304,10 +304,10 @@ class VisionLanguageModel(FrozenBackbone):
         nothing = DePT(self.d_model, prompt_length=0, rank=1, max_source_length=10_000).to(self.device)
 
         def logits(prompt: DePT | None, source: dict[str, Tensor]) -> Tensor:
-            encoded, mask = self.read(
-                prompt, source["input_ids"], source["attention_mask"], processed=_besides(source)
-            )
-            given = labels.repeat(len(source["input_ids"]), 1)
+            processed = dict(source)
+            ids, mask = processed.pop("input_ids"), processed.pop("attention_mask")
+            encoded, mask = self.read(prompt, ids, mask, processed=processed)
+            given = labels.repeat(len(ids), 1)
             return self.language_model.logits(encoded, mask, given).float()
 
         bare = logits(None, sources[0])
@@ -380,7 +380,3 @@ def _processor(name_or_path: str | Path, model_type: str) -> Any:
             f"{name_or_path} holds no processor of a {model_type} ({one_line(error).partition('. ')[0]}): "
             "put its files and those of its tokenizer beside config.json (processor.save_pretrained)"
         ) from error
-
-
-def _besides(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in source.items() if name not in ("input_ids", "attention_mask")}

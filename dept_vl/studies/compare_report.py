@@ -184,7 +184,10 @@ def over_lengths(folder: Path, like: int) -> str:
         for path in folder.glob("*-steps/comparison.json")
     }
     known = {steps: _compared_on(content["config"]) for steps, content in written.items()}
-    others = [steps for steps in written if _differ(known[steps], known[like])]
+    now = known[like]
+    others = [
+        n for n, then in known.items() if any(then[name] != now[name] for name in then.keys() & now.keys())
+    ]
     for steps in others:
         say(f"note: the comparison of {steps} steps is of other data or models than that of {like}: left out")
     found = {
@@ -253,10 +256,6 @@ def _compared_on(config: Mapping[str, Any]) -> dict[str, Any]:
     for task, contents in config.get("contents", {}).items():
         found |= {f"{task} {name}": content for name, content in contents.items()}
     return found
-
-
-def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return any(one[name] != other[name] for name in one.keys() & other.keys())
 
 
 def _row(content: dict[str, Any]) -> Row:

@@ -30,10 +30,9 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, differences, to_json, validate
 from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import TASKS
-from dept_vl.training.folder import existing
 from dept_vl.training.identity import changed_contents, forget_contents
 from dept_vl.training.log import best_dev
-from dept_vl.training.run import run, run_once
+from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
 
 Space = dict[str, tuple[float, float] | list[int]]
@@ -282,22 +281,3 @@ def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str,
     write_atomically(folder / "tuning.md", f"{table}\n\n{effort}\n".encode())
     say("", *table.split("\n"), "", effort)
     return best.number, best.params
-
-
-def grid(config: RunConfig, folder: Path) -> list[RunResult]:
-    """Run the published grid with the configuration's own prompt length, as a baseline for the search.
-
-    Raises:
-        SystemExit: If a signal stopped a run.
-    """
-    return [
-        run_once(
-            replace(
-                config,
-                tune=0,
-                optim=replace(config.optim, prompt_lr=prompt_lr, offset_lr=offset_lr),
-                output_dir=existing(folder / f"prompt_lr={prompt_lr:g},offset_lr={offset_lr:g}"),
-            )
-        )
-        for prompt_lr, offset_lr in GRID
-    ]

@@ -324,7 +324,11 @@ def _listed(rows: Rows, root: Path, split: str) -> Rows:
         listed = rows.where("image_id", karpathy_split(path, split.removeprefix("karpathy-")))
     elif split in ("minival", "nominival"):
         path = find(root, (MINIVAL_FILE,), "LXMERT's minival", MINIVAL_SOURCE)
-        listed = rows.where("question_id", _minival_ids(path), keep=split == "minival")
+        ids = [
+            required(row, "question_id", int, f"{path}, entry {number}")
+            for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
+        ]
+        listed = rows.where("question_id", ids, keep=split == "minival")
     else:
         return rows
     if not len(listed):
@@ -333,13 +337,6 @@ def _listed(rows: Rows, root: Path, split: str) -> Rows:
             f"{split!r}, found none of {len(rows):,}; is it the list of another data set?"
         )
     return listed
-
-
-def _minival_ids(path: Path) -> list[int]:
-    return [
-        required(row, "question_id", int, f"{path}, entry {number}")
-        for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
-    ]
 
 
 def read_answer_list(path: Path) -> list[str]:

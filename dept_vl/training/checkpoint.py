@@ -180,9 +180,6 @@ class TrainingState:
                 f"unknown {sorted(stored - expected)[:3]}"
             )
 
-    def _rates(self) -> list[dict[str, float]]:
-        return [{"lr": g["lr"], "initial_lr": g["initial_lr"]} for g in self.optimizer.param_groups]
-
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}
         for name, parameter in self.trained.items():
@@ -197,7 +194,7 @@ class TrainingState:
             "processes": self.accelerator.num_processes,
             "progress": asdict(progress),
             "optimizer": {name: sorted(self.optimizer.state[p]) for name, p in self.trained.items()},
-            "rates": self._rates(),
+            "rates": [{key: g[key] for key in ("lr", "initial_lr")} for g in self.optimizer.param_groups],
             "schedule": self.schedule.state_dict(),
         }
 
@@ -215,12 +212,6 @@ def checkpoints(run: Path) -> list[Path]:
 def steps_of(checkpoint: Path) -> int:
     """Return the optimizer step at which a checkpoint was written."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def processes_of(checkpoint: Path) -> int:
-    """Return the number of processes of the run that wrote a checkpoint."""
-    processes: int = read_json(checkpoint / "state.json")["processes"]
-    return processes
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
@@ -254,16 +245,13 @@ def check(place: Path) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, list[Any]]:
-    return {
-        path.name: [path.stat().st_size, _digest(path)]
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
-    }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    manifest = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            manifest[path.name] = [path.stat().st_size, digest]
+    return manifest
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -44,7 +44,6 @@ from dept_vl.data.splits import Splits, load_splits, options_together
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
 from dept_vl.tasks.base import Task
-from dept_vl.training.checkpoint import processes_of
 
 PACKAGES = ("torch", "transformers", "numpy")
 """Packages whose versions may change the last bits of a result."""
@@ -268,7 +267,8 @@ def _other(options: Sequence[str], content: Sequence[str]) -> str:
 
 def _older(folder: Path, now: Identity, checkpoint: Path | None) -> Identity:
     """Return an identity for a run of an older version: today's, with the run's own number of processes."""
-    processes = now.setup["processes"] if checkpoint is None else str(processes_of(checkpoint))
+    state = now.setup if checkpoint is None else read_json(checkpoint / "state.json")
+    processes = str(state["processes"])
     started = read_config(folder / CONFIG_FILE)
     content = now.content | {"batches": batches(started, int(processes))}
     return Identity(now.started_in, content, now.setup | {"processes": processes})

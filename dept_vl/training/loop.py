@@ -75,7 +75,10 @@ class Loop:
         self.wrapped = model if self.spread else accelerator.prepare_model(model)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.backward = self._graphed() if graphs else self._backward
+        self.backward: Backward = self._backward
+        if graphs:
+            sizes = {task.options.task_batch_size or options.per_device_batch_size for task in tasks}
+            self.backward = GraphedStep(self._backward, self.trained, sizes, accelerator.device, say)
         self.batches = iter(self._loader(collator))
         if checkpoint is not None:
             self.state.load_random_state(checkpoint)
@@ -189,12 +192,6 @@ class Loop:
         # accelerate's backward and clipping need engines that a backbone on several devices lacks.
         (loss / self.options.gradient_accumulation_steps).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
-
-    def _graphed(self) -> Backward:
-        """Return a step that records forward and backward as CUDA graphs."""
-        options, accelerator = self.options, self.accelerator
-        sizes = {task.options.task_batch_size or options.per_device_batch_size for task in self.tasks}
-        return GraphedStep(self._backward, self.trained, sizes, accelerator.device, say)
 
     def _out_of_patience(self) -> bool:
         return 0 < self.options.patience <= self.progress.evaluations_without_progress

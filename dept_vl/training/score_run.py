@@ -193,10 +193,13 @@ class ScoreRun(Stages):
             check_readable(images, task)
         if config.mixed_precision == "bf16":
             hold_frozen_in_bfloat16(self.model.backbone.language)
+        longest_source = self.trained.prompt.max_source_length + self.model.backbone.frame
+        if self.model.prompt is not None:
+            longest_source = self.model.prompt.max_source_length
         self.collator = Collator.for_model(
             self.model,
             decoding.max_new_tokens,
-            max_source_length=self._longest(),
+            max_source_length=longest_source,
             images=images,
             on_bad_image=config.on_bad_image,
             device=accelerator.device,
@@ -209,12 +212,6 @@ class ScoreRun(Stages):
             return asked
         trained = [TASKS[one.task] for one in (self.trained.data, *self.trained.also)]
         return next((task for task in trained if task.loaded_as == asked.loaded_as), trained[0])
-
-    def _longest(self) -> int:
-        """Return the maximum length of the source text, in tokens."""
-        if self.model.prompt is not None:
-            return self.model.prompt.max_source_length
-        return self.trained.prompt.max_source_length + self.model.backbone.frame
 
     def write_scores(self) -> None:
         """Write `scores.json` and the submission, and print the table."""

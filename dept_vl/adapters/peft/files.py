@@ -218,7 +218,11 @@ def _task_type(model: PreTrainedModel) -> str | None:
 def _check_positions(backbone: FrozenBackbone) -> None:
     """Raise a `ValueError` if positions differ in PEFT, where the encoder also counts those of the prompt."""
     if not isinstance(backbone, Backbone):
-        _check_pretrained(backbone)
+        if is_text_encoder_decoder(backbone.language):
+            raise ValueError(
+                f"in PEFT the prompt is in front of the text of {backbone.name}, and with --model behind its "
+                "start token: load the model by --language"
+            )
         return
     if not backbone.language.config.is_encoder_decoder:
         raise ValueError(
@@ -231,12 +235,4 @@ def _check_positions(backbone: FrozenBackbone) -> None:
             f"in PEFT the encoder of {backbone.name} counts the positions of the prompt, and with "
             "visual_position_bias='none' those of the text alone: the same prompt gives other answers; load "
             "the backbone with visual_position_bias='relative'"
-        )
-
-
-def _check_pretrained(backbone: FrozenBackbone) -> None:
-    if is_text_encoder_decoder(backbone.language):
-        raise ValueError(
-            f"in PEFT the prompt is in front of the text of {backbone.name}, and with --model behind its "
-            "start token: load the model by --language"
         )

@@ -119,7 +119,8 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
                 f"{place(annotations, number)}: the question_id {row['question_id']!r:.60} stands there twice"
             )
         given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
-        texts = [one.get("answer") if isinstance(one, dict) else one for one in _as_list(given)]
+        several = given if isinstance(given, list) else [] if given is None else [given]
+        texts = [one.get("answer") if isinstance(one, dict) else one for one in several]
         # A few thousand answers make up most of the file; equal ones share one string.
         kept: dict[str, Any] = {
             "answers": [known.setdefault(text, text) if isinstance(text, str) else text for text in texts]
@@ -129,10 +130,6 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
         answers[row["question_id"]] = kept
     for number, row in read_json(questions, QUESTIONS):
         yield number, {**row, **answers.get(row.get("question_id"), {})}
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _karpathy(row: Record) -> Record:

@@ -175,7 +175,8 @@ class OwnTask(Task):
                 f"{data}: expected as many images in every row, found {counts[0]} in the first and "
                 f"{counts[other[0]]} in row {other[0] + 1} (id {rows.value('id', int(other[0]))})"
             )
-        labels = _labels(rows) if form == "label" else ()
+        named = pc.list_flatten(rows.column("answers")).unique().to_pylist() if form == "label" else []
+        labels = sorted(named) if len(named) <= MOST_LABELS else []
         return replace(
             self,
             rows=chosen,
@@ -183,7 +184,7 @@ class OwnTask(Task):
             folder=ImageFolder(folder),
             root=base,
             scoring=_scoring(rows),
-            labels=labels,
+            labels=tuple(labels),
             image_count=int(counts[0]),
             notes=tuple(_notes(rows, chosen, split, base, labels)),
         )
@@ -252,12 +253,11 @@ class OwnTask(Task):
         return (self.folder or ImageFolder(Path())).missing(named)
 
     def _paths(self, references: list[str]) -> tuple[Path, ...]:
-        return tuple(self._path(reference) for reference in references)
-
-    def _path(self, reference: str) -> Path:
-        if reference.startswith(EMBEDDED):
-            return self.root / reference[len(EMBEDDED) :]
-        return Path(reference) if self.folder is None else self.folder.find(reference)
+        find = Path if self.folder is None else self.folder.find
+        return tuple(
+            self.root / name[len(EMBEDDED) :] if name.startswith(EMBEDDED) else find(name)
+            for name in references
+        )
 
     def written(self, answer: str) -> str:
         """Return a decoded prediction on one line, normalised like the answers in the data."""
@@ -350,11 +350,6 @@ def _scoring(rows: Rows) -> str:
     if rows.lengths("choices").min() > 1:
         return "choices"
     return "several" if rows.lengths("answers").max() > 1 else "one"
-
-
-def _labels(rows: Rows) -> tuple[str, ...]:
-    labels = sorted(pc.list_flatten(rows.column("answers")).unique().to_pylist())
-    return tuple(labels) if len(labels) <= MOST_LABELS else ()
 
 
 def _differ_in_case(labels: Sequence[str]) -> list[str]:

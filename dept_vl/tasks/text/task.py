@@ -12,7 +12,7 @@ of `SCHEMA`:
 import hashlib
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
 from dept_vl.tasks.text.source import Source, check_columns, open_source
-from dept_vl.tasks.text.table import TEXT_TASKS, Answered, Part, Row, TextSpec
+from dept_vl.tasks.text.table import TEXT_TASKS, Answered, Part, TextSpec
 from dept_vl.tasks.text.table import number as read_number
 
 SCHEMA = pa.schema(
@@ -210,7 +210,8 @@ def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
         where = f"{source.place}, row {number}"
         check_columns(where, needed, list(row))
         if not all(row[name] is None or isinstance(row[name], str) for name in texts):
-            raise ValueError(f"{where}: expected text in {', '.join(texts)}, found {_short(row, texts)}")
+            shown = ", ".join(f"{row[name]!r:.40}" for name in texts)
+            raise ValueError(f"{where}: expected text in {', '.join(texts)}, found {shown}")
         row = {**row, **{name: row[name] or "" for name in texts}}
         if not any(row[name].strip() for name in texts):
             raise ValueError(f"{where}: expected text in {', '.join(texts)}, found nothing")
@@ -244,10 +245,6 @@ def read_answers(spec: TextSpec, label: Any) -> list[str]:
             return [str(label)]
     expected = ", ".join(f"{key} ({word})" for key, word in spec.words.items()) or "a list of answers"
     raise ValueError(f"expected {spec.label} to be {expected}, found {label!r:.80}")
-
-
-def _short(row: Row, names: Sequence[str]) -> str:
-    return ", ".join(f"{row[name]!r:.40}" for name in names)
 
 
 def __getattr__(name: str) -> TextTask:

@@ -68,7 +68,6 @@ def chart(
     y: str,
     logarithmic: bool = False,
     note: str = "",
-    order: Sequence[str] = (),
     marked: Point | None = None,
 ) -> dict[str, Any] | None:
     """Return the data of a line chart over training steps, or None if there are no points.
@@ -79,7 +78,6 @@ def chart(
         y: Name and unit of the vertical axis.
         logarithmic: Whether the vertical axis is logarithmic. Points not above 0 are then left out.
         note: Text below the title.
-        order: Names of curves in the order of their colours, so that each keeps its colour.
         marked: Point to highlight.
     """
     kept = {
@@ -105,7 +103,7 @@ def chart(
         "title": title,
         "note": note,
         "curves": {name: [place(*point) for point in _thinned(points)] for name, points in kept.items()},
-        "colours": {name: order.index(name) if name in order else at for at, name in enumerate(kept)},
+        "colours": {name: place for place, name in enumerate(kept)},
         "marked": marked and place(*marked),
         "y": y,
         "x_ticks": [(place(tick, y_ticks[0])[0], f"{tick:g}") for tick in x_ticks],
