@@ -63,7 +63,7 @@ def evaluate(arguments: list[str]) -> None:
     _check_exists("--run", config.run / CONFIG_FILE)
     for name in ("adapter", "data_dir", "candidates"):
         _check_exists(f"--{name}", getattr(config, name))
-    _check_own(config.own)
+    check_own_data(config.own)
     from dept_vl.training.score_run import score_run
 
     score_run(config)
@@ -73,7 +73,7 @@ def predict(arguments: list[str]) -> None:
     """Answer questions about images or texts, or all rows of a table, with a trained adapter."""
     config = parse_options(PredictConfig, arguments, "dept-vl predict", predict.__doc__)
     _check_task(config.task)
-    _check_own(config.own)
+    check_own_data(config.own)
     _check_source("--adapter", config.adapter)
     from dept_vl.inference.predict import predict as ask
 
@@ -125,7 +125,7 @@ def check_data(
         if not task or root is None:
             raise UsageError("give --task and --root, or --data FILE")
         return bool(check(task, root, sample, report))
-    _check_own(own)
+    check_own_data(own)
     _check_exists("--backbone", backbone)
     from dept_vl.data.check_own import check_own
     from dept_vl.models.checks import load_tokenizer
@@ -159,31 +159,8 @@ def transfer(arguments: list[str]) -> None:
     config = parse_options(TransferConfig, arguments, "dept-vl transfer", transfer.__doc__)
     config.check()
     _check_exists("--config", config.config, *config.source_config, config.data_dir)
-    _check_own(config.own)
+    check_own_data(config.own)
     from dept_vl.studies.transfer import transfer as run
-
-    run(config)
-
-
-def transfer_suite(arguments: list[str]) -> None:
-    """Transfer between the shipped tasks."""
-    from dept_vl.studies.options import SuiteConfig
-
-    config = parse_options(SuiteConfig, arguments, "transfer_suite.py", transfer_suite.__doc__)
-    config.check()
-    from dept_vl.studies.transfer_suite import transfer_suite as run
-
-    run(config)
-
-
-def compare(arguments: list[str]) -> None:
-    """Compare methods with the same number of trained parameters, on the small backbone."""
-    from dept_vl.studies.options import CompareConfig
-
-    config = parse_options(CompareConfig, arguments, "compare.py", compare.__doc__)
-    config.check()
-    _check_own(config.own)
-    from dept_vl.studies.compare import compare as run
 
     run(config)
 
@@ -347,7 +324,7 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
     for options in (config.data, *config.also):
         _check_task(options.task)
         if options.own.data is not None:
-            _check_own(options.own)
+            check_own_data(options.own)
             continue
         folder = data_folder(options.task, options.data_dir)
         if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
@@ -374,7 +351,7 @@ def _check_exists(option: str, *paths: Path | None) -> None:
             raise FileNotFoundError(f"{option}: no such file or folder: {path}")
 
 
-def _check_own(own: OwnOptions) -> None:
+def check_own_data(own: OwnOptions) -> None:
     """Check that your own data exist locally, unless they are named like a data set on the Hub."""
     if own.data is not None and not Path(own.data).exists() and not is_data_set(own.data):
         raise FileNotFoundError(f"--data: no such file or folder: {own.data}")

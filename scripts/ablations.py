@@ -10,10 +10,10 @@ source. Finished runs are kept under `--output_dir`, so the same command resumes
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.compare_methods import ablated
+from benchmarks.options import CompareConfig, SuiteConfig
 from dept_vl._utils.options import Positive, Seed
 from dept_vl.cli import entry, parse_options
-from dept_vl.studies.compare_methods import ablated
-from dept_vl.studies.options import CompareConfig, SuiteConfig
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class AblationConfig(CompareConfig):
 
 def main(options: AblationConfig) -> None:
     """Run everything that is not finished, and write the tables."""
-    from dept_vl.studies.compare import compare
-    from dept_vl.studies.transfer_suite import transfer_suite
+    from benchmarks.compare import compare
+    from benchmarks.transfer_suite import transfer_suite
 
     compare(options)
     if options.k:

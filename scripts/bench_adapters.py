@@ -25,10 +25,10 @@ from dept_vl.cli import entry, parse_options
 
 if TYPE_CHECKING:
     from benchmarks.backbones import Inputs, Shape
+    from benchmarks.measure import Ratio
     from dept_vl.inference.mixed import ManyAdapters
     from dept_vl.models.backbone import Backbone
     from dept_vl.models.prompted import PromptedModel
-    from dept_vl.studies.measure import Ratio
 
 TOKENIZER = Path(__file__).parents[1] / "data" / "tiny-clip-t5" / "language"
 BAR = 0.9
@@ -113,7 +113,7 @@ def measure(config: BenchConfig, backbone: "Backbone", lengths: tuple[int, ...])
     import torch
 
     from benchmarks.backbones import draw_batch
-    from dept_vl.studies.measure import Ratio, in_turn
+    from benchmarks.measure import Ratio, in_turn
 
     many = adapters_of(backbone, [prompted(backbone, n) for n in lengths], questions_shape().longest)
     names = [name for name in many.predictors if name is not None]
@@ -153,10 +153,10 @@ def measure_same(config: BenchConfig, backbone: "Backbone") -> dict[str, float]:
     import torch
 
     from benchmarks.backbones import draw_batch
+    from benchmarks.measure import in_turn
     from dept_vl.models.prompted import PromptedModel
     from dept_vl.prompts.base import sized
     from dept_vl.prompts.methods import build
-    from dept_vl.studies.measure import in_turn
 
     sizes = {"d_model": backbone.d_model, "prompt_length": 0, "rank": 49, "max_source_length": 64}
     prompts = [build(sized("memory", **sizes)).to(backbone.device) for _ in range(config.batch_size)]

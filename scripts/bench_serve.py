@@ -29,7 +29,7 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 
 if TYPE_CHECKING:
-    from dept_vl.studies.measure import Ratio
+    from benchmarks.measure import Ratio
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "data" / "tiny-clip-t5"
@@ -214,7 +214,7 @@ async def ask_all(
 
 def measure(config: BenchConfig, folder: Path) -> Figures:
     """Measure throughput, latency, memory and answers."""
-    from dept_vl.studies.measure import Ratio, in_turn
+    from benchmarks.measure import Ratio, in_turn
 
     figures = Figures(cores=os.cpu_count() or 0)
     started = os.getloadavg()[0]

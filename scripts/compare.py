@@ -6,7 +6,19 @@
 Finished runs are kept under `--output_dir`, so the same command resumes.
 """
 
-from dept_vl.cli import compare, entry
+from benchmarks.options import CompareConfig
+from dept_vl.cli import check_own_data, entry, parse_options
+
+
+def compare(arguments: list[str]) -> None:
+    """Compare methods with the same number of trained parameters, on the small backbone."""
+    config = parse_options(CompareConfig, arguments, "compare.py", compare.__doc__)
+    config.check()
+    check_own_data(config.own)
+    from benchmarks.compare import compare as run
+
+    run(config)
+
 
 if __name__ == "__main__":
     entry(compare)

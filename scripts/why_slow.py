@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dept_vl
+from benchmarks.options import CompareConfig
 from dept_vl.cli import entry, parse_options
 from dept_vl.prompts.base import Method, Shapes
 from dept_vl.prompts.dept import DePT
-from dept_vl.studies.options import CompareConfig
 
 
 class ByPosition(nn.Module):
@@ -88,7 +88,7 @@ class WhyConfig(CompareConfig):
 
 def main(options: WhyConfig) -> None:
     """Run everything that is not finished, and write the tables."""
-    from dept_vl.studies.compare import compare
+    from benchmarks.compare import compare
 
     compare(options)
 

@@ -507,7 +507,7 @@ def test_any_value_in_any_field_of_an_adapter(tmp_path: Path, data: st.DataObjec
 # No other way in
 
 PACKAGE = Path(vqav2.__file__).parents[1]
-SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "scripts").glob("*.py")])
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "scripts").rglob("*.py")])
 UNSAFE = {
     "a pickle": r"\b(?:[pP]ickle|dill|joblib|shelve|marshal)\.(?:loads?|Unpickler|open)\b|\bimport pickle\b",
     "numpy's pickles": r"allow_pickle\s*=\s*True",

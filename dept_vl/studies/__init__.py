@@ -1,16 +1,6 @@
-"""Experiments with many runs: search, transfer, comparison of methods.
+"""Experiments with many runs: search and transfer.
 
-Only the command line imports them.
+Only the command line imports them. The comparison of methods and the benchmarks are in `scripts/benchmarks`.
 """
 
-__all__ = [
-    "compare",
-    "compare_methods",
-    "compare_report",
-    "costs",
-    "measure",
-    "options",
-    "search",
-    "transfer",
-    "transfer_suite",
-]
+__all__ = ["options", "search", "transfer"]

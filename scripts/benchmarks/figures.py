@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks import pretrained
+from benchmarks.measure import Ratio
 from benchmarks.methods import METHODS as OF_T5
 from dept_vl._utils.tables import markdown_table
-from dept_vl.studies.measure import Ratio
 from dept_vl.training.report.plots import colour_of, drawn
 
 WORKS = {

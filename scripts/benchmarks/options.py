@@ -1,12 +1,118 @@
-"""Options of the benchmark and of the GPU check."""
+"""Options of comparison, transfers between the shipped tasks, benchmark and GPU check; imports no models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dept_vl._utils.options import Options, Positive
+from benchmarks.compare_methods import compared
+from dept_vl._utils.errors import UnknownNameError, UsageError
+from dept_vl._utils.options import Count, Options, Positive, Seed
+from dept_vl.config import Own
+from dept_vl.tasks.own.options import OwnOptions
+
+
+def _files(*tasks: str, prefix: str = "") -> dict[str, str]:
+    """Return the path of each task's shipped configuration."""
+    return {task: f"data/configs/{prefix}{task}.json" for task in tasks}
+
+
+SOURCES = _files("scenes-vqav2", "scenes-gqa", "scenes-nlvr2")
+CONCEPTS = _files("relabelled", "many-or-few", prefix="concept-")
+TARGETS = SOURCES | CONCEPTS
+COMPARED_TASKS = _files("easy-vqa") | SOURCES | _files("scenes-coco") | CONCEPTS | _files("snippets")
+"""Tasks of `compare`: real questions on rendered images; the four forms on scenes and questions that
+pretraining left out; a new labelling and a new judgement; text."""
+
+
+MAIN = (
+    *("zero-shot", "pt", "dept", "adept", "adept + images", "adept + images, m = 0", "memory", "residual"),
+    *("BitFit", "LoRA", "full fine-tuning", "dept + projection", "LoRA + projection"),
+)
+"""Methods that are compared by default."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig(Options):
+    """Configuration of all transfers between the shipped tasks."""
+
+    targets: tuple[str, ...] = tuple(TARGETS)
+    """Target tasks."""
+    k: tuple[Positive, ...] = (4, 16)
+    """Shots: numbers of examples of each class, or in total if answers are open."""
+    seeds: Positive = 5
+    """Number of runs of each kind, with random seeds 1, 2, ...; the seed also draws the shots."""
+    source_steps: Positive = 300
+    """Steps of each source's run."""
+    max_steps: Count = 40
+    """Steps of each run on a target."""
+    batch_size: Positive = 8
+    """Batch size."""
+    test_limit: Count = 300
+    """Maximum number of test examples; 0 uses all."""
+    output_dir: Path = Path("runs/transfers")
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
+    smallest: bool = False
+    """Test that everything runs: two steps, one shot and one seed on a handful of examples."""
+
+    def check(self) -> None:
+        """Check the names of the targets.
+
+        Raises:
+            UnknownNameError: If a target is unknown.
+        """
+        for target in self.targets:
+            if target not in TARGETS:
+                raise UnknownNameError("target", target, TARGETS)
+
+
+@dataclass(frozen=True)
+class CompareConfig(Options):
+    """Configuration of a comparison of methods."""
+
+    tasks: tuple[str, ...] = tuple(COMPARED_TASKS)
+    """Names of tasks, or configuration files."""
+    methods: tuple[str, ...] = MAIN
+    """Names of methods."""
+    seeds: tuple[Seed, ...] = (1, 2, 3, 4, 5)
+    """Random seeds, with one run of each method per seed. Learning rates are searched with the first one."""
+    max_steps: tuple[Positive, ...] = (60,)
+    """Steps of every run. Several numbers make a comparison for each."""
+    backbone: Path | None = None
+    """Folder of a backbone to use instead of the tasks' own."""
+    model: str | None = None
+    """Hub name or folder of a pretrained model to use instead. Methods it does not support are left out."""
+    batch_size: Positive = 8
+    """Batch size."""
+    dev_limit: Count = 150
+    """Maximum number of dev examples, which decide between learning rates; 0 uses all."""
+    test_limit: Count = 200
+    """Maximum number of test examples, the same for all methods of a seed; 0 uses all."""
+    rounds: Positive = 9
+    """Number of steps of each method whose processor time is measured."""
+    output_dir: Path = Path("runs/compare")
+    """Folder of all runs. Finished runs are not repeated, stopped ones are resumed."""
+    smallest: bool = False
+    """Test that everything runs: two steps of one seed with the first learning rates, on a handful of
+    examples."""
+    own: Own = field(default_factory=OwnOptions)
+    """Data to compare on instead, with the backbone and the options of the first of tasks."""
+
+    def check(self) -> None:
+        """Check the names of tasks and methods.
+
+        Raises:
+            UsageError: If a name is unknown, or both `backbone` and `model` are given.
+        """
+        if self.backbone is not None and self.model is not None:
+            raise UsageError("--model is a whole model; leave out --backbone, or --model")
+        for method in self.methods:
+            if method not in compared():
+                raise UnknownNameError("method", method, compared())
+        for task in self.tasks:
+            if task not in COMPARED_TASKS and not Path(task).is_file():
+                raise UnknownNameError("task or configuration file", task, COMPARED_TASKS)
 
 
 @dataclass(frozen=True)

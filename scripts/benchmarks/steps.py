@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from benchmarks.backbones import SHAPES, SIZES, build_backbone, draw_batch
-from benchmarks.memory_and_flops import encoder_flops, peak_bytes
+from benchmarks.measure import encoder_flops, in_turn, peak_bytes, saved_bytes
 from benchmarks.methods import (
     COMPILED,
     METHODS,
@@ -40,7 +40,6 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.printable import say
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import choose_attention, hold_frozen_in_bfloat16, prepare_step
-from dept_vl.studies.measure import in_turn, saved_bytes
 
 RESULTS_FILE = "bench.json"
 MORE_ANSWERS = 8

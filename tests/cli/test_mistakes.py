@@ -18,7 +18,7 @@ from dept_vl._utils import errors
 from dept_vl._utils.errors import UsageError, exit_status, is_user_error
 from dept_vl.config import DataOptions, RunConfig, read_config, to_json
 from dept_vl.training.run import run
-from scripts import train_gqa
+from scripts import compare, train_gqa, transfer_suite
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parents[2]
@@ -180,11 +180,11 @@ def _main(end: END, arguments: list[str]) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("command", "line", "status", "word"),
     [
-        (cli.compare, "--methods dpt", 2, "closest: dept"),
-        (cli.compare, "--tasks scenes-vqa", 2, "closest: scenes-vqav2"),
-        (cli.compare, "--max_stepz 1", 2, "closest: --max_steps"),
-        (cli.compare, "--tasks scenes-gqa --methods pt", 1, "data/configs/scenes-gqa.json"),
-        (cli.transfer_suite, "--targets many", 2, "unknown target 'many'"),
+        (compare.compare, "--methods dpt", 2, "closest: dept"),
+        (compare.compare, "--tasks scenes-vqa", 2, "closest: scenes-vqav2"),
+        (compare.compare, "--max_stepz 1", 2, "closest: --max_steps"),
+        (compare.compare, "--tasks scenes-gqa --methods pt", 1, "data/configs/scenes-gqa.json"),
+        (transfer_suite.transfer_suite, "--targets many", 2, "unknown target 'many'"),
         (cli.check_submission, "vqa", 2, "closest: vqav2"),
     ],
 )

@@ -12,12 +12,12 @@ from runs import reset_accelerate, with_
 from torch import Tensor, nn
 
 import dept_vl
+from benchmarks.compare import CompareConfig, compare
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.prompts.base import METHODS, Method, Shapes
 from dept_vl.prompts.dept import DePT
-from dept_vl.studies.compare import CompareConfig, compare
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

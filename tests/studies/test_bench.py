@@ -14,13 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import backbones, methods, steps
 from benchmarks.backbones import SHAPES, SIZES, Size, build_backbone, draw_batch
 from benchmarks.figures import BARS, GROWTH, bar_rows
-from benchmarks.memory_and_flops import encoder_flops
+from benchmarks.measure import Ratio, encoder_flops, in_turn, saved_bytes
 from benchmarks.methods import build_prompt, build_runners, has_peft, needs_peft
 from benchmarks.options import BenchConfig
 from benchmarks.steps import Bench, plan
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.precision import layers_of
-from dept_vl.studies.measure import Ratio, in_turn, saved_bytes
 from scripts import bench
 
 TINY = SIZES["tiny"]

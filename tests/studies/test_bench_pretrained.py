@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory_and_flops import peak_bytes
+from benchmarks.measure import peak_bytes
 from benchmarks.options import BenchConfig
 from benchmarks.pretrained import (
     ANSWER,

@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save
 
 import dept_vl.training.identity
 import dept_vl.training.run
+from benchmarks.compare import compare, task_config
+from benchmarks.compare_methods import ablated, compared
+from benchmarks.compare_report import Row, bars, report
+from benchmarks.costs import StepCost
+from benchmarks.options import COMPARED_TASKS, CompareConfig
 from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
-from dept_vl.studies.compare import compare, task_config
-from dept_vl.studies.compare_methods import ablated, compared
-from dept_vl.studies.compare_report import Row, bars, report
-from dept_vl.studies.costs import StepCost
-from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.scenes.official import write_concepts

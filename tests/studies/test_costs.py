@@ -6,8 +6,8 @@ from pathlib import Path
 from helpers import write_vqa
 from runs import reset_accelerate, with_
 
+from benchmarks.costs import measure_steps
 from dept_vl.config import DataOptions, RunConfig
-from dept_vl.studies.costs import measure_steps
 from dept_vl.training.build import build_model
 
 

@@ -11,6 +11,8 @@ from helpers import write_vqa
 from runs import reset_accelerate, tiny_run, with_
 
 import dept_vl
+from benchmarks.compare import compare
+from benchmarks.options import CompareConfig
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import printable
 from dept_vl.adapters.adapter import Adapter
@@ -18,8 +20,7 @@ from dept_vl.adapters.card import model_card
 from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig, to_json
 from dept_vl.inference import demo
 from dept_vl.models.vlm import open_backbone
-from dept_vl.studies.compare import compare
-from dept_vl.studies.options import CompareConfig, TransferConfig
+from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.search import tune
 from dept_vl.studies.transfer import transfer
 from dept_vl.training.run import run

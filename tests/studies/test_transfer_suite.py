@@ -9,12 +9,12 @@ import pytest
 from helpers import write_vqa
 from runs import reset_accelerate
 
-import dept_vl.studies.options
-import dept_vl.studies.transfer_suite
+import benchmarks.options
+import benchmarks.transfer_suite
+from benchmarks.options import TARGETS, SuiteConfig
+from benchmarks.transfer_suite import gain, table, transfer_suite, wins
 from dept_vl._utils.stats import interval
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.studies.options import TARGETS, SuiteConfig
-from dept_vl.studies.transfer_suite import gain, table, transfer_suite, wins
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -32,9 +32,9 @@ def _two_tasks(
         config = make_run(data)
         (tmp_path / f"{name}.json").write_text(json.dumps(to_json(config)))
         configs[name] = str(tmp_path / f"{name}.json")
-    monkeypatch.setattr(dept_vl.studies.transfer_suite, "TARGETS", configs)
-    monkeypatch.setattr(dept_vl.studies.options, "TARGETS", configs)
-    monkeypatch.setattr(dept_vl.studies.transfer_suite, "SOURCES", configs)
+    monkeypatch.setattr(benchmarks.transfer_suite, "TARGETS", configs)
+    monkeypatch.setattr(benchmarks.options, "TARGETS", configs)
+    monkeypatch.setattr(benchmarks.transfer_suite, "SOURCES", configs)
 
 
 @pytest.mark.usefixtures("_two_tasks")

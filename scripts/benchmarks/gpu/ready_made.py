@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmarks.backbones import Inputs
 from benchmarks.gpu.results import TOKENIZER, Entry, Measuring
+from benchmarks.measure import Ratio
 from benchmarks.methods import Runner, has_peft, needs_peft
 from benchmarks.pretrained import (
     AT_EQUAL_LENGTH,
@@ -22,7 +23,6 @@ from benchmarks.pretrained import (
     of_pretrained,
 )
 from dept_vl.models.vlm import VisionLanguageModel
-from dept_vl.studies.measure import Ratio
 
 BATCH = 16
 """Batch size."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from benchmarks.measure import in_turn
 from dept_vl._utils.io import one_line, read_json, write_json
 from dept_vl._utils.printable import say
-from dept_vl.studies.measure import in_turn
 
 RESULTS_FILE = "gpu_check.json"
 TOKENIZER = Path("data", "tiny-clip-t5", "language")

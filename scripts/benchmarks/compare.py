@@ -25,6 +25,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.compare_methods import Rates, compared
+from benchmarks.compare_report import Row, over_lengths, report
+from benchmarks.costs import StepCost, measure_steps
+from benchmarks.options import COMPARED_TASKS, CompareConfig
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
@@ -35,10 +39,6 @@ from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig
 from dept_vl.data.splits import load_splits
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
-from dept_vl.studies.compare_methods import Rates, compared
-from dept_vl.studies.compare_report import Row, over_lengths, report
-from dept_vl.studies.costs import StepCost, measure_steps
-from dept_vl.studies.options import COMPARED_TASKS, CompareConfig
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt
 from dept_vl.training.extract import with_features

@@ -8,13 +8,13 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.costs import StepCost
+from benchmarks.measure import Ratio
 from dept_vl._utils.io import read_json, write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.prompts.base import METHODS
-from dept_vl.studies.costs import StepCost
-from dept_vl.studies.measure import Ratio
 from dept_vl.training.report.plots import curve_plot, score_plot
 
 RIVALS = ("LoRA", "pt")

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import AdamW
 
+from benchmarks.measure import in_turn, saved_bytes
 from dept_vl._utils.terminal import waiting
 from dept_vl.config import RunConfig
 from dept_vl.data.collate import Batch, Collator, Draw
@@ -18,7 +19,6 @@ from dept_vl.data.feature_source import read_features
 from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.data.splits import load_splits
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.studies.measure import in_turn, saved_bytes
 from dept_vl.training.build import build_model
 from dept_vl.training.optim import build_optimizer
 

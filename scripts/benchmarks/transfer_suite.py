@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.options import SOURCES, TARGETS, SuiteConfig
 from dept_vl._utils.io import read_json, write_atomically, write_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, read_config, to_json
-from dept_vl.studies.options import SOURCES, TARGETS, Start, SuiteConfig, TransferConfig
+from dept_vl.studies.options import Start, TransferConfig
 from dept_vl.studies.transfer import NAMES, transfer
 from dept_vl.training.extract import with_features
 from dept_vl.training.identity import forget_contents
