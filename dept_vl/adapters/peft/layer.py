@@ -80,13 +80,7 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Remove the hooks and return the wrapped module.
-
-        Raises:
-            ValueError: If `merge` is True.
-        """
-        if merge:
-            refuse_merging()
+        """Remove the hooks and return the wrapped module. PEFT never asks to merge a prompt."""
         self.leave()
         part: nn.Module = self.base_layer
         return part

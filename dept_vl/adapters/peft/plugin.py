@@ -171,12 +171,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = DeptTunerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  PEFT's name and form
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a `ValueError`; `unload` returns the base model."""
-        refuse_merging()
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise a `ValueError`; prompts cannot be merged."""
+    def _check_merge_allowed(self) -> NoReturn:
         refuse_merging()
 
     def unmerge_adapter(self) -> None:
