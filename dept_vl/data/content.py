@@ -14,8 +14,8 @@ from dept_vl.tasks.io.rows import Rows
 
 ROWS = 65_536
 """Number of rows hashed at a time. The hash depends on it."""
-REMARKS = frozenset({"cleaned"})
-"""Columns that the hash ignores: they describe changes to other columns, and older rows lack them."""
+REMARKS = frozenset({"cleaned", "number_as"})
+"""Columns that the hash ignores: they describe how others were read, and older rows lack them."""
 MISSING = -1
 """Size of a missing image."""
 

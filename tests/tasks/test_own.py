@@ -52,6 +52,8 @@ POOL = pa.proxy_memory_pool(pa.default_memory_pool())
 CAPTIONS = {"a green square": 1.0, "one square that is green": 1.0}
 TWICE = '{"image": "img_0001", "question": "which?", "answer": "blue", "answer": "red"}\n'
 """A key twice, of which one value would be lost."""
+CHOSEN = {"image": "IMG_0001.JPG", "question": "which?", "choices": ["red", "blue", "green"], "answer": 2}
+COUNTED = CHOSEN | {"choices": ["1", "2", "3", "4"]}
 QUESTION = {"image": "IMG_0001.JPG", "question": "what color is it?", "answer": "blue"}
 
 
@@ -209,6 +211,56 @@ def test_csv_of_a_spreadsheet(tmp_path: Path, encoding: str) -> None:
     assert len(long) > 9_990
 
 
+@pytest.mark.parametrize("more", [{}, {"direct_answers": ["three"] * 10}, {"answer": "4"}])
+@pytest.mark.parametrize("index", [2, 2.0, "2"])
+def test_the_index_of_a_choice_is_never_its_text(tmp_path: Path, index: object, more: dict[str, Any]) -> None:
+    row = {name: COUNTED[name] for name in ("image", "question", "choices")} | {"correct_choice_idx": index}
+    task = own(written(tmp_path, json.dumps([row | more]), "data.json"))
+    assert (task[0].answers, task[0].choices) == (("3",), ("1", "2", "3", "4"))
+    assert task.notes == ()
+
+
+def test_the_index_of_a_choice_in_a_table_of_text(tmp_path: Path) -> None:
+    text = "image,question,choices,correct_choice_idx\nIMG_0001.JPG,q,1|2|3|4,2\nIMG_0001.JPG,q,1|2,\n"
+    task = own(written(tmp_path, text, "data.csv"))
+    assert [task[place].answers for place in (0, 1)] == [("3",), ()]
+
+
+NUMBERS = COUNTED | {"choices": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "answers", "note"),
+    [
+        ([CHOSEN, COUNTED], ["green", "3"], "1 of 2 rows"),
+        ([COUNTED, CHOSEN], ["3", "green"], "1 of 2 rows"),
+        ([COUNTED, COUNTED | {"answer": 3}], ["3", "4"], "2 of 2 rows"),
+        ([COUNTED, COUNTED | {"answer": 4}], ["2", "4"], ""),
+        ([COUNTED, COUNTED | {"answer": 0}], ["3", "1"], "1 of 2 rows"),
+        ([COUNTED, COUNTED | {"answer": "4"}], ["3", "4"], "1 of 2 rows"),
+        ([COUNTED | {"answer": "2"}], ["2"], ""),
+        ([NUMBERS, NUMBERS | {"answer": 3}], ["2", "3"], "2 of 2 rows"),
+        ([NUMBERS, NUMBERS | {"answer": 0}], ["3", "1"], "1 of 2 rows"),
+        ([CHOSEN, CHOSEN | {"answer": "red"}, CHOSEN | {"answer": 0.0}], ["green", "red", "red"], ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_number_as_answer_means_the_same_in_all_rows(
+    tmp_path: Path, rows: list[dict[str, Any]], answers: list[str], note: str, name: str
+) -> None:
+    content = lines(*rows) if name == "data.jsonl" else json.dumps(rows)
+    task = own(written(tmp_path, content, name))
+    assert [task[place].answer for place in range(len(rows))] == answers
+    assert [one[: len("1 of 2 rows")] for one in task.notes] == ([note] if note else [])
+
+
+def test_a_number_as_answer_means_the_same_in_all_files(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist([CHOSEN]), tmp_path / "train.parquet")
+    written(tmp_path, lines(COUNTED), "test.jsonl")
+    task = own(tmp_path)
+    assert [task[place].answer for place in (0, 1)] == ["3", "green"]
+
+
 def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:
     text = 'image;question;answer\nIMG_0001.JPG;"red; or ""blue""?\nsay";blue\n'
     assert own(written(tmp_path, text, "data.csv"))[0].question == 'red; or "blue"?\nsay'
@@ -238,7 +290,10 @@ def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         ("data.csv", b"image,question\na.png,caf\xe9\n", "line 2"),
         ("data.csv", "image,image\na,b\n", "line 1"),
         ("data.parquet", "no parquet", "data.parquet"),
-        ("data.jsonl", lines(QUESTION | {"choices": ["red", "green"]}), "line 1, column 'choices'"),
+        ("data.jsonl", lines(QUESTION | {"choices": ["red", "green"]}), "line 1, column 'answer'"),
+        ("data.jsonl", lines(CHOSEN, CHOSEN | {"answer": 4}), "line 2, column 'answer'"),
+        ("data.jsonl", lines(CHOSEN | {"correct_choice_idx": 3}), "line 1, column 'correct_choice_idx'"),
+        ("data.jsonl", lines(CHOSEN, COUNTED | {"answer": 4}), "line 2, column 'answer'"),
         ("data.jsonl", "", "data.jsonl"),
         ("data.jsonl", lines(QUESTION) + TWICE, "line 2: the key 'answer'"),
         ("data.jsonl", lines(QUESTION, QUESTION) + f"[{TWICE.strip()}]\n", "line 3: the key 'answer'"),

@@ -2,7 +2,7 @@
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,15 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import RepeatedKeyError, parse_json
 from dept_vl._utils.printable import DROPPED, one_line, plain
 from dept_vl.tasks.io.records import brief
+from dept_vl.tasks.own.choices import (
+    INDEX_COLUMN,
+    Meaning,
+    Numbered,
+    at_index,
+    check_chosen,
+    meaning_of,
+    whole,
+)
 from dept_vl.tasks.own.conversations import pairs_of, turns_of
 from dept_vl.tasks.own.inline import EMBEDDED, Embedded
 from dept_vl.tasks.own.readers import Record
@@ -57,12 +66,20 @@ class Columns:
         mapping: Column name by role, for columns without a usual name.
         all_turns: Whether every question of a conversation becomes an example.
         images_alone: Whether to accept records with neither question nor answer, for captioning or labelling.
+        records: Function that reads all records with their locations, in case one alone can be misunderstood.
     """
 
     def __init__(
-        self, mapping: Mapping[str, str], *, all_turns: bool = False, images_alone: bool = False
+        self,
+        mapping: Mapping[str, str],
+        records: Callable[[], Iterable[tuple[str, Record]]],
+        *,
+        all_turns: bool = False,
+        images_alone: bool = False,
     ) -> None:
         self.mapping, self.all_turns, self.images_alone = mapping, all_turns, images_alone
+        self.records = records
+        self._numbers: Meaning | None = None
         self._known: dict[tuple[str, ...], dict[str, str]] = {}
         self._cleaned = False
 
@@ -137,6 +154,7 @@ class Columns:
             "split": one_line(_identity(split)),
             "type": one_line(kind) if isinstance(kind, str) else "",
             "choices": [],
+            "number_as": "",
         }
 
     def _images(self, record: Record, found: Mapping[str, str], where: str) -> list[str]:
@@ -183,13 +201,9 @@ class Columns:
             raise UsageError(f"{where}, column {found['question']!r}: expected text, found {brief(question)}")
         column = found.get("answer", "")
         answers = self._answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
-        choices: list[str] = []
-        if found.get("choices") and record.get(found["choices"]) is not None:
-            at = f"{where}, column {found['choices']!r}"
-            choices = self._answers(record[found["choices"]], at, text_cells=text_cells)
-            if text_cells and len(choices) == 1:
-                choices = [one.strip() for one in choices[0].split("|")]
-            answers, choices = _of_choices(record, column, answers, choices, at)
+        choices, number_as = self._choices(record, found, where, text_cells), ""
+        if choices:
+            answers, choices, number_as = self._chosen(record, found, answers, choices, where)
         if "question" in found:
             form = "question"
         elif column in CAPTIONS:
@@ -209,7 +223,53 @@ class Columns:
             "question": plain(self._shown(question or "")),
             "answers": answers,
             "choices": choices,
+            "number_as": number_as,
         }
+
+    def _choices(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> list[str]:
+        column = found.get("choices", "")
+        choices = self._answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
+        if text_cells and len(choices) == 1:
+            return [one.strip() for one in choices[0].split("|")]
+        return choices
+
+    def _chosen(
+        self, record: Record, found: Mapping[str, str], answers: list[str], choices: list[str], where: str
+    ) -> tuple[list[str], list[str], str]:
+        """Return the correct choice, all choices, and the meaning of a number that could have two."""
+        column = found.get("answer", "")
+        given = record.get(INDEX_COLUMN)
+        if given not in (None, "") and given == given:
+            return [at_index(given, choices, f"{where}, column {INDEX_COLUMN!r}")], choices, ""
+        if column == "answer" and "multiple_choices" in record and answers and answers[0] not in choices:
+            return answers, sorted([*choices, answers[0]]), ""  # Visual7W lists the wrong ones
+        number = self._number(record, found, choices, f"{where}, column {column!r}")
+        if number is not None:
+            self._numbers = self._numbers or meaning_of(self._all_numbers())
+            answer, number_as = self._numbers.answer(number)
+            return [answer], choices, number_as
+        check_chosen(answers, choices, f"{where}, column {column!r}")
+        return answers, choices, ""
+
+    def _number(
+        self, record: Record, found: Mapping[str, str], choices: list[str], where: str
+    ) -> Numbered | None:
+        """Return the answer of a record with choices if it is a number."""
+        number, given = whole(record.get(found.get("answer", ""))), record[found["choices"]]
+        if number is None:
+            return None
+        of_numbers = isinstance(given, list) and all(whole(one) is not None for one in given)
+        return Numbered(where, number, choices, of_numbers)
+
+    def _all_numbers(self) -> Iterator[Numbered]:
+        for where, record in self.records():
+            found = self._find(record, where)
+            choices = self._choices(record, found, where, text_cells=False)
+            if not choices or INDEX_COLUMN in record:
+                continue
+            number = self._number(record, found, choices, f"{where}, column {found.get('answer')!r}")
+            if number is not None:
+                yield number
 
     def _answers(self, value: Any, where: str, *, text_cells: bool) -> list[str]:
         """Return the answers in a cell: text, number, boolean, object with an answer, or a list of these."""
@@ -248,22 +308,6 @@ class Columns:
         """Return the text, and record whether it contains characters that are removed."""
         self._cleaned = self._cleaned or DROPPED.search(text) is not None
         return text
-
-
-def _of_choices(
-    record: Record, column: str, answers: list[str], choices: list[str], where: str
-) -> tuple[list[str], list[str]]:
-    """Return the correct choice, found by its number or its text, and all choices."""
-    number = record.get("correct_choice_idx", record.get(column))
-    if column == "answer" and "multiple_choices" in record and answers and answers[0] not in choices:
-        choices = sorted([*choices, answers[0]])  # Visual7W lists the wrong ones
-    elif isinstance(number, int) and not isinstance(number, bool) and str(number) not in choices:
-        if not 0 <= number < len(choices):
-            raise UsageError(f"{where}: expected the number of one of {len(choices)} choices, found {number}")
-        return [choices[number]], choices
-    if answers and len(answers) == 1 and answers[0] not in choices:
-        raise UsageError(f"{where}: the answer {answers[0]!r:.60} is none of the choices {choices!r:.200}")
-    return answers, choices
 
 
 def _identity(value: Any) -> str:

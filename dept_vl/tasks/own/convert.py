@@ -30,8 +30,11 @@ SCHEMA = pa.schema(
         "type": pa.string(),
         "renamed": pa.bool_(),
         "cleaned": pa.bool_(),
+        "number_as": pa.string(),
     }
 )
+TEXT_TABLES = (".csv", ".tsv")
+"""File extensions of tables whose cells are all text."""
 
 
 def rows_of(
@@ -44,7 +47,15 @@ def rows_of(
     key = repr(("as it looks", said, str(folder.absolute()), [table.split for table in tables], images_alone))
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     columns = Columns(
-        read_mapping(options.columns), all_turns=options.turns == "all", images_alone=images_alone
+        read_mapping(options.columns),
+        lambda: (
+            (place(table.path, number), record)
+            for table in tables
+            if table.path.suffix.lower() not in TEXT_TABLES
+            for number, record in read_records(table.path)
+        ),
+        all_turns=options.turns == "all",
+        images_alone=images_alone,
     )
     return convert(title, sources, SCHEMA, _records(tables, folder, base, options, columns), unique="id")
 
@@ -55,7 +66,7 @@ def _records(
     seen: dict[str, bool] = {}
     count = 0
     for table in tables:
-        text_cells = table.path.suffix.lower() in (".csv", ".tsv")
+        text_cells = table.path.suffix.lower() in TEXT_TABLES
         # In a table beside its images (`imagefolder`), image names are relative to the table's folder.
         beside = table.path.stem == "metadata" and options.images is None and table.folder != base
         below = f"{table.folder.relative_to(base).as_posix()}/" if beside else ""

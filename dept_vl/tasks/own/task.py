@@ -22,6 +22,7 @@ from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accura
 from dept_vl.tasks.metrics.text import macro_f1, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
 from dept_vl.tasks.own import split as splits
+from dept_vl.tasks.own.choices import number_notes
 from dept_vl.tasks.own.convert import rows_of
 from dept_vl.tasks.own.find import find_tables
 from dept_vl.tasks.own.images import ImageFolder
@@ -369,12 +370,12 @@ def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[st
             f"{cleaned:,} of {len(rows):,} rows have control characters in their text, or others that do not "
             "show; these are left out"
         )
+    yield from number_notes(rows.column("number_as").to_pylist())
     forms = rows.column("form").combine_chunks().dictionary_encode().dictionary.to_pylist()
     silent = pc.sum(pc.equal(chosen.column("question"), "")).as_py() if "question" in forms else 0
     if silent:
         yield f"{silent:,} of {len(chosen):,} rows of {split} have an empty question"
-    alike = _differ_in_case(labels)
-    if alike:
+    if alike := _differ_in_case(labels):
         yield f"labels that differ in case alone are apart: {', '.join(alike[:3])}"
     answers = chosen.lengths("answers")
     unanswered = int((answers == 0).sum())
