@@ -46,6 +46,7 @@ STYLE = """
 .upload img {width: 100%; height: 100%; object-fit: contain}
 #answer textarea {font-size: 1.6rem; font-weight: 600}
 .problem {color: #7a2e0e; background: #fffaeb; border: 1px solid #fec84b; border-radius: 8px; padding: 12px}
+::placeholder {color: var(--body-text-color-subdued) !important}
 footer {display: none !important}
 """
 

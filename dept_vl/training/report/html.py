@@ -208,7 +208,7 @@ def _section(answered: Answered) -> dict[str, Any]:
     else:
         said = f"Scores from 0 to 100: {answered.task.marked_by}."
         wrong = f"{int((found.marks < 1).sum()):,} of {len(found.marks):,} answers are not fully right."
-        worst = f"{wrong} {said} Equal ones: most agreed on first."
+        worst = f"{wrong} {said} Among equal scores, those that humans agree on most come first."
         galleries = [("Worst answers", worst, first), ("Best answers", said, best)]
     return {
         "name": answered.name,
