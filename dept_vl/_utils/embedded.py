@@ -63,7 +63,7 @@ def embedded_bytes(path: str | Path) -> bytes:
         raise FileNotFoundError(f"no image at {path}: {file} has no such row") from None
     content = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(content, bytes):
-        raise ValueError(f"{path} is no readable image: the row holds no bytes")
+        raise ValueError(f"{path} is not a readable image: the row holds no bytes")
     return content
 
 

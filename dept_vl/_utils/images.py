@@ -96,8 +96,8 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         raise FileNotFoundError(f"no image at {_called(source)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"{_called(source)} is no readable image: {one_line(error)} If it is meant to be so large, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS"
+            f"{_called(source)} is not a readable image: {one_line(error)} If it is meant to be so large, "
+            "raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     # Pillow's decoders raise almost anything on damaged bytes.
     except Exception as error:
@@ -107,7 +107,7 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         # Pillow's message would contain the address of an object.
         unknown = isinstance(error, UnidentifiedImageError)
         problem = f"it is none of {', '.join(FORMATS)}" if unknown else one_line(error)
-        raise ValueError(f"{_called(source)} is no readable image: {problem}") from None
+        raise ValueError(f"{_called(source)} is not a readable image: {problem}") from None
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
@@ -170,8 +170,8 @@ def is_turned(path: Path) -> bool:
 def check_shape(width: int, height: int, shortest_edge: int | None) -> None:
     """Check the size of an image before processing it.
 
-    `shortest_edge` is the size in pixels that the shorter side is resized to; None if both sides are. Raises
-    ValueError if the image is too elongated, or too large after resizing.
+    `shortest_edge` is the size in pixels that the shorter side is resized to; None if both sides are resized.
+    Raises ValueError if the image is too elongated, or too large after resizing.
     """
     short, long = sorted((width, height))
     if short < 1 or long > LARGEST_RATIO * short:

@@ -352,7 +352,7 @@ class Adapter:
         parts = parts_of(model)
         unknown = [name for name in self.tensors if not name.startswith(tuple(parts))]
         if unknown:
-            raise ValueError(f"the adapter holds tensors of no known part: {unknown[:3]}")
+            raise ValueError(f"the adapter has tensors of unknown parts: {unknown[:3]}")
         for prefix, module in parts.items():
             state = under(prefix, self.tensors)
             if module is None or (not state and module is model.backbone.language):

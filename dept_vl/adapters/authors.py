@@ -27,7 +27,7 @@ NAMES = {
     "offset_a": "prompt_encoder.lora_embedding_A",
     "offset_b": "prompt_encoder.lora_embedding_B",
 }
-"""Name of each tensor in the files of DePT's authors, by our name."""
+"""Name of each tensor in the files of DePT's authors, by its name in this package."""
 
 DEFAULTS: dict[str, Any] = {
     "bias": "none",
@@ -67,7 +67,7 @@ class AllFields(PromptFields):
 
 
 def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors by our names, and the configuration.
+    """Return the tensors by their names in this package, and the configuration.
 
     Args:
         folder: Folder with the two files.
@@ -132,7 +132,7 @@ def contents(
     """Return the content of the two files by file name.
 
     Args:
-        tensors: Tensors P, A and B by our names.
+        tensors: Tensors P, A and B by their names in this package.
         sizes: Description of the prompt; see `Adapter.prompt`.
         backbone: Name of the language model.
         config: Configuration that the adapter was read with, or an empty mapping.

@@ -70,8 +70,8 @@ class Parts:
         images = {token for name, token in tokens if name in IMAGE_TOKENS}
         if OF_IMAGES in known and not images:
             raise ValueError(
-                f"the configuration of {model_name(model)} has no image_token_id, without which images "
-                "cannot be told from text; load the checkpoint's current revision"
+                f"the configuration of {model_name(model)} has no image_token_id, which is needed "
+                "to tell images from text; load the checkpoint's current revision"
             )
         encoder_decoder, text = is_encoder_decoder(model.config), model.config.get_text_config()
         return cls(

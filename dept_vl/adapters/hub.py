@@ -146,7 +146,7 @@ def _download(name: str, revision: str | None, token: str | bool | None) -> Path
         ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{which} is no folder here, is not in the Hub's cache, and the Hub cannot be reached "
+            f"{which} is not a folder here, is not in the Hub's cache, and the Hub cannot be reached "
             f"({one_line(error.__cause__ or error)}); try again when it can (HF_HUB_OFFLINE unset), or give "
             "the folder of an adapter"
         ) from error

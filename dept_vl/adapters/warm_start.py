@@ -91,6 +91,6 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
     if differing or (sizes["prompt_length"] == 0 and not alone):
         why = ", ".join(differing) or "it has no P, whose mean could be taken"
         raise ValueError(
-            f"the prompt at {path} is another than the one to start: {why}; give the run the same sizes"
+            f"the prompt at {path} differs from the one to start: {why}; give the run the same sizes"
             + (", or take P alone (--init_parts prompt)" if parts == "all" else "")
         )

@@ -348,7 +348,7 @@ def check_shard(index: Mapping[str, Any], number: int, folder: Path) -> None:
     unreadable = {name: error for name, error in index["unreadable"].items() if name in names}
     if unreadable_of(folder, index, number) != unreadable:
         raise DamagedFileError(
-            f"{path} is damaged, or of other images: its checksum is not that of its content, or it is not "
-            f"what {INDEX_FILE} says; {EXTRACT} makes it again"
+            f"{path} is damaged or belongs to other images: its content does not match its checksum or "
+            f"{INDEX_FILE}; {EXTRACT} makes it again"
         )
     note_compared(path)

@@ -120,7 +120,7 @@ def mapped_features(
     if problems and choice == "cached":
         raise problem or ValueError(problems[0])
     if problems:
-        say(f"warning: {problems[0]}. The images are encoded anew")
+        say(f"warning: {problems[0]}. The images are encoded again")
         return None
     say(f"visual features: {table.dtype} from {', '.join(dict.fromkeys(map(str, folders)))}")
     return table

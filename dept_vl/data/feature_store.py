@@ -153,7 +153,7 @@ def _only_writer(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
     while not on_main(accelerator, take):
         if not waited:
-            say(f"another extraction writes to {folder}; waiting for it to end")
+            say(f"another extraction is writing to {folder}; waiting for it to end")
         waited = True
     try:
         yield

@@ -29,7 +29,7 @@ def load_pixels(vision: VisionEncoder, source: ImageSource) -> Float[Tensor, "3 
         return vision.preprocess([image])[0]
     except (ValueError, MemoryError) as error:
         name = source if isinstance(source, str | Path) else "what was given"
-        raise ValueError(f"{name!s} is no usable image: {one_line(error)}") from None
+        raise ValueError(f"{name!s} is not a usable image: {one_line(error)}") from None
 
 
 class _Pixels(Dataset[tuple[Tensor, str]]):

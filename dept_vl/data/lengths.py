@@ -80,8 +80,8 @@ def check_source_lengths(
     shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
     if max_source_length <= shared:
         raise ValueError(
-            f"max_source_length is {max_source_length} tokens and the task prefix of "
-            f"{text!r} alone takes {shared}; raise max_source_length"
+            f"max_source_length is {max_source_length} tokens, but the task prefix of "
+            f"{text!r} takes {shared}; raise max_source_length"
         )
     whole = bool(task.source_column)
     with main_first(accelerator):  # the main process caches the lengths for all

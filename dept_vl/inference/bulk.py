@@ -226,7 +226,7 @@ def _begun(output: Path, partial: Path, about: Path, made_of: dict[str, str]) ->
     changed = [name for name, digits in made_of.items() if before.get(name) != digits]
     if changed:
         raise UsageError(
-            f"{partial} was begun with other {' and '.join(changed)}; give the same, remove it, or choose "
+            f"{partial} was started with other {' and '.join(changed)}; give the same, remove it, or choose "
             "another --output"
         )
     count = end = place = 0

@@ -126,7 +126,7 @@ def _read_upload(upload: dict[str, Any], folder: Path, *, exif: bool) -> Image.I
     except (ValueError, OSError):
         pass
     own_name = str(upload.get("orig_name") or "the upload")[:80]
-    raise ValueError(f"{own_name} is no readable image: upload one of {', '.join(FORMATS)}")
+    raise ValueError(f"{own_name} is not a readable image: upload one of {', '.join(FORMATS)}")
 
 
 def answer_in_time(

@@ -220,7 +220,7 @@ def _choose_task(adapter: Adapter, task: str | None) -> Task:
         raise ValueError(
             f"the adapter was trained on {several}"
             if several
-            else f"{name!r} is no task of this package; say which of them asks alike, task=... "
+            else f"{name!r} is not a task of this package; say which of them asks alike, task=... "
             f"(scripts: --task ...): {', '.join(TASKS)}"
         )
     return TASKS[name]

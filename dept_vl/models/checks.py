@@ -96,7 +96,9 @@ def load_config(name: str | Path, what: str, supported: str) -> Any:
         except ValueError as error:  # unknown model type
             problem = one_line(error).partition(". ")[0]
             kind = what.split(maxsplit=1)[1]
-            raise ValueError(f"{name} is no {kind}: {problem}. Supported are {supported}") from None
+            raise ValueError(
+                f"{name} is not a supported {kind}: {problem}. Supported are {supported}"
+            ) from None
 
 
 def _check_folder(folder: Path) -> None:
@@ -226,18 +228,18 @@ def _check_header(path: Path, most: int) -> None:
             )
         if length > min(LARGEST_HEADER, HEADER_PER_TENSOR * most):
             raise ValueError(
-                f"{path} is no model of this configuration: expected a header for at most {most:,} tensors, "
-                f"found one of {length:,} bytes"
+                f"{path} is not a model with this configuration: expected a header for at most {most:,} "
+                f"tensors, found one of {length:,} bytes"
             )
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: its header is no JSON: {one_line(error)}") from None
+            raise ValueError(f"{path} is damaged: its header is not JSON: {one_line(error)}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} is damaged: expected its header to be a JSON object")
     if len(header) > most:
         raise ValueError(
-            f"{path} is no model of this configuration: expected at most {most:,} tensors, "
+            f"{path} is not a model with this configuration: expected at most {most:,} tensors, "
             f"found {len(header):,}"
         )
     odd = next((name for name in header if not name.isprintable()), None)
@@ -268,7 +270,7 @@ def load_model(opens: Any, name: str | Path, what: str, *, unused: str | None = 
     if missing:
         more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
         raise ValueError(
-            f"the weights of {name} are not those of its configuration: expected {missing[0]!r:.120}{more}, "
+            f"the weights of {name} do not match its configuration: expected {missing[0]!r:.120}{more}, "
             "found none in its files; give a folder with all weights of the model"
         )
     return model

@@ -44,10 +44,10 @@ PER_TOKEN = ("token_type_ids", "cross_attention_mask")
 
 @dataclass(frozen=True)
 class TextForm:
-    """Form of a question.
+    """Template of the text that a model is given with an image.
 
     Attributes:
-        ask: Text with `{text}`, or `chat` for the processor's chat template.
+        ask: Text with `{text}` in place of the question, or `chat` for the processor's chat template.
         describe: Text that is used if there is no question.
     """
 
@@ -148,7 +148,7 @@ class SourceReader:
         return {name: value for name, value in made.items() if name in self.taken and torch.is_tensor(value)}
 
     def written(self, text: str, images: int) -> str:
-        """Return a question in its form."""
+        """Return the text that the model reads for a question, in the form of its processor."""
         if self.form.ask == CHAT:
             asked: str = self.processor.apply_chat_template(
                 self.conversation(text, images), add_generation_prompt=True, tokenize=False

@@ -97,7 +97,7 @@ class VisionEncoder(nn.Module):
 
         Raises:
             OSError: If transformers finds no such model.
-            ValueError: If the model needs its own code, is no image encoder, or has no such layer.
+            ValueError: If the model needs its own code, is not an image encoder, or has no such layer.
         """
         config = load_config(name_or_path, "an image encoder", SUPPORTED)
         # Of a checkpoint with two towers (CLIP, SigLIP), only the vision tower is loaded.
@@ -105,8 +105,8 @@ class VisionEncoder(nn.Module):
         model = load_model(AutoModel, name_or_path, "an image encoder", unused="pooler", config=config)
         if model.main_input_name != "pixel_values":
             raise ValueError(
-                f"{name_or_path} is no image encoder: {type(model).__name__} reads {model.main_input_name}. "
-                f"Supported are {SUPPORTED}"
+                f"{name_or_path} is not an image encoder: {type(model).__name__} reads "
+                f"{model.main_input_name}. Supported are {SUPPORTED}"
             )
         # timm's processor exists for one backend; asking for another makes transformers warn.
         backend = {"backend": "pil"} if config.model_type == "timm_wrapper" else {}

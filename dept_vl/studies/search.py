@@ -67,11 +67,11 @@ def tune(config: RunConfig) -> RunResult:
         FileExistsError: If the folder holds a study and `resume` is not set, or it holds a run.
         FileNotFoundError: If there is no study to resume.
         ImportError: If Optuna is not installed.
-        ValueError: If a study was begun with other options or data, or there is nothing to search.
+        ValueError: If a study was started with other options or data, or there is nothing to search.
     """
     validate(config)
     if config.train.num_epochs:
-        raise UsageError("a search compares runs of so many steps: give --max_steps, and --num_epochs 0")
+        raise UsageError("a search compares runs of equal length: give --max_steps, and --num_epochs 0")
     if not search_space(config):
         raise ValueError("there is nothing to search: neither a prompt nor anything else is trained")
     processes = PartialState(cpu=not torch.accelerator.is_available())
@@ -197,8 +197,8 @@ def _check_resumable(config: RunConfig, folder: Path, processes: int) -> None:
         changed = changed_contents(first.parent, replace(config, tune=0), processes)
     if changed:
         raise ValueError(
-            f"the study in {folder} was begun with other options or data ({'; '.join(changed)}); resume it "
-            f"with its own, by --config {folder / CONFIG_FILE}, or begin a new one"
+            f"the study in {folder} was started with other options or data ({'; '.join(changed)}); resume it "
+            f"with its own options (--config {folder / CONFIG_FILE}), or start a new one"
         )
 
 

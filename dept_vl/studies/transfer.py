@@ -99,7 +99,7 @@ def target_config(config: TransferConfig) -> RunConfig:
     path = config.config or Path(config.source[0]) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"no configuration at {path}, and {config.source[0]!r} is no run to take one from: give "
+            f"no configuration at {path}, and {config.source[0]!r} is not a run to take one from: give "
             "--config, such as data/configs/scenes-vqav2.json"
         )
     base = read_config(path)

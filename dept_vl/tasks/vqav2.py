@@ -268,7 +268,7 @@ def _records(questions_file: Path, annotations_file: Path | None, subtype: str) 
     annotations: dict[int, dict[str, Any]] = {}
     for question_id, annotation in _annotations(annotations_file) if annotations_file else ():
         if question_id in annotations:
-            raise ValueError(f"{annotations_file}: question_id {question_id} stands there more than once")
+            raise ValueError(f"{annotations_file}: question_id {question_id} is there more than once")
         annotations[question_id] = annotation
     asked: set[int] = set()
     unanswered: list[int] = []
@@ -346,7 +346,7 @@ def read_answer_list(path: Path) -> list[str]:
     try:
         found: list[str] = check(answers, list[str])
     except ValueError as error:
-        raise DamagedFileError(f"{path} is no list of answers: {error}") from None
+        raise DamagedFileError(f"{path} is not a list of answers: {error}") from None
     return found
 
 

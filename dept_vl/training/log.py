@@ -189,7 +189,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     try:
         records = [parse_json(line.decode()) for line in lines if line.endswith(b"\n")]
         if not all(isinstance(record["step"], int) for record in records):
-            raise ValueError("a step is no whole number")
+            raise ValueError("a step is not a whole number")
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedFileError(
             f"{path} is damaged: expected a JSON object with a step on each line ({one_line(error)}); "

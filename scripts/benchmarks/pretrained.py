@@ -212,7 +212,7 @@ VARIABLE = ("qwen2.5-vl",)
 
 
 def of_pretrained(model: str) -> dict[tuple[str, str], tuple[str, ...]]:
-    """Return the methods of a model by shape and work."""
+    """Return the methods to measure on a pretrained model, by pair of shape (`vl`) and work."""
     return {
         ("vl", work): methods
         for work, methods in PLAN.items()

@@ -206,7 +206,7 @@ def test_missing_and_extra_tensors_are_named(make_backbone: Callable[..., Backbo
         changed(adapter, prompt__lora_c=torch.zeros(1)).build(backbone)
     with pytest.raises(ValueError, match=r"missing \['linear\.bias'\]"):
         changed(adapter, visual_projection__linear__bias=None).build(backbone)
-    with pytest.raises(ValueError, match=r"no known part: \['head\.weight'\]"):
+    with pytest.raises(ValueError, match=r"tensors of unknown parts: \['head\.weight'\]"):
         changed(adapter, head__weight=torch.zeros(1)).build(backbone)
 
 

@@ -198,7 +198,9 @@ def test_without_a_network_the_cache_answers(
         for name, value in change.items():
             monkeypatch.setattr(constants, name, value)
         assert Adapter.from_pretrained(NAME).task == "vqav2"
-        with pytest.raises(FileNotFoundError, match=f"{NAME} \\(revision v2\\) is no folder here, is not in"):
+        with pytest.raises(
+            FileNotFoundError, match=f"{NAME} \\(revision v2\\) is not a folder here, is not in"
+        ):
             Adapter.from_pretrained(NAME, revision="v2")
         with pytest.raises(FileNotFoundError, match="and the Hub cannot be reached"):
             Adapter.from_pretrained("someone/else")

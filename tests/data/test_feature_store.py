@@ -202,7 +202,7 @@ def test_a_shard_that_says_another_size_is_not_read(
     shutil.copy(folder / SHARDS[2], folder / SHARDS[1])
     index["shard_bytes"][1] = index["shard_bytes"][2]
     write_index(folder, index)
-    with pytest.raises(DamagedFileError, match=rf"{SHARDS[1]} is damaged, or of other images"):
+    with pytest.raises(DamagedFileError, match=rf"{SHARDS[1]} is damaged or belongs to other images"):
         opened(vision, paths, folder)
 
 

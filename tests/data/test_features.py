@@ -78,7 +78,7 @@ def test_unreadable_image_is_named(vision: VisionEncoder, paths: list[Path]) -> 
         table = FeatureTable.encode(vision, paths, progress=False)
         assert list(table.errors) == [paths[2]]
         table.check([paths[1]])
-        with pytest.raises(ValueError, match="is no readable image") as error:
+        with pytest.raises(ValueError, match="is not a readable image") as error:
             table.check([paths[1], paths[2]])
         assert str(paths[2]) in str(error.value)
 
@@ -114,5 +114,5 @@ def test_an_image_without_memory_is_a_bad_image(
         raise MemoryError
 
     monkeypatch.setattr(vision, "processor", exhausted)
-    with pytest.raises(ValueError, match="is no usable image: MemoryError"):
+    with pytest.raises(ValueError, match="is not a usable image: MemoryError"):
         load_pixels(vision, paths[0])

@@ -364,7 +364,7 @@ def test_images_that_could_not_be_extracted_are_treated_as_any(
     path = splits.dev.images(0)[0]
     path.write_bytes(b"no image")
     write(vision, splits, skip_unreadable=True)
-    with pytest.raises(ValueError, match=rf"{path} is no readable image.*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=rf"{path} is not a readable image.*--on_bad_image skip"):
         read(vision, splits, features="cached")
     table = read(vision, splits, features="cached", on_bad_image="skip")
     assert isinstance(table, FeatureTable)
@@ -383,7 +383,7 @@ def test_a_broken_image_to_evaluate_is_found_before_training(
     splits = load_splits(replace(data, test_split="test"), seed=0)
     path = getattr(splits, split).images(7)[0]
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"is no readable image.*--on_bad_image skip") as error:
+    with pytest.raises(ValueError, match=r"is not a readable image.*--on_bad_image skip") as error:
         read(vision, splits)
     assert str(path) in str(error.value)
     skipping = load_splits(replace(data, test_split="test", on_bad_image="skip"), seed=0)
@@ -391,7 +391,7 @@ def test_a_broken_image_to_evaluate_is_found_before_training(
     assert isinstance(table, FeatureTable)
     assert table.errors.keys() == {path}
     # The images of another task do not excuse it.
-    with pytest.raises(ValueError, match="is no readable image"):
+    with pytest.raises(ValueError, match="is not a readable image"):
         read(vision, skipping, splits)
 
 
@@ -404,6 +404,6 @@ def test_a_broken_image_to_learn_stops_nothing_unless_told_to(
     table = read(vision, splits)
     assert isinstance(table, FeatureTable)
     assert table.errors.keys() == {path}
-    with pytest.raises(ValueError, match="is no readable image") as error:
+    with pytest.raises(ValueError, match="is not a readable image") as error:
         read(vision, load_splits(replace(data, on_bad_image="raise"), seed=0))
     assert str(path) in str(error.value)

@@ -94,7 +94,7 @@ def test_what_is_wrong_is_said_on_the_page(many: ManyAdapters, picture: Path, br
     assert respond(many, "colours", [shown, None], " ")[1].endswith("this one is empty; ask something")
     answer, problem = respond(many, "colours", [upload(broken), None], "what?")
     assert answer == ""
-    assert problem.startswith("broken.png is no readable image")
+    assert problem.startswith("broken.png is not a readable image")
     assert str(broken.parent) not in problem
     answer, noted = respond(many, "colours", [shown, None], "what colour is it " * 9)
     assert answer
@@ -205,7 +205,7 @@ def test_a_visitor_asks_and_picks_another_adapter(
     page.upload(broken)
     page.ask()
     page.wait(lambda: page.seen("#problem .problem"))
-    assert page.find("#problem .problem").text.startswith("broken.png is no readable image")
+    assert page.find("#problem .problem").text.startswith("broken.png is not a readable image")
     assert page.answer() == ""
     assert "Traceback" not in browser.page_source
     entries = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")

@@ -292,9 +292,9 @@ def test_an_unreadable_image_is_refused(predictor: Predictor, picture: Image.Ima
     half = whole.getvalue()[: len(whole.getvalue()) // 2]
     (tmp_path / "half.png").write_bytes(half)
     for broken in (tmp_path / "half.png", half, Image.open(io.BytesIO(half)), b"", b"no image", tmp_path):
-        with pytest.raises(ValueError, match="is no readable image"):
+        with pytest.raises(ValueError, match="is not a readable image"):
             predictor.answer(broken, QUESTION)
-    with pytest.raises(ValueError, match=r"image 2 of 3: what was given \(8 bytes\) is no readable image"):
+    with pytest.raises(ValueError, match=r"image 2 of 3: what was given \(8 bytes\) is not a readable image"):
         predictor.answer([picture, b"no image", picture.rotate(90)], QUESTION)
     with pytest.raises(FileNotFoundError, match=r"no image at nowhere\.png"):
         predictor.answer("nowhere.png", QUESTION)
@@ -318,7 +318,7 @@ def test_the_task_is_asked_for_where_the_adapter_does_not_say_one(
         load(tmp_path / "two", backbone=t5)
     assert load(tmp_path / "two", backbone=t5, task="gqa").task.name == "gqa"
     save(t5, tmp_path / "own", "mine")
-    with pytest.raises(ValueError, match=r"'mine' is no task of this package.*vqav2, gqa"):
+    with pytest.raises(ValueError, match=r"'mine' is not a task of this package.*vqav2, gqa"):
         load(tmp_path / "own", backbone=t5)
     assert load(tmp_path / "own", backbone=t5, task="vqav2").answer(picture, QUESTION)
 

@@ -170,7 +170,7 @@ def test_a_search_that_was_stopped_continues_where_it_was(
         FileExistsError, match=rf"an unfinished study \({len(set(calls))} of 6 trials begun\)"
     ):
         tune(config)
-    with pytest.raises(ValueError, match=r"begun with other options .*max_steps=8 -> 9"):
+    with pytest.raises(ValueError, match=r"started with other options .*max_steps=8 -> 9"):
         tune(with_(config, resume="auto", train={"max_steps": 9}))
     more: list[Path] = []
     monkeypatch.setattr(

@@ -183,7 +183,7 @@ def test_missing_and_broken_images_are_named(scenes: Path, tmp_path: Path) -> No
     assert statuses["missing"] == ["coco train: 1 of 12 image files", str(gone)]
     *broken, summary = statuses["broken"]
     assert sorted(line.split(" ")[0] for line in broken) == sorted(map(str, (cut, empty, text)))
-    assert all("is no readable image" in line for line in broken)
+    assert all("is not a readable image" in line for line in broken)
     assert summary == "coco train: 8 of 11 images opened of 11"
     assert "coco val: 6 of 6 images opened of 6" in statuses["ok"]
     assert [finding.status for finding in findings if not finding.good] == ["missing"] * 2 + ["broken"] * 4

@@ -286,7 +286,7 @@ def test_an_image_without_a_number_or_there_twice(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"images\[0\] \(cocoid '42'\): expected 'cocoid' to be int"):
         COCOCaptions().load(tmp_path, "val")
     write(tmp_path, [PLAIN, PLAIN])
-    with pytest.raises(ValueError, match="image_id 42 stands there more than once"):
+    with pytest.raises(ValueError, match="image_id 42 is there more than once"):
         COCOCaptions().load(tmp_path, "val")
 
 

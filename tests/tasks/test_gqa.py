@@ -302,7 +302,7 @@ def test_truncated_file(folder: Path) -> None:
         ),
         (
             json.dumps({"7": PLAIN})[:-1] + ", " + json.dumps({"7": PLAIN})[1:],
-            "question_id '7' stands there more than once",
+            "question_id '7' is there more than once",
         ),
     ],
 )

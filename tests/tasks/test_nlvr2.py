@@ -261,7 +261,7 @@ def test_truncated_file(folder: Path) -> None:
         (b'{"a": "\xff"}\n', "line 1: expected a JSON object"),
         (b'{"identifier": 7}\n', "record 1: expected 'identifier' to be str, found 7"),
         (b'{"identifier": "dev-1-0-0", "label": "True"}\n', "expected 'sentence' to be str, found no such"),
-        (2 * json.dumps(PLAIN).encode().join([b"", b"\n"]), "identifier 'dev-1-0-0' stands there more than"),
+        (2 * json.dumps(PLAIN).encode().join([b"", b"\n"]), "identifier 'dev-1-0-0' is there more than"),
     ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes, expected: str) -> None:

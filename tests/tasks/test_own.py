@@ -334,7 +334,7 @@ def test_a_question_answered_twice_in_its_file_is_told(tmp_path: Path) -> None:
     given = [{"question_id": 1, "answers": [{"answer": colour}]} for colour in ("red", "blue")]
     (tmp_path / "mine_questions.json").write_text(json.dumps({"questions": questions}))
     (tmp_path / "mine_annotations.json").write_text(json.dumps({"annotations": given}))
-    with pytest.raises(UsageError, match="row 2: the question_id 1 stands there twice"):
+    with pytest.raises(UsageError, match="row 2: the question_id 1 is there twice"):
         own(tmp_path / "mine_questions.json")
 
 

@@ -132,7 +132,7 @@ def test_csv_is_what_python_writes(tmp_path: Path) -> None:
         ('a,true\nb,"false\nc,true\n', "unexpected end of data"),
         ('a,"true"x\n', "',' expected after"),
         ("a,true\rb,false\rc", "line 3"),
-        ("a,true\nb,true\na,false\n", "line 3: identifier 'a' stands there twice"),
+        ("a,true\nb,true\na,false\n", "line 3: identifier 'a' is there twice"),
         (b"a,\xff\n", "utf-8"),
         (b"a," + 200_000 * b"x", "field limit"),
         ('[{"identifier": "a", "prediction": "true"}, {}]', "line 1: expected lines of"),
@@ -174,7 +174,7 @@ def test_csv_ids_that_are_no_numbers_are_refused(tmp_path: Path, key: str) -> No
         ('[{"question_id": 1, "answer": ["a"]}]', "expected 'answer' to be text, found ['a']"),
         (
             '[{"question_id": 1, "answer": "a"}, {"question_id": 1, "answer": "a"}]',
-            "entry 1: question_id 1 stands there twice; keep one prediction for each",
+            "entry 1: question_id 1 is there twice; keep one prediction for each",
         ),
     ],
 )

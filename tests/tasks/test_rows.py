@@ -270,10 +270,10 @@ def test_duplicate_ids_are_refused(source: Path, cache: Path) -> None:
     with pytest.raises(ValueError) as caught:
         made(source, [*records(5), *records(3, start=2), *records(1)])
     assert str(caught.value) == (
-        f"{source}: id 0 stands there more than once, as do 3 others; expected every id once"
+        f"{source}: id 0 is there more than once, as do 3 others; expected every id once"
     )
     assert files_in(cache) == []
-    with pytest.raises(ValueError, match="id 4 stands there more than once"):
+    with pytest.raises(ValueError, match="id 4 is there more than once"):
         made(source, [*records(5), *records(1, start=4)])
     assert list(made(source)) == records()
 

@@ -133,7 +133,7 @@ def test_ids_that_stand_there_twice_are_named(
 ) -> None:
     id_key, answer_key = KEYS[task.name]
     said = check([*rows, rows[3] | {answer_key: "another"}])
-    assert f"entry 24: {id_key} {rows[3][id_key]!r} stands there twice" in said
+    assert f"entry 24: {id_key} {rows[3][id_key]!r} is there twice" in said
 
 
 def test_another_form_is_refused(check: Callable[..., str], rows: list[dict[str, Any]], task: Task) -> None:

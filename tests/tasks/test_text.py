@@ -592,8 +592,8 @@ def test_a_bad_row_is_named(name: str, change: dict[str, Any], message: str, tmp
         ("train.csv", b"sentence1,sentence2,label\na,b,c,0\n", "line 2: expected 3 cells .* found 4"),
         ("train.tsv", b"sentence1\tsentence2\tlabel\na\tb\t0\nx\xff\tb\t1\n", "train.tsv, line 3"),
         ("train.jsonl", b'{"label": 0, \n', "line 1, column 12: expected one JSON object"),
-        ("train.json", b'[{"label":', "line 1, column 11: the file is no whole JSON"),
-        ("train.parquet", b"PAR1xxxxPAR1", "train.parquet is no whole Parquet file"),
+        ("train.json", b'[{"label":', "line 1, column 11: the file is not complete JSON"),
+        ("train.parquet", b"PAR1xxxxPAR1", "train.parquet is not a complete Parquet file"),
     ],
 )
 def test_damage_is_told_with_its_place(tmp_path: Path, name: str, content: bytes, expected: str) -> None:

@@ -232,7 +232,7 @@ def test_question_id_twice(tmp_path: Path, subtype: str) -> None:
     path = questions_path(tmp_path, subtype)
     rows = read_rows(path, "questions")
     write_rows(path, "questions", [*rows, rows[4]])
-    with pytest.raises(ValueError, match=f"question_id {rows[4]['question_id']} stands there more than once"):
+    with pytest.raises(ValueError, match=f"question_id {rows[4]['question_id']} is there more than once"):
         VQAv2().load(tmp_path, "train" if subtype == "train2014" else "test")
 
 
@@ -483,7 +483,7 @@ def test_a_test_split_has_no_usual_answers(lists: Path) -> None:
         ({"answers": [{"answer": 2}] * 10}, "question 10: expected 'answer' to be str, found 2"),
         ({"answer_type": None}, "question 10: expected 'answer_type' to be str, found None"),
         ({"question_id": True}, "question True: expected 'question_id' to be int, found True"),
-        ({"question_id": 11}, "question_id 11 stands there more than once"),
+        ({"question_id": 11}, "question_id 11 is there more than once"),
     ],
 )
 def test_damaged_annotations(folder: Path, change: dict[str, Any], expected: str) -> None:

@@ -220,7 +220,7 @@ def test_missing_and_broken_images_of_a_data_set(
     missing.write_bytes(whole)
     broken.write_bytes(b"no image")
     reset_accelerate()
-    with pytest.raises(ValueError, match=rf"{broken} is no readable image.*--on_bad_image skip"):
+    with pytest.raises(ValueError, match=rf"{broken} is not a readable image.*--on_bad_image skip"):
         extract(extraction)
     missing.unlink()
     reset_accelerate()

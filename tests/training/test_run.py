@@ -699,7 +699,7 @@ def test_bad_training_images_stop_a_run_that_is_told_so(
     path = image_of(damaged, "train", 1)
     path.write_bytes(b"no image")
     data = {"on_bad_image": "raise", "feature_memory": feature_memory}
-    with pytest.raises(ValueError, match="is no readable image") as error:
+    with pytest.raises(ValueError, match="is not a readable image") as error:
         main(with_(damaged, data=data))
     assert str(path) in str(error.value)
     assert "--on_bad_image skip" in str(error.value)
@@ -722,7 +722,7 @@ def test_evaluation_stops_at_a_broken_image_unless_told_to_skip(
     path = image_of(damaged, "val", 2)
     path.write_bytes(path.read_bytes()[:100])
     config = with_(damaged, data={"feature_memory": feature_memory}, train={"max_steps": 1})
-    with pytest.raises(ValueError, match="is no readable image") as error:
+    with pytest.raises(ValueError, match="is not a readable image") as error:
         main(replace(config, output_dir=tmp_path / "stopped"))
     assert str(path) in str(error.value)
     result = main(with_(config, data={"on_bad_image": "skip"}))

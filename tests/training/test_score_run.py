@@ -236,7 +236,7 @@ def test_missing_and_broken_images(
     (path,) = task.images(0)
     unseen = {task[index].example_id for index in range(len(task)) if task.images(index) == (path,)}
     path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="is no readable image") as error:
+    with pytest.raises(ValueError, match="is not a readable image") as error:
         evaluate(data_dir=data_dir)
     assert path.name in str(error.value)
     path.unlink()

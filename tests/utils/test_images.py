@@ -56,7 +56,7 @@ def refused(path: Path) -> str:
             read_image(path)
     assert type(caught.value) is ValueError
     message = str(caught.value)
-    assert message.startswith(f"{path} is no readable image: ")
+    assert message.startswith(f"{path} is not a readable image: ")
     assert "\n" not in message
     return message
 
@@ -329,7 +329,7 @@ def test_short_name_is_no_excuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """A name that stands in Pillow's own message by chance."""
     monkeypatch.chdir(tmp_path)
     Path("a").write_bytes(LOSSLESS["bmp"][0][:40])
-    assert refused(Path("a")).startswith("a is no readable image")
+    assert refused(Path("a")).startswith("a is not a readable image")
 
 
 def test_random_bytes_are_refused(tmp_path: Path) -> None:

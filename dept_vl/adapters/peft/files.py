@@ -137,7 +137,7 @@ def from_peft(
         if config.get(name):
             raise ValueError(
                 f"the adapter at {folder} trained {config[name]!s:.100} beside the prompt ({name}), which an "
-                "adapter of ours cannot hold: run it in PEFT"
+                "adapter of this package cannot hold: run it in PEFT"
             )
     if base := config.get("base_model_name_or_path"):
         check_name(base, backbone, [backbone.name, backbone.language.name_or_path])
@@ -191,7 +191,7 @@ def is_text_encoder_decoder(model: nn.Module) -> bool:
 
 
 def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return PEFT's tensors by our own names."""
+    """Return PEFT's tensors by their names in this package."""
     return {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
 
 

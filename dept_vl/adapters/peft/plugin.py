@@ -137,7 +137,7 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
         if self.rank is None and self.prompt_length > self.reference_prompt_length:
             raise ValueError(
                 f"a prompt of prompt_length={self.prompt_length} alone is over the budget of "
-                f"reference_prompt_length={self.reference_prompt_length}; shorten it, or say rank yourself"
+                f"reference_prompt_length={self.reference_prompt_length}; shorten it, or set rank yourself"
             )
         if isinstance(self.alpha, bool | str) or not math.isfinite(self.alpha):
             raise ValueError(f"DeptConfig.alpha is a finite number; got {self.alpha!r:.60}")

@@ -63,7 +63,7 @@ class PredictionFormat:
         for place, key, answer in self._rows(path):
             if key in predictions:
                 raise ValueError(
-                    f"{path}, {place}: {self.id_key} {key!r} stands there twice; keep one prediction for each"
+                    f"{path}, {place}: {self.id_key} {key!r} is there twice; keep one prediction for each"
                 )
             predictions[key] = answer
         return predictions

@@ -175,7 +175,7 @@ def _check_unique(ids: pa.ChunkedArray, name: str, sources: Sequence[Path]) -> N
     values, counts = ids.value_counts().flatten()
     repeated = values.filter(pc.greater(counts, 1))
     raise ValueError(
-        f"{sources[0]}: {name} {repeated[0].as_py()!r} stands there more than once, as do "
+        f"{sources[0]}: {name} {repeated[0].as_py()!r} is there more than once, as do "
         f"{len(repeated) - 1:,} others; expected every id once"
     )
 

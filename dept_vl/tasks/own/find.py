@@ -88,5 +88,5 @@ def fetch(name: str) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = str(error).split("\n")[0]
         raise FileNotFoundError(
-            f"{name} is no file, no folder, and no data set that can be fetched from the Hub ({reason:.200})"
+            f"{name} is not a file, a folder or a data set that can be fetched from the Hub ({reason:.200})"
         ) from None

@@ -116,7 +116,7 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
             raise UsageError(f"{place(annotations, number)}: expected a question_id, found {', '.join(row)}")
         if row["question_id"] in answers:
             raise UsageError(
-                f"{place(annotations, number)}: the question_id {row['question_id']!r:.60} stands there twice"
+                f"{place(annotations, number)}: the question_id {row['question_id']!r:.60} is there twice"
             )
         given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
         several = given if isinstance(given, list) else [] if given is None else [given]

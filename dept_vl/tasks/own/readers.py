@@ -94,7 +94,7 @@ def _decoding(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{path}, line {_undecodable(path)}: the byte 0x{error.object[error.start]:02x} is no UTF-8; "
+            f"{path}, line {_undecodable(path)}: the byte 0x{error.object[error.start]:02x} is not UTF-8; "
             'save the file as UTF-8 (in a spreadsheet "CSV UTF-8"), or with a byte order mark as UTF-16'
         ) from None
 
@@ -123,7 +123,7 @@ def read_csv(path: Path) -> Numbered:
                     )
                 line = rows.line_num + 1  # start of the next row: quoted text can span lines
     except csv.Error as error:
-        raise UsageError(f"{place(path, line)}: {error}; a quote inside of quotes is written twice") from None
+        raise UsageError(f"{place(path, line)}: {error}; write a quote inside quotes twice") from None
 
 
 def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -144,7 +144,7 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     header = list(map(one_line, cells))
     repeated = sorted({name for name in header if name and header.count(name) > 1})
     if repeated:
-        raise UsageError(f"{path}, line 1: the columns {', '.join(repeated)} stand there more than once")
+        raise UsageError(f"{path}, line 1: the columns {', '.join(repeated)} are there more than once")
     return header
 
 
@@ -243,7 +243,7 @@ def _json(path: Path) -> Iterator[_Utf8]:
             yield _Utf8(file)
         except ijson.JSONError as error:
             where, reason = json_fault(path, error, encoding_of(path))
-            raise UsageError(f"{where}: the file is no whole JSON: {reason}") from None
+            raise UsageError(f"{where}: the file is not complete JSON: {reason}") from None
 
 
 def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
@@ -263,7 +263,9 @@ def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
                     number += 1
                     yield number, finish(row, number - 1)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is no whole Parquet file: {str(error).splitlines()[0][:120]}") from None
+        raise UsageError(
+            f"{path} is not a complete Parquet file: {str(error).splitlines()[0][:120]}"
+        ) from None
 
 
 def read_arrow(path: Path) -> Numbered:
@@ -271,7 +273,7 @@ def read_arrow(path: Path) -> Numbered:
     try:
         table = open_arrow(str(path), path.stat().st_mtime_ns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"{path} is no whole Arrow file: {str(error).splitlines()[0][:120]}") from None
+        raise UsageError(f"{path} is not a complete Arrow file: {str(error).splitlines()[0][:120]}") from None
     finish = _finisher(path, table.schema)
     embedded = [field.name for field in table.schema if _is_image(field.type)]
     lists = [name for name in embedded if _is_list(table.schema.field(name).type)]

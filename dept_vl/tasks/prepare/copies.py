@@ -143,7 +143,7 @@ def _write_gqa(source: Source, output: Output, split: str, parts: Sequence[Part]
     if pictureless:
         raise ValueError(
             f"{source.place}: {len(pictureless):,} of {output.examples:,} questions in {parts[0][0]} ask "
-            f"about images that are not in {parts[1][0]} (first: {pictureless[:3]}); the copy is not whole. "
+            f"about images that are not in {parts[1][0]} (first: {pictureless[:3]}); the copy is incomplete. "
             f"{placing(source.hub)}"
         )
 

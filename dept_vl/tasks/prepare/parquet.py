@@ -80,7 +80,8 @@ class Source:
             return load_dataset(self.place, config, split=split, streaming=True)
         except Exception as error:  # the Hub's client raises almost anything
             raise OSError(
-                f"cannot read {where} from the Hub, and it is no folder here: {error}. {placing(self.place)}"
+                f"cannot read {where} from the Hub, and it is not a folder here: {error}. "
+                f"{placing(self.place)}"
             ) from error
 
     def _read(self, dataset: Any, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -136,7 +137,7 @@ def _open_folder(folder: Path, part: Part, hub: str) -> Any:
     if expected and expected != {len(files)}:
         raise ValueError(
             f"{root}: expected {max(expected)} parquet files of the split {split}, found {len(files)}; "
-            f"the copy is not whole. {placing(hub)}"
+            f"the copy is incomplete. {placing(hub)}"
         )
     try:
         if files:

@@ -56,7 +56,7 @@ class Output:
         try:
             pixels = read_image(path)
         except ValueError as error:
-            raise ValueError(f"{where}: the bytes of {name} are no image ({error})") from None
+            raise ValueError(f"{where}: the bytes of {name} are not an image ({error})") from None
         if path.suffix == ".jpg":
             pixels.save(path, quality=JPEG_QUALITY, subsampling=FULL_CHROMA)
             self.reencoded += 1

@@ -131,7 +131,7 @@ def _whole(place: str | Path) -> Iterator[None]:
         if is_user_error(error) and not isinstance(error, OSError):
             raise
         raise ValueError(
-            f"{place} is no whole data set: {type(error).__name__}: {one_line(error)}; save it again"
+            f"{place} is not a complete data set: {type(error).__name__}: {one_line(error)}; save it again"
         ) from None
 
 

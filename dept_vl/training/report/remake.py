@@ -54,7 +54,7 @@ def remake_page(run: Path) -> Path:
         task = load_split(options, split).answered()
         task = limit(task, options.test_limit, trained.train.seed)
         if changed := changed_rows(run, task, "test"):
-            say(f"warning: the data have changed since the run ({changed}); the page shows those of now")
+            say(f"warning: the data have changed since the run ({changed}); the page shows the present data")
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
         predictions = task.prediction_format.read(run / f"predictions{suffix}{task.prediction_format.suffix}")
         scores = {
