@@ -161,6 +161,13 @@ def backbone(request: pytest.FixtureRequest, make_backbone: Callable[..., Backbo
     return make_backbone(request.param)
 
 
+@pytest.fixture(params=DECODERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """GPT-2, then Llama."""
+    name: str = request.param
+    return name
+
+
 @pytest.fixture
 def t5(make_backbone: Callable[..., Backbone]) -> Backbone:
     """T5 with the CLIP tower."""

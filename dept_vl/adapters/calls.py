@@ -159,16 +159,15 @@ class PromptedCalls:
         Raises:
             UsageError: If the first label is in front of all text.
         """
-        text = text_of(ids, mask, torch.tensor(self._parts.image_tokens, dtype=torch.long))
-        if labels is None:
-            return text
-        asked = text & ((labels != IGNORE_INDEX).cumsum(1) == 0)
-        if prompt.offset_a is not None and text.any() and not asked.any():
+        images = torch.tensor(self._parts.image_tokens, dtype=torch.long)
+        source = mask if labels is None else mask & ((labels != IGNORE_INDEX).cumsum(1) == 0)
+        text = text_of(ids, source, images)
+        if prompt.offset_a is not None and not text.any() and text_of(ids, mask, images).any():
             raise UsageError(
                 "the first label comes before all text, so the offset has no question to act on; set the "
                 "labels of the question to -100, or take a prompt without offset (rank=0)"
             )
-        return asked
+        return text
 
     def _as_given(self, made: Any, placed: Placement | None) -> Any:
         """Return the output of a decoder-only model without the columns of placeholders."""

@@ -37,10 +37,10 @@ def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
             "out, or launch one"
         )
     if _asked(accelerator):
-        if model.backbone.processor is not None:
+        if model.backbone.load_in:
             raise UsageError(
-                f"FSDP and ZeRO-3 were not tested with a pretrained model ({model.backbone.name}); configure "
-                "accelerate without them"
+                f"FSDP and ZeRO-3 do not spread quantised weights (--load_in {model.backbone.load_in}); "
+                "leave that out, or configure accelerate without them"
             )
         if any(parameter.requires_grad for parameter in model.backbone.language.parameters()):
             raise ValueError(
@@ -54,10 +54,14 @@ def place_model(model: PromptedModel, accelerator: Accelerator) -> None:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers of encoders and decoders, which are the members of the outermost module lists."""
+    """Yield the layers of encoders and decoders, which are the members of the outermost module lists.
+
+    Members that are lists themselves, as in Florence-2's image encoder, are replaced by their own members.
+    """
+    in_list = isinstance(module, nn.ModuleList)
     for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
+        if in_list and not isinstance(child, nn.ModuleList):
+            yield child
         else:
             yield from blocks(child)
 

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.tensors import fingerprint
 from dept_vl._utils.terminal import waiting
@@ -192,6 +192,8 @@ class VisionLanguageModel(FrozenBackbone):
 
     def image_features(self) -> VisionEncoder:
         """See `FrozenBackbone.image_features`."""
+        if not self.reads_images:
+            raise UsageError(f"{self.name} ({type(self.language).__name__}) reads no images")
         return ImageFeatures(self.language, self.processor, exif=self.exif is not False)
 
     def train(self, mode: bool = True) -> "VisionLanguageModel":
@@ -203,8 +205,7 @@ class VisionLanguageModel(FrozenBackbone):
         return self
 
     def _image_parts(self) -> Iterable[nn.Module]:
-        sharded = any(isinstance(parameter, DTensor) for parameter in self.language.parameters())
-        if sharded or not hasattr(self.language, "get_image_features"):
+        if not hasattr(self.language, "get_image_features"):
             encoder = self.image_encoder()
             return () if encoder is None else encoder.modules()
         if self._reads_images is None:
@@ -294,6 +295,8 @@ class VisionLanguageModel(FrozenBackbone):
             )
 
     def _problem(self, images: int) -> str:
+        if images and not self.reads_images:
+            return f"it reads no images, and a question here has {images}"
         sources = [self._probe_source([text], images) for text in PROBED]
         if images > 1 and not self._images_grow(images):
             return f"it takes one image, and a question here has {images}"

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES, TEXT_ONLY
 
 from dept_vl.adapters.attach import Attached, attach, new_prompt
@@ -48,14 +49,6 @@ def backbone(request: pytest.FixtureRequest, pretrained_folder: Folder) -> Visio
 def read(backbone: VisionLanguageModel, *rows: int) -> dict[str, Tensor]:
     images = [[Image.new("RGB", (40 - 8 * row, 32), (200, 60 * row, 40))] for row in rows]
     return backbone.processor([QUESTIONS[row] for row in rows], images, [40] * len(rows))
-
-
-def joined(inputs: dict[str, Tensor], answer: Tensor, answer_type: int) -> dict[str, Tensor]:
-    """Source and answer in one sequence, as decoder-only models are trained."""
-    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
-    more["token_type_ids"] = torch.full_like(answer, answer_type)
-    more["mm_token_type_ids"] = torch.zeros_like(answer)
-    return {name: torch.cat([row, more[name]], 1) if name in more else row for name, row in inputs.items()}
 
 
 def test_training_and_answers_are_those_of_the_pipeline(backbone: VisionLanguageModel) -> None:
@@ -129,3 +122,17 @@ def test_an_adapter_of_a_decoder_only_model_is_loaded(pretrained_folder: Folder,
             expected = attached(**inputs).logits
     with Attached.load(tmp_path, backbone.language) as again, torch.no_grad():
         assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_an_answer_with_the_token_of_an_image_is_no_image(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("qwen2_5_vl")).eval()
+    inputs, fence = read(backbone, 0), backbone.language.config.vision_start_token_id
+    answers = torch.tensor([[40, 50, 60]]), torch.tensor([[40, 50, fence]])
+    width, found = inputs["input_ids"].shape[1], []
+    attached = attach(backbone.language, trained(backbone.d_model))
+    for answer in answers:
+        labels = torch.cat([torch.full((1, width), -100), answer], 1)
+        with torch.no_grad():
+            logits = attached(**joined(inputs, answer, 0), labels=labels).logits
+        found.append(logits[:, width - 1 : -1])  # in front of the last token
+    torch.testing.assert_close(found[1], found[0])

@@ -13,6 +13,7 @@ from PIL import Image
 from test_attach_trainer import ARGUMENTS as OF_ATTACHED
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
+from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES
 
 peft = pytest.importorskip("peft", reason="the extra 'peft' is not installed")
@@ -84,10 +85,7 @@ def answered(backbone: VisionLanguageModel, inputs: dict[str, Tensor]) -> dict[s
     reader, answer = backbone.language_model, LABELS.repeat(len(inputs["input_ids"]), 1)
     if reader.encoder_decoder:
         return inputs | {"labels": answer}
-    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
-    more["token_type_ids"] = torch.full_like(answer, reader.answer_type)
-    more["mm_token_type_ids"] = torch.zeros_like(answer)
-    whole = {name: torch.cat([row, more[name]], 1) if name in more else row for name, row in inputs.items()}
+    whole = joined(inputs, answer, reader.answer_type)
     return whole | {"labels": torch.cat([torch.full_like(inputs["input_ids"], -100), answer], 1)}
 
 

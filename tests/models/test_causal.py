@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from conftest import CORPUS, D_MODEL, DECODERS, VOCABULARY, random_labels, random_text
+from conftest import CORPUS, D_MODEL, VOCABULARY, random_labels, random_text
 from runs import reset_accelerate
 from torch import Tensor, nn
 from transformers import (
@@ -127,13 +127,6 @@ def trained_prompt(prompt_length: int = M, rank: int = R) -> DePT:
     for parameter in prompt.parameters():
         nn.init.normal_(parameter)
     return prompt
-
-
-@pytest.fixture(params=DECODERS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """GPT-2, then Llama."""
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

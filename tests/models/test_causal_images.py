@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, DECODERS, random_features, random_labels, random_text
+from conftest import D_MODEL, random_features, random_labels, random_text
 from test_causal import (
     ANSWERS,
     LAYOUTS,
@@ -65,13 +65,6 @@ class SeeingLiteral(Literal):
         read = super().source(tokens)
         front = self.starts + (0 if self.parts is None else M)
         return torch.cat([read[:front], self.visual(), read[front:]])
-
-
-@pytest.fixture(params=DECODERS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """GPT-2, then Llama."""
-    name: str = request.param
-    return name
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import transformers
 from zoo.vlm_parts import Q_FORMER, SQUARE, model_of, words
 from zoo.vlms import blip_parts
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import PromptOptions
 from dept_vl.models.prompted import PromptedModel
@@ -34,6 +35,16 @@ def line_of(folder: Path) -> str:
 def test_a_model_that_hears_or_answers_nothing(tmp_path: Path, kind: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     assert kind in line_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt2_text", "t5_text"])
+def test_a_model_that_reads_text_alone(pretrained_folder: FolderOf, name: str) -> None:
+    folder = pretrained_folder(name)
+    assert "images" in line_of(folder)
+    backbone = open_backbone(model=folder)
+    backbone.probe(0)
+    with pytest.raises(UsageError, match="reads no images"):
+        backbone.image_features()
 
 
 def test_a_model_of_films(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """A vision tower and a decoder-only language model through the whole pipeline."""
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 from helpers import write_vqa
 from runs import assert_same, in_two_processes, reset_accelerate, tensors, tiny_run, with_
-from test_resume import result_of
+from test_resume import assert_answers, assert_goes_on
 
 from dept_vl import load
 from dept_vl._utils.errors import UsageError
@@ -42,23 +41,11 @@ def config(make: Callable[..., RunConfig], tmp_path: Path) -> RunConfig:
 
 def test_a_run_and_what_comes_of_it(config: RunConfig, tmp_path: Path) -> None:
     """It pauses and goes on to the same bits, answers as it predicted, and mixes with others."""
-    run(config)
-    paused = with_(config, output_dir=tmp_path / "paused", resume="auto", train={"pause_at": 2})
-    for again in (paused, with_(paused, train={"pause_at": 0})):
-        reset_accelerate()
-        run(again)
-    assert result_of(tmp_path / "paused") == result_of(tmp_path / "whole")
+    assert_goes_on(config, tmp_path / "paused")
     trained = tensors(tmp_path / "whole")
     assert trained["prompt.offset_b"].abs().max() > 0
     assert "visual_projection.linear.weight" in trained
-    assert config.data.data_dir is not None
-    asked = VQAv2().load(config.data.data_dir, "val")
-    examples = [asked[number] for number in range(len(asked))]
-    images, questions = [e.images[0] for e in examples], [e.question for e in examples]
-    answers = load(tmp_path / "whole").answer(images, questions)
-    assert answers == [
-        row["answer"] for row in json.loads((tmp_path / "whole" / "predictions.json").read_text())
-    ]
+    images, questions, answers = assert_answers(tmp_path / "whole", config.data.data_dir)
     many = load_many({"one": tmp_path / "whole", "two": tmp_path / "whole" / "best"}, device="cpu")
     names = ["one", "two"] * len(images)
     assert many.answer(images, questions, adapters=names[: len(images)]) == answers

@@ -30,6 +30,7 @@ from dept_vl.cli import parse
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, read_config, to_json
 from dept_vl.inference.evaluate import evaluate
 from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training import checkpoint as state
 from dept_vl.training.identity import DifferentError
 from dept_vl.training.run import run, run_once
@@ -85,6 +86,26 @@ def result_of(folder: Path) -> dict[str, Any]:
         "best_step": summary["best_step"],
         "log": [{key: value for key, value in line.items() if key not in timed} for line in log],
     }
+
+
+def assert_goes_on(config: RunConfig, paused: Path) -> None:
+    """A run that pauses after two steps goes on to the same bits."""
+    for folder, pause in ((config.output_dir, 0), (paused, 2), (paused, 0)):
+        reset_accelerate()
+        run(with_(config, output_dir=folder, resume="auto", train={"pause_at": pause}))
+    assert config.output_dir is not None
+    assert result_of(paused) == result_of(config.output_dir)
+
+
+def assert_answers(folder: Path, data_dir: Path | None) -> tuple[list[Path], list[str], list[str]]:
+    """A loaded adapter of VQAv2 answers as its run predicted; returns images, questions and answers."""
+    assert data_dir is not None
+    asked = VQAv2().load(data_dir, "val")
+    examples = [asked[number] for number in range(len(asked))]
+    images, questions = [e.images[0] for e in examples], [e.question for e in examples]
+    answers = load(folder).answer(images, questions)
+    assert answers == [row["answer"] for row in json.loads((folder / "predictions.json").read_text())]
+    return images, questions, answers
 
 
 def run_and_die(config: RunConfig, threads: int, event: str, number: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from zoo.subjects import ANSWER, BASELINES, COMPOSED, NotThere, Subject
-from zoo.vlm_subjects import PRETRAINED
+from zoo.vlm_subjects import CONTINUED, PRETRAINED
 
 import dept_vl
 from dept_vl._utils.errors import UsageError
@@ -24,7 +24,7 @@ from dept_vl.prompts.base import METHODS as PROMPTS
 from dept_vl.training.optim import build_optimizer
 
 METHODS = (*PROMPTS, *BASELINES)
-ARCHITECTURES = COMPOSED | PRETRAINED
+ARCHITECTURES = COMPOSED | PRETRAINED | CONTINUED
 PACKAGE = Path(dept_vl.__file__).resolve().parent
 HELD = "✓"
 BEGIN, END = "<!-- capabilities -->", "<!-- /capabilities -->"

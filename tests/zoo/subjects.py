@@ -284,11 +284,23 @@ def ready_made_of(name: str) -> PreTrainedModel:
 class ReadyMade(Subject):
     """A ready-made vision-language model with a prompt attached."""
 
+    longest = SIZES["max_source_length"]
+
     def __init__(self, method: str, name: str) -> None:
+        bare = self.base(name)
+        super().__init__(method, (name,), bare, *self.source(name))
+        self.module = attach(copy.deepcopy(bare), new_prompt(method, self.longest)).eval()
+
+    @staticmethod
+    def base(name: str) -> PreTrainedModel:
+        """The model without a prompt; to be copied."""
+        return ready_made_of(name)
+
+    @staticmethod
+    def source(name: str) -> tuple[Inputs, int]:
+        """A batch, and the token that ends an answer."""
         bare = ready_made_of(name)
-        end = getattr(bare, "language_model", bare).generation_config.eos_token_id
-        super().__init__(method, (name,), bare, inputs_of(name), end)
-        self.module = attach(copy.deepcopy(bare), new_prompt(method)).eval()
+        return inputs_of(name), getattr(bare, "language_model", bare).generation_config.eos_token_id
 
     def checkpoint(self) -> None:
         """See `Subject`."""
@@ -300,7 +312,7 @@ class ReadyMade(Subject):
 
     def load(self, folder: Path) -> Attached:
         """See `Subject`."""
-        return Attached.load(folder, copy.deepcopy(ready_made_of(*self.names)))
+        return Attached.load(folder, copy.deepcopy(self.base(*self.names)))
 
     def without(self) -> Iterator[Tensor]:
         """See `Subject`."""
@@ -315,6 +327,9 @@ class ReadyMade(Subject):
 class InPeft(Subject):
     """A language model that PEFT has wrapped."""
 
+    longest = SIZES["max_source_length"]
+    task_type = "SEQ_2_SEQ_LM"
+
     def __init__(self, method: str, language: str) -> None:
         from peft import get_peft_model
 
@@ -322,15 +337,13 @@ class InPeft(Subject):
 
         if method not in ("pt", "dept"):
             raise NotThere
-        backbone = backbone_of(language, None, "none")
-        end = backbone.language.config.eos_token_id
-        super().__init__(method, (language,), self.base(language), texts(backbone), end)
+        super().__init__(method, (language,), self.base(language), *self.source(language))
         config = DeptConfig(
-            task_type="SEQ_2_SEQ_LM",
+            task_type=self.task_type,
             prompt_init="random",
             prompt_length=SIZES["prompt_length"],
             rank=0 if method == "pt" else SIZES["rank"],
-            max_source_length=SIZES["max_source_length"],
+            max_source_length=self.longest,
         )
         base = self.base(language)
         torch.manual_seed(0)
@@ -342,6 +355,12 @@ class InPeft(Subject):
         """The language model alone, as transformers has it."""
         torch.manual_seed(0)
         return spread_out(language_model(language)).eval()
+
+    @staticmethod
+    def source(language: str) -> tuple[Inputs, int]:
+        """A batch, and the token that ends an answer."""
+        backbone = backbone_of(language, None, "none")
+        return texts(backbone), backbone.language.config.eos_token_id
 
     @property
     def groups(self) -> dict[str, list[nn.Parameter]]:

@@ -1,6 +1,5 @@
 """Each family of pretrained models through the whole pipeline, on tiny random models of the real classes."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -12,20 +11,18 @@ import torch
 from conftest import random_image
 from helpers import write_vqa
 from runs import assert_same, in_two_processes, reset_accelerate, tiny_run, with_
-from test_resume import result_of
+from test_resume import assert_answers, assert_goes_on
 from torch import Tensor
 from zoo.reference import reference_logits
 from zoo.vlms import FAMILIES
 
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig
 from dept_vl.data.collate import Batch, Collator, Draw
-from dept_vl.inference.loading import load
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowPrompts
 from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Example
-from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.build import build_prompt
 from dept_vl.training.optim import build_optimizer
 from dept_vl.training.run import run
@@ -207,18 +204,8 @@ def test_a_run(
 ) -> None:
     """A run that pauses goes on to the same bits, and what it saved answers as it did."""
     config = run_of(pretrained_folder(family), vqa, tmp_path / "whole", dropout=True)
-    run(config)
-    paused = with_(config, output_dir=tmp_path / "paused", resume="auto", train={"pause_at": 2})
-    for again in (paused, with_(paused, train={"pause_at": 0})):
-        reset_accelerate()
-        run(again)
-    assert result_of(tmp_path / "paused") == result_of(tmp_path / "whole")
-    predicted = json.loads((tmp_path / "whole" / "predictions.json").read_text())
-    predictor = load(tmp_path / "whole")
-    asked = VQAv2().load(vqa.data_dir, "val")
-    examples = [asked[number] for number in range(len(asked))]
-    answers = predictor.answer([e.images[0] for e in examples], [e.question for e in examples])
-    assert answers == [row["answer"] for row in predicted]
+    assert_goes_on(config, tmp_path / "paused")
+    assert_answers(tmp_path / "whole", vqa.data_dir)
 
 
 @families()

@@ -1,18 +1,22 @@
 """Pretrained vision-language models with something trained on them, to be probed as any backbone."""
 
+import copy
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
-from zoo.subjects import Composed, Inputs, NotThere, Subject
+from transformers import PreTrainedModel
+from zoo.subjects import Composed, InPeft, Inputs, NotThere, ReadyMade, Subject
 from zoo.vlms import saved
 
+from dept_vl.models.padding import packing, take
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import end_token
+from dept_vl.models.tokens import IGNORE_INDEX, end_token
 from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 
 QUESTIONS = ("what colour is the star ?", "how many ?", "is it red ?")
@@ -68,6 +72,78 @@ class Pretrained(Composed):
         raise NotThere
 
 
+def joined(inputs: Inputs, answer: Tensor, answer_type: int) -> Inputs:
+    """Source and answer in one sequence, as decoder-only models are trained."""
+    more = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
+    more["token_type_ids"] = torch.full_like(answer, answer_type)
+    more["mm_token_type_ids"] = torch.zeros_like(answer)
+    return {name: torch.cat([row, more[name]], 1) if name in more else row for name, row in inputs.items()}
+
+
+class Continued(Subject):
+    """A decoder-only model that is called as transformers has it: the answer stands behind the source."""
+
+    longest = LONGEST
+    task_type = "CAUSAL_LM"
+
+    @staticmethod
+    def base(name: str) -> PreTrainedModel:
+        """The model alone; to be copied."""
+        return copy.deepcopy(pretrained(name).language)
+
+    @staticmethod
+    def source(name: str, rows: range = range(len(QUESTIONS))) -> tuple[Inputs, int]:
+        """A batch, padded on the left as for answers, and the token that ends an answer."""
+        backbone = pretrained(name)
+        backbone.tokenizer.padding_side = "left"
+        inputs: dict[str, Any] = asked(backbone, rows)
+        return {**inputs.pop("processed"), **inputs}, end_token(backbone.tokenizer)
+
+    def _given(self, inputs: Inputs, labels: Tensor) -> Inputs:
+        """What is trained on: source, answer, and padding on the right."""
+        whole = joined(inputs, labels, pretrained(*self.names).language_model.answer_type)
+        of_source = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
+        whole["labels"] = torch.cat([of_source, labels], dim=1)
+        shape, order = whole["input_ids"].shape, packing(whole["attention_mask"].bool())
+        return {name: take(row, order) if row.shape == shape else row for name, row in whole.items()}
+
+    def logits(self, inputs: Inputs, labels: Tensor | None = None) -> Tensor:
+        """See `Subject`."""
+        labels = self.labels if labels is None else labels
+        given = self._given(inputs, labels)
+        with torch.no_grad():
+            found: Tensor = self.module(**given).logits
+        answered = given["labels"].roll(-1, 1) != IGNORE_INDEX  # a token is told by the column before it
+        return found[answered].view(*labels.shape, -1)
+
+    def loss(self) -> Tensor:
+        """See `Subject`."""
+        found: Tensor = self.module(**self._given(self.inputs, self.labels)).loss
+        return found
+
+    def answer(self, inputs: Inputs, **options: Any) -> Tensor:
+        """See `Subject`."""
+        tokens: Tensor = self.module.generate(**inputs, eos_token_id=self.end, **options)
+        return tokens[:, inputs["input_ids"].shape[1] :]
+
+    def unpadded(self, row: int) -> Inputs:
+        """See `Subject`."""
+        return self.source(*self.names, range(row, row + 1))[0]
+
+
+class ContinuedReadyMade(Continued, ReadyMade):
+    """A decoder-only model with a prompt attached."""
+
+
+class ContinuedInPeft(Continued, InPeft):
+    """A decoder-only model that PEFT has wrapped."""
+
+    def mixed(self) -> tuple[Tensor, list[bool]]:
+        """See `Subject`."""
+        self.module(**self._given(self.inputs, self.labels), adapter_names=["default", "__base__", "default"])
+        raise AssertionError("PEFT took them")
+
+
 PRETRAINED: dict[str, Callable[[str], Subject]] = {
     "BLIP-2": partial(Pretrained, name="blip2"),
     "InstructBLIP": partial(Pretrained, name="instructblip"),
@@ -93,3 +169,13 @@ PRETRAINED: dict[str, Callable[[str], Subject]] = {
     "BART, --model": partial(Pretrained, name="bart_text"),
 }
 """Models of `--model`, by name."""
+ENCODER_DECODERS = ("BLIP-2", "InstructBLIP", "Florence-2", "T5Gemma 2", "T5, --model", "BART, --model")
+CONTINUED: dict[str, Callable[[str], Subject]] = {
+    f"{title.removesuffix(', --model')}, attached": partial(ContinuedReadyMade, name=made.keywords["name"])
+    for title, made in PRETRAINED.items()
+    if title not in ENCODER_DECODERS
+} | {
+    "GPT-2 in PEFT": partial(ContinuedInPeft, language="gpt2_text"),
+    "LLaVA in PEFT": partial(ContinuedInPeft, language="llava"),
+}
+"""Decoder-only models with a prompt that is attached, or added by PEFT, by name."""
