@@ -60,6 +60,7 @@ def read_table(text: str) -> Found:
         ("InstructBLIP, Vicuna", "dept"),
         ("GPT-2, --model", "memory"),
         ("BART in PEFT", "dept"),
+        ("GPT-2 in PEFT", "dept"),
     ],
 )
 def test_the_readme_says_what_is_seen(architecture: str, method: str) -> None:
