@@ -43,7 +43,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint  ## install, check style and types, run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 docs: $(STAMP)  ## the API reference into docs/; an undocumented public name is an error
 	$(BIN)/ruff check --select D dept_vl

@@ -4,12 +4,17 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
@@ -58,6 +63,19 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
+@cache
+def forking() -> ForkServerContext:
+    """Return what starts processes, forked from one that has imported what tests do and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["dept_vl.training.score_run", "dept_vl.api", "pyarrow.parquet", "conftest"]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server has no other way to find tests
+        forkserver.ensure_running()
+    return context
+
+
 def in_two_processes(function: Callable[..., object], *arguments: object) -> None:
     """Call a function of a module in two processes that know of each other, as a launcher starts them."""
     assert start_two_processes(function, *arguments) == [0, 0]
@@ -68,11 +86,8 @@ def start_two_processes(function: Callable[..., object], *arguments: object) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Both are forked from a third that has imported everything and computed nothing.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dept_vl.training.score_run"])
     processes = [
-        context.Process(target=_one_of_two, args=(rank, port, function, arguments)) for rank in range(2)
+        forking().Process(target=_one_of_two, args=(rank, port, function, arguments)) for rank in range(2)
     ]
     for process in processes:
         process.start()

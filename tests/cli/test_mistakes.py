@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import reset_accelerate
@@ -258,63 +259,81 @@ def test_ctrl_c_before_training(end: END) -> None:
 
 
 HEAVY = {"torch", "transformers", "accelerate", "datasets"}
-QUICK = """
-import sys
-from dept_vl.cli import main
-try:
-    status = main(sys.argv[2:])
-except SystemExit as stop:
-    status = stop.code
-loaded = set(sys.argv[1].split(",")) & set(sys.modules)
-print("loaded:", sorted(loaded), "status:", status)
+FORKS = """
+import io, json, os, runpy, sys, traceback
+from contextlib import redirect_stderr, redirect_stdout
+import dept_vl.cli
+heavy, lines = json.loads(sys.stdin.read())
+
+def one(program, arguments):
+    said, errors, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(said), redirect_stderr(errors):
+        try:
+            if program == "dept-vl":
+                status = dept_vl.cli.main(arguments)
+            else:
+                sys.argv, sys.path[0] = [program, *arguments], os.path.dirname(program)
+                runpy.run_path(program, run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            traceback.print_exc()
+    loaded = sorted(set(heavy) & set(sys.modules))
+    return {"status": status, "said": said.getvalue(), "errors": errors.getvalue(), "loaded": loaded}
+
+for program, *arguments in lines:
+    reads, writes = os.pipe()
+    if not os.fork():
+        os.write(writes, json.dumps(one(program, arguments)).encode())
+        os._exit(0)
+    os.close(writes)
+    print(open(reads).read())
+    os.wait()
 """
+"""Runs each line in a process of its own, forked from one that has loaded the command and no engine."""
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["--help", "train --help", "train --prompt_lrr 1", "train", "train --config x", "train --method dpt"]
-    + [f"{name} --help" for name in cli.COMMANDS if name != "train"]
-    + ["evaluate --run x", "report --run x", "data check --task x --root x", "trian", "train --task gqq"],
-)
-def test_help_and_quick_errors_load_no_engine(line: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each line said and loaded: help and errors of the command, help of every script."""
+    lines = [["dept-vl", *line.split()] for line in QUICK]
+    lines += [[str(ROOT / "scripts" / f"{name}.py"), "--help"] for name in HELPED]
     done = subprocess.run(
-        [sys.executable, "-c", QUICK, ",".join(HEAVY), *line.split()],
+        [sys.executable, "-c", FORKS],
+        input=json.dumps([sorted(HEAVY), lines]),
         capture_output=True,
         text=True,
-        cwd=tmp_path,
+        cwd=tmp_path_factory.mktemp("quick"),
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
+        check=True,
     )
-    assert "loaded: [] status:" in done.stdout, done.stderr
-    assert "Traceback" not in done.stderr
+    return dict(zip([*QUICK, *HELPED], map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+QUICK = (
+    ["--help", "train --help", "train --prompt_lrr 1", "train", "train --config x", "train --method dpt"]
+    + [f"{name} --help" for name in cli.COMMANDS if name != "train"]
+    + ["evaluate --run x", "report --run x", "data check --task x --root x", "trian", "train --task gqq"]
+)
+
+
+@pytest.mark.parametrize("line", QUICK)
+def test_help_and_quick_errors_load_no_engine(line: str, quick: dict[str, Any]) -> None:
+    assert quick[line]["loaded"] == []
+    assert "Traceback" not in quick[line]["errors"]
+    assert quick[line]["status"] == 0 or quick[line]["errors"]
 
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
 DEFINE_MODELS = {"pretrain_tiny", "why_slow"}
 """Scripts that define modules of torch themselves, and so load it."""
+HELPED = sorted(SCRIPTS - DEFINE_MODELS)
 
 
-@pytest.mark.parametrize("script", sorted(SCRIPTS - DEFINE_MODELS))
-def test_help_of_every_script_loads_no_engine(script: str, tmp_path: Path) -> None:
-    code = f"""
-import runpy, sys
-sys.argv = [{script!r}, "--help"]
-try:
-    runpy.run_path({str(ROOT / "scripts" / f"{script}.py")!r}, run_name="__main__")
-except SystemExit as stop:
-    assert stop.code == 0
-assert not {HEAVY} & set(sys.modules), {HEAVY} & set(sys.modules)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "usage" in done.stdout.lower()
+@pytest.mark.parametrize("script", HELPED)
+def test_help_of_every_script_loads_no_engine(script: str, quick: dict[str, Any]) -> None:
+    assert (quick[script]["status"], quick[script]["errors"], quick[script]["loaded"]) == (0, "", [])
+    assert "usage" in quick[script]["said"].lower()
 
 
 def test_a_real_program_ends_in_one_line(tmp_path: Path) -> None:

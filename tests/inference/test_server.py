@@ -495,7 +495,7 @@ def test_what_was_asked_before_the_end_is_answered(served: Served) -> None:
 # Without that server
 
 
-@pytest.mark.parametrize("family", ["blip2", "llava"])
+@pytest.mark.parametrize("family", [pytest.param("blip2", marks=pytest.mark.slow), "llava"])
 def test_pretrained_models_are_served_and_all_ends_with_the_server(
     family: str, pretrained_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -201,11 +201,11 @@ BATCHES = [(7, 4, 5), (9, 9), (11, 3, 4, 8), (2, 12), (6, 6, 6)]
 @pytest.mark.parametrize(
     ("name", "tower", "checkpointing"),
     [
-        ("t5", "clip", False),
+        pytest.param("t5", "clip", False, marks=pytest.mark.slow),
         ("t5", "clip", True),
         ("bart", "clip", False),
-        ("gpt2", None, False),
-        ("llama", None, True),
+        pytest.param("gpt2", None, False, marks=pytest.mark.slow),
+        pytest.param("llama", None, True, marks=pytest.mark.slow),
         ("llama", "clip", False),
     ],
 )
@@ -320,7 +320,7 @@ def test_nothing_to_compile_is_an_error(t5: Backbone) -> None:
         compile_layers(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["mt5", "longt5-local"])
+@pytest.mark.parametrize("name", [pytest.param("mt5", marks=pytest.mark.slow), "longt5-local"])
 def test_other_models_are_compiled(name: str, graphs: Callable[[], int]) -> None:
     model = trained_model(backbone_of(name, "clip", "relative"))
     expected = [loss(model, text).item() for text in BATCHES]

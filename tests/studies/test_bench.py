@@ -247,6 +247,7 @@ def test_results_are_shown(finished: tuple[Path, dict[str, Any]]) -> None:
         assert (folder / "bench.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_compiled_beside_the_same_as_it_is(tmp_path: Path, graphs: Callable[[], int]) -> None:
     methods = "dept40,dept40+compiled"
     results = bench.main(

@@ -58,18 +58,20 @@ def test_nothing_measured_is_said() -> None:
 
 
 SCRIPT = """
-import sys, time
+import json, sys, time
 from pathlib import Path
-if sys.argv[2] == "hangs":
+from filelock import FileLock
+part, path = sys.argv[2], Path(sys.argv[4]) / "gpu_check.json"
+if part == "hangs":
     time.sleep(60)
-import torch
-from benchmarks.gpu.results import Measuring
-part, folder = sys.argv[2], Path(sys.argv[4])
-measuring = Measuring(folder / "gpu_check.json", part, 60.0, torch.device("cpu"), True)
-measuring.entry("first", lambda: {"ms": 1.0})
+with FileLock(path.with_suffix(".lock")):
+    content = json.loads(path.read_text())
+    content.setdefault(part, {})["entries"] = {"first": {"ms": 1.0}}
+    path.write_text(json.dumps(content))
 if part == "dies":
     sys.exit(7)
 """
+"""Leaves what `Measuring` does, without loading torch."""
 
 
 @pytest.fixture

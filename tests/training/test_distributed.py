@@ -75,6 +75,7 @@ def run_compiled(config: RunConfig) -> None:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
 
 
+@pytest.mark.slow
 def test_two_processes_with_compiled_layers_train_the_same(whole: RunConfig, tmp_path: Path) -> None:
     short = replace(
         whole,

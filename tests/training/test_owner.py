@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import write_vqa
-from runs import log
+from runs import forking, log
 
 from dept_vl._utils.errors import InUseError
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
@@ -25,9 +25,6 @@ from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dept_vl.training.score_run"])
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +47,8 @@ def start_one(config: RunConfig, barrier: Any, ends: Any) -> None:
 
 def start_at_once(config: RunConfig, count: int) -> list[str]:
     """Start so many runs at once, and return how they ended."""
-    barrier, ends = CONTEXT.Barrier(count), CONTEXT.Queue()
-    processes = [CONTEXT.Process(target=start_one, args=(config, barrier, ends)) for _ in range(count)]
+    barrier, ends = forking().Barrier(count), forking().Queue()
+    processes = [forking().Process(target=start_one, args=(config, barrier, ends)) for _ in range(count)]
     for process in processes:
         process.start()
     found = [ends.get(timeout=300) for _ in processes]
@@ -93,8 +90,8 @@ def hold(folder: Path, held: Any) -> None:
 @pytest.fixture
 def holder(tmp_path: Path) -> Any:
     """A process that has the folder of a run."""
-    held = CONTEXT.Event()
-    process = CONTEXT.Process(target=hold, args=(tmp_path / "run", held))
+    held = forking().Event()
+    process = forking().Process(target=hold, args=(tmp_path / "run", held))
     process.start()
     assert held.wait(60)
     yield process

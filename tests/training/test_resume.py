@@ -1,7 +1,6 @@
 """A run that is killed anywhere and goes on ends as the run that was never killed, bit for bit."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,7 @@ import pytest
 import torch
 from helpers import annotations_path, questions_path, read_rows, write_rows, write_vqa
 from PIL import Image
-from runs import forget_checksums, reset_accelerate, with_
+from runs import forget_checksums, forking, reset_accelerate, with_
 from safetensors.torch import load_file, save_file
 
 import dept_vl.training.loop
@@ -41,8 +40,6 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 EVENTS = ("step", "fsync", "rename", "log")
 """Where a run is killed: in an optimizer step, as a file is flushed or renamed, as a line is logged."""
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dept_vl.training.run"])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +136,7 @@ def kill_until_finished(config: RunConfig, rng: random.Random, kills: int) -> in
     while killed < kills:
         event = rng.choice(EVENTS)
         number = rng.randint(1, {"step": 9, "fsync": 24, "rename": 4, "log": 12}[event])
-        process = CONTEXT.Process(target=run_and_die, args=(config, torch.get_num_threads(), event, number))
+        process = forking().Process(target=run_and_die, args=(config, torch.get_num_threads(), event, number))
         process.start()
         process.join(120)
         assert process.exitcode is not None, "the run hangs"
@@ -454,7 +451,7 @@ def test_a_stop_while_the_test_split_is_scored_loses_nothing(
     """Whatever is said of checkpoints; afterwards none is left where none was asked for."""
     again = replace(config, output_dir=tmp_path / "run", resume="auto")
     again = replace(again, train=replace(again.train, checkpoint_every=0))
-    process = CONTEXT.Process(target=run_and_stop_in_scoring, args=(again, torch.get_num_threads(), number))
+    process = forking().Process(target=run_and_stop_in_scoring, args=(again, torch.get_num_threads(), number))
     process.start()
     process.join(120)
     assert process.exitcode == -number
