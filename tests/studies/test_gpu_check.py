@@ -1,6 +1,5 @@
 """A GPU check: its parts are isolated, and its report has ratios of what was measured, and nothing else."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -81,8 +80,6 @@ def three_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         name: Part(name, share, 0, "none") for name, share in (("dies", 1.0), ("hangs", 0.04), ("ends", 1.0))
     }
     monkeypatch.setattr(parts, "PARTS", made)
-    scripts = str(Path(__file__).parents[2] / "scripts")
-    monkeypatch.setenv("PYTHONPATH", scripts, prepend=os.pathsep)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     return script
