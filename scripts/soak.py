@@ -85,8 +85,7 @@ def main(options: SoakOptions) -> SoakResult:
         run = folder / f"faults-{result.runs}"
         while not _ended(file, run, rng, patience, end, result):
             if rng.random() < DAMAGED and checkpoints(run):
-                damage(checkpoints(run)[-1], rng)
-                result.damages += 1
+                result.damages += damage(checkpoints(run)[-1], rng)
         result.runs += 1
         result.steps += config.train.max_steps
         result.identical &= left_by(run) == expected
@@ -148,11 +147,14 @@ def _ended(
     return code == 0
 
 
-def damage(checkpoint: Path, rng: random.Random) -> None:
-    """Truncate a file of a checkpoint, change one byte, or remove it."""
+def damage(checkpoint: Path, rng: random.Random) -> bool:
+    """Truncate a file of a checkpoint, change one byte, or remove it; return whether anything was left to."""
     from dept_vl.training.checkpoint import newest
 
-    path = rng.choice(sorted(checkpoint.iterdir()))
+    files = [path for path in sorted(checkpoint.iterdir()) if path.stat().st_size]
+    if not files:  # damaged again and again, by runs that were killed before they saw it
+        return False
+    path = rng.choice(files)
     content = path.read_bytes()
     place = rng.randrange(len(content))
     ways: list[Callable[[], object]] = [
@@ -163,6 +165,7 @@ def damage(checkpoint: Path, rng: random.Random) -> None:
     rng.choice(ways)()
     if newest(checkpoint.parents[1])[0] == checkpoint:
         raise RuntimeError(f"{path} was damaged and {checkpoint} is taken for whole")
+    return True
 
 
 def left_by(run: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Loading of a task's training, dev and test splits, with a check of their images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,21 @@ def _train_and_dev(
     dev = _load(options, dev_split)
     _check_answered(dev, "dev_split", dev_split)
     return train, dev
+
+
+def parts_of(options: DataOptions, split: str, seed: int) -> Iterator[tuple[str, Task]]:
+    """Yield the parts of a run (train, dev, test) that are made of a split, as the run reads them."""
+    train_split, dev_split, test_split = options.splits()
+    if split == test_split:
+        yield "test", limit(_load(options, split), options.test_limit, seed)
+    if split == dev_split:
+        yield "dev", limit(_load(options, split), options.dev_limit, seed)
+    if split == train_split:
+        whole = _load(options, split)
+        train, dev = _train_and_dev(options, whole, choose_shots(options, whole), dev_split, seed)
+        yield "train", train
+        if not dev_split:
+            yield "dev", limit(dev, options.dev_limit, seed)
 
 
 def load_split(options: DataOptions, split: str) -> Task:

@@ -89,7 +89,7 @@ def load(
         0 if base.vision is None else base.vision.token_count * chosen.image_count,
         decoding.max_new_tokens,
     )
-    return Predictor(model, adapter, chosen, decoding, longest)
+    return Predictor(model, adapter, chosen, decoding, longest, run)
 
 
 def find_backbone(

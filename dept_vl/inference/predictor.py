@@ -48,6 +48,7 @@ class Predictor:
         task: Task that determines how questions are asked.
         decoding: Decoding settings.
         max_source_length: Number of tokens that texts are truncated to.
+        run: Folder of the run that the adapter was loaded from, if any.
 
     Example:
         >>> import dept_vl
@@ -62,6 +63,7 @@ class Predictor:
     task: Task
     decoding: Decoding
     max_source_length: int
+    run: Path | None = None
 
     def answer(
         self, image: Images = None, question: str | Sequence[str] = "", *, batch_size: int = 32

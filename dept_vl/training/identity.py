@@ -40,10 +40,10 @@ from dept_vl.data.encoded import WITH_TEXT
 from dept_vl.data.feature_index import INDEX_FILE
 from dept_vl.data.feature_source import features_folder
 from dept_vl.data.lengths import tokenizer_description
-from dept_vl.data.splits import Splits, load_splits, options_together
+from dept_vl.data.splits import Splits, load_splits, options_together, parts_of
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
-from dept_vl.tasks.base import Task
+from dept_vl.tasks.base import Task, data_folder
 
 PACKAGES = ("torch", "transformers", "numpy")
 """Packages whose versions may change the last bits of a result."""
@@ -164,7 +164,7 @@ def _changed_features(folder: Path, config: RunConfig) -> list[str]:
 
 @cache
 def _remark(folder: Path, reason: str) -> None:
-    say(f"note: {folder} is kept; that its data are the same cannot be checked: {reason}")
+    say(f"note: that the data are those of {folder} cannot be checked: {reason}")
 
 
 def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
@@ -211,17 +211,32 @@ def _sources(config: RunConfig) -> dict[str, str]:
     }
 
 
-def changed_rows(folder: Path, task: Task, part: str) -> str:
-    """Return how the rows of a split differ from those of a run, or an empty string.
+def note_changes(folder: Path, trained: RunConfig, now: DataOptions) -> str:
+    """Print and return how a split differs from what a run read of it; empty if it does not.
+
+    The result is also empty if the run did not read the split, or does not say what it read.
 
     Args:
         folder: Folder of the run.
-        task: Split as it is now.
-        part: Use of the split in the run: train, dev or test.
+        trained: Configuration of the run.
+        now: Options that the split is read with now; `test_split` is its name.
     """
-    path, name = folder / IDENTITY_FILE, f"{task.name}.{part}"
-    then = check(read_json(path), Identity).content if is_there(path) else {}
-    return "; ".join(_differences(then, {name: _rows(task)}))
+    path, split = folder / IDENTITY_FILE, now.splits()[-1]
+    began = {options.task: options for options in options_together(trained)}.get(now.task)
+    if began is None or began.own.data != now.own.data or not is_there(path):
+        return ""
+    began = replace(began, data_dir=now.data_dir, own=now.own)
+    content: dict[str, str] = {}
+    try:
+        for part, task in parts_of(began, split, trained.train.seed):
+            content |= _part(task, part)
+    except FileNotFoundError as error:
+        _remark(folder, str(error))
+    changed = "; ".join(_differences(check(read_json(path), Identity).content, content))
+    if changed:
+        place = now.own.data or data_folder(now.task, now.data_dir)
+        say(f"note: {now.task} {split} of {place} has changed since {folder} read it ({changed})")
+    return changed
 
 
 def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> None:
@@ -289,18 +304,18 @@ def batches(config: RunConfig, processes: int) -> str:
 
 
 def _content(splits: Sequence[Splits]) -> dict[str, str]:
-    found = {}
-    for part in splits:
-        for name, task in (("train", part.train), ("dev", part.dev), ("test", part.test)):
-            found[f"{task.name}.{name}"] = _rows(task)
-            images = task.image_files() if task.image_count else []
-            if images:
-                found[f"{task.name}.{name}.images"] = f"{len(images)} files, sizes {sizes_content(images)}"
+    found: dict[str, str] = {}
+    for one in splits:
+        found |= _part(one.train, "train") | _part(one.dev, "dev") | _part(one.test, "test")
     return found
 
 
-def _rows(task: Task) -> str:
-    return f"{len(task)} rows {rows_content(task.rows)}"
+def _part(task: Task, part: str) -> dict[str, str]:
+    name, images = f"{task.name}.{part}", task.image_files() if task.image_count else []
+    found = {name: f"{len(task)} rows {rows_content(task.rows)}"}
+    if images:
+        found[f"{name}.images"] = f"{len(images)} files, sizes {sizes_content(images)}"
+    return found
 
 
 def _weights(backbone: FrozenBackbone, *, folder_too: bool) -> dict[str, str]:

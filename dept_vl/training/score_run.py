@@ -1,8 +1,8 @@
 """Score a finished run on any split of any task. The command `dept-vl evaluate` uses this."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.submission import Submission, write_submission
+from dept_vl.training.identity import note_changes
 from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_evaluation_report
 from dept_vl.training.stages import Part, Stages, write_answers
@@ -45,11 +46,13 @@ class Evaluated:
         evaluation: Predictions and scores.
         output_dir: Folder of the written files; None if none were written.
         submission: Submission for the task's server, if the split has no published answers.
+        changed: How the split differs from what the run read of it; empty if it does not.
     """
 
     evaluation: Evaluation
     output_dir: Path | None
     submission: Submission | None = None
+    changed: str = ""
 
     @property
     def scores(self) -> dict[str, float]:
@@ -85,23 +88,19 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
             scoring.write()
         accelerator.wait_for_everyone()
     accelerator.end_training()
-    return Evaluated(scoring.evaluations[0], scoring.output_dir if write else None, scoring.submission)
+    folder = scoring.output_dir if write else None
+    return Evaluated(scoring.evaluations[0], folder, scoring.submission, scoring.changed)
 
 
 def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
     """Predict and score a split with a predictor. `config.run` is ignored."""
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     output_dir = config.output_dir
-    other = TASKS[OWN_TASK].other_split if config.own.data is not None else ""
-    options = DataOptions(
-        task=predictor.task.loaded_as if config.own.data is None else OWN_TASK,
-        data_dir=config.data_dir,
-        own=config.own,
-        question_case=predictor.task.question_case,
-    )
+    options, changes = _predictor_data(predictor, config)
     with _writing(output_dir, accelerator, config):
         with main_first(accelerator):
-            task = load_split(options, config.split or other or predictor.task.test_split)
+            task = load_split(options, options.splits()[-1])
+        changed = on_main(accelerator, changes)
         task = check_images(limit(task.asked_by(predictor.task), config.limit, 0), config.on_bad_image)
         collator = Collator.for_model(
             predictor.model,
@@ -124,7 +123,27 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
             output_dir.mkdir(parents=True, exist_ok=True)
             write_answers(task, evaluation, output_dir)
             write_noted_json(output_dir / SCORES_FILE, evaluation.scores, indent=2)
-    return Evaluated(evaluation, output_dir)
+    return Evaluated(evaluation, output_dir, changed=changed)
+
+
+def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataOptions, Callable[[], str]]:
+    """Return the data to score a predictor on, and a function that notes how they differ from its run's."""
+    asked, run = predictor.task, predictor.run
+    given = config.own.data is not None
+    name = OWN_TASK if given else asked.loaded_as
+    if run is not None:
+        trained = read_config(run / CONFIG_FILE)
+        if name in {TASKS[one.task].loaded_as for one in (trained.data, *trained.also)}:
+            options = data_options(replace(config, run=run, task=name), trained)
+            return options, lambda: note_changes(run, trained, options)
+    options = DataOptions(
+        task=name,
+        data_dir=config.data_dir,
+        own=config.own,
+        question_case=asked.question_case,
+        test_split=config.split or (TASKS[name].other_split if given else "") or asked.test_split,
+    )
+    return options, str
 
 
 @contextmanager
@@ -160,6 +179,7 @@ class ScoreRun(Stages):
         super().__init__(accelerator, folder, batch_size=config.batch_size, num_workers=config.num_workers)
         self.whole: Task | None = None
         self.submission: Submission | None = None
+        self.changed = ""
 
     @waiting("preparing")
     def prepare(self) -> None:
@@ -171,6 +191,7 @@ class ScoreRun(Stages):
                 # Loaded now, so that a missing file is noticed before the predictions are made.
                 self.whole = load_split(options, task.server_split)
         task.check_requirements()  # fails before the predictions are made
+        self.changed = on_main(accelerator, lambda: note_changes(config.run, self.trained, options))
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         self.adapter = Adapter.load(config.adapter or config.run / BEST)
         asker, longest = informed(self._asker(), self.adapter.answering, config.run)
@@ -231,4 +252,5 @@ class ScoreRun(Stages):
 
     def write_report(self, answered: Sequence[Answered]) -> Path:
         """Write the report of the evaluation."""
-        return write_evaluation_report(self.output_dir, self.adapter, answered[0])
+        page = replace(answered[0], changed=self.changed)
+        return write_evaluation_report(self.output_dir, self.adapter, page)

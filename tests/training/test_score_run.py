@@ -11,6 +11,7 @@ import pytest
 import tyro
 from runs import files, forget_checksums, in_two_processes, reset_accelerate, with_
 
+import dept_vl
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
 from dept_vl.tasks import load_task
@@ -309,3 +310,56 @@ def test_the_run_is_found_as_it_was_written(finished: Finished) -> None:
     assert (
         replace(read_config(finished.folder / "config.json"), output_dir=finished.folder) == finished.config
     )
+
+
+def answer_otherwise(path: Path) -> None:
+    content = json.loads(path.read_text())
+    for answer in content["annotations"][0]["answers"]:
+        answer["answer"] = "banana"
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("split", "part"), [("val", "test"), ("train", "train"), ("test-dev", "")])
+def test_data_that_have_changed_since_the_run_are_told(
+    finished: Finished,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    split: str,
+    part: str,
+) -> None:
+    data_dir = shutil.copytree(scenes / "vqav2", tmp_path / "vqav2")
+    began = json.loads((finished.folder / "identity.json").read_text())["content"]
+    predictor = dept_vl.load(finished.folder)
+
+    def changed() -> dict[str, str]:
+        """What is told of a part, with what it was before."""
+        folder = tmp_path / "evaluation"
+        shutil.rmtree(folder, ignore_errors=True)
+        options = {"split": split, "data_dir": data_dir, "limit": 2}
+        found = dept_vl.evaluate(finished.folder, output_dir=folder, **options)
+        assert dept_vl.evaluate(predictor, **options).changed == found.changed
+        said = capsys.readouterr().out.count(f"note: vqav2 {split} of {data_dir} has changed since")
+        assert said == (2 if found.changed else 0)
+        assert ("has changed since" in (folder / "report.html").read_text()) == bool(found.changed)
+        told = dict(line.split("=", 1) for line in found.changed.split("; ") if line)
+        return {name: line.split(" -> ")[0] for name, line in told.items() if "dev" not in name}
+
+    assert changed() == {}  # moved, and the same
+    expected = {}
+    for name, change in (
+        ("", lambda: answer_otherwise(data_dir / f"v2_mscoco_{split}2014_annotations.json")),
+        (".images", lambda: [path.write_bytes(path.read_bytes() + b" ") for path in data_dir.glob("*/*")]),
+    ):
+        if part:
+            change()
+            expected[f"vqav2.{part}{name}"] = began[f"vqav2.{part}{name}"]
+        assert changed() == expected
+
+
+def test_a_predictor_of_a_run_is_scored_on_the_data_of_the_run(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # there is no data/vqav2 here
+    found = dept_vl.evaluate(dept_vl.load(finished.folder))
+    assert found.scores == finished.result.scores

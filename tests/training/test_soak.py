@@ -28,8 +28,12 @@ def test_a_damage_is_found_and_a_difference_too(tmp_path: Path, make_run: Callab
     assert found[0] == found[1] != found[2]
     before, newest = state.checkpoints(tmp_path / "one")
     assert state.newest(tmp_path / "one")[0] == newest
-    soak.damage(newest, random.Random(0))
+    rng = random.Random(0)
+    assert soak.damage(newest, rng)
     assert state.newest(tmp_path / "one")[0] == before
+    while soak.damage(newest, rng):
+        pass
+    assert not any(path.stat().st_size for path in newest.iterdir())
     reset_accelerate()
 
 

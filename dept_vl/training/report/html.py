@@ -43,12 +43,14 @@ class Answered:
         split: Name of the split.
         predictions: Prediction for each example.
         scores: Scores of the predictions; empty if the answers are not published.
+        changed: How the split differs from what the run read of it; empty if it does not.
     """
 
     task: Task
     split: str
     predictions: Mapping[ExampleId, str]
     scores: Mapping[str, float]
+    changed: str = ""
 
     @property
     def name(self) -> str:
@@ -214,6 +216,7 @@ def _section(answered: Answered) -> dict[str, Any]:
         "name": answered.name,
         "task": answered.task,
         "scores": answered.scores,
+        "changed": answered.changed,
         "figures": [
             (name, f"{value:.2f}", answered.task.scale_of(name))
             for name, value in shown_metrics(answered.scores).items()

@@ -11,7 +11,7 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.config import read_config
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import limit
-from dept_vl.training.identity import changed_rows
+from dept_vl.training.identity import note_changes
 from dept_vl.training.options import ReportConfig
 from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_run_report
@@ -53,8 +53,7 @@ def remake_page(run: Path) -> Path:
         split = options.splits()[-1]
         task = load_split(options, split).answered()
         task = limit(task, options.test_limit, trained.train.seed)
-        if changed := changed_rows(run, task, "test"):
-            say(f"warning: the data have changed since the run ({changed}); the page shows the present data")
+        changed = note_changes(run, trained, options)
         suffix, start = (f"-{task.name}", f"{task.name}/") if trained.also else ("", "")
         predictions = task.prediction_format.read(run / f"predictions{suffix}{task.prediction_format.suffix}")
         scores = {
@@ -62,7 +61,7 @@ def remake_page(run: Path) -> Path:
             for name, value in summary["scores"].items()
             if name.startswith(start)
         }
-        answered.append(Answered(task, split, predictions, scores))
+        answered.append(Answered(task, split, predictions, scores, changed))
     path = write_run_report(run, trained, summary, answered)
     say(f"report: {path}")
     return path
