@@ -175,7 +175,7 @@ def stopped_at(config: RunConfig, folder: Path, steps: int) -> RunConfig:
     def counting(self: torch.optim.AdamW, *args: Any, **options: Any) -> Any:
         calls[0] += 1
         if calls[0] == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(self, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +208,7 @@ def test_a_stop_during_an_evaluation_is_heeded_after_it(
     def stopping(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return evaluate(*arguments, **options)
 
     monkeypatch.setattr(dept_vl.training.loop, "evaluate", stopping)
@@ -465,7 +465,7 @@ def test_a_stop_while_the_test_split_is_scored_loses_nothing(
 
 def run_and_stop_in_scoring(config: RunConfig, threads: int, number: int) -> None:
     torch.set_num_threads(threads)
-    dept_vl.training.stages.evaluate = lambda *_, **__: os.kill(os.getpid(), number)
+    dept_vl.training.stages.evaluate = lambda *_, **__: signal.raise_signal(number)
     run(config)
 
 
