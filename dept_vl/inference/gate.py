@@ -43,6 +43,8 @@ READ = re.compile(
 )
 STREAMS = re.compile(rf"{API}/(?:queue/data|upload_progress|heartbeat/\w+)")
 SENT = re.compile(rf"{ASK}|{UPLOAD}|{API}/(?:cancel|reset)")
+CALLS = range(3)
+"""Numbers of the functions of the page, which a question names: ask (by button and by Enter) and looks."""
 KEPT_OF_QUESTION = ("data", "fn_index", "trigger_id", "session_hash")
 
 
@@ -232,6 +234,8 @@ def cleaned(body: bytes) -> bytes:
     asked = json.loads(body)
     if not isinstance(asked, dict) or not isinstance(asked.get("data"), list):
         raise ValueError("expected an object with data")
+    if type(asked.get("fn_index")) is not int or asked["fn_index"] not in CALLS:
+        raise ValueError("expected a function of the page")
     kept = {name: asked[name] for name in KEPT_OF_QUESTION if name in asked}
     return json.dumps(kept | {"data": [_plain(value) for value in asked["data"]]}).encode()
 

@@ -1,5 +1,6 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
+import json
 import shutil
 import threading
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 from dept_vl._utils.errors import UsageError
 from dept_vl.inference import demo
 from dept_vl.inference.demo import BASE, is_loopback, launch, names_of
+from dept_vl.inference.gate import CALLS
 from dept_vl.inference.mixed import ManyAdapters
 from dept_vl.models.backbone import Backbone
 
@@ -231,6 +233,9 @@ def test_the_page_is_for_this_machine_and_reads_uploads_alone(
     page = urllib.request.urlopen(address).read().decode()
     assert '"analytics_enabled":false' in page.replace(" ", "")
     assert "fonts.googleapis.com" not in page
+
+    calls = json.loads(urllib.request.urlopen(f"{address}config").read())["dependencies"]
+    assert [call["id"] for call in calls] == list(CALLS)
 
     visitor = Visitor(address)
     answer, problem = visitor.ask({"path": visitor.upload(picture.read_bytes())}, "what?")

@@ -212,7 +212,9 @@ def test_requests_are_bounded(page: tuple[str, ManyAdapters, Path], files: list[
         more = {"data": [name, "what?", {"path": own}, None]}
         answer, problem = visitor.ask(None, "", **more)
         assert (answer, "there is no adapter" in problem) == ("", True)
-    for odd in ({"fn_index": 99}, {"fn_index": "x"}, {"fn_index": None}, {"data": []}, {"session_hash": {}}):
+    for number in (99, -1, 3, "x", "0", None, True, 0.0):
+        assert visitor.ask({"path": own}, "what?", fn_index=number)[0] == 400
+    for odd in ({"data": []}, {"session_hash": {}}):
         assert visitor.ask({"path": own}, "what?", **odd)[0] in (None, 400, 404, 422, 500)
     assert visitor.ask({"path": own}, "what?") == (many.answer(files[0], "what?", adapters="colours"), "")
     assert time.monotonic() - started < PATIENCE
