@@ -230,7 +230,7 @@ def note_changes(folder: Path, trained: RunConfig, now: DataOptions) -> str:
     try:
         for part, task in parts_of(began, split, trained.train.seed):
             content |= _part(task, part)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # what is left may not be divided as before
         _remark(folder, str(error))
     changed = "; ".join(_differences(check(read_json(path), Identity).content, content))
     if changed:
