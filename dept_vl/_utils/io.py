@@ -21,6 +21,9 @@ from dept_vl._utils.printable import printable
 
 LONGEST_JSON = 1 << 26
 """Maximum size of a JSON file in bytes; usual files have a few thousand."""
+DEEPEST = 200
+"""Maximum nesting depth of JSON. The memory of ijson grows with its square."""
+NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 CHECKSUMS_FILE = ".checksums.json"
 """File with the size and checksum of files in its folder, by name."""
 TRIES, PAUSE = 3, 0.05
@@ -73,8 +76,46 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-parse_json: Callable[[str], Any] = json.JSONDecoder(object_pairs_hook=_unique).decode
-"""Parse JSON text like `json.loads`, but raise `RepeatedKeyError` if an object has a key twice."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+class NestedError(ValueError):
+    """JSON with more than `DEEPEST` lists and objects in each other."""
+
+    def __init__(self) -> None:
+        super().__init__(f"it is nested too deeply: more than {DEEPEST} lists and objects in each other")
+
+
+class Depth:
+    """Nesting depth of a JSON text that is read in parts; brackets in strings do not count."""
+
+    def __init__(self) -> None:
+        self.depth = self._in_string = 0
+        self._escape = b""
+
+    def add(self, data: bytes) -> None:
+        """Follow the next part of the text; raise NestedError if it is nested too deeply."""
+        data = (self._escape + data).replace(rb"\\", b"").replace(rb"\"", b"")
+        self._escape = b"\\" if data.endswith(b"\\") else b""
+        parts = data.split(b'"')
+        left = b"".join(parts[self._in_string :: 2]).translate(None, NOT_BRACKETS)
+        self._in_string = (self._in_string + len(parts) - 1) % 2
+        for _ in range(DEEPEST):  # each time the innermost pairs go; what is left closes and opens others
+            before, left = len(left), left.replace(b"[]", b"").replace(b"{}", b"")
+            if len(left) == before:
+                break
+        else:
+            raise NestedError
+        self.depth += 2 * (left.count(b"[") + left.count(b"{")) - len(left)
+        if self.depth > DEEPEST:
+            raise NestedError
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON text like `json.loads`; raise RepeatedKeyError or NestedError."""
+    if text.count("[") + text.count("{") > DEEPEST:
+        Depth().add(text.encode("utf-8", "surrogatepass"))
+    return _DECODER.decode(text)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -218,7 +259,7 @@ def _read_checksums(folder: Path) -> Checksums:
             raise ValueError(f"it has {sorted(found)}"[:100])
     except FileNotFoundError:
         return {"files": {}, "before": {}}
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DamagedFileError(
             f"{path} is damaged ({one_line(error)}); remove it, and the files beside it are taken as they are"
         ) from None
@@ -271,9 +312,10 @@ def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except RepeatedKeyError as error:
         raise DamagedFileError(f"{path} is damaged: {error}") from None
-    # Very deep nesting raises a RecursionError.
+    # Very deep nesting raises a RecursionError in `json.loads`.
     except (ValueError, RecursionError) as error:
-        raise DamagedFileError(f"{path} is damaged: it is not valid JSON: {one_line(error)}") from None
+        reason = NestedError() if isinstance(error, RecursionError) else error
+        raise DamagedFileError(f"{path} is damaged: it is not valid JSON: {one_line(reason)}") from None
 
 
 def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -52,6 +52,7 @@ POOL = pa.proxy_memory_pool(pa.default_memory_pool())
 CAPTIONS = {"a green square": 1.0, "one square that is green": 1.0}
 TWICE = '{"image": "img_0001", "question": "which?", "answer": "blue", "answer": "red"}\n'
 """A key twice, of which one value would be lost."""
+DEEP = json.loads("[" * 201 + "1" + "]" * 201)
 CHOSEN = {"image": "IMG_0001.JPG", "question": "which?", "choices": ["red", "blue", "green"], "answer": 2}
 COUNTED = CHOSEN | {"choices": ["1", "2", "3", "4"]}
 QUESTION = {"image": "IMG_0001.JPG", "question": "what color is it?", "answer": "blue"}
@@ -211,6 +212,35 @@ def test_csv_of_a_spreadsheet(tmp_path: Path, encoding: str) -> None:
     assert len(long) > 9_990
 
 
+@pytest.mark.parametrize(
+    "names", [("train", "validation", "test"), ("Train", "val", "testing"), ("test", "dev", "training")]
+)
+def test_lists_of_splits_in_one_file_are_all_read(tmp_path: Path, names: tuple[str, ...]) -> None:
+    rows = {name: [QUESTION | {"id": f"{name}{n}"} for n in range(2)] for name in names}
+    path = written(tmp_path, json.dumps({"info": {"year": 2}, **rows}), "data.json")
+    known = {"train": names[0], "validation": names[1], "test": names[2]}
+    if names[0] == "test":
+        known = {"train": names[2], "validation": names[1], "test": names[0]}
+    for split, name in known.items():
+        assert own(path, split).example_ids() == [f"{name}0", f"{name}1"]
+    assert len(own(path)) == 6
+
+
+def test_questions_and_annotations_in_one_file_are_joined(tmp_path: Path) -> None:
+    asked = [{"question_id": n, "image_id": 3, "question": "which?"} for n in (5, 6)]
+    answers = [{"question_id": n, "answers": [{"answer": colour}]} for n, colour in ((6, "red"), (5, "blue"))]
+    content = {"annotations": answers, "licenses": [{"id": 1}], "questions": asked}
+    task = own(written(tmp_path, json.dumps(content), "data.json"))
+    assert [task[place].answer for place in (0, 1)] == ["blue", "red"]
+
+
+def test_brackets_in_texts_are_not_nesting(tmp_path: Path) -> None:
+    question = '[{"' * 60 + "\\" * 3
+    rows = [QUESTION | {"question": question} for _ in range(400)]
+    task = own(written(tmp_path, json.dumps({"data": rows}), "data.json"))
+    assert (len(task), task[399].question) == (400, question)
+
+
 @pytest.mark.parametrize("more", [{}, {"direct_answers": ["three"] * 10}, {"answer": "4"}])
 @pytest.mark.parametrize("index", [2, 2.0, "2"])
 def test_the_index_of_a_choice_is_never_its_text(tmp_path: Path, index: object, more: dict[str, Any]) -> None:
@@ -318,6 +348,18 @@ def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         ("data.csv", "foo,bar\n1,2\n", "columns are foo, bar. Understood are images, image"),
         ("data.csv", "image,bar\na.png,2\n", "--columns question=NAME answer=NAME"),
         ("data.xlsx", "PK", "data.xlsx"),
+        ("data.json", "[" * 100_000, "nested too deeply"),
+        ("data.json", '{"a":' * 100_000, "nested too deeply"),
+        ("data.json", '{"data": [{"image":' + "[" * 100_000, "nested too deeply"),
+        ("data.json", json.dumps([QUESTION | {"more": DEEP}]), "nested too deeply"),
+        ("data.jsonl", "[" * 100_000, "nested too deeply"),
+        ("data.jsonl", lines(QUESTION) + '{"a":' * 100_000, "line 2: expected one JSON object a line"),
+        ("data.jsonl", lines(QUESTION | {"answer": DEEP}), "line 1: expected one JSON object a line"),
+        ("metadata.jsonl", "[" * 100_000, "metadata.jsonl: the file is no whole JSON"),
+        ("data.json", json.dumps({"data": [QUESTION], "rest": [QUESTION]}), "found 'data', 'rest'"),
+        ("data.json", json.dumps({"train": [QUESTION], "rest": [QUESTION]}), "found 'train', 'rest'"),
+        ("data.json", json.dumps({"images": [QUESTION], "questions": [QUESTION]}), "'images', 'questions'"),
+        ("data.json", '{"test": [{}], "test": [{}]}', "the key 'test'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_one_clear_error(

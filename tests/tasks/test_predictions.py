@@ -155,7 +155,7 @@ def test_csv_ids_that_are_no_numbers_are_refused(tmp_path: Path, key: str) -> No
         ("[", "found something else"),
         ('[{"question_id": 1, "answer": "a"}] x', "found something else (Extra data"),
         (b'[{"question_id": 1, "answer": "\xff"}]', "found something else ('utf-8'"),
-        ("[" * 100_000, "found something else (maximum recursion"),
+        ("[" * 100_000, "found something else (it is nested too deeply"),
         ('[{"question_id": ' + "9" * 5000 + ', "answer": "a"}]', "found something else (Exceeds the limit"),
         ('{"1": "a"}', 'a list of {"question_id": int, "answer": str}, found dict'),
         ('"text"', "found str"),

@@ -319,6 +319,13 @@ def test_other_encodings_are_refused(tmp_path: Path, read: Read, form: str, bad:
 @pytest.mark.parametrize("mark", ["[", '{"a":'])
 def test_deep_nesting_is_refused(tmp_path: Path, read: Read, form: str, mark: str) -> None:
     refused(read, write(tmp_path, form % (f'{{"x": {mark * 100_000}')))
+    refused(read, write(tmp_path, form % (f'{{"x": {"[" * 201}{" " * records.CHUNK}{"]" * 201}}}')))
+
+
+@each_reader
+def test_brackets_in_texts_are_not_nesting(tmp_path: Path, read: Read, form: str) -> None:
+    record = {"x": '[{"' * records.CHUNK + "\\", "y": [[1]] * 300}
+    assert len(list(read(write(tmp_path, form % json.dumps(record))))) == 1
 
 
 @each_reader

@@ -68,6 +68,7 @@ def test_bad_json_is_one_line_with_the_path(tmp_path: Path, content: bytes) -> N
         read_json(tmp_path / "x.json")
     assert str(error.value).startswith(str(tmp_path / "x.json"))
     assert "\n" not in str(error.value)
+    assert ("more than 200 lists and objects in each other" in str(error.value)) == (content[:2] == b"[[")
 
 
 def test_a_key_twice_is_damage_to_our_own_files(tmp_path: Path) -> None:

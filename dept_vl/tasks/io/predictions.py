@@ -76,7 +76,7 @@ class PredictionFormat:
                 content = parse_json(text)
             else:
                 content = _csv_lines(text) if self.kind == "csv" else _lines(text)
-        except (ValueError, RecursionError, csv.Error) as error:
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
         if self.kind != "json":
             for number, cells in content:

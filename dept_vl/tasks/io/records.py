@@ -16,15 +16,13 @@ from typing import Any, BinaryIO
 
 import ijson
 
-from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys, parse_json
+from dept_vl._utils.io import Depth, NestedError, RepeatedKeyError, UniqueKeys, check_keys, parse_json
 from dept_vl._utils.terminal import Count
 
 CHUNK = 1 << 14
 """Number of bytes read at a time."""
 LONGEST_PARSED = 1 << 26
 """Maximum size in bytes of a damaged JSON file that is parsed again to find the line of the error."""
-DEEPEST = 200
-"""Maximum nesting depth that a chunk may add, since ijson's memory grows with its square."""
 
 
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
@@ -75,7 +73,7 @@ def json_object(
         record = parse_json(text if isinstance(text, str) else text.decode())
     except RepeatedKeyError as error:
         raise kind(f"{where}: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         shown = text if isinstance(text, str) else text.decode(errors="replace")
         reason = json_reason(error, shown)
@@ -133,7 +131,7 @@ def json_reason(error: Exception, text: str) -> str:
         if text[: error.pos].rstrip().endswith(","):
             return "a comma stands before the closing bracket, or a value is missing behind it"
         return error.msg
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return str(NestedError() if isinstance(error, RecursionError) else error)
 
 
 def brief(value: Any) -> str:
@@ -161,12 +159,11 @@ class _Shallow:
     """A file for ijson that limits the nesting of lists and objects."""
 
     def __init__(self, file: BinaryIO, count: Count) -> None:
-        self.file, self.count = file, count
+        self.file, self.count, self.depth = file, count, Depth()
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
-        if sum(map(data.count, (b"[", b"{"))) - sum(map(data.count, (b"]", b"}"))) > DEEPEST:
-            raise ijson.JSONError(f"more than {DEEPEST} nested lists or objects")
+        self.depth.add(data)
         self.count.add(len(data))
         return data
 
@@ -180,7 +177,7 @@ def _json(path: Path, source: str) -> Iterator[_Shallow]:
     ):
         try:
             yield _Shallow(file, count)
-        except (ijson.JSONError, UnicodeDecodeError) as error:
+        except (ijson.JSONError, NestedError, UnicodeDecodeError) as error:
             where, reason = json_fault(path, error)
             place = f"before byte {file.tell():,}: " if where == str(path) else ""
             raise ValueError(

@@ -44,7 +44,15 @@ def rows_of(
     sources = [table.path for table in tables]
     sources += [path for table in tables if (path := annotations_of(table.path)) is not None]
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
-    key = repr(("as it looks", said, str(folder.absolute()), [table.split for table in tables], images_alone))
+    key = repr(
+        (
+            "as it looks, all lists",
+            said,
+            str(folder.absolute()),
+            [table.split for table in tables],
+            images_alone,
+        )
+    )
     title = f"own-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     columns = Columns(
         read_mapping(options.columns),

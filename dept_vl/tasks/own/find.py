@@ -6,15 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.own.formats import is_annotations
+from dept_vl.tasks.own.formats import SPLITS, is_annotations
 from dept_vl.tasks.own.options import TABLES, is_data_set
 
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-"""Split names used here, by the usual names of splits."""
 OURS = (
     "index.json",
     "config.json",

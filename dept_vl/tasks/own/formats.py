@@ -2,7 +2,7 @@
 
 Supported are VQA v1 and v2 and OK-VQA (questions and annotations in two files), COCO's `captions_*.json`,
 Karpathy's file of COCO and Flickr, Visual7W, GQA (an object of objects), and any object with a list of
-records in it (TextVQA, ST-VQA). VizWiz and A-OKVQA are plain lists.
+records in it (TextVQA, ST-VQA), or with one for each split. VizWiz and A-OKVQA are plain lists.
 """
 
 import re
@@ -15,7 +15,7 @@ from dept_vl.tasks.own.readers import (
     Numbered,
     Record,
     begins_with_list,
-    json_lists,
+    json_shape,
     place,
     read_arrow,
     read_csv,
@@ -34,6 +34,12 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     "record": read_record,
 }
 """Reader by shape of a JSON file."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Split names used here, by the usual names of splits."""
 SPLIT_NAMES = {"restval": "train"}
 """Split names by Karpathy's names; `restval` holds further training images."""
 
@@ -64,24 +70,44 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
 
 
 def _read_json(path: Path) -> Numbered:
-    shape = json_lists(path)
+    shape, keys = json_shape(path)
     if shape in READERS:
         return READERS[shape](path)
+    if all(key.lower() in SPLITS for key in keys):
+        return _splits(path, keys)
+    if set(keys) == {QUESTIONS, ANNOTATIONS}:
+        return _joined(path, path)
+    if len(keys) > 1 and set(keys) != {IMAGES, ANNOTATIONS}:
+        found = ", ".join(f"{key!r:.40}" for key in keys[:10])
+        raise UsageError(
+            f"{path}: expected one list of rows, found {found}; only {keys[0]!r:.40} would be read. Put the "
+            "lists into files of their own, or call them train, validation and test"
+        )
+    return _read_list(path, keys[0])
+
+
+def _splits(path: Path, keys: Sequence[str]) -> Numbered:
+    """Read an object with a list of rows for each split."""
+    rows = ((key, row) for key in keys for _, row in read_json(path, key))
+    for number, (key, row) in enumerate(rows, start=1):
+        yield number, {**row, "split": row.get("split") or SPLITS[key.lower()]}
+
+
+def _read_list(path: Path, shape: str) -> Numbered:
+    """Read an object whose rows are in the list under one key."""
     if shape == QUESTIONS:
         answers = annotations_of(path)
         return _joined(path, answers) if answers is not None else read_json(path, QUESTIONS)
+    first = next(read_json(path, shape), (0, {}))[1]
     if shape == IMAGES:
-        first = next(read_json(path, IMAGES), (0, {}))[1]
         if "sentences" in first:
             return ((number, _karpathy(row)) for number, row in read_json(path, IMAGES))
         if "qa_pairs" in first:
             rows = read_json(path, IMAGES)
             return ((number, _visual7w(row, one)) for number, row in rows for one in row.get("qa_pairs", []))
         return _coco_captions(path)
-    if shape == ANNOTATIONS:
-        first = next(read_json(path, ANNOTATIONS), (0, {}))[1]
-        if "caption" in first:
-            return _coco_captions(path)
+    if shape == ANNOTATIONS and "caption" in first:
+        return _coco_captions(path)
     return read_json(path, shape)
 
 

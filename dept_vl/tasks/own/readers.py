@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.io import RepeatedKeyError, UniqueKeys, check_keys
+from dept_vl._utils.io import Depth, NestedError, RepeatedKeyError, UniqueKeys, check_keys
 from dept_vl._utils.printable import one_line
 from dept_vl.tasks.io.records import brief, json_fault, json_object
 from dept_vl.tasks.own.inline import Embedded
@@ -37,6 +37,8 @@ IMAGE_ROWS = 16
 """Number of rows read at a time if image bytes are read with them."""
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 CHUNK = 1 << 16
+NO_ROWS = ("info", "license", "licenses", "categories", "boxes")
+"""Keys of official files that hold no rows."""
 ONE_A_LINE = "one JSON object a line"
 
 
@@ -148,25 +150,40 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
     return header
 
 
-def json_lists(path: Path) -> str:
-    """Return the shape of a JSON file: `lines`, `list`, `objects`, `record`, or the key of its list."""
+def json_shape(path: Path) -> tuple[str, list[str]]:
+    """Return the shape of a JSON file, and the keys of its lists of objects.
+
+    The shape is `lines`, `list`, `objects`, `record`, or `keys` if there are such lists.
+
+    Raises:
+        UsageError: If the file is no JSON, or has two lists under one key.
+    """
     first, end, second = _lines(path)
     if first in ("[", ""):
-        return "list"
+        return "list", []
     if first == "{" and (second == "{" or end == "},"):
-        return "lines"
+        return "lines", []
+    keys, key, depth, holder = [], "", 0, ""
     with _json(path) as raw:
-        key = ""
-        for prefix, event, value in ijson.parse(raw, buf_size=CHUNK):
-            if prefix == "" and event == "map_key":
-                key = value
-            elif event == "start_map" and prefix == f"{key}.item" and key not in ("licenses", "categories"):
-                return str(key)
-            elif event == "start_map" and key and prefix == key and key not in ("info", "license"):
-                return "objects"
-    if not second:
-        return "lines"  # one record alone
-    return "record"
+        for event, value in ijson.basic_parse(raw, buf_size=CHUNK):
+            if event == "map_key":
+                key = value if depth == 1 else key
+            elif event in ("start_map", "start_array"):
+                depth += 1
+                if depth == 2:
+                    holder = event
+                    if event == "start_map" and not keys and key not in NO_ROWS:
+                        return "objects", []
+                elif depth == 3 and event == "start_map" and holder == "start_array" and key not in NO_ROWS:
+                    holder = ""  # the first object of a list tells enough
+                    if key in keys:
+                        raise UsageError(f"{path}: {RepeatedKeyError(key)}")
+                    keys.append(key)
+            elif event in ("end_map", "end_array"):
+                depth -= 1
+    if keys:
+        return "keys", keys
+    return ("record" if second else "lines"), []  # lines: one record alone
 
 
 def _lines(path: Path) -> tuple[str, str, str]:
@@ -226,13 +243,15 @@ def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
 
 
 class _Utf8:
-    """A text file as a stream of UTF-8 without byte order mark, for ijson."""
+    """A text file as a stream of UTF-8 without byte order mark, for ijson; its nesting is limited."""
 
     def __init__(self, file: TextIOWrapper) -> None:
-        self.file = file
+        self.file, self.depth = file, Depth()
 
     def read(self, size: int) -> bytes:
-        return self.file.read(size).encode("utf-8", errors="surrogatepass")
+        data = self.file.read(size).encode("utf-8", errors="surrogatepass")
+        self.depth.add(data)
+        return data
 
 
 @contextmanager
@@ -241,7 +260,7 @@ def _json(path: Path) -> Iterator[_Utf8]:
     with _decoding(path), text_of(path) as file:
         try:
             yield _Utf8(file)
-        except ijson.JSONError as error:
+        except (ijson.JSONError, NestedError) as error:
             where, reason = json_fault(path, error, encoding_of(path))
             raise UsageError(f"{where}: the file is not complete JSON: {reason}") from None
 

@@ -10,7 +10,7 @@ from dept_vl._utils.checksums import checksum
 from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
-from dept_vl.tasks.own.find import SPLITS
+from dept_vl.tasks.own.formats import SPLITS
 from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
 
@@ -68,8 +68,9 @@ def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root:
     count = int(groups.max()) + 1
     if count <= parts:
         raise UsageError(
-            f"cannot hold out validation and test images of {count}; give more images, or name the splits in "
-            "a column `split` or in files train, validation and test"
+            f"{options.data or root}: cannot hold out images of {parts} splits (validation, test) from "
+            f"{count} in train; give more images, or name the splits in a column `split` or in files train, "
+            "validation and test"
         )
     size = max(1, min(round(options.holdout_share * count), (count - 1) // parts))
     order = Random(options.split_seed).sample(range(count), parts * size)
