@@ -226,9 +226,9 @@ def over_lengths(folder: Path, like: int) -> str:
         name: cost
         for of_length in whole.values()
         for name, mine in of_length.items()
-        if (cost := mean_cost(mine))
+        if len(scores[name]) > 1 and (cost := mean_cost(mine))
     }
-    if len(lengths) > 1 and costs:
+    if costs:
         seconds = {
             name: {place * milliseconds / 1000: score for place, score in scores[name].items()}
             for name, (milliseconds, _) in costs.items()

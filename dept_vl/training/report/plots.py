@@ -101,12 +101,18 @@ def curve_plot(
         Whether matplotlib is installed. Without it nothing is drawn.
     """
     try:
+        from matplotlib.ticker import LogLocator
+
         with drawn(path, len(panes), figsize=(14, 6), layout="constrained") as drawing:
             for pane, (x, lines) in zip(drawing, panes.items(), strict=True):
                 for name, of_name in lines.items():
                     means = [score.mean for score in of_name.values()]
                     pane.plot(list(of_name), means, marker="o", ms=3, color=colour_of(name))
-                pane.set(xlabel=x, xscale="log" if log else "linear")
+                pane.set(xlabel=x)
+                if log:
+                    pane.set_xscale("log", subs=())
+                    pane.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    pane.xaxis.set_major_formatter("{x:g}")
                 _name_ends(pane, lines)
             drawing[0].set(ylabel=y)
     except ImportError:
@@ -116,7 +122,10 @@ def curve_plot(
 
 def _name_ends(pane: Any, lines: Mapping[str, Mapping[Any, Interval]]) -> None:
     """Write each name to the right of its last point, without overlaps where there is room below."""
-    pane.margins(x=0.3)
+    left, right = pane.get_xlim()
+    pane.set_xlim(
+        right=right * (right / left) ** 0.3 if pane.get_xscale() == "log" else right + 0.3 * (right - left)
+    )
     pane.figure.draw_without_rendering()  # otherwise positions differ from those in the file
     ends = {
         name: (list(of_name)[-1], list(of_name.values())[-1].mean)
