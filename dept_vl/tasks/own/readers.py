@@ -163,7 +163,8 @@ def json_shape(path: Path) -> tuple[str, list[str]]:
         return "list", []
     if first == "{" and (second == "{" or end == "},"):
         return "lines", []
-    keys, key, depth, holder = [], "", 0, ""
+    keys: list[str] = []
+    key, depth, holder = "", 0, ""
     with _json(path) as raw:
         for event, value in ijson.basic_parse(raw, buf_size=CHUNK):
             if event == "map_key":
