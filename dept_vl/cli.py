@@ -10,7 +10,7 @@ from typing import NoReturn
 import tyro
 
 from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
-from dept_vl._utils.flags import Command, FirstFlags, call, choose, flags_of, parse_options
+from dept_vl._utils.flags import Command, FirstFlags, call, choose, flags_of, note_lone_process, parse_options
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
 from dept_vl.config import RENAMED, EvaluateConfig, Own, RunConfig, read_config, validate
@@ -27,11 +27,13 @@ NO_OWN = OwnOptions()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dept-vl`, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    note_lone_process()
     return exit_status(partial(choose, COMMANDS, "dept-vl", ABOUT), arguments)
 
 
 def entry(command: Command) -> NoReturn:
     """Run one command, then exit with its status; used by the scripts."""
+    note_lone_process()
     raise SystemExit(exit_status(command, sys.argv[1:]))
 
 

@@ -115,7 +115,7 @@ class OptimOptions(Options):
     adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Epsilon of AdamW (published runs: 1e-6)."""
     warmup_steps: Count = 500
-    """Number of warm-up steps."""
+    """Number of warm-up steps, but at most a tenth of all steps."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Fraction of all steps to warm up for, instead of warmup_steps; 0 uses warmup_steps."""
 

@@ -60,7 +60,7 @@ def program(text: str) -> list[str]:
     if words[:2] == ["accelerate", "launch"]:
         words = words[2:]
         while words[0].startswith("--"):
-            words = words[2:]
+            words = words[1:] if words[0] == "--multi_gpu" else words[2:]
         if words[:2] == ["-m", "dept_vl"]:
             words = ["dept-vl", *words[2:]]
     return words[1:] if words[0].endswith("python") else words

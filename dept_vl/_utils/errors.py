@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from dept_vl._utils.printable import say
+from dept_vl._utils.printable import notes_shown, say
 
 PACKAGE = Path(__file__).resolve().parents[1]
 BENCHMARKS = PACKAGE.parent / "scripts" / "benchmarks"
@@ -63,7 +63,8 @@ def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]
     """
     debug = "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     try:
-        status = command([argument for argument in arguments if argument != "--debug"])
+        with notes_shown():
+            status = command([argument for argument in arguments if argument != "--debug"])
     except KeyboardInterrupt:
         if debug:
             raise

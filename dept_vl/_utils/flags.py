@@ -1,6 +1,7 @@
 """Command line flags for functions and dataclasses, parsed by tyro, with one-line errors."""
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from difflib import get_close_matches
@@ -19,6 +20,21 @@ Command = Callable[[list[str]], object]
 """Function of the command line arguments that returns the exit status, or something else for 0."""
 T = TypeVar("T")
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def note_lone_process() -> None:
+    """Print a note if accelerate was asked for several processes, but started one.
+
+    It does so without `--multi_gpu` where it finds fewer than two GPUs. All that is left of the request is
+    the address at which the processes would have met.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if launched and not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        say(
+            "note: accelerate was asked for several processes, and started one; add --multi_gpu, which "
+            "starts them on a CPU too",
+            error=True,
+        )
 
 
 def parse_options(

@@ -9,8 +9,11 @@ import os
 import re
 import sys
 import warnings
-from contextlib import nullcontext
-from unicodedata import category, normalize
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unicodedata import category as category_of
+from unicodedata import normalize
 
 MARKDOWN = re.compile(
     r"[\\`*|$~#]|\[(?!\d\](?![\[(:]))|\](?<!\[\d\])|[<>](?!=)|&(?=[#\w])|(?<!\w)_|_(?!\w)|!(?=\[)|(?<=:)//|www\.",
@@ -34,7 +37,7 @@ def printable(text: object, *, lines: bool = False) -> str:
     kept = JOINERS + "\n\t" if lines else JOINERS
     # Spaces of other scripts are printable, although `isprintable` denies it.
     return "".join(
-        c if c.isprintable() or c in kept or category(c) == "Zs" else repr(c)[1:-1] for c in str(text)
+        c if c.isprintable() or c in kept or category_of(c) == "Zs" else repr(c)[1:-1] for c in str(text)
     )
 
 
@@ -79,6 +82,28 @@ def say(*lines: object, error: bool = False, each: bool = False) -> None:
         print(*shown, sep="\n", file=stream, flush=True)
 
 
+class Note(UserWarning):
+    """A warning of this package, which commands print as a note."""
+
+
 def warn(text: str, stacklevel: int = 1) -> None:
     """Issue a Python warning with untrusted text; `stacklevel` counts from the caller."""
-    warnings.warn(printable(text), stacklevel=stacklevel + 1)
+    warnings.warn(printable(text), Note, stacklevel=stacklevel + 1)
+
+
+@contextmanager
+def notes_shown() -> Iterator[None]:
+    """Print warnings of this package as notes of one line, without the line of the program."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, Note):
+            say(f"note: {message}", error=True)
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual

@@ -47,6 +47,15 @@ class PredictConfig(Options):
     on_bad_image: OnBadImage = "raise"
     """With --data: stop at an image that cannot be read (raise), or write null as its answer (skip)."""
 
+    def of_tables(self) -> list[str]:
+        """Return the flags of options that differ from their defaults and only concern tables."""
+        own = [name for name in vars(self.own) if getattr(self.own, name) != getattr(OwnOptions, name)]
+        names = ("output", "split", "batch_size", "num_workers", "features", "features_dir", "on_bad_image")
+        return [
+            f"--{name}"
+            for name in (*own, *(one for one in names if getattr(self, one) != getattr(PredictConfig, one)))
+        ]
+
 
 @dataclass(frozen=True)
 class DemoConfig(Options):

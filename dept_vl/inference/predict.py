@@ -10,6 +10,7 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.inference.bulk import answer_table
 from dept_vl.inference.loading import load
 from dept_vl.inference.options import PredictConfig
+from dept_vl.tasks.own.images import names_image
 
 
 def predict(config: PredictConfig) -> list[str]:
@@ -24,8 +25,8 @@ def predict(config: PredictConfig) -> list[str]:
     of_table = config.own.data is not None
     if of_table and config.inputs:
         raise UsageError(f"--data names the images and questions; leave out {' '.join(config.inputs)!r:.200}")
-    if not of_table and config.output is not None:
-        raise UsageError("--output takes the answers of a table: give --data, or leave it out")
+    if not of_table and (given := config.of_tables()):
+        raise UsageError(f"{', '.join(given)}: only for tables; give --data, or leave it out")
     accelerator = None
     if of_table:  # gives each process its device
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
@@ -47,6 +48,12 @@ def predict(config: PredictConfig) -> list[str]:
     if len(images) < task.image_count or (task.asks and not questions):
         needed = [*["IMAGE"] * task.image_count, *['"QUESTION"'] * task.asks]
         raise UsageError(f"{task.name} needs {' '.join(needed)}; got {' '.join(map(repr, config.inputs))}")
+    if more := [text for text in questions if names_image(text)]:
+        raise UsageError(
+            f"{task.name} takes {task.image_count or 'no'} image{'s' * (task.image_count > 1)}, got "
+            f"{len(images) + len(more)} ({', '.join(map(repr, [*images, *more]))}); ask about further images "
+            "with another command, or with --data"
+        )
     answers = predictor.answer([images] if images else None, questions or [""])
     say(*answers)
     return list(answers)

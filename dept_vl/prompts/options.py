@@ -37,7 +37,7 @@ class PromptOptions(Options):
     (compressed prompts), residual, or memory (adapter after the encoder); see prompts/methods.py."""
     prompt_length: Size = 40
     """Number of vectors in the soft prompt (m); 0 for the offset alone. pt, ulpt and lopt use
-    reference_prompt_length instead."""
+    reference_prompt_length instead, and memory has no soft prompt."""
     rank: Size | None = None
     """Rank of the offset or of a compressed prompt (r); 0 for plain prompt tuning. By default, the largest
     rank with no more parameters than a plain prompt of reference_prompt_length vectors."""

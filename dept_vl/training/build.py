@@ -46,9 +46,11 @@ def budget_line(options: PromptOptions, prompt: DePT) -> str:
     sizes = prompt.describe()
     remainder = budget - sum(parameter.numel() for parameter in prompt.parameters())
     spent = f"{remainder:,} left over" if remainder >= 0 else f"warning: {-remainder:,} over it"
+    ignored = options.prompt_length not in (PromptOptions.prompt_length, prompt.prompt_length)
+    unused = f"; prompt_length={options.prompt_length} is not used by {options.method}" if ignored else ""
     return (
         f"prompt: {sizes['method']}, m={prompt.prompt_length}, r={sizes['rank']}; of the {budget:,} "
-        f"parameters of a {options.reference_prompt_length}-vector prompt {spent}"
+        f"parameters of a {options.reference_prompt_length}-vector prompt {spent}{unused}"
     )
 
 

@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_linear_schedule_with_warmup
 
+from dept_vl._utils.printable import say
 from dept_vl.config import OptimOptions, TrainOptions
 from dept_vl.data.splits import Splits
 from dept_vl.models.base import FrozenBackbone
@@ -94,6 +95,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_
     warmup = min(options.warmup_steps, max_steps // 10)
     if options.warmup_ratio:
         warmup = int(max_steps * options.warmup_ratio)
+    elif options.warmup_steps > max_steps and options.warmup_steps != OptimOptions.warmup_steps:
+        say(
+            f"note: warmup_steps={options.warmup_steps} is more than the {max_steps} steps of the run; "
+            f"{warmup} are taken"
+        )
     schedule: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, max_steps)
     return schedule
 

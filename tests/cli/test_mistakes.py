@@ -354,6 +354,47 @@ def test_a_real_program_ends_in_one_line(tmp_path: Path) -> None:
         assert len(done.stderr.splitlines()) == 1
 
 
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "noted"),
+    [
+        (LAUNCHED, True),
+        (LAUNCHED | {"RANK": "0", "WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False),
+        ({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, False),
+    ],
+)
+def test_a_launcher_that_starts_one_process_of_several_is_told(
+    variables: dict[str, str],
+    noted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in (*LAUNCHED, "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["report", "--run", "nowhere"]) == 1
+    assert ("--multi_gpu" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "noted"), [("1", False), ("2", True), ("2 --cpu", True)])
+def test_what_the_launcher_leaves_tells_that_it_started_one(flags: str, noted: bool, tmp_path: Path) -> None:
+    launch = f"-m accelerate.commands.launch --quiet --num_processes {flags} --num_machines 1"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "-m", "dept_vl", "report", "--run", "nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
+    )
+    assert ("note: accelerate was asked for several processes" in done.stderr) == noted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["-m dept_vl train", f"{ROOT}/scripts/train_vqa.py"])
 @pytest.mark.parametrize("processes", [1, 2])

@@ -18,6 +18,8 @@ from torch import nn
 from transformers import BertConfig, BertModel, ViTConfig
 
 import dept_vl
+from dept_vl import cli
+from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference.loading import load
@@ -28,6 +30,7 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -349,3 +352,42 @@ def test_the_script_prints_an_answer_a_line(
     assert capsys.readouterr().out.splitlines() == answers
     with pytest.raises(ValueError, match='vqav2 needs IMAGE "QUESTION"; got'):
         predict(asked_of(str(path)))
+    for second in (str(path), "blue-circle.PNG"):
+        with pytest.raises(UsageError, match="vqav2 takes 1 image, got 2"):
+            predict(asked_of(str(path), second, QUESTION))
+    assert len(predict(asked_of(str(path), "what is in photo.png"))) == 1
+    capsys.readouterr()
+    long = "is it a very long question that goes on " * 3
+    assert (
+        cli.main(
+            [
+                "predict",
+                str(path),
+                long,
+                "--adapter",
+                str(tmp_path / "vqa"),
+                "--backbone",
+                str(tmp_path / "backbone"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    note = capsys.readouterr().err
+    assert (note[:6], "is cut to 16" in note, note.count("\n"), ".py" in note) == ("note: ", True, 1, False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "flag"),
+    [
+        ({"split": "test"}, "--split"),
+        ({"output": Path("x.jsonl")}, "--output"),
+        ({"own": OwnOptions(images=Path("photos"))}, "--images"),
+        ({"num_workers": 1, "batch_size": 2}, "--batch_size, --num_workers"),
+        ({"features": "live", "on_bad_image": "skip"}, "--features, --on_bad_image"),
+    ],
+)
+def test_options_of_tables_need_a_table(changed: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError, match=f"^{flag}: only for tables"):
+        predict(PredictConfig(("a.png", "q"), "nowhere", **changed))

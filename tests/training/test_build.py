@@ -25,6 +25,10 @@ def test_a_solved_prompt_keeps_its_budget(make_backbone: Callable[..., Backbone]
     line = budget_line(options, prompt)
     assert f"prompt: {method}, m={prompt.prompt_length}, r={described['rank']};" in line
     assert f"{30 * D_MODEL - used:,} left over" in line
+    unused = f"prompt_length=10 is not used by {method}"
+    assert line.endswith(unused) == (method in ("pt", "ulpt", "lopt", "memory"))
+    usual = budget_line(PromptOptions(method=method, reference_prompt_length=30), prompt)
+    assert "not used" not in usual
 
 
 def test_pt_is_a_long_prompt_of_rank_0(make_backbone: Callable[..., Backbone]) -> None:

@@ -120,9 +120,12 @@ def test_schedule_rises_then_falls_to_zero() -> None:
     assert max(rate for rate, _ in rates) == rates[8][0]
 
 
-def test_a_short_run_warms_up_for_a_tenth() -> None:
+def test_a_short_run_warms_up_for_a_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     rates = rates_over(20, replace(OPTIONS, warmup_steps=500))
     assert [rate for rate, _ in rates[:4]] == pytest.approx([0, 0.2, 0.4, 0.4 * 17 / 18])
+    assert capsys.readouterr().out == ""
+    assert rates_over(20, replace(OPTIONS, warmup_steps=21)) == rates
+    assert "warmup_steps=21 is more than the 20 steps of the run; 2 are taken" in capsys.readouterr().out
 
 
 def test_warm_up_may_be_a_share_of_the_steps() -> None:

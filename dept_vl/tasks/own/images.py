@@ -21,6 +21,11 @@ NUMBER_DIGITS = 12
 """Number of digits of an image number in COCO's file names."""
 
 
+def names_image(text: str) -> bool:
+    """Return whether a text names a file, or an image that may not exist, rather than being a question."""
+    return os.path.isfile(text) or (Path(text).suffix.lower() in SUFFIXES and len(text.split()) == 1)
+
+
 class ImageFolder:
     """A folder of images. Each folder is listed once, when a name in it is first looked up."""
 
