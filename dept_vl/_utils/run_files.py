@@ -1,6 +1,7 @@
 """Names of the files in a run's folder, and search for the paths in its options."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dept_vl._utils.io import read_json
@@ -41,20 +42,21 @@ NEAR = 6
 def find_again(name: str, folder: Path) -> str:
     """Return the current location of a path in the options; names on the Hub and unknown paths are unchanged.
 
-    A relative path is searched from the working directory, the run's start directory, and the run's folder.
+    A relative path is searched from the directory where the run was started, the working directory, and the
+    folder of the run. So another project's files of the same names are not mistaken for those of the run.
 
     Args:
         name: Path as given in the options.
         folder: Folder of the run, adapter or configuration with the options.
     """
-    if not name or os.path.isabs(name) or os.path.exists(name):
+    if not name or os.path.isabs(name):
         return name
-    folder = folder.absolute()
-    places = [folder, *folder.parents][:NEAR]
-    for place in [*_started_in(folder), *(place for place in places if place != place.parent)]:
+    folder, here = folder.absolute(), Path.cwd()
+    near = [place for place in [folder, *folder.parents][:NEAR] if place != place.parent]
+    for place in [*_started_in(near[:2]), here, *near]:
         found = os.path.join(place, name)
         if os.path.exists(found):
-            return os.path.normpath(found)
+            return name if place == here else os.path.normpath(found)
     return name
 
 
@@ -63,8 +65,9 @@ def is_hub_name(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith((".", "~")) and not os.path.isabs(name)
 
 
-def _started_in(folder: Path) -> list[Path]:
-    try:
-        return [Path(read_json(folder / IDENTITY_FILE)["started_in"])]
-    except (OSError, LookupError, TypeError):
-        return []
+def _started_in(folders: list[Path]) -> list[Path]:
+    """Return where a run was started; the folders are those of an adapter and of its run."""
+    for folder in folders:
+        with suppress(OSError, LookupError, TypeError):
+            return [Path(read_json(folder / IDENTITY_FILE)["started_in"])]
+    return []

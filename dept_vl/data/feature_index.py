@@ -204,7 +204,7 @@ def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder:
     differing = [part for part in {**stored, **expected} if stored.get(part) != expected.get(part)]
     if differing:
         said, found = (
-            ", ".join(f"{part} {value}" for part, value in {"image_fit": "own", **one}.items())
+            ", ".join(f"{part} {value}" for part, value in {"image_fit": "the encoder's own", **one}.items())
             for one in (expected, stored)
         )
         raise ValueError(

@@ -28,7 +28,7 @@ import torch
 from benchmarks.compare_methods import Rates, compared
 from benchmarks.compare_report import Row, over_lengths, report
 from benchmarks.costs import StepCost, measure_steps
-from benchmarks.options import COMPARED_TASKS, CompareConfig
+from benchmarks.options import COMPARED_TASKS, CompareConfig, shipped
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, read_object, write_noted_json
 from dept_vl._utils.printable import say
@@ -266,7 +266,7 @@ def task_config(config: CompareConfig, name: str, steps: int) -> RunConfig:
     Raises:
         ValueError: If the task is unknown.
     """
-    base = read_config(Path(COMPARED_TASKS.get(name, name)))
+    base = read_config(shipped(COMPARED_TASKS.get(name, name)))
     if config.own.data is not None:
         base = replace(base, data=DataOptions(own=config.own, max_lost_answers=base.data.max_lost_answers))
     dev, test, size = config.dev_limit, config.test_limit, config.batch_size

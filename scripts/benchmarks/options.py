@@ -12,6 +12,13 @@ from dept_vl._utils.options import Count, Options, Positive, Seed
 from dept_vl.config import Own
 from dept_vl.tasks.own.options import OwnOptions
 
+CLONE = Path(__file__).resolve().parents[2]
+
+
+def shipped(name: str) -> Path:
+    """Return the path of a file that ships with the clone, from any working directory."""
+    return Path(name) if Path(name).exists() else CLONE / name
+
 
 def _files(*tasks: str, prefix: str = "") -> dict[str, str]:
     """Return the path of each task's shipped configuration."""
@@ -103,8 +110,10 @@ class CompareConfig(Options):
         """Check the names of tasks and methods.
 
         Raises:
-            UsageError: If a name is unknown, or both `backbone` and `model` are given.
+            UsageError: If a name is unknown, or options contradict each other.
         """
+        if self.smallest and self.max_steps != type(self).max_steps:
+            raise UsageError("--smallest trains for two steps; leave it out, or --max_steps")
         if self.backbone is not None and self.model is not None:
             raise UsageError("--model is a whole model; leave out --backbone, or --model")
         for method in self.methods:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.options import SOURCES, TARGETS, SuiteConfig
+from benchmarks.options import SOURCES, TARGETS, SuiteConfig, shipped
 from dept_vl._utils.io import read_json, write_atomically, write_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
@@ -64,7 +64,7 @@ def transfer_suite(config: SuiteConfig) -> None:
 
 def _config(config: SuiteConfig, name: str, steps: int) -> RunConfig:
     """Return the configuration of a run on a task: only the prompt is trained, on stored features."""
-    base = read_config(Path(TARGETS[name]))
+    base = read_config(shipped(TARGETS[name]))
     base = replace(
         base,
         data=replace(base.data, test_limit=config.test_limit),

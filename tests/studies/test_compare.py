@@ -23,6 +23,7 @@ from benchmarks.compare_methods import ablated, compared
 from benchmarks.compare_report import Row, bars, report
 from benchmarks.costs import StepCost
 from benchmarks.options import COMPARED_TASKS, CompareConfig
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
@@ -64,6 +65,11 @@ def base(
 def test_every_method_has_as_many_tries() -> None:
     tries = {name: len(compared()[method.like or name].rates) for name, method in compared().items()}
     assert tries.pop("zero-shot") == 0
+    # Given, not chosen:
+    assert (tries.pop("dept, default rates"), tries.pop("dept, relative rates")) == (
+        1,
+        1,
+    )  # given, not chosen
     assert set(tries.values()) == {3}
     assert set(METHODS) < compared().keys()
     # Every one of them is another setting of what the method trains.
@@ -73,8 +79,13 @@ def test_every_method_has_as_many_tries() -> None:
     assert compared()["dept"].rates[0] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
 
 
-def test_every_shipped_task_has_a_configuration() -> None:
+def test_every_shipped_task_has_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all((ROOT / path).is_file() for path in COMPARED_TASKS.values())
+    monkeypatch.chdir(tmp_path)  # outside the clone
+    base = task_config(CompareConfig(), "relabelled", 60)
+    assert base.backbone.backbone == ROOT / "data" / "tiny-clip-t5"
+    with pytest.raises(UsageError, match="--max_steps"):
+        CompareConfig(smallest=True, max_steps=(5,)).check()
 
 
 def trained(base: Path, name: str) -> dict[str, int]:

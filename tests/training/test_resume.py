@@ -495,7 +495,10 @@ def test_a_refused_resume_leaves_the_run_as_it_is(config: RunConfig, tmp_path: P
 def test_a_run_is_found_from_elsewhere(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Begun with relative paths; its folder lies beside them, then somewhere else."""
+    """Begun with relative paths; its folder lies beside them, then somewhere else.
+
+    Another project has files of the same names, with other answers.
+    """
     copied_data(config, tmp_path / "project" / "data" / "vqa")
     for name in ("vision", "language"):
         shutil.copytree(getattr(config.backbone, name), tmp_path / "project" / "models" / name)
@@ -511,17 +514,23 @@ def test_a_run_is_found_from_elsewhere(
     assert json.loads(Path("runs/one/config.json").read_text())["backbone"]["language"] == "models/language"
     shutil.copytree("runs/one", tmp_path / "shelf" / "far" / "one")
     shutil.copytree("runs/one/best", "adapters/mine")
-    monkeypatch.chdir(tmp_path)
-    image = next(Path("project/data/vqa/train2014").iterdir())
+    other = copied_data(config, tmp_path / "elsewhere" / "data" / "vqa").data.data_dir
+    assert other is not None
+    for path in other.glob("*annotations.json"):
+        path.write_text(path.read_text().replace('"answer": "', '"answer": "not '))
+    image = next(Path("data/vqa/train2014").resolve().iterdir())
     for source in ("project/runs/one", "shelf/far/one", "shelf/far/one/best", "project/adapters/mine"):
+        monkeypatch.chdir(tmp_path)
         assert isinstance(load(source).answer(image, "what colour is the shape?"), str)
-    for folder in ("project/runs/one", "shelf/far/one"):
+    for folder in (tmp_path / "project/runs/one", tmp_path / "shelf/far/one"):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert read_config(folder / "config.json").data.data_dir == tmp_path / "project" / "data" / "vqa"
         reset_accelerate()
-        resumed = parse(RunConfig(), "", ["--resume", folder])
+        resumed = parse(RunConfig(), "", ["--resume", str(folder)])
         assert run(resumed).exit_status == 0
         assert json.loads(Path(folder, "config.json").read_text())["data"]["data_dir"] == "data/vqa"
         reset_accelerate()
-        assert score_run(EvaluateConfig(Path(folder), output_dir=tmp_path / Path(folder).parent.name)).scores
+        assert not score_run(EvaluateConfig(folder, output_dir=tmp_path / folder.parent.name)).changed
 
 
 def test_options_that_change_nothing_may_change(config: RunConfig) -> None:
