@@ -440,7 +440,7 @@ def test_features_without_a_fit_are_of_the_encoders_own(
         as_version_1(folder)
     found = opened(cropped, paths, folder)([[path] for path in paths])
     assert torch.equal(found, cropped(torch.cat([load_pixels(own, path)[None] for path in paths]))[:, None])
-    with pytest.raises(ValueError, match="differ in image_fit.*image_fit squash.*fit the encoder's own"):
+    with pytest.raises(ValueError, match=r"differ in image_fit.*fit squash.*fit the encoder's own"):
         opened(squashed, paths, folder)
     with pytest.raises(ValueError, match=r"differ in image_fit"):
         write(squashed, paths, folder)
