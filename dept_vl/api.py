@@ -41,7 +41,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.run_files import BEST, LAST, SUMMARY_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import new_prompt
-from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig
+from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig, validate
 from dept_vl.inference.loading import load, run_of
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.base import FrozenBackbone
@@ -151,6 +151,7 @@ def evaluate(
     Raises:
         FileExistsError: If `output_dir` already holds predictions.
         FileNotFoundError: If the adapter, the data or images are missing.
+        UsageError: If an option is unknown or out of range.
         ValueError: If options are incompatible with each other.
 
     Example:
@@ -160,6 +161,7 @@ def evaluate(
         >>> len(evaluated.predictions)
         4
     """
+    OwnOptions.check_names(own, evaluate)
     place = source.folder if isinstance(source, Trained) else source
     folder = None if isinstance(place, Predictor) else run_of(Path(place))
     config = EvaluateConfig(
@@ -175,6 +177,7 @@ def evaluate(
         output_dir=None if output_dir is None else Path(output_dir),
         own=OwnOptions.of(data=data, **own),
     )
+    validate(config)
     with _restored():
         if folder is not None:
             return score_run(config, write=output_dir is not None)

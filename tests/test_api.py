@@ -63,6 +63,20 @@ class AnyOutput(doctest.OutputChecker):
         return not want or super().check_output(want, got, optionflags)
 
 
+def test_an_unknown_keyword_is_named_with_the_closest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"unknown option 'splitt'; .*; closest: split"):
+        dept_vl.evaluate(tmp_path, splitt="train")
+    with pytest.raises(UsageError, match=r"unknown option 'image'; .*; closest: images"):
+        dept_vl.load_task("vqa", data="x.csv", image="photos")
+
+
+def test_a_number_out_of_range_is_told_as_by_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="limit is -3; expected 0 or more"):
+        dept_vl.evaluate(tmp_path, split="train", limit=-3)
+    with pytest.raises(UsageError, match="batch_size is 0; expected 1 or more; num_workers is -1"):
+        dept_vl.evaluate(tmp_path, batch_size=0, num_workers=-1)
+
+
 @pytest.mark.parametrize("name", dept_vl.__all__)
 def test_every_public_name_has_a_docstring_with_an_example_that_runs(name: str, beside: Path) -> None:
     thing = getattr(dept_vl, name)

@@ -43,6 +43,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Transformation that makes an image upright, by EXIF orientation."""
+TIFF_COLOURS, TIFF_COMPRESSION, TIFF_YCBCR = 262, 259, 6
+"""Tags of TIFF, and the value of the first for YCbCr."""
 STRIP_ROWS = 256
 """Number of rows of a 16-bit image converted at a time."""
 EXIF_BYTES = 1 << 16
@@ -117,6 +119,8 @@ def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(file, formats=FORMATS) as image:
+            if _is_plain_ycbcr(image):
+                raise ValueError("it is an uncompressed TIFF in YCbCr, which is not read; save it in RGB")
             limit, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
             if limit is not None and pixels > limit:
                 # The JPEG decoder can shrink while decoding; others would need memory for the full size.
@@ -127,6 +131,12 @@ def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
                     )
             image.load()
             return _upright(image, exif)
+
+
+def _is_plain_ycbcr(image: Image.Image) -> bool:
+    """Return whether this is a file that Pillow takes for four bytes a pixel, and so for a truncated one."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TIFF_COLOURS) == TIFF_YCBCR and tags.get(TIFF_COMPRESSION, 1) == 1
 
 
 def _upright(image: Image.Image, exif: bool) -> Image.Image:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dept_vl._utils.embedded import data_url_bytes
+from dept_vl._utils.io import NestedError, RepeatedKeyError, parse_json
 from dept_vl.inference.gate import MOST_UPLOADED, Refused
 
 LONGEST_FETCH = 10.0
@@ -23,11 +24,12 @@ LONGEST_FETCH = 10.0
 PORTS = {"http": 80, "https": 443}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
+IMAGE_URL = '{"url": "data:image/png;base64,..."}'
 T = TypeVar("T", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Text(_Strict):
@@ -127,25 +129,57 @@ def read(kind: type[T], body: bytes) -> T:
         Refused: If the body is not valid; the message describes the first problem.
     """
     try:
+        parse_json(body.decode())
+    except (RepeatedKeyError, NestedError) as error:
+        raise Refused(400, f"the body: {error}", code="invalid_request") from None
+    except ValueError:
+        pass  # described below
+    try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        places = [
-            part for part in first["loc"] if part not in ("text", "image_url") or part == first["loc"][-1]
-        ]
-        param = ".".join(map(str, places)) or None
-        message = first["msg"]
-        if first["type"] == "extra_forbidden":
-            message = "this option is not supported"
-        elif param is not None and param.startswith("messages") and ("role" in param or param == "messages"):
-            message = (
-                "expected one user message with the text and the images of one question; there is no system "
-                "prompt and no conversation"
-            )
-        elif param in ("temperature", "n", "presence_penalty", "frequency_penalty"):
-            message = f"{message}; there is one answer to a question, the likeliest: leave it out"
+        errors = error.errors(include_url=False, include_input=False, include_context=False)
+        # Of a message's content both kinds are reported, text and list; the deeper error is of the one meant.
+        same = [one for one in errors if one["loc"][:3] == errors[0]["loc"][:3]]
+        first = max(same, key=lambda one: len(one["loc"]))
+        param = _place(first["loc"])
         where = "the body: " if param is None else f"{param}: "
-        raise Refused(400, where + message, code="invalid_request", param=param) from None
+        text = f"{where}{_problem(first, param or '')}"
+        raise Refused(400, text, code="invalid_request", param=param) from None
+
+
+def _place(loc: tuple[str | int, ...]) -> str | None:
+    """Return the location of an error as it is written in Python, without the kinds that pydantic tried."""
+    parts = list(loc)
+    if parts[:3] == ["messages", 0, "content"]:
+        parts = [*parts[:3], *parts[4:5], *parts[6:]]
+    named = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return named.removeprefix(".") or None
+
+
+def _problem(error: Any, param: str) -> str:
+    """Describe an error of pydantic at a location, and what to send instead."""
+    message: str = error["msg"]
+    kind: str = error["type"]
+    if kind == "extra_forbidden":
+        return "this option is not supported"
+    if param.split(".")[0].split("[")[0] in ("stop", "logprobs", "response_format"):
+        return "this is not supported: leave it out"
+    if param in ("temperature", "n", "presence_penalty", "frequency_penalty"):
+        return f"{message}; there is one answer to a question, the likeliest: leave it out"
+    if param == "messages" or "role" in param:
+        return (
+            "expected one user message with the text and the images of one question; there is no system "
+            "prompt and no conversation"
+        )
+    if param.endswith(".image_url"):
+        return f"expected {IMAGE_URL}"
+    if param.startswith("messages[0].content") and kind not in ("missing", "string_type"):
+        return (
+            f'expected {{"type": "text", "text": ...}} or {{"type": "image_url", "image_url": {IMAGE_URL}}}'
+        )
+    if param == "messages[0].content":
+        return "expected text, or a list of parts"
+    return message
 
 
 def error_body(refused: Refused) -> dict[str, Any]:

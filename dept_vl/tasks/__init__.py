@@ -52,6 +52,7 @@ def load_task(name: str, root: Path | None = None, split: str = "", **own: Any) 
         return TASKS[name].load(root, split)
     from dept_vl.tasks.own.options import OwnOptions
 
+    OwnOptions.check_names(own, load_task)
     return TASKS[name].with_options(OwnOptions.of(**own)).load(root, split)
 
 

@@ -33,6 +33,7 @@ from runs import two_adapters
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.inference import chat
 from dept_vl.inference.gate import Refused
 from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.options import ServeConfig
@@ -251,6 +252,59 @@ def test_rows_of_all_adapters_at_once_are_never_swapped(served: Served) -> None:
 BOMB = b"\x89PNG\r\n\x1a\n"
 
 
+def refused(body: dict[str, Any] | bytes) -> tuple[str, str]:
+    """The place and the message of a body that is refused."""
+    usual = {"model": "a", "messages": [{"role": "user", "content": "what?"}]}
+    with pytest.raises(Refused) as caught:
+        chat.read(chat.ChatRequest, body if isinstance(body, bytes) else json.dumps(usual | body).encode())
+    assert caught.value.status == 400
+    return caught.value.param or "", str(caught.value)
+
+
+def of_parts(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+TEXT = {"type": "text", "text": "what?"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "expected"),
+    [
+        (of_parts(TEXT, {"type": "image_url", "image_url": "http://x"}), "[1].image_url", '{"url": '),
+        (of_parts(TEXT, {"type": "image_url", "image_url": {"url": 5}}), "[1].image_url.url", "string"),
+        (of_parts(TEXT, {"type": "audio"}), "[1]", '{"type": "text", "text": ...} or {"type": "image_url"'),
+        (of_parts("what?"), "[0]", '{"type": "text", "text": ...}'),
+        (of_parts(TEXT, {**TEXT, "more": 1}), "[1].more", "not supported"),
+        ({"messages": [{"role": "user", "content": 5}]}, "", "text, or a list of parts"),
+    ],
+)
+def test_a_wrong_part_of_a_message_is_named(body: dict[str, Any], param: str, expected: str) -> None:
+    place, text = refused(body)
+    assert place == f"messages[0].content{param}"
+    assert text.startswith(f"{place}: ")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *({"stop": ["e"]}, {"stop": "e"}, {"logprobs": True}, {"response_format": {"type": "json_object"}}),
+        *({"max_tokens": True}, {"max_tokens": "3"}, {"max_tokens": 2.5}, {"stream": "yes"}, {"stream": 1}),
+        *({"n": True}, {"temperature": "0"}, {"seed": "1"}, {"stream_options": {"include_usage": 1}}),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(body: dict[str, Any]) -> None:
+    assert refused(body)[0].split(".")[0] == next(iter(body))
+    if {"stop", "logprobs", "response_format"} & body.keys():
+        assert refused(body)[1].endswith("this is not supported: leave it out")
+
+
+def test_a_key_twice_in_a_body_is_refused() -> None:
+    assert "the key 'model' stands twice" in refused(b'{"model": "a", "model": "b", "messages": []}')[1]
+    assert "nested too deeply" in refused(b"[" * 100_000)[1]
+
+
 def long_png(width: int) -> bytes:
     return png(Image.new("1", (width, 1)))
 
@@ -287,6 +341,9 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "two answers": ({"n": 2}, 400, "invalid_request"),
     "tools": ({"tools": []}, 400, "invalid_request"),
     "stop": ({"stop": ["."]}, 400, "invalid_request"),
+    "one token as a truth": ({"max_tokens": True}, 400, "invalid_request"),
+    "tokens as text": ({"max_tokens": "3"}, 400, "invalid_request"),
+    "stream as text": ({"extra_body": {"stream": "yes"}}, 400, "invalid_request"),
     "no tokens": ({"max_tokens": 0}, 400, "invalid_request"),
     "unknown": ({"extra_body": {"wings": 2}}, 400, "invalid_request"),
 }
@@ -567,8 +624,6 @@ def test_nothing_is_fetched_from_this_machine(host: str) -> None:
 
 
 def test_what_is_fetched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dept_vl.inference import chat
-
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(302 if self.path == "/away" else 200)

@@ -291,6 +291,17 @@ def test_a_number_as_answer_means_the_same_in_all_files(tmp_path: Path) -> None:
     assert [task[place].answer for place in (0, 1)] == ["3", "green"]
 
 
+def test_a_fault_of_quotes_in_a_table_with_tabs_names_the_tab(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 2: a tab expected after '\"'; write"):
+        own(written(tmp_path, 'image\tquestion\na.png\t"what"?\n', "data.tsv"))
+
+
+def test_images_that_cannot_be_held_out_are_told_with_their_file(tmp_path: Path) -> None:
+    path = written(tmp_path, lines(QUESTION))
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(path))}: cannot hold out .* from 1 in train"):
+        own(path, "train")
+
+
 def test_csv_with_quotes_and_other_delimiters(tmp_path: Path) -> None:
     text = 'image;question;answer\nIMG_0001.JPG;"red; or ""blue""?\nsay";blue\n'
     assert own(written(tmp_path, text, "data.csv"))[0].question == 'red; or "blue"?\nsay'

@@ -251,6 +251,14 @@ def test_what_an_image_becomes_is_bounded() -> None:
 SIXTEEN = np.random.default_rng(1).integers(0, 1 << 16, (9, 11), dtype=np.uint16)
 
 
+def test_ycbcr_in_tiff_is_read_or_told_as_what_it_is(tmp_path: Path) -> None:
+    image = PICTURE.convert("YCbCr")
+    packed = read_image(write(tmp_path, encoded(image, "TIFF", compression="tiff_lzw")))
+    assert np.abs(np.asarray(packed, int) - np.asarray(PICTURE, int)).max() <= 4
+    with pytest.raises(ValueError, match="uncompressed TIFF in YCbCr"):
+        read_image(write(tmp_path, encoded(image, "TIFF")))
+
+
 @pytest.mark.parametrize("form", ["PNG", "TIFF"])
 def test_sixteen_bits_are_scaled(tmp_path: Path, form: str) -> None:
     path = write(tmp_path, encoded(Image.fromarray(SIXTEEN), form))

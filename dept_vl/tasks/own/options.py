@@ -1,11 +1,14 @@
 """Options for your own data. Importing this module does not import PyTorch."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.options import Options, Seed
 from dept_vl._utils.run_files import is_hub_name
 
@@ -42,6 +45,17 @@ class OwnOptions(Options):
         """Return options from keyword arguments: paths may be strings, columns any sequence. Ignores None."""
         kinds = {"data": str, "images": Path, "columns": tuple}
         return cls(**{k: kinds.get(k, lambda v: v)(v) for k, v in given.items() if v is not None})
+
+    @classmethod
+    def check_names(cls, given: Iterable[str], function: Callable[..., Any]) -> None:
+        """Raise UnknownNameError for a keyword that is neither a field nor an argument of a function."""
+        arguments = [
+            name for name, one in signature(function).parameters.items() if one.kind != one.VAR_KEYWORD
+        ]
+        known = dict.fromkeys([*arguments, *(f.name for f in fields(cls))])
+        for name in given:
+            if name not in known:
+                raise UnknownNameError("option", name, known)
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
         """Return a run's options, overridden by those set here. With `data`, `images` is not inherited."""

@@ -125,7 +125,8 @@ def read_csv(path: Path) -> Numbered:
                     )
                 line = rows.line_num + 1  # start of the next row: quoted text can span lines
     except csv.Error as error:
-        raise UsageError(f"{place(path, line)}: {error}; write a quote inside quotes twice") from None
+        reason = str(error).replace("'\t'", "a tab")
+        raise UsageError(f"{place(path, line)}: {reason}; write a quote inside quotes twice") from None
 
 
 def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
