@@ -430,6 +430,11 @@ def test_a_long_curve_is_thinned_and_ends_where_it_ended() -> None:
     assert curve[-1][0] == whole[1][0]
 
 
+def test_curves_on_top_of_each_other_have_dashes() -> None:
+    one, two = (chart("rates", {name: [(0, 1.0), (1, 2.0)] for name in names}) for names in ("a", "ab"))
+    assert ('class="dashes"' in one, 'class="dashes"' in two) == (False, True)
+
+
 def test_a_table_has_bars_of_the_shares() -> None:
     found = Page(part("table", ("type", "n"), [("<i>", "3"), ("b", "4")], share=[0.25, 1.5]))
     assert [attributes.get("style") for tag, attributes in found.tags if tag == "div"] == [

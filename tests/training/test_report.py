@@ -13,7 +13,7 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.data.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.report.plots import COLOURS as METHOD_COLOURS
-from dept_vl.training.report.plots import OTHERS, colour_of, score_plot
+from dept_vl.training.report.plots import OTHERS, _name_ends, colour_of, curve_plot, drawn, score_plot
 
 Pixel = tuple[int, int, int]
 
@@ -59,18 +59,46 @@ def test_a_method_has_one_colour_by_whatever_name() -> None:
 
 def test_a_plot_has_its_texts_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure
-    drawn: list[str] = []
+    found: list[str] = []
     save = figure.savefig
 
     def saving(self: Any, path: Path) -> None:
         save(self, path)
         texts = [*self.axes[0].get_legend().get_texts(), self.axes[0].yaxis.label]
-        drawn.extend(text.get_text() for text in texts)
+        found.extend(text.get_text() for text in texts)
 
     monkeypatch.setattr(figure, "savefig", saving)
     odd = "$\\frac{1$ \x1b[31m\ud800"
     assert score_plot({odd: {1: interval([1.0, 2.0])}}, tmp_path / "a.png", x="$$", y=odd)
-    assert drawn == [r"$\frac{1$ \x1b[31m\ud800"] * 2
+    assert found == [r"$\frac{1$ \x1b[31m\ud800"] * 2
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_names_have_room_at_the_right_and_only_there(tmp_path: Path, log: bool) -> None:
+    pytest.importorskip("matplotlib")
+    lines = {"adept + images, m = 0": {n: interval([n, n + 1.0]) for n in (20, 40, 60)}}
+    with drawn(tmp_path / "a.png", figsize=(7, 5), layout="constrained") as (pane,):
+        pane.plot([20, 40, 60], [20.5, 40.5, 60.5])
+        pane.set_xscale("log" if log else "linear")
+        _name_ends(pane, lines)
+    assert pane.texts[0].get_window_extent().x1 < pane.bbox.x1
+    assert 17 < pane.get_xlim()[0] < 20
+
+
+def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    ticks: list[str] = []
+    save = figure.savefig
+
+    def saving(self: Any, path: Path) -> None:
+        save(self, path)
+        ticks.extend(label.get_text() for label in self.axes[0].get_xticklabels(which="both"))
+
+    monkeypatch.setattr(figure, "savefig", saving)
+    curve = {n: interval([1.0, 2.0]) for n in (20.0, 60.0, 300.0)}
+    assert curve_plot({"steps": {"dept": curve}}, tmp_path / "a.png", y="score", log=True)
+    assert "100" in ticks
+    assert not any(set("$^e") & set(label) for label in ticks)
 
 
 @pytest.fixture
