@@ -100,7 +100,7 @@ def test_the_card_of_a_shipped_backbone_is_that_of_its_record(name: str, tmp_pat
     assert (folder / "README.md").read_text() == (DATA / name / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["tiny-clip-t5", "tiny-clip-bart"])
+@pytest.mark.parametrize("name", ["tiny-clip-t5", pytest.param("tiny-clip-bart", marks=pytest.mark.slow)])
 def test_a_shipped_backbone_scores_what_its_record_says(name: str) -> None:
     backbone, rng = Backbone.from_pretrained(DATA / name), Random(99)
     scenes = [sample_scene(rng) for _ in range(300)]

@@ -76,7 +76,7 @@ def test_a_plot_has_its_texts_as_they_are(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("log", [False, True])
 def test_names_have_room_at_the_right_and_only_there(tmp_path: Path, log: bool) -> None:
     pytest.importorskip("matplotlib")
-    lines = {"adept + images, m = 0": {n: interval([n, n + 1.0]) for n in (20, 40, 60)}}
+    lines = {"adept + images, m = 0": {n: interval([float(n), n + 1.0]) for n in (20, 40, 60)}}
     with drawn(tmp_path / "a.png", figsize=(7, 5), layout="constrained") as (pane,):
         pane.plot([20, 40, 60], [20.5, 40.5, 60.5])
         pane.set_xscale("log" if log else "linear")
@@ -92,7 +92,7 @@ def test_a_logarithmic_axis_has_plain_numbers(tmp_path: Path, monkeypatch: pytes
 
     def saving(self: Any, path: Path) -> None:
         save(self, path)
-        ticks.extend(label.get_text() for label in self.axes[0].get_xticklabels(which="both"))
+        ticks.extend(label.get_text() for label in self.axes[0].get_xticklabels())
 
     monkeypatch.setattr(figure, "savefig", saving)
     curve = {n: interval([1.0, 2.0]) for n in (20.0, 60.0, 300.0)}

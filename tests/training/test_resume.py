@@ -149,7 +149,7 @@ def kill_until_finished(config: RunConfig, rng: random.Random, kills: int) -> in
     return killed
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_random_points_and_resumed_is_bit_identical(
     config: RunConfig, whole: RunResult, tmp_path: Path, seed: int
 ) -> None:
