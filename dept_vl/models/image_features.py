@@ -50,7 +50,7 @@ class ImageFeatures(VisionEncoder):
         source = reader.process([QUESTION], [[Image.new("RGB", SIZES[0])]])
         problem = self._problem(source)
         if problem:
-            raise UsageError(f"features of images are not kept, since of {type(model).__name__} {problem}")
+            raise UsageError(f"image features of {type(model).__name__} cannot be stored: {problem}")
         self.pixel_shape = tuple(source[PIXELS].shape[1:])
         with torch.no_grad():
             made = encoded(model, source)
@@ -61,12 +61,12 @@ class ImageFeatures(VisionEncoder):
             for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         }
         if any(tensor.requires_grad for tensor in self.own_weights.values()):
-            raise UsageError("features of images are not kept while what makes them is trained")
+            raise UsageError("image features cannot be stored while what computes them is trained")
 
     def _problem(self, source: Mapping[str, Tensor]) -> str:
         """Return the reason why features cannot be stored, or an empty string."""
         if not hasattr(self.model, "get_image_features"):
-            return "no get_image_features is known"
+            return "it has no method get_image_features"
         other = self.reader.process([OTHER_QUESTION], [[Image.new("RGB", SIZES[0])]])
         read = inputs_of(self.model, source)
         asked = sorted(n for n in read if n not in other or not torch.equal(read[n].cpu(), other[n].cpu()))
@@ -74,7 +74,7 @@ class ImageFeatures(VisionEncoder):
             return f"they depend on the question ({', '.join(asked)})"
         pixels = [self.reader.process([QUESTION], [[Image.new("RGB", size)]])[PIXELS] for size in SIZES]
         if len(read) > 1 or len({one.shape for one in pixels}) > 1 or len(pixels[0]) != 1:
-            return "an image has as many tokens as its size makes"
+            return "their number depends on the size of the image"
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
