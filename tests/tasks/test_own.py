@@ -366,7 +366,7 @@ def test_a_long_cell_is_read_and_the_limit_of_others_stays(tmp_path: Path) -> No
         ("data.jsonl", "[" * 100_000, "nested too deeply"),
         ("data.jsonl", lines(QUESTION) + '{"a":' * 100_000, "line 2: expected one JSON object a line"),
         ("data.jsonl", lines(QUESTION | {"answer": DEEP}), "line 1: expected one JSON object a line"),
-        ("metadata.jsonl", "[" * 100_000, "metadata.jsonl: the file is no whole JSON"),
+        ("metadata.jsonl", "[" * 100_000, "nested too deeply"),
         ("data.json", json.dumps({"data": [QUESTION], "rest": [QUESTION]}), "found 'data', 'rest'"),
         ("data.json", json.dumps({"train": [QUESTION], "rest": [QUESTION]}), "found 'train', 'rest'"),
         ("data.json", json.dumps({"images": [QUESTION], "questions": [QUESTION]}), "'images', 'questions'"),
