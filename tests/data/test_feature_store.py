@@ -547,7 +547,7 @@ def test_two_extractions_into_one_folder_follow_each_other(
     both = [start("first", ready[1]), start("second", ready[0])]
     said = b"".join(process.communicate(timeout=100)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
-    assert b"another extraction writes to" in said
+    assert b"another extraction is writing to" in said
     table = FeatureTable.encode(vision, paths, batch_size=1, progress=False)
     examples = [[path] for path in paths]
     torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))

@@ -457,7 +457,11 @@ def test_columns_that_nothing_needs_may_be_missing(
         ("question", None, "row 1: expected 'question' to be str, found None"),
         ("answers", ["red"] * 10, "row 1, answers: expected a list of structs"),
         ("image", image(b""), r"row 1: expected the bytes of the image val2014/COCO_val2014_0+42\.jpg"),
-        ("image", image(b"no picture"), r"row 1: the bytes of val2014/COCO_val2014_0+42\.jpg are no image"),
+        (
+            "image",
+            image(b"no picture"),
+            r"row 1: the bytes of val2014/COCO_val2014_0+42\.jpg are not an image",
+        ),
     ],
 )
 def test_bad_vqa_rows(tmp_path: Path, column: str, value: Any, message: str) -> None:

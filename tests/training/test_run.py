@@ -455,7 +455,7 @@ def test_an_empty_name_is_no_folder_for_a_run(
 
 
 def test_max_source_length_has_to_leave_room_for_the_question(config: RunConfig) -> None:
-    with pytest.raises(ValueError, match="max_source_length is 3 tokens and the task prefix") as error:
+    with pytest.raises(ValueError, match="max_source_length is 3 tokens, but the task prefix") as error:
         main(with_(config, prompt={"max_source_length": 3}))
     assert "raise max_source_length" in str(error.value)
 
