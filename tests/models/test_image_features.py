@@ -90,7 +90,7 @@ def test_features_are_as_good_as_pixels(pretrained_folder: Folder, family: str, 
 @families(*ASKED, *SIZED)
 def test_what_cannot_be_kept_is_refused_by_name(pretrained_folder: Folder, family: str) -> None:
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family))
-    reason = "qformer_input_ids" if family in ASKED else "as its size makes"
+    reason = "qformer_input_ids" if family in ASKED else "size of the image"
     with pytest.raises(UsageError, match=rf"{type(backbone.language).__name__}.*{reason}"):
         backbone.image_features()
 
