@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.options import validate
 from dept_vl._utils.run_files import BEST, LAST, SUMMARY_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import new_prompt
@@ -248,6 +249,7 @@ def build_prompt(
         prompt_init=init,
         init_text=init_text,
     )
+    validate(options)
     prompt = build.build_prompt(options, backbone, seed)
     if prompt is None:
         raise UsageError("prompt_length=0 and rank=0 leave nothing to train; give one of them a size")

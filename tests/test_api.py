@@ -199,6 +199,15 @@ def test_evaluating_a_run_an_adapter_and_a_predictor_gives_the_same(beside: Path
         dept_vl.evaluate(predictor, task="gqa")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("on_bad_image", "ignore"), ("limit", -1), ("limit", "3"), ("batch_size", 0), ("split", 5)],
+)
+def test_options_of_an_evaluation_are_checked_as_those_of_the_command(option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=option):
+        dept_vl.evaluate("runs/vqa", **{option: value})
+
+
 def test_a_search_is_not_a_run(make_run: Callable[..., RunConfig]) -> None:
     with pytest.raises(UsageError, match="tune"):
         dept_vl.train(with_(make_run(DataOptions()), tune=3))

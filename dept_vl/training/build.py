@@ -5,7 +5,7 @@ import os
 import torch
 
 from dept_vl.adapters.warm_start import inherit
-from dept_vl.config import PromptOptions, RunConfig
+from dept_vl.config import DataOptions, PromptOptions, RunConfig
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vlm import open_backbone
@@ -86,6 +86,28 @@ def build_prompt(
         text=options.init_text,
     )
     return prompt
+
+
+def without_effect(config: RunConfig) -> list[str]:
+    """Return a note for each option that is set but has no effect beside the other options."""
+    data, prompt, train = config.data, config.prompt, config.train
+    dev_split, usual = data.splits()[1], (DataOptions(), PromptOptions())
+    cases = [
+        ("holdout_images", usual[0], data, bool(dev_split), f"the dev split is {dev_split}"),
+        ("shots_seed", usual[0], data, not data.shots, "no --shots are drawn"),
+        ("shots_dev", usual[0], data, not data.shots, "no --shots are drawn"),
+        ("features_dir", usual[0], data, data.features == "live", "--features is live"),
+        ("init_parts", usual[1], prompt, not prompt.init_from, "there is no --init_from"),
+        ("init_text", usual[1], prompt, prompt.prompt_init != "text", "--prompt_init is not text"),
+    ]
+    found = [
+        f"note: --{name} {getattr(given, name)} has no effect: {reason}"
+        for name, default, given, unused, reason in cases
+        if unused and getattr(given, name) != getattr(default, name)
+    ]
+    if train.pause_at > train.max_steps and not train.num_epochs:
+        found.append(f"note: --pause_at {train.pause_at} has no effect: the run has {train.max_steps} steps")
+    return found
 
 
 def only_deterministic() -> None:

@@ -36,7 +36,13 @@ from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.sharding import place_model
-from dept_vl.training.build import budget_line, build_model, only_deterministic, visual_tokens
+from dept_vl.training.build import (
+    budget_line,
+    build_model,
+    only_deterministic,
+    visual_tokens,
+    without_effect,
+)
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import (
@@ -158,6 +164,8 @@ class Run(Stages):
 
     def run(self) -> RunResult:
         """Run all stages and return the result. A run that is stopped or paused ends after `fit`."""
+        for note in without_effect(self.config):
+            say(note)
         self.prepare()
         self.fit()
         if self._ended_early():
