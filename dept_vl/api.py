@@ -38,7 +38,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.options import validate
 from dept_vl._utils.run_files import BEST, LAST, SUMMARY_FILE
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import new_prompt

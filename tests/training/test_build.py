@@ -1,15 +1,16 @@
 """From options to a prompt: its sizes are those of its budget."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import D_MODEL
 
-from dept_vl.config import PromptOptions
+from dept_vl.config import DataOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
-from dept_vl.training.build import budget_line, build_prompt
+from dept_vl.training.build import budget_line, build_prompt, without_effect
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -41,3 +42,30 @@ def test_pt_is_a_long_prompt_of_rank_0(make_backbone: Callable[..., Backbone]) -
     assert ours.describe() == theirs.describe()
     assert ours.state_dict().keys() == theirs.state_dict().keys() == {"soft_prompt"}
     assert torch.equal(ours.soft_prompt, theirs.soft_prompt)
+
+
+def test_options_without_effect_are_told() -> None:
+    idle = RunConfig(
+        data=DataOptions(
+            dev_split="val",
+            holdout_images=7,
+            shots_seed=5,
+            shots_dev="split",
+            features="live",
+            features_dir=Path("f"),
+        ),
+        prompt=PromptOptions(init_parts="all", init_text="red"),
+        train=TrainOptions(max_steps=9, pause_at=10),
+    )
+    names = [note.split("--")[1].split()[0] for note in without_effect(idle)]
+    assert names == [
+        *("holdout_images", "shots_seed", "shots_dev", "features_dir", "init_parts", "init_text", "pause_at"),
+    ]
+    used = RunConfig(
+        data=DataOptions(
+            dev_split="", holdout_images=7, shots=2, shots_seed=5, shots_dev="split", features_dir=Path("f")
+        ),
+        prompt=PromptOptions(init_from=(Path("a"),), init_parts="all", prompt_init="text", init_text="red"),
+        train=TrainOptions(max_steps=9, pause_at=9),
+    )
+    assert without_effect(used) == without_effect(RunConfig()) == []
