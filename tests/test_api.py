@@ -201,7 +201,7 @@ def test_evaluating_a_run_an_adapter_and_a_predictor_gives_the_same(beside: Path
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("on_bad_image", "ignore"), ("limit", -1), ("limit", "3"), ("batch_size", 0), ("split", 5)],
+    [("limit", -1), ("batch_size", 0), ("num_workers", -1)],
 )
 def test_options_of_an_evaluation_are_checked_as_those_of_the_command(option: str, value: Any) -> None:
     with pytest.raises(UsageError, match=option):
