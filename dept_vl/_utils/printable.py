@@ -92,6 +92,18 @@ def warn(text: str, stacklevel: int = 1) -> None:
 
 
 @contextmanager
+def notes_caught() -> Iterator[list[str]]:
+    """Collect the warnings of this package; those of other packages, of other threads too, are left out."""
+    notes = list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Note)
+        try:
+            yield notes
+        finally:
+            notes += [str(one.message) for one in caught if issubclass(one.category, Note)]
+
+
+@contextmanager
 def notes_shown() -> Iterator[None]:
     """Print warnings of this package as notes of one line, without the line of the program."""
     usual = warnings.showwarning

@@ -6,7 +6,6 @@ import secrets
 import shutil
 import tempfile
 import traceback
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
@@ -20,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import FORMATS, ImageSource, read_image
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import markdown_text, printable, say
+from dept_vl._utils.printable import markdown_text, notes_caught, printable, say
 from dept_vl.adapters.hub import names_of
 from dept_vl.inference.gate import MOST_UPLOADED, PageGate, is_loopback, upload_at
 from dept_vl.inference.mixed import ManyAdapters, load_many
@@ -93,8 +92,7 @@ def respond(
                 each = "an image" if task.image_count == 1 else f"{task.image_count} images"
                 raise ValueError(f"{task.name} asks about {each}: upload {each}")
             images.append(_read_upload(upload, folder, exif=many.backbone.exif is not False))
-        with warnings.catch_warnings(record=True) as noted:
-            warnings.simplefilter("always", UserWarning)
+        with notes_caught() as notes:
             answers = many.answer(
                 [tuple(images)],
                 question if task.asks else "",
@@ -104,7 +102,7 @@ def respond(
             )
         if monotonic() - started >= LONGEST_ANSWER:
             raise ValueError(_too_late())
-        return printable(answers[0]), printable(" ".join(str(note.message) for note in noted))
+        return printable(answers[0]), " ".join(notes)
     except (ValueError, OSError) as error:
         return "", printable(one_line(error))
 

@@ -15,7 +15,7 @@ from litserve import LitAPI
 from litserve.loops.simple_loops import BatchedLoop
 
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import printable, say
+from dept_vl._utils.printable import notes_caught, printable, say
 
 if TYPE_CHECKING:  # the main process does not import torch
     from dept_vl.inference.mixed import ManyAdapters
@@ -149,8 +149,7 @@ class Replica(LitAPI):  # type: ignore[misc]
             if question.loading:
                 outcomes[-1] = self._about(self._predictor(question))
                 continue
-            with warnings.catch_warnings(record=True) as noted:
-                warnings.simplefilter("always")
+            with notes_caught() as said:
                 try:
                     ask = self._ask(question, pixels)
                     ask.source()
@@ -159,7 +158,7 @@ class Replica(LitAPI):  # type: ignore[misc]
                     continue
             asks.append(ask)
             places.append(place)
-            notes.append([printable(str(note.message)) for note in noted])
+            notes.append(said)
         numbers = {
             id(ask.predictor): questions[place].adapter for ask, place in zip(asks, places, strict=True)
         }

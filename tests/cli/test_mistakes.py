@@ -184,7 +184,7 @@ def _main(end: END, arguments: list[str]) -> tuple[int, str]:
         (compare.compare, "--methods dpt", 2, "closest: dept"),
         (compare.compare, "--tasks scenes-vqa", 2, "closest: scenes-vqav2"),
         (compare.compare, "--max_stepz 1", 2, "closest: --max_steps"),
-        (compare.compare, "--tasks scenes-gqa --methods pt", 1, "data/configs/scenes-gqa.json"),
+        (compare.compare, "--tasks scenes-gqa --methods pt", 1, "data/scenes/gqa"),
         (transfer_suite.transfer_suite, "--targets many", 2, "unknown target 'many'"),
         (cli.check_submission, "vqa", 2, "closest: vqav2"),
     ],

@@ -429,7 +429,6 @@ def test_data_of_ones_own_are_compared_on(file: str, base: Path, tmp_path: Path)
         (str(base),),
         ("zero-shot",),
         (1,),
-        max_steps=(1,),
         rounds=1,
         output_dir=tmp_path,
         smallest=True,

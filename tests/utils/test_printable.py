@@ -2,12 +2,13 @@
 
 import io
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import dept_vl
-from dept_vl._utils.printable import markdown_text, printable, say, warn
+from dept_vl._utils.printable import markdown_text, notes_caught, printable, say, warn
 
 
 @pytest.mark.parametrize(
@@ -69,3 +70,11 @@ def test_the_package_prints_in_one_place() -> None:
     """The linter sees `print`, not that of accelerate."""
     package = Path(dept_vl.__file__).parent
     assert [path for path in package.rglob("*.py") if "accelerator.print" in path.read_text()] == []
+
+
+def test_warnings_of_other_packages_are_no_notes() -> None:
+    with notes_caught() as notes:
+        warn("cut to\n20 tokens")
+        warnings.warn("a keyword is deprecated", DeprecationWarning, stacklevel=1)
+        warnings.warn("not of this package", UserWarning, stacklevel=1)
+    assert notes == [printable("cut to\n20 tokens")]
