@@ -11,8 +11,6 @@ from pathlib import Path
 from dept_vl._utils.printable import notes_shown, say
 
 PACKAGE = Path(__file__).resolve().parents[1]
-BENCHMARKS = PACKAGE.parent / "scripts" / "benchmarks"
-"""Experiments of the clone, whose errors are printed as those of the package."""
 
 
 class UsageError(ValueError):
@@ -79,15 +77,18 @@ def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return whether an error was raised in our code, or comes from the file system or the network.
+    """Return whether an error was raised in this package, or comes from the file system or the network.
 
     Other errors, raised inside libraries, keep their traceback.
     """
     if isinstance(error, UsageError | OSError):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename).resolve() if frames else Path()
-    return isinstance(error, RAISED) and any(map(raised_in.is_relative_to, (PACKAGE, BENCHMARKS)))
+    return (
+        isinstance(error, RAISED)
+        and bool(frames)
+        and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+    )
 
 
 def _report(error: BaseException, *, same_everywhere: bool) -> None:

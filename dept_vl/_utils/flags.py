@@ -31,8 +31,8 @@ def note_lone_process() -> None:
     launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     if launched and not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         say(
-            "note: accelerate was asked for several processes, and started one; add --multi_gpu, which "
-            "starts them on a CPU too",
+            "note: accelerate started one process instead of several; add --multi_gpu, which works on a CPU "
+            "too",
             error=True,
         )
 

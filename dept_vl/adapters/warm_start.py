@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import load_exactly, under
@@ -36,8 +37,7 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     if parts == "all" and len(sources) == 1:
         load_exactly(prompt, dict(sources[0].named_parameters()), "the source's", "prompt.")
     else:
-        vectors = [source.vectors() for source in sources]
-        prompt.init_prompt(torch.stack([one.detach() for one in vectors if one is not None]).mean(0))
+        prompt.init_prompt(torch.stack([_vectors(source) for source in sources]).mean(0))
         if parts == "all":
             _take_mean_offset(prompt, sources)
     projection = model.backbone.visual_projection
@@ -45,6 +45,12 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     if len(adapters) == 1 and projection is not None and "visual_projection" in only.trainable_parameters:
         prefix = "visual_projection."
         load_exactly(projection, under(prefix, only.tensors), "the source's", prefix)
+
+
+def _vectors(prompt: DePT) -> Tensor:
+    vectors = prompt.vectors()
+    assert vectors is not None
+    return vectors.detach()
 
 
 @torch.no_grad()

@@ -239,8 +239,8 @@ def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
         names = ", ".join(path.name for path in missing[:3])
         raise FileNotFoundError(
             f"{len(missing):,} of {len(task.image_files()):,} images of {task.name} are missing from "
-            f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there, "
-            "to leave them out, pass --on_bad_image skip"
+            f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there. "
+            "To leave them out, pass --on_bad_image skip"
         )
     return task
 

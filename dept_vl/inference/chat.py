@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dept_vl._utils.embedded import data_url_bytes
-from dept_vl._utils.io import NestedError, RepeatedKeyError, parse_json
+from dept_vl._utils.io import one_line, parse_json
 from dept_vl.inference.gate import MOST_UPLOADED, Refused
 
 LONGEST_FETCH = 10.0
@@ -129,13 +129,11 @@ def read(kind: type[T], body: bytes) -> T:
         Refused: If the body is not valid; the message describes the first problem.
     """
     try:
-        parse_json(body.decode())
-    except (RepeatedKeyError, NestedError) as error:
-        raise Refused(400, f"the body: {error}", code="invalid_request") from None
-    except ValueError:
-        pass  # described below
+        content = parse_json(body.decode())
+    except ValueError as error:
+        raise Refused(400, f"the body is not valid JSON: {one_line(error)}", code="invalid_request") from None
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(content)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False, include_context=False)
         # Of a message's content both kinds are reported, text and list; the deeper error is of the one meant.
@@ -150,6 +148,7 @@ def read(kind: type[T], body: bytes) -> T:
 def _place(loc: tuple[str | int, ...]) -> str | None:
     """Return the location of an error as it is written in Python, without the kinds that pydantic tried."""
     parts = list(loc)
+    # Behind `content` and behind the number of a part stands the kind that was tried.
     if parts[:3] == ["messages", 0, "content"]:
         parts = [*parts[:3], *parts[4:5], *parts[6:]]
     named = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)

@@ -92,9 +92,8 @@ def choose_attention(language: PreTrainedModel, device: torch.device, *, bfloat1
 def recompute_activations(language: nn.Module) -> None:
     """Enable gradient checkpointing: keep only each layer's input, and run it again in the backward pass.
 
-    transformers' own gradient checkpointing needs training mode; a backbone without dropout is in evaluation
-    mode.
-    Non-reentrant checkpointing also works for layers whose input needs no gradient.
+    transformers' own gradient checkpointing needs training mode, but a backbone without dropout is in
+    evaluation mode. Non-reentrant checkpointing also works for layers whose input needs no gradient.
     """
     for layer in layers_of(language):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

@@ -91,19 +91,20 @@ def build_prompt(
 def without_effect(config: RunConfig) -> list[str]:
     """Return a note for each option that is set but has no effect beside the other options."""
     data, prompt, train = config.data, config.prompt, config.train
-    dev_split, usual = data.splits()[1], (DataOptions(), PromptOptions())
-    cases = [
-        ("holdout_images", usual[0], data, bool(dev_split), f"the dev split is {dev_split}"),
-        ("shots_seed", usual[0], data, not data.shots, "no --shots are drawn"),
-        ("shots_dev", usual[0], data, not data.shots, "no --shots are drawn"),
-        ("features_dir", usual[0], data, data.features == "live", "--features is live"),
-        ("init_parts", usual[1], prompt, not prompt.init_from, "there is no --init_from"),
-        ("init_text", usual[1], prompt, prompt.prompt_init != "text", "--prompt_init is not text"),
-    ]
+    dev_split = data.splits()[1]
+    given, usual = vars(data) | vars(prompt), vars(DataOptions()) | vars(PromptOptions())
+    reasons = {
+        "holdout_images": f"the dev split is {dev_split}" if dev_split else "",
+        "shots_seed": "" if data.shots else "no --shots are drawn",
+        "shots_dev": "" if data.shots else "no --shots are drawn",
+        "features_dir": "--features is live" if data.features == "live" else "",
+        "init_parts": "" if prompt.init_from else "there is no --init_from",
+        "init_text": "" if prompt.prompt_init == "text" else "--prompt_init is not text",
+    }
     found = [
-        f"note: --{name} {getattr(given, name)} has no effect: {reason}"
-        for name, default, given, unused, reason in cases
-        if unused and getattr(given, name) != getattr(default, name)
+        f"note: --{name} {given[name]} has no effect: {reason}"
+        for name, reason in reasons.items()
+        if reason and given[name] != usual[name]
     ]
     if train.pause_at > train.max_steps and not train.num_epochs:
         found.append(f"note: --pause_at {train.pause_at} has no effect: the run has {train.max_steps} steps")

@@ -164,7 +164,7 @@ def _changed_features(folder: Path, config: RunConfig) -> list[str]:
 
 @cache
 def _remark(folder: Path, reason: str) -> None:
-    say(f"note: that the data are those of {folder} cannot be checked: {reason}")
+    say(f"note: cannot check whether {folder} was trained on these data: {reason}")
 
 
 def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:

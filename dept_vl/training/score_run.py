@@ -1,6 +1,6 @@
 """Score a finished run on any split of any task. The command `dept-vl evaluate` uses this."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, read_config
+from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.feature_source import check_readable, encoder_of, mapped_features
 from dept_vl.data.features import FeatureTable
@@ -96,11 +96,13 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
     """Predict and score a split with a predictor. `config.run` is ignored."""
     accelerator = Accelerator(cpu=next(predictor.model.parameters()).device.type == "cpu")
     output_dir = config.output_dir
-    options, changes = _predictor_data(predictor, config)
+    options, trained = _predictor_data(predictor, config)
     with _writing(output_dir, accelerator, config):
         with main_first(accelerator):
             task = load_split(options, options.splits()[-1])
-        changed = on_main(accelerator, changes)
+        changed = ""
+        if trained is not None and (run := predictor.run) is not None:
+            changed = on_main(accelerator, lambda: note_changes(run, trained, options))
         task = check_images(limit(task.asked_by(predictor.task), config.limit, 0), config.on_bad_image)
         collator = Collator.for_model(
             predictor.model,
@@ -126,8 +128,8 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
     return Evaluated(evaluation, output_dir, changed=changed)
 
 
-def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataOptions, Callable[[], str]]:
-    """Return the data to score a predictor on, and a function that notes how they differ from its run's."""
+def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataOptions, RunConfig | None]:
+    """Return the data to score a predictor on, and the configuration of its run if they are the run's."""
     asked, run = predictor.task, predictor.run
     given = config.own.data is not None
     name = OWN_TASK if given else asked.loaded_as
@@ -135,7 +137,7 @@ def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataO
         trained = read_config(run / CONFIG_FILE)
         if name in {TASKS[one.task].loaded_as for one in (trained.data, *trained.also)}:
             options = data_options(replace(config, run=run, task=name), trained)
-            return options, lambda: note_changes(run, trained, options)
+            return options, trained
     options = DataOptions(
         task=name,
         data_dir=config.data_dir,
@@ -143,7 +145,7 @@ def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataO
         question_case=asked.question_case,
         test_split=config.split or (TASKS[name].other_split if given else "") or asked.test_split,
     )
-    return options, str
+    return options, None
 
 
 @contextmanager

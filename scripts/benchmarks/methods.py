@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.backbones import Inputs, Shape
+from dept_vl._utils.errors import UsageError
 from dept_vl.config import OptimOptions
 from dept_vl.data.feature_store import open_features, write_features
 from dept_vl.data.features import load_pixels
@@ -121,10 +122,10 @@ def build_runners(
     runners = {}
     for name in names:
         if name not in METHODS:
-            raise ValueError(f"there is no method {name!r}; expected some of {', '.join(METHODS)}")
+            raise UsageError(f"there is no method {name!r}; expected some of {', '.join(METHODS)}")
         used = compiled if name.endswith(COMPILED) else backbone
         if used is None:
-            raise ValueError(f"{name} needs a backbone whose layers are compiled, and none was given")
+            raise UsageError(f"{name} needs a backbone whose layers are compiled, and none was given")
         runners[name] = _build_runner(name.removesuffix(COMPILED), used, stock, shape)
         runners[name].compiled = used is compiled
     return runners

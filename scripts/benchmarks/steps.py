@@ -36,6 +36,7 @@ from benchmarks.pretrained import (
     draw_pretrained,
     of_pretrained,
 )
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.printable import say
 from dept_vl.models.backbone import Backbone
@@ -109,7 +110,7 @@ def plan(config: BenchConfig) -> list[Group]:
             if installed := _installed(names):
                 groups.append(Group(model, shape, work, installed, size, rounds))
     if not groups:
-        raise ValueError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
+        raise UsageError(f"nothing to measure for --models {config.models} --shapes {config.shapes}")
     return sorted(groups, key=lambda group: models.index(group.model))
 
 
@@ -117,7 +118,7 @@ def _names(given: str, known: dict[str, Any], option: str) -> list[str]:
     names = [name for name in given.split(",") if name]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"--{option}: expected some of {','.join(known)}; found {','.join(unknown)}")
+        raise UsageError(f"--{option}: expected some of {','.join(known)}; found {','.join(unknown)}")
     return names
 
 
@@ -164,7 +165,7 @@ class Bench:
             f"{name}={old.get(name)!r} -> {new.get(name)!r}" for name in new if old.get(name) != new[name]
         ]
         if changed:
-            raise ValueError(
+            raise UsageError(
                 f"{path} holds what was measured otherwise ({'; '.join(changed)}); choose another "
                 "--output_dir"
             )

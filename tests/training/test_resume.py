@@ -298,7 +298,7 @@ def test_a_finished_run_of_other_data_is_not_passed_off_as_one_of_these(
     shutil.rmtree(tmp_path / "data")
     capsys.readouterr()
     assert run(again).scores == whole.scores
-    assert "cannot be checked" in capsys.readouterr().out
+    assert "cannot check whether" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

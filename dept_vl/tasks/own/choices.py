@@ -12,10 +12,10 @@ INDEX_COLUMN = "correct_choice_idx"
 """Column that always holds the number of a choice (A-OKVQA)."""
 INDEX, TEXT = "index", "text"
 NUMBERS_READ = {
-    INDEX: "have a number as answer that is also the text of another choice; numbers are read as the places "
-    "of choices, from 0, as in ScienceQA (texts need quotes)",
-    TEXT: "have a number as answer that is also the place of another choice; numbers are read as the choices "
-    f"themselves, which are numbers too (places can be given in a column {INDEX_COLUMN})",
+    INDEX: "have a number as answer that is the index of one choice and the text of another; it is read as "
+    "the index, from 0, as in ScienceQA (to give the text, write it in quotes)",
+    TEXT: "have a number as answer that is the text of one choice and the index of another; it is read as "
+    f"the text, since the choices are numbers too (to give the index, use a column {INDEX_COLUMN})",
 }
 """Notes on numbers with two possible meanings, by the one that was taken."""
 
@@ -117,8 +117,8 @@ def check_chosen(answers: list[str], choices: list[str], where: str) -> None:
     """Raise UsageError if a single answer is none of the choices."""
     if len(answers) == 1 and answers[0] not in choices:
         raise UsageError(
-            f"{where}: the answer {answers[0]!r:.60} is none of the choices {choices!r:.200}; write it as it "
-            f"stands there, or its number from 0 into a column {INDEX_COLUMN}"
+            f"{where}: the answer {answers[0]!r:.60} is not one of the choices {choices!r:.200}; copy the "
+            f"text of a choice, or give its index from 0 in a column {INDEX_COLUMN}"
         )
 
 
