@@ -56,6 +56,8 @@ KINDS: tuple[tuple[Any, str, Any], ...] = (
     (MODEL_FOR_CAUSAL_LM_MAPPING, "a language model", AutoModelForCausalLM),
 )
 """Supported configuration classes, what messages call such a model, and the class that loads it."""
+ENCODER_DECODER = {AutoModelForSeq2SeqLM: True, AutoModelForCausalLM: False}
+"""Whether the models that a class loads are encoder-decoders."""
 SUPPORTED = "models that AutoModelForImageTextToText, AutoModelForSeq2SeqLM or AutoModelForCausalLM opens"
 """Supported models, for error messages."""
 CLOSE = 1e-3
@@ -165,7 +167,13 @@ class VisionLanguageModel(FrozenBackbone):
             ValueError: If the model is of none of `KINDS` or needs its own code, or if its files are damaged.
         """
         config = load_config(name_or_path, "a vision-language model", SUPPORTED)
-        opened = [(what, opens) for mapping, what, opens in KINDS if type(config) in mapping]
+        # Models of sound are listed with language models of the other kind (Whisper's decoder, Qwen2-Audio).
+        kind = is_encoder_decoder(config)
+        opened = [
+            (what, opens)
+            for mapping, what, opens in KINDS
+            if type(config) in mapping and ENCODER_DECODER.get(opens, kind) == kind
+        ]
         if not opened:
             raise ValueError(
                 f"{name_or_path} has type {config.model_type!r}, which answers no questions in transformers; "
