@@ -46,6 +46,9 @@ STYLE = """
 #answer textarea {font-size: 1.6rem; font-weight: 600}
 .problem {color: #7a2e0e; background: #fffaeb; border: 1px solid #fec84b; border-radius: 8px; padding: 12px}
 ::placeholder {color: var(--body-text-color-subdued) !important}
+.gradio-container {--body-text-color-subdued: var(--neutral-500)}  /* 4.5:1 and more on the background */
+.gradio-container.dark, .dark .gradio-container {--body-text-color-subdued: var(--neutral-300)}
+input[role=combobox] {padding-right: 2rem !important; text-overflow: ellipsis}
 footer {display: none !important}
 """
 

@@ -1,6 +1,7 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -176,6 +177,19 @@ class Page:
         text: str = self.find("#answer textarea, #answer input").get_property("value")
         return text
 
+    def contrast(self, selector: str, part: str) -> float:
+        """Contrast of a part of an element with its background, from 1 to 21, as in WCAG 2.1."""
+        script = (
+            "const at = (e, p) => getComputedStyle(e, p); const e = document.querySelector(arguments[0]);"
+        )
+        script += "return [at(e, arguments[1]).color, at(e).backgroundColor]"
+        light = []
+        for colour in self.driver.execute_script(script, selector, part):
+            parts = [int(number) / 255 for number in re.findall(r"\d+", colour)[:3]]
+            linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+            light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+        return (max(light) + 0.05) / (min(light) + 0.05)
+
     def pick(self, adapter: str) -> None:
         self.find("#adapter input").click()
 
@@ -194,6 +208,7 @@ def test_a_visitor_asks_and_picks_another_adapter(
     expected = {name: many.answer(picture, "what colour?", adapters=name) for name in ("colours", None)}
     assert expected["colours"] != expected[None]
     page = Page(browser, address)
+    assert page.contrast("#question textarea, #question input", "::placeholder") >= 4.5
     page.upload(picture)
     page.ask("what colour?")
     page.wait(lambda: page.answer() == expected["colours"])
