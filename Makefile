@@ -6,6 +6,8 @@ BACKBONE ?= data/tiny-clip-t5
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+unexport PYTHONDONTWRITEBYTECODE  # programs that tests start would compile everything anew
+
 .PHONY: vqa test lint compare docs clean
 .DEFAULT_GOAL := vqa
 

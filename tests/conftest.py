@@ -7,14 +7,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
 import jaxtyping
+
+# Before dept_vl: what its modules are the first to import, jaxtyping's hook compiles anew.
+import peft  # noqa: F401
 import pytest
 import torch
+import torchvision  # noqa: F401
 from PIL import Image
 from runs import reset_accelerate, tiny_run
 from torch import Tensor
@@ -41,6 +46,7 @@ from dept_vl.models.prompted import IGNORE_INDEX
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.scenes.official import write_tasks
 
+os.fsync = lambda descriptor: None  # a test has no power cut to survive
 LANGUAGES = ("t5", "bart")
 DECODERS = ("gpt2", "llama")
 
@@ -49,6 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with few tests first: these make whole runs, and short files last keep workers even."""
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: tests[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """Every run collects garbage, and need not look through all that is imported for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,10 @@
 """Base of option dataclasses. Ranges are declared with the fields, and pydantic checks them."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -41,7 +43,7 @@ def build(kind: type[T], content: Any) -> T:
     """Build options from JSON, with defaults; UsageError lists every problem and what is allowed."""
     problems = _bad_text(content)
     if not problems:
-        built, problems = _read(TypeAdapter(kind), kind, content)
+        built, problems = _read(_adapter(kind), kind, content)
         if not problems:
             options: T = built
             return options
@@ -50,11 +52,19 @@ def build(kind: type[T], content: Any) -> T:
 
 def check(content: Any, kind: Any) -> Any:
     """Convert JSON to a dataclass or other type; ValueError lists the problems and what is allowed."""
-    # Wrapped in a list, since pydantic accepts a config only for types without their own.
-    built, problems = _read(TypeAdapter(list[kind], config=FILES), kind, [content], inside=1, most=3)
+    built, problems = _read(_list_adapter(kind), kind, [content], inside=1, most=3)
     if problems:
         raise ValueError("; ".join(problems))
     return built[0]
+
+
+_adapter: Callable[[Any], Any] = cache(TypeAdapter)
+
+
+@cache
+def _list_adapter(kind: Any) -> Any:
+    """Wrap the type in a list, since pydantic accepts a config only for types without their own."""
+    return TypeAdapter(list[kind], config=FILES)
 
 
 def _read(
