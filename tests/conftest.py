@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: tests[item.path])
 
 
-def pytest_collection_finish() -> None:
-    """Every run collects garbage, and need not look through all that is imported for it."""
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """Every run collects garbage; it need not look through all that was there before the file."""
     gc.collect()
     gc.freeze()
 
