@@ -99,5 +99,15 @@ def _report(error: BaseException, *, same_everywhere: bool) -> None:
         if same_everywhere:
             return
     where = "" if rank == "0" else f" (process {rank})"
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_message(error).split()) or type(error).__name__
     say(f"dept-vl: error{where}: {text[:LONGEST_LINE]}", error=True, each=True)
+
+
+def _message(error: BaseException) -> str:
+    """Return the message of an error; the system's own does not say that a file is where a folder goes."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        path = Path(error.filename)
+        file = next((place for place in (path, *path.parents) if place.is_file()), None)
+        if file is not None:
+            return f"expected a folder at {file}, found a file; choose another folder"
+    return str(error)

@@ -11,7 +11,7 @@ same. Only the main process writes. Memory holds the batches between two writes,
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +19,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import BinaryIO
 
-import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -27,10 +26,11 @@ from filelock import FileLock, Timeout
 from torch.utils.data import Dataset
 
 from dept_vl._utils.checksums import checksum
-from dept_vl._utils.errors import InUseError, UsageError
-from dept_vl._utils.io import read_json, write_json, writing
+from dept_vl._utils.errors import DamagedFileError, InUseError, UsageError
+from dept_vl._utils.io import parse_json, read_object, write_json, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
+from dept_vl._utils.tensors import exact_fingerprint
 from dept_vl._utils.terminal import Count, duration, waiting
 from dept_vl.adapters.fingerprint import describe_backbone
 from dept_vl.config import OWN_TASK, DataOptions
@@ -45,11 +45,13 @@ from dept_vl.inference.evaluate import decode
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predictor import Predictor
 from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.own.task import CAPTIONS
 
 ROUND = 8
 """Batches per process between two writes, if there are several processes: a write waits for all of them."""
-READ_BYTES = 1 << 20
+TABLES = (".arrow", ".csv", ".parquet", ".tsv")
+"""File extensions of tables that are read, but not written."""
 Answers = list[tuple[int, str | None]]
 """Pairs of a row number and its answer; None if the row's image cannot be read."""
 
@@ -66,9 +68,13 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
     output = config.output
     if output is None:
         raise UsageError("--data needs --output, the file for the answers")
+    if output.suffix.lower() in TABLES:
+        raise UsageError(
+            f"answers are written as JSON Lines: expected {output.with_suffix('.jsonl')}, found {output}"
+        )
     table, collate = _read(predictor, config, accelerator)
     started, size, processes = perf_counter(), config.batch_size, accelerator.num_processes
-    with _partial(output, _made_of(predictor, table), accelerator) as (file, begun):
+    with _partial(output, _made_of(predictor, table), table.example_ids(), accelerator) as (file, begun):
         first, last = begun // size, math.ceil(len(table) / size)
         mine = range(first + accelerator.process_index, last, processes)
         loader = workers.load(
@@ -167,13 +173,13 @@ def _write(file: BinaryIO | None, table: Task, pairs: Answers, output: Path) -> 
 def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
     """Return checksums of the inputs that the answers depend on."""
     adapter, options = predictor.adapter, (predictor.decoding, predictor.max_source_length)
-    tensors = {} if adapter is None else adapter.tensors
+    described = None if adapter is None else (adapter.prompt, adapter.question_case, adapter.answering)
     backbone = {**describe_backbone(predictor.model.backbone), "name": None}  # it may move
     return {
         "rows": rows_content(table.rows),
         # Sizes alone would not tell two images of one size that were exchanged.
         "images": checksum(repr(file_stats(table.image_files() if table.image_count else [])).encode()),
-        "adapter": checksum(safetensors.torch.save(tensors)),
+        "adapter": exact_fingerprint({} if adapter is None else adapter.tensors, described),
         "backbone": checksum(repr(backbone).encode()),
         "decoding": f"{predictor.task.name} {checksum(repr(options).encode())}",
     }
@@ -181,7 +187,7 @@ def _made_of(predictor: Predictor, table: Task) -> dict[str, str]:
 
 @contextmanager
 def _partial(
-    output: Path, made_of: dict[str, str], accelerator: Accelerator
+    output: Path, made_of: dict[str, str], ids: Sequence[ExampleId], accelerator: Accelerator
 ) -> Iterator[tuple[BinaryIO | None, int]]:
     """Yield the partial file (main process only) and its number of answers; on exit rename it to `output`."""
     partial, main = output.with_name(f"{output.name}.partial"), accelerator.is_main_process
@@ -194,7 +200,7 @@ def _partial(
             lock.acquire(timeout=0)
         except Timeout:
             raise InUseError(f"{output} is written by another process; wait for its end") from None
-        return _begun(output, partial, about, made_of)
+        return _begun(output, partial, about, made_of, ids)
 
     try:
         done = on_main(accelerator, begin)
@@ -214,7 +220,9 @@ def _partial(
             lock.release()
 
 
-def _begun(output: Path, partial: Path, about: Path, made_of: dict[str, str]) -> int:
+def _begun(
+    output: Path, partial: Path, about: Path, made_of: dict[str, str], ids: Sequence[ExampleId]
+) -> int:
     """Return the number of answers in the partial file, after removing an incomplete last line."""
     if output.exists():
         raise FileExistsError(f"{output} is there already; nothing was changed. Choose another --output")
@@ -222,19 +230,35 @@ def _begun(output: Path, partial: Path, about: Path, made_of: dict[str, str]) ->
         with writing(about):
             write_json(about, made_of)
         return 0
-    before = read_json(about)
+    otherwise = f"remove {partial}, or choose another --output"
+    if not about.exists():
+        raise UsageError(f"{partial} has lost {about.name} and cannot be continued; {otherwise}")
+    before = read_object(about, dict[str, str])
     changed = [name for name, digits in made_of.items() if before.get(name) != digits]
     if changed:
         raise UsageError(
-            f"{partial} was started with other {' and '.join(changed)}; give the same, remove it, or choose "
-            "another --output"
+            f"{partial} was started with other {' and '.join(changed)}; give the same, {otherwise}"
         )
-    count = end = place = 0
+    count = end = 0
     with partial.open("r+b") as file:
-        while chunk := file.read(READ_BYTES):
-            count += chunk.count(b"\n")
-            if b"\n" in chunk:
-                end = place + chunk.rindex(b"\n") + 1
-            place += len(chunk)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            if count >= len(ids) or _id_in(line) != ids[count]:
+                expected = repr(ids[count]) if count < len(ids) else "no more lines"
+                raise DamagedFileError(
+                    f"{partial}, line {count + 1}: expected the answer of id {expected}, found "
+                    f"{line[:80]!r}; {otherwise}"
+                )
+            count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
+
+
+def _id_in(line: bytes) -> ExampleId | None:
+    """Return the id in a line of answers; None if it is no such line."""
+    try:
+        found: ExampleId = parse_json(line.decode())["id"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return found

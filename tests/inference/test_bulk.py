@@ -18,7 +18,7 @@ from PIL import Image
 from runs import in_two_processes, with_
 
 import dept_vl
-from dept_vl._utils.errors import InUseError, UsageError
+from dept_vl._utils.errors import DamagedFileError, InUseError, UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference import bulk
@@ -172,6 +172,45 @@ def test_images_exchanged_after_a_stop_are_others(
     assert len(rows(asked.output)) == 24
 
 
+def test_an_adapter_described_otherwise_is_another(
+    asked: PredictConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_after(2, monkeypatch, asked)
+    adapter = Adapter.load(Path(asked.adapter) / "best")
+    assert adapter.prompt is not None
+    scaled = adapter.prompt | {name: adapter.prompt[name] / 2 for name in ("alpha", "scale")}
+    for other in (replace(adapter, question_case="keep"), replace(adapter, prompt=scaled)):
+        other.save(tmp_path / "other")
+        with pytest.raises(UsageError, match="other adapter"):
+            predict(replace(asked, adapter=str(tmp_path / "other")))
+
+
+def test_a_partial_file_holds_the_first_answers_in_order(
+    asked: PredictConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert asked.output is not None
+    stopped_after(2, monkeypatch, asked)
+    begun = asked.output.with_name("answers.jsonl.partial")
+    lines = begun.read_bytes().splitlines(keepends=True)
+    for edited in (lines[1:], [*lines, b"\n"], lines * 3, [lines[1], lines[0], *lines[2:]]):
+        begun.write_bytes(b"".join(edited))
+        with pytest.raises(DamagedFileError, match=r"answers\.jsonl\.partial"):
+            predict(asked)
+        assert begun.read_bytes() == b"".join(edited)
+
+
+def test_a_partial_file_without_its_checksums(asked: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked.output is not None
+    stopped_after(2, monkeypatch, asked)
+    about = asked.output.with_name("answers.jsonl.partial.json")
+    about.write_text("[]")
+    with pytest.raises(DamagedFileError, match=about.name):
+        predict(asked)
+    about.unlink()
+    with pytest.raises(UsageError, match=about.name):
+        predict(asked)
+
+
 @pytest.mark.slow
 def test_two_machines_write_what_one_writes(asked: PredictConfig, tmp_path: Path) -> None:
     predict(replace(asked, output=tmp_path / "whole.jsonl"))
@@ -289,6 +328,7 @@ def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:
     ("changed", "word"),
     [
         ({"output": None}, "--output"),
+        ({"output": Path("answers.csv")}, r"answers\.jsonl"),
         ({"inputs": ("a.jpg",)}, r"a\.jpg"),
         ({"own": OwnOptions()}, "--data"),
         ({"task": "nlvr2"}, "2 images"),
