@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
+from decimal import Decimal
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -917,3 +919,69 @@ def test_a_list_as_python_prints_it_is_refused(tmp_path: Path, cell: str) -> Non
     with pytest.raises(UsageError) as caught:
         own(written(tmp_path, table, "a.csv"))
     assert "a.csv, line 2, column 'answer'" in str(caught.value)
+
+
+@pytest.mark.parametrize("role", ["image", "question", "answer", "choices", "id", "split", "type"])
+def test_a_named_column_that_is_nowhere_is_an_error(tmp_path: Path, role: str) -> None:
+    table = written(tmp_path, lines(QUESTION | {"split": "train"}, QUESTION | {"split": "train"}))
+    with pytest.raises(UsageError, match=f"{role}=gld"):
+        own(table, columns=(f"{role}=gld",))
+
+
+def test_a_named_column_replaces_the_usual_one_in_every_row(tmp_path: Path) -> None:
+    task = own(written(tmp_path, lines(QUESTION | {"gold": "red"}, QUESTION)), columns=("answer=gold",))
+    assert [task[place].answers for place in range(2)] == [("red",), ()]
+
+
+def test_a_column_without_a_name_has_no_role(tmp_path: Path) -> None:
+    table = written(
+        tmp_path, ",image,question,answer\n0,IMG_0001.JPG,what?,blue\n1,IMG_0001.JPG,who?,red\n", "x.csv"
+    )
+    task = own(table)
+    assert [task[place].answers for place in range(2)] == [("blue",), ("red",)]
+    assert task.rows.column("split").to_pylist() == ["", ""]
+    unanswered = own(written(tmp_path, ",image,question\n0,IMG_0001.JPG,what?\n", "y.csv"))
+    assert unanswered[0].answers == ()
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "id", "split"])
+def test_bytes_are_no_text(tmp_path: Path, column: str) -> None:
+    values = {name: [value] * 2 for name, value in (QUESTION | {"id": "7", "split": "train"}).items()}
+    values[column] = [b"what?"] * 2
+    pq.write_table(pa.table(values), tmp_path / "data.parquet")
+    with pytest.raises(UsageError, match=rf"data\.parquet, row 1, column '{column}'"):
+        own(tmp_path / "data.parquet")
+
+
+def test_short_floats_are_read_as_written(tmp_path: Path) -> None:
+    table = pa.table(
+        {name: [value] * 2 for name, value in QUESTION.items()}
+        | {"answer": pa.array([0.1, 3.0], pa.float32())}
+    )
+    pq.write_table(table, tmp_path / "data.parquet")
+    task = own(tmp_path / "data.parquet")
+    assert [task[place].answer for place in range(2)] == ["0.1", "3"]
+
+
+@pytest.mark.parametrize("identity", [{"$oid": "65a"}, ["7"], True])
+def test_an_id_is_text_or_a_number(tmp_path: Path, identity: object) -> None:
+    with pytest.raises(UsageError, match="'id'"):
+        own(written(tmp_path, lines(QUESTION | {"id": identity})))
+
+
+def test_ids_of_decimals_and_dates_are_kept(tmp_path: Path) -> None:
+    table = {name: [value] for name, value in QUESTION.items()}
+    for identity in (Decimal("12.50"), date(2024, 2, 29)):
+        pq.write_table(pa.table(table | {"id": [identity]}), tmp_path / "data.parquet")
+        assert own(tmp_path / "data.parquet").example_ids() == [str(identity)]
+
+
+def test_rows_that_no_split_uses_and_further_labels_are_told(tmp_path: Path) -> None:
+    splits = ("train", "val", "test", "extra", "extra", "")
+    task = own(written(tmp_path, lines(*(QUESTION | {"split": split} for split in splits))))
+    notes = " ".join(task.notes)
+    assert "2 of 6 rows are of the splits 'extra'" in notes
+    assert "1 of 6 rows have an empty split" in notes
+    labelled = {"image": "IMG_0001.JPG", "label": ["a", "b"]}
+    task = own(written(tmp_path, lines(labelled, labelled | {"label": "a"}), "labels.jsonl"))
+    assert any(note.startswith("1 of 2 rows of all have several labels") for note in task.notes)

@@ -138,6 +138,8 @@ class Columns:
                     raise UsageError(
                         f"{where}: --columns {role}={name}: found no such column; there are {', '.join(key)}"
                     )
+                else:
+                    found.pop(role, None)
             if found.get("question") == "text" and "answer" not in found and "question" not in self.mapping:
                 found["answer"] = found.pop("question")  # usual in folders of images with captions
             if found.get("question") == "prompt" and isinstance(record["prompt"], list):
@@ -145,13 +147,22 @@ class Columns:
             self._known[key] = found
         return found
 
+    def check_mapping(self, data: str) -> None:
+        """Raise a UsageError if no record so far has a column of the mapping."""
+        known = dict.fromkeys(name for names in self._known for name in names)
+        for role, name in self.mapping.items():
+            if self._known and name not in known:
+                raise UsageError(
+                    f"{data}: --columns {role}={name}: found no such column; there are {', '.join(known)}"
+                )
+
     def _base(self, record: Record, found: Mapping[str, str], where: str) -> dict[str, Any]:
-        split, kind = (record.get(found.get(role, "")) for role in ("split", "type"))
+        split, kind = (_cell(record, found, role, where) for role in ("split", "type"))
         return {
-            "id": _identity(record.get(found["id"])) if "id" in found else "",
+            "id": _identity(_cell(record, found, "id", where), f"{where}, column {found.get('id')!r}"),
             "images": self._images(record, found, where),
             "column": found.get("image", "images"),
-            "split": one_line(_identity(split)),
+            "split": one_line(_identity(split, f"{where}, column {found.get('split')!r}")),
             "type": one_line(kind) if isinstance(kind, str) else "",
             "choices": [],
             "number_as": "",
@@ -196,11 +207,12 @@ class Columns:
 
     def _one(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> dict[str, Any]:
         """Return the question, answers and choices of a record that is not a conversation."""
-        question = record.get(found.get("question", ""))
+        question = _cell(record, found, "question", where)
         if question is not None and not isinstance(question, str):
             raise UsageError(f"{where}, column {found['question']!r}: expected text, found {brief(question)}")
         column = found.get("answer", "")
-        answers = self._answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
+        given = _cell(record, found, "answer", where)
+        answers = self._answers(given, f"{where}, column {column!r}", text_cells=text_cells)
         choices, number_as = self._choices(record, found, where, text_cells), ""
         if choices:
             answers, choices, number_as = self._chosen(record, found, answers, choices, where)
@@ -227,8 +239,8 @@ class Columns:
         }
 
     def _choices(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> list[str]:
-        column = found.get("choices", "")
-        choices = self._answers(record.get(column), f"{where}, column {column!r}", text_cells=text_cells)
+        given = _cell(record, found, "choices", where)
+        choices = self._answers(given, f"{where}, column {found.get('choices')!r}", text_cells=text_cells)
         if text_cells and len(choices) == 1:
             return [one.strip() for one in choices[0].split("|")]
         return choices
@@ -255,7 +267,7 @@ class Columns:
         self, record: Record, found: Mapping[str, str], choices: list[str], where: str
     ) -> Numbered | None:
         """Return the answer of a record with choices if it is a number."""
-        number, given = whole(record.get(found.get("answer", ""))), record[found["choices"]]
+        number, given = whole(_cell(record, found, "answer", where)), record[found["choices"]]
         if number is None:
             return None
         of_numbers = isinstance(given, list) and all(whole(one) is not None for one in given)
@@ -310,11 +322,31 @@ class Columns:
         return text
 
 
-def _identity(value: Any) -> str:
-    """Return an id as text; a whole number is written without a fraction, however a table stores it."""
-    if isinstance(value, float) and value == value:
+def _cell(record: Record, found: Mapping[str, str], role: str, where: str) -> Any:
+    """Return the value of a role in a record, None without one; raise UsageError for bytes."""
+    value = record.get(found[role]) if role in found else None
+    one = value[0] if isinstance(value, list) and value else value
+    if isinstance(one, Embedded):
+        raise UsageError(
+            f"{where}, column {found[role]!r}: expected text, found bytes; store the column as text, or take "
+            f"another one by --columns {role}=NAME"
+        )
+    return value
+
+
+def _identity(value: Any, where: str) -> str:
+    """Return an id as text; a whole number is written without a fraction, however a table stores it.
+
+    Raises:
+        UsageError: If the value is a list, an object or a truth value.
+    """
+    if value is None or value != value:  # NaN: an empty cell
+        return ""
+    if isinstance(value, float):
         return _number(value)
-    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if isinstance(value, bool | list | dict):
+        raise UsageError(f"{where}: expected text or a number, found {brief(value)}")
+    return str(value)
 
 
 def _number(value: float) -> str:

@@ -97,6 +97,7 @@ def _records(
                 yield row
         if count == before:
             raise UsageError(f"{table.path} holds no rows")
+    columns.check_mapping(options.data or str(base))
 
 
 def _new_id(given: str, number: int, seen: dict[str, bool], where: str) -> tuple[str, bool]:

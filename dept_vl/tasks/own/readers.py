@@ -12,6 +12,7 @@ from threading import Lock
 from typing import Any
 
 import ijson
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -311,8 +312,14 @@ def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
     """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
     classes = _class_names(schema.metadata)
+    short = [
+        field.name for field in schema if pa.types.is_float16(field.type) or pa.types.is_float32(field.type)
+    ]
 
     def finish(row: Record, place: int) -> Record:
+        for name in short:
+            if isinstance(row.get(name), float):
+                row[name] = float(str(np.float32(row[name])))  # 0.1, not 0.10000000149011612
         for name, several in images.items():
             if not several:
                 row[name] = Embedded.at(path, name, place)

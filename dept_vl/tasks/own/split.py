@@ -121,6 +121,22 @@ def _contents(references: Sequence[str], root: Path) -> list[str]:
     return [content(one) if one.startswith(EMBEDDED) else one for one in references]
 
 
+def unused(rows: Rows) -> list[str]:
+    """Return messages about rows that are in no usual split, and about rows without one among others."""
+    counts = {one["values"]: one["counts"] for one in rows.column("split").value_counts().to_pylist()}
+    empty = counts.pop("", 0)
+    others = [name for name in counts if SPLITS.get(name.lower(), name) not in (TRAIN, VALIDATION, TEST)]
+    told = []
+    if empty and counts:
+        told.append(f"{empty:,} of {len(rows):,} rows have an empty split and count as {TRAIN}")
+    if others:
+        told.append(
+            f"{sum(counts[name] for name in others):,} of {len(rows):,} rows are of the splits "
+            f"{', '.join(map(repr, others))}, which are used only where an option names them"
+        )
+    return told
+
+
 def leaks(rows: Rows, root: Path) -> list[str]:
     """Return a message for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]

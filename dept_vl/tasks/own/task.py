@@ -381,6 +381,9 @@ def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[st
     unanswered = int((answers == 0).sum())
     if 0 < unanswered < len(chosen):
         yield f"{unanswered:,} of {len(chosen):,} rows of {split} have no answer and are not learnt or scored"
+    yield from splits.unused(rows)
+    if several := int((answers > 1).sum()) if "label" in forms else 0:
+        yield f"{several:,} of {len(chosen):,} rows of {split} have several labels; the first of each counts"
     yield from splits.leaks(rows, root)
     asked = "question" in rows.column("form").unique().to_pylist()
     if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
