@@ -1,6 +1,7 @@
 """Train while runs are killed, stopped and lose checkpoints, and compare with an uninterrupted run.
 
 python scripts/soak.py --minutes 30
+python scripts/soak.py --flat_steps 2000  # instead: whether memory and open files stay as they are
 """
 
 import json
@@ -9,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dept_vl._utils.options import Options, Rate, Seed
-from dept_vl._utils.run_files import BEST, LAST
+import psutil
+
+from dept_vl._utils.options import Count, Options, Rate, Seed
+from dept_vl._utils.run_files import BEST, LAST, LOG_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 from dept_vl.config import RunConfig, read_config, to_json
@@ -25,6 +28,8 @@ FEWEST = 4
 """Minimum number of kills and stops, however short the time."""
 DAMAGED = 0.25
 """Share of interruptions after which the newest checkpoint is damaged."""
+MOST_GROWTH = {"MiB": 16.0, "worker MiB": 16.0, "files": 8.0, "worker files": 8.0}
+"""What memory and open files of a run may grow by after a fifth of its steps, when all caches are filled."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,9 @@ class SoakOptions(Options):
     """Train a few steps on a few images, which are generated in output_dir."""
     seed: Seed = 0
     """Random seed of the faults."""
+    flat_steps: Count = 0
+    """Train once for so many steps without faults, with two workers that read images, and compare memory and
+    open files of a fifth of the steps with those of the end; 0 runs the soak."""
 
 
 @dataclass
@@ -61,7 +69,12 @@ class SoakResult:
         return self.kills + self.terms < FEWEST or time.monotonic() < end
 
 
-def main(options: SoakOptions) -> SoakResult:
+def main(options: SoakOptions) -> bool:
+    """Run the soak, or measure one run, and return whether all is as it should be."""
+    return is_flat(options) if options.flat_steps else soak(options).identical
+
+
+def soak(options: SoakOptions) -> SoakResult:
     """Run once without faults, then again and again with faults until the time is over.
 
     Raises:
@@ -91,6 +104,59 @@ def main(options: SoakOptions) -> SoakResult:
         result.identical &= left_by(run) == expected
         _report(result, folder, started)
     return result
+
+
+def is_flat(options: SoakOptions) -> bool:
+    """Train once, print memory and open files in every tenth of the steps, and return whether they stay.
+
+    Raises:
+        FileExistsError: If the output folder exists.
+        RuntimeError: If the run fails.
+    """
+    folder, steps = options.output_dir.resolve(), options.flat_steps
+    folder.mkdir(parents=True)
+    config, every = _configuration(options, folder), max(options.flat_steps // 10, 1)
+    train = replace(config.train, max_steps=steps, eval_every=every, checkpoint_every=every, log_every=1)
+    train = replace(train, per_device_batch_size=8, num_workers=2)
+    config = replace(config, train=train, data=replace(config.data, features="live"))
+    file, run = folder / "config.json", folder / "run"
+    file.write_text(json.dumps(to_json(config), indent=2) + "\n")
+    process, samples = _start(file, run), list[dict[str, float]]()
+    while process.poll() is None:
+        step = _last_step(run)
+        # In the middle of a tenth: evaluations, which end each, have workers of their own.
+        if step >= every * len(samples) + every // 2 and len(samples) < 10:
+            samples.append({"step": step, **held_by(process.pid)})
+        time.sleep(0.2)
+    _finish(process, run)
+    names = list(samples[0])
+    rows = [[f"{sample[name]:,.0f}" for name in names] for sample in samples]
+    growth = grown(samples)
+    print(markdown_table(names, [*rows, ["growth", *(f"{growth[name]:+,.0f}" for name in names[1:])]]))
+    return all(growth[name] <= most for name, most in MOST_GROWTH.items())
+
+
+def _last_step(run: Path) -> int:
+    """Return the step of the last whole line of a run's log; 0 if there is none."""
+    path = run / LOG_FILE
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def held_by(process: int) -> dict[str, float]:
+    """Return the resident memory and the open files of a process, and those of its children together."""
+    first = psutil.Process(process)
+    found = dict.fromkeys(MOST_GROWTH, 0.0)
+    for start, each in [("", first), *(("worker ", child) for child in first.children(recursive=True))]:
+        found[f"{start}MiB"] += each.memory_info().rss / 2**20
+        found[f"{start}files"] += each.num_fds()
+    return found
+
+
+def grown(samples: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return by how much the largest later value exceeds the first after a fifth of the samples."""
+    first, *later = samples[len(samples) // 5 :]
+    return {name: max(sample[name] for sample in later) - first[name] for name in MOST_GROWTH}
 
 
 def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
@@ -192,4 +258,4 @@ def _report(result: SoakResult, folder: Path, started: float) -> None:
 
 
 if __name__ == "__main__":
-    entry(lambda arguments: not main(parse_options(SoakOptions, arguments, "soak.py", __doc__)).identical)
+    entry(lambda arguments: not main(parse_options(SoakOptions, arguments, "soak.py", __doc__)))

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -525,6 +526,21 @@ def test_configuration_and_card_say_what_there_is(load: Load, folder: Path, tmp_
     assert "library_name: peft" in card
     assert f"base_model:adapter:{folder}" in card
     assert peft.PeftConfig.from_pretrained(tmp_path) == DeptConfig.from_pretrained(tmp_path)
+
+
+def loaded_as_the_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch, auto: str = "") -> Any:
+    """Run the code of a card; `auto` takes the place of the class that loads the base."""
+    code = (folder / "README.md").read_text().split("```python\n")[-1].split("```")[0]
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(re.sub(r"AutoModelForCausalLM(?=\W)", auto, code) if auto else code, names)
+    return names["model"].eval()
+
+
+def test_the_card_loads_it(load: Load, text: Text, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(load())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded_as_the_card_says(tmp_path, monkeypatch), text), logits(model, text))
 
 
 def test_auto_model_finds_the_base(load: Load, text: Text, tmp_path: Path) -> None:

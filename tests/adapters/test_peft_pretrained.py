@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from test_attach_trainer import ARGUMENTS as OF_ATTACHED
+from test_peft_plugin import loaded_as_the_card_says
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from zoo.vlm_subjects import joined
@@ -262,7 +263,9 @@ def test_another_base_is_refused(
 
 
 @pytest.mark.parametrize("family", ["llava", "gpt2_text"])
-def test_our_files_and_pefts(pretrained_folder: Folder, family: str, tmp_path: Path) -> None:
+def test_our_files_and_pefts(
+    pretrained_folder: Folder, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backbone = opened(pretrained_folder, family)
     whole = PromptedModel(backbone, DePT(backbone.d_model, **SIZES)).eval()
     trained(whole)
@@ -279,6 +282,9 @@ def test_our_files_and_pefts(pretrained_folder: Folder, family: str, tmp_path: P
     if family == "gpt2_text":
         auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
         torch.testing.assert_close(answer_logits(backbone, auto, 0), expected, atol=1e-5, rtol=1e-5)
+    auto = "" if family == "gpt2_text" else "AutoModelForImageTextToText"
+    card = loaded_as_the_card_says(tmp_path / "theirs", monkeypatch, auto)
+    torch.testing.assert_close(answer_logits(backbone, card, 0), expected, atol=1e-5, rtol=1e-5)
 
 
 # -- trainers

@@ -34,17 +34,24 @@ PEFT_TYPE = "DEPT"
 CONTAINER = "dept_prompt"
 """Name of the `ModuleDict` of prompts in the wrapped module."""
 PLUGIN = "dept_vl.adapters.peft.plugin"
-USE = f"""
+BASES = {
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM  # or AutoModelForImageTextToText, if it reads images",
+}
+"""Class of transformers that loads the base, by task type. Without one, the base reads images."""
+USE = """
 ## Use
 
 PEFT knows this method (DEPT) once the plugin of `dept_vl` is imported. Install `dept_vl` with its extra for
 PEFT (`pip install ".[peft]"` in its source), then:
 
 ```python
-import {PLUGIN}
-from peft import AutoPeftModelForSeq2SeqLM
+import {plugin}
+from peft import PeftModel
+from transformers import {imported}
 
-model = AutoPeftModelForSeq2SeqLM.from_pretrained(".", trust_remote_code=False)  # or its name
+base = {base_class}.from_pretrained({base}, trust_remote_code=False)
+model = PeftModel.from_pretrained(base, ".")  # or its name
 ```
 """
 """Usage section for the model card of a PEFT adapter."""
@@ -101,15 +108,28 @@ def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS_FILE, save(named, metadata={"format": "pt"}))
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True).encode())
-    add_use(folder)
+    add_use(folder, _task_type(backbone.language), backbone.language.name_or_path)
 
 
-def add_use(folder: Path) -> None:
-    """Add the usage section to the model card in a folder, if it has none."""
+def add_use(folder: Path, task_type: str | None, base: str | None) -> None:
+    """Add the usage section to the model card in a folder, if it has none.
+
+    Args:
+        folder: Folder of the adapter.
+        task_type: Task type in its configuration.
+        base: Name of the base model, if it is known.
+    """
     path = folder / CARD_FILE
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if PLUGIN not in card:
-        write_atomically(path, (card.rstrip("\n") + "\n" + USE).encode())
+        imported = BASES.get(task_type or "", "AutoModelForImageTextToText")
+        use = USE.format(
+            plugin=PLUGIN,
+            imported=imported,
+            base_class=imported.split()[0],
+            base=ascii(base or "its base model"),
+        )
+        write_atomically(path, (card.rstrip("\n") + "\n" + use).encode())
 
 
 def from_peft(

@@ -161,7 +161,7 @@ class DeptConfig(PeftConfig):  # type: ignore[misc]
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         if any(folder.glob("adapter_model.*")):
-            add_use(folder)
+            add_use(folder, self.task_type, self.base_model_name_or_path)
 
 
 class DeptModel(BaseTuner):  # type: ignore[misc]
