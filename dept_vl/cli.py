@@ -126,6 +126,7 @@ def check_data(
     if own.data is None:
         if not task or root is None:
             raise UsageError("give --task and --root, or --data FILE")
+        own.check_used()
         return bool(check(task, root, sample, report))
     check_own_data(own)
     _check_exists("--backbone", backbone)
@@ -330,9 +331,9 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
             continue
         folder = data_folder(options.task, options.data_dir)
         if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
-            raise FileNotFoundError(
-                f"no folder {folder} with the data of {options.task}; give --data_dir, or see dept-vl data"
-            )
+            # A task with a split of another name reads your own data.
+            way = "--data FILE" if TASKS[options.task].other_split else "--data_dir, or see dept-vl data"
+            raise FileNotFoundError(f"no folder {folder} with the data of {options.task}; give {way}")
         _check_exists("--shots_file", options.shots_file)
     _check_exists("--backbone", config.backbone.backbone)
     _check_source("--model", config.backbone.model)

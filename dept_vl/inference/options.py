@@ -49,12 +49,9 @@ class PredictConfig(Options):
 
     def of_tables(self) -> list[str]:
         """Return the flags of options that differ from their defaults and only concern tables."""
-        own = [name for name in vars(self.own) if getattr(self.own, name) != getattr(OwnOptions, name)]
         names = ("output", "split", "batch_size", "num_workers", "features", "features_dir", "on_bad_image")
-        return [
-            f"--{name}"
-            for name in (*own, *(one for one in names if getattr(self, one) != getattr(PredictConfig, one)))
-        ]
+        given = [name for name in names if getattr(self, name) != getattr(PredictConfig, name)]
+        return [*self.own.given(), *(f"--{name}" for name in given)]
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class TransferConfig(Options):
             raise UsageError("a target is missing: give --target TASK, or --data FILE")
         if self.target not in TASKS:
             raise UnknownNameError("target", self.target, TASKS)
+        self.own.check_used()
         if self.seeds < 1 or not self.k or min(self.k) < 1 or not self.source or not self.starts:
             raise UsageError(
                 "expected one source, one k, one seed and one start or more, and k of 1 or more; found "

@@ -140,7 +140,8 @@ class Task(ABC):
     def with_options(self, options: "OwnOptions") -> "Task":
         """Return the task that reads your own data; raise UsageError if it has official files."""
         raise UsageError(
-            f"{self.name} reads its official files; --data is read by task vqa: leave out --task"
+            f"{self.name} reads its official files, and not your own data ({', '.join(options.given())}): "
+            "for these give --data and leave out --task"
         )
 
     def facts(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def choose_folder(config: RunConfig) -> Path:
     """Return the folder of the run to start or to resume.
 
     Raises:
-        FileExistsError: If the folder holds a run and `resume` is not set.
+        FileExistsError: If the folder holds a run and `resume` is not set, or is inside another run's folder.
         FileNotFoundError: If the folder to resume holds no run.
         ValueError: If `resume` is auto and `output_dir` is not set.
     """
@@ -74,6 +74,11 @@ def choose_folder(config: RunConfig) -> Path:
         raise FileExistsError(
             "--output_dir is the current folder, which holds other files; nothing was changed. Is a shell "
             "variable empty? Choose a folder of the run's own"
+        )
+    elif outer := next(filter(_has_started, output_dir.resolve().parents), None):
+        raise FileExistsError(
+            f"--output_dir {output_dir} is inside the folder of the run {outer}; nothing was changed there. "
+            "Choose a folder beside it"
         )
     return output_dir
 
@@ -105,6 +110,11 @@ def open_folder(config: RunConfig, output_dir: Path) -> Opened:
 
 def _holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, LOG_FILE, BEST))
+
+
+def _has_started(folder: Path) -> bool:
+    """Return whether a folder certainly is a run's. Models, too, have a config.json."""
+    return all((folder / name).is_file() for name in (CONFIG_FILE, LOG_FILE))
 
 
 def _taken(output_dir: Path) -> FileExistsError:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dept_vl._utils.errors import UnknownNameError
+from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.options import Options, Seed
 from dept_vl._utils.run_files import is_hub_name
 
@@ -56,6 +56,15 @@ class OwnOptions(Options):
         for name in given:
             if name not in known:
                 raise UnknownNameError("option", name, known)
+
+    def given(self) -> list[str]:
+        """Return the flags of the options that differ from their defaults."""
+        return [f"--{f.name}" for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def check_used(self) -> None:
+        """Raise UsageError for options that have no effect, because `data` is not set."""
+        if self.data is None and (given := self.given()):
+            raise UsageError(f"{', '.join(given)}: only for your own data; give --data, or leave it out")
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
         """Return a run's options, overridden by those set here. With `data`, `images` is not inherited."""
