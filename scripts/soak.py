@@ -111,7 +111,7 @@ def is_flat(options: SoakOptions) -> bool:
 
     Raises:
         FileExistsError: If the output folder exists.
-        RuntimeError: If the run fails.
+        RuntimeError: If the run fails, or is too short.
     """
     folder, steps = options.output_dir.resolve(), options.flat_steps
     folder.mkdir(parents=True)
@@ -129,6 +129,8 @@ def is_flat(options: SoakOptions) -> bool:
             samples.append({"step": step, **held_by(process.pid)})
         time.sleep(0.2)
     _finish(process, run)
+    if len(samples) < 3:
+        raise RuntimeError(f"{steps} steps end before memory can be compared; give more --flat_steps")
     names = list(samples[0])
     rows = [[f"{sample[name]:,.0f}" for name in names] for sample in samples]
     growth = grown(samples)

@@ -1,6 +1,7 @@
 """The soak script: what it damages, and a short soak."""
 
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -37,10 +38,19 @@ def test_a_damage_is_found_and_a_difference_too(tmp_path: Path, make_run: Callab
     reset_accelerate()
 
 
+def test_growth_is_of_what_is_held_after_a_fifth_of_the_steps() -> None:
+    opened = soak.held_by(os.getpid())
+    assert min(opened["MiB"], opened["files"]) > 0
+    with Path(__file__).open():
+        assert soak.held_by(os.getpid())["files"] == opened["files"] + 1
+    samples = [dict.fromkeys(soak.MOST_GROWTH, float(value)) for value in (0, 50, 90, 95, 93)]
+    assert soak.grown(samples) == dict.fromkeys(soak.MOST_GROWTH, 45.0)
+
+
 @pytest.mark.slow
 def test_a_short_soak(tmp_path: Path) -> None:
     options = soak.SoakOptions(minutes=0.5, output_dir=tmp_path / "soak", tiny=True)
-    result = soak.main(options)
+    result = soak.soak(options)
     assert result.identical
     assert result.kills + result.terms > 0
     assert json.loads((tmp_path / "soak" / "soak.json").read_text())["starts"] == result.starts
