@@ -4,11 +4,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from conftest import random_image
 from PIL import Image
-from runs import files
+from runs import files, forking
 from safetensors.torch import load_file, save_file
 
 from dept_vl._utils.errors import DamagedFileError
@@ -499,32 +499,23 @@ def test_a_damaged_index_is_made_again(
     assert files(folder) == before
 
 
-EXTRACTION = """
-import sys, time
-from pathlib import Path
-from accelerate import Accelerator
-from dept_vl.data import feature_store
-from dept_vl.data.feature_store import write_features
-from dept_vl.models.vision import VisionEncoder
+def extract(
+    root: Path, folder: Path, tower: Path, which: slice, own: Path, other: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """Extract in a process of its own, slow enough to be in the middle when the other comes."""
 
-root, folder, tower, half, flag = (*map(Path, sys.argv[1:4]), sys.argv[4], Path(sys.argv[5]))
-vision = VisionEncoder.from_pretrained(tower)
-paths = sorted(root.rglob("*.png"))
-write = feature_store.write_atomically
+    def slowly(path: Path, content: bytes) -> None:
+        own.with_suffix(".writes").touch()
+        time.sleep(0.4)
+        write_atomically(path, content)
 
-def slowly(path, content):
-    flag.touch()
-    time.sleep(0.4)
-    write(path, content)
-
-feature_store.write_atomically = slowly
-flag.with_suffix(".ready").touch()
-while sys.argv[6:] and not Path(sys.argv[6]).exists():
-    time.sleep(0.01)
-mine = paths[:3] if half == "first" else paths[2:]
-sizes = {"shard_images": 2, "batch_size": 2}
-write_features(vision, root, mine, folder, Accelerator(cpu=True), dtype="float32", **sizes)
-"""
+    patch.setattr(feature_files, "write_atomically", slowly)
+    encoder = VisionEncoder.from_pretrained(tower)
+    own.touch()
+    while not other.exists():
+        time.sleep(0.01)
+    with own.with_suffix(".said").open("w") as said, redirect_stdout(said):
+        write(encoder, sorted(root.rglob("*.png"))[which], folder)
 
 
 def test_two_extractions_into_one_folder_follow_each_other(
@@ -533,21 +524,24 @@ def test_two_extractions_into_one_folder_follow_each_other(
     """Two processes, each slow enough to be in the middle when the other comes; and one that is killed."""
     folder, root = tmp_path / "features", paths[0].parents[1]
 
-    def start(half: str, *other: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", EXTRACTION, root, folder, vision_folders["clip"], half]
-        return subprocess.Popen([*map(str, command), str(tmp_path / half), *other], stdout=subprocess.PIPE)
+    def start(which: slice, name: str, other: str) -> BaseProcess:
+        arguments = (root, folder, vision_folders["clip"], which, tmp_path / name, tmp_path / other)
+        process = forking().Process(target=extract, args=(*arguments, pytest.MonkeyPatch()))
+        process.start()
+        return process
 
-    killed = start("killed")
-    while not (tmp_path / "killed").exists():
-        assert killed.poll() is None
+    killed = start(slice(2, None), "killed", "killed")
+    while not (tmp_path / "killed.writes").exists():
+        assert killed.is_alive()
         time.sleep(0.01)
     killed.kill()
-    killed.wait()
-    ready = [str(tmp_path / f"{half}.ready") for half in ("first", "second")]
-    both = [start("first", ready[1]), start("second", ready[0])]
-    said = b"".join(process.communicate(timeout=100)[0] for process in both)
-    assert [process.returncode for process in both] == [0, 0]
-    assert b"another extraction is writing to" in said
+    killed.join()
+    both = [start(slice(3), "first", "second"), start(slice(2, None), "second", "first")]
+    for process in both:
+        process.join(timeout=100)
+    assert [process.exitcode for process in both] == [0, 0]
+    said = "".join(path.read_text() for path in tmp_path.glob("*.said"))
+    assert "another extraction is writing to" in said
     table = FeatureTable.encode(vision, paths, batch_size=1, progress=False)
     examples = [[path] for path in paths]
     torch.testing.assert_close(opened(vision, paths, folder)(examples), table(examples))

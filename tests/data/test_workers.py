@@ -1,31 +1,36 @@
 """Processes that read: what the training process notices of their end, and where."""
 
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
-
-NUMBERS = """
-import os, signal, time
+from runs import forking
 from torch.utils.data import Dataset
+
 from dept_vl.data import workers as readers
 
-class Numbers(Dataset):
-    def __len__(self):
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
         return 20
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> int:
         return index
-"""
 
-KILLED = """
+
 class Killing(Numbers):
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> int:
         if index == 1:  # within what is read ahead
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
-if __name__ == "__main__":
+
+def killed() -> None:
     batches = iter(readers.load(Killing(), 1, batch_size=1))
     process = batches._workers[0]
     started = time.monotonic()
@@ -37,10 +42,9 @@ if __name__ == "__main__":
         print(sum(int(batch) for batch in batches))
     except RuntimeError as error:
         print(error)
-"""
 
-TOLD_EARLY = """
-if __name__ == "__main__":
+
+def told_early() -> None:
     signal.signal(signal.SIGTERM, lambda *_: print("noted", flush=True))  # as a run does
     os.register_at_fork(after_in_child=lambda: time.sleep(1))
     batches = iter(readers.load(Numbers(), 1, batch_size=1))
@@ -50,23 +54,34 @@ if __name__ == "__main__":
     print(process.exitcode, flush=True)
     process.kill()
     os.kill(os.getpid(), signal.SIGTERM)  # which this process has its handler for, as before
-"""
 
 
-def lines_of(program: str) -> list[str]:
+def told_early_on_macos() -> None:
+    del signal.sigwaitinfo
+    told_early()
+
+
+def print_to(path: Path, program: Callable[[], None]) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of any other kind
+    with path.open("w") as printed, redirect_stdout(printed):
+        program()
+
+
+def lines_of(program: Callable[[], None], path: Path) -> list[str]:
     """What a process prints in which nothing has started a reader before."""
-    command = [sys.executable, "-c", NUMBERS + program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    process = forking().Process(target=print_to, args=(path, program))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    return path.read_text().splitlines()
 
 
-def test_a_killed_reader_is_noticed_where_its_batch_is_missed() -> None:
-    first, second = lines_of(KILLED)[:2]
+def test_a_killed_reader_is_noticed_where_its_batch_is_missed(tmp_path: Path) -> None:
+    first, second = lines_of(killed, tmp_path / "printed")[:2]
     assert first == "undisturbed"
     assert "DataLoader worker" in second
 
 
-@pytest.mark.parametrize("system", ["", "del signal.sigwaitinfo"], ids=["linux", "macos"])
-def test_a_reader_told_to_end_before_it_is_prepared_ends(system: str) -> None:
-    assert lines_of(system + TOLD_EARLY) == ["0", "noted"]
+@pytest.mark.parametrize("program", [told_early, told_early_on_macos])
+def test_a_reader_told_to_end_before_it_is_prepared_ends(program: Callable[[], None], tmp_path: Path) -> None:
+    assert lines_of(program, tmp_path / "printed") == ["0", "noted"]

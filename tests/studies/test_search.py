@@ -48,6 +48,15 @@ def config(base: RunConfig, tmp_path: Path) -> RunConfig:
     return with_(base, tune=TRIALS, output_dir=tmp_path / "search", prompt={"rank": None})
 
 
+@pytest.fixture(scope="module")
+def searched(base: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunResult]:
+    """A search that nothing disturbed, and its result."""
+    reset_accelerate()
+    folder = tmp_path_factory.mktemp("searched") / "search"
+    config = with_(base, tune=TRIALS, output_dir=folder, prompt={"rank": None})
+    return config, launch(config)
+
+
 def report(config: RunConfig) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((config.output_dir / "tuning.json").read_text())
     return content
@@ -108,8 +117,8 @@ def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
     assert_same(straight, paused)
 
 
-def test_the_best_continue_and_the_best_is_returned(config: RunConfig) -> None:
-    result = launch(config)
+def test_the_best_continue_and_the_best_is_returned(searched: tuple[RunConfig, RunResult]) -> None:
+    config, result = searched
     found = report(config)
     trials = {trial["number"]: trial["scores"] for trial in found["trials"]}
     assert sorted(trials) == list(range(TRIALS))
@@ -134,8 +143,10 @@ def test_the_best_continue_and_the_best_is_returned(config: RunConfig) -> None:
     assert f"8 runs would take {8 * STEPS}" in table
 
 
-def test_the_first_trial_is_the_configuration_and_the_others_differ(config: RunConfig) -> None:
-    tune(config)
+def test_the_first_trial_is_the_configuration_and_the_others_differ(
+    searched: tuple[RunConfig, RunResult],
+) -> None:
+    config, _ = searched
     tried = {trial["number"]: trial["values"] for trial in report(config)["trials"]}
     assert tried[0] == pytest.approx(
         {"prompt_lr": 0.05, "offset_lr": 1e-3, "projection_lr": 1e-3, "prompt_length": 3}
