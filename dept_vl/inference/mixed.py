@@ -49,6 +49,8 @@ class ManyAdapters:
             raise ValueError("expected one adapter or more, found none")
         self.predictors: dict[str | None, Predictor] = {}
         for name, predictor in predictors.items():
+            if not isinstance(name, str):
+                raise ValueError(f"expected the name of an adapter as text, found {name!r:.60}")
             self.predictors[name] = predictor
             if predictor.model.backbone.language is not backbone.language:
                 raise ValueError(

@@ -268,6 +268,8 @@ def test_adapters_of_unlike_backbones_are_refused(
         ManyAdapters(other, loaded)
     with pytest.raises(ValueError, match="found none"):
         ManyAdapters(t5, {})
+    with pytest.raises(ValueError, match="found None"):
+        ManyAdapters(t5, {**loaded, None: loaded["one"]})  # type: ignore[dict-item]
     bart = make_backbone("bart")
     Adapter.of(train(bart, SIZES["short"], 0), task="vqav2", metrics={}).save(tmp_path / "bart")
     with pytest.raises(ValueError) as refused:
