@@ -78,6 +78,8 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
     if options.choose_by:
         _check_metric(limit(dev, LOOKED_AT, seed), options.choose_by)
     test = _load(options, test_split)
+    if options.own.data is not None:  # ids of other tasks may be the same in all splits
+        _note_shared(train, dev, test)
     evaluated = options.on_bad_image or "raise"
     return Splits(
         train=train,
@@ -87,6 +89,15 @@ def load_splits(options: DataOptions, seed: int) -> Splits:
         options=options,
         shots=shots,
     )
+
+
+def _note_shared(train: Task, dev: Task, test: Task) -> None:
+    """Print how many rows of the dev and test splits are trained on, too."""
+    learnt = set(train.example_ids())
+    for name, part in (("dev", dev), ("test", test)):
+        shared = sum(identity in learnt for identity in part.example_ids())
+        if shared:
+            say(f"note: {shared:,} of {len(part):,} rows of the {name} split are trained on, too")
 
 
 def _train_and_dev(

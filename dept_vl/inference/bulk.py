@@ -211,6 +211,7 @@ def _partial(
             yield file, done
             file.flush()
             os.fsync(file.fileno())
+        _check_free(output)  # another program may have written it meanwhile
         partial.replace(output)
         about.unlink()
     finally:
@@ -224,8 +225,7 @@ def _begun(
     output: Path, partial: Path, about: Path, made_of: dict[str, str], ids: Sequence[ExampleId]
 ) -> int:
     """Return the number of answers in the partial file, after removing an incomplete last line."""
-    if output.exists():
-        raise FileExistsError(f"{output} is there already; nothing was changed. Choose another --output")
+    _check_free(output)
     if not partial.exists():
         with writing(about):
             write_json(about, made_of)
@@ -253,6 +253,11 @@ def _begun(
             count, end = count + 1, end + len(line)
         file.truncate(end)
     return count
+
+
+def _check_free(output: Path) -> None:
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} is there already; nothing was changed. Choose another --output")
 
 
 def _id_in(line: bytes) -> ExampleId | None:

@@ -200,8 +200,8 @@ def run_of(source: Path) -> Path | None:
     """Return the folder of the run that an adapter's folder belongs to, or None."""
     if (source / BEST / ADAPTER_FILE).is_file():
         run = source
-    elif source.name in (BEST, LAST) and source.is_dir():
-        run = source.resolve().parent
+    elif (folder := source.resolve()).name in (BEST, LAST) and folder.is_dir():
+        run = folder.parent
     else:
         return None
     return run if (run / CONFIG_FILE).is_file() else None

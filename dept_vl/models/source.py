@@ -164,8 +164,14 @@ class SourceReader:
         return [{"role": "user", "content": [*content, {"type": "text", "text": text or self.form.describe}]}]
 
     def shortened(self, text: str, tokens: int) -> str:
-        """Return a text truncated to a number of tokens."""
+        """Return a text truncated to a number of tokens; raise ValueError if it has tokens of images."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        of_images = sorted(set(ids).intersection(self.image_tokens.tolist()))
+        if of_images:
+            raise ValueError(
+                f"the question {text!r:.80} has {self.tokenizer.decode(of_images[:1])!r}, which this model "
+                "reads as an image; leave it out, or write it otherwise"
+            )
         return text if len(ids) <= tokens else self.tokenizer.decode(ids[:tokens])
 
     def is_text(

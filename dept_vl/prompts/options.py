@@ -57,4 +57,5 @@ class PromptOptions(Options):
     init_from: tuple[Path, ...] = ()
     """Folders of runs or adapters to start from instead. Several prompts are averaged."""
     init_parts: InitParts = "prompt"
-    """Parts to take from init_from: the soft prompt (P), or all, which includes the offset."""
+    """Parts to take from init_from: the soft prompt (P), or all, which includes the offset. A visual
+    projection that the only source has trained is taken in both cases."""

@@ -5,7 +5,7 @@ import os
 import torch
 
 from dept_vl.adapters.warm_start import inherit
-from dept_vl.config import DataOptions, PromptOptions, RunConfig
+from dept_vl.config import PromptOptions, RunConfig
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vlm import open_backbone
@@ -90,15 +90,32 @@ def build_prompt(
 
 def without_effect(config: RunConfig) -> list[str]:
     """Return a note for each option that is set but has no effect beside the other options."""
-    data, prompt, train = config.data, config.prompt, config.train
-    dev_split = data.splits()[1]
-    given, usual = vars(data) | vars(prompt), vars(DataOptions()) | vars(PromptOptions())
+    data, prompt, train, backbone, optim = (
+        config.data,
+        config.prompt,
+        config.train,
+        config.backbone,
+        config.optim,
+    )
+    dev_split, default = data.splits()[1], RunConfig()
+    groups = ("data", "prompt", "train", "backbone", "optim")
+    given, usual = (
+        {name: value for group in groups for name, value in vars(getattr(one, group)).items()}
+        for one in (config, default)
+    )
+    no_text = "" if "prompt" in METHODS[prompt.method].groups() else f"{prompt.method} has no prompt"
     reasons = {
         "holdout_images": f"the dev split is {dev_split}" if dev_split else "",
         "shots_seed": "" if data.shots else "no --shots are drawn",
         "shots_dev": "" if data.shots else "no --shots are drawn",
         "features_dir": "--features is live" if data.features == "live" else "",
         "init_parts": "" if prompt.init_from else "there is no --init_from",
+        "prompt_init": no_text,
+        "prompt_lr": no_text,
+        "projection_lr": "" if backbone.train_projection else "the projection is not trained",
+        "backbone_lr": "" if backbone.train_backbone else "the backbone is not trained",
+        "lora_rank": "" if backbone.train_only == "lora" else "no LoRA is trained",
+        "warmup_steps": "--warmup_ratio is given" if optim.warmup_ratio else "",
         "init_text": "" if prompt.prompt_init == "text" else "--prompt_init is not text",
     }
     found = [

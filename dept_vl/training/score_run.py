@@ -195,7 +195,7 @@ class ScoreRun(Stages):
         task.check_requirements()  # fails before the predictions are made
         self.changed = on_main(accelerator, lambda: note_changes(config.run, self.trained, options))
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
-        self.adapter = Adapter.load(config.adapter or config.run / BEST)
+        self.adapter = Adapter.from_pretrained(config.adapter or config.run / BEST)
         asker, longest = informed(self._asker(), self.adapter.answering, config.run)
         task = task.asked_by(asker.reading(options.question_case))
         answering = asker if task.fits_answers else task

@@ -199,6 +199,22 @@ def test_a_partial_file_holds_the_first_answers_in_order(
         assert begun.read_bytes() == b"".join(edited)
 
 
+def test_a_file_that_appears_meanwhile_is_kept(asked: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = asked.output
+    assert output is not None
+    whole = bulk._write
+
+    def write(*arguments: Any) -> int:
+        output.write_text("of another program")
+        return whole(*arguments)
+
+    monkeypatch.setattr(bulk, "_write", write)
+    with pytest.raises(FileExistsError, match=r"answers\.jsonl"):
+        predict(asked)
+    assert output.read_text() == "of another program"
+    assert len(rows(output.with_name("answers.jsonl.partial"))) == 24
+
+
 def test_a_partial_file_without_its_checksums(asked: PredictConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.output is not None
     stopped_after(2, monkeypatch, asked)

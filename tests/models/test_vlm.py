@@ -1,6 +1,7 @@
 """Pretrained vision-language models: how they are asked, what the probe notices, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,6 +66,15 @@ def test_a_form_of_your_own_is_read_in_place_of_the_usual_one(pretrained_folder:
 def test_a_form_without_text_or_template_is_refused(pretrained_folder: Folder, form: str) -> None:
     with pytest.raises(UsageError, match="text_form"):
         VisionLanguageModel.from_pretrained(pretrained_folder("blip2"), text_form=form)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_question_with_an_image_token_is_an_error(pretrained_folder: Folder, family: str) -> None:
+    backbone = open_backbone(model=pretrained_folder(family))
+    token = backbone.tokenizer.decode(backbone.processor.image_tokens[-1:])
+    blank = [Image.new("RGB", (64, 64))]
+    with pytest.raises(ValueError, match=re.escape(f"what does {token} mean?")):
+        backbone.processor(["is it red?", f"what does {token} mean?"], [blank, blank], [64, 64])
 
 
 def test_a_long_question_is_cut_and_no_token_of_its_image(pretrained_folder: Folder) -> None:

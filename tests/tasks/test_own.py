@@ -31,7 +31,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data.content import rows_content
-from dept_vl.data.splits import data_options
+from dept_vl.data.splits import data_options, load_splits
 from dept_vl.inference import bulk
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
@@ -985,3 +985,16 @@ def test_rows_that_no_split_uses_and_further_labels_are_told(tmp_path: Path) -> 
     labelled = {"image": "IMG_0001.JPG", "label": ["a", "b"]}
     task = own(written(tmp_path, lines(labelled, labelled | {"label": "a"}), "labels.jsonl"))
     assert any(note.startswith("1 of 2 rows of all have several labels") for note in task.notes)
+
+
+def test_rows_that_are_trained_and_scored_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = (QUESTION | {"split": split} for split in ("train", "train", "val", "test"))
+    options = DataOptions(
+        own=OwnOptions(data=str(written(tmp_path, lines(*rows))), images=PHOTOS), train_split="all"
+    )
+    load_splits(options, 0)
+    assert "1 of 1 rows of the test split" in capsys.readouterr().out
+    load_splits(replace(options, train_split="", test_split="test"), 0)
+    assert "trained on, too" not in capsys.readouterr().out

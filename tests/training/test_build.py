@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import D_MODEL
 
-from dept_vl.config import DataOptions, PromptOptions, RunConfig, TrainOptions
+from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
 from dept_vl.training.build import budget_line, build_prompt, without_effect
@@ -61,6 +61,15 @@ def test_options_without_effect_are_told() -> None:
     assert names == [
         *("holdout_images", "shots_seed", "shots_dev", "features_dir", "init_parts", "init_text", "pause_at"),
     ]
+    idle = RunConfig(
+        prompt=PromptOptions(method="memory", prompt_init="random"),
+        backbone=BackboneOptions(train_projection=False, lora_rank=3),
+        optim=OptimOptions(
+            prompt_lr=0.1, projection_lr=0.1, backbone_lr=0.1, warmup_steps=3, warmup_ratio=0.1
+        ),
+    )
+    names = [note.split("--")[1].split()[0] for note in without_effect(idle)]
+    assert names == ["prompt_init", "prompt_lr", "projection_lr", "backbone_lr", "lora_rank", "warmup_steps"]
     used = RunConfig(
         data=DataOptions(
             dev_split="", holdout_images=7, shots=2, shots_seed=5, shots_dev="split", features_dir=Path("f")
