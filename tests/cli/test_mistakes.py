@@ -400,7 +400,7 @@ def test_what_the_launcher_leaves_tells_that_it_started_one(flags: str, noted: b
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         check=False,
     )
-    assert ("note: accelerate was asked for several processes" in done.stderr) == noted
+    assert ("--multi_gpu" in done.stderr) == noted
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def _two_tasks(
 def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Path) -> None:
     config = SuiteConfig(
         targets=("first", "second"),
-        k=(1, 2),
+        k=(2,),
         seeds=2,
         source_steps=2,
         max_steps=1,
@@ -53,7 +53,7 @@ def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Pa
     cells = json.loads((tmp_path / "out" / "transfer.json").read_text())
     assert cells.keys() == {"first", "second"}
     for name, other in (("first", "second"), ("second", "first")):
-        assert len(cells[name]) == 2 * 3
+        assert len(cells[name]) == 3
         for cell in cells[name]:
             found = tmp_path / "out" / name / f"k{cell['k']}"
             runs = [found / f"seed{seed}" / cell["start"] for seed in (1, 2)]
@@ -68,7 +68,7 @@ def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Pa
     assert "k=2, from P and offset: better than from scratch on" in text
     # Again: nothing is run.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("summary.json")}
-    assert len(times) == 2 + 2 * 2 * 2 * 3
+    assert len(times) == 2 + 2 * 2 * 3
     reset_accelerate()
     transfer_suite(config)
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
