@@ -24,6 +24,8 @@ LONGEST_FETCH = 10.0
 PORTS = {"http": 80, "https": 443}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
+MOST_VALUES = 10_000
+"""Maximum number of values in the body of a request; more of them would keep all other requests waiting."""
 IMAGE_URL = '{"url": "data:image/png;base64,..."}'
 T = TypeVar("T", bound=BaseModel)
 
@@ -128,6 +130,9 @@ def read(kind: type[T], body: bytes) -> T:
     Raises:
         Refused: If the body is not valid; the message describes the first problem.
     """
+    if sum(map(body.count, b"{[,")) > MOST_VALUES:
+        text = f"the body is not valid: expected at most {MOST_VALUES:,} of {{, [ and , in it"
+        raise Refused(400, text, code="invalid_request")
     try:
         content = parse_json(body.decode())
     except ValueError as error:

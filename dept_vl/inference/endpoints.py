@@ -34,6 +34,7 @@ from dept_vl.inference.gate import (
     Send,
     check_size,
     headers_of,
+    length_of,
     read_body,
     send_json,
 )
@@ -106,8 +107,7 @@ class ServerGate(Gate):
             except Refused as refused:
                 await self.refuse(send, refused)
         elif scope["type"] == "http":
-            said = headers_of(scope).get(b"content-length", b"")
-            length = int(said[:20]) if said.isdigit() else 0
+            length = length_of(headers_of(scope)) or 0
             length = length if length <= self.most_sent else 0  # will be refused
             self.held += length
             try:

@@ -189,16 +189,22 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
     return {name.lower(): value for name, value in scope["headers"]}
 
 
+def length_of(headers: MutableMapping[bytes, bytes]) -> int | None:
+    """Return the Content-Length of a request, at least 20 digits of it; None if it has none."""
+    digits = headers.get(b"content-length", b"")
+    return int(digits.lstrip(b"0")[:20] or b"0") if digits.isdigit() else None
+
+
 def check_size(headers: MutableMapping[bytes, bytes], most: int) -> None:
     """Check the Content-Length of a request.
 
     Raises:
         Refused: If it is missing or larger than `most`.
     """
-    length = headers.get(b"content-length", b"")
-    if not length.isdigit() or b"transfer-encoding" in headers:
+    length = length_of(headers)
+    if length is None or b"transfer-encoding" in headers:
         raise Refused(411, "the length has to be said", code="length_required")
-    if int(length[:20]) > most:
+    if length > most:
         raise Refused(413, f"at most {most:,} bytes are taken", code="request_too_large")
 
 

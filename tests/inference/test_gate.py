@@ -14,7 +14,7 @@ from conftest import random_image
 from pages import PATIENCE, Visitor, many_of
 
 from dept_vl.inference.demo import MOST_CHARACTERS, MOST_WAITING, launch
-from dept_vl.inference.gate import MOST_ASKED, MOST_UPLOADED, cleaned, upload_at
+from dept_vl.inference.gate import MOST_ASKED, MOST_UPLOADED, Refused, check_size, cleaned, upload_at
 from dept_vl.inference.mixed import ManyAdapters
 from dept_vl.models.backbone import Backbone
 
@@ -250,6 +250,18 @@ def test_three_hundred_questions_at_once_leave_room_for_the_next_visitor(
     while (found := visitor.ask({"path": own}, "what?"))[0] == 503 and time.monotonic() - started < PATIENCE:
         time.sleep(0.05)
     assert found == (many.answer(files[0], "what?", adapters="colours"), "")
+
+
+@pytest.mark.parametrize("digits", [b"101", b"0" * 30 + b"101", b"1" + b"0" * 5000])
+def test_a_length_is_a_number_however_it_is_written(digits: bytes) -> None:
+    with pytest.raises(Refused) as refused:
+        check_size({b"content-length": digits}, 100)
+    assert refused.value.status == 413
+    check_size({b"content-length": b"000100"}, 100)
+    for missing in ({}, {b"content-length": b"-1"}, {b"content-length": b""}):
+        with pytest.raises(Refused) as refused:
+            check_size(missing, 100)
+        assert refused.value.status == 411
 
 
 def test_what_is_left_of_a_question() -> None:

@@ -302,7 +302,13 @@ def test_an_option_of_another_kind_is_refused(body: dict[str, Any]) -> None:
 
 def test_a_key_twice_in_a_body_is_refused() -> None:
     assert "the key 'model' stands twice" in refused(b'{"model": "a", "model": "b", "messages": []}')[1]
-    assert "nested too deeply" in refused(b"[" * 100_000)[1]
+    assert "nested too deeply" in refused(b"[" * 5_000)[1]
+
+
+def test_a_body_of_more_values_than_a_question_has_is_refused_unread() -> None:
+    parts = b",".join([b"{}"] * 20_000)
+    for body in (b'{"messages":[%s]}' % parts, b'{"a":' * 20_000, b'{"metadata":{%s}}' % parts):
+        assert "10,000" in refused(body)[1]
 
 
 def long_png(width: int) -> bytes:
