@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers import write_vqa
+from PIL import Image
 from runs import (
     assert_same,
     files,
@@ -29,6 +30,7 @@ from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConf
 from dept_vl.data import feature_store as feature_files
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_store import shard_name
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.extract import extract
 from dept_vl.training.options import ExtractConfig
 from dept_vl.training.run import run
@@ -121,6 +123,45 @@ def test_a_run_goes_on_with_features_of_the_same_precision_alone(
     extract(extraction)
     reset_accelerate()
     assert run(again).exit_status == 0
+
+
+@pytest.mark.parametrize("layout", ["own", "vqav2"])
+def test_an_image_of_the_same_size_that_was_changed_later_is_encoded_again(
+    config: RunConfig,
+    extraction: ExtractConfig,
+    tmp_path: Path,
+    layout: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = tmp_path / "vqa" / "train2014" / "COCO_train2014_000000000001.jpg"
+    if layout == "own":
+        folder = tmp_path / "own"
+        folder.mkdir()
+        image = folder / "1.png"
+        rows = [{"image": f"{n}.png", "question": "what ?", "answer": "red"} for n in range(4)]
+        for row in rows:
+            Image.new("RGB", (40, 32), (200, 40, 10 * len(row["image"]))).save(folder / row["image"])
+        parts = [{**row, "split": part} for row in rows for part in ("train", "validation", "test")]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, parts)))
+        data = DataOptions(own=OwnOptions(data=str(folder / "rows.jsonl")))
+        config, extraction = replace(config, data=data), replace(extraction, data=data)
+    extract(extraction)
+    was, stat = image.read_bytes(), image.stat()
+    Image.new("RGB", (40, 32), (10, 250, 90)).save(image)
+    image.write_bytes(image.read_bytes().ljust(len(was), b"\0"))
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert image.stat().st_size == len(was)
+    assert image.read_bytes() != was
+    reset_accelerate()
+    with pytest.raises(ValueError, match=rf"1 of \d+ images have changed in size or time .*\({image}\)"):
+        run(with_(config, data={"features": "cached"}))
+    reset_accelerate()
+    capsys.readouterr()
+    run(with_(config, output_dir=tmp_path / "auto"))
+    assert "images have changed and are encoded again" in capsys.readouterr().out
+    reset_accelerate()
+    run(with_(config, data={"features": "live"}, output_dir=tmp_path / "live"))
+    assert_same(tmp_path / "live", tmp_path / "auto", atol=1e-5)
 
 
 def test_two_processes_write_what_one_does(extraction: ExtractConfig, tmp_path: Path) -> None:
