@@ -1,6 +1,7 @@
 """Model card of an adapter (`README.md` on the Hub), with its description, metrics and usage."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _metadata(name: str, adapter: Mapping[str, Any], *, images: bool, datasets: 
     from huggingface_hub import EvalResult, ModelCardData
 
     tasks = [task for task in adapter["task"].split("+") if task]
-    figures = shown_metrics(adapter["metrics"])
+    figures = {printable(figure): value for figure, value in shown_metrics(adapter["metrics"]).items()}
     results = []
     for figure, value in figures.items():
         task = figure.split("/")[0] if len(tasks) > 1 else adapter["task"]
@@ -175,7 +176,9 @@ def _known(names: Sequence[str]) -> list[Task]:
 
 def _on_hub(name: str) -> bool:
     """Return whether `name` can be a model on the Hub and is not a local folder."""
-    return "/" in name and is_hub_name(name) and not Path(name).exists()
+    # An adapter of a stranger may name its backbone by anything.
+    whole = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
+    return whole is not None and is_hub_name(name) and not Path(name).exists()
 
 
 def _tasks_of(config: Mapping[str, Any]) -> list[str]:

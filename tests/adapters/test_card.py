@@ -52,6 +52,13 @@ def test_what_the_hub_reads() -> None:
     }
 
 
+def test_names_of_strangers_do_not_reach_the_hub() -> None:
+    found = card(backbone={"name": "a\x1b[31m\n<script>/b"}, metrics={"over\x1b[2J\nall": 1.0})
+    assert found.data.base_model is None
+    assert "\x1b" not in str(found)
+    assert [result.metric_name for result in found.data.eval_results] == [r"over\x1b[2J\nall (0-100)"]
+
+
 def test_what_people_read() -> None:
     found = cells(card().text)
     assert found["overall"] == "61.50"

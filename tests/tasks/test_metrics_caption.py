@@ -270,12 +270,15 @@ def test_neither_a_locale_nor_a_path_changes_meteor(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a decimal comma, below a folder with a space and what URLs and class paths write otherwise."""
-    from pycocoevalcap.meteor import meteor as package
+    from pycocoevalcap.meteor import meteor
+    from pycocoevalcap.tokenizer import ptbtokenizer
 
-    odd = tmp_path / "my environment, 50%20 #1: é+" / "meteor"
-    odd.parent.mkdir()
-    odd.symlink_to(Path(package.__file__).parent)
-    monkeypatch.setattr(package, "__file__", str(odd / "meteor.py"))
+    for package in (meteor, ptbtokenizer):
+        file = Path(package.__file__)
+        odd = tmp_path / "my environment, 50%20 #1: é+" / file.parent.name
+        odd.parent.mkdir(exist_ok=True)
+        odd.symlink_to(file.parent)
+        monkeypatch.setattr(package, "__file__", str(odd / file.name))
     # As Java has it where LANG is de_DE.UTF-8 and that locale is installed.
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     monkeypatch.setenv("LC_ALL", "C")
@@ -417,21 +420,23 @@ def test_spice(spice_module: ModuleType, fake_java: Callable[[str], None], tmp_p
     """What is asked of SPICE and how its answer is read; its files go elsewhere and are gone after."""
     fake_java(
         f"""
+import os
 rows = json.load(open(sys.argv[4]))
 figures = [{{"All": {{"f": 0.25 * index}}}} for index in range(len(rows))]
 scored = [{{"image_id": row["image_id"], "scores": each}} for row, each in zip(rows, figures)]
 json.dump(scored, open(sys.argv[sys.argv.index("-out") + 1], "w"))
-json.dump([sys.argv, rows], open({str(tmp_path / "log")!r}, "w"))"""
+json.dump([sys.argv, rows, os.getcwd()], open({str(tmp_path / "log")!r}, "w"))"""
     )
     score = caption_module._spice({3: ["a dog", "a café"], 4: ["a cat"]}, {3: ["one dog"], 4: ["cat"]})
     assert score == 0.125
-    (_, *arguments), rows = json.loads((tmp_path / "log").read_text())
+    (_, *arguments), rows, folder = json.loads((tmp_path / "log").read_text())
     assert rows == [
         {"image_id": 3, "test": "one dog", "refs": ["a dog", "a café"]},
         {"image_id": 4, "test": "cat", "refs": ["a cat"]},
     ]
     spice_folder = Path(str(spice_module.__file__)).parent
-    assert arguments[:3] == ["-Xmx8G", "-jar", str(spice_folder / "spice-1.0.jar")]
+    assert Path(folder) == spice_folder
+    assert arguments[:3] == ["-Xmx8G", "-jar", "spice-1.0.jar"]
     asked, scored = Path(arguments[3]), Path(arguments[5])
     assert asked.parent == scored.parent
     assert not asked.parent.exists()

@@ -181,11 +181,11 @@ def _tokenise(captions: Captions) -> Captions:
     # The tokeniser reads one caption per line, and U+2028 and similar characters end a line too.
     lines = [" ".join(caption.splitlines()) for group in captions.values() for caption in group]
     jar = Path(ptbtokenizer.__file__).parent / ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR
-    command = ["-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = ["-cp", jar.name, "edu.stanford.nlp.process.PTBTokenizer"]
     command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     text = "".join(f"{line}\n" for line in lines)
     # Half a surrogate pair cannot be written in UTF-8; as "?" it is punctuation, and dropped.
-    output = _run_java(command, text.encode("utf-8", errors="replace"), "the tokeniser")
+    output = _run_java(command, text.encode("utf-8", errors="replace"), "the tokeniser", jar.parent)
     tokenised = output.decode("utf-8").split("\n")[:-1]
     if len(tokenised) != len(lines):
         raise RuntimeError(f"expected {len(lines)} lines from the tokeniser, found {len(tokenised)}")
@@ -248,17 +248,26 @@ def _spice(references: Captions, predictions: Captions) -> float:
     with TemporaryDirectory() as folder:
         asked, scored = Path(folder) / "captions.json", Path(folder) / "scores.json"
         asked.write_text(json.dumps(rows), encoding="ascii")
-        command = ["-Xmx8G", "-jar", str(jar), str(asked), "-out", str(scored), "-subset", "-silent"]
-        _run_java(command, b"", "SPICE (which needs Java 8 to 14: later ones have no JavaScript engine)")
+        command = ["-Xmx8G", "-jar", jar.name, str(asked), "-out", str(scored), "-subset", "-silent"]
+        program = "SPICE (which needs Java 8 to 14: later ones have no JavaScript engine)"
+        _run_java(command, b"", program, jar.parent)
         results = json.loads(scored.read_text(encoding="utf-8"))
     return fmean(float(result["scores"]["All"]["f"]) for result in results)
 
 
-def _run_java(arguments: list[str], text: bytes, program: str) -> bytes:
-    """Return the output of a Java program; raise RuntimeError if it fails."""
+def _run_java(arguments: list[str], text: bytes, program: str, folder: Path) -> bytes:
+    """Return the output of a Java program in its folder; raise RuntimeError if it fails.
+
+    The folder is the working directory, since a colon in the path of a class would end the class path.
+    """
     with waiting(f"running {program}"):
         done = subprocess.run(
-            [*JAVA, *arguments], input=text, capture_output=True, check=False, env=os.environ | NEUTRAL_LOCALE
+            [*JAVA, *arguments],
+            cwd=folder,
+            env=os.environ | NEUTRAL_LOCALE,
+            input=text,
+            capture_output=True,
+            check=False,
         )
     if done.returncode != 0:
         said = done.stderr.decode("utf-8", errors="replace").strip()[-2000:]
