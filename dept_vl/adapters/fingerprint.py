@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dept_vl._utils.checksums import checksum
 from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
@@ -36,6 +37,11 @@ ROWS = 512
 """Number of word embeddings to sample, with one value each."""
 TOLERANCE = 2**-7
 """Relative tolerance in bfloat16: a value that was rounded to float16 first may differ by one step."""
+PROBED = (
+    "what color is the shape in the image, and how many people are there? yes, no, left, right, none; "
+    "Which of these is TRUE: 0 1 2 3 4 5 6 7 8 9, a b c d e f g h i j k l m n o p q r s t u v w x y z"
+)
+"""Text whose token ids are compared; a tokenizer's files can differ between versions of its library."""
 SMALLEST = 2**-24
 """Smallest positive number in float16, used as the absolute tolerance."""
 
@@ -300,6 +306,7 @@ def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
         "image_fit": backbone.image_fit,
         "vision": None if backbone.vision is None else backbone.vision.options(),
         "exif": backbone.exif,
+        "tokenizer": checksum(repr(backbone.tokenizer(PROBED, add_special_tokens=False).input_ids).encode()),
         **({} if backbone.text_form is None else {"text_form": backbone.text_form}),
         **({"load_in": backbone.load_in} if backbone.load_in else {}),
     }
@@ -330,6 +337,8 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
         compared.append("image_fit")
     if expected["vision"] is not None:
         compared.append("vision")
+    if expected.get("tokenizer"):  # older files have none
+        compared.append("tokenizer")
     given, expected = ({"text_form": None, **one} for one in (given, expected))
     if (given["text_form"], expected["text_form"]) != (None, None):
         compared.append("text_form")

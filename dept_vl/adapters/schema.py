@@ -52,6 +52,7 @@ class BackboneFields:
     image_fit: ImageFit | None
     vision: VisionOptions | None
     exif: bool | None
+    tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from runs import forget_checksums
 from safetensors.torch import load_file
 
 from dept_vl.adapters.adapter import ADAPTER_FILE, FORMAT_VERSION, TENSORS_FILE, Adapter
+from dept_vl.adapters.fingerprint import check_backbone, describe_backbone
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.inference.loading import load
 from dept_vl.models.backbone import Backbone
@@ -186,6 +187,18 @@ def test_a_backbone_of_the_same_name_and_other_weights_is_refused(
         adapter.build(other)
 
 
+def test_a_backbone_with_another_tokenizer_is_refused(
+    t5: Backbone, bart: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = describe_backbone(t5)
+    check_backbone(recorded, t5)
+    monkeypatch.setattr(t5, "tokenizer", bart.tokenizer)
+    with pytest.raises(ValueError, match=recorded["tokenizer"]):
+        check_backbone(recorded, t5)
+    del recorded["tokenizer"]  # as in older files
+    check_backbone(recorded, t5)
+
+
 def test_tensors_of_other_shapes_are_named(make_backbone: Callable[..., Backbone]) -> None:
     adapter = adapter_of(trained(make_backbone("t5")))
     wrong = changed(adapter, prompt__soft_prompt=torch.zeros(5, D_MODEL))
@@ -332,6 +345,7 @@ def test_the_description_says_all_there_is_to_know(t5: Backbone, tmp_path: Path)
             "image_fit": "squash",
             "vision": {"layer": -1, "class_token": False, "pooled_grid": 0},
             "exif": True,
+            "tokenizer": describe_backbone(t5)["tokenizer"],
         },
         "task": "vqav2",
         "metrics": {"overall": 61.5},
