@@ -249,6 +249,7 @@ def measure(config: BenchConfig, folder: Path) -> Figures:
 
         cells = list(product(("batched", "one by one"), CLIENTS, (1, len(names))))
         cells += [(way, max(CLIENTS), SEPARATE) for way in ("batched", "a server each")]
+        cells = list(dict.fromkeys(cells))  # the same twice if there are as many adapters as servers
         measured: dict[tuple[str, int, int], list[Load]] = {cell: [] for cell in cells}
         for number, order in enumerate(in_turn([str(place) for place in range(len(cells))], config.rounds)):
             for place in map(int, order):
