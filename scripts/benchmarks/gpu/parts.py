@@ -125,10 +125,14 @@ def why_skipped(part: Part, *, dry_run: bool) -> str:
 def _in_a_process(config: GpuCheckConfig, script: Path, name: str, limit: float) -> str:
     command = [sys.executable, str(script), "--part", name, "--output_dir", str(config.output_dir)]
     command += ["--minutes", str(limit / 60), *(["--dry_run"] if config.dry_run else [])]
+    # Parallel parts of a dry run with as many threads as cores each would wait for each other's threads.
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if config.dry_run else {})
     with (config.output_dir / "gpu_check.log").open("a") as log:
         log.write(f"\n== {name}\n")
         log.flush()
-        child = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
         try:
             status = child.wait(timeout=limit + GRACE)
         except subprocess.TimeoutExpired:
