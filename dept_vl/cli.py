@@ -13,7 +13,7 @@ from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
 from dept_vl._utils.flags import Command, FirstFlags, call, choose, flags_of, note_lone_process, parse_options
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
-from dept_vl.config import RENAMED, EvaluateConfig, Own, RunConfig, read_config, validate
+from dept_vl.config import OWN_TASK, RENAMED, EvaluateConfig, Own, RunConfig, read_config, validate
 from dept_vl.inference.options import DemoConfig, PredictConfig, ServeConfig
 from dept_vl.presets import PRESETS, with_preset
 from dept_vl.tasks import TASKS
@@ -331,8 +331,8 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
             continue
         folder = data_folder(options.task, options.data_dir)
         if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
-            # A task with a split of another name reads your own data.
-            way = "--data FILE" if TASKS[options.task].other_split else "--data_dir, or see dept-vl data"
+            own = TASKS[options.task].loaded_as == OWN_TASK
+            way = "--data FILE" if own else "--data_dir, or see dept-vl data"
             raise FileNotFoundError(f"no folder {folder} with the data of {options.task}; give {way}")
         _check_exists("--shots_file", options.shots_file)
     _check_exists("--backbone", config.backbone.backbone)

@@ -1,6 +1,7 @@
 """Names of the files in a run's folder, and search for the paths in its options."""
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,9 +61,12 @@ def find_again(name: str, folder: Path) -> str:
     return name
 
 
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
+
+
 def is_hub_name(name: str) -> bool:
     """Return whether a name can be one on the Hub, `user/model` or `model`; otherwise it is a path."""
-    return name.count("/") <= 1 and not name.startswith((".", "~")) and not os.path.isabs(name)
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def _started_in(folders: list[Path]) -> list[Path]:

@@ -7,6 +7,7 @@ __all__ = [
     "adapter",
     "attach",
     "authors",
+    "base_model",
     "calls",
     "card",
     "families",

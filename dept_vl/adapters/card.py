@@ -1,7 +1,6 @@
 """Model card of an adapter (`README.md` on the Hub), with its description, metrics and usage."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from dept_vl._utils.io import read_object
 from dept_vl._utils.printable import markdown_text, printable
 from dept_vl._utils.run_files import CONFIG_FILE, is_hub_name
 from dept_vl._utils.tables import markdown_table
-from dept_vl.adapters.fingerprint import shown
+from dept_vl.adapters.base_model import shown
 from dept_vl.config import current_options, flat
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, scale_of, shown_metrics
@@ -176,9 +175,7 @@ def _known(names: Sequence[str]) -> list[Task]:
 
 def _on_hub(name: str) -> bool:
     """Return whether `name` can be a model on the Hub and is not a local folder."""
-    # An adapter of a stranger may name its backbone by anything.
-    whole = re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII)
-    return whole is not None and is_hub_name(name) and not Path(name).exists()
+    return "/" in name and is_hub_name(name) and not Path(name).exists()
 
 
 def _tasks_of(config: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.fingerprint import check_base, describe_base
+from dept_vl.adapters.base_model import check_base, describe_base
 from dept_vl.models.prompt_hook import is_encoder_decoder, words_of
 from dept_vl.models.tokens import IGNORE_INDEX
 

@@ -46,12 +46,11 @@ from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predictor import Predictor
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.predictions import ExampleId
+from dept_vl.tasks.own.options import TABLES
 from dept_vl.tasks.own.task import CAPTIONS
 
 ROUND = 8
 """Batches per process between two writes, if there are several processes: a write waits for all of them."""
-TABLES = (".arrow", ".csv", ".parquet", ".tsv")
-"""File extensions of tables that are read, but not written."""
 Answers = list[tuple[int, str | None]]
 """Pairs of a row number and its answer; None if the row's image cannot be read."""
 
@@ -68,7 +67,7 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
     output = config.output
     if output is None:
         raise UsageError("--data needs --output, the file for the answers")
-    if output.suffix.lower() in TABLES:
+    if output.suffix.lower() in TABLES and ".json" not in output.suffix.lower():
         raise UsageError(
             f"answers are written as JSON Lines: expected {output.with_suffix('.jsonl')}, found {output}"
         )

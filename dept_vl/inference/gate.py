@@ -190,7 +190,7 @@ def headers_of(scope: Scope) -> dict[bytes, bytes]:
 
 
 def length_of(headers: MutableMapping[bytes, bytes]) -> int | None:
-    """Return the Content-Length of a request, at least 20 digits of it; None if it has none."""
+    """Return the Content-Length of a request, or None without one. Of a longer number, 20 digits are read."""
     digits = headers.get(b"content-length", b"")
     return int(digits.lstrip(b"0")[:20] or b"0") if digits.isdigit() else None
 

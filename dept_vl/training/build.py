@@ -1,6 +1,7 @@
 """Build the model of a configuration: backbone, prompt, and which parameters are trained."""
 
 import os
+from operator import attrgetter
 
 import torch
 
@@ -15,6 +16,9 @@ from dept_vl.prompts.initialise import initialise
 from dept_vl.prompts.methods import build
 from dept_vl.tasks.base import Task
 from dept_vl.training.optim import relative_size
+
+GROUPS = attrgetter("data", "prompt", "train", "backbone", "optim")
+"""The options of a run whose effect depends on others."""
 
 
 def build_model(config: RunConfig) -> PromptedModel:
@@ -90,28 +94,21 @@ def build_prompt(
 
 def without_effect(config: RunConfig) -> list[str]:
     """Return a note for each option that is set but has no effect beside the other options."""
-    data, prompt, train, backbone, optim = (
-        config.data,
-        config.prompt,
-        config.train,
-        config.backbone,
-        config.optim,
-    )
-    dev_split, default = data.splits()[1], RunConfig()
-    groups = ("data", "prompt", "train", "backbone", "optim")
+    data, prompt, train, backbone, optim = GROUPS(config)
     given, usual = (
-        {name: value for group in groups for name, value in vars(getattr(one, group)).items()}
-        for one in (config, default)
+        {name: value for part in GROUPS(one) for name, value in vars(part).items()}
+        for one in (config, RunConfig())
     )
-    no_text = "" if "prompt" in METHODS[prompt.method].groups() else f"{prompt.method} has no prompt"
+    dev_split = data.splits()[1]
+    no_prompt = "" if "prompt" in METHODS[prompt.method].groups() else f"{prompt.method} has no prompt"
     reasons = {
         "holdout_images": f"the dev split is {dev_split}" if dev_split else "",
         "shots_seed": "" if data.shots else "no --shots are drawn",
         "shots_dev": "" if data.shots else "no --shots are drawn",
         "features_dir": "--features is live" if data.features == "live" else "",
         "init_parts": "" if prompt.init_from else "there is no --init_from",
-        "prompt_init": no_text,
-        "prompt_lr": no_text,
+        "prompt_init": no_prompt,
+        "prompt_lr": no_prompt,
         "projection_lr": "" if backbone.train_projection else "the projection is not trained",
         "backbone_lr": "" if backbone.train_backbone else "the backbone is not trained",
         "lora_rank": "" if backbone.train_only == "lora" else "no LoRA is trained",

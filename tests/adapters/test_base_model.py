@@ -19,7 +19,7 @@ from zoo.ready_made import FAMILIES, inputs_of, ready_made
 
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.attach import Attached, attach, new_prompt
-from dept_vl.adapters.fingerprint import describe_base
+from dept_vl.adapters.base_model import describe_base
 
 pytest.importorskip("peft", reason="the extra 'peft' is not installed")
 

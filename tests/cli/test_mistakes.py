@@ -192,15 +192,18 @@ def _main(end: END, arguments: list[str]) -> tuple[int, str]:
         (compare.compare, "--methods dpt", 2, "closest: dept"),
         (compare.compare, "--tasks scenes-vqa", 2, "closest: scenes-vqav2"),
         (compare.compare, "--max_stepz 1", 2, "closest: --max_steps"),
-        (compare.compare, "--tasks scenes-gqa --methods pt", 1, "data/scenes/gqa"),
+        (compare.compare, "--tasks {tmp}/scenes-gqa.json --methods pt", 1, "/nowhere"),
         (transfer_suite.transfer_suite, "--targets many", 2, "unknown target 'many'"),
         (cli.check_submission, "vqa", 2, "closest: vqav2"),
     ],
 )
 def test_a_mistake_ends_in_one_line_in_scripts(
-    command: Callable[[list[str]], object], line: str, status: int, word: str, end: END
+    command: Callable[[list[str]], object], line: str, status: int, word: str, end: END, tmp_path: Path
 ) -> None:
-    ended, said = end(command, line.split())
+    without_data = read_config(ROOT / "data" / "configs" / "scenes-gqa.json")
+    without_data = replace(without_data, data=replace(without_data.data, data_dir=tmp_path / "nowhere"))
+    (tmp_path / "scenes-gqa.json").write_text(json.dumps(to_json(without_data)))
+    ended, said = end(command, line.format(tmp=tmp_path).split())
     assert (ended, len(said.splitlines())) == (status, 1)
     assert word in said
 

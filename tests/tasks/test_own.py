@@ -961,6 +961,10 @@ def test_short_floats_are_read_as_written(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "data.parquet")
     task = own(tmp_path / "data.parquet")
     assert [task[place].answer for place in range(2)] == ["0.1", "3"]
+    several = table.set_column(2, "answers", pa.array([[0.1, 0.2], [3.0]], pa.list_(pa.float32())))
+    pq.write_table(several, tmp_path / "data.parquet")
+    task = own(tmp_path / "data.parquet")
+    assert [task[place].answers for place in range(2)] == [("0.1", "0.2"), ("3",)]
 
 
 @pytest.mark.parametrize("identity", [{"$oid": "65a"}, ["7"], True])

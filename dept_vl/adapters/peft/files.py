@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.base_model import check_base, describe_base
 from dept_vl.adapters.card import CARD_FILE
-from dept_vl.adapters.fingerprint import check_base, check_name, describe_base
+from dept_vl.adapters.fingerprint import check_name
 from dept_vl.adapters.schema import read_configuration
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
@@ -34,10 +35,8 @@ PEFT_TYPE = "DEPT"
 CONTAINER = "dept_prompt"
 """Name of the `ModuleDict` of prompts in the wrapped module."""
 PLUGIN = "dept_vl.adapters.peft.plugin"
-BASES = {
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM  # or AutoModelForImageTextToText, if it reads images",
-}
+OF_IMAGES = "AutoModelForImageTextToText"
+BASES = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}
 """Class of transformers that loads the base, by task type. Without one, the base reads images."""
 USE = """
 ## Use
@@ -48,7 +47,7 @@ PEFT (`pip install ".[peft]"` in its source), then:
 ```python
 import {plugin}
 from peft import PeftModel
-from transformers import {imported}
+from transformers import {base_class}{note}
 
 base = {base_class}.from_pretrained({base}, trust_remote_code=False)
 model = PeftModel.from_pretrained(base, ".")  # or its name
@@ -122,11 +121,11 @@ def add_use(folder: Path, task_type: str | None, base: str | None) -> None:
     path = folder / CARD_FILE
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if PLUGIN not in card:
-        imported = BASES.get(task_type or "", "AutoModelForImageTextToText")
+        base_class = BASES.get(task_type or "", OF_IMAGES)
         use = USE.format(
             plugin=PLUGIN,
-            imported=imported,
-            base_class=imported.split()[0],
+            base_class=base_class,
+            note=f"  # or {OF_IMAGES}, if it reads images" if task_type == "CAUSAL_LM" else "",
             base=ascii(base or "its base model"),
         )
         write_atomically(path, (card.rstrip("\n") + "\n" + use).encode())

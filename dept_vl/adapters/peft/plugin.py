@@ -40,8 +40,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dept_vl.adapters.base_model import check_base, describe_base
 from dept_vl.adapters.families import Parts
-from dept_vl.adapters.fingerprint import check_base, describe_base
 from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import (
     CONTAINER,

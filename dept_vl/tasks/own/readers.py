@@ -312,14 +312,10 @@ def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
     """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
     classes = _class_names(schema.metadata)
-    short = [
-        field.name for field in schema if pa.types.is_float16(field.type) or pa.types.is_float32(field.type)
-    ]
+    short = [field.name for field in schema if _is_short(field.type)]
 
     def finish(row: Record, place: int) -> Record:
-        for name in short:
-            if isinstance(row.get(name), float):
-                row[name] = float(str(np.float32(row[name])))  # 0.1, not 0.10000000149011612
+        row |= {name: _shortest(row[name]) for name in short if name in row}
         for name, several in images.items():
             if not several:
                 row[name] = Embedded.at(path, name, place)
@@ -332,6 +328,20 @@ def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
         return row
 
     return finish
+
+
+def _is_short(kind: pa.DataType) -> bool:
+    """Return whether a column holds numbers of fewer than 64 bits, or lists of these."""
+    if _is_list(kind):
+        return _is_short(kind.value_type)
+    return bool(pa.types.is_float16(kind) or pa.types.is_float32(kind))
+
+
+def _shortest(value: Any) -> Any:
+    """Return a number of 32 bits as it is written, 0.1 and not 0.10000000149011612; also in lists."""
+    if isinstance(value, list):
+        return [_shortest(one) for one in value]
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -1,0 +1,282 @@
+"""Fingerprints of models of transformers, for `attach` and the PEFT plugin.
+
+Such models come in several precisions and vocabulary sizes, so hashes are compared first and then samples of
+the values:
+
+| what differs                                  | what happens                                    |
+|-----------------------------------------------|-------------------------------------------------|
+| the precision (float32, bfloat16, float16)    | nothing, if the values agree up to rounding     |
+| the number of word embeddings                 | a warning, if the common rows are the same      |
+| the last word embeddings (tokens were added)  | a warning                                       |
+| other word embeddings                         | an error                                        |
+| other weights (fine-tuned, quantised)         | a warning                                       |
+"""
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dept_vl._utils.printable import printable, warn
+from dept_vl._utils.tensors import fingerprint
+from dept_vl.adapters.offload import weights_of
+
+ROWS = 512
+"""Number of word embeddings to sample, with one value each."""
+TOLERANCE = 2**-7
+"""Relative tolerance in bfloat16: a value that was rounded to float16 first may differ by one step."""
+SMALLEST = 2**-24
+"""Smallest positive number in float16, used as the absolute tolerance."""
+
+_PEFT_TENSORS = re.compile(r"(^|\.)(dept_prompt|modules_to_save|trainable_tokens_\w+|token_indices)(\.|$)")
+_PEFT_WRAPPERS = re.compile(r"(^|(?<=\.))(base_layer|original_module|token_adapter)\.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Sampled values of a model, in bfloat16.
+
+    Attributes:
+        vocabulary: Number of word embeddings.
+        dtype: Data type of the word embeddings.
+        rows: One value of each sampled word embedding (see `_rows`).
+        others: One value of each tensor whose shape does not depend on the vocabulary.
+    """
+
+    vocabulary: int
+    dtype: str
+    rows: Tensor
+    others: Tensor
+
+    @classmethod
+    def recorded(cls, record: Mapping[str, str]) -> "Sample | None":
+        """Return the sample in a fingerprint; None if it has none, as in files of older versions.
+
+        Raises:
+            ValueError: If the fingerprint is damaged.
+        """
+        if "rows" not in record:
+            return None
+        try:
+            vocabulary = int(record["vocabulary"])
+            rows, others = (_decoded(record[name]) for name in ("rows", "others"))
+            if not 0 < vocabulary < 2**31 or len(rows) != len(_rows(vocabulary)):
+                raise ValueError(f"{len(rows)} sampled rows of {vocabulary}")
+        except (KeyError, ValueError, TypeError, binascii.Error) as error:
+            raise ValueError(f"the adapter's fingerprint of its base is damaged: {error!s:.100}") from None
+        return cls(vocabulary, record.get("dtype", ""), rows, others)
+
+
+def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
+    """Return the fingerprint of a model of transformers; empty if its word embeddings have no values.
+
+    Args:
+        model: Model, whose PEFT adapters are ignored.
+        embedding: Word embeddings of the model.
+    """
+    words, weights = _base_weights(embedding), _base_weights(model)
+    if "weight" not in words:
+        return {}
+    weight = words["weight"]
+    record = {
+        "embeddings": fingerprint(words.items()),
+        "all": fingerprint(weights.items()),
+        "vocabulary": str(len(weight)),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+    }
+    if not weight.is_floating_point():  # quantised
+        return record
+    # Others have no row or column for each word, as BART's `final_logits_bias` has.
+    fixed = [tensor for _, tensor in sorted(weights.items()) if len(weight) not in tensor.shape]
+    others = [tensor.flatten()[tensor.numel() // 2 :][:1] for tensor in fixed]
+    return record | {
+        "rows": _encoded([_values(weight, _rows(len(weight)))]),
+        "others": _encoded(others),
+    }
+
+
+def check_base(
+    record: Mapping[str, str],
+    model: nn.Module,
+    embedding: nn.Module,
+    *,
+    adapter: str = "this adapter",
+    trained_on: str | None = None,
+    strict: bool = True,
+) -> None:
+    """Check that an adapter was trained on a model of transformers.
+
+    Args:
+        record: Fingerprint of the adapter's model, from `describe_base`.
+        model: Model to check.
+        embedding: Word embeddings of `model`.
+        adapter: Description of the adapter for messages.
+        trained_on: Name of the adapter's model.
+        strict: Whether to raise an error for a different model; otherwise, only warn.
+
+    Raises:
+        ValueError: If the model is a different one and `strict` is True, or if the record is damaged.
+    """
+    here = describe_base(model, embedding)
+    problem, note = _compare(record, here, model, embedding)
+    if not problem and not note:
+        return
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    bases = printable(
+        f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
+    )
+    if not problem:
+        warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
+        return
+    message = (
+        f"{adapter} was trained on another base and does not fit: {bases}: {problem}; load the base it was "
+        "trained on"
+    )
+    if strict:
+        raise ValueError(message)
+    warn(message, stacklevel=3)
+
+
+def shown(record: Mapping[str, str] | None) -> dict[str, str]:
+    """Return a fingerprint without its samples, which are too long for messages."""
+    return {name: value for name, value in (record or {}).items() if name not in ("rows", "others")}
+
+
+def _compare(
+    record: Mapping[str, str], here: Mapping[str, str], model: nn.Module, embedding: nn.Module
+) -> tuple[str, str]:
+    """Return why a model is a different one, and other differences to warn about; or empty strings."""
+    if not record:
+        return "", ""
+    if record.get("class", type(model).__name__) != type(model).__name__:
+        return f"it is a {type(model).__name__}", ""
+    sample = Sample.recorded(record)
+    if not here:
+        return "", "its word embeddings have no values yet, so that they were not compared"
+    problem, note = _compare_words(record, sample, here, embedding)
+    if problem:
+        return problem, ""
+    mine = Sample.recorded(here)
+    if sample is None or mine is None:
+        hashed = record.get("all", here["all"])
+        same = bool(note) or hashed in (here["all"], _rounded(_base_weights(model)))
+    elif _exact(sample.dtype, mine.dtype) and not note:
+        same = record.get("all") == here["all"]
+    else:
+        same = not len(_different(sample.others, mine.others, _exact(sample.dtype, mine.dtype)))
+    if same:
+        return "", note
+    words = f"{note}; and it has" if note else "it has the same word embeddings, but"
+    return "", f"{words} other weights: quantised, fine-tuned, or another checkpoint"
+
+
+def _compare_words(
+    record: Mapping[str, str], sample: Sample | None, here: Mapping[str, str], embedding: nn.Module
+) -> tuple[str, str]:
+    """Return why word embeddings are different ones, and other differences; or empty strings."""
+    words = _base_weights(embedding)
+    hashes = (here["embeddings"], fingerprint([("embeddings", words["weight"])]))  # the latter: older files
+    if record.get("embeddings") in hashes:
+        return "", ""
+    mine = Sample.recorded(here)
+    if sample is None or mine is None:
+        return _compare_older(record, words)
+    rows = _rows(sample.vocabulary)
+    both = rows < mine.vocabulary
+    rows, exact = rows[both], _exact(sample.dtype, mine.dtype)
+    different = _different(sample.rows[both], _decoded(_encoded([_values(words["weight"], rows)])), exact)
+    if not len(different):
+        if sample.vocabulary != mine.vocabulary:
+            return "", (
+                f"it has {mine.vocabulary:,} word embeddings and the adapter was trained with "
+                f"{sample.vocabulary:,}; those that both have are the same"
+            )
+        # In the same precision, the hash decides, because it covers all values.
+        return ("it has other word embeddings, though few", "") if exact else ("", "")
+    first = int(different[0])
+    # Tokens are added at the end, with random rows near the mean, some of which can be equal by chance.
+    if 2 * first > len(rows):
+        return "", (
+            f"its last word embeddings, after row {int(rows[first - 1]):,}, are others (tokens were added?): "
+            "texts with these tokens are read otherwise, unless the adapter brings their embeddings along"
+        )
+    return f"it has other word embeddings ({len(different)} of {len(rows)} sampled rows differ)", ""
+
+
+def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Compare word embeddings with a record of an older version, which has hashes but no samples."""
+    if record.get("embeddings") == _rounded(words):
+        return "", ""
+    values = _values(words["weight"], _rows(len(words["weight"])))
+    # From values that were rounded before, the recorded float16 values cannot be computed.
+    if values.dtype == torch.float16 or torch.equal(values, values.bfloat16().to(values.dtype)):
+        return "", (
+            "its word embeddings could not be compared: an older version recorded a hash of them, which "
+            "rounding to float16 or bfloat16 changes"
+        )
+    return "it has other word embeddings", ""
+
+
+def _rounded(weights: Mapping[str, Tensor]) -> str:
+    """Return the hash of weights in float16."""
+    return fingerprint(
+        (name, tensor.half() if tensor.is_floating_point() else tensor) for name, tensor in weights.items()
+    )
+
+
+def _different(one: Tensor, other: Tensor, exact: bool) -> Tensor:
+    """Return the indices at which two samples differ; all indices if their lengths differ."""
+    if len(one) != len(other):
+        return torch.arange(max(len(one), len(other)))
+    same = one == other
+    if not exact:
+        a, b = one.float(), other.float()
+        same |= (a - b).abs() <= TOLERANCE * torch.maximum(a.abs(), b.abs()) + SMALLEST
+    return (~same).nonzero().flatten()
+
+
+def _exact(one: str, other: str) -> bool:
+    """Return whether samples of two precisions can be compared exactly: both or neither are float16."""
+    return (one == "float16") == (other == "float16")
+
+
+def _base_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of a model by their names without PEFT, and without PEFT's own tensors."""
+    return {
+        _PEFT_WRAPPERS.sub("", name): tensor
+        for name, tensor in weights_of(module).items()
+        # Single values of quantised weights in subclasses that wrap other tensors cannot be read.
+        if not _PEFT_TENSORS.search(name) and not hasattr(tensor, "__tensor_flatten__")
+    }
+
+
+def _rows(vocabulary: int) -> Tensor:
+    """Return the indices of the sampled word embeddings: evenly spaced, with the first and the last."""
+    count = min(vocabulary, ROWS)
+    return torch.arange(count) * (vocabulary - 1) // max(count - 1, 1)
+
+
+def _values(weight: Tensor, rows: Tensor) -> Tensor:
+    """Return one value of each of these rows, from varying columns."""
+    rows = rows.to(weight.device)
+    return weight.detach()[rows, rows * 7 % weight.shape[1]]
+
+
+def _encoded(values: Sequence[Tensor]) -> str:
+    """Return values in bfloat16, encoded as text in base64."""
+    flat = [tensor.detach().to("cpu", torch.bfloat16) for tensor in values]
+    content = torch.cat(flat) if flat else torch.empty(0, dtype=torch.bfloat16)
+    return base64.b64encode(content.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+
+
+def _decoded(text: str) -> Tensor:
+    content = bytearray(base64.b64decode(text, validate=True))
+    if len(content) % 2:
+        raise ValueError(f"{len(content)} bytes of values of two bytes")
+    return (
+        torch.frombuffer(content, dtype=torch.bfloat16) if content else torch.empty(0, dtype=torch.bfloat16)
+    )
