@@ -67,7 +67,7 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
     output = config.output
     if output is None:
         raise UsageError("--data needs --output, the file for the answers")
-    if output.suffix.lower() in TABLES and ".json" not in output.suffix.lower():
+    if output.suffix.lower() in TABLES and "json" not in output.suffix.lower():
         raise UsageError(
             f"answers are written as JSON Lines: expected {output.with_suffix('.jsonl')}, found {output}"
         )
