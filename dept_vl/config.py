@@ -6,7 +6,7 @@ module does not import torch.
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,6 +87,8 @@ class TrainOptions(Options):
 
 RATES = {"prompt": "prompt", "low_rank": "offset", "visual_projection": "projection", "backbone": "backbone"}
 """Prefix of the optimizer options of each group of `PromptedModel.parameter_groups`."""
+OFFSET_LR, OFFSET_LR_ALONE = 1e-3, 1e-2
+"""Default learning rates of an offset beside a soft prompt, and of one without a soft prompt."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class OptimOptions(Options):
     multiply them by the size of this model's word embeddings relative to T5-base's (16.6)."""
     prompt_lr: Rate = 0.3
     """Peak learning rate of the soft prompt (alpha1 in the DePT paper; best values: 0.3 and 0.4)."""
-    offset_lr: Rate = 1e-3
-    """Peak learning rate of the low-rank offset (alpha2 in the DePT paper; best values: 1e-4 to 5e-3)."""
+    offset_lr: Rate | None = None
+    """Peak learning rate of the low-rank offset (alpha2 in the DePT paper; best values: 1e-4 to 5e-3). The
+    default is 0.001 beside a soft prompt, and 0.01 without one (memory, or prompt_length 0)."""
     projection_lr: Rate = 1e-3
     """Peak learning rate of the visual projection."""
     backbone_lr: Rate = 1e-4
@@ -122,7 +125,8 @@ class OptimOptions(Options):
     def of_group(self, group: str) -> tuple[float, float]:
         """Return learning rate and weight decay of a group of `PromptedModel.parameter_groups`."""
         name = RATES[group]
-        return getattr(self, f"{name}_lr"), getattr(self, f"{name}_weight_decay")
+        rate = getattr(self, f"{name}_lr")
+        return OFFSET_LR if rate is None else rate, getattr(self, f"{name}_weight_decay")
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,13 @@ class RunConfig(Options):
     """bf16: run the backbone in bfloat16. fp16 is not supported, because T5 overflows in it."""
     log_with: str | None = None
     """Experiment tracker to log to as well: tensorboard, wandb, trackio, or another one of accelerate's."""
+
+    def settled(self) -> "RunConfig":
+        """Return the configuration with the default of `optim.offset_lr`, which depends on the prompt."""
+        if self.optim.offset_lr is not None:
+            return self
+        alone = not self.prompt.has_vectors and self.prompt.rank != 0
+        return replace(self, optim=replace(self.optim, offset_lr=OFFSET_LR_ALONE if alone else OFFSET_LR))
 
 
 @dataclass(frozen=True)

@@ -59,3 +59,9 @@ class PromptOptions(Options):
     init_parts: InitParts = "prompt"
     """Parts to take from init_from: the soft prompt (P), or all, which includes the offset. A visual
     projection that the only source has trained is taken in both cases."""
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether there is a soft prompt."""
+        method = METHODS[self.method]
+        return method.keeps_length or (method.has_prompt and self.prompt_length > 0)

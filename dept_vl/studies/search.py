@@ -70,6 +70,7 @@ def tune(config: RunConfig) -> RunResult:
         ValueError: If a study was started with other options or data, or there is nothing to search.
     """
     validate(config)
+    config = config.settled()
     if config.train.num_epochs:
         raise UsageError("a search compares runs of equal length: give --max_steps, and --num_epochs 0")
     if not search_space(config):
@@ -118,20 +119,19 @@ def trial_config(config: RunConfig, folder: Path, number: int, values: dict[str,
 
 def search_space(config: RunConfig) -> Space:
     """Return a range for each learning rate that is used, and the candidate lengths of the prompt."""
-    prompt, backbone = config.prompt, config.backbone
+    prompt, backbone, optim = config.prompt, config.backbone, config.settled().optim
     method = METHODS[prompt.method]
-    has_prompt = method.keeps_length or (method.has_prompt and prompt.prompt_length > 0)
-    bare = not has_prompt and prompt.rank == 0
+    bare = not prompt.has_vectors and prompt.rank == 0
     images = any(TASKS[options.task].image_count for options in (config.data, *config.also))
     used = {
-        "prompt_lr": has_prompt,
+        "prompt_lr": prompt.has_vectors,
         "offset_lr": not bare and "low_rank" in method.groups() and (prompt.rank != 0 or not method.has_rank),
         "projection_lr": images and backbone.train_projection,
         "backbone_lr": backbone.train_backbone,
     }
     space: Space = {}
     for name, (low, high) in RANGES.items():
-        own = getattr(config.optim, name)
+        own = getattr(optim, name)
         if used[name]:
             space[name] = (min(low, own or low), max(high, own))
     if used["prompt_lr"] and used["offset_lr"] and prompt.rank is None and not method.keeps_length:

@@ -82,6 +82,7 @@ def run(config: RunConfig, *, more_to_come: bool = False) -> RunResult:
     """
     started = time.perf_counter()
     validate(config)
+    config = config.settled()
     check_tracker(config.log_with)
     disable_progress_bar()  # transformers' bars for loading weights
     accelerator = Accelerator(
@@ -132,7 +133,7 @@ def run_once(config: RunConfig) -> RunResult:
         DifferentError: If the run was started with other options or data. Data and models are read once per
             process, see `forget_contents`.
     """
-    config = replace(config, resume="auto")
+    config = replace(config, resume="auto").settled()
     folder = Path(config.output_dir or "")
     if (folder / SUMMARY_FILE).is_file():
         processes = PartialState(cpu=not torch.accelerator.is_available())

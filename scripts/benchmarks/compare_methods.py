@@ -115,7 +115,7 @@ LORA_RATES = _rates(backbone_lr=(0.01, 3e-3, 1e-3))
 BIAS_RATES = _rates(backbone_lr=(0.1, 0.03, 0.01))
 WHOLE_RATES = _rates(backbone_lr=(3e-4, 1e-4, 1e-3))
 """Three tries for every method. `offset_lr` trains the parts of a prompt that `prompt_lr` does not. The first
-of `BOTH_RATES` are the defaults of `OptimOptions`."""
+of `BOTH_RATES` and of `OFFSET_RATES` are the defaults of a run."""
 
 
 def compared() -> dict[str, Compared]:

@@ -26,7 +26,15 @@ from benchmarks.options import COMPARED_TASKS, CompareConfig
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.stats import interval
 from dept_vl.adapters.tensors import count_trainable
-from dept_vl.config import DataOptions, OptimOptions, RunConfig, read_config, to_json
+from dept_vl.config import (
+    OFFSET_LR,
+    OFFSET_LR_ALONE,
+    DataOptions,
+    OptimOptions,
+    RunConfig,
+    read_config,
+    to_json,
+)
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
@@ -76,7 +84,8 @@ def test_every_method_has_as_many_tries() -> None:
     assert len({str(rates) for rates in compared()["adept + images, m = 0"].rates}) == 3
     # What is said of the first one.
     default = OptimOptions()
-    assert compared()["dept"].rates[0] == {"prompt_lr": default.prompt_lr, "offset_lr": default.offset_lr}
+    assert compared()["dept"].rates[0] == {"prompt_lr": default.prompt_lr, "offset_lr": OFFSET_LR}
+    assert compared()["memory"].rates[0] == {"offset_lr": OFFSET_LR_ALONE}
 
 
 def test_every_shipped_task_has_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

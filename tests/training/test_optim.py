@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.optim import AdamW
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from zoo.subjects import targets, texts
 
-from dept_vl.config import OptimOptions, PromptOptions
+from dept_vl.config import OptimOptions, PromptOptions, RunConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import METHODS
@@ -214,3 +215,22 @@ def test_relative_rates_are_those_of_t5_at_its_size(t5: Backbone) -> None:
         for group in build_optimizer(model.parameter_groups(), options, sizes_of(model, options)).param_groups
     }
     assert found == {name: pytest.approx(rates, rel=1e-5) for name, rates in RATES.items()}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "rate"),
+    [
+        ({}, 1e-3),
+        ({"method": "adept"}, 1e-3),
+        ({"method": "pt", "prompt_length": 0}, 1e-3),  # its length is that of the reference
+        ({"prompt_length": 0, "rank": 0}, 1e-3),  # no offset either
+        ({"prompt_length": 0}, 1e-2),
+        ({"method": "adept", "prompt_length": 0}, 1e-2),
+        ({"method": "memory"}, 1e-2),
+    ],
+)
+def test_an_offset_alone_has_a_default_rate_of_its_own(prompt: dict[str, Any], rate: float) -> None:
+    config = RunConfig(prompt=PromptOptions(**prompt))
+    assert config.settled().optim.of_group("low_rank")[0] == rate
+    given = replace(config, optim=OptimOptions(offset_lr=0.5))
+    assert given.settled() == given
