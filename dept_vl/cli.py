@@ -1,10 +1,11 @@
 """The `dept-vl` command. It reads flags and checks names and folders before it imports torch."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 import tyro
@@ -91,12 +92,16 @@ def features(arguments: list[str]) -> None:
     extract(config)
 
 
-def data(arguments: list[str]) -> int:
+def data(
+    arguments: list[str],
+    program: str = "dept-vl data",
+    further: Mapping[str, Callable[..., object]] = MappingProxyType({}),
+) -> int:
     """Convert data to the files that the tasks read, and check such files."""
     from dept_vl.tasks.prepare.commands import COMMANDS
 
-    commands = COMMANDS | {"check": check_data}
-    return 1 if call(commands, "dept-vl data", data.__doc__, arguments) is False else 0
+    commands = {**COMMANDS, "check": check_data, **further}
+    return 1 if call(commands, program, data.__doc__, arguments) is False else 0
 
 
 def check_data(

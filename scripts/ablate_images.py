@@ -23,8 +23,8 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.cli import entry, parse_options
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.scenes.render import render, sample_scene
 from pretraining.questions import FAMILIES, PHRASINGS
+from study_data.render import render, sample_scene
 
 if TYPE_CHECKING:
     from dept_vl.models.options import ImageFit, ObjectOrder

@@ -8,7 +8,10 @@ python scripts/prepare_data.py check --task vqav2 --root data/vqav2
 python scripts/prepare_data.py from-hub --task vqav2 --split val --output_dir data/vqav2
 """
 
+from functools import partial
+
 from dept_vl.cli import data, entry
+from study_data.commands import COMMANDS
 
 if __name__ == "__main__":
-    entry(data)
+    entry(partial(data, program="prepare_data.py", further=COMMANDS))

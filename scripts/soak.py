@@ -162,7 +162,7 @@ def grown(samples: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _configuration(options: SoakOptions, folder: Path) -> RunConfig:
-    from dept_vl.tasks.scenes.official import write_tasks
+    from study_data.official import write_tasks
 
     config = read_config(options.config)
     if options.tiny:

@@ -44,7 +44,7 @@ from dept_vl.config import RunConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.scenes.official import write_tasks
+from study_data.official import write_tasks
 
 os.fsync = lambda descriptor: None  # a test has no power cut to survive
 LANGUAGES = ("t5", "bart")

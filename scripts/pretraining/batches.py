@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dept_vl.tasks.scenes.questions import NOUNS, QA
-from dept_vl.tasks.scenes.render import (
+from pretraining.options import SPATIAL
+from pretraining.questions import FAMILIES, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
+from study_data.questions import NOUNS, QA
+from study_data.render import (
     COLOURS,
     GRID,
     IMAGE_SIZE,
@@ -24,8 +26,6 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from pretraining.options import SPATIAL
-from pretraining.questions import FAMILIES, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
 
 IGNORE_INDEX = -100
 """Label that torch's loss ignores."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.tasks.scenes.render import sample_scene
 from pretraining.batches import DrawnBatches
 from pretraining.measure import encode_scenes, tensors
+from study_data.render import sample_scene
 
 SCENES, QUESTIONS = 200, 200
 """Numbers of scenes and questions to measure the scales on."""

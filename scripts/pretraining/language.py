@@ -23,8 +23,6 @@ from transformers import (
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX, PromptedModel, sequence_loss
-from dept_vl.tasks.scenes.questions import KEPT_OUT
-from dept_vl.tasks.scenes.render import Scene, sample_scene
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, loader
 from pretraining.measure import encode_scenes, evaluate, tensors
 from pretraining.options import PretrainConfig
@@ -39,6 +37,8 @@ from pretraining.questions import (
     ask_text,
     caption,
 )
+from study_data.questions import KEPT_OUT
+from study_data.render import Scene, sample_scene
 
 EVALUATE_EVERY = 700
 WATCHED_SCENES = 100

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.tasks.scenes.questions import KEPT_OUT, QA
-from dept_vl.tasks.scenes.render import Scene, sample_scene
 from pretraining.batches import Pixels, Sample, encoded, loader, on_device, with_prefix
 from pretraining.options import PretrainConfig
 from pretraining.questions import FAMILIES, PHRASINGS, ask_pair, ask_text, caption
+from study_data.questions import KEPT_OUT, QA
+from study_data.render import Scene, sample_scene
 
 
 def measure(config: PretrainConfig) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Questions that the shipped backbones are pretrained on.
 
 They are families of questions about scenes, captions, pairs of scenes, and small tasks on words. A family is
-a function `(scene, rng) -> Fact`, as in `dept_vl.tasks.scenes.questions`; `wordings.json` has the wordings.
+a function `(scene, rng) -> Fact`, as in `study_data.questions`; `wordings.json` has the wordings.
 """
 
 import json
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
-from dept_vl.tasks.scenes.questions import (
+from study_data.questions import (
     NOUNS,
     NUMBERS,
     QA,
@@ -30,7 +30,7 @@ from dept_vl.tasks.scenes.questions import (
     random_phrase,
     referring,
 )
-from dept_vl.tasks.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Object, Scene
+from study_data.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Object, Scene
 
 WORDINGS = json.loads((Path(__file__).parent / "wordings.json").read_text(encoding="utf-8"))
 PHRASINGS: dict[str, list[str]] = WORDINGS["shown"]

@@ -10,9 +10,9 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from dept_vl.models.prompted import IGNORE_INDEX
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.scenes.render import GRID, IMAGE_SIZE, SHAPES, sample_scene
 from pretraining.batches import CELL_CLASSES, DrawnCells, cells, loader, on_device
 from pretraining.options import PretrainConfig
+from study_data.render import GRID, IMAGE_SIZE, SHAPES, sample_scene
 
 VISION_ARCHITECTURE = "resnet10t"
 VISION_ARGS = {"channels": (32, 64, 96, 128), "stem_width": 16, "output_stride": 16}

@@ -112,6 +112,8 @@ def test_a_long_list_is_cut_on_the_screen_and_whole_in_the_report(
     ("arguments", "message"),
     [
         (("check", "--task", "okvqa", "--root", "."), "unknown task 'okvqa'"),
+        (("scene",), "closest: scenes"),
+        (("snippets", "--archiv", "x"), "closest: --archive"),
         (("check", "--task", "gqa", "--root", "no-such-folder"), "no folder no-such-folder"),
         (("from-hub", "--task", "okvqa", "--split", "val", "--output_dir", "x"), "unknown task 'okvqa'"),
         (("from-hub", "--task", "vqav2", "--split", "minival", "--output_dir", "x"), "got 'minival'"),

@@ -13,14 +13,14 @@ import torch
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.scenes.questions import NOUNS, QA
-from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, sample_scene
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, Sample, phrases
 from pretraining.convert import convert
 from pretraining.language import FORK, Course, build_language, fit_projection
 from pretraining.measure import encode_scenes, exact_match
 from pretraining.questions import FAMILIES, PHRASINGS, ask
 from scripts import pretrain_tiny
+from study_data.questions import NOUNS, QA
+from study_data.render import COLOURS, SHAPES, SIZES, sample_scene
 
 DATA = Path(__file__).parents[2] / "data"
 TINY = pretrain_tiny.PretrainConfig(

@@ -61,15 +61,15 @@ def test_an_installed_wheel_trains_and_answers(
     bin_folder: Path,
     language_folders: dict[str, Path],
     vision_folders: dict[str, Path],
+    scenes: Path,
     tmp_path: Path,
 ) -> None:
     def dept_vl(*arguments: str | Path) -> str:
         return _output(bin_folder / "dept-vl", *arguments, cwd=tmp_path)
 
     assert "train" in dept_vl("--help")
-    dept_vl("data", "scenes", "--output_dir", "data", "--train", "24", "--val", "8", "--test", "4")
     dept_vl(
-        *("train", "--data_dir", "data/vqav2", "--dev_split", "val", "--output_dir", "run"),
+        *("train", "--data_dir", scenes / "vqav2", "--dev_split", "val", "--output_dir", "run"),
         *("--vision", vision_folders["clip"], "--language", language_folders["t5"]),
         *(
             "--prompt_length",
@@ -85,6 +85,6 @@ def test_an_installed_wheel_trains_and_answers(
     )
     assert "scores" in json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "<style>" in (tmp_path / "run" / "report.html").read_text()
-    image = next((tmp_path / "data" / "vqav2" / "val2014").iterdir())
+    image = next((scenes / "vqav2" / "val2014").iterdir())
     answers = dept_vl("predict", image, "what colour is the circle?", "--adapter", "run", "--device", "cpu")
     assert len(answers.splitlines()) == 1

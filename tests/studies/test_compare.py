@@ -40,14 +40,14 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.prompts.base import METHODS
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.scenes.official import write_concepts
-from dept_vl.tasks.scenes.questions import CODES
 from dept_vl.training.build import build_model
 from dept_vl.training.identity import DifferentError
 from dept_vl.training.log import best_dev
 from dept_vl.training.owner import owning
 from dept_vl.training.run import run
 from dept_vl.training.summary import RunResult
+from study_data.official import write_concepts
+from study_data.questions import CODES
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -8,8 +8,9 @@ from random import Random
 
 import pytest
 
-from dept_vl.tasks.scenes.questions import KEPT_OUT, NOUNS, NUMBERS, Fact
-from dept_vl.tasks.scenes.render import (
+from pretraining.questions import FAMILIES, PHRASINGS, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
+from study_data.questions import KEPT_OUT, NOUNS, NUMBERS, Fact
+from study_data.render import (
     COLOURS,
     IMAGE_SIZE,
     SHAPES,
@@ -19,7 +20,6 @@ from dept_vl.tasks.scenes.render import (
     render,
     sample_scene,
 )
-from pretraining.questions import FAMILIES, PHRASINGS, RELATIONS, SIDES, ask, ask_pair, ask_text, caption
 
 SCENES = 300
 EASY_VQA_ANSWERS = {

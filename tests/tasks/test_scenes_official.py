@@ -17,11 +17,11 @@ from test_scenes import asked_in, fitting
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.tasks import load_task
 from dept_vl.tasks.metrics.vqa import normalise_answer
-from dept_vl.tasks.scenes import official as official_module
-from dept_vl.tasks.scenes.official import SPLITS, write_tasks
-from dept_vl.tasks.scenes.questions import KEPT_OUT, NOUNS, NUMBERS, ask_kept_out, listings, pair_statement
-from dept_vl.tasks.scenes.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, render, sample_scene
 from pretraining.questions import CAPTION_PHRASINGS
+from study_data import official as official_module
+from study_data.official import SPLITS, write_tasks
+from study_data.questions import KEPT_OUT, NOUNS, NUMBERS, ask_kept_out, listings, pair_statement
+from study_data.render import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, render, sample_scene
 
 COUNTS = {"train": 12, "val": 6, "test": 6}
 LOADED = {

@@ -35,13 +35,13 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.presets import PAPER
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.prepare import snippets
-from dept_vl.tasks.prepare.commands import COMMANDS
 from dept_vl.tasks.text.table import HALVED, HELD_OUT, TEXT_TASKS, fifths, with_marks
 from dept_vl.tasks.text.task import TextTask, choose, read_rows
 from dept_vl.training.run import run as main
 from dept_vl.training.score_run import score_run
 from scripts.train_nlp import DEFAULTS
+from study_data import snippets
+from study_data.commands import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -552,7 +552,7 @@ def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FileNotFoundError, match="holds no split 'validation' of rte: expected validation"):
         load_task("rte", tmp_path / "rte", "test")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; make one with: dept-vl data snippets"):
+    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; .* prepare_data.py snippets "):
         load_task("snippets", None, "train")
 
 

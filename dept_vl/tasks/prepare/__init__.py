@@ -1,6 +1,6 @@
-"""Preparation of data sets: downloads, conversions, samples and checks.
+"""Preparation of data sets: downloads, conversions and checks.
 
 Used by `dept-vl data`; training does not need it.
 """
 
-__all__ = ["check", "commands", "copies", "easy_vqa", "hub", "parquet", "snippets", "staging"]
+__all__ = ["check", "commands", "copies", "easy_vqa", "hub", "parquet", "staging"]

@@ -11,10 +11,8 @@ from dept_vl.tasks.io.records import brief, field, read_list
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
-from dept_vl.tasks.prepare import snippets as snippets_task
 from dept_vl.tasks.prepare.check import Finding
 from dept_vl.tasks.prepare.check import check as check_task
-from dept_vl.tasks.scenes.official import write_concepts, write_tasks
 from dept_vl.tasks.vqav2 import (
     ANSWER_LIST,
     ANSWERED,
@@ -40,42 +38,6 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
     say(f"{output_dir} holds:")
     for kind, count in counts.items():
         say(f"  {kind:<22}{count:>7,}")
-
-
-def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
-    """Make small replacements for all four tasks, in their official format, from generated scenes.
-
-    Args:
-        output_dir: Folder to create, with vqav2, gqa, nlvr2 and coco in it.
-        train: Number of training images.
-        val: Number of validation images.
-        test: Number of test images.
-    """
-    write_tasks(output_dir, train=train, val=val, test=test)
-    say(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
-
-
-def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: int = 400) -> None:
-    """Make two data sets in VQAv2's format with concepts that the small backbone was not trained on.
-
-    Args:
-        output_dir: Folder to create, with relabelled and many-or-few in it.
-        train: Number of training images.
-        val: Number of validation images.
-    """
-    write_concepts(output_dir, train=train, val=val)
-    say(f"{output_dir} holds relabelled and many-or-few")
-
-
-def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = None) -> None:
-    """Write the rated movie-review snippets of the package vaderSentiment as a task like SST-2.
-
-    Args:
-        output_dir: Folder to write.
-        archive: Source distribution of vaderSentiment. Default: download it with pip.
-    """
-    for split, count in snippets_task.write(output_dir, archive).items():
-        say(f"{split:<11}{count:>7,} snippets")
 
 
 def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
@@ -166,9 +128,6 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
 
 COMMANDS: dict[str, Callable[..., bool | None]] = {
     "easy-vqa": easy_vqa,
-    "scenes": scenes,
-    "concepts": concepts,
-    "snippets": snippets,
     "check": check,
     "answer-list": answer_list,
     "from-hub": from_hub,

@@ -34,7 +34,8 @@ class Source:
 def placing(spec: TextSpec, split: str) -> str:
     """Return instructions for making a copy of a task's data."""
     if not spec.dataset:
-        return f"make one with: dept-vl data {spec.name} --output_dir data/{spec.name}"
+        made = f"python scripts/prepare_data.py {spec.name} --output_dir data/{spec.name}"
+        return f"in a clone, make one with: {made}"
     name = f"{spec.dataset!r}" + (f", {spec.config!r}" if spec.config else "")
     return (
         f"on a machine with a network, load_dataset({name}).save_to_disk({spec.name!r}) makes one, or "

@@ -13,7 +13,7 @@ from statistics import median
 
 from benchmarks.gpu.results import Entry, Measuring
 from dept_vl._utils.io import read_json
-from dept_vl.tasks.scenes.official import write_tasks
+from study_data.official import write_tasks
 
 LONG = ("--max_steps", "3000", "--eval_every", "3000", "--warmup_steps", "300", "--log_every", "100")
 

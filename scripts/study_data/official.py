@@ -16,8 +16,8 @@ from typing import Any
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare.staging import dump, staging_for, unanimous
-from dept_vl.tasks.scenes.questions import NUMBERS, QA, ask_code, ask_kept_out, listings, pair_statement
-from dept_vl.tasks.scenes.render import COLOURS, SHAPES, Scene, render, sample_scene
+from study_data.questions import NUMBERS, QA, ask_code, ask_kept_out, listings, pair_statement
+from study_data.render import COLOURS, SHAPES, Scene, render, sample_scene
 
 QUESTIONS_PER_IMAGE = 4
 SPLITS = ("train", "val", "test")

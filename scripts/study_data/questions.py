@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from dept_vl.tasks.scenes.render import COLOURS, SHAPES, SIZES, Object, Scene
+from study_data.render import COLOURS, SHAPES, SIZES, Object, Scene
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 NOUNS = ("shape", "object", "thing", "item")
