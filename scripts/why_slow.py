@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import dept_vl
 from benchmarks.options import CompareConfig
 from dept_vl.cli import entry, parse_options
-from dept_vl.prompts.base import Method, Shapes
+from dept_vl.prompts.base import Method
 from dept_vl.prompts.dept import DePT
 
 
@@ -42,11 +42,6 @@ class ConstantInput(Method):
     name = "constant-input"
     has_prompt = False
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        each = (self.rank, self.d_model)
-        return {"low_rank": {"token_offset.table": each, "visual_offset.table": each}}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         tables = {name: ByPosition(self.rank, self.d_model) for name in ("token_offset", "visual_offset")}
@@ -59,10 +54,6 @@ class ConstantOutput(Method):
 
     name = "constant-output"
     has_prompt = False
-
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        return {"low_rank": {"memory_offset.table": (self.rank, self.d_model)}}
 
     def build(self) -> DePT:
         """See `Method.build`."""

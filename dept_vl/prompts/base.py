@@ -10,8 +10,6 @@ from dept_vl._utils.registry import Registry
 
 LARGEST_SIZE = 1_000_000
 """Largest size of a prompt, in any dimension, that is accepted from a file."""
-GROUPS = ("prompt", "low_rank")
-"""Groups of trainable parameters, with the learning rates `prompt_lr` and `offset_lr`."""
 
 Init = Literal["vocabulary", "text", "random"]
 """Initialisation of a soft prompt; see `initialise`."""
@@ -60,12 +58,8 @@ class Method(ABC):
     visual_offset: bool = False
 
     @abstractmethod
-    def shapes(self) -> dict[str, Shapes]:
-        """Return the shapes of the trained parameters by group; those of size zero are not parameters."""
-
-    @abstractmethod
     def build(self) -> Any:
-        """Return an untrained `DePT` with the parameters of `shapes`."""
+        """Return an untrained `DePT`."""
 
     @property
     def scale(self) -> float:
@@ -105,11 +99,15 @@ class Method(ABC):
             raise ValueError(f"{self.name} needs a rank of 1 to the width {self.d_model}; got {self.rank}")
 
     def trained(self) -> dict[str, Shapes]:
-        """Return `shapes` for all of `GROUPS`, without parameters of size zero."""
-        shapes = self.shapes()
+        """Return the shapes of the parameters of `build` by `DePT.parameter_groups`, without their memory."""
+        import torch  # not at the top: the command line reads the registry without it
+
+        with torch.device("meta"):
+            prompt = self.build()
+        names = {parameter: name for name, parameter in prompt.named_parameters()}
         return {
-            group: {name: shape for name, shape in shapes.get(group, {}).items() if 0 not in shape}
-            for group in GROUPS
+            group: {names[parameter]: tuple(parameter.shape) for parameter in parameters}
+            for group, parameters in prompt.parameter_groups().items()
         }
 
     def parameter_count(self) -> int:
@@ -217,7 +215,7 @@ M = TypeVar("M", bound=type[Method])
 def register_method(method: M) -> M:
     """Register a method under its name, so that it can be trained, saved, loaded and compared.
 
-    Its parameters need the names and shapes that `shapes` returns, because adapter files are checked by them.
+    Its budget, and the check of adapter files, follow from the parameters of the `DePT` that `build` returns.
 
     Args:
         method: Subclass of `Method`, which is returned unchanged.
@@ -231,10 +229,6 @@ def register_method(method: M) -> M:
         >>> @dept_vl.register_method
         ... class Shifted(Method):
         ...     name, has_rank = "shifted", False
-        ...
-        ...     def shapes(self):
-        ...         return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)},
-        ...                 "low_rank": {"token_offset.bias": (self.d_model,)}}
         ...
         ...     def build(self):
         ...         return dept_vl.DePT(**self.common, token_offset=Shift(self.d_model))  # E -> bias

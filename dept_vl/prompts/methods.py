@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dept_vl.prompts.base import Method, Shapes
+from dept_vl.prompts.base import Method
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.reparameterized import Bottleneck, LowRank, Residual, ScaledRandom
 
@@ -41,10 +41,6 @@ class PromptTuning(Method):
     name = "pt"
     keeps_length = True
     has_rank = False
-
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)}}
 
     def build(self) -> DePT:
         """See `Method.build`."""
@@ -61,11 +57,6 @@ class Decomposed(Method):
         """See `Method.scale`."""
         return self.alpha / math.sqrt(self.rank) if self.rank else 0.0
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        offset = {"offset_a": (self.max_source_length, self.rank), "offset_b": (self.rank, self.d_model)}
-        return {"prompt": {"soft_prompt": (self.prompt_length, self.d_model)}, "low_rank": offset}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         return DePT(**self.common, rank=self.rank)
@@ -80,11 +71,6 @@ class ADePT(Method):
     name = "adept"
     shifts_images = True
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        vectors = {"soft_prompt": (self.prompt_length, self.d_model)}
-        return {"prompt": vectors, "low_rank": _of_tokens(self)}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         token, visual = _bottlenecks(self)
@@ -96,11 +82,6 @@ class Hybrid(Decomposed):
 
     name = "hybrid"
     shifts_images = True
-
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        by_position = super().shapes()
-        return by_position | {"low_rank": {**by_position["low_rank"], **_of_tokens(self)}}
 
     def build(self) -> DePT:
         """See `Method.build`."""
@@ -119,11 +100,6 @@ class ULPT(Method):
         """See `Method.largest_rank`."""
         return self.d_model
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        moved = {"source.z": (self.prompt_length, self.rank), "source.shift": (self.d_model,)}
-        return {"prompt": moved, "low_rank": {"source.scale": (self.d_model,)}}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         source = ScaledRandom(self.d_model, self.prompt_length, self.rank, self.seed)
@@ -141,11 +117,6 @@ class LoPT(Method):
         """See `Method.largest_rank`."""
         return min(self.prompt_length, self.d_model)
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        u, v = (self.prompt_length, self.rank), (self.rank, self.d_model)
-        return {"prompt": {"source.u": u}, "low_rank": {"source.v": v}}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         return DePT(**self.common, source=LowRank(self.d_model, self.prompt_length, self.rank))
@@ -156,11 +127,6 @@ class ResidualPrompt(Method):
 
     name = "residual"
     needs_vectors = True
-
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        vectors = {"source.soft_prompt": (self.prompt_length, self.d_model)}
-        return {"prompt": vectors, "low_rank": _bottleneck("source.residual", self)}
 
     def build(self) -> DePT:
         """See `Method.build`."""
@@ -173,32 +139,15 @@ class MemoryOffset(Method):
     name = "memory"
     has_prompt = False
 
-    def shapes(self) -> dict[str, Shapes]:
-        """See `Method.shapes`."""
-        return {"low_rank": _bottleneck("memory_offset", self)}
-
     def build(self) -> DePT:
         """See `Method.build`."""
         return DePT(**self.common, memory_offset=Bottleneck(self.d_model, self.rank))
-
-
-def _of_tokens(method: Method) -> Shapes:
-    """Return the parameter shapes of the offset by token and, with `visual_offset`, of the visual offset."""
-    visual = _bottleneck("visual_offset", method) if method.visual_offset else {}
-    return {**_bottleneck("token_offset", method), **visual}
 
 
 def _bottlenecks(method: Method) -> tuple[Bottleneck, Bottleneck | None]:
     """Return the untrained offsets of text and visual tokens; the latter is None without `visual_offset`."""
     token = Bottleneck(method.d_model, method.rank)
     return token, Bottleneck(method.d_model, method.rank) if method.visual_offset else None
-
-
-def _bottleneck(name: str, method: Method) -> Shapes:
-    """Return the parameter shapes of the `Bottleneck` of this name."""
-    d, r = method.d_model, method.rank
-    down = {f"{name}.down.weight": (r, d), f"{name}.down.bias": (r,)}
-    return down | {f"{name}.up.weight": (d, r), f"{name}.up.bias": (d,)}
 
 
 def build(method: Method) -> DePT:

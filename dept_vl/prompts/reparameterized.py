@@ -58,7 +58,9 @@ class LowRank(PromptSource):
         super().__init__()
         self.rank = rank
         self.u = nn.Parameter(torch.empty(prompt_length, rank).uniform_(-0.5, 0.5))
-        self.v = nn.Parameter(torch.randn(rank, d_model) / math.sqrt(rank))
+        v = torch.empty(rank, d_model)
+        # Where only the shapes are needed, nothing is drawn, for which torch would load more of itself.
+        self.v = nn.Parameter(v if v.is_meta else v.normal_() / math.sqrt(rank))
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:
         """Return the soft prompt P."""
@@ -88,9 +90,12 @@ class ScaledRandom(PromptSource):
         self.z = nn.Parameter(torch.empty(prompt_length, rank).uniform_(-0.5, 0.5))
         self.scale = nn.Parameter(torch.ones(d_model))
         self.shift = nn.Parameter(torch.zeros(d_model))
-        # NumPy has frozen this generator, so a seed gives the same P~ in every version.
-        drawn = np.random.RandomState(seed).standard_normal((rank, d_model)) / math.sqrt(rank)
-        self.register_buffer("random", torch.from_numpy(drawn.astype(np.float32)), persistent=False)
+        random = torch.empty(rank, d_model)
+        if not random.is_meta:
+            # NumPy has frozen this generator, so a seed gives the same P~ in every version.
+            drawn = np.random.RandomState(seed).standard_normal((rank, d_model)) / math.sqrt(rank)
+            random = torch.from_numpy(drawn.astype(np.float32))
+        self.register_buffer("random", random, persistent=False)
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:
         """Return the soft prompt P."""

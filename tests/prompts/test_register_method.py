@@ -16,7 +16,7 @@ from benchmarks.compare import CompareConfig, compare
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, to_json
-from dept_vl.prompts.base import METHODS, Method, Shapes
+from dept_vl.prompts.base import METHODS, Method
 from dept_vl.prompts.dept import DePT
 from dept_vl.training.run import run
 
@@ -37,12 +37,6 @@ class Shift(nn.Module):
 # As the recipe of `register_method` has it.
 class Shifted(Method):
     name, has_rank = "shifted", False
-
-    def shapes(self) -> dict[str, Shapes]:
-        return {
-            "prompt": {"soft_prompt": (self.prompt_length, self.d_model)},
-            "low_rank": {"token_offset.bias": (self.d_model,)},
-        }
 
     def build(self) -> DePT:
         return DePT(**self.common, token_offset=Shift(self.d_model))
