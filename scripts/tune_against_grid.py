@@ -97,7 +97,7 @@ def grid(config: RunConfig, folder: Path) -> "list[RunResult]":
 
 def prepared(options: TuningConfig) -> RunConfig:
     """Return the configuration of both, and extract its visual features."""
-    from dept_vl.training.extract import with_features
+    from benchmarks.features import with_features
 
     base = read_config(options.config)
     steps, default = options.max_steps, OptimOptions()

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import BackboneOptions, DataOptions, RunConfig
+from dept_vl.config import BackboneOptions, DataOptions
 from dept_vl.data.feature_index import read_index
 from dept_vl.data.feature_source import GIB, features_folder
 from dept_vl.data.feature_store import DTYPES, write_features
@@ -68,15 +68,6 @@ def extract(config: ExtractConfig) -> list[Path]:
         folders.append(folder)
     accelerator.end_training()
     return folders
-
-
-def with_features(config: RunConfig, folder: Path) -> RunConfig:
-    """Extract the visual features of a run into a folder, and return the configuration that reads them."""
-    if config.backbone.model is not None:  # a pretrained model's features are kept in memory by each run
-        return config
-    data = replace(config.data, features_dir=folder)
-    extract(ExtractConfig(data=data, backbone=config.backbone, dtype="float32"))
-    return replace(config, data=replace(data, features="cached"))
 
 
 @waiting("reading the data")

@@ -28,6 +28,7 @@ import torch
 from benchmarks.compare_methods import Rates, compared
 from benchmarks.compare_report import Row, over_lengths, report
 from benchmarks.costs import StepCost, measure_steps
+from benchmarks.features import with_features
 from benchmarks.options import COMPARED_TASKS, CompareConfig, shipped
 from dept_vl._utils.errors import InUseError, UsageError
 from dept_vl._utils.io import read_json, read_object, write_noted_json
@@ -41,7 +42,6 @@ from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.vlm import open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt
-from dept_vl.training.extract import with_features
 from dept_vl.training.folder import existing
 from dept_vl.training.identity import contents, forget_contents
 from dept_vl.training.log import best_dev, read_log

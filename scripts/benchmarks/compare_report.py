@@ -10,12 +10,12 @@ from typing import Any
 
 from benchmarks.costs import StepCost
 from benchmarks.measure import Ratio
+from benchmarks.plots import curve_plot, point_plot
 from dept_vl._utils.io import read_json, write_atomically
 from dept_vl._utils.printable import say
 from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.prompts.base import METHODS
-from dept_vl.training.report.plots import curve_plot, score_plot
 
 RIVALS = ("LoRA", "pt")
 """Methods to compare all others with."""
@@ -149,12 +149,11 @@ def mean_cost(mine: Sequence[Row]) -> tuple[float, float] | None:
 def draw(rows: Sequence[Row], path: Path) -> bool:
     """Plot the mean over tasks against the time of a step, for methods that have all tasks."""
     points = {
-        name: {cost[0]: interval(means_over_tasks(mine))}
+        name: (cost[0], interval(means_over_tasks(mine)))
         for name, mine in by_method(rows, everywhere=True).items()
         if (cost := mean_cost(mine))
     }
-    axes = {"x": "CPU ms per step", "y": "mean over tasks"}
-    return bool(points) and score_plot(points, path, **axes, points=True, corner="better: up and left")
+    return bool(points) and point_plot(points, path, x="CPU ms per step", y="mean over tasks")
 
 
 def draw_curves(rows: Sequence[Row], path: Path) -> bool:

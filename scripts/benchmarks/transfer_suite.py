@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.features import with_features
 from benchmarks.options import SOURCES, TARGETS, SuiteConfig, shipped
 from dept_vl._utils.io import read_json, write_atomically, write_json
 from dept_vl._utils.printable import say
@@ -27,7 +28,6 @@ from dept_vl._utils.tables import markdown_table
 from dept_vl.config import RunConfig, read_config, to_json
 from dept_vl.studies.options import Start, TransferConfig
 from dept_vl.studies.transfer import NAMES, transfer
-from dept_vl.training.extract import with_features
 from dept_vl.training.identity import forget_contents
 from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once

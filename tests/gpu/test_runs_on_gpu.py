@@ -11,11 +11,11 @@ from on_gpu import DEVICE, GRAPHED, MARKS, NEAR, distance
 from runs import assert_same, reset_accelerate, tensors, with_
 from torch import Tensor
 
+from benchmarks.features import with_features
 from dept_vl.config import DataOptions, OptimOptions, RunConfig
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
-from dept_vl.training.extract import with_features
 from dept_vl.training.graphs import GraphedStep
 from dept_vl.training.optim import build_optimizer
 from dept_vl.training.run import run

@@ -8,12 +8,13 @@ from helpers import COLOURS, write_vqa
 from markupsafe import Markup
 from PIL import Image
 
+from benchmarks.plots import curve_plot, name_ends
 from dept_vl._utils.stats import interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl.data.pictures import MARGIN, RIGHT, TEXT_HEIGHT, TILE, WRONG, picture_grid
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.report.plots import COLOURS as METHOD_COLOURS
-from dept_vl.training.report.plots import OTHERS, _name_ends, colour_of, curve_plot, drawn, score_plot
+from dept_vl.training.report.plots import OTHERS, colour_of, drawn, score_plot
 
 Pixel = tuple[int, int, int]
 
@@ -80,7 +81,7 @@ def test_names_have_room_at_the_right_and_only_there(tmp_path: Path, log: bool) 
     with drawn(tmp_path / "a.png", figsize=(7, 5), layout="constrained") as (pane,):
         pane.plot([20, 40, 60], [20.5, 40.5, 60.5])
         pane.set_xscale("log" if log else "linear")
-        _name_ends(pane, lines)
+        name_ends(pane, lines)
     assert pane.texts[0].get_window_extent().x1 < pane.bbox.x1
     assert 17 < pane.get_xlim()[0] < 20
 
