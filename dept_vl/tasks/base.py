@@ -109,6 +109,8 @@ class Task(ABC):
     """Column of the rows with the example ids."""
     source_column = ""
     """Column of the rows with the texts for the encoder, if there is one."""
+    image_columns: ClassVar[Sequence[Sequence[str]]] = ()
+    """Columns of the rows that name each image of an example, for `image_path`; empty without that method."""
     train_split = "train"
     """Default training split."""
     dev_split = ""
@@ -221,13 +223,23 @@ class Task(ABC):
         ids: list[ExampleId] = self.rows.column(self.id_column).to_pylist()
         return ids
 
+    def image_path(self, *names: Any) -> Path:
+        """Return the file of an image by its values in `image_columns`, which make `images` fast."""
+        raise NotImplementedError
+
     def images(self, index: int) -> tuple[Path, ...]:
-        """Return the image files of an example. Override it if that is possible without the example."""
-        return self[index].images
+        """Return the image files of an example."""
+        if not self.image_columns:
+            return self[index].images if self.image_count else ()
+        named = ((self.rows.value(name, index) for name in names) for names in self.image_columns)
+        return tuple(self.image_path(*values) for values in named)
 
     def image_files(self) -> list[Path]:
         """Return the image files of all examples, each once."""
-        return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
+        if not self.image_columns:
+            return list(dict.fromkeys(path for index in range(len(self)) for path in self.images(index)))
+        named = (values for names in self.image_columns for values in self.rows.distinct(*names))
+        return [self.image_path(*values) for values in dict.fromkeys(named)]
 
     def missing_images(self) -> list[Path]:
         """Return the image files that do not exist. Override it if that is possible without all paths."""

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
-from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
@@ -66,6 +66,7 @@ class COCOCaptions(Task):
     name = "coco"
     prefix = "caption:"
     asks = False
+    image_columns: ClassVar = (("folder", "file"),)
     primary = "CIDEr"
     marked_by = "word F1 with the closest human caption (no official figure)"
     scales: ClassVar = {"CIDEr": "x100"}
@@ -97,7 +98,7 @@ class COCOCaptions(Task):
         return Example(
             example_id=row["image_id"],
             source_text=self.source(""),
-            images=(self.image_folders[row["folder"]] / row["file"],),
+            images=(self.image_path(row["folder"], row["file"]),),
             targets=tuple((caption, 1.0) for caption in dict.fromkeys(row["answers"])),
             in_turn=True,
             question=row["answers"][0],
@@ -114,13 +115,9 @@ class COCOCaptions(Task):
         """Return the number of captions."""
         return int(pc.sum(pc.list_value_length(self.rows.column("answers"))).as_py() or 0)
 
-    def images(self, index: int) -> tuple[Path, ...]:
-        """Return the image."""
-        return (self.image_folders[self.rows.value("folder", index)] / self.rows.value("file", index),)
-
-    def image_files(self) -> list[Path]:
-        """Return the images of all examples, each once."""
-        return [self.image_folders[folder] / file for folder, file in self.rows.distinct("folder", "file")]
+    def image_path(self, folder: str, file: str) -> Path:
+        """Return the file of an image."""
+        return self.image_folders[folder] / file
 
     def mark(self, example: Example, prediction: str) -> float:
         """Return the word F1 with the closest human caption, since CIDEr and others need many images."""
@@ -151,7 +148,7 @@ class COCOCaptions(Task):
 
 def read_rows(path: Path) -> Rows:
     """Read all images of `dataset_coco.json`, with the columns of `SCHEMA`."""
-    sources = [existing(path, "COCO", KARPATHY_SOURCE)]
+    sources = [find(path.parent, (path.name,), "COCO", KARPATHY_SOURCE)]
     return convert("coco", sources, SCHEMA, _records(path), unique="image_id")
 
 

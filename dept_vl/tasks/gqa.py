@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Example, QuestionCase, Task
-from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_mapping
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
@@ -93,6 +93,7 @@ class GQA(Task):
 
     name = "gqa"
     prefix = "gqa: "
+    image_columns: ClassVar = (("image_id",),)
     scales: ClassVar = {"distribution": "lower is better"}
     prediction_format = PredictionFormat("questionId", "prediction", "str")
     dev_split = "val"
@@ -118,7 +119,7 @@ class GQA(Task):
         return Example(
             example_id=row["question_id"],
             source_text=self.source(row["question"]),
-            images=(self.image_folder / f"{row['image_id']}.jpg",),
+            images=(self.image_path(row["image_id"]),),
             targets=tuple((answer, 1.0) for answer in row["answers"]),
             question=row["question"],
             answer="".join(row["answers"]),
@@ -131,13 +132,9 @@ class GQA(Task):
             ),
         )
 
-    def images(self, index: int) -> tuple[Path, ...]:
-        """Return the question's image."""
-        return (self.image_folder / f"{self.rows.value('image_id', index)}.jpg",)
-
-    def image_files(self) -> list[Path]:
-        """Return the images of all examples, each once."""
-        return [self.image_folder / f"{image_id}.jpg" for (image_id,) in self.rows.distinct("image_id")]
+    def image_path(self, image_id: str) -> Path:
+        """Return the file of an image."""
+        return self.image_folder / f"{image_id}.jpg"
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute accuracy, binary, open, distribution; with a choices file validity and plausibility.
@@ -171,7 +168,7 @@ def question_files(root: Path, split: str) -> list[Path]:
 
 def read_rows(path: Path) -> Rows:
     """Read a file of questions, with the columns of `SCHEMA`. Questions of test splits have no answers."""
-    sources = [existing(path, "GQA", SOURCE)]
+    sources = [find(path.parent, (path.name,), "GQA", SOURCE)]
     return convert(f"gqa-{path.stem}", sources, SCHEMA, _records(path), unique="question_id")
 
 

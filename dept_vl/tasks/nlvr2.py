@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task
-from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_lines
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
@@ -70,6 +70,7 @@ class NLVR2(Task):
     name = "nlvr2"
     prefix = "nlvr: "
     image_count = 2
+    image_columns: ClassVar = (("left",), ("right",))
     max_source_length = 72  # the longest published statement has 71 of T5's tokens
     decoding = Decoding(max_new_tokens=5, candidates=tuple(VERBALIZER.values()))
     id_column = "identifier"
@@ -95,7 +96,7 @@ class NLVR2(Task):
         return Example(
             example_id=row["identifier"],
             source_text=self.source(row["sentence"]),
-            images=(self._image(row["left"]), self._image(row["right"])),
+            images=(self.image_path(row["left"]), self.image_path(row["right"])),
             targets=tuple((answer, 1.0) for answer in answers),
             question=row["sentence"],
             answer=answers[0] if answers else "",
@@ -103,17 +104,9 @@ class NLVR2(Task):
             kinds=tuple(("label", answer) for answer in answers),
         )
 
-    def images(self, index: int) -> tuple[Path, ...]:
-        """Return the left and the right image."""
-        return tuple(self._image(self.rows.value(side, index)) for side in ("left", "right"))
-
-    def _image(self, name: str) -> Path:
+    def image_path(self, name: str) -> Path:
+        """Return the file of an image."""
         return self.image_folder / (name.rpartition("/")[2] if self.flat else name)
-
-    def image_files(self) -> list[Path]:
-        """Return the images of all examples, each once."""
-        names = {name: None for side in ("left", "right") for (name,) in self.rows.distinct(side)}
-        return [self._image(name) for name in names]
 
     def mark(self, example: Example, prediction: str) -> float:
         """Return 1 for the correct word, else 0."""
@@ -133,7 +126,7 @@ class NLVR2(Task):
 
 def read_rows(path: Path) -> Rows:
     """Read a file of sentences, with the columns of `SCHEMA`."""
-    sources = [existing(path, "NLVR2", SOURCE)]
+    sources = [find(path.parent, (path.name,), "NLVR2", SOURCE)]
     return convert(f"nlvr2-{path.stem}", sources, SCHEMA, _records(path), unique="identifier")
 
 

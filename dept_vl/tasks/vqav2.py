@@ -23,7 +23,7 @@ from dept_vl._utils.io import read_json
 from dept_vl._utils.options import check
 from dept_vl.tasks.base import Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.io.official_files import Published, check_split, existing, find, find_folder
+from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.records import brief, read_array, read_list
 from dept_vl.tasks.io.records import field as required
@@ -139,6 +139,7 @@ class VQAv2(Task):
     prefix = "vqa: "
     primary = "overall"
     marked_by = "VQA accuracy"
+    image_columns: ClassVar = (("subtype", "image_id"),)
     # A floor of 9 on train and val gives almost the 3,129 published answers, see `prepare.commands`.
     has_usual_answers = True
     # Submissions cover all of test2015, also for test-dev.
@@ -188,7 +189,7 @@ class VQAv2(Task):
         return Example(
             example_id=row["question_id"],
             source_text=self.source(row["question"]),
-            images=(self._image(row["subtype"], row["image_id"]),),
+            images=(self.image_path(row["subtype"], row["image_id"]),),
             targets=_targets(answers, self.answer_list),
             question=row["question"],
             answer=most_usual(answers),
@@ -198,15 +199,9 @@ class VQAv2(Task):
             ),
         )
 
-    def images(self, index: int) -> tuple[Path, ...]:
-        """Return the question's image."""
-        return (self._image(self.rows.value("subtype", index), self.rows.value("image_id", index)),)
-
-    def image_files(self) -> list[Path]:
-        """Return the images of all examples, each once."""
-        return [
-            self._image(subtype, image_id) for subtype, image_id in self.rows.distinct("subtype", "image_id")
-        ]
+    def image_path(self, subtype: str, image_id: int) -> Path:
+        """Return the file of an image."""
+        return self.image_folders[subtype] / f"{image_prefix(subtype)}{image_id:012d}.jpg"
 
     def mark(self, example: Example, prediction: str) -> float:
         """Return the official accuracy of one prediction."""
@@ -225,13 +220,11 @@ class VQAv2(Task):
         """Normalise a prediction for submission, since the scorer does not if all ten human answers agree."""
         return normalise_answer(answer)
 
-    def _image(self, subtype: str, image_id: int) -> Path:
-        return self.image_folders[subtype] / f"{image_prefix(subtype)}{image_id:012d}.jpg"
-
 
 def read_rows(questions_file: Path, annotations_file: Path | None, subtype: str = "") -> Rows:
     """Read questions and annotations, with the columns of `SCHEMA`; ValueError if their ids differ."""
-    sources = [existing(path, "VQAv2", SOURCE) for path in (questions_file, annotations_file) if path]
+    files = [path for path in (questions_file, annotations_file) if path]
+    sources = [find(path.parent, (path.name,), "VQAv2", SOURCE) for path in files]
     records = _records(questions_file, annotations_file, subtype)
     return convert(f"vqav2-{subtype}", sources, SCHEMA, records, unique="question_id")
 

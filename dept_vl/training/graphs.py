@@ -26,45 +26,38 @@ WARM_UPS = 2
 """Steps before a recording, in which libraries choose kernels and allocate memory."""
 
 
-def why_not(
-    device: torch.device,
-    *,
-    processes: int = 1,
-    accumulation: int = 1,
-    checkpointing: bool = False,
-    pretrained: bool = False,
-    encoded: bool = False,
-) -> str:
-    """Return why steps cannot be recorded, or an empty string if they can."""
+def why_not(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool) -> str:
+    """Return why steps cannot be recorded, or an empty string if they can.
+
+    Args:
+        accelerator: Accelerator of the run.
+        options: Options of the run.
+        pretrained: Whether the backbone is a pretrained model.
+        encoded: Whether outputs of the encoder are kept.
+    """
+    device, processes = accelerator.device.type, accelerator.num_processes
     if encoded:
         return "outputs of the encoder that are kept have no fixed shape"
     if pretrained:
         return "what a pretrained model reads has no fixed shape"
-    if device.type != "cuda":
-        return f"graphs need a CUDA device, and the run is on {device.type}"
+    if device != "cuda":
+        return f"graphs need a CUDA device, and the run is on {device}"
     if processes > 1:
         return f"graphs of one process hold no communication, and there are {processes} processes"
-    if accumulation > 1:
-        return f"a graph is one batch, and gradient_accumulation_steps is {accumulation}"
-    if checkpointing:
+    if options.gradient_accumulation_steps > 1:
+        return (
+            f"a graph is one batch, and gradient_accumulation_steps is {options.gradient_accumulation_steps}"
+        )
+    if options.gradient_checkpointing:
         return "gradient checkpointing reads the state of random numbers, which a graph cannot"
     return ""
 
 
-def can_record(
-    accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool = False
-) -> bool:
-    """Return whether steps are recorded. If they should be but cannot, print why."""
+def can_record(accelerator: Accelerator, options: TrainOptions, **model: bool) -> bool:
+    """Return whether steps are recorded, and print why not if they should be; `model` is for `why_not`."""
     if not options.cuda_graphs:
         return False
-    reason = why_not(
-        accelerator.device,
-        processes=accelerator.num_processes,
-        accumulation=options.gradient_accumulation_steps,
-        checkpointing=options.gradient_checkpointing,
-        pretrained=pretrained,
-        encoded=encoded,
-    )
+    reason = why_not(accelerator, options, **model)
     if reason:
         say(f"steps are not recorded as CUDA graphs: {reason}")
     return not reason

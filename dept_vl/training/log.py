@@ -4,7 +4,6 @@ import json
 import math
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,21 +24,6 @@ from dept_vl.training.progress import Figures, Progress, ProgressLine
 GIB = 2**30
 SPIKE, SPIKE_WINDOW = 5.0, 20
 """A warning is printed if a loss is above SPIKE times the median of the last SPIKE_WINDOW logged losses."""
-
-
-@dataclass(frozen=True)
-class Counted:
-    """Counts since the last call of `Log.look`, over all processes.
-
-    Attributes:
-        loss: Mean loss of the last step.
-        examples: Number of examples trained on.
-        skipped: Number of examples skipped because their image could not be read.
-    """
-
-    loss: float
-    examples: int
-    skipped: int
 
 
 class Log:
@@ -73,8 +57,12 @@ class Log:
         self.tokens += tokens
         self.skipped += len(batch.skipped)
 
-    def look(self, loss: Tensor) -> Counted:
-        """Check all losses since the last call, and return the counts since then.
+    def look(self, loss: Tensor) -> tuple[float, int, int]:
+        """Check all losses since the last call.
+
+        Returns:
+            Over all processes, the mean loss of the last step, and since the last call the number of examples
+            trained on, and of examples skipped because their image could not be read.
 
         Raises:
             ValueError: If a loss is not finite.
@@ -87,7 +75,7 @@ class Log:
         self.learnt += examples
         self.read += tokens
         self.examples = self.tokens = self.skipped = 0
-        return Counted(mean_loss, examples, skipped)
+        return mean_loss, examples, skipped
 
     def loss(self, mean_loss: float, rates: Mapping[str, float]) -> None:
         """Write the loss of a step and the learning rate of each parameter group."""

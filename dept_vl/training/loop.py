@@ -150,12 +150,12 @@ class Loop:
         progress.stopped_by = interrupt.requested(accelerator, agreed=agreed)
         logging = agreed or saving
         if logging or progress.stopped_by:
-            counted = self.log.look(torch.stack(losses).mean())
-            progress.examples += counted.examples
-            progress.skipped += counted.skipped
+            loss, examples, skipped = self.log.look(torch.stack(losses).mean())
+            progress.examples += examples
+            progress.skipped += skipped
         progress.train_seconds += time.perf_counter() - started  # now that the device has ended the step
         if logging:
-            self.log.loss(counted.loss, rates)
+            self.log.loss(loss, rates)
         if evaluating:
             # A pause can add an evaluation, which must not change the random numbers that dropout draws next.
             extra = step % options.eval_every != 0

@@ -4,14 +4,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import write_vqa
 from runs import assert_same, with_
 from torch import Tensor, nn
 
-from dept_vl.config import DataOptions, RunConfig
+from dept_vl.config import DataOptions, RunConfig, TrainOptions
 from dept_vl.models import graphs
 from dept_vl.models.graphs import SHAPES, TILE, padding_multiple
 from dept_vl.training import graphs as training_graphs
@@ -51,14 +53,21 @@ def step_of(model: nn.Module) -> Callable[[dict[str, Tensor | None]], Tensor]:
     ("device", "options", "word"),
     [
         ("cpu", {}, "cpu"),
-        ("cuda", {"processes": 2}, "2 processes"),
-        ("cuda", {"accumulation": 3}, "3"),
-        ("cuda", {"checkpointing": True}, "checkpointing"),
+        ("cuda", {"num_processes": 2}, "2 processes"),
+        ("cuda", {"gradient_accumulation_steps": 3}, "3"),
+        ("cuda", {"gradient_checkpointing": True}, "checkpointing"),
+        ("cuda", {"pretrained": True}, "pretrained"),
+        ("cuda", {"encoded": True}, "encoder"),
         ("cuda", {}, ""),
     ],
 )
 def test_reasons(device: str, options: dict[str, Any], word: str) -> None:
-    reason = why_not(torch.device(device), **options)
+    options = dict(options)
+    kinds = {name: options.pop(name, False) for name in ("pretrained", "encoded")}
+    processes = options.pop("num_processes", 1)
+    accelerator = create_autospec(Accelerator, instance=True)
+    accelerator.device, accelerator.num_processes = torch.device(device), processes
+    reason = why_not(accelerator, TrainOptions(**options), **kinds)
     assert bool(reason) == bool(word)
     assert word in reason
 

@@ -17,7 +17,7 @@ from dept_vl.data.collate import Batch
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
-from dept_vl.training.log import Counted, Log, memory_gib
+from dept_vl.training.log import Log, memory_gib
 from dept_vl.training.loop import encoder_tokens
 from dept_vl.training.progress import Progress
 
@@ -56,9 +56,8 @@ def test_figures_are_of_the_time_since_the_figures_before(tmp_path: Path) -> Non
             log.note(Batch(("a",) * count, one, one), 5 * count, torch.tensor(0.5))
             progress.steps += 1
         progress.train_seconds += seconds
-        counted = log.look(torch.tensor(0.5))
-        assert (counted.loss, counted.examples, counted.skipped) == (0.5, 2 * count, 0)
-        log.loss(counted.loss, {"prompt": 0.3})
+        assert log.look(torch.tensor(0.5)) == (0.5, 2 * count, 0)
+        log.loss(0.5, {"prompt": 0.3})
     log.close()
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (first["samples_per_second"], first["tokens_per_second"]) == (4.0, 20.0)
@@ -90,7 +89,7 @@ def test_the_log_needs_no_float64(tmp_path: Path) -> None:
         log.note(Batch(("a", "b"), one, one, skipped=("c",)), 5, torch.tensor(0.1))
         counted = log.look(torch.tensor(0.1))
     log.close()
-    assert counted == Counted(torch.tensor(0.1).item(), 2, 1)
+    assert counted == (torch.tensor(0.1).item(), 2, 1)
 
 
 def test_memory_of_a_process_without_gpu_is_what_it_holds() -> None:

@@ -48,15 +48,6 @@ def find_folder(root: Path, names: Sequence[str], holds: str, source: str) -> Pa
     )
 
 
-def existing(path: Path, what: str, source: str) -> Path:
-    """Return the path of a file; raise FileNotFoundError if it is missing."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{what} file not found: expected {path}, found no such file; it is published at {source}"
-        )
-    return path
-
-
 def check_split(split: str, known: Iterable[str], what: str) -> None:
     """Raise ValueError if the name of a split is unknown."""
     if split not in (names := tuple(known)):

@@ -181,21 +181,6 @@ def _refuse(ids: Sequence[str], problem: str) -> None:
         raise ValueError(f"{problem}: {len(ids)} ({shown})")
 
 
-def _check_consistency_input(
-    balanced: Sequence[GqaQuestion], by_id: Mapping[str, GqaQuestion], predictions: Mapping[str, str]
-) -> None:
-    _refuse(
-        list(dict.fromkeys(other for each in balanced for other in each.entailed if other not in by_id)),
-        "consistency needs the entailed questions, which only the official `all` files hold; read "
-        "one of these or pass `consistency=False`. Entailed questions that are missing",
-    )
-    _refuse(
-        [question_id for question_id in by_id if question_id not in predictions],
-        "consistency needs an answer to every question, balanced or not; answer all or pass "
-        "`consistency=False`. Questions without a prediction",
-    )
-
-
 def score_gqa(
     questions: Mapping[str, GqaQuestion] | Iterable[GqaQuestion],
     predictions: Mapping[str, str],
@@ -211,9 +196,8 @@ def score_gqa(
     Args:
         questions: Questions of a split, as an iterable or by id. In an iterable, questions with the same
             id count once.
-        predictions: Predicted answer by question id, compared as written; others are ignored. As
-            in the official scorer, every question needs one, or with ``consistency=False`` every
-            balanced question.
+        predictions: Predicted answer by question id, compared as written; others are ignored. Every balanced
+            question needs one, and with `consistency` every question.
         choices: Content of the official choices file: `valid` and `plausible` answers by question id.
             If None, validity and plausibility are left out.
         consistency: Whether to compute consistency (``--consistency`` of the official scorer),
@@ -236,15 +220,12 @@ def score_gqa(
         questions.
 
     Raises:
-        ValueError: If there is no balanced question, a prediction or the choices of a balanced
-            question are missing, or consistency is asked for and an entailed question is missing.
+        ValueError: If there is no balanced question, or a prediction or the choices of one are missing.
     """
     by_id = questions if isinstance(questions, Mapping) else {each.question_id: each for each in questions}
     balanced = [question for question in by_id.values() if question.is_balanced]
     if not balanced:
         raise ValueError(f"expected at least one balanced GQA question, found none among {len(by_id)}")
-    if consistency:
-        _check_consistency_input(balanced, by_id, predictions)
     _refuse(
         [question.question_id for question in balanced if question.question_id not in predictions],
         "every balanced question needs a prediction. Balanced questions without one",

@@ -7,21 +7,10 @@ Follows the official NLVR2 scorer (``nlvr2/eval/metrics.py`` of the NLVR reposit
 
 from collections.abc import Iterable, Mapping
 
-LABELS = ("true", "false")
-
-SHOWN = 3
-"""Number of identifiers in an error message."""
-
 
 def sentence_key(identifier: str) -> str:
     """Return the identifier without the image pair: `dev-305-1` for `dev-305-3-1`. It names a sentence."""
-    parts = identifier.split("-")
-    if len(parts) != 4:
-        raise ValueError(
-            "expected an NLVR2 identifier 'split-set-pair-sentence' such as 'dev-305-3-1', "
-            f"found {identifier!r}"
-        )
-    split, image_set, _, sentence = parts
+    split, image_set, _, sentence = identifier.split("-")
     return f"{split}-{image_set}-{sentence}"
 
 
@@ -39,28 +28,12 @@ def score_nlvr2(examples: Iterable[tuple[str, str]], predictions: Mapping[str, s
     Returns:
         Fractions, not rounded: `accuracy`, the share of correct examples, and `consistency`, the share of
         sentences that are correct for all their image pairs; and the number of `examples`.
-
-    Raises:
-        ValueError: If there are no examples, a label is neither true nor false, an identifier does not
-            have four parts, or a prediction is missing.
     """
     labels = list(examples)
-    if not labels:
-        raise ValueError("expected at least one NLVR2 example, found none")
-    missing = [identifier for identifier, _ in labels if identifier not in predictions]
-    if missing:
-        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
-        raise ValueError(
-            f"every NLVR2 example needs a prediction; {len(missing)} of {len(labels)} have none ({shown})"
-        )
     right = 0
     # By identifier, not by text: the same words in another set are another sentence.
     consistent: dict[str, bool] = {}
     for identifier, label in labels:
-        if label.lower() not in LABELS:
-            raise ValueError(
-                f"NLVR2 example {identifier!r}: expected the label 'True' or 'False', found {label!r}"
-            )
         is_right = predictions[identifier].lower() == label.lower()
         key = sentence_key(identifier)
         right += is_right

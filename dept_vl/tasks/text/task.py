@@ -138,14 +138,6 @@ class TextTask(Task):
             )
         return text
 
-    def images(self, index: int) -> tuple[Path, ...]:
-        """Return no images."""
-        return ()
-
-    def image_files(self) -> list[Path]:
-        """Return no images."""
-        return []
-
     def mark(self, example: Example, prediction: str) -> float:
         """Return a score from 0 to 1 for one prediction; 0 if a number is expected and there is none."""
         if self.spec.words:
