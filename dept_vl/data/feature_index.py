@@ -9,13 +9,11 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, PositiveInt
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -29,9 +27,7 @@ from dept_vl._utils.io import read_json, write_json
 from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl.data.features import EXTRACT, read_shard
-from dept_vl.models.options import ImageFit
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.tasks.options import Precision
 
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 2
@@ -40,49 +36,6 @@ LOOKED_AT, LOOKERS = 1000, 16
 """Number of files that a thread stats at a time, and number of threads."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Configuration fields that do not affect features."""
-
-
-@dataclass(frozen=True)
-class Fingerprint1:
-    """Fingerprint of the encoder that made the features, in format version 1."""
-
-    weights: str
-    architecture: str
-    preprocessing: str
-    vision_layer: int
-    class_token: bool
-    pooled_grid: int
-    dtype: Precision
-
-
-@dataclass(frozen=True)
-class Fingerprint(Fingerprint1):
-    """Fingerprint of the encoder, in the current format. Files without `image_fit` use the encoder's own."""
-
-    orientation: Literal["exif", "stored"]
-    image_fit: ImageFit = "own"
-
-
-@dataclass(frozen=True)
-class Index1:
-    """Fields of `index.json` in format version 1. `shard_bytes` is null until all shards are written."""
-
-    format_version: int
-    fingerprint: Fingerprint1
-    shape: tuple[PositiveInt, PositiveInt]
-    shard_images: PositiveInt
-    shard_bytes: list[int] | None
-    images: Annotated[list[str], Field(min_length=1)]
-    image_bytes: list[int]
-    unreadable: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Index(Index1):
-    """Fields of `index.json` in the current format. Times are in nanoseconds."""
-
-    fingerprint: Fingerprint
-    image_times: list[int]
 
 
 def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
@@ -126,22 +79,19 @@ def read_index(folder: Path) -> dict[str, Any]:
         content = read_json(path)
     except ValueError as error:
         raise DamagedFileError(f"{error}; {EXTRACT} makes it again") from None
-    version = content.get("format_version") if isinstance(content, dict) else None
-    sealed = content.pop("checksum", None) if isinstance(content, dict) else None
+    # The checksum stands for everything else that this module writes; version 1 has none.
+    version = content.get("format_version") if isinstance(content, dict) else FORMAT_VERSION
     # Checked first, since another version may compute the checksum differently.
-    if type(version) is int and version not in (1, FORMAT_VERSION):
+    if version not in (1, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {version}; this dept_vl reads 1 and {FORMAT_VERSION}: make the "
+            f"{path} has format version {version!r:.60}; this dept_vl reads 1 and {FORMAT_VERSION}: make the "
             "features again in another --features_dir"
         )
+    sealed = content.pop("checksum", None) if isinstance(content, dict) else None
     if version != 1 and sealed != _seal(content):
         raise DamagedFileError(
             f"{path} is damaged: its content has another checksum; {EXTRACT} makes it again"
         )
-    try:
-        _check_counts(check(content, Index1 if version == 1 else Index))
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is damaged: {error}; {EXTRACT} makes it again") from None
     index: dict[str, Any] = content
     if version == 1:
         index |= {"fingerprint": {**index["fingerprint"], "orientation": "stored"}, "image_times": []}
@@ -212,20 +162,6 @@ def check_encoder(index: Mapping[str, Any], expected: Mapping[str, Any], folder:
             f"{', '.join(differing)}. Expected {said}; found {found}. Take the encoder and options that made "
             "them, or another --features_dir"
         )
-
-
-def _check_counts(index: Index1) -> None:
-    """Raise ValueError if the fields of an index contradict each other."""
-    images, sizes = index.images, index.shard_bytes
-    if len(set(images)) != len(images):
-        raise ValueError("expected images to name each once")
-    if len(index.image_bytes) != len(images):
-        raise ValueError(f"expected image_bytes of {len(images):,} images, found {len(index.image_bytes):,}")
-    if isinstance(index, Index) and len(index.image_times) != len(images):
-        raise ValueError(f"expected image_times of {len(images):,} images, found {len(index.image_times):,}")
-    count = -(-len(images) // index.shard_images)
-    if sizes is not None and len(sizes) != count:
-        raise ValueError(f"expected shard_bytes of {count} shards, found {len(sizes)}")
 
 
 def write_index(folder: Path, index: Mapping[str, Any]) -> None:

@@ -183,9 +183,6 @@ def open_features(
     dtype = index["fingerprint"]["dtype"]
     check_first(index, folder, paths, exif=vision.exif)
     check_encoder(index, {**fingerprint(vision), "dtype": dtype}, folder)
-    shape = [vision.token_count, vision.d_vision]
-    if index["shape"] != shape:
-        raise ValueError(f"{folder / INDEX_FILE} is damaged: expected shape {shape}, found {index['shape']}")
     if index["shard_bytes"] is None:
         raise ValueError(
             f"the visual features at {folder} are not finished; {EXTRACT} resumes the extraction"
@@ -216,13 +213,6 @@ def open_features(
         {path: (used.index(row // per_shard), row % per_shard) for path, row in places.items()},
         {root / image: error for image, error in index["unreadable"].items()},
     )
-    for number, features in zip(used, table.shards, strict=True):
-        expected_shape = (min(per_shard, len(rows) - number * per_shard), *shape)
-        if tuple(features.shape) != expected_shape or table.dtype != dtype:
-            raise ValueError(
-                f"{folder / shard_name(number)} is damaged: expected {dtype} {expected_shape}, found "
-                f"{table.dtype} {tuple(features.shape)}; {EXTRACT} makes it again"
-            )
     if changed:
         say(f"visual features: {len(changed):,} of {len(paths):,} images have changed and are encoded again")
         return table.with_renewed(vision, changed)

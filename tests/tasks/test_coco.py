@@ -236,7 +236,7 @@ def test_missing_file_is_named(folder: Path) -> None:
         COCOCaptions().load(folder, "val")
     assert str(folder) in str(error.value)
     assert "https://cs.stanford.edu/people/karpathy" in str(error.value)
-    with pytest.raises(FileNotFoundError, match="file not found: .*; it is published at https"):
+    with pytest.raises(FileNotFoundError, match=r"file not found: .*; it is published at https"):
         read_references(path, "val")
     with pytest.raises(FileNotFoundError, match=r"captions_val2014.json .*published at https://cocodataset"):
         read_references(folder / "captions_val2014.json")
