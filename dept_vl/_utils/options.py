@@ -1,7 +1,7 @@
 """Base of option dataclasses. Ranges are declared with the fields, and pydantic checks them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
 from functools import cache
@@ -84,6 +84,14 @@ def _read(
 def validate(options: Options) -> None:
     """Check the values of options; UsageError lists every problem and what is allowed."""
     build(type(options), to_json(options))
+
+
+def check_distinct(**lists: Sequence[Any]) -> None:
+    """Raise UsageError if a list holds a value twice: runs would be counted twice, as if they were more."""
+    for name, values in lists.items():
+        repeated = next((value for value in values if list(values).count(value) > 1), None)
+        if repeated is not None:
+            raise UsageError(f"{name} names {repeated!r:.60} more than once; give each value once")
 
 
 def _bad_text(content: Any) -> list[str]:

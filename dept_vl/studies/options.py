@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
-from dept_vl._utils.options import Count, Options, Positive
+from dept_vl._utils.options import Count, Options, Positive, check_distinct
 from dept_vl.config import OWN_TASK, Own
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.own.options import OwnOptions
@@ -56,7 +56,7 @@ class TransferConfig(Options):
         """Check the options that can be checked before a run.
 
         Raises:
-            UsageError: If a name is unknown or missing, or a list is empty.
+            UsageError: If a name is unknown or missing, or a list is empty or repeats a value.
         """
         if not self.target:
             raise UsageError("a target is missing: give --target TASK, or --data FILE")
@@ -68,3 +68,4 @@ class TransferConfig(Options):
                 "expected one source, one k, one seed and one start or more, and k of 1 or more; found "
                 f"source={self.source}, k={self.k}, seeds={self.seeds}, starts={self.starts}"
             )
+        check_distinct(k=self.k, starts=self.starts)

@@ -27,7 +27,7 @@ from dept_vl._utils.stats import Interval, interval
 from dept_vl._utils.tables import markdown_table
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.config import DataOptions, RunConfig, read_config
+from dept_vl.config import DataOptions, PromptOptions, RunConfig, read_config
 from dept_vl.data.answers import fit_answers
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.data.splits import load_splits
@@ -81,9 +81,15 @@ def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> N
     """Check before the runs that there are enough examples and that every source fits.
 
     Raises:
-        ValueError: If there are too few examples of a class, or a source is of another backbone or size.
+        ValueError: If there are too few examples of a class, the test split has no answers, or a source is of
+            another backbone or size.
     """
-    load_splits(replace(base.data, shots=max(config.k), shots_seed=1), base.train.seed)
+    splits = load_splits(replace(base.data, shots=max(config.k), shots_seed=1), base.train.seed)
+    if not splits.test[0].targets:
+        raise ValueError(
+            f"the split {splits.options.test_split} of {config.target} has no published answers to score on; "
+            "name another test_split in --config"
+        )
     for source, start in product(sources, config.starts):
         if start != "scratch":
             prompt = replace(base.prompt, init_from=(source,), init_parts=start)
@@ -92,6 +98,8 @@ def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> N
 
 def target_config(config: TransferConfig) -> RunConfig:
     """Return the configuration that all runs on the target share.
+
+    It has neither shots nor an initial prompt of its own: those are chosen for each run.
 
     Raises:
         FileNotFoundError: If neither `config` nor the first source has a configuration.
@@ -106,6 +114,9 @@ def target_config(config: TransferConfig) -> RunConfig:
     data = data_of(config.target, base)
     if config.own.data is not None:
         data = DataOptions(task=config.target, own=config.own, max_lost_answers=data.max_lost_answers)
+    train = replace(base.train, pause_at=0)
+    if config.max_steps:
+        train = replace(train, max_steps=config.max_steps, num_epochs=0)
     return replace(
         base,
         also=(),
@@ -113,11 +124,11 @@ def target_config(config: TransferConfig) -> RunConfig:
             data,
             data_dir=config.data_dir or data.data_dir,
             test_limit=config.test_limit or data.test_limit,
+            shots_file=None,
             **(PAPER_SHOTS if config.preset == "paper" else {}),
         ),
-        train=replace(base.train, max_steps=config.max_steps, num_epochs=0)
-        if config.max_steps
-        else base.train,
+        prompt=replace(base.prompt, init_from=(), init_parts=PromptOptions.init_parts),
+        train=train,
     )
 
 
@@ -136,8 +147,9 @@ def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConf
 
 
 def data_of(task: str, base: RunConfig) -> DataOptions:
-    """Return the data options of a task: the configuration's if it is the same task, else the defaults."""
-    return base.data if base.data.task == task else DataOptions(task=task)
+    """Return the data options of a task: the configuration's if it is one of its tasks, else the defaults."""
+    known = (one for one in (base.data, *base.also) if one.task == task)
+    return next(known, DataOptions(task=task))
 
 
 def cell_config(

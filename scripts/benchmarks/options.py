@@ -8,7 +8,7 @@ from pydantic import Field
 
 from benchmarks.compare_methods import compared
 from dept_vl._utils.errors import UnknownNameError, UsageError
-from dept_vl._utils.options import Count, Options, Positive, Seed
+from dept_vl._utils.options import Count, Options, Positive, Seed, check_distinct
 from dept_vl.config import Own
 from dept_vl.tasks.own.options import OwnOptions
 
@@ -68,10 +68,12 @@ class SuiteConfig(Options):
 
         Raises:
             UnknownNameError: If a target is unknown.
+            UsageError: If a target or a k is named more than once.
         """
         for target in self.targets:
             if target not in TARGETS:
                 raise UnknownNameError("target", target, TARGETS)
+        check_distinct(targets=self.targets, k=self.k)
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ class CompareConfig(Options):
         for task in self.tasks:
             if task not in COMPARED_TASKS and not Path(task).is_file():
                 raise UnknownNameError("task or configuration file", task, COMPARED_TASKS)
+        check_distinct(tasks=self.tasks, methods=self.methods, seeds=self.seeds, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)

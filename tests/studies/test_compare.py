@@ -403,6 +403,9 @@ def test_unknown_names_are_refused() -> None:
         compare(CompareConfig(methods=("magic",)))
     with pytest.raises(ValueError, match="unknown task or configuration file 'magic'; there are: easy-vqa"):
         compare(CompareConfig(tasks=("magic",)))
+    for twice in ({"seeds": (1, 1)}, {"methods": ("dept", "dept")}):
+        with pytest.raises(UsageError, match="more than once"):
+            compare(CompareConfig(**twice))
 
 
 def test_a_run_that_fails_ends_the_comparison(base: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.methods import build
 from dept_vl.studies.options import TransferConfig
-from dept_vl.studies.transfer import target_config, transfer
+from dept_vl.studies.transfer import cell_config, target_config, transfer
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.vqav2 import VQAv2
@@ -83,6 +83,38 @@ def test_the_papers_shots_are_a_preset(base: RunConfig, source: Path) -> None:
     assert (data.shots_per, data.shots_dev, data.dev_limit) == ("all", "split", 0)
     data = target_config(replace(config, preset="own")).data
     assert (data.shots_per, data.shots_dev, data.dev_limit) == ("class", "shots", base.data.dev_limit)
+
+
+def test_a_source_that_was_started_from_another_leaves_nothing_to_the_targets_runs(
+    base: RunConfig, source: Path, tmp_path: Path
+) -> None:
+    also = DataOptions(task="gqa", data_dir=tmp_path / "gqa")
+    warm = with_(
+        base,
+        also=(also,),
+        data={"shots_file": tmp_path / "shots.json"},
+        prompt={"init_from": (source,), "init_parts": "all"},
+        train={"pause_at": 1},
+    )
+    (tmp_path / "config.json").write_text(json.dumps(to_json(warm)))
+    config = TransferConfig(source=(str(source),), target=base.data.task, config=tmp_path / "config.json")
+    of_target = target_config(config)
+    assert of_target == with_(target_config(replace(config, config=source / "config.json")), output_dir=None)
+    assert cell_config(config, of_target, [source], 4, 1, "scratch").prompt.init_from == ()
+    assert cell_config(config, of_target, [source], 4, 1, "all").prompt.init_from == (source,)
+    assert target_config(replace(config, target="gqa")).data.data_dir == also.data_dir
+
+
+def test_a_target_without_published_answers_is_refused(base: RunConfig, scenes: Path, tmp_path: Path) -> None:
+    hidden = with_(base, data={"data_dir": scenes / "vqav2", "test_split": "test"})
+    with pytest.raises(ValueError, match="no published answers"):
+        transfer(transfer_config(hidden, tmp_path, "vqav2", starts=("scratch",), k=(1,), seeds=1))
+
+
+@pytest.mark.parametrize("twice", [{"k": (2, 2)}, {"starts": ("scratch", "scratch")}])
+def test_no_run_counts_twice(source: Path, twice: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="more than once"):
+        transfer(TransferConfig(source=(str(source),), target="vqav2", **twice))
 
 
 def test_open_answers_are_drawn_as_they_come() -> None:

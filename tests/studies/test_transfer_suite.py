@@ -13,6 +13,7 @@ import benchmarks.options
 import benchmarks.transfer_suite
 from benchmarks.options import TARGETS, SuiteConfig
 from benchmarks.transfer_suite import gain, table, transfer_suite, wins
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.stats import interval
 from dept_vl.config import DataOptions, RunConfig, to_json
 
@@ -99,3 +100,5 @@ def test_shipped_targets_have_configurations_and_others_are_refused() -> None:
     assert all((root / path).is_file() for path in TARGETS.values())
     with pytest.raises(ValueError, match="unknown target 'magic'; there are: scenes-vqav2, "):
         transfer_suite(replace(SuiteConfig(), targets=("magic",)))
+    with pytest.raises(UsageError, match="more than once"):
+        transfer_suite(replace(SuiteConfig(), k=(4, 4)))
