@@ -21,6 +21,10 @@ class DamagedFileError(ValueError):
     """A file of this package that has changed since it was written."""
 
 
+class NotFiniteError(ValueError):
+    """A loss or a trained parameter that is not finite."""
+
+
 class UnknownNameError(UsageError):
     """An unknown name in a category such as `task`. The message lists the known names."""
 

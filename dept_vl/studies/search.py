@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from dept_vl._utils.errors import UsageError
+from dept_vl._utils.errors import NotFiniteError, UsageError
 from dept_vl._utils.io import read_object, write_atomically, write_json, write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import on_main
@@ -86,7 +86,14 @@ def tune(config: RunConfig) -> RunResult:
         trial = trial_config(config, folder, number, values)
         for step in steps:
             pause = 0 if step == config.train.max_steps else step
-            result = run(replace(trial, train=replace(trial.train, pause_at=pause)), more_to_come=True)
+            try:
+                result = run(replace(trial, train=replace(trial.train, pause_at=pause)), more_to_come=True)
+            except NotFiniteError as error:
+                if processes.num_processes > 1:  # the others do not know of it
+                    raise
+                say(f"trial {number} has failed: {error}")
+                _fail(study, number)
+                break
             if result.exit_status:
                 if processes.is_main_process:
                     say(f"stopped; --resume {folder} continues the search")
@@ -247,6 +254,13 @@ def _ends(study: Any, config: RunConfig, number: int, step: int, run: Path | Non
     return True
 
 
+def _fail(study: Any, number: int) -> None:
+    """End a trial that diverged; its values would diverge again."""
+    import optuna
+
+    study.tell(_trial(study, number), state=optuna.trial.TrialState.FAIL)
+
+
 def _trial(study: Any, number: int) -> Any:
     """Return a trial to report to. Optuna has no public API to reopen one from an earlier program."""
     import optuna
@@ -255,13 +269,29 @@ def _trial(study: Any, number: int) -> Any:
 
 
 def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str, Any]]:
-    """Write all trials and their cost, best first; return number and values of the best trial."""
-    trials, best = study.get_trials(deepcopy=False), study.best_trial
+    """Write all trials and their cost, best first; return number and values of the best trial.
+
+    Raises:
+        ValueError: If no trial came to its end.
+    """
+    import optuna
+
+    trials = study.get_trials(deepcopy=False)
+    if all(trial.state != optuna.trial.TrialState.COMPLETE for trial in trials):
+        raise ValueError(
+            f"no trial of {folder} came to its end, as those that were not stopped diverged; begin a search "
+            "with lower learning rates in another --output_dir"
+        )
+    best = study.best_trial
     names, steps = list(trials[0].params), rungs(config.train.max_steps)
-    ranked = sorted(trials, key=lambda trial: max(trial.intermediate_values.items()), reverse=True)
+    ends = {best.number: " (taken)"}
+    ends |= {trial.number: " (failed)" for trial in trials if trial.state == optuna.trial.TrialState.FAIL}
+    ranked = sorted(
+        trials, key=lambda trial: max(trial.intermediate_values.items(), default=(0, 0.0)), reverse=True
+    )
     rows = [
         [
-            f"{trial.number}{' (taken)' if trial.number == best.number else ''}",
+            f"{trial.number}{ends.get(trial.number, '')}",
             *(f"{trial.params[name]:.3g}" for name in names),
             *(
                 f"{trial.intermediate_values[step]:.2f}" if step in trial.intermediate_values else ""
@@ -270,7 +300,7 @@ def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str,
         ]
         for trial in ranked
     ]
-    total, grid = sum(trial.last_step for trial in trials), len(GRID) * config.train.max_steps
+    total, grid = sum(trial.last_step or 0 for trial in trials), len(GRID) * config.train.max_steps
     effort = f"{total:,} steps in all; the published grid of {len(GRID)} runs would take {grid:,}."
     table = markdown_table(["trial", *names, *(f"dev at {step}" for step in steps)], rows)
     tried = [

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dept_vl._utils.errors import NotFiniteError
 from dept_vl._utils.io import check_noted, note, noted, one_line, read_json, write_flushed
 from dept_vl._utils.options import check as check_fields
 from dept_vl._utils.processes import on_main
@@ -76,7 +77,7 @@ class TrainingState:
 
         Raises:
             OSError: If the checkpoint cannot be written. Earlier checkpoints are not changed.
-            ValueError: If a trained parameter is not finite.
+            NotFiniteError: If a trained parameter is not finite.
         """
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
@@ -100,7 +101,7 @@ class TrainingState:
         tensors = self._tensors()
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
-            raise ValueError(
+            raise NotFiniteError(
                 f"after step {progress.steps} {broken[0]} is not finite; lower the learning rates or train "
                 f"in full precision, in a new run. The checkpoints in {self.folder} are of steps before"
             )

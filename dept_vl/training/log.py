@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dept_vl._utils.errors import DamagedFileError
+from dept_vl._utils.errors import DamagedFileError, NotFiniteError
 from dept_vl._utils.io import check_noted, note, noted, one_line, parse_json, write_noted, writing
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOG_FILE
@@ -65,7 +65,7 @@ class Log:
             trained on, and of examples skipped because their image could not be read.
 
         Raises:
-            ValueError: If a loss is not finite.
+            NotFiniteError: If a loss is not finite.
         """
         self._check_finite()
         # Whole numbers and single precision: Apple's MPS has no float64. Python adds the losses in double.
@@ -128,7 +128,7 @@ class Log:
         for (step, ids, _), loss in zip(pending, losses, strict=True):
             if not math.isfinite(loss):
                 folder = self.path.parent
-                raise ValueError(
+                raise NotFiniteError(
                     f"the loss is {loss} at step {step} (a batch with the ids {list(ids[:5])}, ...); lower "
                     "the learning rates or train in full precision, in a new run. Checkpoints and the best "
                     f"adapter in {folder} are of steps before"

@@ -93,7 +93,7 @@ class Loop:
         resumed from it gives the same results as an uninterrupted one.
 
         Raises:
-            ValueError: If a loss is not finite. The message names the step and the ids of the batch.
+            NotFiniteError: If a loss is not finite. The message names the step and the ids of the batch.
         """
         progress, options = self.progress, self.options
         self.model.train()

@@ -14,7 +14,7 @@ from helpers import write_vqa
 from runs import assert_same, in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.studies.search
-from dept_vl._utils.errors import UsageError
+from dept_vl._utils.errors import NotFiniteError, UsageError
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.studies.search import GRID, launch, rungs, search_space, tune
@@ -91,6 +91,32 @@ def test_twenty_trials_cost_no_more_than_the_published_grid(
     tune(with_(config, tune=20, train={"max_steps": 400}))
     assert report(config)["steps"] <= len(GRID) * 400
     assert len(report(config)["trials"]) == 20
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = pretend(monkeypatch)
+    train = dept_vl.studies.search.run
+
+    def diverging(config: RunConfig, **options: Any) -> RunResult:
+        if config.output_dir.name in diverged:
+            raise NotFiniteError
+        return train(config, **options)
+
+    diverged = {"trial-001"}
+    monkeypatch.setattr(dept_vl.studies.search, "run", diverging)
+    tune(config)
+    assert report(config)["trials"][1]["scores"] == {}
+    assert report(config)["best"] != 1
+    assert "1 (failed)" in (config.output_dir / "tuning.md").read_text()
+    # It is not begun again, since it would diverge again.
+    before = len(calls)
+    tune(replace(config, resume="auto"))
+    assert len(calls) == before + 1
+    diverged = {f"trial-{number:03d}" for number in range(TRIALS)}
+    with pytest.raises(ValueError, match="no trial of"):
+        tune(replace(config, output_dir=config.output_dir / "none"))
 
 
 def test_a_pause_changes_nothing(base: RunConfig, tmp_path: Path) -> None:
