@@ -178,6 +178,8 @@ def informed(task: Task, answering: Mapping[str, Any], run: Path | None) -> tupl
 
 def _load(options: DataOptions, split: str) -> Task:
     task = load_split(options, split).answered()
+    if not len(task):
+        raise ValueError(f"the split {split} of {task.name} has no examples; choose another")
     return task if options.meteor else task.without_slow_metrics()
 
 
@@ -283,7 +285,9 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     """
     known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
-    name = TASKS[config.task or (OWN_TASK if given else trained.data.task)].loaded_as
+    # As in `DataOptions`, your own data with the default task are of task vqa.
+    asked = "" if given and config.task == DataOptions.task else config.task
+    name = TASKS[asked or (OWN_TASK if given else trained.data.task)].loaded_as
     if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
     options = known.get(name, DataOptions(task=name))

@@ -103,7 +103,8 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
         changed = ""
         if trained is not None and (run := predictor.run) is not None:
             changed = on_main(accelerator, lambda: note_changes(run, trained, options))
-        task = check_images(limit(task.asked_by(predictor.task), config.limit, 0), config.on_bad_image)
+        seed = 0 if trained is None else trained.train.seed
+        task = check_images(limit(task.asked_by(predictor.task), config.limit, seed), config.on_bad_image)
         collator = Collator.for_model(
             predictor.model,
             predictor.decoding.max_new_tokens,

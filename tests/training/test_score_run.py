@@ -14,9 +14,10 @@ from runs import files, forget_checksums, in_two_processes, reset_accelerate, wi
 import dept_vl
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
-from dept_vl.tasks import load_task
+from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import limit
 from dept_vl.tasks.io.submission import check_submission
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_run
 from dept_vl.training.summary import RunResult
@@ -116,6 +117,19 @@ def test_another_split(evaluate: Callable[..., Evaluated], scenes: Path) -> None
     task = load_task("vqav2", scenes / "vqav2", "train")
     assert found.evaluation.predictions.keys() == {*task.example_ids()}
     assert found.evaluation.scores == task.score(found.evaluation.predictions)
+
+
+def test_own_data_are_the_same_rows_whichever_task_is_named(finished: Finished, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("image,question,answer\na.png,what?,red\n")
+    config = EvaluateConfig(run=finished.folder, own=OwnOptions(data=str(tmp_path / "own.csv")))
+    options = data_options(config, finished.config)
+    assert (options.task, options.test_split) == ("vqa", TASKS["vqa"].other_split)
+    assert data_options(replace(config, task="vqav2"), finished.config) == options
+
+
+def test_a_runs_predictor_is_scored_on_the_examples_of_the_run(finished: Finished) -> None:
+    of_run = dept_vl.evaluate(finished.folder, limit=5)
+    assert dept_vl.evaluate(dept_vl.load(finished.folder), limit=5).predictions == of_run.predictions
 
 
 @pytest.mark.parametrize("task", ["gqa", "nlvr2"])
