@@ -24,6 +24,7 @@ Import these names from the package itself (`import dept_vl; dept_vl.load(...)`)
 """
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from transformers.utils import logging
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.run_files import BEST, LAST, SUMMARY_FILE
+from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import new_prompt
 from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig, validate
@@ -52,6 +54,8 @@ from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_predictor, score_run
 
 PromptInit = Literal["vocabulary", "text", "random"]
+RUNNING = threading.RLock()
+"""Held by `train` and `evaluate`, because random generators and accelerate's state are of all threads."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,9 @@ def train(config: RunConfig) -> Trained:
     """Train an adapter, score it on the test split, and save adapter and scores in the folder of the run.
 
     This works in scripts, in notebooks and under `accelerate launch`, and can be called repeatedly in one
-    process. It restores random generators, deterministic mode, signal handlers and, with a single process,
-    accelerate's state. Ctrl-C stops the run after the current step and writes a checkpoint to resume from.
+    process. Of several threads, one trains or evaluates at a time, and the others wait. It restores random
+    generators, deterministic mode, signal handlers and, with a single process, accelerate's state.
+    Ctrl-C stops the run after the current step and writes a checkpoint to resume from.
 
     Args:
         config: Options of the run.
@@ -112,7 +117,7 @@ def train(config: RunConfig) -> Trained:
     """
     if config.tune:
         raise UsageError(f"tune={config.tune} searches options over many runs; use the command with --tune")
-    with _restored():
+    with _alone(), _restored():
         result = run(config, more_to_come=True)
     return Trained(result.output_dir, result.scores, result.trainable)
 
@@ -178,7 +183,7 @@ def evaluate(
         own=OwnOptions.of(data=data, **own),
     )
     validate(config)
-    with _restored():
+    with _alone(), _restored():
         if folder is not None:
             return score_run(config, write=output_dir is not None)
         PartialState(cpu=not torch.accelerator.is_available())  # gives each process its device
@@ -253,6 +258,18 @@ def build_prompt(
     if prompt is None:
         raise UsageError("prompt_length=0 and rank=0 leave nothing to train; give one of them a size")
     return prompt
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other thread trains or evaluates, and keep others from it."""
+    if not RUNNING.acquire(blocking=False):
+        with waiting("waiting for another thread that trains or evaluates"):
+            RUNNING.acquire()
+    try:
+        yield
+    finally:
+        RUNNING.release()
 
 
 @contextmanager

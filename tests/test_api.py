@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.models.backbone import Backbone
 from dept_vl.training.run import run
+from dept_vl.training.summary import RunResult
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -173,6 +176,22 @@ trained = dept_vl.train(config)
 assert random.getstate() == before
 print("scores:", trained.scores)
 """
+
+
+def test_one_thread_trains_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, most = [], []
+
+    def slowly(config: RunConfig, **options: Any) -> RunResult:
+        training.append(config)
+        time.sleep(0.05)
+        most.append(len(training))
+        training.remove(config)
+        return RunResult(Path(), {}, {})
+
+    monkeypatch.setattr(dept_vl.api, "run", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(dept_vl.train, [RunConfig()] * 3))
+    assert most == [1, 1, 1]
 
 
 def test_training_in_a_plain_script(beside: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ in files. Here each of these raises an error before much is read, and no code of
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,21 +31,19 @@ TERSE_FILES = CHECKED_FILES[:4]
 """Files whose texts must have no control characters, because transformers logs them."""
 LARGEST_SIZE = 1 << 27
 """Upper bound on sizes in a configuration (the longest contexts have 10 million tokens)."""
-MOST_LAYERS = 1 << 10
-MOST_EXPERTS = 1 << 10
+MOST_LAYERS = MOST_EXPERTS = 1 << 10
 TENSORS_ANYWAY = 5_000
 TENSORS_PER_LAYER = 64
 HEADER_PER_TENSOR = 400
 """Upper bound on bytes per tensor in a safetensors header; about 100 are usual."""
 WIDTHS = ("d_model", "hidden_size", "n_embd")
-TABLES = (
-    *WIDTHS,
-    *("vocab_size", "d_ff", "intermediate_size", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"),
-)
+TABLES = (*WIDTHS, "vocab_size", "d_ff", "intermediate_size", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim")
 LARGEST_HEADER = 1 << 25
 PIXELS = 4096
 """Largest side in pixels of an image processor's output."""
 CHANNELS = 3
+LOADING = threading.RLock()
+"""Held while something is loaded: transformers replaces functions of torch meanwhile, for all threads."""
 PLAIN_WORDS = ("the", "what", "red", "is", "no", "two")
 
 
@@ -63,7 +62,8 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
     if Path(name).is_dir():
         _check_folder(Path(name))
     try:
-        yield
+        with LOADING:
+            yield
     except (OSError, MemoryError) as error:
         if isinstance(error, OSError):
             raise

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -724,3 +725,11 @@ def test_any_tower_joins(language_folders: dict[str, Path], vision_folders: dict
         assert isinstance(backbone.vision, VisionEncoder)
         visual = backbone.project(pixel_values=torch.randn(2, 1, 3, 32, 32))
         assert visual.shape == (2, backbone.vision.token_count, D_MODEL), tower
+
+
+def test_threads_may_load_at_once(t5: Backbone, tmp_path: Path) -> None:
+    t5.save_pretrained(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(Backbone.from_pretrained, [tmp_path] * 4))
+    for one in loaded:
+        assert one.fingerprint == t5.fingerprint
