@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from dept_vl._utils.errors import UnknownNameError
@@ -46,12 +47,28 @@ class Registry(Mapping[str, T], Generic[T]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def register(self, name: str, entry: T) -> None:
-        """Add an entry; raise ValueError if the name is taken."""
-        if name in self._entries:
-            raise ValueError(f"a {self.category} {name!r} is registered already; choose another name")
-        self._entries[name] = entry
+    def register(self, name: object, entry: T) -> None:
+        """Add an entry. One that is defined anew, as by running a notebook's cell again, is replaced.
+
+        Raises:
+            ValueError: If another entry has the name, or a folder cannot have it.
+        """
+        text = name if isinstance(name, str) else ""
+        if not text.strip() or text != Path(text).name or text == ".." or "+" in text:
+            raise ValueError(
+                f"expected the {self.category} to have a name that a folder can have, without / and +; found "
+                f"{name!r:.80}"
+            )
+        if text in self._entries and _origin(self._entries[text]) != _origin(entry):
+            raise ValueError(f"a {self.category} {text!r} is registered already; choose another name")
+        self._entries[text] = entry
 
     def unregister(self, name: str) -> None:
         """Remove an entry, for example at the end of a test."""
         del self._entries[name]
+
+
+def _origin(entry: object) -> tuple[str, str]:
+    """Return where the class of an entry is defined."""
+    kind = entry if isinstance(entry, type) else type(entry)
+    return kind.__module__, kind.__qualname__

@@ -1,5 +1,6 @@
 """Predict and score a split. The result does not depend on the number of processes."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,31 @@ def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Ma
     return [spelled.get(text, text) for text in target_texts(tokenizer, tokens)]
 
 
+def checked_scores(task: Task, scores: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores of a task as plain numbers, the primary one first; empty if there are none.
+
+    Raises:
+        ValueError: If the primary score is missing, or a score is not a finite number.
+    """
+    numbers = {}
+    for name, value in scores.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            numbers[name] = math.nan
+        if not math.isfinite(numbers[name]):
+            raise ValueError(
+                f"the metric {name} of {task.name} is {value!r:.60}; expected a finite number, so give one "
+                "where the metric is undefined, too"
+            )
+    if numbers and task.primary not in numbers:
+        raise ValueError(
+            f"expected {task.primary}, the primary metric of {task.name}, among its metrics; found "
+            f"{', '.join(numbers)}"
+        )
+    return {task.primary: numbers.pop(task.primary), **numbers} if numbers else {}
+
+
 @torch.no_grad()
 def evaluate(
     model: PromptedModel,
@@ -140,7 +166,7 @@ def evaluate(
     predictions: dict[ExampleId, str] = dict(gather_object(answers))
     # Only once, because some scorers start external programs.
     with waiting("scoring answers"):
-        scores = on_main(accelerator, lambda: task.score(predictions))
+        scores = on_main(accelerator, lambda: checked_scores(task, task.score(predictions)))
     return Evaluation(
         predictions,
         scores,

@@ -99,11 +99,19 @@ class Method(ABC):
             raise ValueError(f"{self.name} needs a rank of 1 to the width {self.d_model}; got {self.rank}")
 
     def trained(self) -> dict[str, Shapes]:
-        """Return the shapes of the parameters of `build` by `DePT.parameter_groups`, without their memory."""
+        """Return the shapes of the parameters of `build` by `DePT.parameter_groups`, without their memory.
+
+        Raises:
+            ValueError: If `build` returns something else.
+        """
         import torch  # not at the top: the command line reads the registry without it
+
+        from dept_vl.prompts.dept import DePT
 
         with torch.device("meta"):
             prompt = self.build()
+        if not isinstance(prompt, DePT):
+            raise ValueError(f"build() of method {self.name} returned a {type(prompt).__name__}, not a DePT")
         names = {parameter: name for name, parameter in prompt.named_parameters()}
         return {
             group: {names[parameter]: tuple(parameter.shape) for parameter in parameters}
@@ -184,6 +192,10 @@ class Method(ABC):
                 f"budget is {budget:,}, which admits 0 to {reference_prompt_length}"
             )
         one, two = (at(rank).parameter_count() for rank in (1, 2))
+        if one == two:
+            raise ValueError(
+                f"the parameters of {cls.name} do not depend on its rank; set has_rank = False in its class"
+            )
         # The number of parameters is linear in the rank.
         solved = max(0, (budget - one) // (two - one) + 1)
         if solved == 0 and (cls.keeps_length or not cls.has_prompt):
@@ -221,7 +233,8 @@ def register_method(method: M) -> M:
         method: Subclass of `Method`, which is returned unchanged.
 
     Raises:
-        ValueError: If the name is already registered.
+        TypeError: If it is not such a class, or a method of it is missing.
+        ValueError: If another one of this name is registered, or the name is no name of a folder.
 
     Example:
         >>> import dept_vl
@@ -234,7 +247,11 @@ def register_method(method: M) -> M:
         ...         return dept_vl.DePT(**self.common, token_offset=Shift(self.d_model))  # E -> bias
         >>> METHODS.unregister("shifted")
     """
-    METHODS.register(method.name, method)
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"expected a subclass of dept_vl.prompts.base.Method, found {method!r:.80}")
+    if missing := sorted(getattr(method, "__abstractmethods__", ())):
+        raise TypeError(f"{method.__name__} has no {' and no '.join(missing)}; write what is missing")
+    METHODS.register(getattr(method, "name", None), method)
     return method
 
 

@@ -72,7 +72,8 @@ def register_task(task: Task) -> None:
         task: Blank task, without rows.
 
     Raises:
-        ValueError: If the name is already registered.
+        TypeError: If it is no `Task`.
+        ValueError: If another one of this name is registered, or the name is no name of a folder.
 
     Example:
         >>> from dataclasses import dataclass
@@ -88,4 +89,6 @@ def register_task(task: Task) -> None:
         True
         >>> TASKS.unregister("signs")
     """
+    if not isinstance(task, Task):
+        raise TypeError(f"expected a blank task, such as MyTask(), found {task!r:.80}")
     TASKS.register(task.name, task)

@@ -1,9 +1,11 @@
 """Every example is answered once, by the model as it is in use."""
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,7 +15,7 @@ from helpers import write_vqa
 from dept_vl._utils import terminal
 from dept_vl._utils.terminal import Count
 from dept_vl.data.collate import Collator
-from dept_vl.inference.evaluate import Evaluation, evaluate
+from dept_vl.inference.evaluate import Evaluation, checked_scores, evaluate
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
@@ -169,3 +171,18 @@ def test_of_several_processes_the_count_is_that_of_all(
     answer(4)
     said = [line.split(",")[0] for line in capsys.readouterr().err.splitlines()]
     assert said[:2] == ["evaluating: 8 of 9", "evaluating: 9 of 9"]
+
+
+def test_scores_are_plain_numbers_with_the_primary_first() -> None:
+    found = checked_scores(VQAv2(), {"other": torch.tensor(2.0), "overall": np.float32(3)})
+    assert list(found.items()) == [("overall", 3.0), ("other", 2.0)]
+    assert {type(value) for value in found.values()} == {float}
+    assert checked_scores(VQAv2(), {}) == {}
+
+
+@pytest.mark.parametrize(
+    "scores", [{"overall": math.nan}, {"overall": 1, "f1": math.inf}, {"overall": "high"}, {"f1": 3.0}]
+)
+def test_scores_that_decide_nothing_are_refused(scores: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="of vqav2"):
+        checked_scores(VQAv2(), scores)

@@ -18,6 +18,7 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, to_json
 from dept_vl.prompts.base import METHODS, Method
 from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.methods import build
 from dept_vl.training.run import run
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -40,6 +41,9 @@ class Shifted(Method):
 
     def build(self) -> DePT:
         return DePT(**self.common, token_offset=Shift(self.d_model))
+
+
+SIZES = {"d_model": 4, "prompt_length": 3, "rank": 0, "max_source_length": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +101,9 @@ def test_it_is_compared(config: RunConfig, tmp_path: Path) -> None:
 
 def test_a_name_is_taken_once_and_known_only_while_registered(config: RunConfig) -> None:
     with pytest.raises(ValueError, match="'shifted' is registered already"):
-        dept_vl.register_method(Shifted)
+        dept_vl.register_method(type("Other", (Shifted,), {}))
+    again = type("Shifted", (Shifted,), {"__module__": __name__})  # as by running its cell again
+    assert dept_vl.register_method(again) is METHODS["shifted"]
     METHODS.unregister("shifted")
     try:
         with pytest.raises(ValueError, match=r"unknown method 'shifted'; there are: pt, dept"):
@@ -106,3 +112,32 @@ def test_a_name_is_taken_once_and_known_only_while_registered(config: RunConfig)
             METHODS["shifted"]
     finally:
         dept_vl.register_method(Shifted)
+
+
+def other(**members: object) -> type[Method]:
+    """A method that differs from `Shifted`."""
+    return type("Other", (Shifted,), {"name": "other", "has_rank": False, **members})
+
+
+def test_what_builds_no_prompt_is_refused() -> None:
+    assert build(other()(**SIZES)).method.name == "other"
+    with pytest.raises(ValueError, match="returned a Linear"):
+        other(build=lambda self: nn.Linear(2, 2)).groups()
+
+
+def test_a_rank_that_buys_nothing_is_refused() -> None:
+    sizes = {"d_model": 4, "max_source_length": 8, "reference_prompt_length": 9, "prompt_length": 3}
+    with pytest.raises(ValueError, match="has_rank = False"):
+        other(has_rank=True).solve(**sizes)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a+b", 5, None])
+def test_a_name_that_no_folder_has_is_refused(name: object) -> None:
+    with pytest.raises(ValueError, match="name that a folder can have"):
+        dept_vl.register_method(other(name=name))
+
+
+@pytest.mark.parametrize("method", ["shifted", Shifted(**SIZES), Method])
+def test_what_is_no_method_is_refused(method: object) -> None:
+    with pytest.raises(TypeError):
+        dept_vl.register_method(method)

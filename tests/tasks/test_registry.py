@@ -15,6 +15,7 @@ from runs import with_
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl.cli import parse
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, differences, to_json
+from dept_vl.data.splits import load_splits
 from dept_vl.inference.loading import load
 from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.transfer import transfer
@@ -151,8 +152,17 @@ def test_a_task_is_found_by_its_name_alone(folder: Path, monkeypatch: pytest.Mon
     Path("data").mkdir()
     folder.rename("data/squares")
     assert len(load_task("squares")) == 16
+    register_task(Squares())  # as by running its cell again
     with pytest.raises(ValueError, match="'squares' is registered already"):
-        register_task(Squares())
+        register_task(type("Other", (Squares,), {})())
+    for wrong in (Squares, "squares"):
+        with pytest.raises(TypeError):
+            register_task(wrong)
+    with pytest.raises(ValueError, match="name that a folder can have"):
+        register_task(type("Other", (Squares,), {"name": "../squares"})())
+    Path("data/squares/none.json").write_text("[]")
+    with pytest.raises(ValueError, match="none of squares has no examples"):
+        load_splits(DataOptions(task="squares", train_split="none"), 0)
     with pytest.raises(UnknownNameError) as error:
         load_task("sqares")
     assert error.value.closest[0] == "squares"
