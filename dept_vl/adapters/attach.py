@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.adapters.calls import PromptedCalls, is_prompted
+from dept_vl.adapters.calls import PromptedCalls, refuse_second
 from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, over_items
 from dept_vl.adapters.offload import device_of
 from dept_vl.prompts.dept import DePT
@@ -94,11 +94,7 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
             f"visual_offset; this prompt is of method {prompt.describe()['method']}"
         )
     parts.check_length(prompt.prompt_length, 1)
-    if is_prompted(model):
-        raise ValueError(
-            f"{model_name(model)} has a prompt already; detach that one first: call detach() on the object "
-            "that attach returned"
-        )
+    refuse_second(model)
     kind: Any = type(model)
     return _attached_to(kind)(model, prompt.to(device_of(parts.embedding)), parts)
 

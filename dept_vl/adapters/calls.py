@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.adapters.families import Parts
+from dept_vl.adapters.families import Parts, model_name
 from dept_vl.models.padding import insert, packing
 from dept_vl.models.prompt_hook import Placement, place, put, text_of
 from dept_vl.models.source import PER_TOKEN
@@ -188,7 +188,11 @@ class PromptedCalls:
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
 
 
-def is_prompted(model: nn.Module) -> bool:
-    """Return whether a prompt is attached to a model."""
+def refuse_second(model: PreTrainedModel) -> None:
+    """Raise ValueError if a prompt is attached to a model."""
     hooks = model._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks)
+    if any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks):
+        raise ValueError(
+            f"{model_name(model)} has a prompt already; detach that one first: call detach() on the object "
+            "that attach returned"
+        )

@@ -250,6 +250,14 @@ def test_what_peft_cannot_do_is_refused(llava: VisionLanguageModel) -> None:
     assert torch.equal(answer_logits(llava, model, 0), before)
 
 
+def test_an_attached_prompt_is_not_read_beside_pefts(llava: VisionLanguageModel) -> None:
+    attached = attach(llava.language, DePT(llava.d_model, **SIZES))
+    with pytest.raises(ValueError, match="has a prompt already"):
+        get_peft_model(attached.model, config("llava"))
+    attached.detach()
+    assert hooks_on(get_peft_model(llava.language, config("llava")).get_base_model())
+
+
 def test_another_base_is_refused(
     llava: VisionLanguageModel, pretrained_folder: Folder, tmp_path: Path
 ) -> None:

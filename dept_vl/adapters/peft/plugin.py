@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.base_model import check_base, describe_base
+from dept_vl.adapters.calls import refuse_second
 from dept_vl.adapters.families import Parts
 from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import (
@@ -234,10 +235,9 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
             peft_config.base_fingerprint, peft_config.embedding_fingerprint = fingerprint, None
         layer = target
         if not isinstance(layer, DeptTunerLayer):
-            if is_text_encoder_decoder(self.model):
-                layer = DeptLayer(target, self.model.get_decoder())
-            else:
-                layer = DeptWords(self.model)
+            refuse_second(self.model)
+            of_text = is_text_encoder_decoder(self.model)
+            layer = DeptLayer(target, self.model.get_decoder()) if of_text else DeptWords(self.model)
             layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, prompt, inference_mode=peft_config.inference_mode)
         if layer is not target:
