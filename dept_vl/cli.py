@@ -132,7 +132,12 @@ def check_data(
         if not task or root is None:
             raise UsageError("give --task and --root, or --data FILE")
         own.check_used()
+        for name, value in (("backbone", backbone), ("language", language), ("sheet", sheet)):
+            if value is not None:
+                raise UsageError(f"--{name}: only for your own data; give --data, or leave it out")
         return bool(check(task, root, sample, report))
+    if task or root is not None:
+        raise UsageError("--task and --root are of official files; leave them out, or --data")
     check_own_data(own)
     _check_exists("--backbone", backbone)
     from dept_vl.data.check_own import check_own

@@ -100,11 +100,15 @@ def without_effect(config: RunConfig) -> list[str]:
         for one in (config, RunConfig())
     )
     dev_split = data.splits()[1]
+    shots = data.shots or data.shots_file
+    on_shots = "--shots_dev is shots" if shots and data.shots_dev == "shots" else ""
     no_prompt = "" if "prompt" in METHODS[prompt.method].groups() else f"{prompt.method} has no prompt"
     reasons = {
-        "holdout_images": f"the dev split is {dev_split}" if dev_split else "",
+        "dev_split": on_shots,
+        "holdout_images": on_shots or (f"the dev split is {dev_split}" if dev_split else ""),
         "shots_seed": "" if data.shots else "no --shots are drawn",
-        "shots_dev": "" if data.shots else "no --shots are drawn",
+        "shots_per": "" if data.shots else "no --shots are drawn",
+        "shots_dev": "" if shots else "there are no --shots and no --shots_file",
         "features_dir": "--features is live" if data.features == "live" else "",
         "init_parts": "" if prompt.init_from else "there is no --init_from",
         "prompt_init": no_prompt,
@@ -112,6 +116,7 @@ def without_effect(config: RunConfig) -> list[str]:
         "projection_lr": "" if backbone.train_projection else "the projection is not trained",
         "backbone_lr": "" if backbone.train_backbone else "the backbone is not trained",
         "lora_rank": "" if backbone.train_only == "lora" else "no LoRA is trained",
+        "max_steps": "--num_epochs is given" if train.num_epochs else "",
         "warmup_steps": "--warmup_ratio is given" if optim.warmup_ratio else "",
         "init_text": "" if prompt.prompt_init == "text" else "--prompt_init is not text",
     }

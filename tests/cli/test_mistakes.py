@@ -141,6 +141,8 @@ MISTAKES = {
     "data from-hubb": (2, "closest: from-hub"),
     "data check --task okvqa --root .": (2, "unknown task 'okvqa'"),
     "data check --task gqa --root nowhere": (1, "nowhere"),
+    "data check --task vqav2 --root {data}/vqav2 --sheet s.png": (2, "--sheet: only for your own"),
+    "data check --data {data}/vqav2 --root {data}": (2, "--root"),
     "data check --task vqav2 --root {data}/vqav2 --columns image=photo": (2, "--columns: only for your own"),
     "data easy-vqa --output_dir {data}": (1, "not to exist"),
     "score vqa": (2, "closest: vqav2"),

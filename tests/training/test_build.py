@@ -61,6 +61,14 @@ def test_options_without_effect_are_told() -> None:
     assert names == [
         *("holdout_images", "shots_seed", "shots_dev", "features_dir", "init_parts", "init_text", "pause_at"),
     ]
+    few = RunConfig(
+        data=DataOptions(dev_split="val", holdout_images=7, shots_file=Path("s"), shots_per="all"),
+        train=TrainOptions(max_steps=9, num_epochs=1),
+    )
+    names = [note.split("--")[1].split()[0] for note in without_effect(few)]
+    assert names == ["dev_split", "holdout_images", "shots_per", "max_steps"]
+    on_split = RunConfig(data=DataOptions(dev_split="val", shots_file=Path("s"), shots_dev="split"))
+    assert without_effect(on_split) == []
     idle = RunConfig(
         prompt=PromptOptions(method="memory", prompt_init="random"),
         backbone=BackboneOptions(train_projection=False, lora_rank=3),
