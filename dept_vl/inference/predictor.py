@@ -127,7 +127,7 @@ class Ask:
         """Return the text that the model reads, and warn if it is truncated.
 
         Raises:
-            ValueError: If the number of images is wrong, or the question is empty.
+            ValueError: If the number of images is wrong, or the question is empty or not valid Unicode.
         """
         task = self.predictor.task
         if len(self.images) != task.image_count:
@@ -136,6 +136,13 @@ class Ask:
         if task.asks and not self.question.strip():
             raise ValueError(f"{task.name} answers questions, and this one is empty; ask something")
         text = task.source(self.question)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # tokenizers would raise a TypeError
+            raise ValueError(
+                f"{text!r:.60}: expected text, found {text[error.start]!a}, which is half a character; leave "
+                "it out"
+            ) from None
         length = len(self.predictor.model.backbone.tokenizer(text).input_ids)
         if length > self.predictor.max_source_length:
             warn(
@@ -177,7 +184,6 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     return [items if len(items) == count else items * count for items, _ in parts.values()], single
 
 
-@torch.no_grad()
 def as_questions(given: Any) -> tuple[list[str], bool]:
     """Return the questions of `answer`, and whether a single one was given.
 
@@ -195,6 +201,7 @@ def as_questions(given: Any) -> tuple[list[str], bool]:
     return questions, False
 
 
+@torch.no_grad()
 def answer_all(
     asks: Sequence[Ask],
     model_of: Callable[[Sequence[Ask]], PromptedModel],

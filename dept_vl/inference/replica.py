@@ -156,6 +156,9 @@ class Replica(LitAPI):  # type: ignore[misc]
                 except (ValueError, OSError, MemoryError) as error:
                     outcomes[-1] = _refusal(400, "invalid_question", one_line(error))
                     continue
+                except Exception:  # any error: the other questions must still be answered
+                    outcomes[-1] = _internal_error()
+                    continue
             asks.append(ask)
             places.append(place)
             notes.append(said)
@@ -252,8 +255,7 @@ class Replica(LitAPI):  # type: ignore[misc]
                 return [reply for ask in asks for reply in self._answer([ask], numbers)]
             if isinstance(error, ValueError):
                 return [_refusal(400, "invalid_question", one_line(error))]
-            say(*traceback.format_exc().splitlines(), error=True)
-            return [_refusal(500, "internal_error", "this question could not be answered")]
+            return [_internal_error()]
 
     def _about(self, predictor: "Predictor") -> dict[str, Any]:
         """Return the description of an adapter that the server needs."""
@@ -265,6 +267,12 @@ class Replica(LitAPI):  # type: ignore[misc]
 def _said(reply: "Reply") -> dict[str, Any]:
     finish = "stop" if reply.whole else "length"
     return {"text": reply.text, "read": reply.read, "written": reply.written, "finish_reason": finish}
+
+
+def _internal_error() -> dict[str, Any]:
+    """Print the traceback of the error that is being handled, and return a refusal that does not show it."""
+    say(*traceback.format_exc().splitlines(), error=True)
+    return _refusal(500, "internal_error", "this question could not be answered")
 
 
 def _refusal(status: int, code: str, text: str) -> dict[str, Any]:

@@ -103,13 +103,15 @@ def test_an_image_may_come_as_anything(predictor: Predictor, picture: Image.Imag
 
 
 def test_one_goes_with_many_and_is_encoded_once(predictor: Predictor, picture: Image.Image) -> None:
-    encoded = []
+    encoded, with_gradients = [], []
     vision = predictor.model.backbone.vision
     assert vision is not None
     vision.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    vision.register_forward_pre_hook(lambda *_: with_gradients.append(torch.is_grad_enabled()))
     questions = [QUESTION, "how many circles?", "is it red?"]
     answers = predictor.answer(picture, questions)
     assert encoded == [1]
+    assert with_gradients == [False]
     assert answers == [predictor.answer(picture, question) for question in questions]
     assert predictor.answer(picture, questions, batch_size=2) == answers
     other = random_image((36, 36), 6)
@@ -306,6 +308,8 @@ def test_an_unreadable_image_is_refused(predictor: Predictor, picture: Image.Ima
 def test_questions_are_neither_empty_nor_cut_in_silence(predictor: Predictor, picture: Image.Image) -> None:
     with pytest.raises(ValueError, match="this one is empty"):
         predictor.answer(picture, ["what?", " "])
+    with pytest.raises(ValueError, match=r"'\\ud800'"):  # half of a surrogate pair
+        predictor.answer(picture, ["what?", "what \ud800?"])
     with pytest.warns(UserWarning, match=r"is cut to 16.*max_source_length"):
         answer = predictor.answer(
             picture, "is the circle red or blue or green or yellow or purple ? yes or no"

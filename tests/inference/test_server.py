@@ -676,20 +676,28 @@ def test_a_bad_question_costs_nobody_else_an_answer(
         Question("gone", str(tmp_path / "gone"), "what?", (content,)),
         Question("captions", "", "", (content,)),
         Question("colours", "", "fails", (content,)),
+        Question("colours", "", "half a pair: \ud800", (content,)),
+        Question("colours", "", "cannot be read", (content,)),
     ]
-    real = predictor.answer_all
+    real, real_source = predictor.answer_all, predictor.Ask.source
 
     def answer_all(asked: Any, *others: Any) -> Any:
         if any(ask.question == "fails" for ask in asked):
             raise RuntimeError("out of memory")
         return real(asked, *others)
 
+    def source(ask: Any) -> str:
+        if ask.question == "cannot be read":
+            raise TypeError("a fault of a tokenizer")
+        return real_source(ask)
+
     monkeypatch.setattr(predictor, "answer_all", answer_all)
+    monkeypatch.setattr(predictor.Ask, "source", source)
     outcomes = replica.predict(asks)
     assert outcomes[0]["text"] == many.answer(content, "what?", adapters="colours")
     assert outcomes[3]["text"] == many.answer(content, adapters="captions")
     statuses = [outcome.get("status") for outcome in outcomes]
-    assert statuses == [None, 400, 400, None, 500]
+    assert statuses == [None, 400, 400, None, 500, 400, 500]
     assert "pairs" not in replica.many.predictors  # which is no longer wanted
 
 
