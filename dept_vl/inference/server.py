@@ -5,7 +5,9 @@ The main process reads requests, rejects those over the limits, and writes respo
 """
 
 import asyncio
+import errno
 import os
+import re
 import resource
 import secrets
 import signal
@@ -35,6 +37,8 @@ from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import END, Replica, end_with_parent
 
 TOKEN_VARIABLE = "DEPT_VL_TOKEN"
+SENDABLE = re.compile(r"[!-~]+")
+"""Tokens that every client can send in a header."""
 KEPT_OPEN = 30
 """Seconds that an idle connection stays open."""
 LONGEST_END = 2.0
@@ -96,7 +100,7 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         OSError: If the port is in use.
-        UsageError: If the adapters cannot be loaded, or the token is empty.
+        UsageError: If the adapters cannot be loaded, or the token cannot be used.
     """
     token = find_token(config)
     server, spec = build(config, token)
@@ -131,13 +135,21 @@ def find_token(config: ServeConfig) -> str | None:
     """Return the token that requests need; generate and print one if other machines can reach the server.
 
     Raises:
-        UsageError: If the given token is empty.
+        UsageError: If the given token is empty, or no request can send it.
     """
-    token = os.environ.get(TOKEN_VARIABLE)
+    token, place = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
     if config.token_file is not None:
-        token = config.token_file.read_text(encoding="utf-8").strip()
-    if token is not None and not token.strip():
-        raise UsageError("the token is empty; leave it out for none on this machine")
+        # Editors of Windows write a byte order mark.
+        token = config.token_file.read_text(encoding="utf-8-sig", errors="replace")
+        place = str(config.token_file)
+    if token is not None:
+        token = token.strip()  # files and secrets end with a line end
+        if SENDABLE.fullmatch(token) is None:
+            found = "others" if token else "none"
+            raise UsageError(
+                f"the token in {place}: expected letters, digits and signs of ASCII without spaces, found "
+                f"{found}; without a token, everyone on this machine may ask"
+            )
     if token is None and not is_loopback(config.host):
         token = secrets.token_urlsafe(18)
         say(
@@ -152,18 +164,18 @@ def bound(host: str, port: int) -> socket.socket:
     """Return a bound socket that does not listen yet.
 
     Raises:
-        OSError: If the port is in use.
+        OSError: If the port is in use, or the host is no address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
-    except OSError as error:
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         found.close()
-        raise OSError(
-            error.errno, f"cannot listen at {host}:{port}: {os.strerror(error.errno or 0)}"
-        ) from None
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(number, f"cannot listen at {host}:{port}: {reason}") from None
     return found
 
 

@@ -745,6 +745,24 @@ def test_where_others_reach_the_server_there_is_a_token(
     file = tmp_path / "token"
     file.write_text("other\n")
     assert find_token(ServeConfig(("a",), token_file=file)) == "other"
-    file.write_text("\n")
+    file.write_bytes("\ufeffother\r\n".encode())  # as Windows' editors write it
+    assert find_token(ServeConfig(("a",), token_file=file)) == "other"
+    for content in (b"\n", b"two\nlines\n", b"two words", b"\xff\xfe\0", "w\u00f6rd".encode()):
+        file.write_bytes(content)
+        with pytest.raises(UsageError) as refused:
+            find_token(ServeConfig(("a",), token_file=file))
+        assert "w\u00f6rd" not in str(refused.value)
+    monkeypatch.setenv("DEPT_VL_TOKEN", "word\n")  # as secrets in the environment are
+    assert find_token(ServeConfig(("a",))) == "word"
+    monkeypatch.setenv("DEPT_VL_TOKEN", "")
     with pytest.raises(UsageError):
-        find_token(ServeConfig(("a",), token_file=file))
+        find_token(ServeConfig(("a",)))
+
+
+@pytest.mark.parametrize("host", ["nowhere.invalid", "a..b", "127.0.0.1:80", "http://127.0.0.1"])
+def test_a_host_that_is_no_address_is_told(host: str) -> None:
+    from dept_vl.inference.server import bound
+
+    with pytest.raises(OSError, match=re.escape(host)) as refused:
+        bound(host, 0)
+    assert "Unknown error" not in str(refused.value)
