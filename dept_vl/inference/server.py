@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -117,6 +118,8 @@ def serve(config: ServeConfig) -> None:
 @contextmanager
 def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
     """Start the processes of the server, and end them on exit."""
+    # Started before signals are blocked, since it unblocks them in this process in Python 3.11.
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
     with wrap_litserve_start(server):
         try:
@@ -207,7 +210,7 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
         # The longest that a request can take.
         timeout_graceful_shutdown=int(3 * config.timeout) + 1,
     )
-    running = uvicorn.Server(options)
+    running = _Listener(options)
     for number in ENDINGS:  # before uvicorn installs its own handlers, and after it
         signal.signal(number, lambda *_: setattr(running, "should_exit", True))
     watching = asyncio.create_task(spec.watch())
@@ -224,6 +227,20 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
     watching.cancel()
     for task in done - {serving}:
         task.result()  # raise internal errors
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn's server, which refuses new connections as soon as it begins to end.
+
+    LitServe's manager process inherits the socket. If it was only closed here, new connections would be
+    accepted and wait for nobody, and a load balancer would not try another server.
+    """
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listening in sockets or ():
+            with suppress(OSError):  # macOS does not know this
+                listening.shutdown(socket.SHUT_RDWR)
+        await super().shutdown(sockets)
 
 
 def _leave(number: int, frame: Any) -> None:

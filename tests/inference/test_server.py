@@ -115,6 +115,13 @@ class Served:
             assert time.monotonic() < end
             time.sleep(0.05)
 
+    def refuses_connections(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE).close()
+        except ConnectionError:
+            return True
+        return False
+
     def model_process(self) -> psutil.Process:
         (found,) = [
             child
@@ -549,6 +556,7 @@ def test_what_was_asked_before_the_end_is_answered(served: Served) -> None:
         everyone = [served.process.pid, *(c.pid for c in psutil.Process(served.process.pid).children(True))]
         for pid in everyone:
             os.kill(pid, signal.SIGTERM)
+        served.until(served.refuses_connections)  # while it answers, so that others are asked instead
         model.resume()
         assert all(answers)
     assert served.process.wait(PATIENCE) == 0
