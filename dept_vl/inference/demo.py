@@ -4,6 +4,8 @@ import atexit
 import os
 import secrets
 import shutil
+import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -252,8 +254,10 @@ def launch(
         ImportError: If Gradio is not installed.
         UsageError: If the password is empty.
     """
-    if password is not None and not password.strip():
-        raise UsageError("the password is empty; leave it out for none on this machine")
+    if password is not None:
+        password = password.strip("\r\n")  # secrets end with a line end, which nobody can type
+        if not password.strip():
+            raise UsageError("the password is empty; leave it out for none on this machine")
     gradio = _gradio()
     if password is None and not is_loopback(host):
         password = secrets.token_urlsafe(9)
@@ -301,6 +305,7 @@ def serve(config: DemoConfig) -> str:
     set_verbosity_error()
     many = load_many(names_of(config.adapters), backbone=config.backbone, device=config.device)
     password = os.environ.get(PASSWORD_VARIABLE) if config.password is None else config.password
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # otherwise the folder of uploads would stay
     return launch(many, host=config.host, port=config.port, password=password)
 
 

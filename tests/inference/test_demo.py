@@ -1,8 +1,11 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -268,7 +271,7 @@ def test_an_address_that_others_reach_has_a_password(
     said = capsys.readouterr().err
     assert said.startswith("warning: everyone who reaches 0.0.0.0")
     made_up = said.split("The password is ")[1].split()[0]
-    address = launch(many, password="p:ä", port=None, wait=False)
+    address = launch(many, password="p:ä\n", port=None, wait=False)
     assert capsys.readouterr().err == ""
     try:
         for path in ("", "config", "gradio_api/queue/data?session_hash=x", "gradio_api/heartbeat/x", "x"):
@@ -279,6 +282,33 @@ def test_an_address_that_others_reach_has_a_password(
         gradio.close_all()
     with pytest.raises(UsageError):
         launch(many, password=" ", port=None, wait=False)
+
+
+def test_uploads_are_removed_when_the_page_is_ended(tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    program = """
+import signal
+from dept_vl.inference import demo
+from dept_vl.inference.options import DemoConfig
+class Page:
+    launch = lambda *_, **__: (None, "here", None)
+    block_thread = lambda _: signal.pause()
+demo.load_many = demo.build = lambda *_, **__: Page()
+demo.serve(DemoConfig(("runs/vqa",)))
+"""
+    others = {name: value for name, value in os.environ.items() if name != demo.FOLDER_VARIABLE}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=others | {"TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        assert "here" in process.stdout.readline()
+        assert list(tmp_path.glob("dept-vl-uploads-*"))
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert not list(tmp_path.glob("dept-vl-uploads-*"))
 
 
 def test_which_addresses_are_of_this_machine_alone() -> None:
