@@ -79,7 +79,7 @@ def data_url_bytes(url: str, name: str = "image") -> bytes:
         if not comma or not is_data_url(kind):
             raise ValueError(f"found {url[:40]!r}")
         content = unquote_to_bytes(data)
-        return base64.b64decode(content, validate=True) if kind.endswith(";base64") else content
+        return base64.b64decode(content, validate=True) if kind.lower().endswith(";base64") else content
     except (ValueError, binascii.Error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: expected a data URL, data:image/png;base64,...: {reason}") from None

@@ -65,7 +65,7 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
             other inputs.
     """
     output = config.output
-    if output is None:
+    if output is None or not output.name:  # an empty one is the folder `.`
         raise UsageError("--data needs --output, the file for the answers")
     if output.suffix.lower() in TABLES and "json" not in output.suffix.lower():
         raise UsageError(

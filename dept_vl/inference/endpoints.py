@@ -152,7 +152,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
         self.numbers = map(str, itertools.count(1))
         self.models = {name: Model(next(self.numbers), source, {}) for name, source in sources.items()}
         self.changing = asyncio.Lock()
-        self.add_endpoint("/health", self.health, ["GET"])
+        self.add_endpoint("/health", self.health, ["GET", "HEAD"])
         self.add_endpoint("/metrics", self.show_metrics, ["GET"])
         self.add_endpoint("/v1/models", self.list_models, ["GET"])
         self.add_endpoint("/v1/models/{name:path}", self.show_model, ["GET"])

@@ -12,6 +12,8 @@ from dept_vl._utils.embedded import data_url_bytes, is_data_url
 from dept_vl._utils.images import ImageSource
 
 CHANNELS = (1, 3, 4)
+TEXTS = "OUT"
+"""Kinds of NumPy arrays that hold texts or objects, as columns of a table do: several paths or images."""
 KINDS = (
     "a path, the bytes of a file, an open file, a data URL, a Pillow image, an array or a tensor of shape "
     "(height, width), (height, width, channels) or (channels, height, width), or a row of datasets with "
@@ -49,7 +51,8 @@ def as_images(image: Any, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]]
 def is_one(given: Any) -> bool:
     """Return whether this is a single image or None, rather than several images."""
     if isinstance(given, np.ndarray | torch.Tensor):
-        return given.ndim < 4
+        several = isinstance(given, np.ndarray) and given.dtype.kind in TEXTS and given.ndim > 0
+        return given.ndim < 4 and not several
     single = given is None or isinstance(given, ImageSource | bytearray | memoryview | Mapping)
     return single or hasattr(given, "read") or not isinstance(given, Iterable)
 

@@ -344,6 +344,7 @@ def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:
     ("changed", "word"),
     [
         ({"output": None}, "--output"),
+        ({"output": Path()}, "--output"),  # of an empty text
         ({"output": Path("answers.csv")}, r"answers\.jsonl"),
         ({"inputs": ("a.jpg",)}, r"a\.jpg"),
         ({"own": OwnOptions()}, "--data"),

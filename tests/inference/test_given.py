@@ -45,6 +45,7 @@ def forms(tmp_path: Path) -> Forms:
         "file": path.open("rb"),
         "pillow": image,
         "data URL": f"data:image/png;base64,{code}",
+        "data URL, capitals": f"data:image/png;BASE64,{code}",
         "data URL, quoted": f"DATA:image/png,{quote_from_bytes(content)}",
         "HWC": array,
         "CHW": array.transpose(2, 0, 1),
@@ -78,6 +79,12 @@ def test_every_form_is_the_same_image(forms: Forms) -> None:
         assert not single
         assert len(found) == len(several)
         assert all((np.asarray(read_image(one)) == expected).all() for (one,) in found)
+    paths = [forms["path"]] * 3
+    for column in (np.array(list(map(str, paths))), np.array(paths, object)):  # of a data frame
+        found, single = as_images(column, pairs=False)
+        assert (len(found), single) == (3, False)
+        assert all((np.asarray(read_image(one)) == expected).all() for (one,) in found)
+        assert as_images(column[:2], pairs=True)[1]
     half = forms["tensor float"].bfloat16()
     close = np.asarray(read_image(as_image(half))).astype(int)
     assert abs(close - expected).max() <= 1

@@ -103,7 +103,7 @@ class Served:
         content = response.read()
         connection.close()
         text = response.getheader("content-type", "").startswith("text/")
-        return response.status, content.decode() if text else json.loads(content)
+        return response.status, content.decode() if text or not content else json.loads(content)
 
     def metric(self, name: str) -> float:
         found = re.search(rf"^{re.escape(name)} (\S+)$", self.send("GET", "/metrics")[1], re.MULTILINE)
@@ -397,6 +397,7 @@ def test_other_refusals(served: Served) -> None:
         assert found == status, (method, path, content)
         assert set(content["error"]) == {"message", "type", "param", "code"}
     assert served.send("GET", "/health", token="")[1] == {"status": "ok", "ready": 1, "processes": 1}
+    assert served.send("HEAD", "/health", token="") == (200, "")
     assert served.send("GET", "/metrics", token="")[0] == 401
     assert served.metric('dept_vl_refusals_total{reason="invalid_api_key"}') >= 2
 
