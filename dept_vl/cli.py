@@ -100,7 +100,7 @@ def data(
     """Convert data to the files that the tasks read, and check such files."""
     from dept_vl.tasks.prepare.commands import COMMANDS
 
-    commands = {**COMMANDS, "check": check_data, **further}
+    commands: dict[str, Callable[..., object]] = {**COMMANDS, "check": check_data, **further}
     return 1 if call(commands, program, data.__doc__, arguments) is False else 0
 
 
@@ -126,7 +126,8 @@ def check_data(
         language: Name or folder of a language model whose tokenizer to use instead.
         sheet: PNG file to draw 16 examples of --data into.
     """
-    from dept_vl.tasks.prepare.commands import check, print_findings
+    from dept_vl.tasks.prepare.check import check
+    from dept_vl.tasks.prepare.commands import print_findings
 
     if own.data is None:
         if not task or root is None:
@@ -135,7 +136,9 @@ def check_data(
         for name, value in (("backbone", backbone), ("language", language), ("sheet", sheet)):
             if value is not None:
                 raise UsageError(f"--{name}: only for your own data; give --data, or leave it out")
-        return bool(check(task, root, sample, report))
+        good = print_findings(check(task, root, sample=sample), report)
+        say("everything is there" if good else f"not everything of {task} is in {root}")
+        return good
     if task or root is not None:
         raise UsageError("--task and --root are of official files; leave them out, or --data")
     check_own_data(own)

@@ -83,7 +83,7 @@ def load(
     if model.prompt is not None:
         longest = model.prompt.max_source_length
     # Check this now instead of at the first question.
-    base.check_length(
+    base.language_model.check_length(
         0 if model.prompt is None else model.prompt.prompt_length,
         1,
         0 if base.vision is None else base.vision.token_count * chosen.image_count,

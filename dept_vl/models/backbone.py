@@ -376,5 +376,5 @@ class Backbone(FrozenBackbone):
             ValueError: If the input is longer than the language model's positions.
         """
         visual_length = 0 if visual is None else visual.shape[1]
-        self.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
+        self.language_model.check_length(prompt_length, embeddings.shape[1] - prompt_length, visual_length)
         return self.language_model.encode(embeddings, mask, visual, prompt_length)

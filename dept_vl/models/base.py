@@ -210,13 +210,3 @@ class FrozenBackbone(nn.Module, ABC):
         Raises:
             ValueError: If it does not. The message names methods to use instead.
         """
-
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """Check that the language model has enough positions for an input.
-
-        The answer is not counted for an encoder-decoder, whose decoder has its own positions.
-
-        Raises:
-            ValueError: If it has too few. The message names the limit and the length of each part.
-        """
-        self.language_model.check_length(prompt, text, visual, answer)

@@ -117,8 +117,14 @@ class Answerer(LanguageModel, ABC):
     """Base class of language models that score and generate answers; see `LanguageModel` for arguments."""
 
     @abstractmethod
-    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `FrozenBackbone.check_length`."""
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """Check that the model has enough positions for an input.
+
+        The answer is not counted for an encoder-decoder, whose decoder has its own positions.
+
+        Raises:
+            ValueError: If it has too few. The message names the limit and the length of each part.
+        """
 
     @abstractmethod
     def logits(
@@ -158,8 +164,8 @@ class EncoderDecoder(Answerer):
         if visual_position_bias == "none":
             self.counts_text = TextPositions(self.text_model, visual_normed).counts_text
 
-    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `FrozenBackbone.check_length`."""
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """See `Answerer.check_length`."""
         self.check_positions("encoder", prompt=prompt, text=text, visual=visual)
 
     def encode(
@@ -242,8 +248,8 @@ class DecoderOnly(Answerer):
         # Rows with different prompts then have their text in the same columns, until `encode` moves padding.
         self.counts_text = True
 
-    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `FrozenBackbone.check_length`."""
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """See `Answerer.check_length`."""
         images = {"visual": visual} if visual else {}
         self.check_positions("context", prompt=prompt, text=text, **images, answer=answer)
 

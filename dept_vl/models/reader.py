@@ -71,8 +71,8 @@ class PretrainedReader(Answerer):
         embeddings: Tensor = self.word_embeddings(input_ids)
         return embeddings
 
-    def check_length(self, prompt: int, text: int, visual: int, answer: int) -> None:
-        """See `FrozenBackbone.check_length`."""
+    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
+        """See `Answerer.check_length`."""
         parts = {"prompt": prompt, "text": text, "image": visual}
         if not self.encoder_decoder:
             parts["answer"] = answer

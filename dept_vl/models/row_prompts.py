@@ -45,23 +45,24 @@ class PromptTable:
     ) -> None:
         self.d_model = words.shape[1]
         self.padding_first = padding_first
-        lengths = [0 if prompt is None else prompt.prompt_length for prompt in prompts]
-        limits = [LARGEST_SIZE if prompt is None else prompt.max_source_length for prompt in prompts]
+        none = DePT(self.d_model, prompt_length=0, max_source_length=LARGEST_SIZE)
+        filled = [none if prompt is None else prompt for prompt in prompts]
+        lengths = [prompt.prompt_length for prompt in filled]
         self.lengths = torch.tensor(lengths, device=words.device)
-        self.limits = torch.tensor(limits, device=words.device)
+        self.limits = torch.tensor([prompt.max_source_length for prompt in filled], device=words.device)
         self.vectors = words.new_zeros(len(prompts), max(lengths), self.d_model)
-        offsets = [None if prompt is None else prompt.offset(prompt.max_source_length) for prompt in prompts]
+        offsets = [prompt.offset(prompt.max_source_length) for prompt in filled]
         longest = max((len(offset) for offset in offsets if offset is not None), default=0)
         self.offsets = words.new_zeros(len(prompts), longest, self.d_model) if longest else None
-        for place, (prompt, offset) in enumerate(zip(prompts, offsets, strict=True)):
-            vectors = None if prompt is None else prompt.vectors()
+        for place, (prompt, offset) in enumerate(zip(filled, offsets, strict=True)):
+            vectors = prompt.vectors()
             if vectors is not None:
                 self.vectors[place, max(lengths) - len(vectors) :] = vectors
             if offset is not None and self.offsets is not None:
                 self.offsets[place, : len(offset)] = offset
-        self.token_offsets = [None if prompt is None else prompt.token_offset for prompt in prompts]
-        self.visual_offsets = [None if prompt is None else prompt.visual_offset for prompt in prompts]
-        self.memory_offsets = [None if prompt is None else prompt.memory_offset for prompt in prompts]
+        self.token_offsets = [prompt.token_offset for prompt in filled]
+        self.visual_offsets = [prompt.visual_offset for prompt in filled]
+        self.memory_offsets = [prompt.memory_offset for prompt in filled]
 
 
 class RowPrompts(DePT):

@@ -24,7 +24,8 @@ function of that same vector.
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,7 +41,13 @@ POWERS = {"offset_b": 1, "down.weight": -1, "up.weight": 1, "up.bias": 1}
 
 
 class PromptSource(nn.Module, ABC):
-    """Module that computes the soft prompt P from its parameters, where P is not trained directly."""
+    """Module that computes the soft prompt P from its parameters, where P is not trained directly.
+
+    Attributes:
+        as_prompt: Names of the parameters whose step changes P by about as much; see `DePT.parameter_groups`.
+    """
+
+    as_prompt: ClassVar[Collection[str]]
 
     @abstractmethod
     def forward(self) -> Float[Tensor, "prompt d_model"]:
@@ -50,9 +57,12 @@ class PromptSource(nn.Module, ABC):
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
         """Set the parameters so that P is as close to `vectors` as possible."""
 
-    @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Return the parameters by learning-rate group; see `DePT.parameter_groups`."""
+        groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": []}
+        for name, parameter in self.named_parameters():
+            groups["prompt" if name in self.as_prompt else "low_rank"].append(parameter)
+        return groups
 
 
 class DePT(nn.Module):

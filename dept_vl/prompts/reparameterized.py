@@ -30,6 +30,8 @@ class Bottleneck(nn.Module):
 class Residual(PromptSource):
     """Source P = P' + f(P'). Unlike the published f, this f has no final norm, so it starts at zero."""
 
+    as_prompt = ("soft_prompt",)
+
     def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
         super().__init__()
         self.rank = rank
@@ -46,13 +48,11 @@ class Residual(PromptSource):
         """Set P' to `vectors` and leave f unchanged; see `PromptSource.start_from`."""
         self.soft_prompt.copy_(vectors)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return P' in `prompt`, and the parameters of f in `low_rank`."""
-        return {"prompt": [self.soft_prompt], "low_rank": list(self.residual.parameters())}
-
 
 class LowRank(PromptSource):
     """Source P = U V. V is scaled so that a step of U changes P by about as much."""
+
+    as_prompt = ("u",)
 
     def __init__(self, d_model: int, prompt_length: int, rank: int) -> None:
         super().__init__()
@@ -74,14 +74,11 @@ class LowRank(PromptSource):
         self.u.copy_(left[:, :rank] * values[:rank] / size)
         self.v.copy_(right[:rank] * size)
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return U in `prompt`, and V in `low_rank`."""
-        return {"prompt": [self.u], "low_rank": [self.v]}
-
 
 class ScaledRandom(PromptSource):
     """Source P = (Z P~) * scale + shift, with a frozen random P~, of which only the seed is saved."""
 
+    as_prompt = ("z", "shift")
     random: Tensor
 
     def __init__(self, d_model: int, prompt_length: int, rank: int, seed: int) -> None:
@@ -108,7 +105,3 @@ class ScaledRandom(PromptSource):
         self.shift.copy_(vectors.mean(0))
         solved = torch.linalg.lstsq(self.random.T, (vectors.float() - self.shift).T).solution
         self.z.copy_(solved.T)
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return Z and `shift` in `prompt`, and `scale` in `low_rank`."""
-        return {"prompt": [self.z, self.shift], "low_rank": [self.scale]}

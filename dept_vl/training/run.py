@@ -374,7 +374,7 @@ class Run(Stages):
         longest = self.config.prompt.max_source_length
         prompt_length = self.model.prompt.prompt_length if self.model.prompt else 0
         for splits in self.splits:
-            backbone.check_length(
+            backbone.language_model.check_length(
                 prompt_length,
                 longest + backbone.frame,
                 visual_tokens(self.model, splits.train),

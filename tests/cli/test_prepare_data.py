@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dept_vl.cli import call
+from dept_vl.cli import data
 from dept_vl.tasks import load_task
 from dept_vl.tasks.prepare import commands
 
@@ -81,7 +81,7 @@ def test_the_check_passes_what_is_whole(
     def whole(*args: object, **options: object) -> list[check.Finding]:
         return [check.Finding("found", "a file"), check.Finding("ok", "a count")]
 
-    monkeypatch.setattr(commands, "check_task", whole)
+    monkeypatch.setattr(check, "check", whole)
     assert end("check", "--task", "nlvr2", "--root", scenes / "nlvr2") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "everything is there"
 
@@ -92,7 +92,7 @@ def test_a_long_list_is_cut_on_the_screen_and_whole_in_the_report(
     monkeypatch.setattr(commands, "SHOWN", 5)
     report = tmp_path / "report.txt"
     flags = ["check", "--task", "vqav2", "--root", str(damaged), "--report", str(report)]
-    assert call(commands.COMMANDS, "data", "", flags) is False
+    assert data(flags) == 1
     shown = capsys.readouterr().out.splitlines()
     written = report.read_text().splitlines()
     missing = [line for line in written if line.startswith("missing ")]

@@ -570,7 +570,7 @@ def test_context_that_is_just_long_enough(backbone: Backbone) -> None:
     text = random_text(backbone, (POSITIONS - 3,))
     assert model(**text, labels=random_labels((3,))).logits.isfinite().all()
     assert model.generate(**text, max_new_tokens=3).shape[0] == 1
-    backbone.check_length(10, POSITIONS - 13, 0, 3)
+    backbone.language_model.check_length(10, POSITIONS - 13, 0, 3)
 
 
 def test_more_tokens_than_positions_are_refused(backbone: Backbone) -> None:
@@ -578,7 +578,7 @@ def test_more_tokens_than_positions_are_refused(backbone: Backbone) -> None:
     with pytest.raises(
         ValueError, match=r"has 64 positions.*needs 65: 5 prompt \+ 57 text \+ 3 answer.*max_source_length"
     ):
-        backbone.check_length(5, 57, 0, 3)
+        backbone.language_model.check_length(5, 57, 0, 3)
     with pytest.raises(ValueError, match=r"has 64 positions.*needs 65: 5 prompt \+ 60 text"):
         model.encode(**random_text(backbone, (60, 4)))
     text = random_text(backbone, (57, 4))

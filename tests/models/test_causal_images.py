@@ -219,7 +219,7 @@ def test_visual_tokens_take_positions(backbone: Backbone) -> None:
     with pytest.raises(
         ValueError, match=r"64 positions.*needs 65: 5 prompt \+ 41 text \+ 16 visual \+ 3 answer"
     ):
-        backbone.check_length(5, 41, TOKENS, 3)
+        backbone.language_model.check_length(5, 41, TOKENS, 3)
     text = random_text(backbone, (44,))
     with pytest.raises(ValueError, match=r"64 positions.*needs 65: 5 prompt \+ 44 text \+ 16 visual"):
         model.encode(**text, visual_features=random_features(backbone, 1))

@@ -175,7 +175,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_the_limit(pretrained_folder
     limit = backbone.language_model.positions
     assert limit is not None
     with pytest.raises(ValueError, match=str(limit)):
-        backbone.check_length(limit, 1, 0, 1)
+        backbone.language_model.check_length(limit, 1, 0, 1)
 
 
 def test_a_method_that_acts_elsewhere_is_refused(pretrained_folder: Folder) -> None:

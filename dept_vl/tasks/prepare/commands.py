@@ -12,7 +12,6 @@ from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
 from dept_vl.tasks.prepare import hub
 from dept_vl.tasks.prepare.check import Finding
-from dept_vl.tasks.prepare.check import check as check_task
 from dept_vl.tasks.vqav2 import (
     ANSWER_LIST,
     ANSWERED,
@@ -38,20 +37,6 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
     say(f"{output_dir} holds:")
     for kind, count in counts.items():
         say(f"  {kind:<22}{count:>7,}")
-
-
-def check(task: str, root: Path, sample: int = 200, report: Path | None = None) -> bool:
-    """List expected files as found or missing, compare counts with the published ones, open images.
-
-    Args:
-        task: vqav2, gqa, nlvr2 or coco.
-        root: Folder with the task's official files.
-        sample: Number of images to open per split; 0 opens all.
-        report: File for the complete report, with one finding per line.
-    """
-    good = print_findings(check_task(task, root, sample=sample), report)
-    say("everything is there" if good else f"not everything of {task} is in {root}")
-    return good
 
 
 def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
@@ -126,10 +111,9 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         say(f"{kind:<22}{count:>9,}")
 
 
-COMMANDS: dict[str, Callable[..., bool | None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "easy-vqa": easy_vqa,
-    "check": check,
     "answer-list": answer_list,
     "from-hub": from_hub,
 }
-"""Commands by name; their arguments are flags. `check` returns False if something is missing."""
+"""Commands by name; their arguments are flags. `cli` adds `check`."""

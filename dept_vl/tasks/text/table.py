@@ -124,7 +124,7 @@ def by_question(split: Answered) -> dict[str, float]:
 def accuracy_and_macro_f1(split: Answered) -> dict[str, float]:
     """Return the accuracy and the mean F1 of the classes."""
     macro = macro_f1(split.predictions, split.labels, classes=split.classes)
-    return {**accuracy_alone(split), "macro_f1": macro}
+    return accuracy_alone(split) | {"macro_f1": macro}
 
 
 def matthews_alone(split: Answered) -> dict[str, float]:
