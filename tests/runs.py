@@ -76,6 +76,23 @@ def forking() -> ForkServerContext:
     return context
 
 
+def alone(function: Callable[..., object], *arguments: object) -> int | None:
+    """Call a function of a module in a process of its own; its exit code, None if it hangs."""
+    process = forking().Process(target=function, args=arguments)
+    process.start()
+    process.join(timeout=180)
+    code = process.exitcode
+    process.kill()
+    return code
+
+
+def run_code(code: str, folder: Path, module: str) -> None:
+    """Run code in a folder, before which nothing has imported a module."""
+    assert module not in sys.modules
+    os.chdir(folder)
+    exec(code, {})
+
+
 def in_two_processes(function: Callable[..., object], *arguments: object) -> None:
     """Call a function of a module in two processes that know of each other, as a launcher starts them."""
     assert start_two_processes(function, *arguments) == [0, 0]

@@ -3,13 +3,12 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import alone, run_code
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel
 
@@ -182,23 +181,17 @@ def test_generate_takes_names_as_with_any_encoder_decoder_in_peft(folder: Path) 
         model.generate(INPUTS["input_ids"])
 
 
-def test_a_model_card_with_its_base(folder: Path, tmp_path: Path) -> None:
+def test_a_model_card_runs_without_the_plugin_imported(folder: Path, tmp_path: Path) -> None:
+    """In a process of its own, where nothing has imported the plugin yet."""
     from huggingface_hub import ModelCard
 
     get_peft_model(load(folder), config()).save_pretrained(tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.library_name, data.base_model) == ("peft", str(folder))
-
-
-def test_the_card_runs_without_the_plugin_imported(folder: Path, tmp_path: Path) -> None:
-    """In a fresh process, where nothing has imported the plugin yet."""
-    get_peft_model(load(folder), config()).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     (code,) = [part.split("```")[0] for part in card.split("```python")[1:] if "dept_vl" in part]
-    code += "print(type(model.active_peft_config).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "DeptConfig"
+    code += "assert type(model.active_peft_config).__name__ == 'DeptConfig'"
+    assert alone(run_code, code, tmp_path, "dept_vl.adapters.peft.plugin") == 0
     get_peft_model(load(folder), config()).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text().count("## Use\n") == 1
     config().save_pretrained(tmp_path / "alone")

@@ -320,7 +320,8 @@ def test_nothing_to_compile_is_an_error(t5: Backbone) -> None:
         compile_layers(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", [pytest.param("mt5", marks=pytest.mark.slow), "longt5-local"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mt5", "longt5-local"])
 def test_other_models_are_compiled(name: str, graphs: Callable[[], int]) -> None:
     model = trained_model(backbone_of(name, "clip", "relative"))
     expected = [loss(model, text).item() for text in BATCHES]
