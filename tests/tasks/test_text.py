@@ -552,7 +552,7 @@ def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FileNotFoundError, match="holds no split 'validation' of rte: expected validation"):
         load_task("rte", tmp_path / "rte", "test")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; .* prepare_data.py snippets "):
+    with pytest.raises(FileNotFoundError, match=r"no copy of snippets; .*prepare_data.py snippets "):
         load_task("snippets", None, "train")
 
 
