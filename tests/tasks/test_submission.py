@@ -149,6 +149,6 @@ def test_another_form_is_refused(check: Callable[..., str], rows: list[dict[str,
 def test_missing_files_are_named(
     check: Callable[..., str], rows: list[dict[str, Any]], task: Task, scenes: Path, tmp_path: Path
 ) -> None:
-    assert str(tmp_path / "questions.json") in check(rows, tmp_path / "questions.json")
+    assert f"expected questions.json in {tmp_path}" in check(rows, tmp_path / "questions.json")
     with pytest.raises(FileNotFoundError, match="expected a file of predictions at"):
         check_submission(tmp_path / "nowhere.json", task.example_ids(), task.prediction_format)

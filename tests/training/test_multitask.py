@@ -245,7 +245,7 @@ def test_no_task_alone_decides(
 
 def test_a_configuration_keeps_all_tasks(finished: Finished) -> None:
     again = read_config(finished.folder / "config.json")
-    assert replace(again, output_dir=finished.folder) == finished.config
+    assert replace(again, output_dir=finished.folder) == finished.config.settled()
 
 
 def test_the_same_task_twice_is_refused_and_nothing_written(config: RunConfig, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_a_run_leaves_all_its_files(finished: Finished) -> None:
 
 
 def test_config_is_written_whole(finished: Finished) -> None:
-    assert json.loads((finished.folder / "config.json").read_text()) == to_json(finished.config)
+    assert json.loads((finished.folder / "config.json").read_text()) == to_json(finished.config.settled())
 
 
 def test_log_has_loss_rates_and_scores(finished: Finished) -> None:
