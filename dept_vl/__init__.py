@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dept_vl.inference.mixed import load_many as load_many
     from dept_vl.inference.predictor import Predictor as Predictor
     from dept_vl.models.backbone import Backbone as Backbone
+    from dept_vl.models.pretrained_vlm import VisionLanguageModel as VisionLanguageModel
     from dept_vl.models.prompted import PromptedModel as PromptedModel
-    from dept_vl.models.vlm import VisionLanguageModel as VisionLanguageModel
     from dept_vl.prompts.base import register_method as register_method
     from dept_vl.prompts.dept import DePT as DePT
     from dept_vl.tasks import load_task as load_task
@@ -34,7 +34,7 @@ _MODULES = {
     "Predictor": "inference.predictor",
     "PromptedModel": "models.prompted",
     "RunConfig": "config",
-    "VisionLanguageModel": "models.vlm",
+    "VisionLanguageModel": "models.pretrained_vlm",
     "attach": "adapters.attach",
     "build_prompt": "api",
     "evaluate": "api",

@@ -22,8 +22,8 @@ from torch import Tensor
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig, TrainOptions
 from dept_vl.inference.mixed import ManyAdapters, load_many
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 
 

@@ -20,7 +20,7 @@ from dept_vl.data.splits import data_options, informed, run_decoding
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import BACKBONE_FILE, Backbone
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
+from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 

@@ -1,7 +1,8 @@
 """Frozen backbones, and models that combine a backbone with a prompt.
 
-`backbone` joins a vision tower and a language model by a visual projection, `vlm` wraps pretrained models,
-`prompted` adds a prompt (`row_prompts`: one per row of a batch), and `tokens` converts answers to token ids.
+`backbone` joins a vision tower and a language model by a visual projection, `pretrained_vlm` wraps
+pretrained models, `prompted` adds a prompt (`row_prompts`: one per row of a batch), and `tokens` converts
+answers to token ids.
 """
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "padding",
     "positions",
     "precision",
+    "pretrained_vlm",
     "projection",
     "prompt_hook",
     "prompted",
@@ -26,5 +28,4 @@ __all__ = [
     "source",
     "tokens",
     "vision",
-    "vlm",
 ]

@@ -114,7 +114,7 @@ class BackboneOptions(Options):
     """Rank of LoRA."""
 
     def loading(self) -> dict[str, Any]:
-        """Return the arguments of `models.vlm.open_backbone`.
+        """Return the arguments of `models.pretrained_vlm.open_backbone`.
 
         Raises:
             UsageError: If an option does not apply to the kind of backbone that is given.

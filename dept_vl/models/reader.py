@@ -1,4 +1,4 @@
-"""Wrapper that scores and generates answers with a pretrained model; see `vlm`."""
+"""Wrapper that scores and generates answers with a pretrained model; see `pretrained_vlm`."""
 
 import inspect
 from collections.abc import Iterator

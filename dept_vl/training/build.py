@@ -8,8 +8,8 @@ import torch
 from dept_vl.adapters.warm_start import inherit
 from dept_vl.config import PromptOptions, RunConfig
 from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise

@@ -16,8 +16,8 @@ from dept_vl.data.feature_source import GIB, features_folder
 from dept_vl.data.feature_store import DTYPES, write_features
 from dept_vl.data.splits import check_images, image_root, load_split
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.models.vlm import open_backbone
 from dept_vl.training.errors import explained
 from dept_vl.training.options import ExtractConfig
 

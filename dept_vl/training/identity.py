@@ -43,7 +43,7 @@ from dept_vl.data.feature_source import features_folder
 from dept_vl.data.lengths import tokenizer_description
 from dept_vl.data.splits import Splits, load_splits, options_together, parts_of
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.vlm import open_backbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.tasks.base import Task, data_folder
 
 PACKAGES = ("torch", "transformers", "numpy")

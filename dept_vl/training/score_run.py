@@ -25,9 +25,9 @@ from dept_vl.data.splits import check_images, data_options, informed, load_split
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.precision import hold_frozen_in_bfloat16
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.sharding import place_model
 from dept_vl.models.vision import VisionEncoder
-from dept_vl.models.vlm import open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
 from dept_vl.tasks.io.predictions import ExampleId

@@ -39,7 +39,7 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.data.splits import load_splits
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.vlm import open_backbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt
 from dept_vl.training.folder import existing

@@ -89,7 +89,7 @@ def with_lora(config: RunConfig) -> RunConfig:
 @cache
 def _lora_sizes(loading: tuple[tuple[str, Any], ...]) -> tuple[int, int]:
     """Return a backbone's hidden size, and the number of parameters of LoRA of rank 1 on it."""
-    from dept_vl.models.vlm import open_backbone
+    from dept_vl.models.pretrained_vlm import open_backbone
 
     backbone = open_backbone(**dict(loading))
     backbone.add_lora(1)

@@ -29,10 +29,10 @@ from benchmarks.methods import Runner, build_prompt
 from dept_vl.adapters.attach import attach
 from dept_vl.models.checks import load_tokenizer
 from dept_vl.models.image_features import FEATURES, PIXELS, encoded, given_features, output_of
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel, sequence_loss
 from dept_vl.models.source import PER_TOKEN
 from dept_vl.models.tokens import IGNORE_INDEX
-from dept_vl.models.vlm import VisionLanguageModel
 
 Width = Literal["tiny", "small", "real"]
 TEXT, ANSWER, NEW_TOKENS = 24, 4, 10

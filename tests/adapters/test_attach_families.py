@@ -14,8 +14,8 @@ from zoo.vlms import FAMILIES, TEXT_ONLY
 
 from dept_vl.adapters.attach import Attached, attach, new_prompt
 from dept_vl.adapters.families import Parts
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import VisionLanguageModel
 from dept_vl.prompts.dept import DePT
 
 Folder = Callable[[str], Path]

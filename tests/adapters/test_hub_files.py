@@ -20,8 +20,8 @@ from dept_vl import load
 from dept_vl.adapters.adapter import ADAPTER_FILE, TENSORS_FILE, Adapter
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig, read_config, to_json
 from dept_vl.models.backbone import Backbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 
 NAME = "someone/adapter"

@@ -34,8 +34,8 @@ from dept_vl.adapters.calls import PromptedCalls  # noqa: E402
 from dept_vl.adapters.families import Parts  # noqa: E402
 from dept_vl.adapters.peft.files import from_peft, to_peft  # noqa: E402
 from dept_vl.adapters.peft.plugin import DeptConfig, DeptWords, create_dept_optimizer  # noqa: E402
+from dept_vl.models.pretrained_vlm import VisionLanguageModel  # noqa: E402
 from dept_vl.models.prompted import PromptedModel  # noqa: E402
-from dept_vl.models.vlm import VisionLanguageModel  # noqa: E402
 from dept_vl.prompts.dept import DePT  # noqa: E402
 
 Folder = Callable[[str], Path]

@@ -24,8 +24,8 @@ from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference import bulk
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.run import run

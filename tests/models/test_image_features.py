@@ -17,8 +17,8 @@ from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConf
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.feature_index import fingerprint
 from dept_vl.data.features import FeatureTable
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import VisionLanguageModel
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.vqav2 import VQAv2
 from dept_vl.training.extract import extract

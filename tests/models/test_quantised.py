@@ -15,9 +15,9 @@ from dept_vl.config import BackboneOptions
 from dept_vl.models import quantised
 from dept_vl.models.options import LoadIn
 from dept_vl.models.precision import hold_frozen_in_bfloat16
+from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import place_model
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.prompts.dept import DePT
 
 BITS: tuple[LoadIn, ...] = ("4bit", "8bit")

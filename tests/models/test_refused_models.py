@@ -13,8 +13,8 @@ from zoo.vlms import blip_parts
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import PromptOptions
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import open_backbone
 from dept_vl.training.build import build_prompt
 
 FolderOf = Callable[[str], Path]

@@ -20,8 +20,8 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data.feature_index import fingerprint
 from dept_vl.models import sharding as spread
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import VisionLanguageModel
 from dept_vl.training import run as runs
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run

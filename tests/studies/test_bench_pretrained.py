@@ -20,8 +20,8 @@ from benchmarks.pretrained import (
     of_pretrained,
 )
 from benchmarks.steps import plan
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vlm import VisionLanguageModel
 from dept_vl.prompts.dept import DePT
 from scripts import bench
 

@@ -19,7 +19,7 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.card import model_card
 from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConfig, to_json
 from dept_vl.inference import demo
-from dept_vl.models.vlm import open_backbone
+from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.studies.options import TransferConfig
 from dept_vl.studies.search import tune
 from dept_vl.studies.transfer import transfer

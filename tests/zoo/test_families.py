@@ -18,9 +18,9 @@ from zoo.vlms import FAMILIES
 
 from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, PromptOptions, RunConfig
 from dept_vl.data.collate import Batch, Collator, Draw
+from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.row_prompts import PromptTable, RowPrompts
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Example
 from dept_vl.training.build import build_prompt

@@ -15,9 +15,9 @@ from zoo.subjects import Composed, InPeft, Inputs, NotThere, ReadyMade, Subject
 from zoo.vlms import saved
 
 from dept_vl.models.padding import packing, take
+from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import IGNORE_INDEX, end_token
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 
 QUESTIONS = ("what colour is the star ?", "how many ?", "is it red ?")
 LONGEST = 40

@@ -22,7 +22,7 @@ from benchmarks.pretrained import (
     draw_pretrained,
     of_pretrained,
 )
-from dept_vl.models.vlm import VisionLanguageModel
+from dept_vl.models.pretrained_vlm import VisionLanguageModel
 
 BATCH = 16
 """Batch size."""

@@ -83,7 +83,7 @@ class VisionLanguageModel(FrozenBackbone):
         ValueError: If the processor has no tokenizer or does not belong to the model.
 
     Example:
-        >>> from dept_vl.models.vlm import VisionLanguageModel
+        >>> from dept_vl.models.pretrained_vlm import VisionLanguageModel
         >>> backbone = VisionLanguageModel.from_pretrained("Salesforce/blip2-flan-t5-xl")  # doctest: +SKIP
     """
 

@@ -17,10 +17,10 @@ from zoo.vlms import DECODER_ONLY, TEXT_ONLY
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import BackboneOptions
 from dept_vl.data.collate import Collator, Draw
-from dept_vl.models import reader, vlm
+from dept_vl.models import pretrained_vlm, reader
+from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import target_ids, target_texts
-from dept_vl.models.vlm import VisionLanguageModel, open_backbone
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Example
 
@@ -140,12 +140,12 @@ def test_the_probe_notices_a_prompt_that_is_not_read(
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava"))
     backbone.probe()
     monkeypatch.setattr(reader, "prompting", lambda *_: nullcontext())
-    monkeypatch.setattr(vlm, "place", lambda prompt, *args, **named: place(None, *args, **named))
+    monkeypatch.setattr(pretrained_vlm, "place", lambda prompt, *args, **named: place(None, *args, **named))
     with pytest.raises(ValueError, match="does not change"):
         backbone.probe()
 
 
-place = vlm.place
+place = pretrained_vlm.place
 
 
 def test_the_probe_notices_padding_that_is_read(
