@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -257,12 +257,13 @@ class VisionLanguageModel(FrozenBackbone):
         input_ids: Int[Tensor, "batch text"],
         attention_mask: Int[Tensor, "batch text"] | Bool[Tensor, "batch text"],
         *,
-        word_table: nn.Embedding | None = None,
-        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
-        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
         processed: Mapping[str, Tensor] | None = None,
+        **of_composed: Any,
     ) -> tuple[Source, Bool[Tensor, "batch source"]]:
-        """Return the source with placeholders, which the model reads later; see `FrozenBackbone.read`."""
+        """Return the source with placeholders, which the model reads later; see `FrozenBackbone.read`.
+
+        What only a composed backbone reads, `of_composed`, is not used.
+        """
         more = dict(processed or {})
         if FEATURES in more and self.language_model.output_of_images is None:
             self.language_model.output_of_images = output_of(self.language, self.processor)
