@@ -55,7 +55,7 @@ from dept_vl.training.score_run import Evaluated, score_predictor, score_run
 
 PromptInit = Literal["vocabulary", "text", "random"]
 RUNNING = threading.RLock()
-"""Held by `train` and `evaluate`, because random generators and accelerate's state are of all threads."""
+"""Lock of `train` and `evaluate`: all threads share the random generators and accelerate's state."""
 
 
 @dataclass(frozen=True)

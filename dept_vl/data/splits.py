@@ -285,9 +285,8 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     """
     known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
-    # As in `DataOptions`, your own data with the default task are of task vqa.
-    asked = "" if given and config.task == DataOptions.task else config.task
-    name = TASKS[asked or (OWN_TASK if given else trained.data.task)].loaded_as
+    asked = config.task or (OWN_TASK if given else trained.data.task)
+    name = TASKS[DataOptions(task=asked, own=config.own).task].loaded_as
     if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")
     options = known.get(name, DataOptions(task=name))

@@ -43,7 +43,7 @@ PIXELS = 4096
 """Largest side in pixels of an image processor's output."""
 CHANNELS = 3
 LOADING = threading.RLock()
-"""Held while something is loaded: transformers replaces functions of torch meanwhile, for all threads."""
+"""Lock for loading models: while transformers loads one, it patches functions of torch for all threads."""
 PLAIN_WORDS = ("the", "what", "red", "is", "no", "two")
 
 

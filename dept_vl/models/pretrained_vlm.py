@@ -262,7 +262,7 @@ class VisionLanguageModel(FrozenBackbone):
     ) -> tuple[Source, Bool[Tensor, "batch source"]]:
         """Return the source with placeholders, which the model reads later; see `FrozenBackbone.read`.
 
-        What only a composed backbone reads, `of_composed`, is not used.
+        `of_composed` takes the inputs of composed backbones and ignores them.
         """
         more = dict(processed or {})
         if FEATURES in more and self.language_model.output_of_images is None:

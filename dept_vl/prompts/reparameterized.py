@@ -59,7 +59,7 @@ class LowRank(PromptSource):
         self.rank = rank
         self.u = nn.Parameter(torch.empty(prompt_length, rank).uniform_(-0.5, 0.5))
         v = torch.empty(rank, d_model)
-        # Where only the shapes are needed, nothing is drawn, for which torch would load more of itself.
+        # On the meta device only the shape is needed, and drawing there would import more of torch.
         self.v = nn.Parameter(v if v.is_meta else v.normal_() / math.sqrt(rank))
 
     def forward(self) -> Float[Tensor, "prompt d_model"]:

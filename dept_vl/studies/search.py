@@ -255,7 +255,7 @@ def _ends(study: Any, config: RunConfig, number: int, step: int, run: Path | Non
 
 
 def _fail(study: Any, number: int) -> None:
-    """End a trial that diverged; its values would diverge again."""
+    """Mark a diverged trial as failed, so that resuming the search does not repeat it."""
     import optuna
 
     study.tell(_trial(study, number), state=optuna.trial.TrialState.FAIL)
@@ -272,14 +272,14 @@ def _report(study: Any, config: RunConfig, folder: Path) -> tuple[int, dict[str,
     """Write all trials and their cost, best first; return number and values of the best trial.
 
     Raises:
-        ValueError: If no trial came to its end.
+        ValueError: If no trial was completed.
     """
     import optuna
 
     trials = study.get_trials(deepcopy=False)
     if all(trial.state != optuna.trial.TrialState.COMPLETE for trial in trials):
         raise ValueError(
-            f"no trial of {folder} came to its end, as those that were not stopped diverged; begin a search "
+            f"no trial of {folder} is complete: every trial diverged or was stopped early; start a search "
             "with lower learning rates in another --output_dir"
         )
     best = study.best_trial

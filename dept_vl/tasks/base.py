@@ -110,7 +110,8 @@ class Task(ABC):
     source_column = ""
     """Column of the rows with the texts for the encoder, if there is one."""
     image_columns: ClassVar[Sequence[Sequence[str]]] = ()
-    """Columns of the rows that name each image of an example, for `image_path`; empty without that method."""
+    """For each image of an example, the columns of the rows that `image_path` takes. Without them, examples
+    are built to read their images."""
     train_split = "train"
     """Default training split."""
     dev_split = ""
@@ -224,7 +225,11 @@ class Task(ABC):
         return ids
 
     def image_path(self, *names: Any) -> Path:
-        """Return the file of an image by its values in `image_columns`, which make `images` fast."""
+        """Return the path of an image. A task that sets `image_columns` implements this.
+
+        Args:
+            *names: Values of the image's columns.
+        """
         raise NotImplementedError
 
     def images(self, index: int) -> tuple[Path, ...]:

@@ -53,11 +53,11 @@ def why_not(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool
     return ""
 
 
-def can_record(accelerator: Accelerator, options: TrainOptions, **model: bool) -> bool:
-    """Return whether steps are recorded, and print why not if they should be; `model` is for `why_not`."""
+def can_record(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool) -> bool:
+    """Return whether steps are recorded, and print why not if `options` ask for it; see `why_not`."""
     if not options.cuda_graphs:
         return False
-    reason = why_not(accelerator, options, **model)
+    reason = why_not(accelerator, options, pretrained=pretrained, encoded=encoded)
     if reason:
         say(f"steps are not recorded as CUDA graphs: {reason}")
     return not reason
