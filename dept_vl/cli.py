@@ -14,7 +14,7 @@ from dept_vl._utils.errors import UnknownNameError, UsageError, exit_status
 from dept_vl._utils.flags import Command, FirstFlags, call, choose, flags_of, note_lone_process, parse_options
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE, is_hub_name
-from dept_vl.config import OWN_TASK, RENAMED, EvaluateConfig, Own, RunConfig, read_config, validate
+from dept_vl.config import RENAMED, DataOptions, EvaluateConfig, Own, RunConfig, read_config, validate
 from dept_vl.inference.options import DemoConfig, PredictConfig, ServeConfig
 from dept_vl.presets import PRESETS, with_preset
 from dept_vl.tasks import TASKS
@@ -276,10 +276,9 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
         # A whole model takes the place of the script's own.
         base = replace(base, backbone=replace(base.backbone, language=None))
     config = flags(over(base))
-    tasks = [data.task for data in (config.data, *config.also)]
-    for task in tasks:
-        _check_task(task)
-    longest = max(TASKS[task].max_source_length for task in tasks)
+    for data in (config.data, *config.also):
+        _check_names(data)
+    longest = max(TASKS[data.task].max_source_length for data in (config.data, *config.also))
     if known.preset is None and longest == base.prompt.max_source_length:
         return config
     # The task is itself an option, so the flags have to be read twice.
@@ -338,15 +337,9 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
 
     validate(config)
     for options in (config.data, *config.also):
-        _check_task(options.task)
-        if options.own.data is not None:
-            check_own_data(options.own)
-            continue
-        folder = data_folder(options.task, options.data_dir)
-        if not folder.exists() and (options.data_dir is not None or TASKS[options.task].image_count):
-            own = TASKS[options.task].loaded_as == OWN_TASK
-            way = "--data FILE" if own else "--data_dir, or see dept-vl data"
-            raise FileNotFoundError(f"no folder {folder} with the data of {options.task}; give {way}")
+        _check_names(options)
+        if options.own.data is None and options.data_dir is None and TASKS[options.task].image_count:
+            _check_folder(data_folder(options.task, None), options.task)
         _check_exists("--shots_file", options.shots_file)
     _check_exists("--backbone", config.backbone.backbone)
     _check_source("--model", config.backbone.model)
@@ -354,6 +347,23 @@ def check_run(config: RunConfig | ExtractConfig) -> None:
     _check_source("--language", config.backbone.language)
     if isinstance(config, RunConfig):
         _check_exists("--init_from", *config.prompt.init_from)
+
+
+def _check_names(options: DataOptions) -> None:
+    """Check the names of a task and of its data, without an import of the task."""
+    _check_task(options.task)
+    if options.own.data is not None:
+        check_own_data(options.own)
+    elif options.data_dir is not None:
+        _check_folder(options.data_dir, options.task)
+
+
+def _check_folder(folder: Path, task: str) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"no folder {folder} with the data of {task}; give --data_dir (see dept-vl data), or --data FILE "
+            "for your own data"
+        )
 
 
 def _check_task(name: str | None) -> None:

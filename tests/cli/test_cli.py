@@ -41,13 +41,13 @@ def test_no_flags_give_the_defaults() -> None:
     assert parsed(defaults=defaults) == defaults
 
 
-def test_flags_are_flat() -> None:
+def test_flags_are_flat(tmp_path: Path) -> None:
     config = parsed(
-        *["--data_dir", "some/where", "--language", "google-t5/t5-base", "--prompt_length", "9"],
+        *["--data_dir", str(tmp_path), "--language", "google-t5/t5-base", "--prompt_length", "9"],
         *["--rank", "3", "--max_steps", "12", "--offset_lr", "0.5", "--no-backbone_dropout"],
         *["--output_dir", "runs/x", "--log_with", "tensorboard", "--prompt_init", "text"],
     )
-    assert config.data == DataOptions(data_dir=Path("some/where"))
+    assert config.data == DataOptions(data_dir=tmp_path)
     assert config.backbone == BackboneOptions(language="google-t5/t5-base", backbone_dropout=False)
     assert config.prompt == PromptOptions(prompt_length=9, rank=3, prompt_init="text")
     assert config.train == TrainOptions(max_steps=12)
@@ -58,14 +58,14 @@ def test_flags_are_flat() -> None:
 def test_flags_override_the_file_which_overrides_the_defaults(tmp_path: Path) -> None:
     file = write(
         tmp_path / "config.json",
-        {"optim": {"prompt_lr": 0.05, "offset_lr": 0.02}, "data": {"data_dir": "from/file"}},
+        {"optim": {"prompt_lr": 0.05, "offset_lr": 0.02}, "data": {"data_dir": str(tmp_path)}},
     )
     flags = ["--prompt_lr", "0.7", "--config", str(file), "--seed", "3"]
     config = parsed(*flags, defaults=RunConfig(train=TrainOptions(max_steps=7)))
     assert config.optim.prompt_lr == 0.7
     assert config.optim.offset_lr == 0.02
     assert config.optim.projection_lr == 1e-3
-    assert config.data.data_dir == Path("from/file")
+    assert config.data.data_dir == tmp_path
     # The file stands for the script's defaults; what it leaves out is as usual.
     assert (config.train.max_steps, config.train.seed) == (TrainOptions().max_steps, 3)
 

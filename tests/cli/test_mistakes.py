@@ -112,7 +112,10 @@ MISTAKES = {
     f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/run/more": (1, "inside the folder of the run"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --images {{data}}": (2, "your own data (--images)"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --split_seed 1 --turns all": (2, "(--turns, --split_seed)"),
-    f"{TRAIN} --task vqa --images {{data}}": (1, "data/vqa with the data of vqa; give --data FILE"),
+    f"{TRAIN} --task vqa --images {{data}}": (
+        1,
+        "data/vqa with the data of vqa; give --data_dir (see dept-vl data), or --data FILE",
+    ),
     f"{TRAIN} --data_dir {{data}}/vqav2 --log_with wandbb": (1, "wandbb"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --dev_split val --features cached": (1, "features"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --tune 2": (1, "--output_dir"),

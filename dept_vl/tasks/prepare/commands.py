@@ -3,23 +3,16 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dept_vl._utils.io import write_json
 from dept_vl._utils.printable import printable, say
 from dept_vl.tasks.io.official_files import find
 from dept_vl.tasks.io.records import brief, field, read_list
 from dept_vl.tasks.metrics.vqa import normalise_answer
-from dept_vl.tasks.prepare import easy_vqa as easy_vqa_task
-from dept_vl.tasks.prepare import hub
-from dept_vl.tasks.prepare.check import Finding
-from dept_vl.tasks.vqav2 import (
-    ANSWER_LIST,
-    ANSWERED,
-    PUBLISHED_LIST,
-    SOURCE,
-    annotation_names,
-    read_answer_list,
-)
+
+if TYPE_CHECKING:  # Help imports no task: these cost as much as all else.
+    from dept_vl.tasks.prepare.check import Finding
 
 USUAL_FROM = 9
 """Minimum number of questions in train and val with a usual answer for it to be in the published list."""
@@ -33,13 +26,15 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
     Args:
         output_dir: Folder to write; must not exist, or hold a finished conversion.
     """
-    counts = easy_vqa_task.convert(output_dir)
+    from dept_vl.tasks.prepare.easy_vqa import convert
+
+    counts = convert(output_dir)
     say(f"{output_dir} holds:")
     for kind, count in counts.items():
         say(f"  {kind:<22}{count:>7,}")
 
 
-def print_findings(findings: Iterable[Finding], report: Path | None) -> bool:
+def print_findings(findings: Iterable["Finding"], report: Path | None) -> bool:
     """Print the first findings of each status, write all to a file, and return whether all are good."""
     lines: list[str] = []
     counts: Counter[str] = Counter()
@@ -67,6 +62,8 @@ def answer_list(root: Path, floor: int = USUAL_FROM, output: Path | None = None)
         floor: Minimum number of questions with the same usual answer; 9 is published.
         output: File to write. Default: answer_list.json in the folder, which runs on it then use.
     """
+    from dept_vl.tasks.vqav2 import ANSWER_LIST, PUBLISHED_LIST, read_answer_list
+
     answers = usual_answers(root, floor)
     published = set(read_answer_list(PUBLISHED_LIST))
     output = output or root / ANSWER_LIST
@@ -83,6 +80,8 @@ def usual_answers(root: Path, floor: int = USUAL_FROM) -> list[str]:
     As in the published list (Teney et al. 2018, as in LXMERT), usual answers are those named in the
     annotation files (`multiple_choice_answer`), normalised. Raises ValueError if there is no such answer.
     """
+    from dept_vl.tasks.vqav2 import ANSWERED, SOURCE, annotation_names
+
     counts: Counter[str] = Counter()
     for subtype in ANSWERED:
         path = find(root, annotation_names(subtype), "VQAv2", SOURCE)
@@ -107,7 +106,9 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         output_dir: Folder to write, or to add to.
         source: Name on the Hub, or folder with the copy. Default: the task's usual copy.
     """
-    for kind, count in hub.fetch(task, source, output_dir, split=split).items():
+    from dept_vl.tasks.prepare.hub import fetch
+
+    for kind, count in fetch(task, source, output_dir, split=split).items():
         say(f"{kind:<22}{count:>9,}")
 
 
