@@ -115,8 +115,6 @@ def train(config: RunConfig) -> Trained:
         >>> score = trained.scores["overall"]
         >>> answer = dept_vl.load(trained.folder).answer("street.jpg", "what colour is the car?")
     """
-    if config.tune:
-        raise UsageError(f"tune={config.tune} searches options over many runs; use the command with --tune")
     with _alone(), _restored():
         result = run(config, more_to_come=True)
     return Trained(result.output_dir, result.scores, result.trainable)

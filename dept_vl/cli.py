@@ -54,9 +54,9 @@ def train(
             f"this script does not train {config.data.task!r}, only {', '.join(tasks)}; use dept-vl train"
         )
     check_run(config)
-    from dept_vl.studies.search import launch
+    from dept_vl.training.run import run
 
-    return launch(config).exit_status
+    return run(config).exit_status
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -160,9 +160,6 @@ class RunConfig(Options):
     """Resume a run even if its options or data have changed since it was started."""
     wait: bool = False
     """Wait if another process is using the folder, instead of raising an error."""
-    tune: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """Number of trials of a hyper-parameter search over the learning rates and the division of the parameter
-    budget between prompt length and rank; 0 trains once, without a search."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16: run the backbone in bfloat16. fp16 is not supported, because T5 overflows in it."""
     log_with: str | None = None
@@ -308,6 +305,8 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
     language model are joined, and that images are not rotated by their EXIF orientation.
     """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
+    if named.get("tune") == 0:  # of the search for learning rates that earlier versions had
+        del named["tune"]
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
     backbone, also = named.get("backbone"), named.get("also")
@@ -365,6 +364,11 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
     content = read_json(path)
     if isinstance(content, dict):
+        if content.get("tune"):
+            raise UsageError(
+                f"{path}: tune is {content['tune']!r:.60}, of a search that this version does not have; "
+                "expected 0: take the config.json of a trial, or remove tune"
+            )
         for name in ("output_dir", "resume", "accept_changes", "wait"):
             content.pop(name, None)
         content = _over(_located(current_options(content), path.parent), to_json(base or RunConfig()))

@@ -227,11 +227,6 @@ def test_options_of_an_evaluation_are_checked_as_those_of_the_command(option: st
         dept_vl.evaluate("runs/vqa", **{option: value})
 
 
-def test_a_search_is_not_a_run(make_run: Callable[..., RunConfig]) -> None:
-    with pytest.raises(UsageError, match="tune"):
-        dept_vl.train(with_(make_run(DataOptions()), tune=3))
-
-
 def test_a_prompt_without_a_configuration(t5: Backbone) -> None:
     prompt = dept_vl.build_prompt("dept", t5, prompt_length=4, rank=2, max_source_length=9, init="random")
     assert (prompt.prompt_length, prompt.max_source_length) == (4, 9)

@@ -1,6 +1,6 @@
-"""Experiments with many runs: search and transfer.
+"""Experiments with many runs: transfer from task to task.
 
 Only the command line imports them. The comparison of methods and the benchmarks are in `scripts/benchmarks`.
 """
 
-__all__ = ["options", "search", "transfer"]
+__all__ = ["options", "transfer"]

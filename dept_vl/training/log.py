@@ -151,16 +151,9 @@ class Log:
         self.accelerator.log(dict(record), step=step)
 
 
-def best_dev(run: Path, steps: int | None = None) -> float:
-    """Return the best dev score of a run (the mean over tasks if there are several).
-
-    If `steps` is given, only evaluations up to that step count.
-    """
-    return max(
-        float(record["score"])
-        for record in read_log(run / LOG_FILE)
-        if "score" in record and (steps is None or record["step"] <= steps)
-    )
+def best_dev(run: Path) -> float:
+    """Return the best dev score of a run (the mean over tasks if there are several)."""
+    return max(float(record["score"]) for record in read_log(run / LOG_FILE) if "score" in record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -86,6 +86,9 @@ def test_an_older_configuration_is_read(tmp_path: Path) -> None:
     assert differences(stored, to_json(config)) == []
     changed = replace(config, optim=replace(config.optim, offset_lr=0.1))
     assert differences(stored, to_json(changed)) == ["optim.offset_lr=0.02 -> 0.1"]
+    assert stored["tune"] == 0  # no search, which earlier versions had
+    with pytest.raises(UsageError, match="tune is 20"):
+        read_config(write(tmp_path / "config.json", stored | {"tune": 20}))
 
 
 def test_models_that_an_older_run_joined_are_joined_as_then(tmp_path: Path) -> None:

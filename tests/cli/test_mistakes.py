@@ -118,7 +118,6 @@ MISTAKES = {
     ),
     f"{TRAIN} --data_dir {{data}}/vqav2 --log_with wandbb": (1, "wandbb"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --dev_split val --features cached": (1, "features"),
-    f"{TRAIN} --data_dir {{data}}/vqav2 --tune 2": (1, "--output_dir"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/list.json/run": (1, "list.json"),
     "train --resume nowhere": (1, "nowhere"),
     "train --resume auto --data_dir {data}/vqav2": (1, "--output_dir"),

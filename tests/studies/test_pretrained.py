@@ -1,4 +1,4 @@
-"""Comparison, transfer, search, ranking, demo and card of pretrained models, after a run of each family."""
+"""Comparison, transfer, ranking, demo and card of pretrained models, after a run of each family."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from dept_vl.config import BackboneOptions, DataOptions, EvaluateConfig, RunConf
 from dept_vl.inference import demo
 from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.studies.options import TransferConfig
-from dept_vl.studies.search import tune
 from dept_vl.studies.transfer import transfer
 from dept_vl.training.run import run
 from dept_vl.training.score_run import score_run
@@ -87,7 +86,7 @@ def test_what_no_pretrained_model_carries_is_refused_where_nothing_else_is_asked
     assert not (tmp_path / "compare" / "2-steps").exists()
 
 
-def test_transferred_and_searched(trained: RunConfig, tmp_path: Path) -> None:
+def test_transferred(trained: RunConfig, tmp_path: Path) -> None:
     reset_accelerate()
     transfer(
         TransferConfig(
@@ -102,9 +101,6 @@ def test_transferred_and_searched(trained: RunConfig, tmp_path: Path) -> None:
         )
     )
     assert (tmp_path / "transfer" / "transfer.md").is_file()
-    reset_accelerate()
-    best = tune(with_(trained, tune=2, output_dir=tmp_path / "search"))
-    assert (best.output_dir / "best").is_dir()
 
 
 def test_answers_cards_and_pages(trained: RunConfig, tmp_path: Path) -> None:

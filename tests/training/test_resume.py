@@ -568,7 +568,7 @@ def test_an_evaluation_that_only_a_pause_makes_shifts_no_dropout(
     config: RunConfig, whole: RunResult, tmp_path: Path
 ) -> None:
     paused = replace(config, output_dir=tmp_path / "run", resume="auto")
-    for step in (3, 5, 0):
+    for step in (3, 5, 5, 3, 0):  # also where the run has passed the step
         reset_accelerate()
         run(replace(paused, train=replace(config.train, pause_at=step)))
     ours, theirs = result_of(tmp_path / "run"), result_of(whole.output_dir)
