@@ -207,10 +207,7 @@ def is_there(path: Path) -> bool:
 def check_noted(*paths: Path, folder: Path | None = None, grows: bool = False) -> int:
     """Compare files of a folder with their recorded checksums: all with the old ones, or all with the new.
 
-    Args:
-        paths: Files to compare.
-        folder: Folder with the checksums; None for that of the first file.
-        grows: Whether the files may have grown since.
+    `folder` holds the checksums (None for that of the first file). With `grows`, files may have grown since.
 
     Returns:
         Number of compared bytes of the last file; -1 if it has no recorded checksum.

@@ -43,12 +43,9 @@ NEAR = 6
 def find_again(name: str, folder: Path) -> str:
     """Return the current location of a path in the options; names on the Hub and unknown paths are unchanged.
 
-    A relative path is searched from the directory where the run was started, the working directory, and the
-    folder of the run. So another project's files of the same names are not mistaken for those of the run.
-
-    Args:
-        name: Path as given in the options.
-        folder: Folder of the run, adapter or configuration with the options.
+    `folder` is that of the run, adapter or configuration. A relative path is searched from the directory
+    where the run was started, the working directory, and the folder of the run. So another project's files
+    of the same names are not mistaken for those of the run.
     """
     if not name or os.path.isabs(name):
         return name

@@ -97,11 +97,7 @@ class Adapter:
     ) -> "Adapter":
         """Return an adapter with a copy of a prompt that was trained with `attach`.
 
-        Args:
-            prompt: Trained prompt.
-            backbone: Description of the model, as `families.describe_model` returns it.
-            task: Task that the prompt was trained on.
-            metrics: Metrics on the task's own scale.
+        `backbone` is the description of `families.describe_model`.
         """
         return cls(
             prompt=prompt.describe(),

@@ -67,11 +67,7 @@ class AllFields(PromptFields):
 
 
 def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors by their names in this package, and the configuration.
-
-    Args:
-        folder: Folder with the two files.
-        prompt_only: Whether to read only P, without A and B.
+    """Return the tensors (with `prompt_only` P alone) by their names here, and the configuration.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -129,14 +125,7 @@ def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
 def contents(
     tensors: Mapping[str, Tensor], sizes: Mapping[str, Any], backbone: str, config: Mapping[str, Any]
 ) -> dict[str, bytes]:
-    """Return the content of the two files by file name.
-
-    Args:
-        tensors: Tensors P, A and B by their names in this package.
-        sizes: Description of the prompt; see `Adapter.prompt`.
-        backbone: Name of the language model.
-        config: Configuration that the adapter was read with, or an empty mapping.
-    """
+    """Return the content of the two files by file name. `config` is that of the adapter's files, or empty."""
     width, alpha = sizes["d_model"], sizes["alpha"]
     kept = dict(config) or DEFAULTS | {"hidden_size": width, "tokenizer_name_or_path": backbone}
     described = kept | {

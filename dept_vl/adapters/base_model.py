@@ -72,12 +72,7 @@ class Sample:
 
 
 def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
-    """Return the fingerprint of a model of transformers; empty if its word embeddings have no values.
-
-    Args:
-        model: Model, whose PEFT adapters are ignored.
-        embedding: Word embeddings of the model.
-    """
+    """Return the fingerprint of a model of transformers; empty if its word embeddings have no values."""
     words, weights = _base_weights(embedding), _base_weights(model)
     if "weight" not in words:
         return {}

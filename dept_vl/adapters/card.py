@@ -34,10 +34,6 @@ MODELS = ("backbone", "model", "vision", "language")
 def training_of(run: Path, task: str) -> dict[str, Any]:
     """Return the training configuration of a run, without local paths.
 
-    Args:
-        run: Folder of the run.
-        task: Task that the adapter was trained on.
-
     Raises:
         FileNotFoundError: If `run` is not the folder of a run.
         ValueError: If the configuration is damaged, or the run was trained on another task.
@@ -62,12 +58,7 @@ def model_card(
 ) -> str:
     """Return the text of a model card, with YAML metadata for the Hub.
 
-    Args:
-        name: Name of the repository.
-        adapter: Content of `adapter.json`.
-        images: Whether the model reads images.
-        datasets: Hub names of the training datasets.
-        training: Training configuration from `training_of`, or None.
+    `adapter` is the content of `adapter.json`, `training` that of `training_of`; `datasets` are Hub names.
     """
     from jinja2 import Environment, PackageLoader
     from markupsafe import Markup

@@ -42,10 +42,6 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
     Files of DePT's authors have no hashes of weights, so only the names are compared, with a warning. The
     hidden size is checked by `PromptedModel`.
 
-    Args:
-        recorded: Description of the adapter's backbone, from `describe_backbone`.
-        backbone: Backbone to check.
-
     Raises:
         ValueError: If they differ. The message has both names and fingerprints.
     """

@@ -153,10 +153,7 @@ def read_description(path: Path) -> dict[str, Any]:
 def read_configuration(path: Path, peft_type: str, kind: Any) -> dict[str, Any]:
     """Read an `adapter_config.json` of PEFT, or of the fork of PEFT by DePT's authors.
 
-    Args:
-        path: Path of the file.
-        peft_type: Required value of `peft_type`.
-        kind: Dataclass of the checked fields. Missing fields count as null, and further fields are allowed.
+    Missing fields of `kind`, a dataclass, count as null; further fields are allowed.
 
     Raises:
         ValueError: If the file is damaged, or has another `peft_type`.

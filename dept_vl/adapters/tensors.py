@@ -59,11 +59,7 @@ def check_described(
 ) -> None:
     """Check that tensors fit their description, so that a model built from it is no larger than the file.
 
-    Args:
-        tensors: Tensors by their names in the file.
-        prompt: Description of the prompt; see `Adapter`.
-        trainable_parameters: Number of trained parameters by group; see `Adapter`.
-        object_order: Object order of the backbone. If it is frozen, its vectors are not counted.
+    The vectors of a frozen object order are not counted.
 
     Raises:
         ValueError: If the names, shapes or numbers of parameters differ from the description.

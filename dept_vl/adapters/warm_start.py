@@ -17,12 +17,8 @@ from dept_vl.prompts.dept import DePT
 def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> None:
     """Initialise the prompt of a model with the mean of trained prompts.
 
-    A single source with a trained visual projection also sets the model's visual projection.
-
-    Args:
-        model: Untrained model.
-        paths: Folders of runs or adapters that were trained on the same language model.
-        parts: Parts to initialise. Offsets are averaged as the mean of A B, reduced to their rank.
+    A single source with a trained visual projection also sets the model's visual projection. Offsets are
+    averaged as the mean of A B, reduced to their rank.
 
     Raises:
         FileNotFoundError: If a source does not exist.

@@ -31,11 +31,7 @@ USUAL = 99
 def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | None) -> Iterator[Finding]:
     """Check your own data: counts, images, ids, questions, answers, lengths and splits.
 
-    Args:
-        own: Options for the data.
-        sample: Number of images to open; 0 opens all.
-        tokenizer: Tokenizer of the language model to train; None counts characters.
-        sheet: PNG file for a contact sheet of 16 examples; None draws none.
+    Open `sample` images (0: all), count tokens (None: characters), and draw 16 examples into `sheet`.
     """
     try:
         whole = load_split(DataOptions(own=own), ALL)

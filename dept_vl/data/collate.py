@@ -122,13 +122,8 @@ class Collator:
     ) -> "Collator":
         """Return the collator for a model.
 
-        Args:
-            model: Model that reads the batches.
-            max_target_length: Maximum length of a target, in tokens.
-            max_source_length: Maximum length of a text, in tokens; None for that of the prompt.
-            images: Table of features, or vision encoder whose preprocessing makes pixels; None for text.
-            on_bad_image: Whether an unreadable image raises an error, or its example is skipped.
-            device: Device of the model. On a GPU lengths are padded to multiples of 8, for its tensor cores.
+        Texts have at most the length of the prompt, unless `max_source_length` is given. On a GPU lengths are
+        padded to multiples of 8, for its tensor cores.
 
         Raises:
             ValueError: If the model has no prompt and `max_source_length` is None.

@@ -113,12 +113,6 @@ def encode_sources(
 ) -> EncodedSources:
     """Encode every distinct pair of text and images once, in an order that only depends on the data.
 
-    Args:
-        model: Model with the encoder. It is in evaluation mode here, so dropout is off.
-        examples: All examples to be read later.
-        collate: Function that makes batches.
-        accelerator: Accelerator of the run.
-
     Raises:
         UsageError: If the encoder's output depends on trained parameters.
     """

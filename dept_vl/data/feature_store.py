@@ -71,19 +71,9 @@ def write_features(
 
     If another extraction writes to the folder, wait for it. An unfinished folder is resumed, and new images
     are added to a finished one. Shards are encoded again if they are damaged, or if the size or modification
-    time of an image has changed. The files do not depend on the number of processes.
-
-    Args:
-        vision: Frozen vision encoder, on the device of this process.
-        root: Data folder; images are identified by their path relative to it.
-        paths: Image files.
-        folder: Folder for the features.
-        accelerator: Accelerator of the processes.
-        dtype: Precision of the stored features.
-        shard_images: Number of images per file; an existing folder keeps its own.
-        batch_size: Number of images encoded at a time.
-        num_workers: Number of worker processes that read images; 0 uses this process.
-        skip_unreadable: Whether to record unreadable images and continue, instead of raising an error.
+    time of an image has changed. The files do not depend on the number of processes. Images are named by
+    their path below `root`. An existing folder keeps its number of images a file (`shard_images`). With
+    `skip_unreadable`, unreadable images are recorded instead of raising an error.
 
     Returns:
         Number of images encoded, over all processes.
@@ -166,14 +156,8 @@ def open_features(
 ) -> FeatureTable:
     """Map the features of images from a folder that `write_features` made.
 
-    The checksum of each shard is compared once per process.
-
-    Args:
-        vision: Vision encoder of the run.
-        root: Data folder.
-        paths: Images whose features are needed.
-        folder: Folder with the features.
-        renewable: Maximum number of changed images to encode again, in memory; more raise an error.
+    The checksum of each shard is compared once per process. At most `renewable` images that have
+    changed are encoded again, in memory.
 
     Raises:
         FileNotFoundError: If there are no features, or images are missing from them.

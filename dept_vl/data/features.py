@@ -87,15 +87,7 @@ class FeatureTable:
         num_workers: int = 0,
         progress: bool = True,
     ) -> "FeatureTable":
-        """Encode images into memory in float32; repeated images are encoded once.
-
-        Args:
-            vision: Frozen vision encoder.
-            paths: Image files.
-            batch_size: Number of images encoded at a time.
-            num_workers: Number of worker processes that read images; 0 uses this process.
-            progress: Whether to show progress.
-        """
+        """Encode images into memory in float32; repeated images are encoded once."""
         distinct = list(dict.fromkeys(paths))
         batches = batches_of(0, len(distinct), batch_size)
         features = torch.empty(len(distinct), vision.token_count, vision.d_vision)

@@ -28,13 +28,7 @@ def picture_grid(
 ) -> None:
     """Draw images with question, prediction and human answer; correct predictions are green, others red.
 
-    Args:
-        task: Split with images.
-        predictions: Prediction by example id.
-        path: PNG file to write.
-        columns: Number of tiles across.
-        rows: Number of tiles down.
-        mistakes: Maximum number of wrong predictions to show; the others are correct ones.
+    At most `mistakes` of the tiles are wrong predictions.
     """
     tiles = _choose(task, predictions, columns * rows, mistakes)
     width, height = TILE + MARGIN, TILE + TEXT_HEIGHT + MARGIN

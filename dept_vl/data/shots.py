@@ -74,12 +74,7 @@ def choose_shots(options: DataOptions, train: Task) -> Shots | None:
 def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     """Draw k training examples and k dev examples per class, without sharing images between the two.
 
-    Args:
-        task: Training split.
-        k: Number of examples per class, or in total if there are no classes.
-        seed: Random seed.
-        per: Whether k is per class, or in total (`all`); the first classes get one more if it does not
-            divide.
+    With `per` all, k is the total; the first classes get one more if it does not divide.
 
     Raises:
         ValueError: If there are too few examples; the message names the class and its count.

@@ -13,13 +13,7 @@ from dept_vl._utils.printable import say
 
 
 def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
-    """Return a data loader with `num_workers` workers; 0 loads in the current process.
-
-    Args:
-        dataset: Data set that the workers read.
-        num_workers: Number of workers.
-        **options: Other arguments of `DataLoader`.
-    """
+    """Return a data loader with workers; 0 loads in this process. `options` are those of `DataLoader`."""
     return _Loader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
 
 
