@@ -169,13 +169,9 @@ PRESETS: dict[str, dict[str, Values]] = {"paper": PAPER, "vl-adapter": VL_ADAPTE
 
 
 def with_preset(config: RunConfig, name: str, task: str, models: BackboneOptions | None = None) -> RunConfig:
-    """Return a configuration with the hyper-parameters of a preset.
+    """Return a configuration with the hyper-parameters of a preset for a task.
 
-    Args:
-        config: Configuration to start from.
-        name: Name of the preset.
-        task: Task whose hyper-parameters to use.
-        models: Backbone options given on the command line. Defaults to `config.backbone`.
+    `models` are the backbone options of the command line; None takes those of `config`.
 
     Raises:
         ValueError: If the preset has no values for the task, or is not for the model that is given.

@@ -112,11 +112,7 @@ class FrozenBackbone(nn.Module, ABC):
         """
 
     def with_projection(self, projection: nn.Module | None) -> "FrozenBackbone":
-        """Return a backbone that shares all models with this one but has another visual projection.
-
-        Args:
-            projection: Module with the interface of `projection.VisualProjection`.
-        """
+        """Return a backbone that shares all models with this one but has another visual projection."""
         other = copy.copy(self)
         # The shallow copy shares the dict of submodules, so it gets its own.
         other._modules = {**self._modules, "visual_projection": projection}
@@ -127,10 +123,7 @@ class FrozenBackbone(nn.Module, ABC):
     ) -> None:
         """Freeze or unfreeze parts of the backbone. The vision tower is always frozen.
 
-        Args:
-            language: Whether to freeze the whole language model.
-            visual_projection: Whether to freeze the visual projection.
-            but: Part of the language model that is trained if `language` is False.
+        With `language` False, `but` can name the part of the language model that is trained.
         """
         self.language.requires_grad_(False)
         for parameter in [] if language else self._trained_parts(but):

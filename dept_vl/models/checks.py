@@ -51,9 +51,7 @@ PLAIN_WORDS = ("the", "what", "red", "is", "no", "two")
 def loading(name: str | Path, what: str) -> Iterator[None]:
     """Convert the errors of libraries about untrusted files to a `ValueError` that names the files.
 
-    Args:
-        name: Hub name or folder. The files of a folder are checked first.
-        what: Description of what is loaded, such as "a language model".
+    Files of a folder are checked first. `what` is being loaded, such as "a language model".
 
     Raises:
         ValueError: If the files are damaged, or do not contain `what`.
@@ -79,11 +77,6 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
 
 def load_config(name: str | Path, what: str, supported: str) -> Any:
     """Load the configuration of a model of transformers.
-
-    Args:
-        name: Hub name or folder.
-        what: Description of the model, such as "a language model".
-        supported: Model types to name in the message.
 
     Raises:
         OSError: If transformers finds no such model.
@@ -252,12 +245,7 @@ def _check_header(path: Path, most: int) -> None:
 def load_model(opens: Any, name: str | Path, what: str, *, unused: str | None = None, **options: Any) -> Any:
     """Load a model of transformers in full precision.
 
-    Args:
-        opens: Class whose `from_pretrained` loads the model.
-        name: Hub name or folder.
-        what: Description of the model, for error messages.
-        unused: Part of the names of weights that are not used and may be missing.
-        **options: Further options of `from_pretrained`.
+    Weights with `unused` in their names may be missing.
 
     Raises:
         ValueError: If the files are damaged, or weights are missing in them.
@@ -310,11 +298,6 @@ def _has(name: str | Path, file: str) -> bool:
 
 def check_tokenizer(tokenizer: Any, model: nn.Module, name: str | Path) -> None:
     """Check that a tokenizer belongs to a model.
-
-    Args:
-        tokenizer: Tokenizer of transformers.
-        model: Model with word embeddings.
-        name: Name of the model, for the error message.
 
     Raises:
         ValueError: If a token has no row in the embedding matrix, the configuration has other special tokens,

@@ -32,11 +32,6 @@ OTHER_QUESTION = "is it two"
 class ImageFeatures(VisionEncoder):
     """Image encoder of a pretrained model, with the interface of `VisionEncoder`.
 
-    Args:
-        model: Model of transformers.
-        reader: Reader that preprocesses images.
-        exif: Whether to rotate images by their EXIF orientation.
-
     Raises:
         UsageError: If the model's image features cannot be stored.
     """
@@ -145,9 +140,7 @@ def image_parts(model: PreTrainedModel, source: Mapping[str, Tensor]) -> dict[st
 def given_features(model: PreTrainedModel, output: tuple[type, bool]) -> Iterator[None]:
     """Let a model take image features in place of pixels within a `with` statement.
 
-    Args:
-        model: Model of transformers.
-        output: Class and form of the image output; see `output_of`.
+    `output` is the class and form of the image output; see `output_of`.
     """
     kind, together = output
 

@@ -66,10 +66,7 @@ def load_language(name_or_path: str | Path) -> PreTrainedModel:
 class LanguageModel:
     """Word embeddings and positions of a language model.
 
-    Args:
-        model: Model of transformers.
-        text_model: Part of `model` that reads the text: the encoder, or the decoder of a decoder-only model.
-        name: Name of the backbone, for error messages.
+    `text_model` is the part that reads the text: the encoder, or the decoder of a decoder-only model.
 
     Attributes:
         counts_text: Whether positions are counted from the first text column, whatever is in front of it.
@@ -142,11 +139,7 @@ class Answerer(LanguageModel, ABC):
 class EncoderDecoder(Answerer):
     """T5- or BART-like model, whose encoder reads the source and whose decoder answers.
 
-    Args:
-        model: Model of transformers.
-        name: Name of the backbone, for error messages.
-        visual_position_bias: See `VisualPositionBias`.
-        visual_normed: Whether visual tokens bypass the encoder's norm of embeddings.
+    With `visual_normed`, visual tokens bypass the encoder's norm of embeddings.
 
     Raises:
         ValueError: If the encoder has neither T5's nor BART's positions.
@@ -214,10 +207,7 @@ class EncoderDecoder(Answerer):
 class DecoderOnly(Answerer):
     """GPT-2- or Llama-like model, in which prompt, text and answer are one sequence.
 
-    Args:
-        model: Model of transformers.
-        tokenizer: Tokenizer of the model. If it has no padding token, its end-of-text token is used.
-        name: Name of the backbone, for error messages.
+    A tokenizer without a padding token gets its end-of-text token as one.
 
     Raises:
         ValueError: If the model is bidirectional (BERT) or takes no position ids (Bloom, Mamba), or if the

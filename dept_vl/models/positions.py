@@ -17,8 +17,9 @@ class TextPositions:
     """Hooks that remove position information from parts of `[prompt ; text ; visual]`.
 
     T5's relative bias becomes zero for every pair with a visual column. BART's learned positions are only
-    added to the text, and visual columns may bypass its norm of embeddings. The hooks are on modules that see
-    one sequence, so its segments are passed as the keyword argument `segments` of the encoder's call.
+    added to the text, and visual columns may bypass its norm of embeddings (`visual_normed`). The hooks are
+    permanent, and on modules that see one sequence, so its segments are passed as the keyword argument
+    `segments` of the encoder's call.
 
     Invariants of `_segments`, which is only used in this class:
 
@@ -28,10 +29,6 @@ class TextPositions:
       possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
     - It is not cleared after a call, because the next call sets it.
     - Only one thread at a time calls the encoder. In a compiled graph, the segments are constants.
-
-    Args:
-        encoder: Encoder, to which the hooks are added permanently.
-        visual_normed: Whether visual columns bypass the norm of embeddings.
 
     Attributes:
         counts_text: Whether positions are counted from the first text column (BART).

@@ -31,13 +31,7 @@ def prepare_step(
 ) -> None:
     """Prepare a language model in place for training, after its weights are on the device.
 
-    Args:
-        language: Language model.
-        device: Device that the model runs on.
-        bfloat16: Whether the model will always run under bfloat16 autocast.
-        gradient_checkpointing: Whether to call `recompute_activations`.
-        compiled: Whether to call `compile_layers`.
-        pretrained: Whether the model is a pretrained backbone, which cannot be compiled.
+    `bfloat16` is for models that always run under bfloat16 autocast.
 
     Raises:
         UsageError: If a pretrained backbone is to be compiled.
@@ -109,9 +103,6 @@ def compile_layers(language: nn.Module) -> None:
 
     This changes settings of torch's compiler for the whole process. Everything that was compiled before is
     compiled again when it is next used.
-
-    Args:
-        language: Language model. The `forward` of its layers is replaced.
 
     Raises:
         ValueError: If there are no such layers, or other code has replaced their `forward`.

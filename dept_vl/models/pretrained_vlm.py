@@ -353,12 +353,7 @@ class VisionLanguageModel(FrozenBackbone):
 
 
 def open_backbone(model: str | Path | None = None, **options: Any) -> FrozenBackbone:
-    """Load a pretrained model, or a composed backbone.
-
-    Args:
-        model: Hub name or folder of a pretrained model; None for a composed backbone.
-        **options: Options of `VisionLanguageModel.from_pretrained` or `Backbone.from_pretrained`.
-    """
+    """Load a pretrained model, or without `model` a composed backbone; see its `from_pretrained`."""
     if model is None:
         return Backbone.from_pretrained(**options)
     return VisionLanguageModel.from_pretrained(model, **options)

@@ -37,12 +37,7 @@ class Source:
 class PretrainedReader(Answerer):
     """Wrapper that scores and generates answers with a pretrained model.
 
-    Args:
-        model: Model of transformers.
-        name: Name of the backbone, for error messages.
-        encoder_decoder: Whether the model is an encoder-decoder.
-        answer_type: Token type of answers.
-        special_tokens: Generation settings from `special_tokens_of`.
+    `answer_type` is the token type of answers.
     """
 
     def __init__(

@@ -166,8 +166,7 @@ class RowPrompts(DePT):
 def repeated(*parts: Tensor | None) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " batch"]] | None:
     """Return the first row of each group of equal rows, and the group of each row; None if all rows differ.
 
-    Args:
-        parts: Tensors of a batch, or None. Rows are equal if they are equal in all tensors.
+    Rows are equal if they are equal in all `parts`, which are tensors of a batch or None.
     """
     flat = torch.cat([part.flatten(1).float() for part in parts if part is not None], dim=1)
     _, which = torch.unique(flat, dim=0, return_inverse=True)
@@ -180,8 +179,7 @@ def repeated(*parts: Tensor | None) -> tuple[Int[Tensor, " distinct"], Int[Tenso
 class RowProjections(nn.Module):
     """Visual projection for a batch whose rows have different projections.
 
-    Args:
-        parts: Projections, and the indices of the rows of each. Together they are all rows.
+    `parts` are the projections, each with the indices of its rows; together they are all rows.
     """
 
     def __init__(self, parts: Sequence[tuple[nn.Module | None, Int[Tensor, " _"]]]) -> None:

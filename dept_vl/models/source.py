@@ -79,11 +79,7 @@ class TextForm:
 class SourceReader:
     """Preprocessor of texts and images for a pretrained model. It is picklable, for worker processes.
 
-    Args:
-        processor: Processor or tokenizer of transformers.
-        form: Form of questions.
-        taken: Names of the arguments of the model's `forward`.
-        image_tokens: Token ids of images.
+    `taken` are the names of the arguments of the model's `forward`.
 
     Attributes:
         frame: Number of text tokens that the form adds to a question.
@@ -105,10 +101,7 @@ class SourceReader:
     ) -> dict[str, Tensor]:
         """Return the model inputs of questions and images: token ids, mask, pixels and others.
 
-        Args:
-            texts: Questions, which are truncated to `longest`.
-            images: Images of each question.
-            longest: Maximum number of text tokens of each question, including those of the form.
+        Questions have at most `longest` text tokens, including those of the form.
 
         Raises:
             ValueError: If the form alone is longer than `longest`.
@@ -184,12 +177,6 @@ class SourceReader:
         self, image: int | None, name: str, *, encoder_decoder: bool, reads_images: bool = True
     ) -> None:
         """Determine `frame`, `placeholder`, the image tokens and the style of answers from a test question.
-
-        Args:
-            image: Id of the image token in the model's configuration, or None.
-            name: Name of the model, for error messages.
-            encoder_decoder: Whether the model is an encoder-decoder.
-            reads_images: Whether the test question has an image.
 
         Raises:
             ValueError: If the processor fails on the test question, or does not belong to the model.

@@ -64,13 +64,7 @@ def initialise(
 def sample_vocabulary(
     vocabulary_size: int, count: int, generator: torch.Generator, *, exclude: Sequence[int] = ()
 ) -> Int[Tensor, " count"]:
-    """Draw random token ids, without replacement until all have been drawn.
-
-    Args:
-        vocabulary_size: Number of token ids to draw from, beginning with 0.
-        count: Number of token ids to draw.
-        generator: Random generator on the CPU.
-        exclude: Token ids that are never drawn, such as those of special tokens.
+    """Draw random token ids, without replacement until all have been drawn, and none of `exclude`.
 
     Raises:
         ValueError: If every id is excluded.

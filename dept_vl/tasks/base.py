@@ -225,11 +225,7 @@ class Task(ABC):
         return ids
 
     def image_path(self, *names: Any) -> Path:
-        """Return the path of an image. A task that sets `image_columns` implements this.
-
-        Args:
-            *names: Values of the image's columns.
-        """
+        """Return the path of an image by the values of its columns; for a task that sets `image_columns`."""
         raise NotImplementedError
 
     def images(self, index: int) -> tuple[Path, ...]:

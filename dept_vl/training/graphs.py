@@ -27,14 +27,7 @@ WARM_UPS = 2
 
 
 def why_not(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool) -> str:
-    """Return why steps cannot be recorded, or an empty string if they can.
-
-    Args:
-        accelerator: Accelerator of the run.
-        options: Options of the run.
-        pretrained: Whether the backbone is a pretrained model.
-        encoded: Whether outputs of the encoder are kept.
-    """
+    """Return why steps cannot be recorded, or an empty string if they can."""
     device, processes = accelerator.device.type, accelerator.num_processes
     if encoded:
         return "outputs of the encoder that are kept have no fixed shape"
@@ -65,14 +58,7 @@ def can_record(accelerator: Accelerator, options: TrainOptions, *, pretrained: b
 
 @dataclass(frozen=True)
 class Recorded:
-    """Recorded training step for one shape of inputs.
-
-    Attributes:
-        inputs: Tensors that the graph reads. Each batch is copied into them.
-        loss: Tensor that the graph writes the loss to.
-        gradients: Gradients that the graph adds to, by index of the parameter.
-        replay: Function that launches the graph.
-    """
+    """Recorded training step for one shape of inputs."""
 
     inputs: dict[str, Tensor]
     loss: Tensor

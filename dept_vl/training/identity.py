@@ -87,14 +87,6 @@ def keep_identity(
 ) -> None:
     """Store what a new run depends on, or compare it when the run resumes.
 
-    Args:
-        folder: Folder of the run.
-        config: Configuration to continue with.
-        splits: Splits of every task.
-        backbone: Backbone as loaded.
-        accelerator: Accelerator of the run.
-        checkpoint: Checkpoint to resume from, if any.
-
     Raises:
         DifferentError: If the run differs and changes are not accepted. It is raised on every process.
     """
@@ -114,10 +106,7 @@ def keep_identity(
 def check_kept(folder: Path, config: RunConfig, processes: int | None = None) -> None:
     """Check that a finished run had these options, and that it would read the same data and models today.
 
-    Args:
-        folder: Folder of the run.
-        config: Configuration to compare.
-        processes: Number of processes; None takes the one that the run had.
+    Without `processes`, the number is that of the run.
 
     Raises:
         DifferentError: If options, data, models or source adapters differ. The message lists them.
@@ -216,11 +205,7 @@ def note_changes(folder: Path, trained: RunConfig, now: DataOptions) -> str:
     """Print and return how a split differs from what a run read of it; empty if it does not.
 
     The result is also empty if the run did not read the split, or does not say what it read.
-
-    Args:
-        folder: Folder of the run.
-        trained: Configuration of the run.
-        now: Options that the split is read with now; `test_split` is its name.
+    `now` are the options that the split is read with; `test_split` is its name.
     """
     path, split = folder / IDENTITY_FILE, now.splits()[-1]
     began = {options.task: options for options in options_together(trained)}.get(now.task)

@@ -20,14 +20,7 @@ from dept_vl.training.report.html import Answered, or_warn
 
 @dataclass(frozen=True)
 class Part:
-    """Split to score.
-
-    Attributes:
-        task: Task with the examples of the split.
-        name: Name of the split.
-        decoding: Decoding options.
-        suffix: Suffix of the names of its files, for a run with several tasks.
-    """
+    """Split to score. `suffix` ends the names of its files, if a run has several tasks."""
 
     task: Task
     name: str

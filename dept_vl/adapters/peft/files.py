@@ -111,13 +111,7 @@ def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> N
 
 
 def add_use(folder: Path, task_type: str | None, base: str | None) -> None:
-    """Add the usage section to the model card in a folder, if it has none.
-
-    Args:
-        folder: Folder of the adapter.
-        task_type: Task type in its configuration.
-        base: Name of the base model, if it is known.
-    """
+    """Add the usage section to the model card in a folder, if it has none."""
     path = folder / CARD_FILE
     card = path.read_text(encoding="utf-8") if path.is_file() else "---\nlibrary_name: peft\n---\n"
     if PLUGIN not in card:

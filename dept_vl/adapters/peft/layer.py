@@ -29,11 +29,7 @@ BASE = "__base__"
 
 
 class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """Wrapper of a module with one prompt per adapter. It also has the attributes of the module.
-
-    Args:
-        base_layer: Module to wrap.
-    """
+    """Wrapper of a module with one prompt per adapter. It also has the attributes of the module."""
 
     adapter_layer_names = (CONTAINER,)
 
@@ -102,11 +98,7 @@ class DeptTunerLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 
 class DeptWords(PromptedCalls, DeptTunerLayer):
-    """Wrapper of a model's word embeddings; see `adapters.calls`.
-
-    Args:
-        model: Model whose word embeddings are wrapped.
-    """
+    """Wrapper of a model's word embeddings; see `adapters.calls`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         parts = Parts.of(model)
@@ -134,9 +126,7 @@ class DeptWords(PromptedCalls, DeptTunerLayer):
 class DeptLayer(DeptTunerLayer):
     """Wrapper of a text encoder that puts prompts in front of the text.
 
-    Args:
-        base_layer: Text encoder.
-        decoder: Decoder of the model. A hook extends its cross-attention mask by the prompt.
+    A hook extends the cross-attention mask of `decoder` by the prompt.
     """
 
     def __init__(self, base_layer: nn.Module, decoder: nn.Module) -> None:

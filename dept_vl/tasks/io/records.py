@@ -58,13 +58,7 @@ def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
 def json_object(
     text: str | bytes, where: str, expected: str, kind: type[ValueError] = ValueError
 ) -> dict[str, Any]:
-    """Parse the JSON object of a line.
-
-    Args:
-        text: The line; bytes are decoded as UTF-8.
-        where: Location of the line, for error messages.
-        expected: Description of the form, for error messages.
-        kind: Class of the error.
+    """Parse the JSON object of a line; messages say where it is, and what form was expected.
 
     Raises:
         ValueError: If the line is not a JSON object, or has a key twice.

@@ -141,12 +141,7 @@ def convert(
 ) -> Rows:
     """Convert records to an Arrow file in the cache folder, unless it is already there, and return its rows.
 
-    Args:
-        name: Readable start of the file name.
-        sources: Files that the records come from.
-        schema: Schema of the columns.
-        records: Records with a field for each column; not read if the file is already there.
-        unique: Name of the id column.
+    `records` are not read if the file is there. `name` starts the file's name, `unique` is the id column.
 
     Raises:
         ValueError: If an id is repeated, or a record does not fit the schema.

@@ -86,10 +86,7 @@ class Columns:
     def rows(self, record: Record, where: str, *, text_cells: bool) -> Iterator[dict[str, Any]]:
         """Make the rows of a record: one row, or one per question of a conversation.
 
-        Args:
-            record: Values by column name.
-            where: Location of the record, for error messages.
-            text_cells: Whether all cells are text, with lists written as JSON.
+        With `text_cells`, all cells are text, and lists in them JSON.
 
         Raises:
             UsageError: If the record has no image, or a value has an unsupported type.

@@ -103,11 +103,7 @@ def _records(
 def _new_id(given: str, number: int, seen: dict[str, bool], where: str) -> tuple[str, bool]:
     """Return a unique id, and whether it replaces a given id that is already used.
 
-    Args:
-        given: Id of the row; empty if it has none.
-        number: Number of the row, its id then.
-        seen: Ids of earlier rows, and whether they were given.
-        where: Location of the row, for error messages.
+    `seen` has the ids of earlier rows, and whether they were given. A row without id gets its number.
 
     Raises:
         UsageError: If an earlier row without an id got this one.

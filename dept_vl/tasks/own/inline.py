@@ -28,9 +28,7 @@ class Embedded(str):
 class InlineImages:
     """Finder of the data URLs in a table. Records are passed in file order.
 
-    Args:
-        path: Table file.
-        base: Folder of the data. References are relative to it, so that it can be moved.
+    References are relative to `base`, the folder of the data, so that it can be moved.
     """
 
     def __init__(self, path: Path, base: Path) -> None:
@@ -46,13 +44,7 @@ class InlineImages:
         self._start = self._end
 
     def reference(self, url: str, record: dict[str, Any], number: int, where: str) -> str:
-        """Return the reference to an image; equal images share one reference.
-
-        Args:
-            url: Data URL of the image.
-            record: Record with the data URL.
-            number: Number of the record, from 1.
-            where: Location of the record, for error messages.
+        """Return the reference to an image; equal images share one reference. Records are counted from 1.
 
         Raises:
             UsageError: If `url` is not a data URL, or the file writes it with unusual escapes.

@@ -33,13 +33,11 @@ class Finding:
 
 
 def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterator[Finding]:
-    """Check every split of a task.
+    """Check every split of a task, opening a random sample of the images of each; 0 opens all.
 
-    Args:
-        task: Name of a task with `published` files; UnknownNameError otherwise.
-        root: Folder with the official files; FileNotFoundError if it does not exist.
-        sample: Number of images to open per split; 0 opens all.
-        seed: Random seed of the sample.
+    Raises:
+        UnknownNameError: If the task has no `published` files.
+        FileNotFoundError: If the folder does not exist.
     """
     known = [name for name, blank in TASKS.items() if blank.published]
     if task not in known:

@@ -67,9 +67,6 @@ def convert(output_dir: Path) -> dict[str, int]:
     3,999); those of test, which also start at 0, follow them (4,000 to 4,999). Question ids are `image_id *
     1000 + n`, where n counts the questions of the image, as in COCO-VQA.
 
-    Args:
-        output_dir: Folder to write; it must not exist, or hold a finished conversion.
-
     Returns:
         Number of images, questions and annotations of each split, by `train2014_images` and so on.
 

@@ -34,11 +34,7 @@ class Source:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Return the rows of a part as a stream, with their location. Columns are checked immediately.
 
-        Args:
-            part: Configuration and split.
-            needed: Names of the required columns.
-            carried: Names of the optional columns.
-            images: Columns of `needed` with images, which are not decoded but returned as dicts with `bytes`.
+        `carried` columns are optional. Those of `images` are not decoded, but returned as dicts with `bytes`.
 
         Raises:
             ValueError: If required columns are missing.

@@ -47,14 +47,7 @@ def placing(spec: TextSpec, split: str) -> str:
 def open_source(
     published: TextSpec, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
 ) -> Source:
-    """Open a split in a folder, or with `folder=None` on the Hub or in its cache.
-
-    Args:
-        published: Text task.
-        folder: Folder with a copy; None for the Hub.
-        split: Published name of the split.
-        needed: Names of the required columns.
-        wanted: Names of the optional columns.
+    """Open a split in a folder, or (None) on the Hub or in its cache. `wanted` columns are optional.
 
     Raises:
         FileNotFoundError: If the split is not found; the message says how to make a copy.

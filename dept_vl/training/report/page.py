@@ -72,13 +72,8 @@ def chart(
 ) -> dict[str, Any] | None:
     """Return the data of a line chart over training steps, or None if there are no points.
 
-    Args:
-        title: Title of the chart.
-        lines: Points by name of the curve, from left to right.
-        y: Name and unit of the vertical axis.
-        logarithmic: Whether the vertical axis is logarithmic. Points not above 0 are then left out.
-        note: Text below the title.
-        marked: Point to highlight.
+    `lines` are the points of each curve, from left to right; on a logarithmic axis those not above 0 are left
+    out. `y` is the name and unit of the vertical axis, `marked` a point to highlight.
     """
     kept = {
         name: [(float(x), float(y)) for x, y in points if math.isfinite(y) and (y > 0 or not logarithmic)]
