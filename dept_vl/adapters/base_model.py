@@ -1,15 +1,7 @@
 """Fingerprints of models of transformers, for `attach` and the PEFT plugin.
 
 Such models come in several precisions and vocabulary sizes, so hashes are compared first and then samples of
-the values:
-
-| what differs                                  | what happens                                    |
-|-----------------------------------------------|-------------------------------------------------|
-| the precision (float32, bfloat16, float16)    | nothing, if the values agree up to rounding     |
-| the number of word embeddings                 | a warning, if the common rows are the same      |
-| the last word embeddings (tokens were added)  | a warning                                       |
-| other word embeddings                         | an error                                        |
-| other weights (fine-tuned, quantised)         | a warning                                       |
+the values. The README of this folder has a table of what differs and what happens.
 """
 
 import base64

@@ -1,26 +1,8 @@
 """Built-in prompt methods: DePT and related methods, compared at the same number of trainable parameters.
 
-With every method but `memory`, the encoder reads `[P ; E + g]`, where E are the word embeddings:
-
-| method   | P                     | g                            | source                              |
-|----------|-----------------------|------------------------------|-------------------------------------|
-| pt       | free, m = l           | 0                            | Lester et al., EMNLP 2021           |
-| dept     | free, m < l           | scale * A[pos] @ B           | Shi & Lipani, ICLR 2024             |
-| adept    | free, m < l           | f(E) = ReLU(E A' + a) B' + b | Tang et al., ICLR 2025              |
-| hybrid   | free, m < l           | both, each of rank r         | the two above                       |
-| ulpt     | (Z P~) * s + b, m = l | 0; P~ is random and frozen   | Wu et al., 2025                     |
-| lopt     | U V, m = l            | 0                            | Xiao et al., 2023; Guo et al., 2024 |
-| residual | P' + f(P'), m < l     | 0; f as ADePT's              | Razdaibiedina et al., 2023          |
-| memory   | none                  | 0                            | this project, see below             |
-
-With `visual_offset`, `adept` and `hybrid` shift each visual token by a second f of the same rank. `memory` is
-an adapter between encoder and decoder, without a prompt. The decoder reads `H + f(H)` of the encoder's output
-H. If nothing else is trained, the encoder runs without gradients, because the offset comes after it.
-
-r is the rank of A B, of A' B', of U V, of Z P~, or the width of the residual's hidden layer. `prompt_lr` is
-the learning rate of the parameters whose step changes P by about as much (P, Z, b of ulpt, U), `offset_lr`
-that of all others. Offsets are zero before training, so the encoder then reads `[P ; E]`. Each method is one
-class here and one entry of `base.METHODS`; `base.register_method` adds others.
+With every method but `memory`, the encoder reads `[P ; E + g]`, where E are the word embeddings and g is an
+offset, zero before training. The README of this folder has a table of P, g and the learning rates. With
+`visual_offset`, `adept` and `hybrid` shift each visual token by a second f of the same rank.
 """
 
 import math
@@ -36,7 +18,7 @@ from dept_vl.prompts.reparameterized import Bottleneck, LowRank, Residual, Scale
 
 
 class PromptTuning(Method):
-    """Plain prompt tuning, with a soft prompt only. Trains m*d parameters."""
+    """Plain prompt tuning (Lester et al., EMNLP 2021): P has m = l vectors. Trains m*d parameters."""
 
     name = "pt"
     keeps_length = True
@@ -48,7 +30,7 @@ class PromptTuning(Method):
 
 
 class Decomposed(Method):
-    """DePT: a soft prompt and an offset by position. Trains m*d + (s + d)*r parameters."""
+    """DePT (Shi & Lipani, ICLR 2024): g = scale * A[position] @ B. Trains m*d + (s + d)*r parameters."""
 
     name = "dept"
 
@@ -63,7 +45,7 @@ class Decomposed(Method):
 
 
 class ADePT(Method):
-    """ADePT: a soft prompt and an offset by token.
+    """ADePT (Tang et al., ICLR 2025): g = f(E) = ReLU(E A' + a) B' + b.
 
     Trains m*d + (2*d + 1)*r + d parameters, and (2*d + 1)*r + d more with `visual_offset`.
     """
@@ -78,7 +60,7 @@ class ADePT(Method):
 
 
 class Hybrid(Decomposed):
-    """A soft prompt, an offset by position and one by token. Trains m*d + (s + 3*d + 1)*r + d parameters."""
+    """The offsets of DePT and ADePT, each of rank r. Trains m*d + (s + 3*d + 1)*r + d parameters."""
 
     name = "hybrid"
     shifts_images = True
@@ -90,7 +72,7 @@ class Hybrid(Decomposed):
 
 
 class ULPT(Method):
-    """ULPT: P is a frozen random matrix times Z, scaled and shifted. Trains m*r + 2*d parameters."""
+    """ULPT (Wu et al., 2025): P = (Z P~) * s + b; P~ is random and frozen. Trains m*r + 2*d parameters."""
 
     name = "ulpt"
     keeps_length = seeded = needs_vectors = compressed = True
@@ -107,7 +89,7 @@ class ULPT(Method):
 
 
 class LoPT(Method):
-    """LoPT: P is a product of two matrices of rank r. Trains (m + d)*r parameters."""
+    """LoPT (Xiao et al., 2023; Guo et al., 2024): P = U V, of rank r. Trains (m + d)*r parameters."""
 
     name = "lopt"
     keeps_length = needs_vectors = compressed = True
@@ -123,7 +105,7 @@ class LoPT(Method):
 
 
 class ResidualPrompt(Method):
-    """Residual prompt tuning: P = P' + f(P'). Trains m*d + (2*d + 1)*r + d parameters."""
+    """P = P' + f(P'), f as ADePT's (Razdaibiedina et al., 2023). Trains m*d + (2*d + 1)*r + d parameters."""
 
     name = "residual"
     needs_vectors = True
@@ -134,7 +116,11 @@ class ResidualPrompt(Method):
 
 
 class MemoryOffset(Method):
-    """Adapter between encoder and decoder, H + f(H). Trains (2*d + 1)*r + d parameters."""
+    """Adapter between encoder and decoder, without a prompt. Trains (2*d + 1)*r + d parameters.
+
+    The decoder reads H + f(H) of the encoder's output H. If nothing else is trained, the encoder runs without
+    gradients, because the offset comes after it.
+    """
 
     name = "memory"
     has_prompt = False

@@ -1,21 +1,10 @@
 """DePT as a method of PEFT: `import dept_vl.adapters.peft.plugin`, then use `DeptConfig` like a `LoraConfig`.
 
-In an encoder-decoder for text alone, the tuner wraps the encoder, because encoders create their masks before
-they embed the tokens. A hook on the decoder extends the cross-attention mask by the prompt. In all other
-models it wraps the word embeddings, and hooks on the model's calls insert placeholders (`adapters.calls`).
-The prompt is computed by `dept.DePT`.
-
-|                      | encoder-decoders for text                 | all others                         |
-|----------------------|-------------------------------------------|------------------------------------|
-| wrapped module       | the encoder, by `DeptLayer`               | word embeddings, by `DeptWords`    |
-| hooks                | on the decoder                            | on the model                       |
-| input                | `[P ; text ; padding]`                    | `[padding ; start ; P ; the rest]` |
-| output               | the decoder sees `[P ; text]`             | columns as without a prompt        |
-| `adapter_names`      | supported                                 | raises an error                    |
-| merging              | raises an error: a prompt is not a weight | raises an error                    |
-
-Tensors are named `<wrapped>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}`.
-`unload` removes the wrapper and the hooks. Written for PEFT 0.21.
+In an encoder-decoder for text alone, the tuner wraps the encoder (`DeptLayer`), because encoders create
+their masks before they embed the tokens. A hook on the decoder extends the cross-attention mask by the
+prompt. In all other models it wraps the word embeddings (`DeptWords`), and hooks on the model's calls insert
+placeholders (`adapters.calls`). The README of `adapters` has what each supports. Tensors are named
+`<wrapped>.dept_prompt.<adapter>.{soft_prompt,offset_a,offset_b}`. Written for PEFT 0.21.
 """
 
 import enum

@@ -1,13 +1,8 @@
 """Convert easy-VQA, a small synthetic data set, to the files of VQAv2 and the image names of COCO.
 
-easy-VQA (Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA) is 64 x 64 pictures of one
-coloured shape and templated questions about it, shipped whole in the Python package `easy-vqa`:
-4,000 + 1,000 images, 38,575 + 9,673 questions, 13 answers. Written as VQAv2, it is read by any
-loader of VQAv2 and scored by the official scorer.
-
-    question  {"image_id": 0, "question": "what shape does the image contain?", "question_id": 0}
-    answer    "circle", given by all ten annotators
-    image     train2014/COCO_train2014_000000000000.jpg
+easy-VQA (Victor Zhou, MIT licence, https://github.com/vzhou842/easy-VQA) is 64 x 64 pictures of one coloured
+shape and templated questions about it, shipped whole in the Python package `easy-vqa`: 4,000 + 1,000 images,
+38,575 + 9,673 questions, 13 answers. `easy_vqa.md` lists what is changed.
 """
 
 import importlib

@@ -1,47 +1,9 @@
 """Definitions of the text tasks: data set, text template, classes, splits and metrics.
 
-GLUE (Wang et al. 2019) and SuperGLUE (Wang et al. 2019), MRQA (Fisch et al. 2019), WinoGrande
-(Sakaguchi et al. 2020), Yelp-2 (Zhang et al. 2015), SciTail (Khot et al. 2018), PAWS-Wiki (Zhang et al.
-2019): the 21 text tasks of DePT, and the movie-review snippets of `snippets`.
-
-Texts and class names are those that T5 (Raffel et al. 2020) was trained on: the task's name, then each
-column preceded by its name; the target is the name of the class. Differences and their reasons:
-
-    boolq       the question comes before the passage, as in ATTEMPT (Asai et al. 2022) and DePT, since a
-                long passage would otherwise push the question out of the text
-    wsc         T5's classification form, with ` * ` around the noun and ` # ` around the pronoun and the
-                targets True and False, as in published results; not T5's later form, in which the noun
-                is generated
-    MRQA        no spaces around punctuation, since the scorer would count such answers as wrong; the first
-                of several answers is the target, as in the literature
-    paws        class names of mrpc, which T5 was trained on
-    winogrande, yelp2, scitail    not in T5's training: columns of ATTEMPT, in T5's form
-
-In ATTEMPT and DePT the target is the number of the class instead of its name.
-
-DePT's released runs differ in ways that change published numbers:
-
-    no task name in the text   here it starts the text, as in T5's training; the rest of the text is equal
-    class numbers as targets   see above; T5 was trained on the names
-    one answer in MRQA         one target here too, but two scores: `f1` and `em` over all human answers, as
-                               in MRQA, and `f1_first` and `em_first` for the first answer, as in DePT
-    20 tokens in MRQA          32 here; 20 with `--preset paper` (`--max_answer_tokens`)
-    choice of the adapter      by exact match in MRQA and macro F1 in CB; here by F1 and accuracy, which
-                               are reported; `--preset paper` chooses like DePT (`--choose_by`)
-    yelp2                      the first 100,000 rows; here all 560,000, since no reason is given
-    eps 1e-6, no decay         `--preset paper`; without it torch's 1e-8 and a decay of 1e-5
-    P from a sentence          `--preset paper`; without it from common words, as Lester et al. (2021)
-    few-shot                   `dept-vl transfer --preset paper`, see `data.shots`
-
-Since most test labels are not published, splits follow the literature (ATTEMPT's code, used by MPT and DePT):
-
-    HALVED      for small data sets, the validation split is halved into validation and test
-    HELD_OUT    for data sets of over 10,000 training examples, 1,000 of them are validation, and the
-                validation split is test (yelp2 has no validation split, but a labelled test split)
-    mnli        the mismatched validation split is validation, the matched one is test
-    PUBLISHED   splits as published (paws, snippets)
-
-As in the literature, the drawn examples are the first of torch's permutation with seed 42.
+GLUE (Wang et al. 2019) and SuperGLUE (Wang et al. 2019), MRQA (Fisch et al. 2019), WinoGrande (Sakaguchi et
+al. 2020), Yelp-2 (Zhang et al. 2015), SciTail (Khot et al. 2018), PAWS-Wiki (Zhang et al. 2019): the 21 text
+tasks of DePT, and the movie-review snippets of `snippets`. Texts, class names and splits are those of T5
+(Raffel et al. 2020) and ATTEMPT (Asai et al. 2022); `tasks/README.md` has the differences and their reasons.
 """
 
 from collections.abc import Callable, Mapping, Sequence

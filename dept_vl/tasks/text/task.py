@@ -1,12 +1,7 @@
 """Text tasks: the model reads a text without images and generates the answer.
 
-`text.table` defines the tasks and `text.source` reads their data, which are converted once to the columns
-of `SCHEMA`:
-
-    {"id": 0, "source_text": "rte sentence1: No weapons ... sentence2: Weapons of ...",
-     "answers": ["not_entailment"], "group": ""}
-
-`id` is the index of the row in the published split, and equals GLUE's `idx`.
+`text.table` defines the tasks and `text.source` reads their data, which are converted once to the columns of
+`SCHEMA`. `id` is the index of the row in the published split, and equals GLUE's `idx`.
 """
 
 import hashlib
