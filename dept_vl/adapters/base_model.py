@@ -30,19 +30,12 @@ _PEFT_WRAPPERS = re.compile(r"(^|(?<=\.))(base_layer|original_module|token_adapt
 
 @dataclass(frozen=True)
 class Sample:
-    """Sampled values of a model, in bfloat16.
+    """Sampled values of a model, in bfloat16."""
 
-    Attributes:
-        vocabulary: Number of word embeddings.
-        dtype: Data type of the word embeddings.
-        rows: One value of each sampled word embedding (see `_rows`).
-        others: One value of each tensor whose shape does not depend on the vocabulary.
-    """
-
-    vocabulary: int
-    dtype: str
-    rows: Tensor
-    others: Tensor
+    vocabulary: int  # number of word embeddings
+    dtype: str  # data type of the word embeddings
+    rows: Tensor  # one value of each sampled word embedding (see `_rows`)
+    others: Tensor  # one value of each tensor whose shape does not depend on the vocabulary
 
     @classmethod
     def recorded(cls, record: Mapping[str, str]) -> "Sample | None":

@@ -24,19 +24,12 @@ LONGEST = 256
 
 @dataclass(frozen=True)
 class Lost:
-    """Statistics of lost answers.
+    """Statistics of lost answers."""
 
-    Attributes:
-        answers: Number of checked answers, with repetitions.
-        unwritable: Count by answer that tokenising changes, or that has the same tokens as another candidate.
-        cut: Count by answer that is longer than the limit.
-        longest: Length of the longest answer in tokens, including the end token.
-    """
-
-    answers: int
-    unwritable: Counter[str]
-    cut: Counter[str]
-    longest: int
+    answers: int  # number of checked answers, with repetitions
+    unwritable: Counter[str]  # count by answer that tokenising changes, or whose tokens another candidate has
+    cut: Counter[str]  # count by answer that is longer than the limit
+    longest: int  # length of the longest answer in tokens, including the end token
 
     @property
     def share(self) -> float:

@@ -25,21 +25,13 @@ YES_NO = 2
 
 @dataclass(frozen=True)
 class Shots:
-    """Few-shot selection from a training split.
+    """Few-shot selection from a training split."""
 
-    Attributes:
-        k: Number of examples per class, or in total.
-        seed: Random seed of the drawing.
-        classes: Names of the classes; empty if the task has none.
-        train: Indices of the training examples.
-        dev: Indices of the dev examples.
-    """
-
-    k: int
-    seed: int
-    classes: tuple[str, ...]
-    train: tuple[int, ...]
-    dev: tuple[int, ...]
+    k: int  # number of examples per class, or in total
+    seed: int  # random seed of the drawing
+    classes: tuple[str, ...]  # names of the classes; empty if the task has none
+    train: tuple[int, ...]  # indices of the training examples
+    dev: tuple[int, ...]  # indices of the dev examples
 
     def write(self, path: Path) -> None:
         """Save the selection, so that another run can use it."""

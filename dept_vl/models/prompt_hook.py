@@ -21,23 +21,14 @@ from dept_vl.prompts.dept import DePT
 
 @dataclass(frozen=True)
 class Placement:
-    """Source with placeholders, and the positions of prompt and text in it.
+    """Source with placeholders, and the positions of prompt and text in it."""
 
-    Attributes:
-        ids: Token ids of the source, with placeholders.
-        mask: Mask that is True on tokens and placeholders.
-        others: Further inputs with a value per token, such as token types.
-        columns: Column in `[P ; text]` of each token; -1 for images and padding.
-        order: Columns of each row's text tokens, followed by other columns.
-        is_text: Mask that is True on the columns in `order` that are text.
-    """
-
-    ids: Int[Tensor, "batch source"]
-    mask: Bool[Tensor, "batch source"]
-    others: dict[str, Tensor]
-    columns: Int[Tensor, "batch source"]
-    order: Int[Tensor, "batch text"]
-    is_text: Bool[Tensor, "batch text"]
+    ids: Int[Tensor, "batch source"]  # token ids of the source, with placeholders
+    mask: Bool[Tensor, "batch source"]  # mask that is True on tokens and placeholders
+    others: dict[str, Tensor]  # further inputs with a value per token, such as token types
+    columns: Int[Tensor, "batch source"]  # column in `[P ; text]` of each token; -1 for images and padding
+    order: Int[Tensor, "batch text"]  # columns of each row's text tokens, followed by other columns
+    is_text: Bool[Tensor, "batch text"]  # mask that is True on the columns in `order` that are text
 
 
 def place(

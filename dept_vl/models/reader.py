@@ -21,17 +21,11 @@ from dept_vl.prompts.dept import DePT
 
 @dataclass(frozen=True)
 class Source:
-    """Source with its prompt, as an input of `PretrainedReader`.
-
-    Attributes:
-        prompt: Prompt, or None.
-        placed: Token ids with placeholders.
-        more: Further model inputs, such as pixels.
-    """
+    """Source with its prompt, as an input of `PretrainedReader`."""
 
     prompt: DePT | None
-    placed: Placement
-    more: dict[str, Tensor]
+    placed: Placement  # token ids with placeholders
+    more: dict[str, Tensor]  # further model inputs, such as pixels
 
 
 class PretrainedReader(Answerer):

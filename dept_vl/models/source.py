@@ -44,15 +44,10 @@ PER_TOKEN = ("token_type_ids", "cross_attention_mask")
 
 @dataclass(frozen=True)
 class TextForm:
-    """Template of the text that a model is given with an image.
+    """Template of the text that a model is given with an image."""
 
-    Attributes:
-        ask: Text with `{text}` in place of the question, or `chat` for the processor's chat template.
-        describe: Text that is used if there is no question.
-    """
-
-    ask: str
-    describe: str = DESCRIBE
+    ask: str  # text with `{text}` in place of the question, or `chat` for the processor's chat template
+    describe: str = DESCRIBE  # text that is used if there is no question
 
     @classmethod
     def of(cls, given: str, processor: Any, model_type: str) -> "TextForm":

@@ -19,17 +19,11 @@ WORD = "a"
 
 @dataclass(frozen=True)
 class AnswerStyle:
-    """Style of a pretrained model's answers, if it cannot be inferred from the tokenizer.
+    """Style of a pretrained model's answers, if it cannot be inferred from the tokenizer."""
 
-    Attributes:
-        lead: Text directly in front of an answer; None for a word and a space.
-        end: Id of the token that ends an answer.
-        start: Number of tokens in front of a generated answer: 1 for a decoder's start token, or 0.
-    """
-
-    lead: str | None
-    end: int
-    start: int
+    lead: str | None  # text directly in front of an answer; None for a word and a space
+    end: int  # id of the token that ends an answer
+    start: int  # number of tokens in front of a generated answer: 1 for a decoder's start token, or 0
 
 
 def style_of(tokenizer: Any) -> AnswerStyle | None:

@@ -58,17 +58,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Generation settings for predictions.
+    """Generation settings for predictions."""
 
-    Attributes:
-        max_new_tokens: Maximum length of a prediction, in tokens.
-        num_beams: Number of beams; 1 is greedy decoding.
-        candidates: The only predictions allowed; empty for free generation.
-    """
-
-    max_new_tokens: int
-    num_beams: int = 1
-    candidates: tuple[str, ...] = ()
+    max_new_tokens: int  # maximum length of a prediction, in tokens
+    num_beams: int = 1  # number of beams; 1 is greedy decoding
+    candidates: tuple[str, ...] = ()  # the only predictions allowed; empty for free generation
 
 
 class Task(ABC):

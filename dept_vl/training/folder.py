@@ -29,17 +29,11 @@ from dept_vl.training.identity import check_kept, forget_contents
 
 @dataclass(frozen=True)
 class Opened:
-    """Folder of a run, as this process found it.
-
-    Attributes:
-        path: Path of the folder.
-        checkpoint: Checkpoint to resume from; None starts from the beginning.
-        claimed: Whether this process created the run.
-    """
+    """Folder of a run, as this process found it."""
 
     path: Path
-    checkpoint: Path | None
-    claimed: bool
+    checkpoint: Path | None  # checkpoint to resume from; None starts from the beginning
+    claimed: bool  # whether this process created the run
 
 
 WRITTEN = (REPORT_FILE, SCORES_FILE, "summary.md", "predictions.json", "answers.png")

@@ -52,19 +52,12 @@ PACKAGES = ("torch", "transformers", "numpy")
 
 @dataclass
 class Identity:
-    """Fields of `identity.json`.
+    """Fields of `identity.json`."""
 
-    Attributes:
-        started_in: Working directory at the start, for relative paths.
-        content: Fingerprints of what the result depends on, by name.
-        setup: Device, threads and versions, which change only the last bits.
-        changes: Changes since the start, in order of time.
-    """
-
-    started_in: str
-    content: dict[str, str]
-    setup: dict[str, str]
-    changes: list[str] = field(default_factory=list)
+    started_in: str  # working directory at the start, for relative paths
+    content: dict[str, str]  # fingerprints of what the result depends on, by name
+    setup: dict[str, str]  # device, threads and versions, which change only the last bits
+    changes: list[str] = field(default_factory=list)  # changes since the start, in order of time
 
 
 class DifferentError(ValueError):

@@ -20,33 +20,19 @@ BAR = 6
 
 @dataclass
 class Progress:
-    """Progress of a training run. Only `loop` updates it.
+    """Progress of a training run. Only `loop` updates it."""
 
-    Attributes:
-        steps: Number of optimizer steps done.
-        best_step: Step of the best evaluation on the dev splits; 0 before the first evaluation.
-        best_scores: Scores of the best evaluation.
-        scores: Scores of the last evaluation.
-        history: Step and deciding score of each evaluation.
-        evaluations_without_progress: Number of evaluations since the best one.
-        examples: Number of examples trained on, over all processes.
-        skipped: Number of examples skipped because their image could not be read, counted each time.
-        train_seconds: Seconds spent in training steps.
-        eval_seconds: Seconds spent in evaluations.
-        stopped_by: Number of the signal that ended the run early; 0 if none did.
-    """
-
-    steps: int = 0
-    best_step: int = 0
-    best_scores: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)
-    history: list[tuple[int, float]] = field(default_factory=list)
-    evaluations_without_progress: int = 0
-    examples: int = 0
-    skipped: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    stopped_by: int = 0
+    steps: int = 0  # number of optimizer steps done
+    best_step: int = 0  # step of the best evaluation on the dev splits; 0 before the first evaluation
+    best_scores: dict[str, float] = field(default_factory=dict)  # scores of the best evaluation
+    scores: dict[str, float] = field(default_factory=dict)  # scores of the last evaluation
+    history: list[tuple[int, float]] = field(default_factory=list)  # step and deciding score of each one
+    evaluations_without_progress: int = 0  # number of evaluations since the best one
+    examples: int = 0  # number of examples trained on, over all processes
+    skipped: int = 0  # number of examples skipped because their image could not be read, counted each time
+    train_seconds: float = 0.0  # seconds spent in training steps
+    eval_seconds: float = 0.0  # seconds spent in evaluations
+    stopped_by: int = 0  # number of the signal that ended the run early; 0 if none did
 
     @property
     def best_score(self) -> float:
@@ -56,24 +42,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of a training step that are logged and shown.
+    """Figures of a training step that are logged and shown."""
 
-    Attributes:
-        loss: Mean loss over the step's batches and all processes.
-        rates: Learning rate by parameter group.
-        samples_per_second: Examples per second since the last record, over all processes.
-        tokens_per_second: Encoder tokens (prompt, text and visual, without padding) per second since the last
-            record, over all processes.
-        memory: Memory of the main process in GiB, see `memory_gib`.
-        seconds_left: Estimated seconds to the last step, including evaluations.
-    """
-
-    loss: float
-    rates: Mapping[str, float]
-    samples_per_second: float
-    tokens_per_second: float
-    memory: float
-    seconds_left: float
+    loss: float  # mean loss over the step's batches and all processes
+    rates: Mapping[str, float]  # learning rate by parameter group
+    samples_per_second: float  # since the last record, over all processes
+    tokens_per_second: float  # the same of encoder tokens: prompt, text and visual, without padding
+    memory: float  # memory of the main process in GiB, see `memory_gib`
+    seconds_left: float  # estimated seconds to the last step, including evaluations
 
     def record(self) -> dict[str, float]:
         """Return the figures under their names in the log and in trackers."""

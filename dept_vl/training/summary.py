@@ -19,32 +19,18 @@ DIGITS = {"seconds": 1, "train_seconds": 4, "tokens_per_example": 2, "reference_
 
 @dataclass(frozen=True)
 class Summary:
-    """Fields of `summary.json`.
+    """Fields of `summary.json`."""
 
-    Attributes:
-        scores: Scores on the test split, prefixed with the task's name if there are several; empty if its
-            answers are not published.
-        trainable_parameters: Numbers of trainable parameters, from `count_trainable`.
-        seconds: Seconds of the whole run.
-        train_seconds: Seconds spent in training steps.
-        steps: Number of optimizer steps; 0 if nothing was trained.
-        best_step: Step of the best evaluation on the dev split.
-        skipped_examples: Training examples skipped because their image could not be read.
-        unanswered_examples: Test examples whose image could not be read.
-        tokens_per_example: Mean number of encoder tokens of a test example.
-        reference_tokens_per_example: That number with a plain prompt of `reference_prompt_length` vectors.
-    """
-
-    scores: dict[str, float]
-    trainable_parameters: dict[str, int]
-    seconds: float
-    train_seconds: float
-    steps: int
-    best_step: int
-    skipped_examples: int
-    unanswered_examples: int
-    tokens_per_example: float
-    reference_tokens_per_example: float
+    scores: dict[str, float]  # test scores, prefixed with the task's name if several; empty if unpublished
+    trainable_parameters: dict[str, int]  # numbers of trainable parameters, from `count_trainable`
+    seconds: float  # seconds of the whole run
+    train_seconds: float  # seconds spent in training steps
+    steps: int  # number of optimizer steps; 0 if nothing was trained
+    best_step: int  # step of the best evaluation on the dev split
+    skipped_examples: int  # training examples skipped because their image could not be read
+    unanswered_examples: int  # test examples whose image could not be read
+    tokens_per_example: float  # mean number of encoder tokens of a test example
+    reference_tokens_per_example: float  # the same with a plain prompt of `reference_prompt_length` vectors
 
     def content(self) -> dict[str, Any]:
         """Return the content of `summary.json`."""
@@ -53,19 +39,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run.
-
-    Attributes:
-        output_dir: Folder of the run.
-        scores: Scores on the test split, as in `Summary`; also empty if the run was interrupted.
-        trainable: Numbers of trainable parameters, from `count_trainable`.
-        training: Progress of the training; None if nothing was trained, or the run was finished before.
-    """
+    """Result of a run."""
 
     output_dir: Path
-    scores: dict[str, float]
-    trainable: dict[str, int]
-    training: Progress | None = None
+    scores: dict[str, float]  # on the test split, as in `Summary`; also empty if the run was interrupted
+    trainable: dict[str, int]  # numbers of trainable parameters, from `count_trainable`
+    training: Progress | None = None  # None if nothing was trained, or the run was finished before
 
     @property
     def exit_status(self) -> int:

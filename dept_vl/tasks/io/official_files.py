@@ -7,23 +7,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Published:
-    """Published facts about a split.
+    """Published facts about a split."""
 
-    Attributes:
-        files: Possible names of each annotation file, the usual one first.
-        folders: Possible names of each image folder, the usual one first.
-        source: Where the files are published.
-        examples: Number of questions, sentences or captioned images.
-        images: Number of different images; None if not published.
-        answers: Number of human answers or captions; None if there are none or it is not published.
-    """
-
-    files: tuple[tuple[str, ...], ...]
-    folders: tuple[tuple[str, ...], ...]
-    source: str
-    examples: int
-    images: int | None = None
-    answers: int | None = None
+    files: tuple[tuple[str, ...], ...]  # possible names of each annotation file, the usual one first
+    folders: tuple[tuple[str, ...], ...]  # possible names of each image folder, the usual one first
+    source: str  # where the files are published
+    examples: int  # number of questions, sentences or captioned images
+    images: int | None = None  # number of different images; None if not published
+    answers: int | None = None  # number of human answers or captions; None if there are none, or unpublished
 
 
 def find(root: Path, names: Sequence[str], what: str, source: str) -> Path:

@@ -52,31 +52,18 @@ def _count_steps(where: str, semantic: list[object]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class GqaQuestion:
-    """The fields of a GQA question that the scorer uses.
+    """The fields of a GQA question that the scorer uses."""
 
-    Attributes:
-        question_id: Key of the question in the questions file.
-        question: Question as written.
-        answer: Gold answer.
-        is_balanced: Whether the question is scored; others are only used for consistency.
-        group: Global group (`groups.global`), by which the distribution score compares answers.
-        entailed: Ids of the questions whose answers follow from this one; may include the question itself.
-        structural: Structural type: verify, query, choose, logical or compare.
-        semantic: Semantic type: obj, attr, cat, rel or global.
-        detailed: Detailed type, such as `twoCommon`.
-        steps: Number of reasoning steps.
-    """
-
-    question_id: str
+    question_id: str  # key of the question in the questions file
     question: str
-    answer: str
-    is_balanced: bool
-    group: str | None
-    entailed: tuple[str, ...]
-    structural: str
-    semantic: str
-    detailed: str
-    steps: int
+    answer: str  # gold answer
+    is_balanced: bool  # whether the question is scored; others are only used for consistency
+    group: str | None  # global group (`groups.global`), by which the distribution score compares answers
+    entailed: tuple[str, ...]  # ids of the questions whose answers follow from this one, perhaps with its own
+    structural: str  # verify, query, choose, logical or compare
+    semantic: str  # obj, attr, cat, rel or global
+    detailed: str  # such as `twoCommon`
+    steps: int  # number of reasoning steps
 
     @classmethod
     def from_record(cls, question_id: str, record: dict[str, Any]) -> "GqaQuestion":

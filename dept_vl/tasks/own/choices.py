@@ -22,19 +22,12 @@ NUMBERS_READ = {
 
 @dataclass(frozen=True)
 class Numbered:
-    """A number as the answer to a question with choices.
+    """A number as the answer to a question with choices."""
 
-    Attributes:
-        where: Location of the row, for error messages.
-        number: The answer.
-        choices: The choices as text.
-        of_numbers: Whether the table holds the choices as numbers too, not as text.
-    """
-
-    where: str
-    number: int
-    choices: list[str]
-    of_numbers: bool
+    where: str  # location of the row, for error messages
+    number: int  # the answer
+    choices: list[str]  # the choices as text
+    of_numbers: bool  # whether the table holds the choices as numbers too, not as text
 
     @property
     def is_index(self) -> bool:

@@ -49,35 +49,20 @@ class Facts:
 
 @dataclass(frozen=True)
 class OwnTask(Task):
-    """One split of your own data.
+    """One split of your own data."""
 
-    Attributes:
-        rows: Rows with the columns of `convert.SCHEMA`.
-        form: Form of the examples, a key of `FORMS`.
-        options: Options for the data.
-        folder: Folder of the images; None for a blank task.
-        root: Folder of the data.
-        scoring: Scoring of questions: `one` answer each, `several` answers, or `choices`.
-        labels: The only valid labels, for the form `label`; empty if there are more than `MOST_LABELS`.
-        image_count: Number of images per example.
-        meteor: Whether to score captions by METEOR too.
-        notes: Remarks about the data, to print.
-        question_case: Case in which the encoder reads questions.
-        asker: Task of the adapter under evaluation, which formats the questions; None to use `PREFIXES`.
-    """
-
-    rows: Rows = NO_ROWS
-    form: str = "question"
-    options: OwnOptions = NO_OPTIONS
-    folder: ImageFolder | None = None
-    root: Path = Path()
-    scoring: str = "one"
-    labels: tuple[str, ...] = ()
-    image_count: int = 1
-    meteor: bool = True
-    notes: tuple[str, ...] = ()
-    question_case: QuestionCase = "lower"
-    asker: Task | None = None
+    rows: Rows = NO_ROWS  # rows with the columns of `convert.SCHEMA`
+    form: str = "question"  # form of the examples, a key of `FORMS`
+    options: OwnOptions = NO_OPTIONS  # options for the data
+    folder: ImageFolder | None = None  # folder of the images; None for a blank task
+    root: Path = Path()  # folder of the data
+    scoring: str = "one"  # scoring of questions: `one` answer each, `several` answers, or `choices`
+    labels: tuple[str, ...] = ()  # the only valid ones, for the form `label`; empty if over `MOST_LABELS`
+    image_count: int = 1  # number of images per example
+    meteor: bool = True  # whether to score captions by METEOR too
+    notes: tuple[str, ...] = ()  # remarks about the data, to print
+    question_case: QuestionCase = "lower"  # case in which the encoder reads questions
+    asker: Task | None = None  # task of the adapter under evaluation, which asks the questions
 
     scales: ClassVar = {"CIDEr": "x100"}
     id_column = "id"

@@ -26,27 +26,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Copy:
-    """A parquet copy of a task's data.
+    """A parquet copy of a task's data."""
 
-    Attributes:
-        hub: Usual name on the Hub.
-        official: Where the official files are published.
-        parts: Parts of the copy that make up each split.
-        files: Function that returns the annotation files of a split.
-        write: Function that writes a split from its parts.
-        examples: Name of the examples, for messages.
-        short: Official name of a split, by its other names.
-        note: What the copy lacks.
-    """
-
-    hub: str
-    official: str
-    parts: Mapping[str, tuple[Part, ...]]
-    files: Callable[[str], tuple[str, ...]]
-    write: Callable[[Source, Output, str, Sequence[Part]], None]
-    examples: str
-    short: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
+    hub: str  # usual name on the Hub
+    official: str  # where the official files are published
+    parts: Mapping[str, tuple[Part, ...]]  # parts of the copy that make up each split
+    files: Callable[[str], tuple[str, ...]]  # returns the annotation files of a split
+    write: Callable[[Source, Output, str, Sequence[Part]], None]  # writes a split from its parts
+    examples: str  # name of the examples, for messages
+    short: Mapping[str, str] = field(default_factory=dict)  # official name of a split, by its other names
+    note: str = ""  # what the copy lacks
 
 
 def _carried(row: Row, *names: str) -> Row:

@@ -18,17 +18,11 @@ ANNOTATORS = 10
 
 @dataclass
 class Output:
-    """The split being written.
+    """The split being written."""
 
-    Attributes:
-        staging: Folder where it is written.
-        final: Folder where it will be moved.
-        examples: Number of examples written.
-    """
-
-    staging: Path
-    final: Path
-    examples: int = 0
+    staging: Path  # folder where it is written
+    final: Path  # folder where it will be moved
+    examples: int = 0  # number of examples written
     images: set[str] = field(default_factory=set)
     kept: int = 0
     reencoded: int = 0

@@ -158,45 +158,25 @@ def with_marks(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class TextSpec:
-    """Definition of a text task.
+    """Definition of a text task."""
 
-    Attributes:
-        name: Name in the registry, and at the start of the text.
-        dataset: Name of the data set on the Hub; empty if it is not there.
-        reads: Columns in the text, in order; `premise=sentence1` reads column sentence1 as premise.
-        classes: Names of the classes 0, 1, ...; empty for free answers.
-        config: Configuration of the data set.
-        keys: Labels of the classes in the data, if they are not 0, 1, ...
-        task_name: Whether the text starts with the name of the task.
-        label: Column of the label, the number or the answers.
-        splits: Parts of the published splits that make up each split.
-        score: Function that computes the metrics.
-        primary: Primary metric, reported in papers.
-        answer: For free answers, function that formats a label; None for a column that lists the answers.
-        group: Template for the group of examples that are scored together.
-        only: Column and value that select the rows of this task; a copy without the column has only these.
-        prepare: Function that changes a row before its text is written.
-        columns: Additional columns for `prepare`.
-        max_new_tokens: Maximum length of a prediction, in tokens.
-    """
-
-    name: str
-    dataset: str
-    reads: str
-    classes: str = ""
-    config: str | None = None
-    keys: str = ""
-    task_name: bool = True
-    label: str = "label"
-    splits: Mapping[str, Part] = field(default_factory=lambda: HALVED)
-    score: Score = accuracy_alone
-    primary: str = "accuracy"
-    answer: Callable[[Any], str] | None = None
-    group: str = ""
-    only: tuple[str, str] | None = None
-    prepare: Callable[[Row], Row] = dict
-    columns: tuple[str, ...] = ()
-    max_new_tokens: int = 16
+    name: str  # name in the registry, and at the start of the text
+    dataset: str  # name of the data set on the Hub; empty if it is not there
+    reads: str  # columns in the text, in order; `premise=sentence1` reads column sentence1 as premise
+    classes: str = ""  # names of the classes 0, 1, ...; empty for free answers
+    config: str | None = None  # configuration of the data set
+    keys: str = ""  # labels of the classes in the data, if they are not 0, 1,
+    task_name: bool = True  # whether the text starts with the name of the task
+    label: str = "label"  # column of the label, the number or the answers
+    splits: Mapping[str, Part] = field(default_factory=lambda: HALVED)  # what makes up each split
+    score: Score = accuracy_alone  # function that computes the metrics
+    primary: str = "accuracy"  # primary metric, reported in papers
+    answer: Callable[[Any], str] | None = None  # formats a free answer; None: the column lists the answers
+    group: str = ""  # template for the group of examples that are scored together
+    only: tuple[str, str] | None = None  # column and value of the rows to take; a copy may lack the column
+    prepare: Callable[[Row], Row] = dict  # function that changes a row before its text is written
+    columns: tuple[str, ...] = ()  # additional columns for `prepare`
+    max_new_tokens: int = 16  # maximum length of a prediction, in tokens
 
     @cached_property
     def text(self) -> str:

@@ -36,21 +36,13 @@ KINDS = 30
 
 @dataclass(frozen=True)
 class Answered:
-    """Split with its predictions.
-
-    Attributes:
-        task: Task with the examples of the split.
-        split: Name of the split.
-        predictions: Prediction for each example.
-        scores: Scores of the predictions; empty if the answers are not published.
-        changed: How the split differs from what the run read of it; empty if it does not.
-    """
+    """Split with its predictions."""
 
     task: Task
     split: str
     predictions: Mapping[ExampleId, str]
-    scores: Mapping[str, float]
-    changed: str = ""
+    scores: Mapping[str, float]  # scores of the predictions; empty if the answers are not published
+    changed: str = ""  # how the split differs from what the run read of it; empty if it does not
 
     @property
     def name(self) -> str:
@@ -60,17 +52,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Marks:
-    """Marks of the predictions for a split.
+    """Marks of the predictions for a split."""
 
-    Attributes:
-        marks: Mark of each prediction, from 0 to 1; NaN if the answers are not published.
-        agreed: For each example, share of the humans who gave the most frequent answer.
-        kinds: Marks by kind and type of example.
-    """
-
-    marks: Float[np.ndarray, " examples"]
-    agreed: Float[np.ndarray, " examples"]
-    kinds: Mapping[str, Mapping[str, Sequence[float]]]
+    marks: Float[np.ndarray, " examples"]  # from 0 to 1; NaN if the answers are not published
+    agreed: Float[np.ndarray, " examples"]  # share of the humans who gave the most frequent answer
+    kinds: Mapping[str, Mapping[str, Sequence[float]]]  # marks by kind and type of example
 
 
 def write_run_report(
