@@ -136,7 +136,6 @@ def open_arrow(file: str, changed: int) -> Any:
 
 @lru_cache(maxsize=64)
 def _group_starts(file: str, changed: int) -> list[int]:
-    """Return the first row of each row group."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(file, memory_map=True)

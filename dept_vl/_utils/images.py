@@ -113,7 +113,6 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
 
 
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
-    """Decode an image file."""
     with warnings.catch_warnings():
         # Warnings about odd metadata do not concern the pixels; sizes are checked below.
         warnings.simplefilter("ignore", UserWarning)
@@ -204,7 +203,6 @@ def _png_content(path: Path) -> bytes:
 
 
 def _without_texts(png: bytes) -> bytes:
-    """Return a PNG file without its text chunks."""
     kept, place = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while place + 12 <= len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4])

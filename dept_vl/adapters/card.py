@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
 from dept_vl._utils.io import read_object
 from dept_vl._utils.printable import markdown_text, printable
 from dept_vl._utils.run_files import CONFIG_FILE, is_hub_name
@@ -39,7 +42,7 @@ def training_of(run: Path, task: str) -> dict[str, Any]:
         ValueError: If the configuration is damaged, or the run was trained on another task.
     """
     config = read_object(run / CONFIG_FILE, dict)
-    tasks = _tasks_of(config)
+    tasks = [str(options.get("task")) for options in (config.get("data", {}), *config.get("also", []))]
     if "+".join(tasks) != task:
         raise ValueError(f"the adapter was trained on {task}, and the run at {run} on {'+'.join(tasks)}")
     found: dict[str, Any] = _without_local(current_options(config))
@@ -60,9 +63,6 @@ def model_card(
 
     `adapter` is the content of `adapter.json`, `training` that of `training_of`; `datasets` are Hub names.
     """
-    from jinja2 import Environment, PackageLoader
-    from markupsafe import Markup
-
     templates = Environment(
         loader=PackageLoader(__package__, "."),
         trim_blocks=True,
@@ -102,15 +102,11 @@ def model_card(
 
 def _code(text: object) -> str:
     """Return a Markdown code span, which is not escaped."""
-    from markupsafe import Markup
-
     return Markup(f"`{printable(text).replace('`', chr(39))}`")
 
 
 def _literal(text: object) -> str:
     """Return a Python string literal."""
-    from markupsafe import Markup
-
     return Markup(json.dumps(printable(text), ensure_ascii=False))
 
 
@@ -167,10 +163,6 @@ def _known(names: Sequence[str]) -> list[Task]:
 def _on_hub(name: str) -> bool:
     """Return whether `name` can be a model on the Hub and is not a local folder."""
     return "/" in name and is_hub_name(name) and not Path(name).exists()
-
-
-def _tasks_of(config: Mapping[str, Any]) -> list[str]:
-    return [str(options.get("task")) for options in (config.get("data", {}), *config.get("also", []))]
 
 
 def _without_local(content: Any) -> Any:

@@ -83,31 +83,17 @@ class Draw:
 
 @dataclass(frozen=True)
 class Collator:
-    """Collator that tokenises and pads a list of draws and adds their images.
+    """Collator that tokenises and pads a list of draws and adds their images."""
 
-    Attributes:
-        tokenizer: Tokenizer of the backbone.
-        max_source_length: Maximum length of a text, in tokens; longer texts are truncated.
-        max_target_length: Maximum length of a target, in tokens; longer targets are truncated.
-        images: Table of features, or vision encoder whose preprocessing makes pixels; None for text.
-        on_bad_image: Whether an unreadable image raises an error, or its example is skipped and named in the
-            batch.
-        processor: Processor of a pretrained model, which makes the inputs; `images` is then a table or None.
-        exif: Whether the processor gets images turned by their EXIF orientation.
-        encoded: Precomputed encoder outputs; images are then not read.
-        pad_to_multiple_of: Multiple to which texts and targets are padded; texts to `max_source_length` at
-            most.
-    """
-
-    tokenizer: Any
-    max_source_length: int
-    max_target_length: int
-    images: FeatureTable | VisionEncoder | None = None
-    on_bad_image: OnBadImage = "raise"
-    processor: SourceReader | None = None
-    exif: bool = True
-    encoded: EncodedSources | None = None
-    pad_to_multiple_of: int = 1
+    tokenizer: Any  # of the backbone
+    max_source_length: int  # in tokens; longer texts are truncated
+    max_target_length: int  # in tokens; longer targets are truncated
+    images: FeatureTable | VisionEncoder | None = None  # features, or the encoder that prepares pixels
+    on_bad_image: OnBadImage = "raise"  # raise an error, or skip the example and name it
+    processor: SourceReader | None = None  # of a pretrained model; `images` is then a table or None
+    exif: bool = True  # whether the processor gets images turned by their EXIF orientation
+    encoded: EncodedSources | None = None  # encoder outputs; images are then not read
+    pad_to_multiple_of: int = 1  # texts to `max_source_length` at most
 
     @classmethod
     def for_model(

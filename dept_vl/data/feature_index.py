@@ -135,7 +135,6 @@ def check_first(index: Mapping[str, Any], folder: Path, paths: Sequence[Path], *
 
 
 def _seal(content: Any) -> str:
-    """Return the checksum of an index."""
     return checksum(json.dumps(content, sort_keys=True).encode())
 
 

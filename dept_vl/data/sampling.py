@@ -66,26 +66,16 @@ class TrainingBatches(Sampler[list[tuple[int, int]]]):
 
     With `lengths`, texts of similar length are batched together: `WINDOW` batches at a time are sorted by
     length and shuffled. A window ends with the epoch, at the batch that contains its last example.
-
-    Attributes:
-        example_counts: Number of examples of each task.
-        batch_sizes: Batch size per process for each task.
-        seed: Random seed for the permutations and the order of tasks.
-        process: Index of this process.
-        processes: Number of processes.
-        lengths: Lengths of the texts of each task in tokens, after truncation; None for batches of mixed
-            lengths.
-        start: Number of batches to skip, to resume a run.
     """
 
-    example_counts: Sequence[int]
-    batch_sizes: Sequence[int]
+    example_counts: Sequence[int]  # of each task
+    batch_sizes: Sequence[int]  # per process, for each task
     _: KW_ONLY
-    seed: int
-    process: int = 0
-    processes: int = 1
-    lengths: Sequence[Lengths] | None = None
-    start: int = 0
+    seed: int  # of the permutations and the order of tasks
+    process: int = 0  # index of this process
+    processes: int = 1  # number of processes
+    lengths: Sequence[Lengths] | None = None  # of the texts of each task in tokens, to group them by
+    start: int = 0  # number of batches to skip, to resume a run
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         numbers = [self._numbers(count) for count in self.example_counts]

@@ -103,7 +103,6 @@ def _note_shared(train: Task, dev: Task, test: Task) -> None:
 def _train_and_dev(
     options: DataOptions, train: Task, shots: Shots | None, dev_split: str, seed: int
 ) -> tuple[Task, Task]:
-    """Return the training split and the dev split."""
     if shots is None:
         # Before images are held out, so that none of those in the dev split are missing.
         train = without_missing_images(train, options.on_bad_image or "skip")

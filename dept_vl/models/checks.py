@@ -62,9 +62,7 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
     try:
         with LOADING:
             yield
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError):
-            raise
+    except MemoryError as error:
         raise ValueError(f"{name} cannot be loaded as {what}: it does not fit the memory") from error
     except Exception as error:
         if is_user_error(error):
@@ -95,11 +93,7 @@ def load_config(name: str | Path, what: str, supported: str) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
-    """Check the configurations and headers in a folder, without reading weights.
-
-    Raises:
-        ValueError: If a file is damaged or hostile.
-    """
+    """Check the configurations and headers in a folder, without reading weights."""
     for name in CHECKED_FILES:
         path = folder / name
         if path.exists():
@@ -140,11 +134,7 @@ def _values(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_sizes(config: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Return the numbers of layers and experts in a configuration.
-
-    Raises:
-        ValueError: If a size is too large or negative.
-    """
+    """Return the numbers of layers and experts in a configuration."""
     layers = experts = 0
     for place, value in _values(config):
         if isinstance(value, bool) or not isinstance(value, int):
@@ -170,9 +160,6 @@ def _check_tables(config: dict[str, Any], path: Path, stored: int) -> None:
     """Check that the weight files are large enough for the largest matrices of a configuration.
 
     transformers would allocate and fill a matrix of any size before it reports a mismatch.
-
-    Raises:
-        ValueError: If a matrix would be larger than all files (with up to two numbers per byte).
     """
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         sizes = {key: part[key] for key in TABLES if type(part.get(key)) is int}
@@ -186,11 +173,7 @@ def _check_tables(config: dict[str, Any], path: Path, stored: int) -> None:
 
 
 def _check_index(path: Path) -> None:
-    """Check that an index only names files in its own folder.
-
-    Raises:
-        ValueError: If the index is damaged, or names other or missing files.
-    """
+    """Check that an index only names files in its own folder."""
     content = read_json(path, json.loads)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
@@ -206,11 +189,7 @@ def _check_index(path: Path) -> None:
 
 
 def _check_header(path: Path, most: int) -> None:
-    """Check that the header of a safetensors file has at most `most` tensors.
-
-    Raises:
-        ValueError: If the header is damaged or too large.
-    """
+    """Check that the header of a safetensors file has at most `most` tensors."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

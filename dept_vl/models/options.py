@@ -120,14 +120,11 @@ class BackboneOptions(Options):
             UsageError: If an option does not apply to the kind of backbone that is given.
         """
         if self.model is not None:
-            usual, free = BackboneOptions(), {"model", "text_form", "exif", "backbone_dropout"}
-            free |= {"load_in", "device_map"}
+            free = {"model", "text_form", "exif", "backbone_dropout", "load_in", "device_map"}
             free |= {"train_projection", "train_backbone", "train_only", "lora_rank"}
-            options = [f.name for f in fields(self) if f.name not in free]
-            changed = [name for name in options if getattr(self, name) != getattr(usual, name)]
-            if changed:
-                these = ", ".join(f"--{name}" for name in changed)
-                raise UsageError(f"--model is a whole model; leave out {these}")
+            options = [f for f in fields(self) if f.name not in free]
+            if changed := [f"--{f.name}" for f in options if getattr(self, f.name) != f.default]:
+                raise UsageError(f"--model is a whole model; leave out {', '.join(changed)}")
             if self.load_in and self.train_backbone:
                 raise UsageError(
                     f"--train_backbone trains weights, and --load_in {self.load_in} keeps them as whole "

@@ -99,7 +99,7 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
         features = open_backbone(**options.loading()).image_features()
         assert features is not None
         return features
-    fit = options.loading()["image_fit"]
+    fit, vision = options.loading()["image_fit"], None
     if options.backbone is not None:
         vision = Backbone.from_pretrained(options.backbone, exif=options.exif, image_fit=fit).vision
     elif options.vision is not None:
@@ -111,8 +111,6 @@ def load_vision(options: BackboneOptions) -> VisionEncoder:
             exif=options.exif,
             image_fit=fit or "squash",
         )
-    else:
-        vision = None
     if vision is None:
         raise ValueError("expected an image encoder; give --vision, or a --backbone that has one")
     return vision

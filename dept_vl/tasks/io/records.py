@@ -9,7 +9,7 @@ accepts.
 import codecs
 import json
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,28 +149,30 @@ def _open(path: Path, source: str) -> BinaryIO:
     return file
 
 
-class _Shallow:
-    """A file for ijson that limits the nesting of lists and objects."""
+class Shallow:
+    """A source of bytes for ijson that limits the nesting of lists and objects."""
 
-    def __init__(self, file: BinaryIO, count: Count) -> None:
-        self.file, self.count, self.depth = file, count, Depth()
+    def __init__(self, read: Callable[[int], bytes], count: Count | None = None) -> None:
+        self._read, self._count, self._depth = read, count, Depth()
 
     def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.depth.add(data)
-        self.count.add(len(data))
+        """Return the next bytes; raise NestedError if they are nested too deeply."""
+        data = self._read(size)
+        self._depth.add(data)
+        if self._count is not None:
+            self._count.add(len(data))
         return data
 
 
 @contextmanager
-def _json(path: Path, source: str) -> Iterator[_Shallow]:
+def _json(path: Path, source: str) -> Iterator[Shallow]:
     """Open a JSON file; convert errors in it to a one-line ValueError."""
     with (
         _open(path, source) as file,
         Count(f"reading {path.name}", path.stat().st_size, ("MiB", 1 << 20)) as count,
     ):
         try:
-            yield _Shallow(file, count)
+            yield Shallow(file.read, count)
         except (ijson.JSONError, NestedError, UnicodeDecodeError) as error:
             where, reason = json_fault(path, error)
             place = f"before byte {file.tell():,}: " if where == str(path) else ""
@@ -180,7 +182,7 @@ def _json(path: Path, source: str) -> Iterator[_Shallow]:
             ) from None
 
 
-def _items(file: _Shallow, prefix: str) -> Iterator[Any]:
+def _items(file: Shallow, prefix: str) -> Iterator[Any]:
     values: Iterator[Any] = ijson.items(file, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
     return values
 

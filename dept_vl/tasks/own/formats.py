@@ -87,14 +87,12 @@ def _read_json(path: Path) -> Numbered:
 
 
 def _splits(path: Path, keys: Sequence[str]) -> Numbered:
-    """Read an object with a list of rows for each split."""
     rows = ((key, row) for key in keys for _, row in read_json(path, key))
     for number, (key, row) in enumerate(rows, start=1):
         yield number, {**row, "split": row.get("split") or SPLITS[key.lower()]}
 
 
 def _read_list(path: Path, shape: str) -> Numbered:
-    """Read an object whose rows are in the list under one key."""
     if shape == QUESTIONS:
         answers = annotations_of(path)
         return _joined(path, answers) if answers is not None else read_json(path, QUESTIONS)
@@ -124,10 +122,7 @@ def is_annotations(path: Path) -> bool:
     """Return whether a file holds the answers to a question file in the same folder."""
     if path.suffix != ".json" or "annotation" not in path.name:
         return False
-    return any(
-        "question" in other.name and _pair_key(other.name) == _pair_key(path.name)
-        for other in path.parent.glob("*.json")
-    )
+    return any(_pair_key(other.name) == _pair_key(path.name) for other in path.parent.glob("*question*.json"))
 
 
 def _pair_key(name: str) -> str:

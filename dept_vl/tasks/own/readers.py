@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 
 from dept_vl._utils.embedded import open_arrow
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.io import Depth, NestedError, RepeatedKeyError, UniqueKeys, check_keys
+from dept_vl._utils.io import NestedError, RepeatedKeyError, UniqueKeys, check_keys
 from dept_vl._utils.printable import one_line
-from dept_vl.tasks.io.records import brief, json_fault, json_object
+from dept_vl.tasks.io.records import Shallow, brief, json_fault, json_object
 from dept_vl.tasks.own.inline import Embedded
 
 Record = dict[str, Any]
@@ -245,24 +245,12 @@ def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
         yield number, item
 
 
-class _Utf8:
-    """A text file as a stream of UTF-8 without byte order mark, for ijson; its nesting is limited."""
-
-    def __init__(self, file: TextIOWrapper) -> None:
-        self.file, self.depth = file, Depth()
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size).encode("utf-8", errors="surrogatepass")
-        self.depth.add(data)
-        return data
-
-
 @contextmanager
-def _json(path: Path) -> Iterator[_Utf8]:
-    """Open a JSON file; convert JSON errors to a UsageError with line and column."""
+def _json(path: Path) -> Iterator[Shallow]:
+    """Open a JSON file as UTF-8, for ijson; convert JSON errors to a UsageError with line and column."""
     with _decoding(path), text_of(path) as file:
         try:
-            yield _Utf8(file)
+            yield Shallow(lambda size: file.read(size).encode("utf-8", errors="surrogatepass"))
         except (ijson.JSONError, NestedError) as error:
             where, reason = json_fault(path, error, encoding_of(path))
             raise UsageError(f"{where}: the file is not complete JSON: {reason}") from None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -122,12 +122,7 @@ class OwnTask(Task):
 
     def facts(self) -> dict[str, Any]:
         """Return the facts about the training data, to save with a run."""
-        return {
-            "form": self.form,
-            "scoring": self.scoring,
-            "labels": list(self.labels),
-            "image_count": self.image_count,
-        }
+        return {one.name: getattr(self, one.name) for one in fields(Facts)} | {"labels": list(self.labels)}
 
     def with_facts(self, facts: Mapping[str, Any]) -> "OwnTask":
         """Return the task with the facts of a run; raise ValueError if they are another task's facts."""
@@ -319,7 +314,6 @@ def _percent(marks: list[Any]) -> float:
 
 @lru_cache(maxsize=100_000)
 def _targets(answers: tuple[str, ...], form: str, scoring: str) -> tuple[tuple[str, float], ...]:
-    """Return the training targets, each with its score."""
     if not answers:
         return ()
     if form == "caption":

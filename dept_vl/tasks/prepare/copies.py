@@ -39,7 +39,6 @@ class Copy:
 
 
 def _carried(row: Row, *names: str) -> Row:
-    """Return the optional columns that a row has."""
     return {name: row[name] for name in names if row.get(name) is not None}
 
 

@@ -5,13 +5,11 @@ shape and templated questions about it, shipped whole in the Python package `eas
 38,575 + 9,673 questions, 13 answers. `easy_vqa.md` lists what is changed.
 """
 
-import importlib
 import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -80,7 +78,13 @@ def convert(output_dir: Path) -> dict[str, int]:
         say(f"{output_dir} holds easy-VQA already; left as it is", error=True)
         return counts
 
-    easy_vqa = _import_package()
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ImportError(
+            "expected the package easy-vqa, which carries the data of easy-VQA, found no module "
+            "easy_vqa to import; install it with `pip install easy-vqa`"
+        ) from error
     train_images = easy_vqa.get_train_image_paths()
     # Ids run from 0 without a gap, so this is the number of train images.
     offset = max(train_images) + 1
@@ -102,17 +106,6 @@ def question_type(question: str) -> str:
     return max(fitting, key=len, default="none of the above")
 
 
-def _import_package() -> ModuleType:
-    try:
-        # Imported by name, since the package has no types and is only needed here.
-        return importlib.import_module("easy_vqa")
-    except ImportError as error:
-        raise ImportError(
-            "expected the package easy-vqa, which carries the data of easy-VQA, found no module "
-            "easy_vqa to import; install it with `pip install easy-vqa`"
-        ) from error
-
-
 def _finished_counts(output_dir: Path) -> dict[str, int] | None:
     """Return the counts of a finished conversion; None if the files do not match the marker."""
     try:
@@ -124,7 +117,6 @@ def _finished_counts(output_dir: Path) -> dict[str, int] | None:
 
 
 def _count(folder: Path) -> dict[str, int]:
-    """Return the counts of images, questions and annotations in a folder."""
     counts = {}
     for split in ("train2014", "val2014"):
         questions = json.loads((folder / question_names(split)[0]).read_text(encoding="utf-8"))

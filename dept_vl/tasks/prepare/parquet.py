@@ -119,7 +119,6 @@ def placing(hub: str | Path) -> str:
 
 
 def _open_folder(folder: Path, part: Part, hub: str) -> Any:
-    """Open a part of a copy in a folder."""
     from datasets import load_dataset, load_from_disk
 
     config, split = part

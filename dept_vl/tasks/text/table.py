@@ -165,7 +165,7 @@ class TextSpec:
     reads: str  # columns in the text, in order; `premise=sentence1` reads column sentence1 as premise
     classes: str = ""  # names of the classes 0, 1, ...; empty for free answers
     config: str | None = None  # configuration of the data set
-    keys: str = ""  # labels of the classes in the data, if they are not 0, 1,
+    keys: str = ""  # labels of the classes in the data, if they are not 0, 1, ...
     task_name: bool = True  # whether the text starts with the name of the task
     label: str = "label"  # column of the label, the number or the answers
     splits: Mapping[str, Part] = field(default_factory=lambda: HALVED)  # what makes up each split

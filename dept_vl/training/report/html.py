@@ -188,7 +188,6 @@ def _curves(log: Sequence[Mapping[str, Any]], best_step: int, metric: str) -> li
 
 
 def _section(answered: Answered) -> dict[str, Any]:
-    """Return the content of the page for one split."""
     found = mark(answered)
     first, best = choose(found, answered.task.images)
     if np.isnan(found.marks).any():
