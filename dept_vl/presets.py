@@ -149,11 +149,7 @@ VL_ADAPTER: dict[str, Values] = {
     },
 }
 
-MODELS: Values = {
-    "vision": "timm/resnet101_clip.openai",
-    "pooled_grid": 6,
-    "language": "google-t5/t5-base",
-}
+MODELS: Values = {"vision": "timm/resnet101_clip.openai", "pooled_grid": 6, "language": "google-t5/t5-base"}
 """CLIP-T5, for tasks with images if no model is given: 7 x 7 features of size 2,048, pooled to 36."""
 
 OWN_ROW: Values = {"method": "dept", "prompt_length": 60, "rank": 38, "prompt_lr": 0.3, "offset_lr": 1e-3}

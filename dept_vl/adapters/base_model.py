@@ -73,10 +73,7 @@ def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
     # Others have no row or column for each word, as BART's `final_logits_bias` has.
     fixed = [tensor for _, tensor in sorted(weights.items()) if len(weight) not in tensor.shape]
     others = [tensor.flatten()[tensor.numel() // 2 :][:1] for tensor in fixed]
-    return record | {
-        "rows": _encoded([_values(weight, _rows(len(weight)))]),
-        "others": _encoded(others),
-    }
+    return record | {"rows": _encoded([_values(weight, _rows(len(weight)))]), "others": _encoded(others)}
 
 
 def check_base(

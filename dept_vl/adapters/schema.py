@@ -118,36 +118,35 @@ def read_description(path: Path) -> dict[str, Any]:
         FileNotFoundError: If the file does not exist.
         ValueError: If the file is damaged, or has an unknown format version.
     """
-    description = read_json(path)
-    version = description.get("format_version") if isinstance(description, dict) else FORMAT_VERSION
-    if version not in READABLE_VERSIONS:
-        raise ValueError(
-            f"the adapter at {path.parent} has format version {version!r:.60}; this dept_vl reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}: use the dept_vl that wrote it"
-        )
-    backbone = description.get("backbone") if isinstance(description, dict) else None
-    of_authors = isinstance(backbone, dict) and "official_config" in backbone
-    if isinstance(description, dict) and isinstance(backbone, dict):
-        earlier = BEFORE_VISION if of_authors else BEFORE_VISION | BEFORE_ORDER
-        description["backbone"] = backbone | {k: backbone.get(k, v) for k, v in earlier.items()}
+    description: dict[str, Any] = read_json(path)
+    kind: type[Description] = Description
     if isinstance(description, dict):
+        version = description.get("format_version")
+        if version not in READABLE_VERSIONS:
+            raise ValueError(
+                f"the adapter at {path.parent} has format version {version!r:.60}; this dept_vl reads "
+                f"{' and '.join(map(str, READABLE_VERSIONS))}: use the dept_vl that wrote it"
+            )
+        # Missing fields come last, so that a file that has them keeps their order when it is written again.
+        if isinstance(backbone := description.get("backbone"), dict):
+            earlier = BEFORE_VISION | BEFORE_ORDER
+            if "official_config" in backbone:
+                kind, earlier = DescriptionOfAuthors, BEFORE_VISION
+            elif "text_form" in backbone:
+                kind = DescriptionOfPretrained
+            description["backbone"] = backbone | {k: backbone.get(k, v) for k, v in earlier.items()}
         description.setdefault("question_case", "lower")
-    if isinstance(description, dict) and isinstance(description.get("prompt"), dict):
-        # Added last, so that a file that has these fields keeps their order when it is written again.
-        for name, value in BEFORE_METHODS.items():
-            description["prompt"].setdefault(name, value)
+        if isinstance(prompt := description.get("prompt"), dict):
+            description["prompt"] = prompt | {k: prompt.get(k, v) for k, v in BEFORE_METHODS.items()}
     try:
-        pretrained = isinstance(backbone, dict) and "text_form" in backbone
-        kind = DescriptionOfPretrained if pretrained else Description
-        check(description, DescriptionOfAuthors if of_authors else kind)
+        check(description, kind)
         if description["prompt"] is not None:
             prompt, scale = description["prompt"], described_method(description["prompt"]).scale
             if not math.isclose(prompt["scale"], scale, rel_tol=1e-6):
                 raise ValueError(f"expected prompt.scale to be {scale}, found {prompt['scale']!s:.60}")
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
-    checked: dict[str, Any] = description
-    return checked
+    return description
 
 
 def read_configuration(path: Path, peft_type: str, kind: Any) -> dict[str, Any]:

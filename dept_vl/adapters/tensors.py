@@ -27,11 +27,7 @@ def count_parameters(parameter_groups: Mapping[str, Sequence[Tensor]]) -> dict[s
     """Return the number of parameters by group, in total, and without the visual projection."""
     groups = {name: sum(p.numel() for p in group) for name, group in parameter_groups.items() if group}
     total = sum(groups.values())
-    return {
-        **groups,
-        "total": total,
-        "without_projection": total - groups.get("visual_projection", 0),
-    }
+    return {**groups, "total": total, "without_projection": total - groups.get("visual_projection", 0)}
 
 
 def parts_of(model: PromptedModel) -> dict[str, nn.Module | None]:

@@ -23,12 +23,7 @@ from dept_vl._utils.tensors import check_parameters, fingerprint, load_exactly, 
 from dept_vl._utils.terminal import waiting
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import check_tokenizer, load_tokenizer
-from dept_vl.models.language import (
-    DecoderOnly,
-    EncoderDecoder,
-    load_language,
-    wrap_language_model,
-)
+from dept_vl.models.language import DecoderOnly, EncoderDecoder, load_language, wrap_language_model
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.padding import packing, take
 from dept_vl.models.projection import MAX_IMAGES, embedding_norm, new_projection

@@ -36,10 +36,7 @@ def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
 
 
 def generate(
-    model: PreTrainedModel,
-    special: dict[str, Any],
-    options: dict[str, Any],
-    inputs: dict[str, Any],
+    model: PreTrainedModel, special: dict[str, Any], options: dict[str, Any], inputs: dict[str, Any]
 ) -> torch.Tensor:
     """Call `model.generate` without the checkpoint's own settings.
 

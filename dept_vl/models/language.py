@@ -182,10 +182,7 @@ class EncoderDecoder(Answerer):
         return self.text_model(**inputs, segments=(prompt_length, visual_length)), mask
 
     def logits(
-        self,
-        encoded: ModelOutput,
-        mask: Bool[Tensor, "batch source"],
-        labels: Int[Tensor, "batch target"],
+        self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
     ) -> Float[Tensor, "batch target vocabulary"]:
         """Return the logits of each answer token, given the tokens before it."""
         logits: Tensor = self.model(
@@ -261,10 +258,7 @@ class DecoderOnly(Answerer):
         return BaseModelOutput(last_hidden_state=embeddings), mask
 
     def logits(
-        self,
-        encoded: ModelOutput,
-        mask: Bool[Tensor, "batch source"],
-        labels: Int[Tensor, "batch target"],
+        self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]
     ) -> Float[Tensor, "batch target vocabulary"]:
         """Return the logits of each answer token, given the tokens before it.
 

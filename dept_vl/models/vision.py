@@ -122,11 +122,7 @@ class VisionEncoder(nn.Module):
 
     def options(self) -> dict[str, int | bool]:
         """Return the options that are saved with a backbone, as arguments of `from_pretrained`."""
-        return {
-            "layer": self.layer,
-            "class_token": self.class_token,
-            "pooled_grid": self.pooled_grid,
-        }
+        return {"layer": self.layer, "class_token": self.class_token, "pooled_grid": self.pooled_grid}
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors that the features depend on, by name."""

@@ -36,23 +36,10 @@ from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
 from dept_vl.models.precision import prepare_step
 from dept_vl.models.sharding import place_model
-from dept_vl.training.build import (
-    budget_line,
-    build_model,
-    only_deterministic,
-    visual_tokens,
-    without_effect,
-)
+from dept_vl.training.build import budget_line, build_model, only_deterministic, visual_tokens, without_effect
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
-from dept_vl.training.folder import (
-    Opened,
-    choose_folder,
-    is_complete,
-    keep_precision,
-    open_folder,
-    release,
-)
+from dept_vl.training.folder import Opened, choose_folder, is_complete, keep_precision, open_folder, release
 from dept_vl.training.graphs import can_record
 from dept_vl.training.identity import check_kept, keep_identity
 from dept_vl.training.loop import Loop
