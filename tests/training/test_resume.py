@@ -568,9 +568,11 @@ def test_an_evaluation_that_only_a_pause_makes_shifts_no_dropout(
     config: RunConfig, whole: RunResult, tmp_path: Path
 ) -> None:
     paused = replace(config, output_dir=tmp_path / "run", resume="auto")
-    for step in (3, 5, 5, 3, 0):  # also where the run has passed the step
+    for step, kept in ((3, 3), (5, 5), (5, 5), (3, 5), (0, 9)):  # also where the run has passed the step
         reset_accelerate()
-        run(replace(paused, train=replace(config.train, pause_at=step)))
+        result = run(replace(paused, train=replace(config.train, pause_at=step)))
+        assert (not result.scores) == (step > 0)
+        assert (tmp_path / "run" / "checkpoints" / f"step-{kept:08d}").is_dir()
     ours, theirs = result_of(tmp_path / "run"), result_of(whole.output_dir)
     assert [line["step"] for line in ours["log"] if "score" in line] == [3, 4, 5, 8, 9]
     lasts = [
