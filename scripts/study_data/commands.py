@@ -4,8 +4,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dept_vl._utils.printable import say
+from study_data import easy_vqa as easy_vqa_task
 from study_data import snippets as snippets_task
 from study_data.official import write_concepts, write_tasks
+
+
+def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
+    """Convert the package easy-vqa to VQAv2 files and COCO image names.
+
+    Args:
+        output_dir: Folder to write; must not exist, or hold a finished conversion.
+    """
+    counts = easy_vqa_task.convert(output_dir)
+    say(f"{output_dir} holds:")
+    for kind, count in counts.items():
+        say(f"  {kind:<22}{count:>7,}")
 
 
 def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 150, test: int = 150) -> None:
@@ -44,5 +57,10 @@ def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = No
         say(f"{split:<11}{count:>7,} snippets")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"scenes": scenes, "concepts": concepts, "snippets": snippets}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "easy-vqa": easy_vqa,
+    "scenes": scenes,
+    "concepts": concepts,
+    "snippets": snippets,
+}
 """Commands by name; their arguments are flags."""

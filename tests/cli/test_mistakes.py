@@ -20,6 +20,7 @@ from dept_vl._utils.errors import UsageError, exit_status, is_user_error
 from dept_vl.config import DataOptions, RunConfig, read_config, to_json
 from dept_vl.training.run import run
 from scripts import compare, train_gqa, transfer_suite
+from study_data.commands import COMMANDS
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 ROOT = Path(__file__).parents[2]
@@ -146,7 +147,6 @@ MISTAKES = {
     "data check --task vqav2 --root {data}/vqav2 --sheet s.png": (2, "--sheet: only for your own"),
     "data check --data {data}/vqav2 --root {data}": (2, "--root"),
     "data check --task vqav2 --root {data}/vqav2 --columns image=photo": (2, "--columns: only for your own"),
-    "data easy-vqa --output_dir {data}": (1, "not to exist"),
     "score vqa": (2, "closest: vqav2"),
     "score vqav2 --questions nowhere.json": (2, "--annotations"),
     f"score vqav2 {SCORE} --predictions nowhere.json": (1, "nowhere.json"),
@@ -199,6 +199,7 @@ def _main(end: END, arguments: list[str]) -> tuple[int, str]:
         (compare.compare, "--tasks {tmp}/scenes-gqa.json --methods pt", 1, "/nowhere"),
         (transfer_suite.transfer_suite, "--targets many", 2, "unknown target 'many'"),
         (cli.check_submission, "vqa", 2, "closest: vqav2"),
+        (partial(cli.data, further=COMMANDS), "easy-vqa --output_dir {tmp}", 1, "not to exist"),
     ],
 )
 def test_a_mistake_ends_in_one_line_in_scripts(

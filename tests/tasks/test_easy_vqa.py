@@ -11,8 +11,8 @@ import easy_vqa
 import pytest
 from PIL import Image, ImageChops, ImageDraw, ImageStat, JpegImagePlugin
 
-from dept_vl.tasks.prepare import commands
-from dept_vl.tasks.prepare.easy_vqa import MARKER, QUESTION_TYPES, convert, question_type
+from study_data import commands
+from study_data.easy_vqa import MARKER, QUESTION_TYPES, convert, question_type
 
 COLOURS = ["red", "teal", "blue"]
 """Of the shape in train images 0 and 1 and in test image 0."""

@@ -20,20 +20,6 @@ SHOWN = 20
 """Maximum number of missing or broken files to print, for each status; --report names them all."""
 
 
-def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
-    """Convert the package easy-vqa to VQAv2 files and COCO image names.
-
-    Args:
-        output_dir: Folder to write; must not exist, or hold a finished conversion.
-    """
-    from dept_vl.tasks.prepare.easy_vqa import convert
-
-    counts = convert(output_dir)
-    say(f"{output_dir} holds:")
-    for kind, count in counts.items():
-        say(f"  {kind:<22}{count:>7,}")
-
-
 def print_findings(findings: Iterable["Finding"], report: Path | None) -> bool:
     """Print the first findings of each status, write all to a file, and return whether all are good."""
     lines: list[str] = []
@@ -113,7 +99,6 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "easy-vqa": easy_vqa,
     "answer-list": answer_list,
     "from-hub": from_hub,
 }

@@ -13,7 +13,6 @@ from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY, confined, read_imag
 
 JPEG = b"\xff\xd8\xff"
 """Start of every JPEG file."""
-ANNOTATORS = 10
 
 
 @dataclass
@@ -98,21 +97,6 @@ def staging_for(output_dir: Path) -> Iterator[Path]:
         staging = Path(temporary) / output_dir.name
         staging.mkdir()
         yield staging
-
-
-def dump(path: Path, content: object) -> None:
-    """Write JSON on one line, and create the folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def unanimous(answer: str) -> dict[str, Any]:
-    """Return the part of a VQAv2 annotation in which all ten annotators give the same answer."""
-    answers = [
-        {"answer": answer, "answer_confidence": "yes", "answer_id": number}
-        for number in range(1, ANNOTATORS + 1)
-    ]
-    return {"multiple_choice_answer": answer, "answers": answers}
 
 
 @contextmanager
