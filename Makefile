@@ -38,14 +38,16 @@ vqa: $(STAMP) | data/easy-vqa  ## install, fetch easy-VQA, train a prompt on it,
 compare: $(STAMP) | data/easy-vqa data/scenes data/concepts data/snippets  ## the README's comparison of methods
 	$(BIN)/python scripts/compare.py
 
-lint: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/lint-imports --no-logo
-	$(BIN)/mypy
+LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports --no-logo && $(BIN)/mypy
 
-test: lint  ## install, check style and types, run the tests
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+lint: $(STAMP)
+	$(LINT)
+
+test: $(STAMP)  ## install, check style and types, run the tests; style and types meanwhile, told at the end
+	@($(LINT)) >lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	wait $$lint; lint=$$?; cat lint.log; rm lint.log; \
+	test $$tests = 0 && test $$lint = 0
 
 docs: $(STAMP)  ## the API reference into docs/; an undocumented public name is an error
 	$(BIN)/ruff check --select D dept_vl

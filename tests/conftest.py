@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
+import early  # noqa: F401
 import jaxtyping
 
 # Before dept_vl: what its modules are the first to import, jaxtyping's hook compiles anew.
@@ -45,6 +46,9 @@ from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import IGNORE_INDEX
 from dept_vl.models.vision import VisionEncoder
 from study_data.official import write_tasks
+
+gc.freeze()
+gc.enable()
 
 os.fsync = lambda descriptor: None  # a test has no power cut to survive
 LANGUAGES = ("t5", "bart")

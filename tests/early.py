@@ -1,0 +1,38 @@
+"""Before all other imports: check signatures by no more than they need, and look for no garbage."""
+
+import functools
+import gc
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jaxtyping
+
+_with_shapes = jaxtyping.jaxtyped
+
+
+def checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
+    """Check what a signature says, as `jaxtyping.jaxtyped` does.
+
+    That binds the arguments of every call and checks them twice, which was a quarter of the suite's
+    time; most signatures have no shapes and need none of it.
+    """
+    if function is None:
+        return functools.partial(checked, typechecker=typechecker)
+    if not inspect.isfunction(function) or any(map(_has_shapes, function.__annotations__.values())):
+        return _with_shapes(function, typechecker=typechecker)
+    types = typechecker(function)
+
+    @functools.wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else types)(*args, **kwargs)
+
+    return either
+
+
+def _has_shapes(annotation: object) -> bool:
+    return isinstance(annotation, str) or "jaxtyping" in repr(annotation)
+
+
+jaxtyping.jaxtyped = checked
+gc.disable()  # what is imported stays; `conftest` ends this after its imports
