@@ -14,6 +14,8 @@ from pretraining.questions import FAMILIES, PHRASINGS, ask_pair, ask_text, capti
 from study_data.questions import KEPT_OUT, QA
 from study_data.render import Scene, sample_scene
 
+LONGEST_ANSWER = 48  # tokens
+
 
 def measure(config: PretrainConfig) -> dict[str, float]:
     """Return the scores of the saved backbone on new scenes."""
@@ -73,7 +75,7 @@ def exact_match(model: PromptedModel, samples: list[Sample], features: Tensor) -
         batch = samples[start : start + 1024]
         arguments = tensors(encoded(model.backbone.tokenizer, batch), features)
         del arguments["labels"]
-        tokens = model.generate(**arguments, max_new_tokens=48)
+        tokens = model.generate(**arguments, max_new_tokens=LONGEST_ANSWER)
         answers = model.backbone.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         right += sum(a == s.qa.target_text for a, s in zip(answers, batch, strict=True))
     return right / len(samples)

@@ -1,6 +1,7 @@
 """Published hyper-parameters: the page that lists them with their sources against the code; the budget."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,17 @@ def test_the_page_lists_depts_own_row() -> None:
         assert PAPER[task] == VL_ADAPTER[task] | OWN_ROW
 
 
+@cache
+def without_preset(task: str) -> dict[str, Any]:
+    return flat(to_json(parse(RunConfig(), "", ["--task", task])))
+
+
 @pytest.mark.parametrize(
     ("preset", "task"), [(name, task) for name, tasks in PRESETS.items() for task in tasks]
 )
 def test_a_preset_changes_the_options_that_it_names_alone(preset: str, task: str) -> None:
-    flags = ["--task", task]
-    config = flat(to_json(parse(RunConfig(), "", [*flags, "--preset", preset])))
-    plain = flat(to_json(parse(RunConfig(), "", flags)))
+    config = flat(to_json(parse(RunConfig(), "", ["--task", task, "--preset", preset])))
+    plain = without_preset(task)
     expected = PRESETS[preset][task] | (MODELS if task in VL_ADAPTER else {})
     values = {name.rpartition(".")[2]: value for name, value in config.items()}
     assert {name: values[name] for name in expected} == expected

@@ -128,10 +128,14 @@ def assert_goes_on(config: RunConfig, whole: RunConfig) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "number", "file", "step"),
     [
-        (TrainingState, "save", 1, "checkpoints/.step-00000002.partial/rng-0.safetensors", "the beginning"),
+        pytest.param(
+            *(TrainingState, "save", 1, "checkpoints/.step-00000002.partial/rng-0.safetensors"),
+            "the beginning",
+            marks=pytest.mark.slow,
+        ),
         (TrainingState, "save", 2, "checkpoints/.step-00000004.partial/rng-0.safetensors", "step 2"),
-        (Adapter, "save", 1, "best/adapter.safetensors", "step 2"),
-        (Log, "scores", 2, "log.jsonl", "step 4"),
+        pytest.param(Adapter, "save", 1, "best/adapter.safetensors", "step 2", marks=pytest.mark.slow),
+        pytest.param(Log, "scores", 2, "log.jsonl", "step 4", marks=pytest.mark.slow),
         (dept_vl.training.stages, "write_answers", 1, "predictions.json", "step 6"),
     ],
 )
@@ -255,9 +259,9 @@ def test_the_images_are_removed(config: RunConfig, whole: RunConfig, tmp_path: P
         # No image can be opened; no worker can be started; no tensor can be handed over by one; of the two
         # workers of an evaluation, one can be started.
         (0, 0, Collator, "__call__", 4),
-        (2, 0, Run, "fit", 1),
+        pytest.param(2, 0, Run, "fit", 1, marks=pytest.mark.slow),
         (2, 24, Run, "fit", 1),
-        (2, 8, readers, "load", 2),
+        pytest.param(2, 8, readers, "load", 2, marks=pytest.mark.slow),
     ],
 )
 def test_too_many_open_files(

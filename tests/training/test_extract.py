@@ -125,7 +125,7 @@ def test_a_run_goes_on_with_features_of_the_same_precision_alone(
     assert run(again).exit_status == 0
 
 
-@pytest.mark.parametrize("layout", ["own", "vqav2"])
+@pytest.mark.parametrize("layout", ["own", pytest.param("vqav2", marks=pytest.mark.slow)])
 def test_an_image_of_the_same_size_that_was_changed_later_is_encoded_again(
     config: RunConfig,
     extraction: ExtractConfig,

@@ -185,7 +185,12 @@ def curve(t5: Backbone, size: float, prompt: PromptOptions, optim: OptimOptions)
 
 
 @pytest.mark.parametrize(
-    ("method", "more"), [*((method, {}) for method in METHODS), ("adept", {"visual_offset": True})]
+    ("method", "more"),
+    [
+        ("adept", {"visual_offset": True}),
+        ("memory", {}),
+        *(pytest.param(method, {}, marks=pytest.mark.slow) for method in METHODS if method != "memory"),
+    ],
 )
 def test_relative_rates_do_not_depend_on_the_size_of_words(
     t5: Backbone, method: str, more: dict[str, bool]

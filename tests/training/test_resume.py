@@ -347,7 +347,10 @@ def replace_an_image(data_dir: Path) -> None:
     path.write_bytes(path.read_bytes() + b" ")
 
 
-@pytest.mark.parametrize("change", [change_an_answer, drop_a_question, replace_an_image])
+@pytest.mark.parametrize(
+    "change",
+    [change_an_answer, pytest.param(drop_a_question, marks=pytest.mark.slow), replace_an_image],
+)
 def test_other_data_are_refused_by_name(
     config: RunConfig, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
@@ -373,7 +376,7 @@ def test_data_may_move_and_be_written_otherwise(config: RunConfig, whole: RunRes
     assert read_config(tmp_path / "run" / "config.json").data.data_dir == there
 
 
-@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("embedded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_data_of_your_own_may_move(config: RunConfig, tmp_path: Path, embedded: bool) -> None:
     """A table with its images, beside it or in it."""
     folder = tmp_path / "project" / "mine"

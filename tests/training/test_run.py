@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from conftest import LANGUAGES
 from helpers import write_vqa
 from PIL import Image
-from runs import assert_same, files, log, reset_accelerate, tensors, tiny_run, with_
+from runs import assert_same, files, in_two_processes, log, reset_accelerate, tensors, tiny_run, with_
 
 import dept_vl.training.loop
 import dept_vl.training.run
@@ -795,11 +795,8 @@ def test_both_images_of_an_example_count_among_the_positions_of_bart(
         main(with_(config, prompt={"prompt_length": 20}))
 
 
-def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> None:
-    config = with_(config, train={"max_steps": 4, "eval_every": 2, "eval_batch_size": 5})
-    one, two = tmp_path / "one", tmp_path / "two"
-    expected = main(with_(config, train={"per_device_batch_size": 8}, output_dir=one))
-    file = tmp_path / "config.json"
+def launch(config: RunConfig, file: Path) -> None:
+    """Train in two processes, as a launcher starts the script."""
     file.write_text(json.dumps(to_json(config)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -810,7 +807,7 @@ def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> N
         *["--master_port", str(port), str(SCRIPT)],
     ]
     done = subprocess.run(
-        [*launch, "--config", str(file), "--output_dir", str(two)],
+        [*launch, "--config", str(file)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -823,6 +820,18 @@ def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path) -> N
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(config: RunConfig, tmp_path: Path, launched: bool) -> None:
+    config = with_(config, train={"max_steps": 4, "eval_every": 2, "eval_batch_size": 5})
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = main(with_(config, train={"per_device_batch_size": 8}, output_dir=one))
+    both = replace(config, output_dir=two)
+    if launched:
+        launch(both, tmp_path / "config.json")
+    else:
+        in_two_processes(main, both)
     assert_same(one, two, atol=1e-5)
     assert_trained(two, config)
     assert json.loads((two / "summary.json").read_text())["scores"] == expected.scores

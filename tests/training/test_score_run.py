@@ -332,7 +332,10 @@ def answer_otherwise(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("split", "part"), [("val", "test"), ("train", "train"), ("test-dev", "")])
+@pytest.mark.parametrize(
+    ("split", "part"),
+    [("val", "test"), pytest.param("train", "train", marks=pytest.mark.slow), ("test-dev", "")],
+)
 def test_data_that_have_changed_since_the_run_are_told(
     finished: Finished,
     scenes: Path,

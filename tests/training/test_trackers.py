@@ -168,7 +168,7 @@ def test_trackio(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     database.close()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", pytest.param("wandb", marks=pytest.mark.slow)])
 def test_a_tracker_changes_no_result(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
