@@ -4,6 +4,7 @@ import ast
 import doctest
 import inspect
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_image
-from runs import reset_accelerate, with_
+from runs import alone, reset_accelerate, with_
 from transformers.utils import logging
 from zoo.ready_made import ready_made
 
@@ -194,9 +197,17 @@ def test_one_thread_trains_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert most == [1, 1, 1]
 
 
+def plain_script(folder: Path, *arguments: str, said: Path) -> None:
+    os.chdir(folder)
+    sys.argv = ["script", *arguments]
+    with said.open("w") as file, redirect_stdout(file):
+        exec(SCRIPT, {"__name__": "__main__"})
+
+
 def test_training_in_a_plain_script(beside: Path, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-c", SCRIPT, "runs/vqa/config.json", str(tmp_path / "run")]
-    said = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    script = partial(plain_script, beside, "runs/vqa/config.json", str(tmp_path / "run"))
+    assert alone(partial(script, said=tmp_path / "said")) == 0
+    said = (tmp_path / "said").read_text()
     summary = json.loads((beside / "runs" / "vqa" / "summary.json").read_text())
     assert said.splitlines()[-1] == f"scores: {summary['scores']}"
 

@@ -38,6 +38,7 @@ def _two_tasks(
     monkeypatch.setattr(benchmarks.transfer_suite, "SOURCES", configs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_two_tasks")
 def test_every_target_learns_from_the_others_and_one_table_shows_it(tmp_path: Path) -> None:
     config = SuiteConfig(

@@ -283,6 +283,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
+@pytest.mark.slow
 def test_package_questions(converted: Path) -> None:
     """Ids, answers, and yes/no questions as its README counts them."""
     image_ids: list[int] = []
@@ -307,6 +308,7 @@ def test_package_questions(converted: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_package_images(converted: Path) -> None:
     """Every hundredth image is the one that the package means by its id."""
     for split, paths, offset in (

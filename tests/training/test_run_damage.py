@@ -76,7 +76,7 @@ def outcome(use: Callable[[Path], dict[str, Any]], folder: Path) -> tuple[int, d
     return exit_status(lambda _: found.update(use(folder)), []), found
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(500, marks=pytest.mark.slow)])
 def test_no_damage_gives_another_result(
     runs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], count: int
 ) -> None:

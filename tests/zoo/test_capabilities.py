@@ -50,16 +50,12 @@ def read_table(text: str) -> Found:
     ("architecture", "method"),
     [
         ("CLIP + T5", "dept"),
-        ("LongT5", "lora"),
         ("BART", "adept"),
-        ("GPT-2", "ulpt"),
         ("CLIP + Llama", "pt"),
         ("Florence-2, attached", "residual"),
         ("LLaVA", "lora"),
         ("Qwen2.5-VL", "adept"),
-        ("InstructBLIP, Vicuna", "dept"),
         ("GPT-2, --model", "memory"),
-        ("BART in PEFT", "dept"),
         ("GPT-2 in PEFT", "dept"),
     ],
 )
