@@ -44,9 +44,9 @@ lint: $(STAMP)
 	$(LINT)
 
 test: $(STAMP)  ## install, check style and types, run the tests; style and types meanwhile, told at the end
-	@($(LINT)) >lint.log 2>&1 & lint=$$!; \
+	@log=$$(mktemp); ($(LINT)) >$$log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
-	wait $$lint; lint=$$?; cat lint.log; rm lint.log; \
+	wait $$lint; lint=$$?; cat $$log; rm $$log; \
 	test $$tests = 0 && test $$lint = 0
 
 docs: $(STAMP)  ## the API reference into docs/; an undocumented public name is an error

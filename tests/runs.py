@@ -68,7 +68,7 @@ def forking() -> ForkServerContext:
     """Return what starts processes, forked from one that has imported what tests do and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["dept_vl.training.score_run", "dept_vl.api", "pyarrow.parquet", "conftest"]
+        ["early", "dept_vl.training.score_run", "dept_vl.api", "pyarrow.parquet", "conftest"]
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # the server has no other way to find tests

@@ -218,6 +218,7 @@ def test_a_push_while_the_hub_is_switched_off(adapter: Adapter) -> None:
         adapter.push_to_hub(NAME, token=WRITER)
 
 
+@pytest.mark.slow
 def test_the_environment_chooses_hub_and_token(adapter: Adapter, tmp_path: Path) -> None:
     """A program of its own, told of the server as users tell of a mirror."""
     adapter.save(tmp_path / "mine")

@@ -1,11 +1,12 @@
 """The page, as a visitor uses it: in Chromium, with an image uploaded."""
 
+import atexit
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
+import tempfile
 import threading
 import time
 import urllib.request
@@ -18,12 +19,14 @@ import pytest
 from conftest import random_image
 from pages import Visitor, many_of
 from PIL import Image
+from runs import forking
 
 from dept_vl._utils.errors import UsageError
 from dept_vl.inference import demo
 from dept_vl.inference.demo import BASE, is_loopback, launch, names_of
 from dept_vl.inference.gate import CALLS
 from dept_vl.inference.mixed import ManyAdapters
+from dept_vl.inference.options import DemoConfig
 from dept_vl.models.backbone import Backbone
 
 MISSING = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
@@ -284,30 +287,41 @@ def test_an_address_that_others_reach_has_a_password(
         launch(many, password=" ", port=None, wait=False)
 
 
+def page_until_ended(folder: Path) -> None:
+    """Serve a page that answers nothing; a forked process leaves out what is registered for its end."""
+    os.environ.pop(demo.FOLDER_VARIABLE, None)
+    tempfile.tempdir = str(folder)
+    atexit._clear()  # of the process that this one is forked from
+
+    class Page:
+        def launch(self, *_: object, **__: object) -> tuple[None, str, None]:
+            return None, "here", None
+
+        def block_thread(self) -> None:
+            signal.pause()
+
+    demo.load_many = demo.build = lambda *_, **__: Page()  # type: ignore[assignment]
+    try:
+        demo.serve(DemoConfig(("runs/vqa",)))
+    finally:
+        atexit._run_exitfuncs()
+
+
 def test_uploads_are_removed_when_the_page_is_ended(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    program = """
-import signal
-from dept_vl.inference import demo
-from dept_vl.inference.options import DemoConfig
-class Page:
-    launch = lambda *_, **__: (None, "here", None)
-    block_thread = lambda _: signal.pause()
-demo.load_many = demo.build = lambda *_, **__: Page()
-demo.serve(DemoConfig(("runs/vqa",)))
-"""
-    others = {name: value for name, value in os.environ.items() if name != demo.FOLDER_VARIABLE}
-    with subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=others | {"TMPDIR": str(tmp_path)},
-    ) as process:
-        assert process.stdout is not None
-        assert "here" in process.stdout.readline()
-        assert list(tmp_path.glob("dept-vl-uploads-*"))
+    process = forking().Process(target=page_until_ended, args=(tmp_path,))
+    process.start()
+    try:
+        latest = time.monotonic() + PATIENCE
+        while not list(tmp_path.glob("dept-vl-uploads-*")):
+            assert process.is_alive()
+            assert time.monotonic() < latest
+            time.sleep(0.05)
         process.terminate()
-        assert process.wait(PATIENCE) == 0
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    finally:
+        process.kill()
     assert not list(tmp_path.glob("dept-vl-uploads-*"))
 
 
