@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 _with_shapes = jaxtyping.jaxtyped
+_types = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
@@ -21,7 +23,7 @@ def checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
         return functools.partial(checked, typechecker=typechecker)
     if not inspect.isfunction(function) or any(map(_has_shapes, function.__annotations__.values())):
         return _with_shapes(function, typechecker=typechecker)
-    types = typechecker(function)
+    types = _types(function)
 
     @functools.wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:
