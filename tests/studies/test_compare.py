@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 import dept_vl.training.identity
 import dept_vl.training.run
 from benchmarks.compare import compare, task_config
-from benchmarks.compare_methods import ablated, compared
+from benchmarks.compare_methods import LORA_RATES, ablated, compared
 from benchmarks.compare_report import Row, bars, report
 from benchmarks.costs import StepCost
 from benchmarks.options import COMPARED_TASKS, CompareConfig
@@ -68,6 +68,19 @@ def base(
     )
     (folder / "tiny.json").write_text(json.dumps(to_json(config)))
     return folder / "tiny.json"
+
+
+@pytest.fixture
+def _one_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA at one rate, where nothing is chosen."""
+    monkeypatch.setattr("benchmarks.compare_methods.LORA_RATES", LORA_RATES[:1])
+
+
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plots, where they are not looked at."""
+    for name in ("draw", "draw_curves"):
+        monkeypatch.setattr(f"benchmarks.compare_report.{name}", lambda rows, path: False)
 
 
 def test_every_method_has_as_many_tries() -> None:
@@ -142,6 +155,7 @@ def test_lora_takes_the_largest_rank_of_the_budget(base: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tmp_path: Path) -> None:
     methods = ("zero-shot", "dept", "dept + projection")
     config = CompareConfig(
@@ -182,6 +196,7 @@ def test_runs_are_kept_and_the_best_rates_chosen_on_the_dev_split(base: Path, tm
     assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path != missing)
 
 
+@pytest.mark.usefixtures("_one_try", "_undrawn")
 def test_runs_of_other_data_or_models_are_no_rows(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +236,7 @@ def test_runs_of_other_data_or_models_are_no_rows(
     assert json.loads(costs.read_text())["settings"] != json.loads(kept[costs])["settings"]
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_data_are_looked_at_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CompareConfig(tasks=(str(base),), methods=("dept",), seeds=(1,), rounds=1, max_steps=(1,))
     config = replace(config, output_dir=tmp_path)
@@ -340,6 +356,7 @@ def test_two_processes_share_the_runs(base: Path, tmp_path: Path) -> None:
     assert (first / "summary.json").is_file()
 
 
+@pytest.mark.usefixtures("_one_try")
 def test_lengths_side_by_side(base: Path, tmp_path: Path) -> None:
     config = CompareConfig(
         tasks=(str(base),), methods=("zero-shot", "LoRA"), seeds=(1,), rounds=1, output_dir=tmp_path
