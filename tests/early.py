@@ -21,7 +21,7 @@ def checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     """
     if function is None:
         return functools.partial(checked, typechecker=typechecker)
-    if not inspect.isfunction(function) or any(map(_has_shapes, function.__annotations__.values())):
+    if not inspect.isfunction(function) or any(map(_is_more_than_types, function.__annotations__.values())):
         return _with_shapes(function, typechecker=typechecker)
     types = _types(function)
 
@@ -32,8 +32,9 @@ def checked(function: Any = None, *, typechecker: Callable[[Any], Any]) -> Any:
     return either
 
 
-def _has_shapes(annotation: object) -> bool:
-    return isinstance(annotation, str) or "jaxtyping" in repr(annotation)
+def _is_more_than_types(annotation: object) -> bool:
+    """Whether there are shapes, or names that need not be known, which jaxtyping passes over."""
+    return isinstance(annotation, str) or any(part in repr(annotation) for part in ("jaxtyping", "'"))
 
 
 jaxtyping.jaxtyped = checked
