@@ -188,8 +188,13 @@ def curve(t5: Backbone, size: float, prompt: PromptOptions, optim: OptimOptions)
     ("method", "more"),
     [
         ("adept", {"visual_offset": True}),
+        ("dept", {}),
         ("memory", {}),
-        *(pytest.param(method, {}, marks=pytest.mark.slow) for method in METHODS if method != "memory"),
+        *(
+            pytest.param(method, {}, marks=pytest.mark.slow)
+            for method in METHODS
+            if method not in ("dept", "memory")
+        ),
     ],
 )
 def test_relative_rates_do_not_depend_on_the_size_of_words(
