@@ -105,7 +105,7 @@ class Attached(PromptedCalls, nn.Module):
     Until `detach`, calls of `model` and `model.generate` use the prompt, and so do calls of this module,
     which forwards them to the model. Pass this module to `accelerator.prepare` or DistributedDataParallel,
     because it has the prompt's parameters and the model has no trainable ones. A `with` statement detaches
-    the prompt at its end. Only one thread at a time may call the model. The model's own generation settings
+    the prompt at its end. Several threads may call the model at a time. The model's own generation settings
     apply unless you override them (`generate(..., num_beams=1, do_sample=False)`).
 
     It can be passed to transformers' trainers. Their checkpoints, and `state_dict`, contain only the prompt:

@@ -6,6 +6,7 @@ inputs, even if `forward` was replaced. `_put` then replaces the embeddings of t
 
 import functools
 import inspect
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,13 +28,22 @@ GIVEN = "given"
 """Key of the mask of tokens that are not placeholders."""
 
 
+class _Call(threading.local):
+    """State of a prompted call. Each thread has its own, so several threads may call a model at a time."""
+
+    placed: Placement | None = None
+    given: Int[Tensor, "batch given"]
+    outermost: int | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Call, ()  # a copy of a model is in no call
+
+
 class PromptedCalls:
     """Mixin for modules that hold a prompt and hook it into the calls of a model."""
 
     _parts: Parts
-    _placed: Placement | None = None
-    _given: Int[Tensor, "batch given"]
-    _outermost: int | None = None
+    _call: _Call
 
     @abstractmethod
     def current_prompt(self) -> DePT | None:
@@ -41,7 +51,7 @@ class PromptedCalls:
 
     def _enter(self, model: PreTrainedModel, parts: Parts, *around: nn.Module) -> None:
         """Add the hooks to a model and to modules `around` it, which may be called instead of the model."""
-        self._parts = parts
+        self._parts, self._call = parts, _Call()
         self._handles = [
             handle
             for module in (model, *around)
@@ -57,7 +67,9 @@ class PromptedCalls:
             vars(model)["generate"] = prompted
 
     def _leave(self, model: PreTrainedModel) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, if they are still there."""
+        if not self._handles:  # `generate` may be another prompt's by now
+            return
         for handle in self._handles:
             handle.remove()
         vars(model).pop("generate", None)
@@ -68,38 +80,38 @@ class PromptedCalls:
         self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prompt = self.current_prompt()
-        if prompt is None or self._placed is not None:  # no prompt, or inside another prompted call
+        if prompt is None or self._call.placed is not None:  # no prompt, or inside another prompted call
             return None
-        self._outermost = id(module)
+        self._call.outermost = id(module)
         named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
         return (), named | self._prompted(prompt, named)
 
     def _after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> Any:
-        if self._outermost != id(module):
+        if self._call.outermost != id(module):
             return None
-        placed, self._placed, self._outermost = self._placed, None, None
+        placed, self._call.placed, self._call.outermost = self._call.placed, None, None
         return self._as_given(made, placed)
 
     def _generate(self, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         prompt = self.current_prompt()
-        if prompt is None or self._placed is not None:
+        if prompt is None or self._call.placed is not None:
             return run(*inputs, **named)
         named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
         if named.get("inputs") is not None:  # name of the token ids in `generate`
             named["input_ids"] = named.pop("inputs")
         try:
             named |= self._prompted(prompt, named)
-            return self._as_given(run(**named), self._placed)
+            return self._as_given(run(**named), self._call.placed)
         finally:
-            self._placed = None
+            self._call.placed = None
 
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
         """Return the embeddings of a source with its prompt, or None to leave them unchanged."""
         prompt = self.current_prompt()
-        return None if prompt is None or self._placed is None else put(prompt, self._placed, ids, embedded)
+        return None if prompt is None or self._call.placed is None else put(prompt, self._call.placed, ids, embedded)
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the changed arguments of a call, with placeholders in the source, and set `_placed`.
+        """Return the changed arguments of a call, with placeholders in the source, and set `_call`.
 
         Raises:
             ValueError: If the source is not given as token ids, or is too long.
@@ -126,7 +138,7 @@ class PromptedCalls:
         self._parts.check_length(length, ids.shape[1])
         labels = None if self._parts.encoder_decoder else named.get("labels")
         others = {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None}
-        self._placed = placed = place(
+        self._call.placed = placed = place(
             prompt,
             ids,
             mask.bool(),
@@ -137,10 +149,10 @@ class PromptedCalls:
             padding_first=None,
         )
         # Every row has the same number of given tokens.
-        self._given = packing(placed.others.pop(GIVEN).bool())[:, : ids.shape[1]]
+        self._call.given = packing(placed.others.pop(GIVEN).bool())[:, : ids.shape[1]]
         changed = placed.others | {"input_ids": placed.ids, "attention_mask": placed.mask.to(mask.dtype)}
         if labels is not None:
-            changed["labels"] = torch.full_like(placed.ids, IGNORE_INDEX).scatter(1, self._given, labels)
+            changed["labels"] = torch.full_like(placed.ids, IGNORE_INDEX).scatter(1, self._call.given, labels)
         positions = named.get("position_ids")
         if positions is not None:
             first = torch.arange(length, device=positions.device).expand(len(mask), -1)
@@ -181,7 +193,7 @@ class PromptedCalls:
         width = placed.ids.shape[1]
         if not isinstance(made, Tensor) or made.ndim < 2 or made.shape[1] < width:
             return made
-        kept = self._given.repeat_interleave(len(made) // len(placed.ids), 0)
+        kept = self._call.given.repeat_interleave(len(made) // len(placed.ids), 0)
         behind = torch.arange(width, made.shape[1], device=kept.device).expand(len(kept), -1)
         columns = torch.cat([kept, behind], dim=1).to(made.device)
         # Whole rows of logits: four times as fast as gathering every number of them.

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -592,4 +593,18 @@ def test_a_second_prompt_is_refused(model: PreTrainedModel, family: str) -> None
     with pytest.raises(ValueError, match="detach that one first"):
         attach(model, trained_prompt())
     first.detach()
-    logits(attach(model, trained_prompt()), inputs_of(family))
+    second, inputs = attach(model, trained_prompt()), inputs_of(family)
+    expected, tokens = logits(second, inputs), model.generate(**inputs, max_new_tokens=4)
+    first.detach()  # again, as at the end of a `with`
+    assert torch.equal(logits(model, inputs), expected)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), tokens)
+
+
+def test_threads_may_share_an_attached_model(model: PreTrainedModel, family: str) -> None:
+    attached = attach(model, trained_prompt())
+    several = [inputs_of(family, seed=seed) for seed in range(3)]
+    expected = [logits(attached, inputs) for inputs in several]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda inputs: logits(attached, inputs), several * 20))
+    for logits_found, logits_expected in zip(found, expected * 20, strict=True):
+        torch.testing.assert_close(logits_found, logits_expected)
