@@ -12,6 +12,7 @@ A decoder-only model has the start token if its tokenizer puts one in front of t
 
 import inspect
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dept_vl.models.checks import load_config, load_model
 from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
-from dept_vl.models.positions import TextPositions
+from dept_vl.models.positions import ENCODING, TextPositions
 from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
 
 SUPPORTED = (
@@ -179,7 +180,9 @@ class EncoderDecoder(Answerer):
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask.long()}  # LongT5 computes with it
         if self.visual_position_bias == "relative":
             return self.text_model(**inputs), mask
-        return self.text_model(**inputs, segments=(prompt_length, visual_length)), mask
+        # In a compiled graph, the segments are constants.
+        with nullcontext() if torch.compiler.is_compiling() else ENCODING:
+            return self.text_model(**inputs, segments=(prompt_length, visual_length)), mask
 
     def logits(
         self, encoded: ModelOutput, mask: Bool[Tensor, "batch source"], labels: Int[Tensor, "batch target"]

@@ -1,5 +1,6 @@
 """Encoder positions that only apply to the text (`visual_position_bias="none"`)."""
 
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ Segments = tuple[int, int]
 """Number of prompt columns at the start of a call's input, and of visual columns at its end."""
 STOCK: Segments = (0, 0)
 """Segments of an input that is all text, for the unchanged encoder of transformers."""
+ENCODING = RLock()
+"""Lock to hold during a call with `segments`, since adapters in several threads may share an encoder."""
 
 
 class TextPositions:
@@ -28,7 +31,7 @@ class TextPositions:
     - The hooks read it during the call. Gradient checkpointing also runs the layers in the backward pass,
       possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
     - It is not cleared after a call, because the next call sets it.
-    - Only one thread at a time calls the encoder. In a compiled graph, the segments are constants.
+    - Only one thread at a time calls the encoder (see `ENCODING`). In a compiled graph, the segments are constants.
 
     Attributes:
         counts_text: Whether positions are counted from the first text column (BART).

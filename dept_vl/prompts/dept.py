@@ -230,9 +230,10 @@ class DePT(nn.Module):
         kind = a.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (a.data_ptr(), a._version, b.data_ptr(), b._version, a.dtype, a.device, self.scale, autocast)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, a, b, a @ b * self.scale)
-        return self._cache[-1]
+        cache = self._cache  # other threads may clear it meanwhile
+        if cache is None or cache[0] != key:
+            cache = self._cache = (key, a, b, a @ b * self.scale)
+        return cache[-1]
 
     @torch.no_grad()
     def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -733,3 +734,19 @@ def test_threads_may_load_at_once(t5: Backbone, tmp_path: Path) -> None:
         loaded = list(pool.map(Backbone.from_pretrained, [tmp_path] * 4))
     for one in loaded:
         assert one.fingerprint == t5.fingerprint
+
+
+def test_threads_may_encode_at_once(make_backbone: Callable[..., Backbone]) -> None:
+    backbone = make_backbone("t5", "clip", visual_position_bias="none")
+    embeddings, mask, visual = parts(backbone)
+    calls: list[tuple[Tensor, ...]] = [(embeddings, mask, visual), (embeddings, mask)]
+    expected = [encode(backbone, *call)[0] for call in calls]
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda call: encode(backbone, *call)[0], calls * 50))
+    finally:
+        sys.setswitchinterval(switching)
+    for one, right in zip(found, expected * 50, strict=True):
+        torch.testing.assert_close(one, right)
