@@ -107,8 +107,8 @@ class PromptedCalls:
 
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
         """Return the embeddings of a source with its prompt, or None to leave them unchanged."""
-        prompt = self.current_prompt()
-        return None if prompt is None or self._call.placed is None else put(prompt, self._call.placed, ids, embedded)
+        prompt, placed = self.current_prompt(), self._call.placed
+        return None if prompt is None or placed is None else put(prompt, placed, ids, embedded)
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changed arguments of a call, with placeholders in the source, and set `_call`.

@@ -31,7 +31,8 @@ class TextPositions:
     - The hooks read it during the call. Gradient checkpointing also runs the layers in the backward pass,
       possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
     - It is not cleared after a call, because the next call sets it.
-    - Only one thread at a time calls the encoder (see `ENCODING`). In a compiled graph, the segments are constants.
+    - Only one thread at a time calls the encoder, by `ENCODING`. In a compiled graph, the segments are
+      constants.
 
     Attributes:
         counts_text: Whether positions are counted from the first text column (BART).
