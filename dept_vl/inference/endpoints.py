@@ -44,6 +44,8 @@ from dept_vl.inference.replica import BASE, IDLE, Question
 KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapters(/.+)?)")
 UNCOUNTED = ("/health", "/metrics")
 """Paths that do not count towards the limit of open requests."""
+HELD = "dept_vl.held"
+"""Key of a request's scope for its size in bytes, which counts while it is open."""
 MOST_ADAPTERS = 1000
 LONGEST_PAUSE = 30.0
 """Maximum number of seconds before a process that keeps dying is restarted."""
@@ -101,24 +103,22 @@ class ServerGate(Gate):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Gate.__call__`."""
-        if scope["type"] == "http" and scope["path"] in UNCOUNTED:
-            try:
-                await self.app(*await self.passed(scope, receive), send)
-            except Refused as refused:
-                await self.refuse(send, refused)
-        elif scope["type"] == "http":
-            length = length_of(headers_of(scope)) or 0
-            length = length if length <= self.most_sent else 0  # will be refused
-            self.held += length
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                self.held -= length
-        else:
+        if scope["type"] != "http":
             await super().__call__(scope, receive, send)
+            return
+        try:
+            if scope["path"] not in UNCOUNTED:
+                await super().__call__(scope, receive, send)
+                return
+            await self.admit(scope)
+            await self.app(*await self.passed(scope, receive), send)
+        except Refused as refused:
+            await self.refuse(send, refused)
+        finally:
+            self.held -= scope.pop(HELD, 0)
 
-    async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """See `Gate.passed`."""
+    async def admit(self, scope: Scope) -> None:
+        """See `Gate.admit`."""
         headers = headers_of(scope)
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         bears = scope["path"] == "/health" or await self.knows(
@@ -126,10 +126,16 @@ class ServerGate(Gate):
         )
         if not bears:
             raise Refused(401, "a valid token is needed: Authorization: Bearer ...", code="invalid_api_key")
+
+    async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        """See `Gate.passed`."""
+        headers = headers_of(scope)
         if not KNOWN.fullmatch(scope["path"]):
             raise Refused(404, "there is nothing here", code="not_found")
         if scope["method"] == "POST":
             check_size(headers, self.most_sent)
+        scope[HELD] = min(length_of(headers) or 0, self.most_sent)
+        self.held += scope[HELD]
         if self.held > MOST_STORED:
             raise Refused(429, "busy: try again in a while", code="busy")
         return scope, receive
@@ -232,6 +238,13 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
                 f"questions to {asked.model} are about {count} image(s); this message has {len(asked.images)}"
             )
             raise Refused(400, text, code="wrong_number_of_images", param="messages")
+        least = model.about["least"]
+        if asked.longest is not None and asked.longest < least:
+            text = (
+                f"max_tokens is {asked.longest}, and answers of {asked.model}, which are chosen from a list, "
+                f"have up to {least} tokens; leave it out"
+            )
+            raise Refused(400, text, code="max_tokens_too_small", param="max_tokens")
         fetched = [
             image_bytes(url, allow_urls=self.config.allow_urls, param="messages") for url in asked.images
         ]

@@ -86,12 +86,14 @@ class Gate(ABC):
 
     async def _in_time(self, scope: Scope, body: "_Body", send: Send) -> None:
         answer = _Answer(send)
-        busy = self.open >= self.most_open
-        self.open += not busy
+        counted = False
         try:
             async with asyncio.timeout(None if self.is_stream(scope) else self.longest):
-                if busy:
+                await self.admit(scope)
+                if self.open >= self.most_open:
                     raise Refused(self.when_busy, "busy: try again in a while", code="busy")
+                counted = True
+                self.open += 1
                 await self.app(*await self.passed(scope, body), answer)
         except Refused as refused:
             # Read the rest of the body, or the client would lose the connection before it gets the response.
@@ -105,7 +107,15 @@ class Gate(ABC):
                 raise
             await self.refuse(send, Refused(408, "this took too long", code="timeout"))
         finally:
-            self.open -= not busy
+            self.open -= counted
+
+    @abstractmethod
+    async def admit(self, scope: Scope) -> None:
+        """Check the password; until then a request does not count as open.
+
+        Raises:
+            Refused: If it is wrong.
+        """
 
     @abstractmethod
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
@@ -142,13 +152,16 @@ class PageGate(Gate):
         """See `Gate.is_stream`."""
         return STREAMS.fullmatch(scope["path"]) is not None
 
+    async def admit(self, scope: Scope) -> None:
+        """See `Gate.admit`."""
+        # Gradio itself requests this path when it starts; it reveals nothing.
+        if scope["path"] != READY and not await self._knows_password(headers_of(scope)):
+            raise Refused(401, "a password is needed")
+
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         """See `Gate.passed`."""
         path, method = scope["path"], scope["method"]
         headers = headers_of(scope)
-        # Gradio itself requests this path when it starts; it reveals nothing.
-        if path != READY and not await self._knows_password(headers):
-            raise Refused(401, "a password is needed")
         allowed = {"GET": (READ, STREAMS), "HEAD": (READ,), "POST": (SENT,)}.get(method, ())
         known = any(pattern.fullmatch(path) for pattern in allowed) and ".." not in path
         if not known or (path.startswith(FILE) and upload_at(path[len(FILE) :], self.folder) is None):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import Field
@@ -91,7 +91,7 @@ class ServeConfig(Options):
     """Allow requests to add adapters (POST /v1/adapters) and remove them (DELETE /v1/adapters/NAME)."""
     allow_urls: bool = False
     """Accept public http and https URLs of images, not only data URLs."""
-    device: str | None = None
+    device: Literal["cpu", "cuda", "mps"] | None = None
     """cpu, cuda or mps. If not given, all NVIDIA GPUs (see CUDA_VISIBLE_DEVICES), or the CPU without any."""
     copies: Positive = 1
     """Number of processes per device, each with a copy of the model."""

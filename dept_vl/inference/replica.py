@@ -210,7 +210,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         """Return a question with its images read and preprocessed; `pixels` caches them.
 
         Raises:
-            ValueError: If an image cannot be read, or `longest` is too small for the adapter's candidates.
+            ValueError: If an image cannot be read.
         """
         from dept_vl.data.features import load_pixels
         from dept_vl.inference.predictor import Ask
@@ -223,11 +223,6 @@ class Replica(LitAPI):  # type: ignore[misc]
                     pixels[content] = load_pixels(vision, content)
         longest = predictor.generation[0]["max_new_tokens"]
         if question.longest is not None and question.longest < longest:
-            if predictor.decoding.candidates:
-                raise ValueError(
-                    f"max_tokens is {question.longest}, and answers of this adapter, which are chosen from a "
-                    f"list, have up to {longest} tokens; leave it out"
-                )
             predictor = replace(
                 predictor, decoding=replace(predictor.decoding, max_new_tokens=question.longest)
             )
@@ -261,7 +256,9 @@ class Replica(LitAPI):  # type: ignore[misc]
         """Return the description of an adapter that the server needs."""
         task = predictor.task
         name = predictor.model.backbone.name
-        return {"task": task.name, "images": task.image_count, "backbone": name}
+        # Answers that are chosen from a list cannot be shortened.
+        least = predictor.generation[0]["max_new_tokens"] if predictor.decoding.candidates else 1
+        return {"task": task.name, "images": task.image_count, "backbone": name, "least": least}
 
 
 def _said(reply: "Reply") -> dict[str, Any]:

@@ -47,7 +47,7 @@ LONGEST_END = 2.0
 
 
 def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
-    """Build the server without starting its processes."""
+    """Build the server without starting its processes; UsageError if there is no such device."""
     # LitServe runs its queue in a manager process of this class.
     SyncManager.register("end_with_parent", end_with_parent)
     metrics = Metrics()
@@ -62,6 +62,8 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
         info_path="/litserve/info",
         disable_openapi_url=True,
     )
+    if not server.devices:
+        raise UsageError(f"--device {config.device}: this machine has none; leave it out, or give cpu")
     guard(server.app, config, token, metrics)
     # Makes LitServe report which process has begun a question. With a single one, that is known and slower.
     server.restart_workers = len(server.devices) * config.copies > 1

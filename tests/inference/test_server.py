@@ -358,6 +358,11 @@ REFUSED: dict[str, tuple[dict[str, Any], int, str]] = {
     "tokens as text": ({"max_tokens": "3"}, 400, "invalid_request"),
     "stream as text": ({"extra_body": {"stream": "yes"}}, 400, "invalid_request"),
     "no tokens": ({"max_tokens": 0}, 400, "invalid_request"),
+    "too few tokens for a choice": (
+        {"model": "pairs", "messages": message("both", IMAGES[0], IMAGES[1]), "max_tokens": 1},
+        400,
+        "max_tokens_too_small",
+    ),
     "unknown": ({"extra_body": {"wings": 2}}, 400, "invalid_request"),
 }
 
@@ -732,11 +737,53 @@ def test_requests_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask() -> None:
         headers = [(b"content-length", b"40")]
         scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
-        await asyncio.gather(*(gate(scope, receive, send) for _ in range(4)))
+        await asyncio.gather(*(gate(dict(scope), receive, send) for _ in range(4)))
 
     for _ in range(2):  # what is answered is held no longer
         asyncio.run(ask())
     assert sorted(statuses) == [200] * 4 + [429] * 4
+
+
+def test_a_wrong_token_holds_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dept_vl.inference import endpoints
+
+    monkeypatch.setattr(endpoints, "MOST_STORED", 100)
+    statuses: dict[str, list[int]] = {"right": [], "wrong": []}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    config = ServeConfig(("a",), max_requests=2)
+    gate = endpoints.ServerGate(app, config=config, token="right", metrics=endpoints.Metrics())
+
+    async def ask(token: str) -> None:
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses[token].append(message["status"])
+
+        headers = [(b"content-length", b"90"), (b"authorization", f"Bearer {token}".encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": headers}
+        await gate(scope, receive, send)
+
+    async def both() -> None:
+        guesses = [asyncio.create_task(ask("wrong")) for _ in range(3)]
+        await asyncio.sleep(0)
+        await ask("right")
+        await asyncio.gather(*guesses)
+
+    asyncio.run(both())
+    assert statuses == {"right": [200], "wrong": [401, 401, 401]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_server_on_a_device_that_is_not_here_is_refused() -> None:
+    from dept_vl.inference.server import build
+
+    with pytest.raises(UsageError):
+        build(ServeConfig(("a",), device="cuda"), None)
 
 
 def test_where_others_reach_the_server_there_is_a_token(
