@@ -43,6 +43,7 @@ from dept_vl._utils.run_files import BEST, LAST, SUMMARY_FILE
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import new_prompt
+from dept_vl.adapters.hub import as_path
 from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig, validate
 from dept_vl.inference.loading import load, run_of
 from dept_vl.inference.predictor import Predictor
@@ -166,7 +167,7 @@ def evaluate(
     """
     OwnOptions.check_names(own, evaluate)
     place = source.folder if isinstance(source, Trained) else source
-    folder = None if isinstance(place, Predictor) else run_of(Path(place))
+    folder = None if isinstance(place, Predictor) else run_of(as_path(place))
     config = EvaluateConfig(
         run=folder or Path(),
         adapter=None if isinstance(place, Predictor) or Path(place) == folder else Path(place),

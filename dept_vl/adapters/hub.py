@@ -3,10 +3,12 @@
 A repository has the two files of an adapter and a model card in its root folder.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.run_files import BEST
 
@@ -26,7 +28,7 @@ def adapter_folder(
 
     A local folder takes precedence over a repository of that name. See `Adapter.from_pretrained`.
     """
-    folder = Path(name_or_folder)
+    folder = as_path(name_or_folder)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(
@@ -40,6 +42,15 @@ def adapter_folder(
             "like user/adapter"
         )
     return _download(name_or_folder, revision, token)
+
+
+def as_path(source: Any) -> Path:
+    """Return a folder or a name on the Hub as a path; UsageError if it is neither."""
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(
+            f"expected the folder of a run or an adapter, or its name on the Hub; found {source!r:.80}"
+        )
+    return Path(source)
 
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.run_files import BEST, CONFIG_FILE, LAST, find_again
@@ -112,10 +113,12 @@ def find_backbone(
 
     Raises:
         FileNotFoundError: If the backbone is not found.
+        UsageError: If this machine has no such device.
         ValueError: If the backbone is not supported, or the adapter belongs to a model of `attach`.
     """
     if isinstance(backbone, FrozenBackbone):
         return backbone
+    placed = _device(device)
     known = adapter.backbone
     fingerprint, called = known["fingerprint"] or {}, printable(known["name"])
     if "class" in fingerprint:
@@ -163,11 +166,32 @@ def find_backbone(
             "Say where it is: backbone=... (scripts: --backbone ...), the folder of a saved backbone, as "
             "data/tiny-clip-t5 is one, or VISION+LANGUAGE, two names of the Hub or folders"
         ) from None
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    loaded = loaded.to(device or accelerator or "cpu").eval()
+    loaded = loaded.to(placed).eval()
     counts = (TASKS[task].image_count for task in adapter.task.split("+") if task in TASKS)
     loaded.probe(max(counts, default=1))
     return loaded
+
+
+def _device(given: str | torch.device | None) -> torch.device:
+    """Return a device of this machine; without a name, the accelerator if there is one.
+
+    Raises:
+        UsageError: If this machine has no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if given is None:
+        return accelerator or torch.device("cpu")
+    here = [torch.device("cpu")]
+    if accelerator is not None:
+        kind = accelerator.type
+        here += [
+            torch.device(kind),
+            *(torch.device(kind, n) for n in range(torch.accelerator.device_count())),
+        ]
+    named = next((device for device in here if str(device) == str(given)), None)
+    if named is None:
+        raise UsageError(f"device: expected one of {', '.join(map(str, here))}; found {str(given)!r:.80}")
+    return named
 
 
 def _note_orientation(adapter: Adapter, exif: bool) -> None:

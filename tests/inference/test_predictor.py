@@ -21,6 +21,7 @@ import dept_vl
 from dept_vl import cli
 from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.hub import as_path
 from dept_vl.config import DataOptions, RunConfig
 from dept_vl.inference.loading import load
 from dept_vl.inference.options import PredictConfig
@@ -328,6 +329,19 @@ def test_the_task_is_asked_for_where_the_adapter_does_not_say_one(
     with pytest.raises(ValueError, match=r"'mine' is not a task of this package.*vqav2, gqa"):
         load(tmp_path / "own", backbone=t5)
     assert load(tmp_path / "own", backbone=t5, task="vqav2").answer(picture, QUESTION)
+
+
+@pytest.mark.parametrize("source", [None, 5, b"runs/vqa", ["runs/vqa"]])
+def test_what_is_no_folder_and_no_name_is_refused(source: Any) -> None:
+    with pytest.raises(UsageError):
+        as_path(source)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cpu:1", "cuda:99", "xpu"])
+def test_a_device_that_is_not_here_is_refused(t5: Backbone, tmp_path: Path, device: str) -> None:
+    save(t5, tmp_path)
+    with pytest.raises(UsageError):
+        load(tmp_path, device=device)
 
 
 def test_a_task_of_images_needs_a_tower(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
