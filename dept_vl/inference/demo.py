@@ -217,8 +217,11 @@ def build(many: ManyAdapters, folder: Path) -> Any:
 
 def _upload(place: int, most_images: int, shown: int) -> Any:
     """Return the upload field of an image; it is visible if at least `place + 1` images are shown."""
+    label = "Image" if most_images == 1 else f"Image {place + 1}"
+    if most_images == 2:
+        label = ("Left image", "Right image")[place]
     return _gradio().Image(
-        label="Image" if most_images == 1 else ("Left image", "Right image")[place],
+        label=label,
         type="filepath",
         sources=["upload", "clipboard"],
         height=360,

@@ -110,6 +110,19 @@ def test_what_is_wrong_is_said_on_the_page(many: ManyAdapters, picture: Path, br
     assert "is cut to 12" in noted
 
 
+@pytest.mark.parametrize(
+    ("count", "labels"),
+    [(2, ["Left image", "Right image"]), (3, ["Image 1", "Image 2", "Image 3"])],
+)
+def test_each_image_of_a_question_has_a_field(
+    many: ManyAdapters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, labels: list[str]
+) -> None:
+    gradio = pytest.importorskip("gradio")
+    monkeypatch.setattr(type(many.predictor("pairs").task), "image_count", count)
+    page = demo.build(many, tmp_path)
+    assert [part.label for part in page.blocks.values() if isinstance(part, gradio.Image)] == labels
+
+
 def test_adapters_are_shown_by_the_ends_of_their_paths() -> None:
     assert names_of(["runs/one", "user/two"]) == {"one": "runs/one", "two": "user/two"}
     assert list(names_of(["a/best", "b/best"])) == ["a/best", "b/best"]
