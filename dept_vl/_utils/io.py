@@ -194,6 +194,9 @@ def remove_noted(folder: Path, *names: str) -> None:
     for name in names:
         with suppress(OSError):
             (folder / name).unlink()
+    if not _known(folder)["files"]:  # otherwise an empty folder would not look empty
+        with suppress(OSError):
+            (folder / CHECKSUMS_FILE).unlink()
 
 
 def is_there(path: Path) -> bool:

@@ -51,6 +51,8 @@ from dept_vl.tasks.own.task import CAPTIONS
 
 ROUND = 8
 """Batches per process between two writes, if there are several processes: a write waits for all of them."""
+NOT_WRITTEN = {*TABLES, ".gz", ".bz2", ".xz", ".zst", ".zip"} - {".jsonl", ".ndjson", ".json"}
+"""File extensions that would promise another format than JSON Lines."""
 Answers = list[tuple[int, str | None]]
 """Pairs of a row number and its answer; None if the row's image cannot be read."""
 
@@ -67,9 +69,10 @@ def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accel
     output = config.output
     if output is None or not output.name:  # an empty one is the folder `.`
         raise UsageError("--data needs --output, the file for the answers")
-    if output.suffix.lower() in TABLES and "json" not in output.suffix.lower():
+    if output.suffix.lower() in NOT_WRITTEN:
         raise UsageError(
-            f"answers are written as JSON Lines: expected {output.with_suffix('.jsonl')}, found {output}"
+            f"answers are written as JSON Lines, not compressed: expected {output.with_suffix('.jsonl')}, "
+            f"found {output}"
         )
     table, collate = _read(predictor, config, accelerator)
     started, size, processes = perf_counter(), config.batch_size, accelerator.num_processes

@@ -10,13 +10,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import write_noted_json
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first, on_main
-from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE
+from dept_vl._utils.run_files import BEST, CONFIG_FILE, SCORES_FILE, SUMMARY_FILE
 from dept_vl._utils.tables import markdown_table
 from dept_vl._utils.terminal import waiting
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.hub import ADAPTER_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.collate import Collator
 from dept_vl.data.feature_source import check_readable, encoder_of, mapped_features
@@ -162,10 +164,16 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
 
 
 def _check_unused(folder: Path) -> None:
-    """Raise an error if a folder holds predictions of an evaluation or of a run."""
+    """Raise an error if a folder has no name, or holds predictions, a run or an adapter."""
+    if not folder.name:  # an empty one is the folder `.`
+        raise UsageError("--output_dir is empty; name a folder")
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
         raise FileExistsError(
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
+        )
+    if (folder / CONFIG_FILE).exists() or (folder / ADAPTER_FILE).exists():
+        raise FileExistsError(
+            f"{folder} holds a run or an adapter; nothing was changed there. Choose another --output_dir"
         )
 
 
@@ -197,6 +205,8 @@ class ScoreRun(Stages):
         self.changed = on_main(accelerator, lambda: note_changes(config.run, self.trained, options))
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
         self.adapter = Adapter.from_pretrained(config.adapter or config.run / BEST)
+        if config.adapter is None and not (config.run / SUMMARY_FILE).exists():
+            say(f"note: {config.run} is not finished; its best adapter so far is scored")
         asker, longest = informed(self._asker(), self.adapter.answering, config.run)
         task = task.asked_by(asker.reading(options.question_case))
         answering = asker if task.fits_answers else task

@@ -346,6 +346,7 @@ def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:
         ({"output": None}, "--output"),
         ({"output": Path()}, "--output"),  # of an empty text
         ({"output": Path("answers.csv")}, r"answers\.jsonl"),
+        ({"output": Path("answers.jsonl.gz")}, r"answers\.jsonl"),
         ({"inputs": ("a.jpg",)}, r"a\.jpg"),
         ({"own": OwnOptions()}, "--data"),
         ({"task": "nlvr2"}, "2 images"),

@@ -12,6 +12,7 @@ import tyro
 from runs import files, forget_checksums, in_two_processes, reset_accelerate, with_
 
 import dept_vl
+from dept_vl._utils.errors import UsageError
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
 from dept_vl.tasks import TASKS, load_task
@@ -209,6 +210,31 @@ def test_nothing_is_overwritten(
             evaluate(limit=3, output_dir=folder)
         assert str(folder) in str(error.value)
         assert files(folder) == before
+
+
+def test_an_evaluation_has_a_folder_of_its_own(
+    finished: Finished, evaluate: Callable[..., Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = files(finished.folder)
+    with pytest.raises(FileExistsError):
+        evaluate(limit=3, output_dir=finished.folder / "best")
+    with pytest.raises(UsageError):
+        evaluate(limit=3, output_dir=Path(""))
+    assert files(finished.folder) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_not_finished_is_scored_with_a_note(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(finished.folder, tmp_path / "run")
+    score_run(EvaluateConfig(run=copy, limit=2), write=False)
+    assert "is not finished" not in capsys.readouterr().out
+    forget_checksums(copy)
+    (copy / "summary.json").unlink()
+    score_run(EvaluateConfig(run=copy, limit=2), write=False)
+    assert f"{copy} is not finished" in capsys.readouterr().out
 
 
 def test_what_is_no_run_is_refused(evaluate: Callable[..., Evaluated], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from dept_vl._utils import io as files
 from dept_vl._utils.errors import DamagedFileError
-from dept_vl._utils.io import one_line, read_json, read_object
+from dept_vl._utils.io import one_line, read_json, read_object, remove_noted, write_noted
 from dept_vl._utils.options import check
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors
 from dept_vl.adapters import authors
@@ -354,3 +354,11 @@ def test_an_identifier_that_cannot_be_printed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"dev-\\ud800-0-0") as error:
         nlvr2.read_rows(tmp_path / "dev.json")
     str(error.value).encode()
+
+
+def test_removing_the_last_noted_file_leaves_nothing(tmp_path: Path) -> None:
+    write_noted(tmp_path, {"a": b"1", "b": b"2"})
+    remove_noted(tmp_path, "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"b", ".checksums.json"}
+    remove_noted(tmp_path, "b")
+    assert list(tmp_path.iterdir()) == []
