@@ -159,19 +159,19 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
         return
     on_main(accelerator, lambda: _check_unused(folder))
     with owning(folder, accelerator, wait=config.wait):
-        on_main(accelerator, lambda: _check_unused(folder))
+        on_main(accelerator, lambda: _check_unused(folder, CONFIG_FILE, ADAPTER_FILE))
         yield
 
 
-def _check_unused(folder: Path) -> None:
-    """Raise an error if a folder has no name, or holds predictions, a run or an adapter."""
+def _check_unused(folder: Path, *others: str) -> None:
+    """Raise an error if a folder has no name, or holds predictions or one of the other files."""
     if not folder.name:  # an empty one is the folder `.`
         raise UsageError("--output_dir is empty; name a folder")
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
         raise FileExistsError(
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
         )
-    if (folder / CONFIG_FILE).exists() or (folder / ADAPTER_FILE).exists():
+    if any((folder / name).exists() for name in others):
         raise FileExistsError(
             f"{folder} holds a run or an adapter; nothing was changed there. Choose another --output_dir"
         )
