@@ -11,6 +11,7 @@ from dept_vl.adapters.schema import BEFORE_VISION
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.options import BEFORE_ORDER
 from dept_vl.models.quantised import fingerprint_of_words
+from dept_vl.models.tokens import tokenised
 
 PROBED = (
     "what color is the shape in the image, and how many people are there? yes, no, left, right, none; "
@@ -21,6 +22,7 @@ PROBED = (
 
 def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
     """Return the description of a backbone that is saved with an adapter; see `Adapter.backbone`."""
+    tokens = tokenised(backbone.tokenizer, PROBED, add_special_tokens=False).input_ids
     return {
         "name": backbone.name,
         "fingerprint": backbone.fingerprint,
@@ -30,7 +32,7 @@ def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
         "image_fit": backbone.image_fit,
         "vision": None if backbone.vision is None else backbone.vision.options(),
         "exif": backbone.exif,
-        "tokenizer": checksum(repr(backbone.tokenizer(PROBED, add_special_tokens=False).input_ids).encode()),
+        "tokenizer": checksum(repr(tokens).encode()),
         **({} if backbone.text_form is None else {"text_form": backbone.text_form}),
         **({"load_in": backbone.load_in} if backbone.load_in else {}),
     }

@@ -20,7 +20,7 @@ from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.models.image_features import FEATURES, PIXELS
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.source import SourceReader
-from dept_vl.models.tokens import IGNORE_INDEX, target_ids
+from dept_vl.models.tokens import IGNORE_INDEX, target_ids, tokenised
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Example
@@ -179,9 +179,8 @@ class Collator:
 
     def _source(self, texts: list[str]) -> dict[str, Tensor]:
         """Return the token ids and attention mask of texts."""
-        source = self.tokenizer(
-            texts, max_length=self.max_source_length, truncation=True, padding=True, return_tensors="pt"
-        )
+        options = {"max_length": self.max_source_length, "truncation": True, "padding": True}
+        source = tokenised(self.tokenizer, texts, return_tensors="pt", **options)
         # The tokenizer's own `pad_to_multiple_of` would exceed `max_source_length`.
         width = source.input_ids.shape[1]
         further = min(-width % self.pad_to_multiple_of, self.max_source_length - width)

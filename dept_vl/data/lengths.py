@@ -12,6 +12,7 @@ from dept_vl._utils.checksums import open_sealed
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import counted
+from dept_vl.models.tokens import tokenised
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, new_cache_file, writing_cache
 
@@ -37,8 +38,11 @@ def source_lengths(task: Task, tokenizer: Any) -> Lengths:
         len(ids)
         for start in counted("counting tokens", starts, len(starts))
         # Not verbose, to avoid warnings about texts longer than the model's maximum.
-        for ids in tokenizer(
-            texts.slice(start, CHUNK_ROWS).to_pylist(), return_attention_mask=False, verbose=False
+        for ids in tokenised(
+            tokenizer,
+            texts.slice(start, CHUNK_ROWS).to_pylist(),
+            return_attention_mask=False,
+            verbose=False,
         ).input_ids
     ]
     lengths = np.array(found, dtype=np.int32)
@@ -77,7 +81,7 @@ def check_source_lengths(
 ) -> None:
     """Print the number of truncated texts; ValueError if the task prefix alone fills `max_source_length`."""
     text = task[0].source_text
-    shared = len(tokenizer(text.split(":")[0] + ":").input_ids)
+    shared = len(tokenised(tokenizer, text.split(":")[0] + ":").input_ids)
     if max_source_length <= shared:
         raise ValueError(
             f"max_source_length is {max_source_length} tokens, but the task prefix of "

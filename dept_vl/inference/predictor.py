@@ -25,7 +25,7 @@ from dept_vl.inference.evaluate import written
 from dept_vl.inference.given import as_images
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import end_token, start_tokens
+from dept_vl.models.tokens import end_token, start_tokens, tokenised
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.records import brief
@@ -143,7 +143,7 @@ class Ask:
                 f"{text!r:.60}: expected text, found {text[error.start]!a}, which is half a character; leave "
                 "it out"
             ) from None
-        length = len(self.predictor.model.backbone.tokenizer(text).input_ids)
+        length = len(tokenised(self.predictor.model.backbone.tokenizer, text).input_ids)
         if length > self.predictor.max_source_length:
             warn(
                 f"{text!r:.60} has {length} tokens and is cut to {self.predictor.max_source_length}, as in "

@@ -19,7 +19,7 @@ from torch import Tensor
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl.models.prompt_hook import text_of
-from dept_vl.models.tokens import AnswerStyle
+from dept_vl.models.tokens import AnswerStyle, tokenised
 
 CHAT = "chat"
 DESCRIBE = "Describe the image."
@@ -132,7 +132,7 @@ class SourceReader:
         start = self.tokenizer.bos_token
         if self.form.ask == CHAT and start and written[0].startswith(start):
             options["add_special_tokens"] = False  # the template has put it there
-        made = self.processor(**options)
+        made = tokenised(self.processor, **options)
         return {name: value for name, value in made.items() if name in self.taken and torch.is_tensor(value)}
 
     def written(self, text: str, images: int) -> str:
@@ -153,7 +153,7 @@ class SourceReader:
 
     def shortened(self, text: str, tokens: int) -> str:
         """Return a text truncated to a number of tokens; raise ValueError if it has tokens of images."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenised(self.tokenizer, text, add_special_tokens=False, verbose=False).input_ids
         of_images = sorted(set(ids).intersection(self.image_tokens.tolist()))
         if of_images:
             raise ValueError(

@@ -4,8 +4,10 @@ An encoder-decoder's answer is a separate sequence. A decoder-only model's answe
 tokens are those of the answer in "text answer", followed by the end-of-text token.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 from jaxtyping import Int
@@ -15,6 +17,14 @@ IGNORE_INDEX = -100
 """Label of positions that the loss ignores."""
 WORD = "a"
 """Stand-in for the text in front of an answer, which does not affect the tokens after a space."""
+TOKENISING = RLock()
+"""Lock of `tokenised`: a tokenizer keeps the truncation and padding of a call, and threads may share it."""
+if hasattr(os, "register_at_fork"):  # a worker process is forked only while the lock is free
+    os.register_at_fork(
+        before=TOKENISING.acquire,
+        after_in_parent=TOKENISING.release,
+        after_in_child=TOKENISING.release,
+    )
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,12 @@ class AnswerStyle:
     lead: str | None  # text directly in front of an answer; None for a word and a space
     end: int  # id of the token that ends an answer
     start: int  # number of tokens in front of a generated answer: 1 for a decoder's start token, or 0
+
+
+def tokenised(tokenizer: Any, *texts: Any, **options: Any) -> Any:
+    """Call a tokenizer or processor; other threads wait, or their calls would be truncated as this one."""
+    with TOKENISING:
+        return tokenizer(*texts, **options)
 
 
 def style_of(tokenizer: Any) -> AnswerStyle | None:
@@ -52,8 +68,8 @@ def continues_text(tokenizer: Any) -> bool:
     """
     if style_of(tokenizer) is not None:
         return True
-    word = tokenizer(WORD, add_special_tokens=False).input_ids
-    return bool(tokenizer(WORD).input_ids[-len(word) :] == word)
+    word = tokenised(tokenizer, WORD, add_special_tokens=False).input_ids
+    return bool(tokenised(tokenizer, WORD).input_ids[-len(word) :] == word)
 
 
 def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = None) -> list[list[int]]:
@@ -64,16 +80,17 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
     """
     if not continues_text(tokenizer):
         cut = {} if max_length is None else {"max_length": max_length, "truncation": True}
-        separate: list[list[int]] = tokenizer(text_target=list(answers), **cut).input_ids
+        separate: list[list[int]] = tokenised(tokenizer, text_target=list(answers), **cut).input_ids
         return separate
     style = style_of(tokenizer)
     lead = WORD if style is None or style.lead is None else style.lead
-    word = tokenizer(lead, add_special_tokens=False).input_ids
+    word = tokenised(tokenizer, lead, add_special_tokens=False).input_ids
     # Not " answer" alone, because Llama's tokenizer adds a space in front of the first word.
     space = " " if lead == WORD else ""
     following = [f"{lead}{space}{answer}" if answer else lead for answer in answers]
     targets = []
-    for answer, ids in zip(answers, tokenizer(following, add_special_tokens=False).input_ids, strict=True):
+    tokens = tokenised(tokenizer, following, add_special_tokens=False).input_ids
+    for answer, ids in zip(answers, tokens, strict=True):
         if ids[: len(word)] != word:
             raise ValueError(
                 f"the tokenizer merges {answer!r} with the word before it, so that text and answer cannot be "

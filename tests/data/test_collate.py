@@ -1,6 +1,8 @@
 """Targets, batches, and which example comes when."""
 
+import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,6 +20,7 @@ from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import Lengths
 from dept_vl.data.sampling import WINDOW, EvaluationDraws, TrainingBatches, TrainingDraws
 from dept_vl.models.prompted import IGNORE_INDEX
+from dept_vl.models.tokens import tokenised
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Example
 from dept_vl.tasks.vqav2 import VQAv2
@@ -70,6 +73,28 @@ def test_long_texts_and_answers_are_cut(tokenizer: Any) -> None:
     assert batch.labels.shape == (3, 3)
     # What is cut keeps the end of text.
     assert batch.input_ids[:, -1].tolist() == [tokenizer.eos_token_id] * 3
+
+
+def test_threads_may_cut_the_texts_of_one_tokenizer_at_other_lengths(tokenizer: Any) -> None:
+    text = "what color is the car? " * 5
+    whole = len(tokenizer(text).input_ids)
+    limits = (5, 9, None)
+    assert whole > 9
+
+    def length(limit: int | None) -> int:
+        if limit is None:
+            return len(tokenised(tokenizer, text).input_ids)
+        batch = Collator(tokenizer, limit, max_target_length=4)(draws(None, None, texts=(text, "what?")))
+        return batch.input_ids.shape[1]
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(length, limits * 300))
+    finally:
+        sys.setswitchinterval(switching)
+    assert found == [5, 9, whole] * 300
 
 
 def test_padding_goes_on_to_a_multiple_but_not_past_the_prompts_last_position(tokenizer: Any) -> None:
