@@ -22,6 +22,8 @@ from dept_vl.inference.gate import MOST_UPLOADED, Refused
 LONGEST_FETCH = 10.0
 """Maximum number of seconds to fetch an image from another server."""
 PORTS = {"http": 80, "https": 443}
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "3fff::/20")))
+"""Networks that are not public, but that some versions of Python take for it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
 MOST_VALUES = 10_000
@@ -309,4 +311,10 @@ def is_public(address: str) -> bool:
     """Return whether an IP address is on the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None) or ip
-    return all(each.is_global and not each.is_multicast and not each.is_reserved for each in (ip, inner))
+    return all(
+        each.is_global
+        and not each.is_multicast
+        and not each.is_reserved
+        and not any(each in network for network in NOT_PUBLIC)
+        for each in (ip, inner)
+    )

@@ -629,6 +629,7 @@ def test_only_addresses_of_the_internet_are_public() -> None:
         "100.64.0.1",
     ]
     inside += ["224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1"]
+    inside += ["192.0.0.192", "fec0::1", "3fff::1"]
     inside += ["::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1"]
     assert not any(map(is_public, inside))
 
