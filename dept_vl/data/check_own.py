@@ -16,6 +16,7 @@ from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.own.find import find_tables
+from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
 from dept_vl.tasks.prepare.check import Finding, check_files
@@ -43,7 +44,8 @@ def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | Non
     yield Finding("ok", f"{whole.name}: {size}; {whole.primary} decides")
     yield from _splits(own)
     yield from check_files(whole.name, files, sample)
-    shared = leaks(whole.rows, find_tables(str(own.data))[0])
+    base = find_tables(str(own.data))[0]
+    shared = leaks(whole.rows, base, ImageFolder(own.images or base))
     yield from (Finding("leak", line) for line in shared)
     yield from (Finding("note", line) for line in whole.notes if line not in shared)
     yield from _questions(whole)

@@ -252,6 +252,18 @@ def test_the_index_of_a_choice_is_never_its_text(tmp_path: Path, index: object, 
     assert task.notes == ()
 
 
+@pytest.mark.parametrize("answer", [{"answer": 2}, {"answer": None, "correct_choice_idx": 2}])
+@pytest.mark.parametrize("gap", [None, "", " "])
+def test_the_index_of_a_choice_counts_empty_ones(
+    tmp_path: Path, gap: str | None, answer: dict[str, Any]
+) -> None:
+    row = CHOSEN | {"choices": ["red", gap, "blue", "green"]} | answer
+    example = own(written(tmp_path, lines(row), "a.jsonl"))[0]
+    assert (example.answers, example.choices) == (("blue",), ("red", "blue", "green"))
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 1"):
+        own(written(tmp_path, lines(row | {"choices": ["red", "blue", gap]}), "a.jsonl"))
+
+
 def test_the_index_of_a_choice_in_a_table_of_text(tmp_path: Path) -> None:
     text = "image,question,choices,correct_choice_idx\nIMG_0001.JPG,q,1|2|3|4,2\nIMG_0001.JPG,q,1|2,\n"
     task = own(written(tmp_path, text, "data.csv"))
@@ -572,7 +584,7 @@ def test_data_urls_are_read_where_they_are(
     assert written_out < min(map(len, content)) / 2
     assert len(task.image_files()) == 2  # each once, however many ask about it
     assert not task.missing_images()
-    assert image_groups(task.rows, range(5), tmp_path / "data").tolist() == [0, 1, 1, 0, 1]
+    assert image_groups(task.rows, range(5), task.root, task.folder).tolist() == [0, 1, 1, 0, 1]
     for index, one in enumerate((0, 1, 1, 0, 1)):
         assert embedded_bytes(task[index].images[0]) == content[one]
 
@@ -612,9 +624,23 @@ def test_one_image_in_several_rows_of_a_table_is_one_image(tmp_path: Path) -> No
         "split": ["train", "train", "train", "test"],
     }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
-    rows = own(tmp_path / "a.parquet").rows
-    assert image_groups(rows, range(4), tmp_path).tolist() == [0, 0, 1, 0]
-    assert [re.findall(r"\d+", line) for line in leaks(rows, tmp_path)] == [["1", "1"]]
+    task = own(tmp_path / "a.parquet")
+    assert image_groups(task.rows, range(4), task.root, task.folder).tolist() == [0, 0, 1, 0]
+    assert [re.findall(r"\d+", line) for line in leaks(task.rows, task.root, task.folder)] == [["1", "1"]]
+
+
+def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(PHOTOS / "scan-3.png", tmp_path / "below" / name)
+    names = ("below/a.png", "a.png", "BELOW/A.PNG", "a", "below/b.png")
+    rows = [QUESTION | {"image": name} for name in names]
+    task = own(written(tmp_path, lines(*rows)), images=None)
+    assert image_groups(task.rows, range(5), task.root, task.folder).tolist() == [0, 0, 0, 0, 1]
+    assert len(task.image_files()) == 2
+    split = [row | {"split": "test" if place == 1 else "train"} for place, row in enumerate(rows)]
+    notes = own(written(tmp_path, lines(*split)), images=None).notes
+    assert [re.findall(r"\d+", line) for line in notes] == [["1", "1"]]
 
 
 def test_images_in_tables_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:

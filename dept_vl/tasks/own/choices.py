@@ -26,13 +26,13 @@ class Numbered:
 
     where: str  # location of the row, for error messages
     number: int  # the answer
-    choices: list[str]  # the choices as text
+    choices: list[str]  # the choices as text; empty ones have a number too
     of_numbers: bool  # whether the table holds the choices as numbers too, not as text
 
     @property
     def is_index(self) -> bool:
         """Whether it can be the number of a choice."""
-        return 0 <= self.number < len(self.choices)
+        return 0 <= self.number < len(self.choices) and self.choices[self.number] != ""
 
     @property
     def is_text(self) -> bool:
@@ -98,7 +98,7 @@ def whole(value: Any) -> int | None:
 def at_index(value: Any, choices: list[str], where: str) -> str:
     """Return the choice with a number, which may be written as text; UsageError if there is none."""
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else whole(value)
-    if number is None or not 0 <= number < len(choices):
+    if number is None or not 0 <= number < len(choices) or not choices[number]:
         raise UsageError(
             f"{where}: expected the number of one of the {len(choices)} choices, from 0 to "
             f"{len(choices) - 1}, found {brief(value)}"

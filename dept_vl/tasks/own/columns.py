@@ -211,8 +211,9 @@ class Columns:
         given = _cell(record, found, "answer", where)
         answers = self._answers(given, f"{where}, column {column!r}", text_cells=text_cells)
         choices, number_as = self._choices(record, found, where, text_cells), ""
-        if choices:
+        if any(choices):
             answers, choices, number_as = self._chosen(record, found, answers, choices, where)
+        choices = [choice for choice in choices if choice]
         if "question" in found:
             form = "question"
         elif column in CAPTIONS:
@@ -236,8 +237,9 @@ class Columns:
         }
 
     def _choices(self, record: Record, found: Mapping[str, str], where: str, text_cells: bool) -> list[str]:
-        given = _cell(record, found, "choices", where)
-        choices = self._answers(given, f"{where}, column {found.get('choices')!r}", text_cells=text_cells)
+        """Return the choices of a record; empty ones are kept as empty text, because numbers count them."""
+        given, at = _cell(record, found, "choices", where), f"{where}, column {found.get('choices')!r}"
+        choices = self._answers(given, at, text_cells=text_cells, empty=True)
         if text_cells and len(choices) == 1:
             return [one.strip() for one in choices[0].split("|")]
         return choices
@@ -274,21 +276,24 @@ class Columns:
         for where, record in self.records():
             found = self._find(record, where)
             choices = self._choices(record, found, where, text_cells=False)
-            if not choices or INDEX_COLUMN in record:
+            if not any(choices) or INDEX_COLUMN in record:
                 continue
             number = self._number(record, found, choices, f"{where}, column {found.get('answer')!r}")
             if number is not None:
                 yield number
 
-    def _answers(self, value: Any, where: str, *, text_cells: bool) -> list[str]:
-        """Return the answers in a cell: text, number, boolean, object with an answer, or a list of these."""
+    def _answers(self, value: Any, where: str, *, text_cells: bool, empty: bool = False) -> list[str]:
+        """Return the answers in a cell: text, number, boolean, object with an answer, or a list of these.
+
+        With `empty`, empty items of a list are kept as empty text.
+        """
         if value is None:
             return []
         if isinstance(value, str):
             text = one_line(self._shown(value))
             if text_cells and text.startswith("[") and text.endswith("]"):
                 try:
-                    return self._answers(parse_json(text), where, text_cells=False)
+                    return self._answers(parse_json(text), where, text_cells=False, empty=empty)
                 except RepeatedKeyError as error:
                     raise UsageError(f"{where}: {error}") from None
                 except ValueError:
@@ -306,11 +311,12 @@ class Columns:
                 return []
             return [_number(value)]
         if isinstance(value, list):
-            return [text for one in value for text in self._answers(one, where, text_cells=False)]
+            items = (self._answers(one, where, text_cells=False) for one in value)
+            return [text for item in items for text in item or [""] * empty]
         if isinstance(value, dict):
             for name in PARTS:
                 if name in value:
-                    return self._answers(value[name], where, text_cells=False)
+                    return self._answers(value[name], where, text_cells=False, empty=empty)
         raise UsageError(f"{where}: expected an answer or a list of answers, found {brief(value)}")
 
     def _shown(self, text: str) -> str:

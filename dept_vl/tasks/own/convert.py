@@ -46,7 +46,7 @@ def rows_of(
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
     key = repr(
         (
-            "as it looks, all lists",
+            "as it looks, all lists, empty choices counted",
             said,
             str(folder.absolute()),
             [table.split for table in tables],

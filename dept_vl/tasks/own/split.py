@@ -11,6 +11,7 @@ from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.rows import Indices, Rows
 from dept_vl.tasks.own.formats import SPLITS
+from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
 
@@ -18,7 +19,7 @@ TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto
 NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
-def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
+def choose(rows: Rows, split: str, options: OwnOptions, root: Path, folder: ImageFolder) -> Indices:
     """Return the indices of the rows of a split.
 
     Args:
@@ -26,6 +27,7 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
         split: One of `NAMES`, or another split in the data; auto is the test split, or all rows without one.
         options: Options with the share of training images to hold out for a missing validation or test split.
         root: Folder that references to images in tables are relative to.
+        folder: Folder of the other images.
 
     Raises:
         UsageError: If the split does not exist, or there are too few images.
@@ -57,14 +59,16 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path) -> Indices:
         )
     if not missing:
         return train
-    sides = hold_out(rows, train, len(missing), options, root)
+    sides = hold_out(rows, train, len(missing), options, root, folder)
     held = dict(zip((*missing, TRAIN), sides, strict=True))
     return held[split]
 
 
-def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path) -> list[Indices]:
+def hold_out(
+    rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path, folder: ImageFolder
+) -> list[Indices]:
     """Split rows without sharing images: the held-out parts, then the rest; UsageError if impossible."""
-    groups = image_groups(rows, places, root)
+    groups = image_groups(rows, places, root, folder)
     count = int(groups.max()) + 1
     if count <= parts:
         raise UsageError(
@@ -80,16 +84,15 @@ def hold_out(rows: Rows, places: Indices, parts: int, options: OwnOptions, root:
     return [places[side[groups] == number] for number in range(parts + 1)]
 
 
-def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Indices:
+def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path, folder: ImageFolder) -> Indices:
     """Return a group number per row. Rows that share an image, also by way of other rows, share a group."""
     chosen = rows if len(places) == len(rows) else rows.subset(places)
     images = chosen.column("images").combine_chunks()
     starts = images.offsets.to_numpy()
     encoded = images.flatten().dictionary_encode()
     numbered: dict[str, int] = {}
-    same = [
-        numbered.setdefault(image, len(numbered)) for image in _contents(encoded.dictionary.to_pylist(), root)
-    ]
+    contents = _contents(encoded.dictionary.to_pylist(), root, folder)
+    same = [numbered.setdefault(image, len(numbered)) for image in contents]
     codes = np.array(same, np.int64)[encoded.indices.to_numpy()]
     first: Indices = codes[starts[:-1] - starts[0]]
     if len(codes) == len(first):  # one each
@@ -109,16 +112,18 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path) -> Ind
     return numbers
 
 
-def _contents(references: Sequence[str], root: Path) -> list[str]:
-    """Return a key per image: the checksum of bytes in a table, so that copies are equal, else the path."""
+def _contents(references: Sequence[str], root: Path, folder: ImageFolder) -> list[str]:
+    """Return a key per image: the checksum of bytes in a table, or the file, which may have several names."""
 
     def content(reference: str) -> str:
         try:
-            return checksum(embedded_bytes(root / reference.removeprefix(EMBEDDED)))
-        except ValueError:  # No bytes: reading the image reports it.
+            if reference.startswith(EMBEDDED):
+                return checksum(embedded_bytes(root / reference.removeprefix(EMBEDDED)))
+            return str(folder.find(reference))
+        except ValueError:  # No bytes, or an ambiguous name: reading the image reports it.
             return reference
 
-    return [content(one) if one.startswith(EMBEDDED) else one for one in references]
+    return [content(one) for one in references]
 
 
 def unused(rows: Rows) -> list[str]:
@@ -137,13 +142,13 @@ def unused(rows: Rows) -> list[str]:
     return told
 
 
-def leaks(rows: Rows, root: Path) -> list[str]:
+def leaks(rows: Rows, root: Path, folder: ImageFolder) -> list[str]:
     """Return a message for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]
     images = {}
     for name in present:
         column = rows.where("split", [name]).column("images").combine_chunks()
-        images[name] = set(_contents(column.flatten().unique().to_pylist(), root))
+        images[name] = set(_contents(column.flatten().unique().to_pylist(), root, folder))
     return [
         f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
         for place, name in enumerate(present)

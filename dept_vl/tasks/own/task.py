@@ -140,11 +140,12 @@ class OwnTask(Task):
         """
         data = self.options.data or str(root)
         base, tables = find_tables(data)
-        folder = self.options.images or base
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder of images: {folder}")
-        rows = rows_of(tables, folder, base, self.options, images_alone=not self.asks)
-        chosen = rows.subset(splits.choose(rows, split, self.options, base))
+        place = self.options.images or base
+        if not place.is_dir():
+            raise FileNotFoundError(f"no folder of images: {place}")
+        folder = ImageFolder(place)
+        rows = rows_of(tables, place, base, self.options, images_alone=not self.asks)
+        chosen = rows.subset(splits.choose(rows, split, self.options, base, folder))
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()
@@ -162,12 +163,12 @@ class OwnTask(Task):
             self,
             rows=chosen,
             form=form,
-            folder=ImageFolder(folder),
+            folder=folder,
             root=base,
             scoring=_scoring(rows),
             labels=tuple(labels),
             image_count=int(counts[0]),
-            notes=tuple(_notes(rows, chosen, split, base, labels)),
+            notes=tuple(_notes(rows, chosen, split, labels, splits.leaks(rows, base, folder))),
         )
 
     def answered(self) -> "OwnTask":
@@ -225,7 +226,7 @@ class OwnTask(Task):
     def image_files(self) -> list[Path]:
         """Return the images of all examples, each once."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
-        return list(self._paths(names))
+        return list(dict.fromkeys(self._paths(names)))
 
     def missing_images(self) -> list[Path]:
         """Return the image files that do not exist. Images inside tables are not checked."""
@@ -339,7 +340,9 @@ def _differ_in_case(labels: Sequence[str]) -> list[str]:
     return [f"{one!r} and {other!r}" for one, other in pairs if one != other]
 
 
-def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[str]) -> Iterator[str]:
+def _notes(
+    rows: Rows, chosen: Rows, split: str, labels: Sequence[str], leaks: Sequence[str]
+) -> Iterator[str]:
     renamed = pc.sum(rows.column("renamed")).as_py() or 0
     if renamed:
         yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
@@ -363,7 +366,7 @@ def _notes(rows: Rows, chosen: Rows, split: str, root: Path, labels: Sequence[st
     yield from splits.unused(rows)
     if several := int((answers > 1).sum()) if "label" in forms else 0:
         yield f"{several:,} of {len(chosen):,} rows of {split} have several labels; the first of each counts"
-    yield from splits.leaks(rows, root)
+    yield from leaks
     asked = "question" in rows.column("form").unique().to_pylist()
     if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
         yield (
