@@ -303,10 +303,16 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Options that did not exist in the older version are set to its behaviour: how a vision tower and a
     language model are joined, and that images are not rotated by their EXIF orientation.
+
+    Raises:
+        UsageError: If they ask for a search (`tune`), which earlier versions had.
     """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
-    if named.get("tune") == 0:  # of the search for learning rates that earlier versions had
-        del named["tune"]
+    if trials := named.pop("tune", 0):
+        raise UsageError(
+            f"tune is {trials!r:.60}, of a search that this version does not have; expected 0: take the "
+            "config.json of a trial, or remove tune"
+        )
     if isinstance(named.get("optim"), dict):
         named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
     backbone, also = named.get("backbone"), named.get("also")
@@ -364,15 +370,11 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")
     content = read_json(path)
     if isinstance(content, dict):
-        if content.get("tune"):
-            raise UsageError(
-                f"{path}: tune is {content['tune']!r:.60}, of a search that this version does not have; "
-                "expected 0: take the config.json of a trial, or remove tune"
-            )
         for name in ("output_dir", "resume", "accept_changes", "wait"):
             content.pop(name, None)
-        content = _over(_located(current_options(content), path.parent), to_json(base or RunConfig()))
     try:
+        if isinstance(content, dict):
+            content = _over(_located(current_options(content), path.parent), to_json(base or RunConfig()))
         return build(RunConfig, content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None

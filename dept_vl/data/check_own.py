@@ -15,10 +15,9 @@ from dept_vl.data.pictures import picture_grid
 from dept_vl.data.splits import load_split
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import Rows
-from dept_vl.tasks.own.find import find_tables
-from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.options import OwnOptions
-from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION, leaks
+from dept_vl.tasks.own.split import ALL, TEST, TRAIN, VALIDATION
+from dept_vl.tasks.own.task import OwnTask
 from dept_vl.tasks.prepare.check import Finding, check_files
 
 SHOWN = 10
@@ -32,10 +31,12 @@ USUAL = 99
 def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | None) -> Iterator[Finding]:
     """Check your own data: counts, images, ids, questions, answers, lengths and splits.
 
-    Open `sample` images (0: all), count tokens (None: characters), and draw 16 examples into `sheet`.
+    Open `sample` images (0 opens all), measure texts with `tokenizer` (None counts characters), and draw 16
+    examples into the PNG file `sheet`.
     """
     try:
         whole = load_split(DataOptions(own=own), ALL)
+        assert isinstance(whole, OwnTask)
         files = whole.image_files()
     except (ValueError, OSError) as error:
         yield Finding("broken", str(error))
@@ -44,10 +45,8 @@ def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | Non
     yield Finding("ok", f"{whole.name}: {size}; {whole.primary} decides")
     yield from _splits(own)
     yield from check_files(whole.name, files, sample)
-    base = find_tables(str(own.data))[0]
-    shared = leaks(whole.rows, base, ImageFolder(own.images or base))
-    yield from (Finding("leak", line) for line in shared)
-    yield from (Finding("note", line) for line in whole.notes if line not in shared)
+    yield from (Finding("leak", line) for line in whole.leaks)
+    yield from (Finding("note", line) for line in whole.notes if line not in whole.leaks)
     yield from _questions(whole)
     yield from _answers(whole.rows)
     yield from _characters(whole.rows) if tokenizer is None else _tokens(whole, tokenizer)

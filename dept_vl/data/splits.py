@@ -285,6 +285,7 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
     known = {TASKS[options.task].loaded_as: options for options in (trained.data, *trained.also)}
     given = config.own.data is not None
     asked = config.task or (OWN_TASK if given else trained.data.task)
+    # With own.data, DataOptions turns the default task into vqa.
     name = TASKS[DataOptions(task=asked, own=config.own).task].loaded_as
     if name not in known and TASKS[name].image_count and not (given or (config.data_dir and config.split)):
         raise ValueError(f"{config.run} knows nothing of {name!r}; say --data_dir and --split too")

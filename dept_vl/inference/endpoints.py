@@ -45,7 +45,7 @@ KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapter
 UNCOUNTED = ("/health", "/metrics")
 """Paths that do not count towards the limit of open requests."""
 HELD = "dept_vl.held"
-"""Key of a request's scope for its size in bytes, which counts while it is open."""
+"""Key in a request's scope: its bytes that count in `held` until it ends."""
 MOST_ADAPTERS = 1000
 LONGEST_PAUSE = 30.0
 """Maximum number of seconds before a process that keeps dying is restarted."""
@@ -103,19 +103,14 @@ class ServerGate(Gate):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See `Gate.__call__`."""
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
         try:
-            if scope["path"] not in UNCOUNTED:
-                await super().__call__(scope, receive, send)
-                return
-            await self.admit(scope)
-            await self.app(*await self.passed(scope, receive), send)
-        except Refused as refused:
-            await self.refuse(send, refused)
+            await super().__call__(scope, receive, send)
         finally:
             self.held -= scope.pop(HELD, 0)
+
+    def counts(self, scope: Scope) -> bool:
+        """See `Gate.counts`."""
+        return scope["path"] not in UNCOUNTED
 
     async def admit(self, scope: Scope) -> None:
         """See `Gate.admit`."""

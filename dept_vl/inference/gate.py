@@ -90,10 +90,11 @@ class Gate(ABC):
         try:
             async with asyncio.timeout(None if self.is_stream(scope) else self.longest):
                 await self.admit(scope)
-                if self.open >= self.most_open:
-                    raise Refused(self.when_busy, "busy: try again in a while", code="busy")
-                counted = True
-                self.open += 1
+                if self.counts(scope):
+                    if self.open >= self.most_open:
+                        raise Refused(self.when_busy, "busy: try again in a while", code="busy")
+                    counted = True
+                    self.open += 1
                 await self.app(*await self.passed(scope, body), answer)
         except Refused as refused:
             # Read the rest of the body, or the client would lose the connection before it gets the response.
@@ -128,6 +129,10 @@ class Gate(ABC):
     @abstractmethod
     async def refuse(self, send: Send, refused: Refused) -> None:
         """Send the response to a rejected request."""
+
+    def counts(self, scope: Scope) -> bool:
+        """Return whether a request counts towards the limit of open requests."""
+        return True
 
     def is_stream(self, scope: Scope) -> bool:
         """Return whether the response is an event stream, which has no time limit."""

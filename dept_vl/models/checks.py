@@ -222,9 +222,9 @@ def _check_header(path: Path, most: int) -> None:
 
 
 def load_model(opens: Any, name: str | Path, what: str, *, unused: str | None = None, **options: Any) -> Any:
-    """Load a model of transformers in full precision.
+    """Load a model of transformers in full precision with `opens.from_pretrained`.
 
-    Weights with `unused` in their names may be missing.
+    Errors name it by `what`. Weights with `unused` in their names may be missing.
 
     Raises:
         ValueError: If the files are damaged, or weights are missing in them.

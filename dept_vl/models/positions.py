@@ -13,7 +13,7 @@ Segments = tuple[int, int]
 STOCK: Segments = (0, 0)
 """Segments of an input that is all text, for the unchanged encoder of transformers."""
 ENCODING = RLock()
-"""Lock to hold during a call with `segments`, since adapters in several threads may share an encoder."""
+"""Lock that `EncoderDecoder.encode` holds in a forward pass, since threads may share an encoder."""
 
 
 class TextPositions:
@@ -31,8 +31,8 @@ class TextPositions:
     - The hooks read it during the call. Gradient checkpointing also runs the layers in the backward pass,
       possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
     - It is not cleared after a call, because the next call sets it.
-    - Only one thread at a time calls the encoder, by `ENCODING`. In a compiled graph, the segments are
-      constants.
+    - `EncoderDecoder.encode` holds `ENCODING` during a forward pass. A backward pass with checkpointing must
+      not overlap another thread's call. In a compiled graph, the segments are constants.
 
     Attributes:
         counts_text: Whether positions are counted from the first text column (BART).

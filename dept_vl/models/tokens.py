@@ -37,7 +37,7 @@ class AnswerStyle:
 
 
 def tokenised(tokenizer: Any, *texts: Any, **options: Any) -> Any:
-    """Call a tokenizer or processor; other threads wait, or their calls would be truncated as this one."""
+    """Call a tokenizer or processor, one thread at a time: it keeps the truncation of the call that runs."""
     with TOKENISING:
         return tokenizer(*texts, **options)
 

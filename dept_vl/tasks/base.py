@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from random import Random
@@ -104,8 +104,10 @@ class Task(ABC):
     source_column = ""
     """Column of the rows with the texts for the encoder, if there is one."""
     image_columns: ClassVar[Sequence[Sequence[str]]] = ()
-    """For each image of an example, the columns of the rows that `image_path` takes. Without them, examples
-    are built to read their images."""
+    """For each image of an example, the columns of the rows that `image_path` takes. Without them, `images`
+    builds the whole example."""
+    image_path: ClassVar[Callable[..., Path]]
+    """Method that returns the path of an image; tasks that set `image_columns` define it."""
     train_split = "train"
     """Default training split."""
     dev_split = ""
@@ -217,10 +219,6 @@ class Task(ABC):
         """Return the ids of all examples."""
         ids: list[ExampleId] = self.rows.column(self.id_column).to_pylist()
         return ids
-
-    def image_path(self, *names: Any) -> Path:
-        """Return the path of an image by the values of its columns; for a task that sets `image_columns`."""
-        raise NotImplementedError
 
     def images(self, index: int) -> tuple[Path, ...]:
         """Return the image files of an example."""

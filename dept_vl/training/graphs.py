@@ -62,7 +62,7 @@ class Recorded:
 
     inputs: dict[str, Tensor]
     loss: Tensor
-    gradients: dict[int, Tensor]
+    gradients: dict[int, Tensor]  # by index of the parameter
     replay: Callable[[], None]
 
 

@@ -105,7 +105,7 @@ def check_kept(folder: Path, config: RunConfig, processes: int | None = None) ->
         DifferentError: If options, data, models or source adapters differ. The message lists them.
     """
     options = changed_options(folder, config)
-    content = [] if options else changed_contents(folder, config, processes)
+    content = [] if options else _changed_contents(folder, config, processes)
     if options or content:
         raise DifferentError(
             f"{folder} was started with {_other(options, content)} and has ended; nothing was changed there. "
@@ -113,7 +113,7 @@ def check_kept(folder: Path, config: RunConfig, processes: int | None = None) ->
         )
 
 
-def changed_contents(folder: Path, config: RunConfig, processes: int | None) -> list[str]:
+def _changed_contents(folder: Path, config: RunConfig, processes: int | None) -> list[str]:
     """Return how data and models differ from those that a run read; empty if this is unknown."""
     if not is_there(folder / IDENTITY_FILE):
         _remark(folder, f"it has no {IDENTITY_FILE}")

@@ -16,7 +16,6 @@ from torch import Tensor
 from dept_vl._utils.errors import DamagedFileError, NotFiniteError
 from dept_vl._utils.io import check_noted, note, noted, one_line, parse_json, write_noted, writing
 from dept_vl._utils.printable import say
-from dept_vl._utils.run_files import LOG_FILE
 from dept_vl.data.collate import Batch
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.training.progress import Figures, Progress, ProgressLine
@@ -149,11 +148,6 @@ class Log:
             with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **record}) + "\n")
         self.accelerator.log(dict(record), step=step)
-
-
-def best_dev(run: Path) -> float:
-    """Return the best dev score of a run (the mean over tasks if there are several)."""
-    return max(float(record["score"]) for record in read_log(run / LOG_FILE) if "score" in record)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ class Progress:
     best_step: int = 0  # step of the best evaluation on the dev splits; 0 before the first evaluation
     best_scores: dict[str, float] = field(default_factory=dict)  # scores of the best evaluation
     scores: dict[str, float] = field(default_factory=dict)  # scores of the last evaluation
-    history: list[tuple[int, float]] = field(default_factory=list)  # step and deciding score of each one
+    history: list[tuple[int, float]] = field(default_factory=list)  # step and score of each evaluation
     evaluations_without_progress: int = 0  # number of evaluations since the best one
     examples: int = 0  # number of examples trained on, over all processes
     skipped: int = 0  # number of examples skipped because their image could not be read, counted each time

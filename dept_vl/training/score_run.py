@@ -157,21 +157,26 @@ def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConf
     if folder is None:
         yield
         return
-    on_main(accelerator, lambda: _check_unused(folder))
-    with owning(folder, accelerator, wait=config.wait):
-        on_main(accelerator, lambda: _check_unused(folder, CONFIG_FILE, ADAPTER_FILE))
+    on_main(accelerator, lambda: _check_no_predictions(folder))
+    with owning(folder, accelerator, wait=config.wait):  # tells of a run that is being trained there
+        on_main(accelerator, lambda: _check_unused(folder))
         yield
 
 
-def _check_unused(folder: Path, *others: str) -> None:
-    """Raise an error if a folder has no name, or holds predictions or one of the other files."""
-    if not folder.name:  # an empty one is the folder `.`
-        raise UsageError("--output_dir is empty; name a folder")
+def _check_no_predictions(folder: Path) -> None:
+    """Raise an error if a folder has no name, or holds predictions."""
+    if not folder.name:
+        raise UsageError("--output_dir is empty, or the folder `.`; name another folder")
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
         raise FileExistsError(
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
         )
-    if any((folder / name).exists() for name in others):
+
+
+def _check_unused(folder: Path) -> None:
+    """Raise an error if a folder holds predictions, a run or an adapter."""
+    _check_no_predictions(folder)
+    if (folder / CONFIG_FILE).exists() or (folder / ADAPTER_FILE).exists():
         raise FileExistsError(
             f"{folder} holds a run or an adapter; nothing was changed there. Choose another --output_dir"
         )

@@ -44,7 +44,7 @@ from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt
 from dept_vl.training.folder import existing
 from dept_vl.training.identity import contents, forget_contents
-from dept_vl.training.log import best_dev, read_log
+from dept_vl.training.log import read_log
 from dept_vl.training.owner import owning
 from dept_vl.training.run import run_once
 from dept_vl.training.summary import Summary
@@ -205,6 +205,11 @@ class _Comparison:
             cost=cost,
             curve=dict(_curve(runs)),
         )
+
+
+def best_dev(run: Path) -> float:
+    """Return the best dev score of a run (the mean over tasks if there are several)."""
+    return max(float(record["score"]) for record in read_log(run / LOG_FILE) if "score" in record)
 
 
 def _curve(runs: list[Path]) -> Iterator[tuple[int, list[float]]]:

@@ -294,8 +294,8 @@ def bars(rows: Sequence[Row]) -> str:
     for what, ratios in {"Processor time": time, "Memory": [a.bytes / b.bytes for a, b in costs]}.items():
         if ratios:
             lines.append(
-                f"- {what} of a step, DePT over PT: {median(ratios):.2f} ({min(ratios):.2f} to "
-                f"{max(ratios):.2f} over tasks): {MET[max(ratios) < 1]}."
+                f"- {what} of a step, DePT over PT: {median(ratios):.2f}, the median over tasks "
+                f"({min(ratios):.2f} to {max(ratios):.2f}): {MET[max(ratios) < 1]}."
             )
     family = {name: fmean(means[name]) for name in METHODS if name in means and name not in ("dept", "pt")}
     if family:

@@ -1,12 +1,12 @@
-"""Commands of `scripts/prepare_data.py` that make the data of the studies."""
+"""Commands of `scripts/prepare_data.py` that make the data of the studies.
+
+Each imports what it needs, so that help stays fast.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from dept_vl._utils.printable import say
-from study_data import easy_vqa as easy_vqa_task
-from study_data import snippets as snippets_task
-from study_data.official import write_concepts, write_tasks
 
 
 def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
@@ -15,7 +15,9 @@ def easy_vqa(output_dir: Path = Path("data/easy-vqa")) -> None:
     Args:
         output_dir: Folder to write; must not exist, or hold a finished conversion.
     """
-    counts = easy_vqa_task.convert(output_dir)
+    from study_data.easy_vqa import convert
+
+    counts = convert(output_dir)
     say(f"{output_dir} holds:")
     for kind, count in counts.items():
         say(f"  {kind:<22}{count:>7,}")
@@ -30,6 +32,8 @@ def scenes(output_dir: Path = Path("data/scenes"), train: int = 800, val: int = 
         val: Number of validation images.
         test: Number of test images.
     """
+    from study_data.official import write_tasks
+
     write_tasks(output_dir, train=train, val=val, test=test)
     say(f"{output_dir} holds vqav2, gqa, nlvr2 and coco")
 
@@ -42,6 +46,8 @@ def concepts(output_dir: Path = Path("data/concepts"), train: int = 1200, val: i
         train: Number of training images.
         val: Number of validation images.
     """
+    from study_data.official import write_concepts
+
     write_concepts(output_dir, train=train, val=val)
     say(f"{output_dir} holds relabelled and many-or-few")
 
@@ -53,7 +59,9 @@ def snippets(output_dir: Path = Path("data/snippets"), archive: Path | None = No
         output_dir: Folder to write.
         archive: Source distribution of vaderSentiment. Default: download it with pip.
     """
-    for split, count in snippets_task.write(output_dir, archive).items():
+    from study_data.snippets import write
+
+    for split, count in write(output_dir, archive).items():
         say(f"{split:<11}{count:>7,} snippets")
 
 

@@ -18,7 +18,7 @@ from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
 from dept_vl._utils.printable import say
 from dept_vl.tasks.prepare.staging import staging_for
 from dept_vl.tasks.vqav2 import annotation_names, question_names
-from study_data.official import dump, unanimous
+from study_data.files import dump, unanimous
 
 MARKER = "easy_vqa_counts.json"
 """File of a finished conversion with the counts that `convert` returns."""

@@ -16,6 +16,7 @@ from typing import Any
 from dept_vl._utils.images import FULL_CHROMA, JPEG_QUALITY
 from dept_vl.tasks.metrics.vqa import normalise_answer
 from dept_vl.tasks.prepare.staging import staging_for
+from study_data.files import dump, unanimous
 from study_data.questions import NUMBERS, QA, ask_code, ask_kept_out, listings, pair_statement
 from study_data.render import COLOURS, SHAPES, Scene, render, sample_scene
 
@@ -206,15 +207,3 @@ def _save(drawn: Drawn, path: Path) -> None:
         {"quality": JPEG_QUALITY, "subsampling": FULL_CHROMA} if path.suffix == ".jpg" else {}
     )
     render(drawn.scene).save(path, **options)
-
-
-def dump(path: Path, content: object) -> None:
-    """Write JSON on one line, and create the folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def unanimous(answer: str) -> dict[str, Any]:
-    """Return the part of a VQAv2 annotation in which all ten annotators give the same answer."""
-    answers = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number in range(1, 11)]
-    return {"multiple_choice_answer": answer, "answers": answers}

@@ -161,9 +161,9 @@ def test_an_image_of_another_folder_has_the_same_extension(tmp_path: Path, name:
     for file in (*files, "images/COCO_val2014_000000000009.jpg"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes(b"")
-    assert ImageFolder(tmp_path).find(name) == tmp_path / found
+    assert ImageFolder(tmp_path, tmp_path).find(name) == tmp_path / found
     missing = [] if (tmp_path / found).exists() else [tmp_path / found]
-    assert ImageFolder(tmp_path).missing([name]) == missing
+    assert ImageFolder(tmp_path, tmp_path).missing([name]) == missing
 
 
 def test_columns_are_mapped_and_ids_made_new(tmp_path: Path) -> None:
@@ -584,7 +584,7 @@ def test_data_urls_are_read_where_they_are(
     assert written_out < min(map(len, content)) / 2
     assert len(task.image_files()) == 2  # each once, however many ask about it
     assert not task.missing_images()
-    assert image_groups(task.rows, range(5), task.root, task.folder).tolist() == [0, 1, 1, 0, 1]
+    assert image_groups(task.rows, range(5), task.folder).tolist() == [0, 1, 1, 0, 1]
     for index, one in enumerate((0, 1, 1, 0, 1)):
         assert embedded_bytes(task[index].images[0]) == content[one]
 
@@ -625,8 +625,8 @@ def test_one_image_in_several_rows_of_a_table_is_one_image(tmp_path: Path) -> No
     }
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     task = own(tmp_path / "a.parquet")
-    assert image_groups(task.rows, range(4), task.root, task.folder).tolist() == [0, 0, 1, 0]
-    assert [re.findall(r"\d+", line) for line in leaks(task.rows, task.root, task.folder)] == [["1", "1"]]
+    assert image_groups(task.rows, range(4), task.folder).tolist() == [0, 0, 1, 0]
+    assert [re.findall(r"\d+", line) for line in leaks(task.rows, task.folder)] == [["1", "1"]]
 
 
 def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
@@ -636,7 +636,7 @@ def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
     names = ("below/a.png", "a.png", "BELOW/A.PNG", "a", "below/b.png")
     rows = [QUESTION | {"image": name} for name in names]
     task = own(written(tmp_path, lines(*rows)), images=None)
-    assert image_groups(task.rows, range(5), task.root, task.folder).tolist() == [0, 0, 0, 0, 1]
+    assert image_groups(task.rows, range(5), task.folder).tolist() == [0, 0, 0, 0, 1]
     assert len(task.image_files()) == 2
     split = [row | {"split": "test" if place == 1 else "train"} for place, row in enumerate(rows)]
     notes = own(written(tmp_path, lines(*split)), images=None).notes

@@ -32,7 +32,7 @@ class Numbered:
     @property
     def is_index(self) -> bool:
         """Whether it can be the number of a choice."""
-        return 0 <= self.number < len(self.choices) and self.choices[self.number] != ""
+        return self.number in _numbers(self.choices)
 
     @property
     def is_text(self) -> bool:
@@ -77,15 +77,19 @@ def meaning_of(column: Iterable[Numbered]) -> Meaning:
     if no_index is not None and no_text is not None:
         other = "" if no_text is no_index else f" ({no_text.where}: {no_text.number} is the text of none)"
         raise UsageError(
-            f"{no_index.where}: expected the number of one of the {len(no_index.choices)} choices, from 0 to "
-            f"{len(no_index.choices) - 1}, found {no_index.number}{other}; give the number of the choice in "
-            "every row, or its text in every row"
+            f"{no_index.where}: expected the number of a choice, {brief(_numbers(no_index.choices))}, found "
+            f"{no_index.number}{other}; give the number of the choice in every row, or its text in every row"
         )
     if no_text is not None:
         return Meaning(INDEX, unsure=False)
     if no_index is not None:
         return Meaning(TEXT, unsure=False)
     return Meaning(TEXT if of_numbers else INDEX, unsure=differs)
+
+
+def _numbers(choices: Sequence[str]) -> list[int]:
+    """Return the numbers of the choices. Empty choices are counted, but cannot be chosen."""
+    return [number for number, choice in enumerate(choices) if choice]
 
 
 def whole(value: Any) -> int | None:
@@ -98,10 +102,9 @@ def whole(value: Any) -> int | None:
 def at_index(value: Any, choices: list[str], where: str) -> str:
     """Return the choice with a number, which may be written as text; UsageError if there is none."""
     number = int(value) if isinstance(value, str) and value.strip().isdecimal() else whole(value)
-    if number is None or not 0 <= number < len(choices) or not choices[number]:
+    if number is None or number not in _numbers(choices):
         raise UsageError(
-            f"{where}: expected the number of one of the {len(choices)} choices, from 0 to "
-            f"{len(choices) - 1}, found {brief(value)}"
+            f"{where}: expected the number of a choice, {brief(_numbers(choices))}, found {brief(value)}"
         )
     return choices[number]
 

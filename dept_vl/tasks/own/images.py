@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files
+from dept_vl.tasks.own.inline import EMBEDDED
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".pgm"}
@@ -27,20 +28,27 @@ def names_image(text: str) -> bool:
 
 
 class ImageFolder:
-    """A folder of images. Each folder is listed once, when a name in it is first looked up."""
+    """A folder of images. Each folder is listed once, when a name in it is first looked up.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        root: Folder of the images.
+        base: Folder that references to images inside tables are relative to.
+    """
+
+    def __init__(self, root: Path, base: Path) -> None:
+        self.root, self.base = root, base
         self._start = os.path.join(root, "") if root != Path() else ""
         self._real = os.path.realpath(root)
         self._listings: dict[str, dict[str, bool]] = {}
         self._index: dict[str, list[str]] | None = None
 
-    def __reduce__(self) -> tuple[type["ImageFolder"], tuple[Path]]:
-        return ImageFolder, (self.root,)
+    def __reduce__(self) -> tuple[type["ImageFolder"], tuple[Path, Path]]:
+        return ImageFolder, (self.root, self.base)
 
     def find(self, name: str) -> Path:
         """Return the file for an image name; UsageError if it is ambiguous or a link that leads outside."""
+        if name.startswith(EMBEDDED):
+            return self.base / name.removeprefix(EMBEDDED)
         folder, _, base = name.rpartition("/")
         listing = self._list(folder)
         if base in listing:
@@ -60,9 +68,11 @@ class ImageFolder:
         return Path(self._start + name)
 
     def missing(self, names: Iterable[str]) -> list[Path]:
-        """Return the files of these images that do not exist. Raises the errors of `find`."""
+        """Return the files of these images that do not exist; those inside tables are not checked."""
         searched = []
         for name in names:
+            if name.startswith(EMBEDDED):
+                continue
             folder, _, base = name.rpartition("/")
             if self._list(folder).get(base, True):  # not there under this name, or a link
                 searched.append(self.find(name))

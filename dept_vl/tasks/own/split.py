@@ -1,7 +1,6 @@
 """Splits: those in the data, those held out of the training images, and what is to be told about them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -19,15 +18,14 @@ TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto
 NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
-def choose(rows: Rows, split: str, options: OwnOptions, root: Path, folder: ImageFolder) -> Indices:
+def choose(rows: Rows, split: str, options: OwnOptions, folder: ImageFolder) -> Indices:
     """Return the indices of the rows of a split.
 
     Args:
         rows: All rows.
         split: One of `NAMES`, or another split in the data; auto is the test split, or all rows without one.
         options: Options with the share of training images to hold out for a missing validation or test split.
-        root: Folder that references to images in tables are relative to.
-        folder: Folder of the other images.
+        folder: Folder of the images.
 
     Raises:
         UsageError: If the split does not exist, or there are too few images.
@@ -59,22 +57,22 @@ def choose(rows: Rows, split: str, options: OwnOptions, root: Path, folder: Imag
         )
     if not missing:
         return train
-    sides = hold_out(rows, train, len(missing), options, root, folder)
+    sides = hold_out(rows, train, len(missing), options, folder)
     held = dict(zip((*missing, TRAIN), sides, strict=True))
     return held[split]
 
 
 def hold_out(
-    rows: Rows, places: Indices, parts: int, options: OwnOptions, root: Path, folder: ImageFolder
+    rows: Rows, places: Indices, parts: int, options: OwnOptions, folder: ImageFolder
 ) -> list[Indices]:
     """Split rows without sharing images: the held-out parts, then the rest; UsageError if impossible."""
-    groups = image_groups(rows, places, root, folder)
+    groups = image_groups(rows, places, folder)
     count = int(groups.max()) + 1
     if count <= parts:
         raise UsageError(
-            f"{options.data or root}: cannot hold out images of {parts} splits (validation, test) from "
-            f"{count} in train; give more images, or name the splits in a column `split` or in files train, "
-            "validation and test"
+            f"{options.data or folder.base}: cannot hold out images of {parts} splits (validation, test) "
+            f"from {count} in train; give more images, or name the splits in a column `split` or in files "
+            "train, validation and test"
         )
     size = max(1, min(round(options.holdout_share * count), (count - 1) // parts))
     order = Random(options.split_seed).sample(range(count), parts * size)
@@ -84,14 +82,14 @@ def hold_out(
     return [places[side[groups] == number] for number in range(parts + 1)]
 
 
-def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path, folder: ImageFolder) -> Indices:
+def image_groups(rows: Rows, places: Sequence[int] | Indices, folder: ImageFolder) -> Indices:
     """Return a group number per row. Rows that share an image, also by way of other rows, share a group."""
     chosen = rows if len(places) == len(rows) else rows.subset(places)
     images = chosen.column("images").combine_chunks()
     starts = images.offsets.to_numpy()
     encoded = images.flatten().dictionary_encode()
     numbered: dict[str, int] = {}
-    contents = _contents(encoded.dictionary.to_pylist(), root, folder)
+    contents = _contents(encoded.dictionary.to_pylist(), folder)
     same = [numbered.setdefault(image, len(numbered)) for image in contents]
     codes = np.array(same, np.int64)[encoded.indices.to_numpy()]
     first: Indices = codes[starts[:-1] - starts[0]]
@@ -112,14 +110,13 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices, root: Path, folder
     return numbers
 
 
-def _contents(references: Sequence[str], root: Path, folder: ImageFolder) -> list[str]:
+def _contents(references: Sequence[str], folder: ImageFolder) -> list[str]:
     """Return a key per image: the checksum of bytes in a table, or the file, which may have several names."""
 
     def content(reference: str) -> str:
         try:
-            if reference.startswith(EMBEDDED):
-                return checksum(embedded_bytes(root / reference.removeprefix(EMBEDDED)))
-            return str(folder.find(reference))
+            path = folder.find(reference)
+            return checksum(embedded_bytes(path)) if reference.startswith(EMBEDDED) else str(path)
         except ValueError:  # No bytes, or an ambiguous name: reading the image reports it.
             return reference
 
@@ -142,13 +139,15 @@ def unused(rows: Rows) -> list[str]:
     return told
 
 
-def leaks(rows: Rows, root: Path, folder: ImageFolder) -> list[str]:
+def leaks(rows: Rows, folder: ImageFolder) -> list[str]:
     """Return a message for each pair of named splits that share images."""
     present = [name for name in rows.column("split").unique().to_pylist() if name]
+    if len(present) < 2:
+        return []
     images = {}
     for name in present:
         column = rows.where("split", [name]).column("images").combine_chunks()
-        images[name] = set(_contents(column.flatten().unique().to_pylist(), root, folder))
+        images[name] = set(_contents(column.flatten().unique().to_pylist(), folder))
     return [
         f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
         for place, name in enumerate(present)

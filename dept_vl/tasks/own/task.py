@@ -26,10 +26,10 @@ from dept_vl.tasks.own.choices import number_notes
 from dept_vl.tasks.own.convert import rows_of
 from dept_vl.tasks.own.find import find_tables
 from dept_vl.tasks.own.images import ImageFolder
-from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
 
 NO_OPTIONS = OwnOptions()
+NO_FOLDER = ImageFolder(Path(), Path())
 FORMS = {"question": "vqa", "caption": "captions", "label": "labels"}
 """Task name by form of the examples."""
 PREFIXES = {"question": "vqa: ", "caption": "caption:", "label": "label:"}
@@ -54,13 +54,13 @@ class OwnTask(Task):
     rows: Rows = NO_ROWS  # rows with the columns of `convert.SCHEMA`
     form: str = "question"  # form of the examples, a key of `FORMS`
     options: OwnOptions = NO_OPTIONS  # options for the data
-    folder: ImageFolder | None = None  # folder of the images; None for a blank task
-    root: Path = Path()  # folder of the data
+    folder: ImageFolder = NO_FOLDER  # folder of the images
     scoring: str = "one"  # scoring of questions: `one` answer each, `several` answers, or `choices`
     labels: tuple[str, ...] = ()  # the only valid ones, for the form `label`; empty if over `MOST_LABELS`
     image_count: int = 1  # number of images per example
     meteor: bool = True  # whether to score captions by METEOR too
-    notes: tuple[str, ...] = ()  # remarks about the data, to print
+    notes: tuple[str, ...] = ()  # remarks about the data, to print, with the leaks
+    leaks: tuple[str, ...] = ()  # remarks about images that splits share
     question_case: QuestionCase = "lower"  # case in which the encoder reads questions
     asker: Task | None = None  # task of the adapter under evaluation, which asks the questions
 
@@ -143,9 +143,9 @@ class OwnTask(Task):
         place = self.options.images or base
         if not place.is_dir():
             raise FileNotFoundError(f"no folder of images: {place}")
-        folder = ImageFolder(place)
+        folder = ImageFolder(place, base)
         rows = rows_of(tables, place, base, self.options, images_alone=not self.asks)
-        chosen = rows.subset(splits.choose(rows, split, self.options, base, folder))
+        chosen = rows.subset(splits.choose(rows, split, self.options, folder))
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()
@@ -159,16 +159,17 @@ class OwnTask(Task):
             )
         named = pc.list_flatten(rows.column("answers")).unique().to_pylist() if form == "label" else []
         labels = sorted(named) if len(named) <= MOST_LABELS else []
+        leaks = tuple(splits.leaks(rows, folder))
         return replace(
             self,
             rows=chosen,
             form=form,
             folder=folder,
-            root=base,
             scoring=_scoring(rows),
             labels=tuple(labels),
             image_count=int(counts[0]),
-            notes=tuple(_notes(rows, chosen, split, labels, splits.leaks(rows, base, folder))),
+            notes=(*_notes(rows, chosen, split, labels), *leaks),
+            leaks=leaks,
         )
 
     def answered(self) -> "OwnTask":
@@ -231,15 +232,10 @@ class OwnTask(Task):
     def missing_images(self) -> list[Path]:
         """Return the image files that do not exist. Images inside tables are not checked."""
         names = self.rows.column("images").combine_chunks().flatten().unique().to_pylist()
-        named = (name for name in names if not name.startswith(EMBEDDED))
-        return (self.folder or ImageFolder(Path())).missing(named)
+        return self.folder.missing(names)
 
     def _paths(self, references: list[str]) -> tuple[Path, ...]:
-        find = Path if self.folder is None else self.folder.find
-        return tuple(
-            self.root / name[len(EMBEDDED) :] if name.startswith(EMBEDDED) else find(name)
-            for name in references
-        )
+        return tuple(map(self.folder.find, references))
 
     def written(self, answer: str) -> str:
         """Return a decoded prediction on one line, normalised like the answers in the data."""
@@ -340,9 +336,7 @@ def _differ_in_case(labels: Sequence[str]) -> list[str]:
     return [f"{one!r} and {other!r}" for one, other in pairs if one != other]
 
 
-def _notes(
-    rows: Rows, chosen: Rows, split: str, labels: Sequence[str], leaks: Sequence[str]
-) -> Iterator[str]:
+def _notes(rows: Rows, chosen: Rows, split: str, labels: Sequence[str]) -> Iterator[str]:
     renamed = pc.sum(rows.column("renamed")).as_py() or 0
     if renamed:
         yield f"{renamed:,} of {len(rows):,} rows have an id that came before, and got a new one (id#2, ...)"
@@ -366,7 +360,6 @@ def _notes(
     yield from splits.unused(rows)
     if several := int((answers > 1).sum()) if "label" in forms else 0:
         yield f"{several:,} of {len(chosen):,} rows of {split} have several labels; the first of each counts"
-    yield from leaks
     asked = "question" in rows.column("form").unique().to_pylist()
     if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
         yield (
