@@ -273,15 +273,25 @@ def _alone() -> Iterator[None]:
 
 @contextmanager
 def _restored() -> Iterator[None]:
-    """Restore the state of the process that a run changes: random generators, determinism, accelerate."""
+    """Train in the usual gradient mode and precision, and restore the state that a run changes.
+
+    Restored are random generators, deterministic mode and accelerate's state.
+    """
     drawn = random.getstate(), np.random.get_state()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
     bars = logging.is_progress_bar_enabled()
     used, placed = bool(AcceleratorState._shared_state), bool(PartialState._shared_state)
+    device = getattr(torch.accelerator.current_accelerator(), "type", "cpu")
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            torch.inference_mode(mode=False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(device, enabled=False),
+        ):
             yield
     finally:
         random.setstate(drawn[0])

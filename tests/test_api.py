@@ -138,7 +138,7 @@ def test_the_readme_trains_from_python(beside: Path, make_run: Callable[..., Run
 def test_training_twice_as_in_a_notebook(
     beside: Path, make_run: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    """Two runs of one process, of other precision and determinism, and nothing is left behind."""
+    """Runs of one process, of other precision and determinism, and in other modes: nothing is left behind."""
     config = with_(make_run(DataOptions(dev_split="val", dev_limit=4)), output_dir=tmp_path / "one")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     drawn = np.random.get_state()[1].tolist(), torch.get_rng_state()  # type: ignore[union-attr]
@@ -148,7 +148,8 @@ def test_training_twice_as_in_a_notebook(
     second = dept_vl.train(
         with_(config, output_dir=tmp_path / "two", mixed_precision="bf16", train={"deterministic": True})
     )
-    third = dept_vl.train(with_(config, output_dir=tmp_path / "three"))
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        third = dept_vl.train(with_(config, output_dir=tmp_path / "three"))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert np.random.get_state()[1].tolist() == drawn[0]  # type: ignore[union-attr]
     assert torch.equal(torch.get_rng_state(), drawn[1])

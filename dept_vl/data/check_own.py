@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
+from dept_vl._utils.checksums import file_checksum
 from dept_vl._utils.images import read_image
 from dept_vl.config import DataOptions
 from dept_vl.data.answers import look_at_answers
@@ -58,6 +59,7 @@ def check_own(own: OwnOptions, *, sample: int, tokenizer: Any, sheet: Path | Non
 
 
 def _splits(own: OwnOptions) -> Iterator[Finding]:
+    files: dict[str, list[Path]] = {}
     for name in (TRAIN, VALIDATION, TEST):
         try:
             split = load_split(DataOptions(own=own), name)
@@ -66,7 +68,23 @@ def _splits(own: OwnOptions) -> Iterator[Finding]:
             continue
         named = bool(split.rows.column("split")[0].as_py())
         how = "as the data say" if named else "what is left" if name == TRAIN else "held out by image"
+        files[name] = [path for path in split.image_files() if path.is_file()]
         yield Finding("ok", f"{name}: {len(split):,} rows, {len(split.image_files()):,} images, {how}")
+    yield from _copies(files)
+
+
+def _copies(files: dict[str, list[Path]]) -> Iterator[Finding]:
+    """Find images of validation and test that are copies of training images, under another name."""
+    train = set(files.get(TRAIN, ()))
+    sizes = {path.stat().st_size for path in train}
+    for name in (VALIDATION, TEST):
+        others = [path for path in files.get(name, ()) if path not in train and path.stat().st_size in sizes]
+        alike = {path.stat().st_size for path in others}  # only these are read
+        contents = {file_checksum(path) for path in train if path.stat().st_size in alike}
+        copies = sum(file_checksum(path) in contents for path in others)
+        if copies:
+            of_split = f"{copies:,} of the {len(files[name]):,} images of {name}"
+            yield Finding("leak", f"{of_split} are copies of images of {TRAIN}")
 
 
 def _questions(task: Task) -> Iterator[Finding]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dept_vl._utils.embedded import data_url_bytes
@@ -269,8 +270,6 @@ async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> by
     Raises:
         ValueError: If the URL is not allowed, or the content is too large or cannot be fetched.
     """
-    import httpx
-
     parts = urlsplit(url)
     host = parts.hostname or ""
     try:

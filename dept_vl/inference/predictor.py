@@ -124,7 +124,7 @@ class Ask:
     images: tuple[ImageSource | torch.Tensor, ...]
 
     def source(self) -> str:
-        """Return the text that the model reads, and warn if it is truncated.
+        """Return the text that the model reads, and warn if it is truncated or has special tokens.
 
         Raises:
             ValueError: If the number of images is wrong, or the question is empty or not valid Unicode.
@@ -143,7 +143,16 @@ class Ask:
                 f"{text!r:.60}: expected text, found {text[error.start]!a}, which is half a character; leave "
                 "it out"
             ) from None
-        length = len(tokenised(self.predictor.model.backbone.tokenizer, text).input_ids)
+        tokenizer = self.predictor.model.backbone.tokenizer
+        ids = tokenised(tokenizer, text, add_special_tokens=False, verbose=False).input_ids
+        special = set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+        if special:
+            warn(
+                f"{text!r:.60} has {tokenizer.decode(sorted(special))!r}, which the model reads as special "
+                "tokens and not as text",
+                stacklevel=5,
+            )
+        length = len(ids) + tokenizer.num_special_tokens_to_add()
         if length > self.predictor.max_source_length:
             warn(
                 f"{text!r:.60} has {length} tokens and is cut to {self.predictor.max_source_length}, as in "

@@ -48,6 +48,21 @@ def found(data: Path, **options: Any) -> dict[str, list[str]]:
     return lines
 
 
+def test_copies_of_images_in_another_split_are_a_leak(tmp_path: Path) -> None:
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.bmp")  # all of one size
+    shutil.copyfile(tmp_path / "a.bmp", tmp_path / "again.bmp")
+    rows = [("a", "train"), ("b", "train"), ("again", "test"), ("c", "test")]
+    asked = {"question": "what colour?", "answer": "red"}
+    text = "".join(
+        json.dumps({"image": f"{name}.bmp", "split": split} | asked) + "\n" for name, split in rows
+    )
+    (tmp_path / "data.jsonl").write_text(text)
+    assert found(tmp_path / "data.jsonl")["leak"] == [
+        "1 of the 2 images of test are copies of images of train"
+    ]
+
+
 def test_every_fault_is_found(faulty: Path, language_folders: dict[str, Path]) -> None:
     sheet = faulty / "sheet.png"
     lines = found(faulty, tokenizer=load_tokenizer(language_folders["t5"]), sheet=sheet)

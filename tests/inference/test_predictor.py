@@ -316,6 +316,8 @@ def test_questions_are_neither_empty_nor_cut_in_silence(predictor: Predictor, pi
             picture, "is the circle red or blue or green or yellow or purple ? yes or no"
         )
     assert isinstance(answer, str)
+    with pytest.warns(UserWarning, match="'</s>'.*special tokens"):
+        predictor.answer(picture, "is </s> red?")
 
 
 def test_the_task_is_asked_for_where_the_adapter_does_not_say_one(
