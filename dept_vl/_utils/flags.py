@@ -4,11 +4,12 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial, wraps
 from io import StringIO
 from re import findall, search, split
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
@@ -59,6 +60,8 @@ class FirstFlags(argparse.ArgumentParser):
 
 def flags_of(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -> T:
     """Parse flags with tyro; convert its error box to a one-line UsageError."""
+    if {"-h", "--help"} & set(arguments):
+        _join_help(kind)
     printed = StringIO()
     try:
         with redirect_stderr(printed):
@@ -68,6 +71,21 @@ def flags_of(kind: Callable[..., T], arguments: Sequence[str], **options: Any) -
             raise
         raise UsageError(_one_line(printed.getvalue())) from None
     return values
+
+
+def _join_help(kind: Any) -> None:
+    """Join the lines of help texts, since tyro keeps the line breaks of docstrings below indented fields."""
+    from docstring_parser import parse_from_object
+
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return
+    for part in kind.__mro__[:-1]:
+        texts = {one.arg_name: one.description or "" for one in parse_from_object(part).params}
+        lines = [f"    {name}: {' '.join(text.split())}" for name, text in texts.items()]
+        about = (part.__doc__ or "").partition("\n\nArgs:\n")[0]
+        part.__doc__ = "\n".join([f"{about}\n\nArgs:", *lines]) if lines else part.__doc__
+    for hint in get_type_hints(kind).values():
+        _join_help(hint)
 
 
 def _one_line(box: str) -> str:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +339,21 @@ def test_help_and_quick_errors_load_no_engine(line: str, quick: dict[str, Any]) 
     assert quick[line]["loaded"] == []
     assert "Traceback" not in quick[line]["errors"]
     assert quick[line]["status"] == 0 or quick[line]["errors"]
+
+
+def test_help_texts_are_wrapped_to_the_width_alone(quick: dict[str, Any]) -> None:
+    """A line break of a docstring in the source is none of its help."""
+    lines = [line.replace("│", " ").rstrip() for line in quick["train --help"]["said"].splitlines()]
+    early = [
+        line
+        for line, following in pairwise(lines)
+        if line[26:28] == following[:28].strip() + "  "
+        and line[-1].isalpha()
+        and following[28:29].isalpha()
+        and len(f"{line} {following.split()[0]}") <= 78  # columns, with a border
+    ]
+    assert len(lines) > 200
+    assert early == []
 
 
 SCRIPTS = {path.stem for path in (ROOT / "scripts").glob("*.py")}
