@@ -41,8 +41,8 @@ BASES = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCaus
 USE = """
 ## Use
 
-PEFT knows this method (DEPT) once the plugin of `dept_vl` is imported. Install `dept_vl` with its extra for
-PEFT (`pip install ".[peft]"` in its source), then:
+The plugin of `dept_vl` registers the method DEPT with PEFT. Install `dept_vl` with its extra for PEFT
+(`pip install ".[peft]"` in a clone), then import the plugin before you load the adapter:
 
 ```python
 import {plugin}
