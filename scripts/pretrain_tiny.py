@@ -79,11 +79,11 @@ def write_card(folder: Path, record: dict[str, Any]) -> None:
         backbone=backbone,
         stages=[*(command(stage["config"], "runs") for stage in own), command(record["config"], "data")],
         legacy=next((stage for stage in earlier if stage not in own), None),
-        before=", ".join(
+        before=[
             f"{s['config']['language_steps']:,} batches in {s['minutes']['language']} minutes"
             + (f" (stopped {s['stopped']})" if "stopped" in s else "")
             for s in own
-        ),
+        ],
         **record,
     )
     (folder / CARD).write_text(card.rstrip() + "\n")
