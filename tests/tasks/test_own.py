@@ -39,6 +39,8 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy, normalise_own
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
+from dept_vl.tasks.own.choices import INDEX_COLUMN
+from dept_vl.tasks.own.convert import _new_id
 from dept_vl.tasks.own.images import ImageFolder
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.own.split import image_groups, leaks
@@ -403,6 +405,54 @@ def test_a_question_answered_twice_in_its_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine_annotations.json").write_text(json.dumps({"annotations": given}))
     with pytest.raises(UsageError, match="row 2: the question_id 1 is there twice"):
         own(tmp_path / "mine_questions.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"filename": "a.jpg", "sentences": ["x"]}, {"filename": "b.jpg", "sentences": {"x": 1}}]},
+        {"images": [{"filename": "a.jpg", "qa_pairs": [1]}]},
+        {"images": [{"filename": "a.jpg", "qa_pairs": {"question": "which?"}}]},
+        {"images": [{"id": 1}], "annotations": [{"image_id": [1], "caption": "a"}]},
+        {"images": [{"id": {}}], "annotations": [{"image_id": 1, "caption": "a"}]},
+        {"questions": [{"question_id": 1}], "annotations": [{"question_id": [1], "answers": ["a"]}]},
+        {"questions": [{"question_id": [1]}], "annotations": [{"question_id": 1, "answers": ["a"]}]},
+        {"questions": [{"question_id": 1}], "annotations": [{"question_id": None, "answers": ["a"]}]},
+    ],
+)
+def test_a_damaged_file_of_another_data_set_is_told(tmp_path: Path, content: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"x\.json, row \d"):
+        own(written(tmp_path, json.dumps(content), "x.json"))
+
+
+def test_ids_join_as_numbers_and_as_text(tmp_path: Path) -> None:
+    content = {
+        "questions": [{"question_id": "1", "image": "IMG_0001.JPG", "question": "which?"}],
+        "annotations": [{"question_id": 1, "answers": ["red"]}],
+    }
+    assert own(written(tmp_path, json.dumps(content), "x.json"))[0].answer == "red"
+
+
+def test_an_id_given_to_many_rows_is_looked_up_once_a_row() -> None:
+    class Counted(dict[str, int]):
+        looked = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.looked += 1
+            return super().__contains__(key)
+
+    seen = Counted()
+    chosen = [_new_id("7", number, seen, "here")[0] for number in range(500)]
+    assert chosen[-1] == "7#500"
+    assert seen.looked < 3 * len(chosen)
+
+
+def test_numbers_too_long_for_python_are_names_of_nothing(tmp_path: Path) -> None:
+    digits = "1" * 5000
+    assert ImageFolder(PHOTOS, PHOTOS).missing([digits]) == [PHOTOS / digits]
+    rows = lines({name: value for name, value in CHOSEN.items() if name != "answer"} | {INDEX_COLUMN: digits})
+    with pytest.raises(UsageError, match="expected the number of a choice"):
+        own(written(tmp_path, rows))
 
 
 NFC, NFD = "gy\u0151ri caf\u00e9", "gyo\u030bri cafe\u0301"

@@ -10,6 +10,8 @@ from dept_vl.tasks.io.records import brief
 
 INDEX_COLUMN = "correct_choice_idx"
 """Column that always holds the number of a choice (A-OKVQA)."""
+LONGEST_INDEX = 20
+"""Number of digits from which a text is no index; Python converts no more than 4,300."""
 INDEX, TEXT = "index", "text"
 NUMBERS_READ = {
     INDEX: "have a number as answer that is the index of one choice and the text of another; it is read as "
@@ -101,7 +103,8 @@ def whole(value: Any) -> int | None:
 
 def at_index(value: Any, choices: list[str], where: str) -> str:
     """Return the choice with a number, which may be written as text; UsageError if there is none."""
-    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else whole(value)
+    text = value.strip() if isinstance(value, str) else ""
+    number = int(text) if text.isdecimal() and len(text) < LONGEST_INDEX else whole(value)
     if number is None or number not in _numbers(choices):
         raise UsageError(
             f"{where}: expected the number of a choice, {brief(_numbers(choices))}, found {brief(value)}"

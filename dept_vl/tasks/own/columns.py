@@ -103,10 +103,10 @@ class Columns:
         base["images"] = base["images"] or [self._image(one, where) for one in inside]
         self._check_images(base["images"], record, where)
         for number, (question, answer) in enumerate(pairs if self.all_turns else pairs[:1]):
-            identity = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
+            numbered = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
             answers = [] if answer is None else [one_line(self._shown(answer))]
             yield base | {
-                "id": identity if self.all_turns else base["id"],
+                "id": numbered if self.all_turns else base["id"],
                 "form": "question",
                 "question": plain(self._shown(question)),
                 "answers": answers,
@@ -156,10 +156,10 @@ class Columns:
     def _base(self, record: Record, found: Mapping[str, str], where: str) -> dict[str, Any]:
         split, kind = (_cell(record, found, role, where) for role in ("split", "type"))
         return {
-            "id": _identity(_cell(record, found, "id", where), f"{where}, column {found.get('id')!r}"),
+            "id": identity(_cell(record, found, "id", where), f"{where}, column {found.get('id')!r}"),
             "images": self._images(record, found, where),
             "column": found.get("image", "images"),
-            "split": one_line(_identity(split, f"{where}, column {found.get('split')!r}")),
+            "split": one_line(identity(split, f"{where}, column {found.get('split')!r}")),
             "type": one_line(kind) if isinstance(kind, str) else "",
             "choices": [],
             "number_as": "",
@@ -337,7 +337,7 @@ def _cell(record: Record, found: Mapping[str, str], role: str, where: str) -> An
     return value
 
 
-def _identity(value: Any, where: str) -> str:
+def identity(value: Any, where: str) -> str:
     """Return an id as text; a whole number is written without a fraction, however a table stores it.
 
     Raises:

@@ -46,7 +46,7 @@ def rows_of(
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
     key = repr(
         (
-            "as it looks, all lists, empty choices counted",
+            "as it looks, all lists, empty choices counted, ids as text",
             said,
             str(folder.absolute()),
             [table.split for table in tables],
@@ -71,7 +71,7 @@ def rows_of(
 def _records(
     tables: list[TableFile], folder: Path, base: Path, options: OwnOptions, columns: Columns
 ) -> Iterator[dict[str, Any]]:
-    seen: dict[str, bool] = {}
+    seen: dict[str, int] = {}
     count = 0
     for table in tables:
         text_cells = table.path.suffix.lower() in TEXT_TABLES
@@ -100,24 +100,24 @@ def _records(
     columns.check_mapping(options.data or str(base))
 
 
-def _new_id(given: str, number: int, seen: dict[str, bool], where: str) -> tuple[str, bool]:
+def _new_id(given: str, number: int, seen: dict[str, int], where: str) -> tuple[str, bool]:
     """Return a unique id, and whether it replaces a given id that is already used.
 
-    `seen` has the ids of earlier rows, and whether they were given. A row without id gets its number.
+    `seen` has the ids of earlier rows, and how often each was given. A row without id gets its number.
 
     Raises:
         UsageError: If an earlier row without an id got this one.
     """
-    if given and seen.get(given) is False:
+    if given and seen.get(given) == 0:
         raise UsageError(
             f"{where}: the id {given!r:.60} is the number of an earlier row that has no id; give all rows an "
             "id, or none"
         )
-    chosen, copy = given or str(number), 1
+    first = chosen = given or str(number)
     while chosen in seen:
-        copy += 1
-        chosen = f"{given or number}#{copy}"
-    seen[chosen] = bool(given)
+        seen[first] += 1
+        chosen = f"{first}#{seen[first]}"
+    seen[chosen] = int(bool(given))
     return chosen, bool(given) and chosen != given
 
 

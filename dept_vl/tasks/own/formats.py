@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.io.records import brief
+from dept_vl.tasks.own.columns import identity
 from dept_vl.tasks.own.readers import (
     Numbered,
     Record,
@@ -101,8 +103,7 @@ def _read_list(path: Path, shape: str) -> Numbered:
         if "sentences" in first:
             return ((number, _karpathy(row)) for number, row in read_json(path, IMAGES))
         if "qa_pairs" in first:
-            rows = read_json(path, IMAGES)
-            return ((number, _visual7w(row, one)) for number, row in rows for one in row.get("qa_pairs", []))
+            return _visual7w(path)
         return _coco_captions(path)
     if shape == ANNOTATIONS and "caption" in first:
         return _coco_captions(path)
@@ -130,15 +131,15 @@ def _pair_key(name: str) -> str:
 
 
 def _joined(questions: Path, annotations: Path) -> Numbered:
-    answers: dict[Any, dict[str, Any]] = {}
+    answers: dict[str, dict[str, Any]] = {}
     known: dict[str, str] = {}
     for number, row in read_json(annotations, ANNOTATIONS):
-        if "question_id" not in row:
-            raise UsageError(f"{place(annotations, number)}: expected a question_id, found {', '.join(row)}")
-        if row["question_id"] in answers:
-            raise UsageError(
-                f"{place(annotations, number)}: the question_id {row['question_id']!r:.60} is there twice"
-            )
+        where = place(annotations, number)
+        question_id = identity(row.get("question_id"), f"{where}, question_id")
+        if not question_id:
+            raise UsageError(f"{where}: expected a question_id, found {', '.join(row)}")
+        if question_id in answers:
+            raise UsageError(f"{where}: the question_id {row['question_id']!r:.60} is there twice")
         given = row.get("answers", row.get("answer", row.get("multiple_choice_answer")))
         several = given if isinstance(given, list) else [] if given is None else [given]
         texts = [one.get("answer") if isinstance(one, dict) else one for one in several]
@@ -148,9 +149,10 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
         }
         if isinstance(row.get("answer_type"), str):
             kept["answer_type"] = known.setdefault(row["answer_type"], row["answer_type"])
-        answers[row["question_id"]] = kept
+        answers[question_id] = kept
     for number, row in read_json(questions, QUESTIONS):
-        yield number, {**row, **answers.get(row.get("question_id"), {})}
+        where = f"{place(questions, number)}, question_id"
+        yield number, {**row, **answers.get(identity(row.get("question_id"), where), {})}
 
 
 def _karpathy(row: Record) -> Record:
@@ -158,33 +160,44 @@ def _karpathy(row: Record) -> Record:
     split = row.get("split")
     return {
         "image": f"{folder}{row.get('filename')}",
-        "captions": [one.get("raw") if isinstance(one, dict) else one for one in row.get("sentences", [])],
+        "captions": row.get("sentences"),
         "id": row.get("cocoid", row.get("imgid")),
         "split": SPLIT_NAMES.get(split, split) if isinstance(split, str) else None,
     }
 
 
-def _visual7w(row: Record, pair: Record) -> Record:
-    return {
-        "image": row.get("filename"),
-        "question": pair.get("question"),
-        "answer": pair.get("answer"),
-        "multiple_choices": pair.get("multiple_choices", []),
-        "id": pair.get("qa_id"),
-        "answer_type": pair.get("type"),
-        "split": row.get("split"),
-    }
+def _visual7w(path: Path) -> Numbered:
+    for number, row in read_json(path, IMAGES):
+        pairs = row.get("qa_pairs") or []
+        if not isinstance(pairs, list) or not all(isinstance(pair, dict) for pair in pairs):
+            raise UsageError(
+                f"{place(path, number)}: expected 'qa_pairs' to be a list of objects, found {brief(pairs)}"
+            )
+        for pair in pairs:
+            yield (
+                number,
+                {
+                    "image": row.get("filename"),
+                    "question": pair.get("question"),
+                    "answer": pair.get("answer"),
+                    "multiple_choices": pair.get("multiple_choices", []),
+                    "id": pair.get("qa_id"),
+                    "answer_type": pair.get("type"),
+                    "split": row.get("split"),
+                },
+            )
 
 
 def _coco_captions(path: Path) -> Numbered:
-    captions: dict[Any, list[Any]] = {}
+    captions: dict[str, list[Any]] = {}
     for number, row in read_json(path, ANNOTATIONS):
         if "caption" not in row or "image_id" not in row:
             raise UsageError(
                 f"{place(path, number)}: expected captions with image_id and caption in 'annotations', found "
                 f"{', '.join(row)}"
             )
-        captions.setdefault(row["image_id"], []).append(row["caption"])
+        image_id = identity(row["image_id"], f"{place(path, number)}, image_id")
+        captions.setdefault(image_id, []).append(row["caption"])
     for number, row in read_json(path, IMAGES):
-        known = captions.get(row.get("id"), [])
+        known = captions.get(identity(row.get("id"), f"{place(path, number)}, id"), [])
         yield number, {"image": row.get("file_name"), "id": row.get("id"), "captions": known}

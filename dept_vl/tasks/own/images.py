@@ -143,7 +143,7 @@ def _keys(name: str) -> tuple[str, ...]:
     stem, suffix = os.path.splitext(lower)
     stem = stem if suffix in SUFFIXES else lower
     base = stem.rpartition("/")[2]
-    number = (f"#{int(base)}",) if base.isascii() and base.isdecimal() else ()
+    number = (f"#{base.lstrip('0')}",) if base.isascii() and base.isdecimal() else ()
     return tuple(dict.fromkeys((lower, stem, *number)))
 
 
@@ -151,4 +151,4 @@ def _numbers(stem: str) -> tuple[str, ...]:
     """Return the lookup key for the number that ends COCO's names, as in COCO_train2014_000000000009."""
     digits = stem.rpartition("_")[2]
     is_number = digits.isascii() and digits.isdecimal() and len(digits) in (len(stem), NUMBER_DIGITS)
-    return (f"#{int(digits)}",) if is_number else ()
+    return (f"#{digits.lstrip('0')}",) if is_number else ()
