@@ -14,7 +14,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
     from dept_vl.tasks.io.official_files import Published
-    from dept_vl.tasks.io.rows import Rows
+    from dept_vl.tasks.io.rows import Indices, Rows
     from dept_vl.tasks.own.options import OwnOptions
 
 
@@ -173,8 +173,9 @@ class Task(ABC):
         return len(self)
 
     def answered(self) -> "Task":
-        """Return the task with only the examples that can be used for training and scoring."""
-        return self
+        """Return the task with only the examples that have an answer; with all if none has one."""
+        known = self.rows.lengths("answers") > 0
+        return self if known.all() or not known.any() else self.subset(known.nonzero()[0])
 
     def asked_by(self, asker: "Task") -> "Task":
         """Return the examples in the form of an adapter's task; raise UsageError if they do not fit it."""
@@ -240,7 +241,7 @@ class Task(ABC):
 
         return missing_files(self.image_files())
 
-    def subset(self, indices: Sequence[int]) -> "Task":
+    def subset(self, indices: "Sequence[int] | Indices") -> "Task":
         """Return the split with only these examples; scores cover only these."""
         return replace(self, rows=self.rows.subset(indices))  # type: ignore[type-var]  # subclasses are
 
@@ -253,7 +254,7 @@ class Task(ABC):
         return float(prediction == example.answer)
 
     def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics from one prediction per example.
+        """Compute the metrics from one prediction per example, over the examples that have an answer.
 
         Returns:
             The metrics, with the primary metric first; empty if answers are not published.
@@ -262,9 +263,8 @@ class Task(ABC):
             ValueError: If predictions are missing or have unknown ids.
         """
         check_ids(self.example_ids(), predictions, self.name)
-        if not len(self) or not self.rows.value("answers", 0):
-            return {}
-        return self.metrics(predictions)
+        known = self.answered()
+        return known.metrics(predictions) if len(known) and known.rows.value("answers", 0) else {}
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute the metrics of predictions checked by `score`. By default, average `mark` over examples."""

@@ -29,7 +29,7 @@ from dept_vl.config import (
     RunConfig,
     TrainOptions,
 )
-from dept_vl.data.sampling import TrainingBatches
+from dept_vl.data.sampling import TrainingBatches, TrainingDraws
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
 from dept_vl.presets import PAPER
@@ -570,6 +570,7 @@ def test_missing_places_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("stsb", {"label": 5.2}, "row 3: expected a number from 0 to 5, found 5.2"),
         ("stsb", {"label": "high"}, "row 3: could not convert"),
         ("wsc", {"span2_index": 40}, "row 3: expected span2 'himself' at word 40 of 7, found no such word"),
+        ("wsc", {"span2_text": None}, "row 3: "),
         ("multirc", {"idx": 5}, "row 3: "),
         ("newsqa", {"answers": "1889"}, "row 3: expected answers to be a list of answers, found '1889'"),
         ("newsqa", {"answers": [3]}, r"row 3: expected answers to be a list of texts, found \[3\]"),
@@ -582,6 +583,20 @@ def test_a_bad_row_is_named(name: str, change: dict[str, Any], message: str, tmp
     with pytest.raises(ValueError, match=message) as error:
         load_task(name, tmp_path, "train")
     assert "train.jsonl" in str(error.value)
+
+
+def test_rows_without_a_label_are_neither_learnt_nor_scored(tmp_path: Path) -> None:
+    labels = [0, -1, 1, 0, None, 1]
+    rows = [{"sentence1": f"a {n}", "sentence2": "b", "label": label} for n, label in enumerate(labels)]
+    for split in ("train", "validation"):
+        write_lines(tmp_path / f"{split}.jsonl", rows)
+    splits = load_splits(DataOptions(task="rte", data_dir=tmp_path), seed=0)
+    assert splits.train.example_ids() == [0, 2, 3, 5]
+    draws = TrainingDraws([splits.train], seed=0)
+    assert {draws[0, n].target for n in range(4)} == {"entailment", "not_entailment"}
+    whole = load_task("rte", tmp_path, "train")
+    assert whole.score(dict.fromkeys(whole.example_ids(), "entailment")) == {"accuracy": 50.0}
+    assert splits.dev.score(dict.fromkeys(splits.dev.example_ids(), "entailment")).keys() == {"accuracy"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.options import LARGEST_COUNT, check
 from dept_vl._utils.printable import one_line, plain
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
 from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
 from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy, normalise_own
@@ -251,12 +251,6 @@ class OwnTask(Task):
         if self.form == "label" or example.choices:
             return float(prediction == example.answer)
         return float(normalise_own(prediction) in map(normalise_own, example.answers))
-
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics over the examples that have answers, with the primary metric first."""
-        check_ids(self.example_ids(), predictions, self.name)
-        known = self.answered()
-        return known.metrics(predictions) if len(known) else {}
 
     def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
         """Compute all metrics that apply to the form and scoring of the data."""

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dept_vl.tasks.base import Decoding, Example, Task, data_folder
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
 from dept_vl.tasks.text.source import Source, check_columns, open_source
@@ -142,16 +142,11 @@ class TextTask(Task):
         found = read_number(prediction)
         return 0.0 if found < 0 else max(0.0, 1 - abs(found - float(example.answer)) / FAR)
 
-    def score(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
-        """Compute the metrics in percent, with the primary metric first; empty if labels are unpublished."""
-        ids = self.example_ids()
-        check_ids(ids, predictions, self.name)
-        answers = self.rows.column("answers").to_pylist()
-        if not all(answers):
-            return {}
-        groups = self.rows.column("group").to_pylist()
-        classes = tuple(self.spec.words.values())
-        return self.spec.score(Answered([predictions[key] for key in ids], answers, groups, classes))
+    def metrics(self, predictions: Mapping[ExampleId, str]) -> dict[str, float]:
+        """Compute the metrics in percent, with the primary metric first."""
+        said = [predictions[key] for key in self.example_ids()]
+        answers, groups = (self.rows.column(name).to_pylist() for name in ("answers", "group"))
+        return self.spec.score(Answered(said, answers, groups, tuple(self.spec.words.values())))
 
 
 def choose(count: int, part: Part) -> Indices:
@@ -211,7 +206,7 @@ def _records(spec: TextSpec, source: Source) -> Iterator[dict[str, Any]]:
                 "answers": read_answers(spec, row[spec.label]),
                 "group": spec.group.format_map(row),
             }
-        except (TypeError, KeyError, ValueError) as error:
+        except (AttributeError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
 
 
