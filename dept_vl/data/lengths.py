@@ -81,7 +81,8 @@ def check_source_lengths(
 ) -> None:
     """Print the number of truncated texts; ValueError if the task prefix alone fills `max_source_length`."""
     text = task[0].source_text
-    shared = len(tokenised(tokenizer, text.split(":")[0] + ":").input_ids)
+    prefix = text.split(":")[0] + ":" if task.source_column else task.source("").rstrip()
+    shared = len(tokenised(tokenizer, prefix).input_ids)
     if max_source_length <= shared:
         raise ValueError(
             f"max_source_length is {max_source_length} tokens, but the task prefix of "

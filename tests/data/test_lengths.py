@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dept_vl.data.lengths import check_source_lengths, source_lengths
 from dept_vl.tasks import load_task
 from dept_vl.tasks.io.rows import Rows, cache_folder
 from dept_vl.tasks.text.task import SCHEMA, TextTask
+from dept_vl.tasks.vqav2 import VQAv2
 
 TEXTS = ("how many red shapes are there ?", "yes", "the small circle left of the square", "")
 
@@ -73,6 +75,17 @@ def test_the_longest_published_statement_is_read_whole(
     assert capsys.readouterr().out == ""
     check_source_lengths(task, "dev", tokenizer, 70, Accelerator())
     assert "cuts 1 of" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Bare(VQAv2):
+    prefix = ""
+
+
+def test_a_question_is_no_prefix(tokenizers: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    task = Bare(task_of(["yes"]).rows, {"train2014": Path()})
+    check_source_lengths(task, "dev", tokenizers["t5"], 3, Accelerator())
+    assert "max_source_length=3 cuts 1 of" in capsys.readouterr().out
 
 
 def test_nothing_is_counted_twice(tokenizers: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
