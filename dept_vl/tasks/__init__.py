@@ -63,7 +63,7 @@ def register_task(task: Task) -> None:
        such as the image folder, have a default too.
     2. Set its class attributes: `name`, `prefix`, the splits, and others that differ from `Task`.
     3. Write `read(root, split)`: return `replace(self, rows=Rows.of(records, SCHEMA))` with the columns of
-       the ids and the `answers`; for large files use `rows.convert`, which caches the columns.
+       the ids and the `answers` (lists); for large files use `rows.convert`, which caches the columns.
     4. Write `__getitem__(index)`: make an `Example` of a row.
     5. Override `mark` and `metrics` for another metric than accuracy.
     6. Call `register_task(MyTask())`; a task of this package gets a line in `TASKS` instead.

@@ -14,7 +14,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
     from dept_vl.tasks.io.official_files import Published
-    from dept_vl.tasks.io.rows import Indices, Rows
+    from dept_vl.tasks.io.rows import Rows
     from dept_vl.tasks.own.options import OwnOptions
 
 
@@ -174,8 +174,10 @@ class Task(ABC):
 
     def answered(self) -> "Task":
         """Return the task with only the examples that have an answer; with all if none has one."""
+        if "answers" not in self.rows.table.column_names:  # a task with a `score` of its own
+            return self
         known = self.rows.lengths("answers") > 0
-        return self if known.all() or not known.any() else self.subset(known.nonzero()[0])
+        return self if known.all() or not known.any() else self.subset(known.nonzero()[0].tolist())
 
     def asked_by(self, asker: "Task") -> "Task":
         """Return the examples in the form of an adapter's task; raise UsageError if they do not fit it."""
@@ -241,7 +243,7 @@ class Task(ABC):
 
         return missing_files(self.image_files())
 
-    def subset(self, indices: "Sequence[int] | Indices") -> "Task":
+    def subset(self, indices: Sequence[int]) -> "Task":
         """Return the split with only these examples; scores cover only these."""
         return replace(self, rows=self.rows.subset(indices))  # type: ignore[type-var]  # subclasses are
 
