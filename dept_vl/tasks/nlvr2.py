@@ -86,8 +86,11 @@ class NLVR2(Task):
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
         folder = find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE)
-        first = rows.value("left", 0) if len(rows) else ""
-        flat = not (folder / first).is_file() and (folder / Path(first).name).is_file()
+        named = rows.column("left").to_pylist()
+        # The first image that is there, since some may be missing.
+        there = (one for one in named if (folder / one).is_file() or (folder / Path(one).name).is_file())
+        first = next(there, "")
+        flat = bool(first) and not (folder / first).is_file()
         return replace(self, rows=rows, image_folder=folder, flat=flat)
 
     def __getitem__(self, index: int) -> Example:

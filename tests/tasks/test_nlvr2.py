@@ -85,6 +85,8 @@ def test_training_images_may_lie_in_one_folder(folder: Path) -> None:
     task = load_task("nlvr2", folder, "train")
     assert [path.name for path in task.image_files()] == numbered
     assert all(path.is_file() for path in (*task.image_files(), *task.images(0), *task[0].images))
+    task.images(0)[0].unlink()  # a single one that is missing says nothing of the others
+    assert load_task("nlvr2", folder, "train").missing_images() == [task.images(0)[0]]
 
 
 @pytest.mark.parametrize("directory", [7, "7"])

@@ -13,6 +13,7 @@ task passes that class as the prediction.
 import math
 import re
 import string
+import sys
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 
@@ -61,6 +62,9 @@ def pearson(predictions: Sequence[float], labels: Sequence[float]) -> float:
         raise ValueError("expected finite numbers to correlate, found inf or nan")
     if len(set(predictions)) == 1 or len(set(labels)) == 1:
         return 0.0
+    largest = max(map(abs, predictions))
+    if largest > sys.float_info.max / len(predictions):  # their sum may be infinite
+        predictions = [each / largest for each in predictions]
     # Not at the top: the table of text tasks is read wherever tasks are listed.
     from scipy.stats import pearsonr
 
