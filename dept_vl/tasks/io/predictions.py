@@ -1,6 +1,5 @@
 """Prediction files in the format of each task's official server: writing, reading and checking."""
 
-import csv
 import io
 import json
 import re
@@ -22,15 +21,14 @@ class PredictionFormat:
         id_key: Name of the field with the example's id.
         answer_key: Name of the field with the prediction.
         id_type: Type of the ids.
-        kind: `json` for a list of objects, `csv` for lines of `id,answer` without a header, `lines` for the
-            same lines split at the commas only: quotes and spaces belong to a cell, and text after a second
-            comma is ignored.
+        kind: `json` for a list of objects, `lines` for lines of `id,answer` without a header, split at the
+            commas only: quotes and spaces belong to a cell, and text after a second comma is ignored.
     """
 
     id_key: str
     answer_key: str
     id_type: Literal["int", "str"]
-    kind: Literal["json", "csv", "lines"] = "json"
+    kind: Literal["json", "lines"] = "json"
 
     @property
     def suffix(self) -> str:
@@ -44,11 +42,7 @@ class PredictionFormat:
         if self.kind == "json":
             rows = [{self.id_key: key, self.answer_key: predictions[key]} for key in ids]
             return (json.dumps(rows) + "\n").encode()
-        if self.kind == "lines":
-            return "".join(f"{key},{predictions[key]}\n" for key in ids).encode()
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows((key, predictions[key]) for key in ids)
-        return text.getvalue().encode()
+        return "".join(f"{key},{predictions[key]}\n" for key in ids).encode()
 
     def write(self, predictions: Mapping[ExampleId, str], path: Path) -> None:
         """Write a prediction file."""
@@ -72,11 +66,8 @@ class PredictionFormat:
         try:
             # Decoded from bytes, to keep line ends inside answers.
             text = path.read_bytes().decode("utf-8-sig")
-            if self.kind == "json":
-                content = parse_json(text)
-            else:
-                content = _csv_lines(text) if self.kind == "csv" else _lines(text)
-        except (ValueError, csv.Error) as error:
+            content = parse_json(text) if self.kind == "json" else _lines(text)
+        except ValueError as error:
             raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
         if self.kind != "json":
             for number, cells in content:
@@ -84,7 +75,7 @@ class PredictionFormat:
                     raise ValueError(
                         f"{path}, line {number}: expected {self._form()}, found {','.join(cells)!r:.60}"
                     )
-                # CSV cells are text; 18 digits fit into 64 bits.
+                # Cells are text; 18 digits fit into 64 bits.
                 is_number = self.id_type == "int" and re.fullmatch(r"-?[0-9]{1,18}", cells[0])
                 key = int(cells[0]) if is_number else cells[0]
                 yield f"line {number}", self._id(key, path, f"line {number}"), cells[1]
@@ -121,13 +112,6 @@ def _lines(text: str) -> list[tuple[int, list[str]]]:
     """Return the lines that are not blank, with their number and their cells up to a second comma."""
     lines = enumerate(io.StringIO(text, newline=None), start=1)
     return [(number, line.strip().split(",")[:2]) for number, line in lines if line.strip()]
-
-
-def _csv_lines(text: str) -> list[tuple[int, list[str]]]:
-    """Return the lines that are not blank, with their number."""
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = [(lines.line_num, [cell.strip() for cell in line]) for line in lines]
-    return [(number, cells) for number, cells in rows if cells not in ([], [""])]
 
 
 def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:
