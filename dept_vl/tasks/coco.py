@@ -43,11 +43,12 @@ SCHEMA = pa.schema(
 )
 
 
-def _folder_names(name: str) -> tuple[str, ...]:
+def folder_names(name: str) -> tuple[str, ...]:
+    """Return the possible folders of the images of COCO's train2014, val2014 or another."""
     return name, f"images/{name}", f"Images/mscoco/{name}"
 
 
-_FOLDERS = (_folder_names("train2014"), _folder_names("val2014"))
+_FOLDERS = (folder_names("train2014"), folder_names("val2014"))
 PUBLISHED = {
     "train": Published(((KARPATHY_FILE,),), _FOLDERS, KARPATHY_SOURCE, 113_287, 113_287, 566_747),
     "val": Published(((KARPATHY_FILE,),), _FOLDERS[1:], KARPATHY_SOURCE, 5_000, 5_000, 25_010),
@@ -88,7 +89,7 @@ class COCOCaptions(Task):
         if not len(rows):
             raise ValueError(f"{file}: expected images of the split {split!r}, found none")
         folders = {
-            name: find_folder(root, _folder_names(name), "*.jpg", IMAGE_SOURCE)
+            name: find_folder(root, folder_names(name), "*.jpg", IMAGE_SOURCE)
             for (name,) in rows.distinct("folder")
         }
         return replace(self, rows=rows, image_folders=folders)

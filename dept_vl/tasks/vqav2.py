@@ -21,11 +21,12 @@ import pyarrow as pa
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import check
+from dept_vl.tasks import coco
 from dept_vl.tasks.base import Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
 from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
-from dept_vl.tasks.io.records import brief, read_array, read_list
+from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.vqa import (
@@ -89,10 +90,9 @@ def annotation_names(subtype: str) -> tuple[str, str]:
     return f"v2_{name}", name
 
 
-def folder_names(subtype: str) -> tuple[str, str, str]:
+def folder_names(subtype: str) -> tuple[str, ...]:
     """Return the possible folders of the images of a subtype."""
-    name = IMAGE_SUBTYPES.get(subtype, subtype)
-    return name, f"images/{name}", f"Images/mscoco/{name}"
+    return coco.folder_names(IMAGE_SUBTYPES.get(subtype, subtype))
 
 
 def image_prefix(subtype: str) -> str:
@@ -319,7 +319,7 @@ def _listed(rows: Rows, root: Path, split: str) -> Rows:
         path = find(root, (MINIVAL_FILE,), "LXMERT's minival", MINIVAL_SOURCE)
         ids = [
             required(row, "question_id", int, f"{path}, entry {number}")
-            for number, row in enumerate(read_array(path, MINIVAL_SOURCE))
+            for number, row in enumerate(read_list(path, "", MINIVAL_SOURCE))
         ]
         listed = rows.where("question_id", ids, keep=split == "minival")
     else:

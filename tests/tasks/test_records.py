@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dept_vl.tasks.io import records
-from dept_vl.tasks.io.records import field, read_array, read_lines, read_list, read_mapping
+from dept_vl.tasks.io.records import field, read_lines, read_list, read_mapping
 
 SOURCE = "https://example.org/data"
 DAMAGED = "cut short or damaged"
@@ -29,13 +29,13 @@ RECORDS: list[dict[str, Any]] = [
 READERS = (
     (lambda path: read_list(path, "rows", SOURCE), '{"rows": [%s]}'),
     (lambda path: read_mapping(path, SOURCE), '{"7": %s}'),
-    (lambda path: read_array(path, SOURCE), "[%s]"),
+    (lambda path: read_list(path, "", SOURCE), "[%s]"),
     (lambda path: read_lines(path, SOURCE), "%s\n"),
 )
 """Each reader with a file of one record."""
 
 each_reader = pytest.mark.parametrize(
-    ("read", "form"), READERS, ids=["read_list", "read_mapping", "read_array", "read_lines"]
+    ("read", "form"), READERS, ids=["read_list", "read_mapping", "read_list without a key", "read_lines"]
 )
 Read = Callable[[Path], Iterator[Any]]
 
@@ -96,7 +96,7 @@ def test_same_as_json_load_wherever_chunks_end(
         monkeypatch.setattr(records, "CHUNK", chunk)
         assert list(read_list(path, "rows", SOURCE)) == json.loads(path.read_text(encoding="utf-8"))["rows"]
         assert list(read_mapping(mapping, SOURCE)) == list(json.loads(mapping.read_text()).items())
-        assert list(read_array(array, SOURCE)) == json.loads(array.read_text(encoding="utf-8"))
+        assert list(read_list(array, "", SOURCE)) == json.loads(array.read_text(encoding="utf-8"))
 
 
 @any_document
@@ -124,7 +124,7 @@ def test_same_as_json_load_on_any_document(
     path = write(tmp_path, json.dumps(document, ensure_ascii=ascii_only, **layout))
     assert list(read_list(path, "rows", SOURCE)) == rows
     write(tmp_path, json.dumps(rows, ensure_ascii=ascii_only, **layout))
-    assert list(read_array(path, SOURCE)) == rows
+    assert list(read_list(path, "", SOURCE)) == rows
     mapping = {str(number): row for number, row in enumerate(rows)}
     write(tmp_path, json.dumps(mapping, ensure_ascii=ascii_only, **layout))
     assert dict(read_mapping(path, SOURCE)) == mapping

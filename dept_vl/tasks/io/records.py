@@ -28,16 +28,18 @@ LONGEST_PARSED = 1 << 26
 def read_list(path: Path, key: str, source: str) -> Iterator[dict[str, Any]]:
     """Read the objects in the list under one key of a JSON object, such as `{"questions": [{}, {}, ...]}`.
 
-    The rest of the file after the list is checked too. The `source` argument of all readers here names where
-    the file is published, for messages.
+    Without a key, the file is a list itself. The rest of the file after the list is checked too. The `source`
+    argument of all readers here names where the file is published, for messages.
 
     Raises:
         FileNotFoundError: If the file does not exist. The other readers here raise it too.
         ValueError: If the file is truncated, has another form, or has no record.
     """
     with _json(path, source) as file:
-        records = enumerate(_items(file, f"{key}.item"))
-        for _, record in _checked(records, path, f"an object with a list of objects under {key!r}"):
+        prefix = f"{key}.item" if key else "item"
+        items = ijson.items(file, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
+        expected = f"an object with a list of objects under {key!r}" if key else "a list of objects"
+        for _, record in _checked(enumerate(items), path, expected):
             yield record
 
 
@@ -46,13 +48,6 @@ def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]
     with _json(path, source) as file:
         records = ijson.kvitems(file, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         yield from _checked(records, path, "an object of objects")
-
-
-def read_array(path: Path, source: str) -> Iterator[dict[str, Any]]:
-    """Read the objects of a file that is a JSON list."""
-    with _json(path, source) as file:
-        for _, record in _checked(enumerate(_items(file, "item")), path, "a list of objects"):
-            yield record
 
 
 def json_object(
@@ -180,11 +175,6 @@ def _json(path: Path, source: str) -> Iterator[Shallow]:
                 f"{where}: the file is cut short or damaged: {place}{reason}; expected whole JSON as it is "
                 f"published at {source}"
             ) from None
-
-
-def _items(file: Shallow, prefix: str) -> Iterator[Any]:
-    values: Iterator[Any] = ijson.items(file, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
-    return values
 
 
 def _checked(records: Iterable[tuple[Any, Any]], path: Path, expected: str) -> Iterator[tuple[Any, Any]]:
