@@ -23,11 +23,7 @@ MISSING = -1
 def rows_content(rows: Rows) -> str:
     """Return 16 hexadecimal digits that identify rows and their order, independent of their storage."""
     digest = hashlib.sha256()
-    for start in range(0, len(rows), ROWS):
-        if rows.indices is None:
-            part = rows.table.slice(start, ROWS)
-        else:
-            part = rows.table.take(pa.array(rows.indices[start : start + ROWS]))
+    for part in rows.chunks(ROWS):
         for name in sorted(set(part.column_names) - REMARKS):
             column = part.column(name).combine_chunks()
             digest.update(f"{name} {len(column)} ".encode())

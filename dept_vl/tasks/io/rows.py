@@ -88,12 +88,16 @@ class Rows:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield all rows, read in chunks."""
-        for start in range(0, len(self), CHUNK_ROWS):
-            if self.indices is None:
-                chunk = self.table.slice(start, CHUNK_ROWS)
-            else:
-                chunk = self.table.take(self.indices[start : start + CHUNK_ROWS])
+        for chunk in self.chunks(CHUNK_ROWS):
             yield from chunk.to_pylist()
+
+    def chunks(self, size: int) -> Iterator[pa.Table]:
+        """Yield all rows, as tables of `size` rows."""
+        for start in range(0, len(self), size):
+            if self.indices is None:
+                yield self.table.slice(start, size)
+            else:
+                yield self.table.take(pa.array(self.indices[start : start + size]))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return one field of all rows."""
