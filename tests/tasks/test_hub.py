@@ -16,7 +16,8 @@ from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.prepare.hub import fetch, find_copy
+from dept_vl.tasks.prepare.copies import COPIES
+from dept_vl.tasks.prepare.hub import fetch
 from dept_vl.tasks.vqav2 import VQAv2
 
 Row = dict[str, Any]
@@ -435,7 +436,7 @@ def test_missing_columns(
     pq.write_table(table.select(kept).replace_schema_metadata(None), copy / file)
     with pytest.raises(ValueError, match=f"{column} missing, found {', '.join(kept)}") as error:
         fetch(task, copy, tmp_path / "out", split=split)
-    assert find_copy(task).hub in str(error.value)
+    assert COPIES[task].hub in str(error.value)
     assert str(copy) in str(error.value)
     assert not (tmp_path / "out").exists()
 

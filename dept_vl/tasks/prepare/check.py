@@ -32,7 +32,7 @@ class Finding:
         return self.status in ("found", "ok", "note")
 
 
-def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterator[Finding]:
+def check(task: str, root: Path, *, sample: int = 200) -> Iterator[Finding]:
     """Check every split of a task, opening a random sample of the images of each; 0 opens all.
 
     Raises:
@@ -58,14 +58,12 @@ def check(task: str, root: Path, *, sample: int = 200, seed: int = 0) -> Iterato
                 missing = Finding("missing", f"{names[0]}{others}, published at {source}")
                 yield missing if path is None else Finding("found", str(path))
         if whole:
-            yield from _split(blank, root, split, published, sample, seed)
+            yield from _split(blank, root, split, published, sample)
         else:
             yield Finding("skipped", f"{task} {split}: files are missing")
 
 
-def _split(
-    blank: Task, root: Path, split: str, published: Published, sample: int, seed: int
-) -> Iterator[Finding]:
+def _split(blank: Task, root: Path, split: str, published: Published, sample: int) -> Iterator[Finding]:
     try:
         task = blank.load(root, split)
     except (ValueError, OSError) as error:
@@ -83,10 +81,10 @@ def _split(
             yield Finding("ok", f"{name}: {what}: {found:,}, as published")
         elif expected is not None:
             yield Finding("differs", f"{name}: {what}: found {found:,}, published are {expected:,}")
-    yield from check_files(name, files, sample, seed)
+    yield from check_files(name, files, sample)
 
 
-def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Iterator[Finding]:
+def check_files(name: str, files: list[Path], sample: int) -> Iterator[Finding]:
     """Check that image files exist, and open a random sample of them; 0 opens all."""
     missing = missing_files(files)
     if missing:
@@ -94,7 +92,7 @@ def check_files(name: str, files: list[Path], sample: int, seed: int = 0) -> Ite
         yield from (Finding("missing", str(path)) for path in missing)
     gone = set(missing)
     there = [path for path in files if path not in gone]
-    opened = there if not 0 < sample < len(there) else Random(seed).sample(there, sample)
+    opened = there if not 0 < sample < len(there) else Random(0).sample(there, sample)
     broken = []
     for path in counted(f"opening images of {name}", opened, len(opened)):
         try:

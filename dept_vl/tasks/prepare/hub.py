@@ -8,7 +8,7 @@ from pathlib import Path
 from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.printable import markdown_text, say
 from dept_vl.tasks import TASKS
-from dept_vl.tasks.prepare.copies import COPIES, Copy
+from dept_vl.tasks.prepare.copies import COPIES
 from dept_vl.tasks.prepare.parquet import open_source
 from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, staging_for
 
@@ -34,7 +34,9 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
         FileExistsError: If the split exists already.
         OSError: If the copy cannot be read, for example without a network.
     """
-    copy = find_copy(task)
+    if task not in COPIES:
+        raise UnknownNameError("task", task, COPIES)
+    copy = COPIES[task]
     name = copy.short.get(split, split)
     if name not in copy.parts:
         known = ", ".join((*copy.short, *copy.parts))
@@ -70,10 +72,3 @@ def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dic
         (staging / note).write_text("\n\n".join([*text, *lines, listed]) + "\n", encoding="utf-8")
         publish(staging, output_dir, files)
     return counts
-
-
-def find_copy(task: str) -> Copy:
-    """Return the copy of a task; raise UnknownNameError if there is none."""
-    if task not in COPIES:
-        raise UnknownNameError("task", task, COPIES)
-    return COPIES[task]
