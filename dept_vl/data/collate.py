@@ -26,6 +26,7 @@ from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Example
 from dept_vl.tasks.io.predictions import ExampleId
 
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "visual_features")
 BLANK = (64, 64)
 """Size of the blank image that replaces an image with known features."""
 
@@ -59,12 +60,7 @@ class Batch:
 
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments for `PromptedModel.generate`."""
-        inputs = {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "pixel_values": self.pixel_values,
-            "visual_features": self.visual_features,
-        }
+        inputs = {name: getattr(self, name) for name in INPUTS}
         return inputs if self.processed is None else {**inputs, "processed": self.processed}
 
     def training_inputs(self) -> dict[str, Any]:

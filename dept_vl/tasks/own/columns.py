@@ -362,13 +362,8 @@ def confine(reference: str, root: Path, where: str) -> str:
         return reference
     path = posixpath.normpath(reference)
     if posixpath.isabs(path):
-        try:
-            path = Path(path).relative_to(root.absolute()).as_posix()
-        except ValueError:
-            try:
-                path = Path(path).relative_to(root.resolve()).as_posix()
-            except ValueError:
-                path = ".."
+        roots = [one for one in (root.absolute(), root.resolve()) if Path(path).is_relative_to(one)]
+        path = Path(path).relative_to(roots[0]).as_posix() if roots else ".."
     if path == ".." or path.startswith(("../", EMBEDDED)) or ":" in path.split("/")[0][1:2]:
         raise UsageError(
             f"{where}: the image {reference!r:.100} is outside of {root}; --images FOLDER says where they are"

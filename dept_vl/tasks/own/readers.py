@@ -214,10 +214,7 @@ def read_json(path: Path, key: str = "") -> Numbered:
     with _json(path) as raw:
         prefix = f"{key}.item" if key else "item"
         items = ijson.items(raw, prefix, buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
-        for number, record in _numbered(items, path):
-            if not isinstance(record, dict):
-                raise UsageError(f"{place(path, number)}: expected an object, found {brief(record)}")
-            yield number, record
+        yield from _numbered(items, path)
 
 
 def read_record(path: Path) -> Numbered:
@@ -231,15 +228,17 @@ def read_objects(path: Path) -> Numbered:
     with _json(path) as raw:
         items = ijson.kvitems(raw, "", buf_size=CHUNK, use_float=True, map_type=UniqueKeys)
         for number, (name, record) in _numbered(items, path):
-            if not isinstance(record, dict):
-                raise UsageError(f"{path}, entry {name!r:.60}: expected an object, found {brief(record)}")
             yield number, {"id": name, **record}
 
 
 def _numbered(items: Iterator[Any], path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield objects, or keys with objects, with their numbers; UsageError for other values."""
     for number, item in enumerate(items, start=1):
+        record = item[1] if isinstance(item, tuple) else item
+        if not isinstance(record, dict):
+            raise UsageError(f"{place(path, number)}: expected an object, found {brief(record)}")
         try:
-            check_keys(item[1] if isinstance(item, tuple) else item)
+            check_keys(record)
         except RepeatedKeyError as error:
             raise UsageError(f"{place(path, number)}: {error}") from None
         yield number, item
