@@ -76,8 +76,9 @@ def _records(
     for table in tables:
         text_cells = table.path.suffix.lower() in TEXT_TABLES
         # In a table beside its images (`imagefolder`), image names are relative to the table's folder.
-        beside = table.path.stem == "metadata" and options.images is None and table.folder != base
-        below = f"{table.folder.relative_to(base).as_posix()}/" if beside else ""
+        folder_of_table = table.path.parent
+        beside = table.path.stem == "metadata" and options.images is None and folder_of_table != base
+        below = f"{folder_of_table.relative_to(base).as_posix()}/" if beside else ""
         before = count
         inline = InlineImages(table.path, base)
         for number, record in read_records(table.path):

@@ -24,18 +24,17 @@ FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg"
 
 @dataclass(frozen=True)
 class TableFile:
-    """A table file, with the split in its name (or empty) and the default folder of its images."""
+    """A table file, with the split in its name (or empty)."""
 
     path: Path
     split: str
-    folder: Path
 
 
 def find_tables(data: str) -> tuple[Path, list[TableFile]]:
     """Return the folder and tables of a file, folder or data set on the Hub; UsageError if there are none."""
     path = Path(data)
     if path.is_file():
-        return path.parent, [TableFile(path, "", path.parent)]
+        return path.parent, [TableFile(path, "")]
     if not path.is_dir():
         path = fetch(data)
     tables = []
@@ -50,7 +49,7 @@ def find_tables(data: str) -> tuple[Path, list[TableFile]]:
                 file.suffix.lower() in TABLES and name not in OURS and not name.startswith((".", "cache-"))
             )
             if is_table and not is_annotations(file):
-                tables.append(TableFile(file, _split_of(below / name), file.parent))
+                tables.append(TableFile(file, _split_of(below / name)))
     if not tables:
         raise UsageError(
             f"{path} holds no table: expected files that end in {', '.join(TABLES)}; an image folder needs a "
