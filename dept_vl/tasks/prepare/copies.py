@@ -9,7 +9,7 @@ yerevann/coco-karpathy   Karpathy's splits and captions; no images
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -79,19 +79,14 @@ def _write_vqav2(source: Source, output: Output, split: str, parts: Sequence[Par
         images=("image",),
     )
     header = VQAV2_HEADER | {"data_subtype": subtype}
-    with ExitStack() as stack:
-        ask = stack.enter_context(
-            json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
-        )
-        answers = [
-            stack.enter_context(json_list(output.staging / name, header, "annotations"))
-            for name in annotations_file
-        ]
+    asked = json_list(output.staging / questions_file, header | {"task_type": "Open-Ended"}, "questions")
+    answered = (json_list(output.staging / name, header, "annotations") for name in annotations_file)
+    with asked as ask, next(answered, nullcontext()) as answer:
         for where, row in rows:
             output.examples += 1
             ids = {name: required(row, name, int, where) for name in ("question_id", "image_id")}
             ask({**ids, "question": required(row, "question", str, where)})
-            for answer in answers:
+            if answer is not None:
                 answer({**ids, **_vqav2_annotation(row, where)})
             image = f"{vqav2.image_prefix(subtype)}{ids['image_id']:012d}.jpg"
             output.image(f"{vqav2.folder_names(subtype)[0]}/{image}", row["image"], where)
