@@ -46,7 +46,8 @@ class Splits:
 
 def options_together(config: RunConfig) -> list[DataOptions]:
     """Return the data options of all tasks; ValueError if a task is repeated or `on_bad_image` differs."""
-    names = [options.task for options in (config.data, *config.also)]
+    together = (config.data, *config.also)
+    names = [options.task for options in together]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
@@ -60,7 +61,6 @@ def options_together(config: RunConfig) -> list[DataOptions]:
                 f"{options.on_bad_image!r} in also[{place}]; leave it out there"
             )
     case = config.data.question_case
-    together = (config.data, *config.also)
     return [replace(one, on_bad_image=on_bad_image, question_case=case) for one in together]
 
 

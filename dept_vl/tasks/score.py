@@ -117,16 +117,11 @@ def coco(
 
 def show(title: str, figures: Figures, output: Path | None, form: str) -> Figures:
     """Print a table of the scores and write them to `output`; return the scores."""
-    rows = [
+    rows = []
+    for name, value in flatten(figures):
         # The distribution is a distance of about 0.1, not a percentage.
-        (
-            name,
-            f"{value:,}"
-            if isinstance(value, int)
-            else f"{value:{'.4f' if name == 'distribution' else form}}",
-        )
-        for name, value in flatten(figures)
-    ]
+        shown = "," if isinstance(value, int) else ".4f" if name == "distribution" else form
+        rows.append((name, format(value, shown)))
     say(*markdown_table([title, "score"], rows).split("\n"))
     if output is not None:
         output.write_text(json.dumps(figures, indent=1) + "\n")

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dept_vl.tasks.base import Decoding, Example, Task, data_folder
+from dept_vl.tasks.io.official_files import check_split
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
@@ -68,8 +69,7 @@ class TextTask(Task):
         """
         name, spec = self.name, self.spec
         split = SHORT.get(split, split)
-        if split not in spec.splits:
-            raise ValueError(f"{name} has the splits {', '.join(spec.splits)}; got {split!r}")
+        check_split(split, spec.splits, name)
         part = spec.splits[split]
         whole = read_rows(name, root, part.split)
         rows = whole if part.side == "all" else whole.subset(choose(len(whole), part))
