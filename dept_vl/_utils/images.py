@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -112,24 +113,48 @@ def read_image(source: ImageSource, *, exif: bool = True) -> Image.Image:
         raise ValueError(f"{_called(source)} is not a readable image: {problem}") from None
 
 
+class _Quiet:
+    """Hides Pillow's warnings in `with` statements of several threads at once.
+
+    These share one change of the filters. If each changed them, the last would leave its own behind.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.usual = warnings.catch_warnings()
+                self.usual.__enter__()
+                warnings.filterwarnings("ignore", module="PIL[.]")
+            self.inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.usual.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
 def _read(file: Path | BytesIO, exif: bool) -> Image.Image:
-    with warnings.catch_warnings():
-        # Warnings about odd metadata do not concern the pixels; sizes are checked below.
-        warnings.simplefilter("ignore", UserWarning)
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(file, formats=FORMATS) as image:
-            if _is_plain_ycbcr(image):
-                raise ValueError("it is an uncompressed TIFF in YCbCr, which is not read; save it in RGB")
-            limit, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
-            if limit is not None and pixels > limit:
-                # The JPEG decoder can shrink while decoding; others would need memory for the full size.
-                image.draft(None, (image.width // 2, image.height // 2))
-                if math.prod(image.size) > limit:
-                    raise Image.DecompressionBombWarning(
-                        f"Image size ({pixels} pixels) exceeds limit of {limit} pixels."
-                    )
-            image.load()
-            return _upright(image, exif)
+    # Warnings about odd metadata do not concern the pixels; sizes are checked below.
+    with _quiet, Image.open(file, formats=FORMATS) as image:
+        if _is_plain_ycbcr(image):
+            raise ValueError("it is an uncompressed TIFF in YCbCr, which is not read; save it in RGB")
+        limit, pixels = Image.MAX_IMAGE_PIXELS, math.prod(image.size)
+        if limit is not None and pixels > limit:
+            # The JPEG decoder can shrink while decoding; others would need memory for the full size.
+            image.draft(None, (image.width // 2, image.height // 2))
+            if math.prod(image.size) > limit:
+                raise Image.DecompressionBombWarning(
+                    f"Image size ({pixels} pixels) exceeds limit of {limit} pixels."
+                )
+        image.load()
+        return _upright(image, exif)
 
 
 def _is_plain_ycbcr(image: Image.Image) -> bool:
@@ -166,12 +191,10 @@ def is_turned(path: Path) -> bool:
             # Most photographs in data sets have no EXIF and need no decoder.
             if start.startswith(b"\xff\xd8") and b"Exif" not in start and b"tiff:Orientation" not in start:
                 return False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                if image.format == "PNG":  # its EXIF may come after the pixels
-                    image.load()
-                return orientation_of(image) in TURNS and image.format != "TIFF"
+        with _quiet, Image.open(path, formats=FORMATS) as image:
+            if image.format == "PNG":  # its EXIF may come after the pixels
+                image.load()
+            return orientation_of(image) in TURNS and image.format != "TIFF"
     except Exception:  # `read_image` reports what is wrong
         return False
 

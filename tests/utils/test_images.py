@@ -9,7 +9,10 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -628,3 +631,27 @@ def test_missing_files_lists_each_folder_once(tmp_path: Path, monkeypatch: pytes
     )
     assert len(missing) == 100
     assert len(listed) == 2
+
+
+def test_threads_leave_the_filters_of_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread ends while another reads; what hides Pillow's warnings goes with the last."""
+    content, places = encoded(PICTURE, "PNG"), count()
+    inside, first_ended = (Event(), Event()), Event()
+    real = Image.open
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        place = next(places)
+        inside[place].set()
+        (inside[1] if place == 0 else first_ended).wait(10)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", opened)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(read_image, content)
+        inside[0].wait(10)
+        second = pool.submit(read_image, content)
+        first.result(10)
+        first_ended.set()
+        second.result(10)
+    assert list(warnings.filters) == before
