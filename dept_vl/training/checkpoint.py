@@ -75,9 +75,7 @@ class TrainingState:
     def save(self, progress: Progress) -> Path:
         """Write a checkpoint. Every process must call this, since each has its own random generators.
 
-        Raises:
-            OSError: If the checkpoint cannot be written. Earlier checkpoints are not changed.
-            NotFiniteError: If a trained parameter is not finite.
+        If this fails, or a trained parameter is not finite, earlier checkpoints are not changed.
         """
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
@@ -117,24 +115,29 @@ class TrainingState:
         shutil.rmtree(place, ignore_errors=True)  # left by a run that was resumed from an earlier step
         partial.rename(place)
         _sync(self.folder)
-        for old in checkpoints(self.folder.parent)[:-KEPT]:
+        for old in self._old(place):
             shutil.rmtree(old, ignore_errors=True)
 
     def _note(self, place: Path, partial: Path) -> None:
         """Note in the run's folder which checkpoints belong to it, and the state of its log."""
         run = self.folder.parent
-        files = dict.fromkeys(map(_noted_as, sorted({*checkpoints(run), place})[:-KEPT]))
+        files = dict.fromkeys(map(_noted_as, self._old(place)))
         log = {LOG_FILE: noted(run / LOG_FILE)} if (run / LOG_FILE).is_file() else {}
         note(run, {**files, **log, _noted_as(place): noted(partial / MANIFEST)})
+
+    def _old(self, place: Path) -> list[Path]:
+        """Return the checkpoints to remove after a new one: all but the last before it."""
+        others = [one for one in checkpoints(self.folder.parent) if one != place]
+        kept = [one for one in others if one < place][-KEPT + 1 :]
+        # Later ones are damaged, or the run would have resumed from them.
+        return [one for one in others if one not in kept]
 
     def load(self, place: Path) -> Progress:
         """Load model, optimizer and schedule from a checkpoint, and return the progress.
 
         Learning rates are restored from the checkpoint. If the options have a different peak learning rate,
-        the rate is that peak's at the same place in the schedule.
-
-        Raises:
-            ValueError: If the checkpoint is of another model. Use `check` to find damage.
+        the rate is that peak's at the same place in the schedule. Raise ValueError if the checkpoint is of
+        another model; use `check` to find damage.
         """
         state: State = check_fields(read_json(place / "state.json"), State)
         tensors = read_tensors(place / "tensors.safetensors")
@@ -207,7 +210,7 @@ def _noted_as(place: Path) -> str:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first. They may be damaged."""
-    return sorted((run / CHECKPOINTS).glob("step-*"))
+    return sorted(path for path in (run / CHECKPOINTS).glob("step-*") if path.name[5:].isdecimal())
 
 
 def steps_of(checkpoint: Path) -> int:
@@ -216,11 +219,7 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def newest(run: Path) -> tuple[Path | None, list[str]]:
-    """Find the newest undamaged checkpoint of a run.
-
-    Returns:
-        The checkpoint, or None if there is none; and one message for each newer checkpoint that is damaged.
-    """
+    """Return the newest undamaged checkpoint, if any, and a message for each newer one that is damaged."""
     damaged: list[str] = []
     for place in reversed(checkpoints(run)):
         problem = check(place)

@@ -252,6 +252,20 @@ def test_without_a_whole_checkpoint_it_begins_again(
     assert result_of(tmp_path / "run") == result_of(whole.output_dir)
 
 
+def test_a_checkpoint_before_damaged_ones_stays(config: RunConfig, tmp_path: Path) -> None:
+    """Damaged checkpoints of later steps do not count as the newest, and go with the next that is written."""
+    again, folder = stopped_at(config, tmp_path / "run", steps=7), tmp_path / "run"
+    assert len(state.checkpoints(folder)) == 2
+    for place in state.checkpoints(folder):
+        (place / "tensors.safetensors").write_bytes(b"nonsense")
+    reset_accelerate()
+    run(with_(again, train={"pause_at": 3}))
+    place, problems = state.newest(folder)
+    assert (place, problems) == (folder / state.CHECKPOINTS / "step-00000003", [])
+    shutil.copytree(place, place.with_name(f"{place.name}-copy"))  # a user's own
+    assert state.checkpoints(folder)[-1] == place
+
+
 def test_a_finished_run_is_left_as_it_is(
     config: RunConfig, whole: RunResult, capsys: pytest.CaptureFixture[str]
 ) -> None:
