@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter
@@ -15,11 +16,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ASKED, read_rows, task_of, vqa_row, write_rows, write_vqa
+from helpers import (
+    ASKED,
+    annotations_path,
+    questions_path,
+    read_rows,
+    task_of,
+    vqa_row,
+    write_rows,
+    write_vqa,
+)
 from PIL import Image
 from runs import forget_checksums, in_two_processes, log, reset_accelerate, with_
 
 import dept_vl.training.run
+from dept_vl._utils.errors import is_user_error
 from dept_vl._utils.run_files import REPORT_FILE
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
 from dept_vl.tasks import load_task
@@ -451,3 +462,32 @@ def test_a_browser_draws_the_page(finished: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "page.png") as image:
         assert image.size == (800, 600)
         assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 10
+
+
+def test_a_browser_that_fails_says_why(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser = tmp_path / BROWSERS[0]
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for script, found in (("echo no display >&2; exit 3", "no display"), ("exit 0", "page.png")):
+        browser.write_text(f"#!/bin/sh\n{script}\n")
+        browser.chmod(0o755)
+        with pytest.raises(RuntimeError, match=found) as raised:
+            draw(finished / REPORT_FILE, tmp_path / "page.png", (800, 600))
+        assert is_user_error(raised.value)
+
+
+def test_rows_that_came_later_are_left_out(finished: Path, config: RunConfig, tmp_path: Path) -> None:
+    assert config.data.data_dir is not None
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    data = Path(shutil.copytree(config.data.data_dir, tmp_path / "vqa"))
+    content = json.loads((copy / "config.json").read_text())
+    content["data"]["data_dir"] = str(data)
+    forget_checksums(copy)
+    (copy / "config.json").write_text(json.dumps(content))
+    for path in (annotations_path(data, "val2014"), questions_path(data, "val2014")):
+        key = path.stem.rpartition("_")[2]
+        asked = read_rows(path, key)
+        write_rows(path, key, [*asked, asked[0] | {"question_id": 987654}])
+    remake(ReportConfig(copy))
+    assert len(read(copy).of_class("card")) == len(read(finished).of_class("card"))
