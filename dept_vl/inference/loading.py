@@ -77,7 +77,7 @@ def load(
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
         longest = trained.prompt.max_source_length + base.frame
-        if chosen.loaded_as in [options.task for options in (trained.data, *trained.also)]:
+        if chosen.loaded_as in [TASKS[options.task].loaded_as for options in (trained.data, *trained.also)]:
             config = EvaluateConfig(run, task=chosen.loaded_as)
             options = data_options(config, trained)
             decoding = run_decoding(config, options, chosen, chosen, longest_answer)
@@ -173,11 +173,7 @@ def find_backbone(
 
 
 def _device(given: str | torch.device | None) -> torch.device:
-    """Return a device of this machine; without a name, the accelerator if there is one.
-
-    Raises:
-        UsageError: If this machine has no such device.
-    """
+    """Return a device of this machine, or raise UsageError. Default: the accelerator if there is one."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if given is None:
         return accelerator or torch.device("cpu")
@@ -232,11 +228,7 @@ def run_of(source: Path) -> Path | None:
 
 
 def _choose_task(adapter: Adapter, task: str | None) -> Task:
-    """Return the given task, or the adapter's.
-
-    Raises:
-        ValueError: If the task is unknown, or the adapter was trained on several tasks and none is given.
-    """
+    """Return the given task, or the adapter's; ValueError if it is unknown, or there are several."""
     name = adapter.task if task is None else task
     if name not in TASKS:
         learnt = [part for part in name.split("+") if part in TASKS]

@@ -311,6 +311,13 @@ def test_captions_need_images_alone(
         predict(replace(config, adapter=asked.adapter, output=tmp_path / "other.jsonl"))
 
 
+def test_a_run_may_name_the_form_of_its_rows(make_run: Callable[..., RunConfig], tmp_path: Path) -> None:
+    own = OwnOptions(data=str(OWN / "captions.jsonl"), images=PHOTOS)
+    data = DataOptions(task="captions", own=own, max_lost_answers=1.0, meteor=False, num_beams=3)
+    run(with_(make_run(data), output_dir=tmp_path / "run"))
+    assert dept_vl.load(tmp_path / "run", device="cpu").decoding.num_beams == 3
+
+
 @pytest.mark.parametrize("family", ["blip2", "llava"])
 def test_pretrained_models_answer_tables(
     family: str, pretrained_folder: Callable[[str], Path], asked: PredictConfig, tmp_path: Path
