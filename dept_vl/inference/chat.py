@@ -9,7 +9,6 @@ import ipaddress
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from dept_vl.inference.gate import MOST_UPLOADED, Refused
 LONGEST_FETCH = 10.0
 """Maximum number of seconds to fetch an image from another server."""
 PORTS = {"http": 80, "https": 443}
+"""The only ports from which images are fetched, by scheme."""
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "3fff::/20")))
 """Networks that are not public, but that some versions of Python take for it."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -128,11 +128,7 @@ class NewAdapter(_Strict):
 
 
 def read(kind: type[T], body: bytes) -> T:
-    """Parse the body of a request.
-
-    Raises:
-        Refused: If the body is not valid; the message describes the first problem.
-    """
+    """Parse the body of a request; Refused describes the first problem."""
     if sum(map(body.count, b"{[,")) > MOST_VALUES:
         text = f"the body is not valid: expected at most {MOST_VALUES:,} of {{, [ and , in it"
         raise Refused(400, text, code="invalid_request")
@@ -234,11 +230,7 @@ def _usage(reply: dict[str, Any]) -> dict[str, int]:
 
 
 async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
-    """Return the content of the image file at a URL.
-
-    Raises:
-        Refused: If the URL is not valid or not allowed, or the image cannot be fetched.
-    """
+    """Return the content of the image file at a URL; Refused says why not."""
     scheme = url[:8].partition(":")[0].lower()
     try:
         if scheme == "data":
@@ -258,17 +250,11 @@ async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
         raise Refused(400, text, code="invalid_image_url", param=param) from None
 
 
-async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> bytes:
+async def fetch(url: str) -> bytes:
     """Fetch an http or https URL of a public server, but never one of this machine or its network.
 
-    The host name is resolved only once, and redirects are not followed.
-
-    Args:
-        url: URL with the default port of its scheme; with `allowed`, any port.
-        allowed: Function that tells whether an IP address may be connected to. Defaults to `is_public`.
-
-    Raises:
-        ValueError: If the URL is not allowed, or the content is too large or cannot be fetched.
+    The host name is resolved only once, and redirects are not followed. Raise ValueError if the URL is not
+    allowed, or the content is too large or cannot be fetched.
     """
     parts = urlsplit(url)
     host = parts.hostname or ""
@@ -279,18 +265,18 @@ async def fetch(url: str, *, allowed: Callable[[str], bool] | None = None) -> by
         raise ValueError(f"there is no server {host!r:.100}") from None
     addresses = [str(entry[4][0]) for entry in found]
     # One message for all cases, so that it reveals nothing about this network.
-    if parts.username is not None or not addresses or not all(map(allowed or is_public, addresses)):
+    if parts.username is not None or not addresses or not all(map(is_public, addresses)):
         raise ValueError(f"images are not fetched from {host!r:.100}")
-    if allowed is None and port != PORTS[parts.scheme]:
+    if port != PORTS[parts.scheme]:
         raise ValueError(f"images are fetched from the ports of http and https alone, not from {port}")
-    target = httpx.URL(url).copy_with(host=addresses[0])
     try:
+        target = httpx.URL(url)
         async with (
             httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=LONGEST_FETCH) as client,
             client.stream(
                 "GET",
-                target,
-                headers={"Host": httpx.URL(url).netloc.decode(), "Accept-Encoding": "identity"},
+                target.copy_with(host=addresses[0]),
+                headers={"Host": target.netloc.decode(), "Accept-Encoding": "identity"},
                 extensions={"sni_hostname": host},
             ) as response,
         ):

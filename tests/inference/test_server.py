@@ -662,11 +662,15 @@ def test_what_is_fetched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         try:
             address = f"http://127.0.0.1:{web.server_port}"
-            anywhere = {"allowed": lambda _: True}
-            assert asyncio.run(chat.fetch(f"{address}/image", **anywhere)) == IMAGES[0]
-            for path, problem in (("/away", "302"), ("/large", "2,000 bytes")):
+            monkeypatch.setattr(chat, "is_public", lambda _: True)
+            with pytest.raises(ValueError, match="ports of http"):
+                asyncio.run(chat.fetch(f"{address}/image"))
+            monkeypatch.setitem(chat.PORTS, "http", web.server_port)
+            assert asyncio.run(chat.fetch(f"{address}/image")) == IMAGES[0]
+            odd = (("/\x01", "InvalidURL"), (f"/{'a' * 70_000}", "InvalidURL"))
+            for path, problem in (("/away", "302"), ("/large", "2,000 bytes"), *odd):
                 with pytest.raises(ValueError, match=problem):
-                    asyncio.run(chat.fetch(address + path, **anywhere))
+                    asyncio.run(chat.fetch(address + path))
         finally:
             web.shutdown()
             thread.join()
