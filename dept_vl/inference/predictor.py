@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from dept_vl._utils.images import ImageSource, read_image
@@ -26,7 +25,6 @@ from dept_vl.inference.given import as_images
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import end_token, start_tokens, tokenised
-from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.records import brief
 
@@ -111,23 +109,16 @@ class Predictor:
 
 @dataclass(frozen=True)
 class Ask:
-    """A question to a predictor.
-
-    Attributes:
-        predictor: Predictor that answers the question.
-        question: Text of the question.
-        images: Images of the question; tensors are pixels as returned by `features.load_pixels`.
-    """
+    """A question to a predictor."""
 
     predictor: Predictor
     question: str
-    images: tuple[ImageSource | torch.Tensor, ...]
+    images: tuple[ImageSource | torch.Tensor, ...]  # tensors are pixels, as from `features.load_pixels`
 
     def source(self) -> str:
         """Return the text that the model reads, and warn if it is truncated or has special tokens.
 
-        Raises:
-            ValueError: If the number of images is wrong, or the question is empty or not valid Unicode.
+        Raise ValueError if the number of images is wrong, or the question is empty or not valid Unicode.
         """
         task = self.predictor.task
         if len(self.images) != task.image_count:
@@ -164,26 +155,18 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer and its token counts.
-
-    Attributes:
-        text: The answer.
-        read: Number of input tokens of text and images, without the prompt.
-        written: Number of generated tokens, including the end token.
-        whole: Whether the answer is complete; otherwise it was cut at the maximum length or time.
-    """
+    """An answer and its token counts."""
 
     text: str
-    read: int
-    written: int
-    whole: bool
+    read: int  # number of input tokens of text and images, without the prompt
+    written: int  # number of generated tokens, including the end token
+    whole: bool  # whether the answer is complete; otherwise it was cut at the maximum length or time
 
 
 def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
     """Repeat lists of one item to a common length; return the lists and whether every item was single.
 
-    Raises:
-        ValueError: If a list is empty, or the lengths do not match.
+    Raise ValueError if a list is empty, or the lengths do not match.
     """
     count = max(len(items) for items, _ in parts.values())
     if any(len(items) not in (1, count) or not items for items, _ in parts.values()):
@@ -194,11 +177,7 @@ def line_up(**parts: tuple[list[Any], bool]) -> tuple[list[list[Any]], bool]:
 
 
 def as_questions(given: Any) -> tuple[list[str], bool]:
-    """Return the questions of `answer`, and whether a single one was given.
-
-    Raises:
-        ValueError: If it is neither a text nor a sequence of texts.
-    """
+    """Return the questions of `answer`, and whether one was given; ValueError if they are no texts."""
     if isinstance(given, str):
         return [given], True
     if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
@@ -319,44 +298,25 @@ def encode_images(
     """Encode groups of images; return a table of features, and the names of each group's images in it.
 
     An image or file that occurs several times is read and encoded once. Without a vision tower or without
-    images, the table is None.
-
-    Raises:
-        FileNotFoundError: If an image does not exist.
-        ValueError: If an image cannot be read; with several images, the message has its number.
+    images, the table is None. Errors of reading have the number of the image, if there are several.
     """
     vision = backbone.vision
-    numbers: dict[Any, int] = {}
-    distinct: list[ImageSource | torch.Tensor] = []
-    names = []
-    for group in groups:
-        keys = []
-        for image in group:
-            key = id(image) if isinstance(image, Image.Image | torch.Tensor) else image
-            if key not in numbers:
-                numbers[key] = len(distinct)
-                distinct.append(image)
-            keys.append(Path(f"image-{numbers[key]}"))
-        names.append(tuple(keys))
+    distinct = {key_of(image): image for group in groups for image in group}
+    name_of = {key: Path(f"image-{number}") for number, key in enumerate(distinct)}
+    names = [tuple(name_of[key_of(image)] for image in group) for group in groups]
     if vision is None or not distinct:
         return None, names
     device = next(vision.parameters()).device
-    parts = []
-    starts = range(0, len(distinct), ENCODED_AT_ONCE)
+    images, parts = list(distinct.values()), []
+    starts = range(0, len(images), ENCODED_AT_ONCE)
     for start in counted("encoding images", starts, len(starts), show=len(starts) > 1):
-        some = enumerate(distinct[start : start + ENCODED_AT_ONCE], start + 1)
-        pixels = [_read(vision, image, number, len(distinct)) for number, image in some]
+        pixels = []
+        for number, image in enumerate(images[start : start + ENCODED_AT_ONCE], start + 1):
+            with _numbered(number, len(images)):
+                pixels.append(image if isinstance(image, torch.Tensor) else load_pixels(vision, image))
         parts.append(vision(torch.stack(pixels).to(device)).float().cpu())
-    places = {Path(f"image-{number}"): (0, number) for number in range(len(distinct))}
+    places = {name: (0, number) for number, name in enumerate(name_of.values())}
     return FeatureTable([torch.cat(parts)], places, {}), names
-
-
-def _read(vision: VisionEncoder, image: ImageSource | torch.Tensor, number: int, count: int) -> torch.Tensor:
-    """Load the pixels of an image; `number` and `count` are for error messages."""
-    if isinstance(image, torch.Tensor):
-        return image
-    with _numbered(number, count):
-        return load_pixels(vision, image)
 
 
 def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:
