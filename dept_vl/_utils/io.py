@@ -9,6 +9,7 @@ whenever a file is read. Files that are not listed there, such as files from els
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -71,8 +72,7 @@ def check_keys(value: Any) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        raise RepeatedKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+        raise RepeatedKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return found
 
 
@@ -211,12 +211,8 @@ def check_noted(*paths: Path, folder: Path | None = None, grows: bool = False) -
     """Compare files of a folder with their recorded checksums: all with the old ones, or all with the new.
 
     `folder` holds the checksums (None for that of the first file). With `grows`, files may have grown since.
-
-    Returns:
-        Number of compared bytes of the last file; -1 if it has no recorded checksum.
-
-    Raises:
-        DamagedFileError: If a file differs or is missing.
+    Return the number of compared bytes of the last file; -1 if it has no recorded checksum. Raise
+    DamagedFileError if a file differs or is missing.
     """
     folder = folder or paths[0].parent
     names = [path.relative_to(folder).as_posix() for path in paths]
@@ -309,7 +305,7 @@ def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
             f"{path} is damaged or another file: expected at most {LONGEST_JSON:,} bytes, found {size:,}"
         )
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(path.read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except RepeatedKeyError as error:
         raise DamagedFileError(f"{path} is damaged: {error}") from None
     # Very deep nesting raises a RecursionError in `json.loads`.
@@ -319,11 +315,9 @@ def read_json(path: Path, parse: Callable[[str], Any] = parse_json) -> Any:
 
 
 def read_object(path: Path, kind: Any, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read a JSON object with the fields of a type; `earlier` has defaults for fields that older files lack.
+    """Read a JSON object with the fields of a type; DamagedFileError names other fields, see `read_json`.
 
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        DamagedFileError: If the file is damaged or has other fields; the message names them.
+    `earlier` has defaults for fields that older files lack.
     """
     content: dict[str, Any] = read_json(path)
     if earlier and isinstance(content, dict):

@@ -54,6 +54,8 @@ class Lone:
 def test_a_good_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": 1, "b": [2.5, 3]}')
     assert read_json(tmp_path / "x.json") == {"a": 1, "b": [2.5, 3]}
+    (tmp_path / "notepad.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "notepad.json") == {"a": 1}
     assert read_object(tmp_path / "x.json", Pair) == {"a": 1, "b": [2.5, 3]}
     with pytest.raises(
         ValueError, match=r"x\.json is damaged: b is \[2.5, 3\]; .*; unknown field a; there are: b"
