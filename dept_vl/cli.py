@@ -195,7 +195,10 @@ def demo(arguments: list[str]) -> None:
     config = parse_options(DemoConfig, arguments, "dept-vl demo", demo.__doc__)
     for source in config.adapters:
         _check_source("--adapters", source)
-    from dept_vl.inference.demo import serve
+    try:
+        from dept_vl.inference.demo import serve
+    except ModuleNotFoundError as error:
+        raise ImportError(f'the demo needs {error.name}: pip install -e ".[demo]"') from None
 
     serve(config)
 
@@ -302,11 +305,7 @@ def _current_flags(argv: Sequence[str]) -> list[str]:
 
 
 def parse_extraction(description: str, argv: Sequence[str] | None = None) -> ExtractConfig:
-    """Read the options of `dept-vl features`; flags take precedence over a configuration file (`--config`).
-
-    Raises:
-        ValueError: If an option is out of range.
-    """
+    """Read the options of `dept-vl features`; flags take precedence over a file (`--config`)."""
     parser = FirstFlags(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     known, rest = parser.parse_known_args(list(sys.argv[1:] if argv is None else argv))
@@ -327,12 +326,7 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
 
 
 def check_run(config: RunConfig | ExtractConfig) -> None:
-    """Check that options are in range, and that the tasks, data and models that they name exist.
-
-    Raises:
-        FileNotFoundError: If a folder or a file is missing.
-        UsageError: If a task is unknown or an option is out of range.
-    """
+    """Check that options are in range, and that the tasks, data and models that they name exist."""
     from dept_vl.tasks.base import data_folder
 
     validate(config)

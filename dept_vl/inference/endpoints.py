@@ -16,28 +16,17 @@ from litserve import LitAPI, LitServer
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.requests import Request
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import adapter_folder
 from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
-from dept_vl.inference.gate import (
-    MOST_STORED,
-    App,
-    Gate,
-    Receive,
-    Refused,
-    Scope,
-    Send,
-    check_size,
-    headers_of,
-    length_of,
-    read_body,
-    send_json,
-)
+from dept_vl.inference.gate import MOST_STORED, Gate, Refused, check_size, length_of
 from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import BASE, IDLE, Question
 
@@ -89,15 +78,22 @@ class Model:
         return {"id": name, "object": "model", "created": self.created, "owned_by": "dept_vl"} | known
 
 
+def refusal(refused: Refused, metrics: Metrics) -> Response:
+    """Return an error response in OpenAI's format, and count it."""
+    metrics.refused.labels(refused.code).inc()
+    again = {"retry-after": "1"} if refused.status in (429, 503) else {}
+    return JSONResponse(error_body(refused), refused.status, again)
+
+
 class ServerGate(Gate):
     """Gate of the server. It checks the bearer token that OpenAI's clients send."""
 
     when_busy = 429
 
-    def __init__(self, app: App, *, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, config: ServeConfig, token: str | None, metrics: Metrics) -> None:
+        super().__init__(app, password=token)
         # Receiving the request, fetching its images and answering each have a time limit of their own.
-        longest = 3 * config.timeout
-        super().__init__(app, password=token, most_open=config.max_requests, longest=longest)
+        self.most_open, self.longest = config.max_requests, 3 * config.timeout
         self.most_sent, self.metrics = config.max_request_mb << 20, metrics
         self.held = 0
 
@@ -114,17 +110,14 @@ class ServerGate(Gate):
 
     async def admit(self, scope: Scope) -> None:
         """See `Gate.admit`."""
-        headers = headers_of(scope)
-        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        bears = scope["path"] == "/health" or await self.knows(
-            token.strip() if kind.lower() == b"bearer" else b""
-        )
-        if not bears:
+        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+        word = token.strip().encode("latin-1") if kind.lower() == "bearer" else b""
+        if scope["path"] != "/health" and not await self.knows(word):
             raise Refused(401, "a valid token is needed: Authorization: Bearer ...", code="invalid_api_key")
 
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         """See `Gate.passed`."""
-        headers = headers_of(scope)
+        headers = Headers(scope=scope)
         if not KNOWN.fullmatch(scope["path"]):
             raise Refused(404, "there is nothing here", code="not_found")
         if scope["method"] == "POST":
@@ -135,11 +128,9 @@ class ServerGate(Gate):
             raise Refused(429, "busy: try again in a while", code="busy")
         return scope, receive
 
-    async def refuse(self, send: Send, refused: Refused) -> None:
-        """Send an error response in OpenAI's format."""
-        self.metrics.refused.labels(refused.code).inc()
-        again = {b"retry-after": b"1"} if refused.status in (429, 503) else {}
-        await send_json(send, refused.status, error_body(refused), again)
+    def refusal(self, refused: Refused) -> Response:
+        """Return an error response in OpenAI's format, and count it."""
+        return refusal(refused, self.metrics)
 
 
 class ChatSpec(LitSpec):  # type: ignore[misc]
@@ -180,8 +171,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     def started(self) -> None:
         """Take over the description of the models from the model processes, and add the backbone.
 
-        Raises:
-            UsageError: If an adapter has the name of the backbone.
+        Raise UsageError if an adapter has the name of the backbone.
         """
         about = self.replica.shared["models"]
         for model in self.models.values():
@@ -298,11 +288,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     # The queue
 
     async def submit(self, question: Question, *, param: str) -> dict[str, Any]:
-        """Send a question to the model processes, and return the reply.
-
-        Raises:
-            Refused: If the question cannot be answered, or not in time.
-        """
+        """Send a question to the model processes, and return the reply; Refused if there is none in time."""
         self.metrics.waiting.inc()
         try:
             async with asyncio.timeout(self.config.timeout):
@@ -321,8 +307,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     async def outcome(self, question: Question) -> dict[str, Any]:
         """Put a question into the queue, and return the result of `Replica.predict`.
 
-        Raises:
-            Refused: If the process that was answering it has died.
+        Raise Refused if the process that was answering it has died.
         """
         uid = uuid.uuid4().hex
         item = self.response_buffer[uid] = ResponseBufferItem(asyncio.Event())
@@ -373,11 +358,11 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
     async def _body(self, request: Request) -> bytes:
         try:
             async with asyncio.timeout(self.config.timeout):
-                return await read_body(request.receive)
+                return await request.body()
         except TimeoutError:
             raise Refused(408, "the request did not come in time", code="timeout") from None
-        except ValueError as error:
-            raise Refused(400, str(error), code="disconnected") from None
+        except ClientDisconnect:
+            raise Refused(400, "the visitor has gone", code="disconnected") from None
 
     def _model(self, name: str) -> Model:
         if name not in self.models:

@@ -6,21 +6,19 @@ allows only the paths of the page, and keeps only texts and names of uploads of 
 
 import asyncio
 import base64
-import binascii
 import ipaddress
 import json
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_UPLOADED = 20 * 2**20
 """Maximum size of an image, in bytes."""
@@ -28,10 +26,6 @@ MOST_STORED = 2**30
 """Maximum total size of stored uploads, in bytes."""
 MOST_ASKED = 2**16
 """Maximum size of a question with the names of its uploads, in bytes."""
-MOST_OPEN = 256
-"""Maximum number of open requests; every open page holds one."""
-LONGEST_REQUEST = 120.0
-"""Maximum number of seconds for a request and its response, except for event streams."""
 AFTER_WRONG_PASSWORD = 1.0
 """Delay after a wrong password, in seconds, against guessing."""
 
@@ -60,19 +54,17 @@ class Refused(Exception):
 
 
 class Gate(ABC):
-    """ASGI middleware that rejects requests. Subclasses decide which.
+    """ASGI middleware that rejects requests. Subclasses decide which."""
 
-    At most `most_open` requests are open at a time, and each may take `longest` seconds.
-    """
-
+    most_open = 256
+    """Maximum number of open requests; every open page holds one."""
     when_busy = 503
     """HTTP status of requests that exceed `most_open`."""
+    longest = 120.0
+    """Maximum number of seconds for a request and its response, except for event streams."""
 
-    def __init__(
-        self, app: App, *, password: str | None, most_open: int = MOST_OPEN, longest: float = LONGEST_REQUEST
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, password: str | None) -> None:
         self.app, self.password = app, password
-        self.most_open, self.longest = most_open, longest
         self.open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,11 +74,24 @@ class Gate(ABC):
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})
         else:
-            await self._in_time(scope, _Body(receive), send)
+            await self._in_time(scope, receive, send)
 
-    async def _in_time(self, scope: Scope, body: "_Body", send: Send) -> None:
-        answer = _Answer(send)
-        counted = False
+    async def _in_time(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coming, begun, counted = True, False, False
+
+        async def body() -> Message:
+            """Record whether more of the body is to come."""
+            nonlocal coming
+            message = await receive()
+            coming = coming and bool(message.get("more_body"))
+            return message
+
+        async def answer(message: Message) -> None:
+            """Record that the response has begun."""
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
             async with asyncio.timeout(None if self.is_stream(scope) else self.longest):
                 await self.admit(scope)
@@ -100,35 +105,28 @@ class Gate(ABC):
             # Read the rest of the body, or the client would lose the connection before it gets the response.
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.longest):
-                    while body.coming:
+                    while coming:
                         await body()
-            await self.refuse(send, refused)
+            await self.refusal(refused)(scope, body, send)
         except TimeoutError:
-            if answer.begun:
+            if begun:
                 raise
-            await self.refuse(send, Refused(408, "this took too long", code="timeout"))
+            response = self.refusal(Refused(408, "this took too long", code="timeout"))
+            await response(scope, body, send)
         finally:
             self.open -= counted
 
     @abstractmethod
     async def admit(self, scope: Scope) -> None:
-        """Check the password; until then a request does not count as open.
-
-        Raises:
-            Refused: If it is wrong.
-        """
+        """Raise Refused if the password is wrong; until then a request does not count as open."""
 
     @abstractmethod
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
-        """Return the request to pass on, possibly modified.
-
-        Raises:
-            Refused: If the request is rejected.
-        """
+        """Return the request to pass on, possibly modified; raise Refused to reject it."""
 
     @abstractmethod
-    async def refuse(self, send: Send, refused: Refused) -> None:
-        """Send the response to a rejected request."""
+    def refusal(self, refused: Refused) -> Response:
+        """Return the response to a rejected request."""
 
     def counts(self, scope: Scope) -> bool:
         """Return whether a request counts towards the limit of open requests."""
@@ -149,7 +147,7 @@ class Gate(ABC):
 class PageGate(Gate):
     """Gate of the demo page. It checks the password by HTTP Basic, and ignores the user name."""
 
-    def __init__(self, app: App, *, folder: Path, password: str | None) -> None:
+    def __init__(self, app: ASGIApp, *, folder: Path, password: str | None) -> None:
         super().__init__(app, password=password)
         self.folder = folder
 
@@ -160,67 +158,56 @@ class PageGate(Gate):
     async def admit(self, scope: Scope) -> None:
         """See `Gate.admit`."""
         # Gradio itself requests this path when it starts; it reveals nothing.
-        if scope["path"] != READY and not await self._knows_password(headers_of(scope)):
+        if scope["path"] != READY and not await self._knows_password(Headers(scope=scope)):
             raise Refused(401, "a password is needed")
 
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         """See `Gate.passed`."""
         path, method = scope["path"], scope["method"]
-        headers = headers_of(scope)
         allowed = {"GET": (READ, STREAMS), "HEAD": (READ,), "POST": (SENT,)}.get(method, ())
         known = any(pattern.fullmatch(path) for pattern in allowed) and ".." not in path
         if not known or (path.startswith(FILE) and upload_at(path[len(FILE) :], self.folder) is None):
             raise Refused(404, "there is nothing here")
         if method == "POST":
-            check_size(headers, MOST_UPLOADED + MOST_ASKED if path == UPLOAD else MOST_ASKED)
+            check_size(Headers(scope=scope), MOST_UPLOADED + MOST_ASKED if path == UPLOAD else MOST_ASKED)
             if path == UPLOAD and await asyncio.to_thread(stored, self.folder) > MOST_STORED:
                 raise Refused(503, "no room for uploads: try again in an hour")
         if path != ASK:
             return scope, receive
         try:
-            return _with_body(scope, cleaned(await read_body(receive)))
-        except (ValueError, RecursionError):
+            return _with_body(scope, cleaned(await Request(scope, receive).body()))
+        except (ValueError, RecursionError, ClientDisconnect):
             raise Refused(400, "this is no question of the page") from None
 
-    async def refuse(self, send: Send, refused: Refused) -> None:
-        """Send an error response in FastAPI's format, which the page shows."""
-        basic = {b"www-authenticate": b'Basic realm="dept_vl", charset="UTF-8"'}
-        await send_json(
-            send, refused.status, {"detail": str(refused)}, basic if refused.status == 401 else {}
-        )
+    def refusal(self, refused: Refused) -> Response:
+        """Return an error response in FastAPI's format, which the page shows."""
+        basic = {"www-authenticate": 'Basic realm="dept_vl", charset="UTF-8"'}
+        content = {"detail": str(refused)}
+        return JSONResponse(content, refused.status, basic if refused.status == 401 else None)
 
-    async def _knows_password(self, headers: MutableMapping[bytes, bytes]) -> bool:
+    async def _knows_password(self, headers: Headers) -> bool:
         if self.password is None:
             return True
-        kind, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() != b"basic":
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if kind.lower() != "basic":
             return False
         try:
             _, _, word = base64.b64decode(given.strip()).partition(b":")
-        except binascii.Error:
+        except ValueError:
             word = b""
         return await self.knows(word)
 
 
-def headers_of(scope: Scope) -> dict[bytes, bytes]:
-    """Return the headers of a request, with lower-case names."""
-    return {name.lower(): value for name, value in scope["headers"]}
-
-
-def length_of(headers: MutableMapping[bytes, bytes]) -> int | None:
+def length_of(headers: Headers) -> int | None:
     """Return the Content-Length of a request, or None without one. Of a longer number, 20 digits are read."""
-    digits = headers.get(b"content-length", b"")
-    return int(digits.lstrip(b"0")[:20] or b"0") if digits.isdigit() else None
+    digits = headers.get("content-length", "")
+    return int(digits.lstrip("0")[:20] or "0") if digits.isdecimal() else None
 
 
-def check_size(headers: MutableMapping[bytes, bytes], most: int) -> None:
-    """Check the Content-Length of a request.
-
-    Raises:
-        Refused: If it is missing or larger than `most`.
-    """
+def check_size(headers: Headers, most: int) -> None:
+    """Raise Refused if the Content-Length of a request is missing or larger than `most`."""
     length = length_of(headers)
-    if length is None or b"transfer-encoding" in headers:
+    if length is None or "transfer-encoding" in headers:
         raise Refused(411, "the length has to be said", code="length_required")
     if length > most:
         raise Refused(413, f"at most {most:,} bytes are taken", code="request_too_large")
@@ -249,11 +236,7 @@ def cleaned(body: bytes) -> bytes:
     """Return the body of a question with only its texts, and the path and original name of its uploads.
 
     Without the field `meta`, Gradio does not treat the latter as files, so it fetches or copies nothing that
-    a request names.
-
-    Raises:
-        ValueError: If the body is not a question.
-        RecursionError: If the JSON is nested too deeply.
+    a request names. Raise ValueError if the body is not a question, or RecursionError.
     """
     asked = json.loads(body)
     if not isinstance(asked, dict) or not isinstance(asked.get("data"), list):
@@ -281,63 +264,13 @@ def stored(folder: Path) -> int:
     return total
 
 
-class _Body:
-    """Wrapper of `receive` that records whether more of the body is to come."""
-
-    def __init__(self, receive: Receive) -> None:
-        self.receive, self.coming = receive, True
-
-    async def __call__(self) -> MutableMapping[str, Any]:
-        message = await self.receive()
-        self.coming = self.coming and bool(message.get("more_body"))
-        return message
-
-
-class _Answer:
-    """Wrapper of `send` that records whether the response has begun."""
-
-    def __init__(self, send: Send) -> None:
-        self.send, self.begun = send, False
-
-    async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        self.begun = True
-        await self.send(message)
-
-
-async def send_json(
-    send: Send, status: int, content: dict[str, Any], headers: MutableMapping[bytes, bytes]
-) -> None:
-    """Send a JSON response."""
-    body = json.dumps(content).encode()
-    usual = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": [*usual, *headers.items()]})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def read_body(receive: Receive) -> bytes:
-    """Read the body of a request.
-
-    Raises:
-        ValueError: If the connection is closed before the end of the body.
-    """
-    parts = []
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ValueError("the visitor has gone")
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
 def _with_body(scope: Scope, body: bytes) -> tuple[Scope, Receive]:
     """Return a request with another body."""
-    length = (b"content-length", str(len(body)).encode())
-    replaced = (b"content-length", b"content-type")
-    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in replaced]
+    headers = MutableHeaders(raw=list(scope["headers"]))
+    headers.update({"content-length": str(len(body)), "content-type": "application/json"})
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def again() -> MutableMapping[str, Any]:
+    async def again() -> Message:
         return messages.pop() if messages else {"type": "http.disconnect"}
 
-    return {**scope, "headers": [*headers, length, (b"content-type", b"application/json")]}, again
+    return {**scope, "headers": headers.raw}, again

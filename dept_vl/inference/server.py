@@ -12,12 +12,12 @@ import resource
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -26,13 +26,12 @@ from litserve.connector import check_cuda_with_nvidia_smi
 from litserve.utils import WorkerSetupStatus, wrap_litserve_start
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import names_of
-from dept_vl.inference.chat import error_body
-from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate
+from dept_vl.inference.endpoints import ENDINGS, ChatSpec, Metrics, ServerGate, refusal
 from dept_vl.inference.gate import Refused, is_loopback
 from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import END, Replica, end_with_parent
@@ -90,26 +89,19 @@ def guard(app: FastAPI, config: ServeConfig, token: str | None, metrics: Metrics
             error = Refused(error.status_code, str(error.detail), code="not_found")
         if not isinstance(error, Refused):
             error = Refused(500, "this request could not be answered", code="internal_error")
-        metrics.refused.labels(error.code).inc()
-        again = {"retry-after": "1"} if error.status in (429, 503) else {}
-        return JSONResponse(error_body(error), error.status, again)
+        return refusal(error, metrics)
 
     for kind in (Refused, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
 
 
 def serve(config: ServeConfig) -> None:
-    """Load the adapters and serve until SIGTERM or Ctrl-C; pending requests are still answered.
-
-    Raises:
-        OSError: If the port is in use.
-        UsageError: If the adapters cannot be loaded, or the token cannot be used.
-    """
+    """Load the adapters and serve until SIGTERM or Ctrl-C; pending requests are still answered."""
     token = find_token(config)
     server, spec = build(config, token)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with bound(config.host, config.port) as listening, suppress(KeyboardInterrupt), started(server, spec):
         wait_until_ready(server, spec)
         spec.server = server
@@ -139,8 +131,7 @@ def started(server: LitServer, spec: ChatSpec) -> Iterator[None]:
 def find_token(config: ServeConfig) -> str | None:
     """Return the token that requests need; generate and print one if other machines can reach the server.
 
-    Raises:
-        UsageError: If the given token is empty, or no request can send it.
+    Raise UsageError if the given token is empty, or no request can send it.
     """
     token, place = os.environ.get(TOKEN_VARIABLE), TOKEN_VARIABLE
     if config.token_file is not None:
@@ -166,11 +157,7 @@ def find_token(config: ServeConfig) -> str | None:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet.
-
-    Raises:
-        OSError: If the port is in use, or the host is no address of this machine.
-    """
+    """Return a bound socket that does not listen yet; OSError names the host and the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -185,12 +172,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def wait_until_ready(server: LitServer, spec: ChatSpec) -> None:
-    """Wait until every process has loaded its model.
-
-    Raises:
-        UsageError: If a model cannot be loaded.
-        RuntimeError: If a process dies while loading.
-    """
+    """Wait until every process has loaded its model; UsageError if one cannot, RuntimeError if it dies."""
     while any(state != WorkerSetupStatus.READY for state in server.workers_setup_status.values()):
         failed = spec.replica.shared.get("failed")
         if failed is not None:
@@ -243,7 +225,3 @@ class _Listener(uvicorn.Server):
             with suppress(OSError):  # macOS does not know this
                 listening.shutdown(socket.SHUT_RDWR)
         await super().shutdown(sockets)
-
-
-def _leave(number: int, frame: Any) -> None:
-    raise SystemExit(0)
