@@ -25,15 +25,19 @@ class NotFiniteError(ValueError):
     """A loss or a trained parameter that is not finite."""
 
 
+def closest_of(name: str, known: Sequence[str], most: int = 3) -> str:
+    """Return the end of a message, with the known names that are similar to another; empty without any."""
+    closest = get_close_matches(name, known, most)
+    return f"; closest: {', '.join(closest)}" if closest else ""
+
+
 class UnknownNameError(UsageError):
     """An unknown name in a category such as `task`. The message lists the known names."""
 
     def __init__(self, category: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        closest = get_close_matches(name, known)
-        meant = f"; closest: {', '.join(closest)}" if closest else ""
+        meant = closest_of(name, known)
         super().__init__(f"unknown {category} {name!r:.80}; there are: {', '.join(known)}{meant}")
-        self.category, self.name, self.known, self.closest = category, name, known, closest
 
 
 class InUseError(RuntimeError):
@@ -52,16 +56,8 @@ LONGEST_LINE = 2000
 def exit_status(command: Callable[[list[str]], object], arguments: Sequence[str]) -> int:
     """Run a command and return its exit status; errors caused by the user are printed as one line on stderr.
 
-    Args:
-        command: Function of the command line arguments. If it returns an integer, that is the exit status.
-        arguments: Arguments without the program's name. `--debug`, or `DEPT_VL_DEBUG=1` in the environment,
-            keeps the traceback.
-
-    Returns:
-        The exit status: 2 for a `UsageError`, 1 for another error caused by the user.
-
-    Raises:
-        Exception: If the error is a bug, or with `--debug`.
+    The status is the integer that the command returns, 2 for a `UsageError`, or 1 for another error caused by
+    the user. Bugs are raised, and all errors with `--debug` or with `DEPT_VL_DEBUG=1` in the environment.
     """
     debug = "--debug" in arguments or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     try:

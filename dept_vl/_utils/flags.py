@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 from functools import partial, wraps
 from io import StringIO
 from re import findall, search, split
@@ -13,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from dept_vl._utils.errors import UnknownNameError, UsageError
+from dept_vl._utils.errors import UnknownNameError, UsageError, closest_of
 from dept_vl._utils.options import Options, validate
 from dept_vl._utils.printable import say
 
@@ -41,11 +40,7 @@ def note_lone_process() -> None:
 def parse_options(
     kind: type[AnyOptions], arguments: Sequence[str], program: str, description: str | None
 ) -> AnyOptions:
-    """Parse flags into a dataclass, and check types and ranges.
-
-    Raises:
-        UsageError: If a flag is unknown, or a value is missing or out of range.
-    """
+    """Parse flags into a dataclass; UsageError if one is unknown, missing or out of range."""
     options = flags_of(kind, arguments, prog=program, description=description)
     validate(options)
     return options
@@ -94,14 +89,12 @@ def _one_line(box: str) -> str:
     parts = [" ".join(part.split()) for part in split("[─-]{8,}", "\n".join(lines))]
     if "╭" not in box:
         parts = parts[1:]  # the title
-    text, names = (parts or [box])[0] or "bad command line", []
-    for part in parts[1:]:
-        if part.startswith("Perhaps you meant"):
-            names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", part)))[:3]
-    choice = search(r"invalid choice '(.*?)' .*\((.*)\)", text)
-    if choice:
-        names = get_close_matches(choice[1], findall(r"'(.*?)'", choice[2]))
-    return text.rstrip(".") + (f"; closest: {', '.join(names)}" if names else "")
+    text = ((parts or [box])[0] or "bad command line").rstrip(".")
+    if choice := search(r"invalid choice '(.*?)' .*\((.*)\)", text):
+        return text + closest_of(choice[1], findall(r"'(.*?)'", choice[2]))
+    meant = next((part for part in parts[1:] if part.startswith("Perhaps you meant")), "")
+    names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", meant)))[:3]
+    return text + (f"; closest: {', '.join(names)}" if names else "")
 
 
 def choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:

@@ -3,13 +3,12 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dept_vl._utils.errors import UsageError
+from dept_vl._utils.errors import UsageError, closest_of
 
 LARGEST_COUNT = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -122,8 +121,7 @@ def _problem(kind: Any, details: Any, listed: set[str]) -> str:
             return f"{name} is missing"
         case "unexpected_keyword_argument":
             known = _names_beside(kind, details["loc"])
-            closest = get_close_matches(str(details["loc"][-1]), known)
-            meant = f"; closest: {', '.join(closest)}" if closest else ""
+            meant = closest_of(str(details["loc"][-1]), known)
             group = _name(details["loc"][:-1])
             if group not in listed:
                 listed.add(group)
@@ -136,8 +134,8 @@ def _problem(kind: Any, details: Any, listed: set[str]) -> str:
         case "less_than_equal":
             expected = f"at most {context['le']:,}"
         case "literal_error":
-            closest = get_close_matches(repr(details["input"]), context["expected"].split(" or "), 1)
-            expected = context["expected"] + (f"; closest: {closest[0]}" if closest else "")
+            allowed: str = context["expected"]
+            expected = allowed + closest_of(repr(details["input"]), allowed.split(" or "), 1)
         case "value_error":
             return f"{name}: {context['error']}"
         case _:
