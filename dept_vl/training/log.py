@@ -17,10 +17,10 @@ from dept_vl._utils.errors import DamagedFileError, NotFiniteError
 from dept_vl._utils.io import check_noted, note, noted, one_line, parse_json, write_noted, writing
 from dept_vl._utils.printable import say
 from dept_vl.data.collate import Batch
+from dept_vl.data.feature_source import GIB
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.training.progress import Figures, Progress, ProgressLine
 
-GIB = 2**30
 SPIKE, SPIKE_WINDOW = 5.0, 20
 """A warning is printed if a loss is above SPIKE times the median of the last SPIKE_WINDOW logged losses."""
 
@@ -57,14 +57,10 @@ class Log:
         self.skipped += len(batch.skipped)
 
     def look(self, loss: Tensor) -> tuple[float, int, int]:
-        """Check all losses since the last call.
+        """Check all losses since the last call; NotFiniteError if one is not finite.
 
-        Returns:
-            Over all processes, the mean loss of the last step, and since the last call the number of examples
-            trained on, and of examples skipped because their image could not be read.
-
-        Raises:
-            NotFiniteError: If a loss is not finite.
+        Return the mean loss of the last step and, since the last call, the numbers of examples trained on and
+        of those skipped because their image could not be read, all of them over all processes.
         """
         self._check_finite()
         # Whole numbers and single precision: Apple's MPS has no float64. Python adds the losses in double.
@@ -101,11 +97,7 @@ class Log:
         """
         if keep:
             self._write({"score": score, **{f"dev/{key}": value for key, value in scores.items()}})
-        self.line.say(f"step {self.progress.steps}: dev {name} {score:.2f}")
-
-    def advance(self) -> None:
-        """Advance the progress line to the current step."""
-        self.line.advance(self.progress.steps)
+        say(f"step {self.progress.steps}: dev {name} {score:.2f}")
 
     def close(self) -> None:
         """Close the progress line, and note the size and checksum of the log."""
@@ -136,7 +128,7 @@ class Log:
     def _remark_spike(self, mean_loss: float) -> None:
         usual = median(self.usual) if len(self.usual) == SPIKE_WINDOW else math.inf
         if mean_loss > SPIKE * usual:
-            self.line.say(
+            say(
                 f"warning: the loss is {mean_loss:.3f} at step {self.progress.steps}; {usual:.3f} is usual. "
                 "If it stays there, lower the learning rates in a new run"
             )
@@ -151,11 +143,9 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log, up to the size noted for it. A log of an older version is read to its end.
+    """Return the records of a log, up to the size noted for it; DamagedFileError if it is damaged.
 
-    Raises:
-        FileNotFoundError: If the log is missing.
-        DamagedFileError: If the log is damaged.
+    A log of an older version is read to its end.
     """
     size = check_noted(path, grows=True)
     content = path.read_bytes()

@@ -90,10 +90,8 @@ class Loop:
         """Train to the last step, and leave the model with the best adapter loaded.
 
         Ctrl-C and SIGTERM end the loop after the current step or evaluation and write a checkpoint. A run
-        resumed from it gives the same results as an uninterrupted one.
-
-        Raises:
-            NotFiniteError: If a loss is not finite. The message names the step and the ids of the batch.
+        resumed from it gives the same results as an uninterrupted one. A loss that is not finite is a
+        NotFiniteError, which names the step and the ids of the batch.
         """
         progress, options = self.progress, self.options
         self.model.train()
@@ -142,7 +140,7 @@ class Loop:
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self.schedule.step()
         progress.steps += 1
-        self.log.advance()
+        self.log.line.advance(progress.steps)
         step, last = progress.steps, progress.steps == end
         evaluating = last or step % options.eval_every == 0
         saving = last or (options.checkpoint_every > 0 and step % options.checkpoint_every == 0)

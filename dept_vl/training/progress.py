@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from dept_vl._utils.printable import printable, say
+from dept_vl._utils.printable import say
 from dept_vl._utils.terminal import PLAIN_SECONDS, Count, duration, is_live
 
 USUAL_COLUMNS = 100
@@ -110,11 +110,6 @@ class ProgressLine:
         elif self.show and (step == self.total or time.monotonic() - self.told_at >= PLAIN_SECONDS):
             self.told_at = Count.told_at = time.monotonic()
             say(f"step {step}/{self.total}: {figures.plain()}")
-
-    def say(self, text: str) -> None:
-        """Print a line above the progress line."""
-        if self.show:
-            self.bar.write(printable(text))
 
     def close(self) -> None:
         """Close the progress line and leave it as it is."""

@@ -24,6 +24,7 @@ FIGURES = Figures(
     9060.0,
 )
 STEPS = """
+from dept_vl._utils.printable import say
 from dept_vl.training.progress import Figures, ProgressLine
 line = ProgressLine({total}, {done}, show=True)
 figures = Figures(0.5123, {{"prompt": 0.287, "low_rank": 9.57e-4, "visual_projection": 9.57e-4}}, 1234.0,
@@ -31,7 +32,7 @@ figures = Figures(0.5123, {{"prompt": 0.287, "low_rank": 9.57e-4, "visual_projec
 for step in range({done} + 1, {done} + 5):
     line.advance(step)
     line.tell(step, figures)
-line.say("step {done}: dev accuracy 61.50")
+say("step {done}: dev accuracy 61.50")
 line.advance({total})
 line.tell({total}, figures)
 line.close()
