@@ -302,10 +302,8 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of an older configuration, nested or flat, under their current names.
 
     Options that did not exist in the older version are set to its behaviour: how a vision tower and a
-    language model are joined, and that images are not rotated by their EXIF orientation.
-
-    Raises:
-        UsageError: If they ask for a search (`tune`), which earlier versions had.
+    language model are joined, and that images are not rotated by their EXIF orientation. A search (`tune`),
+    which earlier versions had, is a UsageError.
     """
     named = {RENAMED.get(name, name): value for name, value in options.items()}
     if trials := named.pop("tune", 0):
@@ -359,12 +357,8 @@ def read_config(path: Path, base: RunConfig | None = None) -> RunConfig:
     """Read the config.json of a run, without `output_dir`, `resume`, `accept_changes` and `wait`.
 
     Relative paths are looked up as described in `find_again`. Options that the file does not have are taken
-    from `base`, or have their defaults.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        UsageError: If an option is unknown, has the wrong type or is out of range.
-        ValueError: If the file is not valid JSON.
+    from `base`, or have their defaults. Raise FileNotFoundError if the file is missing, DamagedFileError if
+    it is not valid JSON, and UsageError if an option is wrong.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}; give the config.json of a run")

@@ -67,10 +67,7 @@ def markdown_text(text: object) -> str:
 def say(*lines: object, error: bool = False, each: bool = False) -> None:
     """Print lines of untrusted text safely; each stays one line.
 
-    Args:
-        *lines: Lines without line ends.
-        error: Whether to print to stderr instead of stdout.
-        each: Whether every process prints, instead of only the main process.
+    `error` prints to stderr instead of stdout; `each` prints on every process, not only on the main one.
     """
     if not each and os.environ.get("RANK", "0") != "0":
         return

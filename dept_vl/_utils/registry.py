@@ -24,9 +24,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Return the entry of a name; raise UnknownNameError if there is none."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise UnknownNameError(self.category, name, self)
+        entry = self._entries[self.check(name)]
         if isinstance(entry, str):
             module, _, attribute = entry.partition(":")
             entry = self._entries[name] = getattr(import_module(module), attribute)
@@ -48,10 +46,9 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._entries)
 
     def register(self, name: object, entry: T) -> None:
-        """Add an entry. One that is defined anew, as by running a notebook's cell again, is replaced.
+        """Add an entry; ValueError if another one has the name, or a folder cannot have it.
 
-        Raises:
-            ValueError: If another entry has the name, or a folder cannot have it.
+        An entry that is defined anew, as by running a notebook's cell again, is replaced.
         """
         text = name if isinstance(name, str) else ""
         if not text.strip() or text != Path(text).name or text == ".." or "+" in text:

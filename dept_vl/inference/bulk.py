@@ -60,11 +60,8 @@ Answers = list[tuple[int, str | None]]
 def answer_table(predictor: Predictor, config: PredictConfig, accelerator: Accelerator) -> Path:
     """Answer the rows of a table that have no answer yet, and return the path of the finished file.
 
-    Raises:
-        FileExistsError: If the file already exists.
-        InUseError: If another process is writing it.
-        UsageError: If no file is given, the table does not fit the adapter, or the partial file belongs to
-            other inputs.
+    Raise FileExistsError if that exists, InUseError if another process is writing it, and UsageError if no
+    file is given, the table does not fit the adapter, or the partial file belongs to other inputs.
     """
     output = config.output
     if output is None or not output.name:  # an empty one is the folder `.`

@@ -14,13 +14,16 @@ from dept_vl.tasks.base import Decoding
 Spelled = dict[str, tuple[tuple[int, ...], str]]
 MOST_KNOWN = 1 << 17
 """Maximum number of answers whose token ids are cached."""
+PLAIN_SUMS = {"length_penalty": 0.0, "early_stopping": False}
+"""Compare plain sums, or long candidates would be favoured; search while a better one is possible."""
 _KNOWN: WeakKeyDictionary[Any, Spelled] = WeakKeyDictionary()
 
 
 def tokens_of(tokenizer: Any, answers: Sequence[str]) -> list[tuple[tuple[int, ...], str]]:
     """Return the token ids of answers, tokenised like training targets, and the text that they decode to."""
     known = _KNOWN.setdefault(tokenizer, {})
-    found = {answer: known[answer] for answer in answers if answer in known}
+    # Another thread may clear what is known meanwhile.
+    found = {answer: spelled for answer in answers if (spelled := known.get(answer)) is not None}
     new = [answer for answer in dict.fromkeys(answers) if answer not in found]
     if new:
         for answer, ids in zip(new, target_ids(tokenizer, new), strict=True):
@@ -45,8 +48,7 @@ def generation_options(decoding: Decoding, tokenizer: Any) -> dict[str, Any]:
         trie = Trie(tokenizer, decoding.candidates)
         options |= {"prefix_allowed_tokens_fn": trie, "max_new_tokens": trie.depth}
         if decoding.num_beams > 1:
-            # Compare plain sums, or long candidates would be favoured; search while a better one is possible.
-            options |= {"length_penalty": 0.0, "early_stopping": False}
+            options |= PLAIN_SUMS
     return options
 
 
@@ -64,21 +66,15 @@ def choice_options(choices: Sequence[Sequence[str]], tokenizer: Any) -> dict[str
         "num_beams": max(map(len, choices)),
         "max_new_tokens": max(trie.depth for trie in tries),
         "prefix_allowed_tokens_fn": allowed,
-        "length_penalty": 0.0,
-        "early_stopping": False,
+        **PLAIN_SUMS,
     }
 
 
 class Trie:
     """Trie of candidate answers, for the argument `prefix_allowed_tokens_fn` of `generate`.
 
-    Candidates are tokenised like training targets.
-
-    Attributes:
-        depth: Number of tokens of the longest candidate.
-
-    Raises:
-        ValueError: If there are no candidates.
+    Candidates are tokenised like training targets; the longest has `depth` tokens. ValueError if there are
+    none.
     """
 
     def __init__(self, tokenizer: Any, candidates: Sequence[str]) -> None:

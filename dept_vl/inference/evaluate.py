@@ -31,19 +31,12 @@ NO_ANSWER = ""
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions and scores of a split.
+    """Predictions and scores of a split."""
 
-    Attributes:
-        predictions: Predictions by example id, in the form that a submission has.
-        scores: Scores by metric; empty if no answers are published.
-        text_tokens: Mean number of tokens of a text.
-        skipped: Ids of examples whose image could not be read.
-    """
-
-    predictions: dict[ExampleId, str]
-    scores: dict[str, float]
-    text_tokens: float
-    skipped: tuple[ExampleId, ...] = ()
+    predictions: dict[ExampleId, str]  # by example id, in the form that a submission has
+    scores: dict[str, float]  # by metric; empty if no answers are published
+    text_tokens: float  # mean number of tokens of a text
+    skipped: tuple[ExampleId, ...] = ()  # ids of examples whose image could not be read
 
 
 def decode(
@@ -78,8 +71,7 @@ def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Ma
 def checked_scores(task: Task, scores: Mapping[str, Any]) -> dict[str, float]:
     """Return the scores of a task as plain numbers, the primary one first; empty if there are none.
 
-    Raises:
-        ValueError: If the primary score is missing, or a score is not a finite number.
+    Raise ValueError if the primary score is missing, or a score is not a finite number.
     """
     numbers = {}
     for name, value in scores.items():
@@ -114,15 +106,8 @@ def evaluate(
 ) -> Evaluation:
     """Predict a split, divided among the processes, and score all predictions.
 
-    Args:
-        model: Model, not wrapped by accelerate.
-        task: Task with the rows of the split.
-        collator: Collator that makes no targets.
-        accelerator: Accelerator of the run.
-        batch_size: Batch size per process.
-        decoding: Decoding settings. Defaults to the task's.
-        num_workers: Number of worker processes that read images.
-        generate: Function to call instead of `model.generate`.
+    `model` is not wrapped by accelerate, and `batch_size` is per process. `decoding` defaults to the task's,
+    and `generate` to `model.generate`; `num_workers` processes read images.
     """
     was_training = model.training
     model.eval()

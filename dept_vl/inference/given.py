@@ -34,7 +34,7 @@ def as_images(image: Any, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]]
     """
     if is_one(image):
         return [() if image is None else (as_image(image),)], True
-    several = _list(image)
+    several = list(image)
     known: dict[int, ImageSource] = {}  # the same object becomes the same image, which is encoded once
 
     def converted(one: Any, number: int) -> ImageSource:
@@ -44,7 +44,7 @@ def as_images(image: Any, *, pairs: bool) -> tuple[list[tuple[ImageSource, ...]]
 
     if pairs and several and all(map(is_one, several)):
         return [tuple(converted(one, number) for number, one in enumerate(several, 1))], True
-    groups = [[] if one is None else [one] if is_one(one) else _list(one) for one in several]
+    groups = [[] if one is None else [one] if is_one(one) else list(one) for one in several]
     return [tuple(converted(one, n) for one in group) for n, group in enumerate(groups, 1)], False
 
 
@@ -66,10 +66,7 @@ def as_image(given: Any, name: str = "image") -> ImageSource:
             channels and integers from 0 to 255 or floats from 0 to 1 (if both layouts are possible, tensors
             have channels first and arrays last); or a row of `datasets`, which is a mapping with `bytes` or
             `path`, or with any of these under `image`.
-        name: Name of the image, for error messages.
-
-    Raises:
-        ValueError: If `given` is none of these.
+        name: Name of the image, for the ValueError if `given` is none of these.
     """
     if isinstance(given, str) and is_data_url(given):
         return data_url_bytes(given, name)
@@ -96,12 +93,6 @@ def as_image(given: Any, name: str = "image") -> ImageSource:
         raise ValueError(f"{name}: expected a file that is opened for bytes ('rb'), found one of text")
     kind = f"a mapping with {list(given)!r:.100}" if isinstance(given, Mapping) else type(given).__name__
     raise ValueError(f"{name}: expected {KINDS}; found {kind}")
-
-
-def _list(given: Any) -> list[Any]:
-    if not isinstance(given, Iterable):
-        raise ValueError(f"images: expected {KINDS}, or several; found {type(given).__name__}")
-    return list(given)
 
 
 def _of_array(given: Any, channels_at: tuple[int, int], name: str) -> Image.Image:

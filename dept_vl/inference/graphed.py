@@ -26,13 +26,8 @@ WARM_UPS = 2
 def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> Int[Tensor, "batch target"]:
     """Decode greedily for a fixed number of steps, without synchronising with the device.
 
-    Args:
-        model: Prompted encoder-decoder model in evaluation mode.
-        inputs: Inputs of `PromptedModel.encode`.
-        new_tokens: Number of tokens to generate.
-
-    Returns:
-        Token ids that `PromptedModel.generate` returns for greedy search, padded to `new_tokens`.
+    `model` is an encoder-decoder in evaluation mode, and `inputs` are those of `PromptedModel.encode`. Return
+    the token ids that `PromptedModel.generate` returns for greedy search, padded to `new_tokens`.
     """
     language = model.backbone.language_model
     special = language.special_tokens

@@ -124,13 +124,7 @@ class ManyAdapters:
         return answers[0] if alone else answers
 
     def model(self, adapters: Names) -> PromptedModel:
-        """Return a model for inference on a batch whose rows use these adapters.
-
-        The model shares the backbone, so this is fast.
-
-        Raises:
-            ValueError: If an adapter is unknown.
-        """
+        """Return a model for a batch whose rows use these adapters. It shares the backbone: this is fast."""
         predictors = {name: self.predictor(name) for name in adapters}
         device = self.backbone.device
         rows = torch.tensor([self._places[name] for name in adapters], device=device)
@@ -146,11 +140,7 @@ class ManyAdapters:
         return PromptedModel(backbone, RowPrompts(self._prompts, rows))
 
     def predictor(self, name: str | None) -> Predictor:
-        """Return the predictor of an adapter; None is the backbone alone.
-
-        Raises:
-            ValueError: If the adapter is unknown.
-        """
+        """Return the predictor of an adapter, or raise ValueError; None is the backbone alone."""
         if name not in self.predictors:
             known = ", ".join(repr(known) for known in self.predictors)
             raise ValueError(f"there is no adapter {name!r}; there are {known}")

@@ -31,23 +31,14 @@ BASE, FIRST = "backbone", "first"
 
 @dataclass(frozen=True)
 class Question:
-    """A question, as it is sent to the model processes.
+    """A question, as it is sent to the model processes."""
 
-    Attributes:
-        adapter: Number of the adapter, which is never reused; `BASE` is the backbone alone.
-        source: Folder or Hub name of the adapter.
-        text: Text of the question.
-        images: Contents of image files.
-        longest: Maximum number of tokens of the answer; None uses the adapter's maximum.
-        loading: Whether to only load the adapter and describe it, without a question.
-    """
-
-    adapter: str
-    source: str = ""
+    adapter: str  # number of the adapter, which is never reused; `BASE` is the backbone alone
+    source: str = ""  # folder or Hub name of the adapter
     text: str = ""
-    images: tuple[bytes, ...] = ()
-    longest: int | None = None
-    loading: bool = False
+    images: tuple[bytes, ...] = ()  # contents of image files
+    longest: int | None = None  # maximum number of tokens of the answer; None uses the adapter's maximum
+    loading: bool = False  # whether to only load the adapter and describe it, without a question
 
 
 def end_with_parent(after: float = 0.0) -> None:
@@ -207,11 +198,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         return self.many.predictor(None if question.adapter == BASE else question.adapter)
 
     def _ask(self, question: Question, pixels: dict[bytes, Any]) -> "Ask":
-        """Return a question with its images read and preprocessed; `pixels` caches them.
-
-        Raises:
-            ValueError: If an image cannot be read.
-        """
+        """Return a question with its images read and preprocessed; `pixels` caches them."""
         from dept_vl.data.features import load_pixels
         from dept_vl.inference.predictor import Ask
 

@@ -53,11 +53,7 @@ class TransferConfig(Options):
             object.__setattr__(self, "target", OWN_TASK)
 
     def check(self) -> None:
-        """Check the options that can be checked before a run.
-
-        Raises:
-            UsageError: If a name is unknown or missing, or a list is empty or repeats a value.
-        """
+        """Raise UsageError if a name is unknown or missing, or a list is empty or repeats a value."""
         if not self.target:
             raise UsageError("a target is missing: give --target TASK, or --data FILE")
         if self.target not in TASKS:

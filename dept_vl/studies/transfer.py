@@ -45,15 +45,9 @@ PAPER_SHOTS: dict[str, Any] = {"shots_per": "all", "shots_dev": "split", "dev_li
 
 
 def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
-    """Run everything that is not finished, and write the table.
+    """Run everything that is not finished, and write the table; see `run_once`.
 
     With `more_to_come` another transfer follows in this program, so the process group stays open.
-
-    Raises:
-        DifferentError: If a finished run has other options, data, models or sources.
-        FileNotFoundError: If a source, a configuration or data are missing.
-        SystemExit: If a signal stopped a run.
-        ValueError: If there are too few examples of a class, or a source does not fit.
     """
     config.check()
     forget_contents()
@@ -78,12 +72,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
 
 @waiting("looking whether the sources fit")
 def check_fit(config: TransferConfig, base: RunConfig, sources: list[Path]) -> None:
-    """Check before the runs that there are enough examples and that every source fits.
-
-    Raises:
-        ValueError: If there are too few examples of a class, the test split has no answers, or a source is of
-            another backbone or size.
-    """
+    """Raise ValueError before the runs if there are too few examples, or a source does not fit."""
     splits = load_splits(replace(base.data, shots=max(config.k), shots_seed=1), base.train.seed)
     if not splits.test[0].targets:
         raise ValueError(
@@ -100,9 +89,6 @@ def target_config(config: TransferConfig) -> RunConfig:
     """Return the configuration that all runs on the target share.
 
     It has neither shots nor an initial prompt of its own: those are chosen for each run.
-
-    Raises:
-        FileNotFoundError: If neither `config` nor the first source has a configuration.
     """
     path = config.config or Path(config.source[0]) / CONFIG_FILE
     if not path.is_file():
@@ -133,11 +119,7 @@ def target_config(config: TransferConfig) -> RunConfig:
 
 
 def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConfig:
-    """Return the configuration of the run that trains a source.
-
-    Raises:
-        ValueError: If the number of source configurations differs from the number of task names.
-    """
+    """Return the configuration of the run that trains a source."""
     names = [name for name in config.source if name in TASKS and not Path(name).is_dir()]
     given = config.source_config
     if given and len(given) != len(names):

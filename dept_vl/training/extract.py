@@ -32,7 +32,6 @@ def extract(config: ExtractConfig) -> list[Path]:
         FileNotFoundError: If data or images are missing.
         ValueError: If a task has no images, an image cannot be read and may not be skipped, or the folder
             holds features of another encoder.
-        OSError, RuntimeError: If the disk, the memory or another process fails; see `explained`.
     """
     disable_progress_bar()
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
@@ -72,12 +71,7 @@ def extract(config: ExtractConfig) -> list[Path]:
 
 @waiting("reading the data")
 def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
-    """Return the distinct images of the given splits, by default of the splits that a run reads.
-
-    Raises:
-        FileNotFoundError: If images are missing and may not be skipped.
-        ValueError: If there are no images.
-    """
+    """Return the distinct images of the given splits, by default of the splits that a run reads."""
     names = splits or options.splits()
     paths: dict[Path, None] = {}
     for name in dict.fromkeys(filter(None, names)):
@@ -90,11 +84,7 @@ def image_files(options: DataOptions, splits: tuple[str, ...]) -> list[Path]:
 
 @waiting("loading the model")
 def load_vision(options: BackboneOptions) -> VisionEncoder:
-    """Load the image encoder without the language model.
-
-    Raises:
-        ValueError: If the options name no image encoder.
-    """
+    """Load the image encoder without the language model; ValueError if the options name none."""
     if options.model is not None:
         features = open_backbone(**options.loading()).image_features()
         assert features is not None

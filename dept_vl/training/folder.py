@@ -85,9 +85,8 @@ def is_complete(output_dir: Path) -> bool:
 def open_folder(config: RunConfig, output_dir: Path) -> Opened:
     """Write the configuration of a new run, or find the newest undamaged checkpoint of the run to resume.
 
-    Raises:
-        FileExistsError: If the folder holds a run and `resume` is not set.
-        DifferentError: If the run has finished, with other options or data.
+    Raise FileExistsError if the folder holds a run and `resume` is not set, and DifferentError if that has
+    finished, with other options or data.
     """
     if not _holds_run(output_dir):
         with explained(output_dir):
@@ -154,11 +153,7 @@ def release(opened: Opened, accelerator: Accelerator) -> None:
 
 
 def keep_precision(output_dir: Path, precision: str, accelerator: Accelerator) -> None:
-    """Store the data type of a run's visual features, or check it when the run resumes.
-
-    Raises:
-        ValueError: If the run began with features of another data type.
-    """
+    """Store the data type of a run's visual features; ValueError if a run resumes with another one."""
     path = output_dir / FEATURES_FILE
 
     def keep() -> str:

@@ -80,8 +80,7 @@ def keep_identity(
 ) -> None:
     """Store what a new run depends on, or compare it when the run resumes.
 
-    Raises:
-        DifferentError: If the run differs and changes are not accepted. It is raised on every process.
+    If it differs and changes are not accepted, every process raises DifferentError.
     """
 
     def keep() -> None:
@@ -99,10 +98,7 @@ def keep_identity(
 def check_kept(folder: Path, config: RunConfig, processes: int | None = None) -> None:
     """Check that a finished run had these options, and that it would read the same data and models today.
 
-    Without `processes`, the number is that of the run.
-
-    Raises:
-        DifferentError: If options, data, models or source adapters differ. The message lists them.
+    DifferentError lists what differs. Without `processes`, the number is that of the run.
     """
     options = changed_options(folder, config)
     content = [] if options else _changed_contents(folder, config, processes)
@@ -151,11 +147,7 @@ def _remark(folder: Path, reason: str) -> None:
 
 
 def contents(config: RunConfig, processes: int = 1) -> dict[str, str]:
-    """Return fingerprints of the data and models that a run would read now; cached until `forget_contents`.
-
-    Raises:
-        FileNotFoundError: If data or models are missing.
-    """
+    """Return fingerprints of the data and models that a run would read now, cached: see `forget_contents`."""
     found: dict[str, str] = {}
     for options in options_together(config):
         found |= _contents_of(options, config.train.seed)
@@ -219,11 +211,7 @@ def note_changes(folder: Path, trained: RunConfig, now: DataOptions) -> str:
 
 
 def _keep(folder: Path, config: RunConfig, now: Identity, checkpoint: Path | None) -> None:
-    """Store the new identity and configuration.
-
-    Raises:
-        DifferentError: If the run differs from its start and changes are not accepted. Nothing is stored.
-    """
+    """Store the new identity and configuration; nothing if DifferentError is raised, see `keep_identity`."""
     path = folder / IDENTITY_FILE
     then = check(read_json(path), Identity) if is_there(path) else None
     options = changed_options(folder, config)

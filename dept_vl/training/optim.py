@@ -61,10 +61,8 @@ def build_optimizer(
 ) -> AdamW:
     """Return AdamW over the trainable parameters, with one named group for each learning rate.
 
-    Learning rate, epsilon and weight decay of a parameter in `sizes` apply to it in units of its size.
-
-    Raises:
-        ValueError: If there are no trainable parameters.
+    Learning rate, epsilon and weight decay of a parameter in `sizes` apply to it in units of its size. Raise
+    ValueError if there are no trainable parameters.
     """
     if not groups:
         raise ValueError(

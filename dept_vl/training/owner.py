@@ -33,12 +33,8 @@ TURN = 20.0
 def owning(folder: Path, accelerator: Accelerator | None = None, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a folder in a `with` block. The main process holds it for all processes of a run.
 
-    The folder is created if it is missing, and then removed at the end if it is empty. With `wait`, wait
-    while another process holds the lock.
-
-    Raises:
-        InUseError: If another process holds the lock. It is raised on every process.
-        OSError: If the folder cannot be written.
+    The folder is created if it is missing, and then removed at the end if it is empty. If another process
+    holds the lock, every process raises InUseError, or waits with `wait`.
     """
     main = accelerator is None or accelerator.is_main_process
     lock = FileLock(folder / LOCK_FILE, thread_local=False)

@@ -115,10 +115,8 @@ def _run_in(opened: Opened, config: RunConfig, accelerator: Accelerator, started
 def run_once(config: RunConfig) -> RunResult:
     """Start or resume the run in `config.output_dir`, or return its result if it is finished.
 
-    Raises:
-        SystemExit: If a signal stopped the run. The code is the exit status for the program.
-        DifferentError: If the run was started with other options or data. Data and models are read once per
-            process, see `forget_contents`.
+    Raise SystemExit, with the exit status, if a signal stopped the run, and DifferentError if it was started
+    with other options or data. Data and models are read once per process, see `forget_contents`.
     """
     config = replace(config, resume="auto").settled()
     folder = Path(config.output_dir or "")

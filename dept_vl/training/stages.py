@@ -29,33 +29,20 @@ class Part:
 
 
 class Stages(ABC):
-    """Base class of a run in stages. A subclass prepares the model, the collator and the splits to score.
+    """Base class of a run in stages. A subclass prepares the model, the collator and the splits to score."""
 
-    Attributes:
-        model: Unwrapped model.
-        collator: Collator of evaluation batches.
-        parts: Splits to score.
-        generate: Function that predicts a batch; None uses the model's own.
-        evaluations: Predictions and scores of each split, set by `score`.
-        predictions: Files of the predictions, set by `write`.
-    """
-
-    model: PromptedModel
-    collator: Collator
-    parts: list[Part]
-    generate: Generate | None = None
+    model: PromptedModel  # not wrapped
+    collator: Collator  # of evaluation batches
+    parts: list[Part]  # splits to score
+    generate: Generate | None = None  # predicts a batch; None uses the model's own
 
     def __init__(
         self, accelerator: Accelerator, output_dir: Path, *, batch_size: int, num_workers: int
     ) -> None:
         self.accelerator, self.output_dir = accelerator, output_dir
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.evaluations: list[Evaluation] = []
-        self.predictions: list[Path] = []
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Read the data and load the model."""
+        self.evaluations: list[Evaluation] = []  # of each split, set by `score`
+        self.predictions: list[Path] = []  # files, set by `write`
 
     def score(self) -> None:
         """Predict and score every split."""
@@ -100,10 +87,9 @@ class Stages(ABC):
 
 
 def write_answers(task: Task, evaluation: Evaluation, folder: Path, suffix: str = "") -> Path:
-    """Write the predictions in the format of the task's server and a picture; warn about skipped examples.
+    """Write the predictions in the format of the task's server, and a picture; return the former's path.
 
-    Returns:
-        File of the predictions.
+    Warn about skipped examples.
     """
     path = folder / f"predictions{suffix}{task.prediction_format.suffix}"
     write_noted(folder, {path.name: task.prediction_format.content(evaluation.predictions)})

@@ -21,11 +21,9 @@ EXTRAS = ("tensorboard", "trackio", "wandb")
 
 
 def check_tracker(name: str | None) -> None:
-    """Check that a tracker is known and installed.
+    """Raise ValueError if a tracker is unknown, and ImportError if it is not installed.
 
-    Raises:
-        ValueError: If accelerate has no tracker of this name.
-        ImportError: If its package is not installed. Accelerate itself would only leave it out.
+    Accelerate itself would only leave it out.
     """
     known = sorted(tracker.value for tracker in LoggerType if tracker is not LoggerType.ALL)
     if name is not None and name not in known:

@@ -122,10 +122,8 @@ def choose(found: Marks, images: Callable[[int], tuple[Path, ...]]) -> tuple[lis
     """Choose the worst and the best predictions to show, and prefer images that are not shown yet.
 
     Among equal marks, examples with more agreement of humans come first, then a fixed random order decides.
-
-    Returns:
-        Indices of imperfect predictions, worst first, and of the best others. Without marks, indices of any
-        examples, and an empty list.
+    Return the indices of imperfect predictions, worst first, and of the best others; without marks, those of
+    any examples, and an empty list.
     """
     chance = np.random.default_rng(0).permutation(len(found.marks))
     seen: set[tuple[Path, ...]] = set()

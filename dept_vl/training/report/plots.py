@@ -37,10 +37,7 @@ def colour_of(name: str) -> str:
 def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
     """Yield axes side by side to draw on, then save the figure. Texts are drawn without math parsing.
 
-    Other options are passed to matplotlib's `Figure`.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
+    Other options are passed to matplotlib's `Figure`. Raise ImportError if matplotlib is not installed.
     """
     from matplotlib.figure import Figure
     from matplotlib.text import Text
@@ -56,8 +53,7 @@ def drawn(path: Path, panes: int = 1, **options: Any) -> Iterator[Any]:
 def score_plot(lines: Mapping[str, Mapping[Any, Interval]], path: Path, *, x: str, y: str) -> bool:
     """Plot means with their 95% intervals, one line for each name, which maps positions to means.
 
-    Returns:
-        Whether matplotlib is installed. Without it nothing is drawn.
+    Return whether matplotlib is installed; without it nothing is drawn.
     """
     try:
         with drawn(path, figsize=(6, 4), layout="constrained") as (pane,):
