@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from dept_vl.models.tokens import WORD
 
 GENERATING = RLock()
-"""Lock for the time in which a model has our settings, because threads of a server may share the model."""
+"""Lock for the time in which a model has our settings or hooks, because threads may share the model."""
 MARIAN = "marian"
 
 

@@ -297,7 +297,8 @@ class VisionLanguageModel(FrozenBackbone):
                 f"{self.name} ({type(self.language).__name__}) does not answer a question about {images} "
                 f"image(s): {type(error).__name__}: {one_line(error)}"
             ) from error
-        self.train(was_training)
+        finally:
+            self.train(was_training)
         if problem:
             raise ValueError(
                 f"a prompt does not work with {self.name} ({type(self.language).__name__}): {problem}"

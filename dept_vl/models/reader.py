@@ -75,9 +75,12 @@ class PretrainedReader(Answerer):
 
     @contextmanager
     def _reading(self, encoded: Source, inputs: dict[str, Any]) -> Iterator[None]:
-        """Let the model read the prompt, and image features if given, within a `with` statement."""
+        """Let the model read the prompt, and image features if given, within a `with` statement.
+
+        One thread at a time: the hooks are on the model, which threads may share.
+        """
         features = inputs.pop(FEATURES, None)
-        with prompting(self.word_embeddings, encoded.prompt, encoded.placed):
+        with GENERATING, prompting(self.word_embeddings, encoded.prompt, encoded.placed):
             if features is None:
                 yield
                 return
@@ -127,8 +130,7 @@ class PretrainedReader(Answerer):
         if allowed is not None and not self.encoder_decoder:
             options["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, tokens[width:])
         inputs = {"input_ids": placed.ids, "attention_mask": mask.long(), **placed.others, **encoded.more}
-        # Threads of a server may share the model and its hook.
-        with GENERATING, self._reading(encoded, inputs):
+        with self._reading(encoded, inputs):
             tokens = generate(self.model, self.special_tokens, options, inputs)
         return tokens if self.encoder_decoder else tokens[:, width:]
 
