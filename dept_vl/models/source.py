@@ -65,7 +65,7 @@ class TextForm:
         if given and given != CHAT:
             if "{text}" not in given:
                 raise UsageError(f"--text_form is a text with {{text}} in it, or chat; found {given!r:.80}")
-            return cls(given)
+            return cls(given, "{image}" * ("{image}" in given) + DESCRIBE)
         if template:
             return cls(CHAT)
         return cls(*FORMS.get(model_type, USUAL_FORM))

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,33 @@ def test_a_form_of_your_own_is_read_in_place_of_the_usual_one(pretrained_folder:
     backbone = VisionLanguageModel.from_pretrained(pretrained_folder("blip2"), text_form="ask {text} now")
     assert backbone.processor.written("is it red?", 1) == "ask is it red? now"
     backbone.probe()
+
+
+@pytest.mark.parametrize("family", ["llava", "paligemma", "qwen2_5_vl"])
+def test_a_form_with_a_place_for_the_image_keeps_it_without_a_question(
+    pretrained_folder: Folder, family: str
+) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family), text_form="{image}Q: {text}")
+    ids = backbone.processor([""], [[Image.new("RGB", (64, 64))]], [64])["input_ids"]
+    assert torch.isin(ids, backbone.processor.image_tokens).any()
+
+
+def test_threads_may_share_a_model_with_different_prompts(pretrained_folder: Folder) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("llava")).eval()
+    source = backbone.processor(["is it red?"], [[Image.new("RGB", (64, 64))]], [64])
+    ids, mask = source.pop("input_ids"), source.pop("attention_mask")
+    prompts = [DePT(backbone.d_model, prompt_length=3, max_source_length=64).eval() for _ in range(2)]
+    models = [PromptedModel(backbone, prompt).eval() for prompt in prompts] * 25
+
+    @torch.no_grad()
+    def logits(model: PromptedModel) -> torch.Tensor:
+        found: torch.Tensor = model(ids, mask, torch.tensor([[5, 6]]), processed=source).logits
+        return found
+
+    expected = [logits(model) for model in models]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(logits, models))
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("form", ["no place", "chat"])
@@ -158,8 +186,13 @@ def test_the_probe_notices_padding_that_is_read(
         return forward(self, *args, attention_mask=torch.ones_like(attention_mask), **named)
 
     monkeypatch.setattr(type(backbone.language), "forward", blind)
+    backbone.train()
     with pytest.raises(ValueError, match="padding"):
         backbone.probe()
+    monkeypatch.setattr(type(backbone.language), "forward", None)
+    with pytest.raises(ValueError, match="does not answer"):
+        backbone.probe()
+    assert backbone.training
 
 
 @pytest.mark.parametrize("family", ["blip2", "florence2"])
