@@ -290,7 +290,7 @@ class DecoderOnly(Answerer):
             ValueError: If source and answer (`max_new_tokens`) are longer than the context.
         """
         source = encoded.last_hidden_state
-        self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens", 0))
+        self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens") or 0)
         # `generate` computes positions from the mask.
         inputs = {"inputs_embeds": source, "attention_mask": mask.long()}
         return generate(self.model, self.special_tokens, options, inputs)

@@ -197,6 +197,7 @@ def test_greedy_search_is_the_formula_read_anew_for_each_token(
     ours, literal = pair
     text = laid_out(ours.backbone, layout)
     tokens = ours.generate(**text, max_new_tokens=8, do_sample=False)
+    assert ours.generate(**text, max_new_tokens=None, max_length=30, do_sample=False).shape[0] == len(tokens)
     eos = ours.backbone.tokenizer.eos_token_id
     found = [cut(row, eos) for row in tokens.tolist()]
     assert found == [literal.greedy(tokens, 8) for tokens in texts_of(text)]
