@@ -4,6 +4,7 @@ Hooks on `forward` and a wrapper of `generate` insert the placeholders of `model
 inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders.
 """
 
+import copy
 import functools
 import inspect
 import threading
@@ -62,7 +63,7 @@ class PromptedCalls:
         ]
         self._own_generate = {name: run for name, run in vars(model).items() if name == "generate"}
         if hasattr(model, "generate"):
-            prompted: Any = functools.partial(self._generate, model.generate)
+            prompted: Any = functools.partial(self._generate, model, model.generate)
             prompted.__wrapped__ = model.generate  # has the signature
             vars(model)["generate"] = prompted
 
@@ -92,7 +93,7 @@ class PromptedCalls:
         placed, self._call.placed, self._call.outermost = self._call.placed, None, None
         return self._as_given(made, placed)
 
-    def _generate(self, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
+    def _generate(self, model: Any, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         prompt = self.current_prompt()
         if prompt is None or self._call.placed is not None:
             return run(*inputs, **named)
@@ -101,6 +102,8 @@ class PromptedCalls:
             named["input_ids"] = named.pop("inputs")
         try:
             named |= self._prompted(prompt, named)
+            if self._call.placed is not None and not self._parts.encoder_decoder:
+                named |= _longer(model, named, prompt.prompt_length)
             return self._as_given(run(**named), self._call.placed)
         finally:
             self._call.placed = None
@@ -198,6 +201,26 @@ class PromptedCalls:
         columns = torch.cat([kept, behind], dim=1).to(made.device)
         # Whole rows of logits: four times as fast as gathering every number of them.
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
+
+
+def _longer(model: Any, named: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """Return the limits of a call of `generate` on source and answer, increased by the placeholders."""
+    given = named.get("generation_config")
+
+    def setting(name: str) -> int | None:
+        values = (named.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
+        return next((value for value in values if value is not None), None)
+
+    limits = {
+        f"{kind}_length": total + length
+        for kind in ("max", "min")
+        if (total := setting(f"{kind}_length")) is not None and setting(f"{kind}_new_tokens") is None
+    }
+    if given is None or not limits:
+        return limits
+    changed = copy.deepcopy(given)
+    changed.update(**limits)
+    return {"generation_config": changed}
 
 
 def refuse_second(model: PreTrainedModel) -> None:

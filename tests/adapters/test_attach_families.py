@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES, TEXT_ONLY
 
@@ -109,6 +109,10 @@ def test_models_of_text_take_a_prompt(pretrained_folder: Folder, name: str) -> N
     if opened is AutoModelForCausalLM:
         with pytest.raises(ValueError, match="-100"):
             attached(**inputs, labels=inputs["input_ids"])
+        total = inputs["input_ids"].shape[1] + 2
+        limits: dict[str, Any] = {"min_length": total, "max_length": total}
+        for limited in (limits, {"generation_config": GenerationConfig(**limits)}):
+            assert attached.generate(**inputs, do_sample=False, **limited).shape[1] == total
     attached.detach()
     assert torch.equal(model.generate(**inputs, **OPTIONS), before)
 
