@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,13 +48,13 @@ from dept_vl.config import EvaluateConfig, OnBadImage, PromptOptions, RunConfig,
 from dept_vl.inference.loading import load, run_of
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.base import FrozenBackbone
+from dept_vl.prompts.base import Init
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training import build
 from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_predictor, score_run
 
-PromptInit = Literal["vocabulary", "text", "random"]
 RUNNING = threading.RLock()
 """Lock of `train` and `evaluate`: all threads share the random generators and accelerate's state."""
 
@@ -202,7 +202,7 @@ def build_prompt(
     max_source_length: int = 20,
     alpha: float = 8.0,
     visual_offset: bool = False,
-    init: PromptInit = "vocabulary",
+    init: Init = "vocabulary",
     init_text: str = "",
     seed: int = 0,
 ) -> DePT:
@@ -212,7 +212,8 @@ def build_prompt(
         method: Prompt tuning method: pt, dept, adept, hybrid, ulpt, lopt, residual, memory, or the name of
             a registered one.
         backbone: Model that the prompt is for: a `Backbone`, a `VisionLanguageModel`, or a loaded model of
-            transformers for `attach`. The latter requires `method="dept"`, a `rank` and the default `init`.
+            transformers for `attach`. The latter requires `method="dept"`, a `rank`, and the defaults of
+            `init`, `init_text` and `visual_offset`.
         prompt_length: Number of vectors of the soft prompt (m). Methods whose prompt has the full length
             use `reference_prompt_length` instead.
         rank: Rank of the low-rank offset (r). None uses the largest rank within the parameter budget.
@@ -237,10 +238,18 @@ def build_prompt(
         >>> model = dept_vl.PromptedModel(backbone, prompt)
     """
     if isinstance(backbone, PreTrainedModel):
-        if method != "dept" or rank is None or init != "vocabulary":
-            raise UsageError("a ready-made model takes method dept, a rank, and starts from its vocabulary")
-        sizes = {"prompt_length": prompt_length, "rank": rank, "max_source_length": max_source_length}
-        return new_prompt(backbone, **sizes, seed=seed)
+        if method != "dept" or rank is None or visual_offset or (init, init_text) != ("vocabulary", ""):
+            raise UsageError(
+                "a ready-made model takes method dept, a rank and no visual_offset, and starts from its vocabulary"
+            )
+        return new_prompt(
+            backbone,
+            prompt_length=prompt_length,
+            rank=rank,
+            max_source_length=max_source_length,
+            alpha=alpha,
+            seed=seed,
+        )
     options = PromptOptions(
         method=method,
         prompt_length=prompt_length,

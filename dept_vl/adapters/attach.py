@@ -33,7 +33,13 @@ _MODEL = re.compile(r"(?<![^.])model\.")
 
 
 def new_prompt(
-    model: PreTrainedModel, *, prompt_length: int, rank: int, max_source_length: int, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    prompt_length: int,
+    rank: int,
+    max_source_length: int,
+    alpha: float = 8.0,
+    seed: int = 0,
 ) -> DePT:
     """Return an untrained prompt for a model, initialised with words of the model's vocabulary.
 
@@ -42,6 +48,7 @@ def new_prompt(
         prompt_length: Number of vectors in the soft prompt (m).
         rank: Rank of the offset (r).
         max_source_length: Maximum text length in tokens (s), without the placeholders of images.
+        alpha: Scale of the offset, which is multiplied by alpha / sqrt(rank).
         seed: Random seed for the choice of words.
 
     Raises:
@@ -50,7 +57,9 @@ def new_prompt(
     parts = Parts.of(model)
     embedding = parts.embedding
     vocabulary, width = embedding.weight.shape
-    prompt = DePT(width, prompt_length=prompt_length, rank=rank, max_source_length=max_source_length)
+    prompt = DePT(
+        width, prompt_length=prompt_length, rank=rank, max_source_length=max_source_length, alpha=alpha
+    )
     initialise(
         prompt,
         "vocabulary",

@@ -33,9 +33,11 @@ from zoo.ready_made import (
     ready_made,
 )
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.attach import Attached, attach, new_prompt
 from dept_vl.adapters.families import SUPPORTED
+from dept_vl.api import build_prompt
 from dept_vl.config import OptimOptions
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.padding import insert
@@ -263,6 +265,10 @@ def test_a_new_prompt_starts_from_words(model: PreTrainedModel) -> None:
     assert not found[:, special].any()
     other = new_prompt(model, **SIZES, seed=1)
     assert not torch.equal(other.soft_prompt, prompt.soft_prompt)  # type: ignore[arg-type]
+    assert build_prompt("dept", model, **SIZES, alpha=16.0).alpha == 16.0
+    for option in ({"visual_offset": True}, {"init_text": "red"}, {"init": "random"}):
+        with pytest.raises(UsageError):
+            build_prompt("dept", model, **SIZES, **option)
 
 
 def test_inserting_keeps_the_padding_in_front() -> None:
