@@ -22,7 +22,8 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
 
     Raises:
         FileNotFoundError: If a source does not exist.
-        ValueError: If a source was trained on another backbone, or its prompt has other sizes.
+        ValueError: If a source was trained on another backbone, its prompt has other sizes, or the offsets of
+            several sources depend on the token, so that they have no mean.
     """
     adapters = [Adapter.from_pretrained(path) for path in paths]
     for path, adapter in zip(paths, adapters, strict=True):
@@ -90,6 +91,8 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
         if adapter.prompt[name] != sizes[name]
     ]
     alone = parts == "all" and sources == 1
+    if parts == "all" and not alone and model.prompt.offset_modules:
+        differing.append(f"an offset of method {sizes['method']} is no matrix, and several have no mean")
     if differing or (sizes["prompt_length"] == 0 and not alone):
         why = ", ".join(differing) or "it has no P, whose mean could be taken"
         raise ValueError(

@@ -180,6 +180,12 @@ class DePT(nn.Module):
         return memory if self.memory_offset is None else memory + self.memory_offset(memory)
 
     @property
+    def offset_modules(self) -> list[nn.Module]:
+        """Modules that shift text tokens, visual tokens and vectors of the encoder's output."""
+        modules = (self.token_offset, self.visual_offset, self.memory_offset)
+        return [module for module in modules if module is not None]
+
+    @property
     def needs_encoder(self) -> bool:
         """Whether the prompt changes the encoder's output, and so needs a backbone with an encoder."""
         return self.memory_offset is not None
@@ -258,10 +264,7 @@ class DePT(nn.Module):
         `prompt` has the parameters whose step changes P by about as much, `low_rank` all other parameters.
         """
         of_source = {} if self.source is None else self.source.parameter_groups()
-        offsets = (self.token_offset, self.visual_offset, self.memory_offset)
-        of_tokens = [
-            parameter for offset in offsets if offset is not None for parameter in offset.parameters()
-        ]
+        of_tokens = [parameter for offset in self.offset_modules for parameter in offset.parameters()]
         groups = {
             "prompt": [self.soft_prompt, *of_source.get("prompt", [])],
             "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_tokens],
@@ -289,9 +292,18 @@ class DePT(nn.Module):
             parameter.mul_(size**power)
 
     def describe(self) -> dict[str, Any]:
-        """Return the method and sizes as in `adapter.json`, from which the prompt can be built again."""
+        """Return the method and sizes as in `adapter.json`, from which the prompt can be built again.
+
+        Raises:
+            ValueError: If the prompt has modules, and no method that makes them.
+        """
         method = self.method
         if method is None:
+            if self.source is not None or self.offset_modules:
+                raise ValueError(
+                    "a prompt with modules is described by its method, and this one has none: make it with "
+                    "dept_vl.build_prompt, and a method of your own after dept_vl.register_method"
+                )
             method = METHODS["dept" if self.rank else "pt"](
                 d_model=self.d_model,
                 prompt_length=self.prompt_length,

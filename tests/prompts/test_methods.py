@@ -187,6 +187,12 @@ def test_rank_0_is_plain_prompt_tuning(method: str) -> None:
     assert prompt.state_dict().keys() == {"soft_prompt"}
 
 
+@pytest.mark.parametrize("method", ["adept", "hybrid", "lopt", "memory", "residual", "ulpt"])
+def test_modules_without_their_method_are_not_described_as_a_plain_prompt(method: str) -> None:
+    with pytest.raises(ValueError, match="register_method"):
+        untrained(method).method.build().describe()
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].has_prompt])
 def test_prompt_starts_at_the_words(method: str) -> None:
     # Two different words have rank 2, within the rank of the compressed prompts.

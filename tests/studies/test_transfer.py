@@ -263,6 +263,17 @@ def test_mean_of_several(make_backbone: Callable[..., Backbone], tmp_path: Path)
     torch.testing.assert_close(target.prompt.offset(16), (prompts[0].offset(16) + prompts[1].offset(16)) / 2)
 
 
+@pytest.mark.parametrize("method", ["adept", "hybrid"])
+def test_offsets_by_token_have_no_mean(
+    make_backbone: Callable[..., Backbone], tmp_path: Path, method: str
+) -> None:
+    backbone = make_backbone("t5")
+    paths = [saved(model_of(backbone, method), tmp_path / name) for name in ("one", "other")]
+    with pytest.raises(ValueError, match="--init_parts prompt"):
+        inherit(model_of(backbone, method), paths, "all")
+    inherit(model_of(backbone, method), paths, "prompt")
+
+
 def test_a_trained_projection_comes_along(make_backbone: Callable[..., Backbone], tmp_path: Path) -> None:
     source, target = model_of(make_backbone("t5")), model_of(make_backbone("t5"))
     torch.nn.init.normal_(source.backbone.visual_projection.linear.weight)
