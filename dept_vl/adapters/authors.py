@@ -96,7 +96,7 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
             f"{sorted(NAMES.values())}, found {sorted(stored)!s:.300}"
         )
     tensors = {ours: stored[name] for ours, name in names.items()}
-    width, rank, longest = config["token_dim"], config["r"], config["max_length"]
+    width, rank, longest = config["token_dim"], config.get("r"), config["max_length"]
     shapes = {
         "soft_prompt": (config["num_virtual_tokens"], width),
         "offset_a": (longest, rank),

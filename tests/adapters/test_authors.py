@@ -246,6 +246,9 @@ def test_the_prompt_alone_is_plain_prompt_tuning_if_asked_for(
     tensors = tiny_tensors()
     prompt = {"prompt_embeddings": tensors["prompt_embeddings"]}
     write_tiny(tmp_path, tensors if complete else prompt)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    del config["r"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config))
     adapter = Adapter.from_authors(tmp_path, task="rte", prompt_only=True)
     assert adapter.trainable_parameters == {"prompt": 128, "total": 128, "without_projection": 128}
     with pytest.warns(UserWarning, match="only the name"):
