@@ -240,7 +240,8 @@ def build_prompt(
     if isinstance(backbone, PreTrainedModel):
         if method != "dept" or rank is None or visual_offset or (init, init_text) != ("vocabulary", ""):
             raise UsageError(
-                "a ready-made model takes method dept, a rank and no visual_offset, and starts from its vocabulary"
+                "a ready-made model takes method dept, a rank and no visual_offset, and starts from its "
+                "vocabulary"
             )
         return new_prompt(
             backbone,
