@@ -12,23 +12,28 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from dept_vl.models.tokens import WORD
+from dept_vl.models.tokens import WORD, end_token
 
 GENERATING = RLock()
 """Lock for the time in which a model has our settings or hooks, because threads may share the model."""
 MARIAN = "marian"
 
 
-def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
+def special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
     """Return the generation settings that follow from a model and its tokenizer.
 
     No token is forced, not even `<s>` at the start of BART's answers, because all are learnt in training.
     """
-    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if not model.config.is_encoder_decoder:
+    ends = sorted({tokenizer.eos_token_id, end_token(tokenizer)})
+    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+    if not encoder_decoder:
         return ids
-    labels = torch.tensor([tokenizer(text_target=WORD).input_ids])
-    ids["decoder_start_token_id"] = int(model.prepare_decoder_input_ids_from_labels(labels)[0, 0])
+    ids["decoder_start_token_id"] = model.config.get_text_config().decoder_start_token_id
+    for module in model.modules():
+        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
+            labels = torch.tensor([tokenizer(text_target=WORD).input_ids])
+            ids["decoder_start_token_id"] = int(module.prepare_decoder_input_ids_from_labels(labels)[0, 0])
+            break
     if model.config.model_type == MARIAN:
         # The logit of Marian's padding token was never trained, and is often the highest.
         ids["bad_words_ids"] = [[tokenizer.pad_token_id]]

@@ -93,7 +93,7 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """Number of positions; None if there is no limit."""
-        limit: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit
 
     def check_positions(self, holder: str, **parts: int) -> None:
@@ -320,5 +320,5 @@ def wrap_language_model(
             f"{type(model).__name__} needs a tokenizer that {expected} with a special token; that of {name} "
             f"makes {pieces} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
         )
-    wrapper.special_tokens = special_tokens(model, tokenizer)
+    wrapper.special_tokens = special_tokens(model, tokenizer, model.config.is_encoder_decoder)
     return wrapper

@@ -33,11 +33,12 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import load_config, load_model, loading
+from dept_vl.models.generation import special_tokens
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.options import LoadIn
 from dept_vl.models.prompt_hook import is_encoder_decoder, place
 from dept_vl.models.quantised import fingerprint_of_words, keep_gradients, placing
-from dept_vl.models.reader import PretrainedReader, Source, special_tokens_of
+from dept_vl.models.reader import PretrainedReader, Source
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.dept import DePT
@@ -129,7 +130,7 @@ class VisionLanguageModel(FrozenBackbone):
             name,
             encoder_decoder=encoder_decoder,
             answer_type=ANSWER_TYPE.get(config.model_type, 0),
-            special_tokens=special_tokens_of(model, self.tokenizer, encoder_decoder),
+            special_tokens=special_tokens(model, self.tokenizer, encoder_decoder),
         )
         width: int = self.language_model.word_embeddings.weight.shape[1]
         self.d_model = width

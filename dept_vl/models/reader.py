@@ -15,7 +15,7 @@ from dept_vl.models.generation import GENERATING, generate
 from dept_vl.models.image_features import FEATURES, PIXELS, given_features
 from dept_vl.models.language import Answerer
 from dept_vl.models.prompt_hook import Placement, prompting, words_of
-from dept_vl.models.tokens import IGNORE_INDEX, style_of
+from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 
 
@@ -55,23 +55,12 @@ class PretrainedReader(Answerer):
             hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None))
         )
 
-    def embed(self, input_ids: Int[Tensor, "batch text"]) -> Float[Tensor, "batch text d_model"]:
-        """Return the word embeddings of tokens."""
-        embeddings: Tensor = self.word_embeddings(input_ids)
-        return embeddings
-
     def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
         """See `Answerer.check_length`."""
         parts = {"prompt": prompt, "text": text, "image": visual}
         if not self.encoder_decoder:
             parts["answer"] = answer
         self.check_positions("encoder" if self.encoder_decoder else "context", **parts)
-
-    @property
-    def positions(self) -> int | None:
-        """See `LanguageModel.positions`."""
-        limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit
 
     @contextmanager
     def _reading(self, encoded: Source, inputs: dict[str, Any]) -> Iterator[None]:
@@ -133,17 +122,3 @@ class PretrainedReader(Answerer):
         with self._reading(encoded, inputs):
             tokens = generate(self.model, self.special_tokens, options, inputs)
         return tokens if self.encoder_decoder else tokens[:, width:]
-
-
-def special_tokens_of(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
-    """Return the generation settings that follow from a model and its tokenizer."""
-    style = style_of(tokenizer)
-    ends = {tokenizer.eos_token_id} | ({style.end} if style else set())
-    ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": sorted(ends)}
-    if not encoder_decoder:
-        return ids
-    for module in model.modules():
-        if hasattr(module, "prepare_decoder_input_ids_from_labels"):
-            first = module.prepare_decoder_input_ids_from_labels(torch.tensor([[tokenizer.eos_token_id]]))
-            return ids | {"decoder_start_token_id": int(first[0, 0])}
-    return ids | {"decoder_start_token_id": model.config.get_text_config().decoder_start_token_id}
