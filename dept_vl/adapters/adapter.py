@@ -301,7 +301,7 @@ class Adapter:
             ValueError: If the adapter was trained on another backbone, or its tensors do not fit its
                 description.
         """
-        self.check_backbone(backbone)
+        check_backbone(self.backbone, backbone)
         ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
         if ranks:
             backbone.add_lora(ranks[0])
@@ -356,7 +356,3 @@ class Adapter:
             if module is model.backbone.language:  # the adapter may have only a part of its tensors
                 state = dict(module.named_parameters()) | state
             load_exactly(module, state, "the adapter's", prefix)
-
-    def check_backbone(self, backbone: FrozenBackbone) -> None:
-        """Raise a `ValueError` if the adapter was trained on another backbone."""
-        check_backbone(self.backbone, backbone)

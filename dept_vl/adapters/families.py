@@ -66,7 +66,7 @@ class Parts:
                 f"opens by {', '.join(SUPPORTED)}. Attach before the model is wrapped or compiled; for an "
                 "image encoder and a language model of your own choice there is dept_vl.Backbone"
             )
-        tokens = [*_tokens_of(model.config.to_dict())]
+        tokens = [*tokens_of(model.config.to_dict())]
         images = {token for name, token in tokens if name in IMAGE_TOKENS}
         if OF_IMAGES in known and not images:
             raise ValueError(
@@ -97,11 +97,11 @@ class Parts:
             )
 
 
-def _tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
+def tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:
     """Yield the names and ids of the tokens in a configuration and its nested configurations."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _tokens_of(value)
+            yield from tokens_of(value)
         name, token, _ = str(key).rpartition("_token_")
         for number in (value if isinstance(value, list) else [value]) if token else []:
             if isinstance(number, int):

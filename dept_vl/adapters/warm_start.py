@@ -9,6 +9,7 @@ from torch import Tensor
 from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import load_exactly, under
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.fingerprint import check_backbone
 from dept_vl.config import InitParts
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT
@@ -77,7 +78,7 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
         )
     trained_projection = "visual_projection" in adapter.trainable_parameters
     if backbone.visual_projection is not None and trained_projection:
-        adapter.check_backbone(backbone)
+        check_backbone(trained_on, backbone)
     if adapter.prompt is None or model.prompt is None:
         whose = f"the source at {path}" if adapter.prompt is None else "the model"
         raise ValueError(f"{whose} has no prompt, and init_from starts a prompt from a trained one")

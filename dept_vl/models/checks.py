@@ -252,13 +252,13 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     with loading(name, "a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    files = ["tokenizer.json", *getattr(tokenizer, "vocab_files_names", {}).values()]
     # A tokenizer of bytes has no vocabulary to store.
-    needed = bool(getattr(tokenizer, "vocab_files_names", {}))
-    if needed and not any(_has(name, file) for file in dict.fromkeys(files)):
+    stored = getattr(tokenizer, "vocab_files_names", {}).values()
+    files = dict.fromkeys(["tokenizer.json", *stored])
+    if stored and not any(_has(name, file) for file in files):
         raise ValueError(
-            f"{name} holds a model without its tokenizer: expected one of {', '.join(dict.fromkeys(files))}, "
-            "found none; save it there too (tokenizer.save_pretrained)"
+            f"{name} holds a model without its tokenizer: expected one of {', '.join(files)}, found none; "
+            "save it there too (tokenizer.save_pretrained)"
         )
     return tokenizer
 

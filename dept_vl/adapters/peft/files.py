@@ -168,18 +168,15 @@ def from_peft(
     sizes = {name: config[name] for name in ("prompt_length", "rank", "max_source_length")}
     state = own_names(tensors)
     with torch.device("meta"):  # shapes are compared before memory is allocated
-        shapes = {
-            name: tuple(p.shape)
-            for name, p in DePT(backbone.d_model, **sizes, alpha=float(config["alpha"])).named_parameters()
-        }
+        prompt = DePT(backbone.d_model, **sizes, alpha=float(config["alpha"]))
+    shapes = {name: tuple(parameter.shape) for name, parameter in prompt.named_parameters()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if given != shapes:
         raise ValueError(
             f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
             f"tensors {shapes}, found {given!s:.300}"
         )
-    prompt = DePT(backbone.d_model, **sizes, alpha=float(config["alpha"]))
-    load_exactly(prompt, state, f"{folder / TENSORS_FILE}: its")
+    load_exactly(prompt.to_empty(device="cpu"), state, f"{folder / TENSORS_FILE}: its")
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
 
 

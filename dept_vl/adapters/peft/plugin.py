@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from dept_vl.adapters.base_model import check_base, describe_base
 from dept_vl.adapters.calls import refuse_second
-from dept_vl.adapters.families import Parts
+from dept_vl.adapters.families import Parts, tokens_of
 from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import (
     CONTAINER,
@@ -363,16 +363,11 @@ def _new_prompt(config: DeptConfig, model: PreTrainedModel) -> DePT:
         cast(Init, config.prompt_init),
         lambda ids: (_language(model).embed if of_text else words)(ids[None].to(device_of(words)))[0],
         vocabulary_size=words.num_embeddings,
-        special_tokens=_special_tokens(model) if of_text else Parts.of(model).special_tokens,
+        special_tokens=[token for _, token in tokens_of(model.config.to_dict())],
         tokenizer=tokenizer,
         text=config.prompt_init_text or "",
     )
     return prompt
-
-
-def _special_tokens(model: PreTrainedModel) -> list[int]:
-    special = (getattr(model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
-    return [token for token in special if isinstance(token, int)]
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[DeptType.DEPT] = DeptConfig
