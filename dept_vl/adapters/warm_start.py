@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     if parts == "all" and len(sources) == 1:
         load_exactly(prompt, dict(sources[0].named_parameters()), "the source's", "prompt.")
     else:
-        prompt.init_prompt(torch.stack([_vectors(source) for source in sources]).mean(0))
+        vectors = [cast(Tensor, source.vectors()) for source in sources]
+        prompt.init_prompt(torch.stack(vectors).mean(0))
         if parts == "all":
             _take_mean_offset(prompt, sources)
     projection = model.backbone.visual_projection
@@ -43,12 +45,6 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     if len(adapters) == 1 and projection is not None and "visual_projection" in only.trainable_parameters:
         prefix = "visual_projection."
         load_exactly(projection, under(prefix, only.tensors), "the source's", prefix)
-
-
-def _vectors(prompt: DePT) -> Tensor:
-    vectors = prompt.vectors()
-    assert vectors is not None
-    return vectors.detach()
 
 
 @torch.no_grad()

@@ -57,13 +57,6 @@ class PromptSource(nn.Module, ABC):
     def start_from(self, vectors: Float[Tensor, "prompt d_model"]) -> None:
         """Set the parameters so that P is as close to `vectors` as possible."""
 
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Return the parameters by learning-rate group; see `DePT.parameter_groups`."""
-        groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": []}
-        for name, parameter in self.named_parameters():
-            groups["prompt" if name in self.as_prompt else "low_rank"].append(parameter)
-        return groups
-
 
 class DePT(nn.Module):
     """Trainable prompt with the parameters `soft_prompt` (m, d), `offset_a` (s, r) and `offset_b` (r, d).
@@ -263,13 +256,12 @@ class DePT(nn.Module):
 
         `prompt` has the parameters whose step changes P by about as much, `low_rank` all other parameters.
         """
-        of_source = {} if self.source is None else self.source.parameter_groups()
-        of_tokens = [parameter for offset in self.offset_modules for parameter in offset.parameters()]
-        groups = {
-            "prompt": [self.soft_prompt, *of_source.get("prompt", [])],
-            "low_rank": [self.offset_a, self.offset_b, *of_source.get("low_rank", []), *of_tokens],
-        }
-        return {name: [p for p in group if p is not None] for name, group in groups.items()}
+        of_source = () if self.source is None else self.source.as_prompt
+        as_prompt = {"soft_prompt", *(f"source.{name}" for name in of_source)}
+        groups: dict[str, list[nn.Parameter]] = {"prompt": [], "low_rank": []}
+        for name, parameter in self.named_parameters():
+            groups["prompt" if name in as_prompt else "low_rank"].append(parameter)
+        return groups
 
     def powers(self) -> dict[nn.Parameter, int]:
         """Return the power of the embeddings' scale by which each parameter has to be multiplied.
