@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM
+from zoo.vlm_parts import bart, model_of, words
 from zoo.vlms import DECODER_ONLY, TEXT_ONLY
 
 from dept_vl._utils.errors import UsageError
@@ -265,6 +267,14 @@ def test_models_of_text_go_the_same_way(pretrained_folder: Folder, name: str) ->
     model(**batch.training_inputs()).loss.backward()
     assert all(parameter.grad is not None for parameter in prompt.parameters())
     assert model.generate(**batch.inputs(), max_new_tokens=3).ndim == 2
+
+
+def test_a_marian_writes_no_padding() -> None:
+    tokens = words("$A </s>")
+    marian = model_of("marian", AutoModelForSeq2SeqLM, **bart(tokens))
+    backbone = VisionLanguageModel(marian, tokens, name="marian")
+    assert backbone.language_model.special_tokens["bad_words_ids"] == [[tokens.pad_token_id]]
+    assert backbone.language_model.special_tokens["eos_token_id"] == [tokens.eos_token_id]
 
 
 def test_tokens_of_another_processor_are_refused(copied: Callable[..., Path]) -> None:
