@@ -63,12 +63,8 @@ def check_described(
     unknown = [name for name in tensors if not name.startswith(PREFIXES)]
     if unknown:
         raise ValueError(f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}")
-    groups_of_prompt = {} if prompt is None else described_method(prompt).trained()
-    expected = {
-        group: {f"prompt.{name}": shape for name, shape in named.items()}
-        for group, named in groups_of_prompt.items()
-    }
-    shapes = {name: shape for group in expected.values() for name, shape in group.items()}
+    expected = {} if prompt is None else described_method(prompt).trained()
+    shapes = {f"prompt.{name}": shape for group in expected.values() for name, shape in group.items()}
     prompt_shapes = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("prompt.")}
     if prompt_shapes != shapes:
         raise ValueError(f"by its sizes the prompt has the tensors {shapes}; found {prompt_shapes!s:.200}")
@@ -76,7 +72,7 @@ def check_described(
     for name, tensor in tensors.items():
         if name == FROZEN_ORDER and object_order == "frozen":
             continue
-        low_rank = name in expected.get("low_rank", {})
+        low_rank = name.removeprefix("prompt.") in expected.get("low_rank", {})
         groups.setdefault("low_rank" if low_rank else GROUPS[name.split(".")[0]], []).append(tensor)
     if "visual_projection" not in trainable_parameters:
         groups.pop("visual_projection", None)  # kept, though frozen
