@@ -28,12 +28,13 @@ def special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     if not encoder_decoder:
         return ids
-    ids["decoder_start_token_id"] = model.config.get_text_config().decoder_start_token_id
     for module in model.modules():
         if hasattr(module, "prepare_decoder_input_ids_from_labels"):
             labels = torch.tensor([tokenizer(text_target=WORD).input_ids])
             ids["decoder_start_token_id"] = int(module.prepare_decoder_input_ids_from_labels(labels)[0, 0])
             break
+    else:
+        ids["decoder_start_token_id"] = model.config.get_text_config().decoder_start_token_id
     if model.config.model_type == MARIAN:
         # The logit of Marian's padding token was never trained, and is often the highest.
         ids["bad_words_ids"] = [[tokenizer.pad_token_id]]
