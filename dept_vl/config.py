@@ -305,14 +305,14 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
     language model are joined, and that images are not rotated by their EXIF orientation. A search (`tune`),
     which earlier versions had, is a UsageError.
     """
-    named = {RENAMED.get(name, name): value for name, value in options.items()}
+    named = _renamed(options)
     if trials := named.pop("tune", 0):
         raise UsageError(
             f"tune is {trials!r:.60}, of a search that this version does not have; expected 0: take the "
             "config.json of a trial, or remove tune"
         )
     if isinstance(named.get("optim"), dict):
-        named["optim"] = {RENAMED.get(name, name): value for name, value in named["optim"].items()}
+        named["optim"] = _renamed(named["optim"])
     backbone, also = named.get("backbone"), named.get("also")
     # Runs save all options. These two exist since the first version, so an option missing here is newer.
     if isinstance(backbone, dict) and {"vision_layer", "pooled_grid"} <= backbone.keys():
@@ -322,6 +322,13 @@ def current_options(options: dict[str, Any]) -> dict[str, Any]:
         joined = BEFORE_ORDER if backbone.get("vision") else {}
         named["backbone"] = {**({"exif": False} if images else {}), **joined, **backbone}
     return named
+
+
+def _renamed(options: dict[str, Any]) -> dict[str, Any]:
+    for old in RENAMED.keys() & options.keys():
+        if RENAMED[old] in options:
+            raise UsageError(f"{old} is the old name of {RENAMED[old]}, and both are given; remove {old}")
+    return {RENAMED.get(name, name): value for name, value in options.items()}
 
 
 def _located(options: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -192,10 +192,12 @@ def build(many: ManyAdapters, folder: Path) -> Any:
             "concurrency_id": "model",
             "api_visibility": "private",
         }
-        button.click(ask, **asked)
-        question.submit(ask, **asked)
+        pending = [button.click(ask, **asked), question.submit(ask, **asked)]
         shown = [*uploads, question, about, answer, problem]
-        adapter.change(looks, adapter, shown, api_visibility="private", show_progress="hidden")
+        # An answer of the former adapter must not come under the name of the new one.
+        adapter.change(
+            looks, adapter, shown, api_visibility="private", show_progress="hidden", cancels=pending
+        )
     return page.queue(max_size=MOST_WAITING)
 
 

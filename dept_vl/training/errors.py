@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dept_vl._utils.run_files import CONFIG_FILE
+from dept_vl._utils.run_files import CONFIG_FILE, SUMMARY_FILE
 from dept_vl.training.checkpoint import checkpoints, steps_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +35,8 @@ def explained(folder: Path, option: str = "--output_dir", way_on: str = "") -> I
     try:
         yield
     except (OSError, RuntimeError, EOFError) as error:
+        if (folder / SUMMARY_FILE).is_file():
+            option, way_on = "folder, such as a copy", f"{folder} is finished, and stays as it is"
         problem = _problem(error, option)
         if not problem:
             raise

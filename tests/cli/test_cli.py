@@ -103,6 +103,13 @@ def test_models_that_an_older_run_joined_are_joined_as_then(tmp_path: Path) -> N
     assert new.backbone.loading()["image_fit"] is None
 
 
+def test_an_old_name_beside_the_new_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"optim": {"offset_lr": 0.001, "lora_lr": 0.5}}))
+    with pytest.raises(UsageError, match="lora_lr is the old name of offset_lr"):
+        read_config(path)
+
+
 @pytest.mark.parametrize("flags", [["--lora_lr", "0.5"], ["--lora_lr=0.5"], ["--lora-lr", "0.5"]])
 def test_the_older_name_of_a_flag_is_taken_with_a_note(
     flags: list[str], capsys: pytest.CaptureFixture[str]

@@ -221,6 +221,31 @@ class Page:
 
 
 @needs_browser
+def test_an_answer_does_not_come_under_another_adapter(
+    many: ManyAdapters, picture: Path, address: str, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, held, original = threading.Event(), threading.Event(), demo.answer_in_time
+
+    def late(*asked: Any) -> tuple[str, str]:
+        arrived.set()
+        held.wait(PATIENCE)
+        return original(*asked)
+
+    monkeypatch.setattr(demo, "answer_in_time", late)
+    page = Page(browser, address)
+    page.upload(picture)
+    page.ask("what colour?")
+    assert arrived.wait(PATIENCE)
+    page.pick(BASE)
+    page.wait(lambda: "before any adapter" in page.find("#about").text)
+    held.set()
+    time.sleep(1)  # the answer of the first adapter would come now
+    assert page.answer() == ""
+    page.ask()
+    page.wait(lambda: page.answer() == many.answer(picture, "what colour?", adapters=None))
+
+
+@needs_browser
 def test_a_visitor_asks_and_picks_another_adapter(
     many: ManyAdapters, picture: Path, broken: Path, address: str, browser: Any
 ) -> None:

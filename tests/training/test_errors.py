@@ -383,3 +383,15 @@ def test_what_is_no_fault_of_the_machine_passes(tmp_path: Path) -> None:
         with pytest.raises(type(error)) as found, explained(tmp_path):
             raise error
         assert found.value is error
+
+
+def test_a_finished_run_is_not_to_be_resumed(tmp_path: Path) -> None:
+    """A report of a folder that another user owns."""
+    for name in ("config.json", "summary.json"):
+        (tmp_path / name).write_text("{}")
+    path = tmp_path / "report.html"
+    finished = r"no permission for .*report\.html.* is finished"
+    with pytest.raises(OSError, match=finished) as failed, explained(tmp_path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    assert "--resume" not in str(failed.value)
+    assert "--output_dir" not in str(failed.value)
