@@ -1,7 +1,8 @@
 """Hooks that insert a prompt into the calls of a model and remove its columns from the outputs.
 
 Hooks on `forward` and a wrapper of `generate` insert the placeholders of `models.prompt_hook` into the
-inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders.
+inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders. What reads the
+state of a call is not compiled: a compiled graph would keep the state of its first call.
 """
 
 import copy
@@ -35,6 +36,7 @@ class _Call(threading.local):
     placed: Placement | None = None
     given: Int[Tensor, "batch given"]
     outermost: int | None = None
+    read: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Call, ()  # a copy of a model is in no call
@@ -77,6 +79,7 @@ class PromptedCalls:
         vars(model).update(self._own_generate)
         self._handles, self._own_generate = [], {}
 
+    @torch.compiler.disable
     def _before(
         self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -87,11 +90,12 @@ class PromptedCalls:
         named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
         return (), named | self._prompted(prompt, named)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> Any:
         if self._call.outermost != id(module):
             return None
         placed, self._call.placed, self._call.outermost = self._call.placed, None, None
-        return self._as_given(made, placed)
+        return None if made is None else self._as_given(made, placed)  # None after an error
 
     def _generate(self, model: Any, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         prompt = self.current_prompt()
@@ -108,10 +112,14 @@ class PromptedCalls:
         finally:
             self._call.placed = None
 
+    @torch.compiler.disable
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
         """Return the embeddings of a source with its prompt, or None to leave them unchanged."""
         prompt, placed = self.current_prompt(), self._call.placed
-        return None if prompt is None or placed is None else put(prompt, placed, ids, embedded)
+        if prompt is None or placed is None:
+            return None
+        self._call.read = True
+        return put(prompt, placed, ids, embedded)
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changed arguments of a call, with placeholders in the source, and set `_call`.
@@ -141,6 +149,7 @@ class PromptedCalls:
         self._parts.check_length(length, ids.shape[1])
         labels = None if self._parts.encoder_decoder else named.get("labels")
         others = {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None}
+        self._call.read = False
         self._call.placed = placed = place(
             prompt,
             ids,
@@ -185,7 +194,16 @@ class PromptedCalls:
         return text
 
     def _as_given(self, made: Any, placed: Placement | None) -> Any:
-        """Return the output of a decoder-only model without the columns of placeholders."""
+        """Return the output of a decoder-only model without the columns of placeholders.
+
+        Raises:
+            UsageError: If the model did not read the prompt.
+        """
+        if placed is not None and not self._call.read:
+            raise UsageError(
+                "the prompt was not read, because the model's word embeddings are others than when it was "
+                "attached; change them (resize_token_embeddings, set_input_embeddings) before you attach"
+            )
         if placed is None or self._parts.encoder_decoder:
             return made
         if isinstance(made, tuple):
@@ -195,6 +213,8 @@ class PromptedCalls:
                 made[name] = self._as_given(made[name], placed)
         width = placed.ids.shape[1]
         if not isinstance(made, Tensor) or made.ndim < 2 or made.shape[1] < width:
+            return made
+        if made.ndim == 2 and made.is_floating_point():  # the logits of one generated token
             return made
         kept = self._call.given.repeat_interleave(len(made) // len(placed.ids), 0)
         behind = torch.arange(width, made.shape[1], device=kept.device).expand(len(kept), -1)

@@ -8,10 +8,18 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES, TEXT_ONLY
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.attach import Attached, attach, new_prompt
 from dept_vl.adapters.families import Parts
 from dept_vl.models.pretrained_vlm import VisionLanguageModel
@@ -140,3 +148,45 @@ def test_an_answer_with_the_token_of_an_image_is_no_image(pretrained_folder: Fol
             logits = attached(**joined(inputs, answer, 0), labels=labels).logits
         found.append(logits[:, width - 1 : -1])  # in front of the last token
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.fixture
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=64, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return LlamaForCausalLM(config).eval()
+
+
+IDS = torch.arange(3, 21).view(2, 9)
+MASKED = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)}
+
+
+def test_a_compiled_decoder_reads_the_prompt_once(llama: LlamaForCausalLM) -> None:
+    with attach(llama, trained(16)) as attached, torch.no_grad():
+        expected = attached(**MASKED).logits
+        assert expected.shape == (2, 9, 64)
+        for module in (attached, llama):
+            torch.testing.assert_close(torch.compile(module, backend="eager")(**MASKED).logits, expected)
+        llama.compile(backend="eager")  # in place
+        torch.testing.assert_close(llama(**MASKED).logits, expected)
+
+
+def test_logits_of_generated_tokens_are_whole(llama: LlamaForCausalLM) -> None:
+    """A vocabulary is not taken for columns of a source."""
+    asked = {"output_logits": True, "output_scores": True, "return_dict_in_generate": True}
+    with attach(llama, trained(16)) as attached:
+        made = attached.generate(**MASKED, **asked, max_new_tokens=2, do_sample=False)
+    assert [tuple(step.shape) for step in (*made.logits, *made.scores)] == [(2, 64)] * 4
+    assert [step.argmax(1).tolist() for step in made.logits] == made.sequences[:, 9:].T.tolist()
+
+
+def test_word_embeddings_that_were_exchanged_since_are_named(llama: LlamaForCausalLM) -> None:
+    with attach(llama, trained(16)) as attached:
+        llama.resize_token_embeddings(70)  # keeps the module
+        assert attached(**MASKED).logits.shape == (2, 9, 70)
+        llama.set_input_embeddings(nn.Embedding(70, 16))
+        for call in (attached, attached.generate):
+            with pytest.raises(UsageError, match="set_input_embeddings"):
+                call(**MASKED)
+    assert llama(**MASKED).logits.shape == (2, 9, 70)
