@@ -1,8 +1,8 @@
 """Hooks that insert a prompt into the calls of a model and remove its columns from the outputs.
 
 Hooks on `forward` and a wrapper of `generate` insert the placeholders of `models.prompt_hook` into the
-inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders. What reads the
-state of a call is not compiled: a compiled graph would keep the state of its first call.
+inputs, even if `forward` was replaced. `_put` then replaces the embeddings of the placeholders. They are not
+compiled, because a compiled graph would keep the state of its first call.
 """
 
 import copy

@@ -5,14 +5,16 @@ As in DePT's few-shot tables (Shi & Lipani 2024), the k examples can instead be 
 (`shots_per`: with k = 16, eight of each of two classes), and a whole dev split can be used (`shots_dev`). The
 selection is saved with a run as `shots.json`, so that another run can use it:
 
-    {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...]}
+    {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...], "content": "..."}
 """
 
+import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
+from dept_vl._utils.checksums import checksum
 from dept_vl._utils.io import read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl.config import DataOptions
@@ -32,6 +34,7 @@ class Shots:
     classes: tuple[str, ...]  # names of the classes; empty if the task has none
     train: tuple[int, ...]  # indices of the training examples
     dev: tuple[int, ...]  # indices of the dev examples
+    content: str = ""  # checksum of these examples; empty in older files
 
     def write(self, path: Path) -> None:
         """Save the selection, so that another run can use it."""
@@ -57,7 +60,7 @@ def choose_shots(options: DataOptions, train: Task) -> Shots | None:
             f"shots={options.shots} draws examples and shots_file={options.shots_file} names them; give one"
         )
     if options.shots_file:
-        return read_shots(options.shots_file, len(train))
+        return read_shots(options.shots_file, train)
     if not options.shots:
         return None
     return draw_shots(train, options.shots, options.shots_seed, options.shots_per)
@@ -79,7 +82,17 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     train = _take(task, order, sizes, set())
     learnt, seen = set(train), {path for index in train for path in task.images(index)}
     others = [index for index in order if index not in learnt]
-    return Shots(k, seed, classes, train, _take(task, others, sizes, seen))
+    dev = _take(task, others, sizes, seen)
+    return Shots(k, seed, classes, train, dev, _content(task, [*train, *dev]))
+
+
+def _content(task: Task, indices: Sequence[int]) -> str:
+    """Return a checksum of examples: texts, answers and names of images, whose folder may have moved."""
+    parts = [
+        (example.source_text.casefold(), example.answers, [image.name for image in example.images])
+        for example in map(task.__getitem__, indices)
+    ]
+    return checksum(json.dumps(parts).encode())
 
 
 def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
@@ -104,14 +117,19 @@ def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: S
     return tuple(sorted(index for indices in taken.values() for index in indices))
 
 
-def read_shots(path: Path, count: int) -> Shots:
-    """Read a few-shot selection; ValueError if it is damaged or does not fit a split of `count` examples."""
+def read_shots(path: Path, task: Task) -> Shots:
+    """Read a few-shot selection; ValueError if it is damaged or of another training split than `task`."""
     shots: Shots = check(read_object(path, Shots), Shots)
     places = [*shots.train, *shots.dev]
     if not shots.train or not shots.dev or len(set(places)) < len(places):
         raise ValueError(f"{path} is damaged: expected different examples to learn and to choose on")
-    if not all(0 <= place < count for place in places):
+    if not all(0 <= place < len(task) for place in places):
         raise ValueError(
-            f"{path} is of another training split: expected places below {count:,}, found {max(places):,}"
+            f"{path} is of another training split: expected places below {len(task):,}, found {max(places):,}"
+        )
+    if shots.content and shots.content != _content(task, places):
+        raise ValueError(
+            f"{path} is of another training split: its examples are others in {task.name}; give the data and "
+            "split options that they were drawn with"
         )
     return shots

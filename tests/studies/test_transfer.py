@@ -169,8 +169,15 @@ def test_shots_are_kept_and_used_again(scenes: Path, tmp_path: Path) -> None:
         assert len(getattr(drawn, side)) == 4
     with pytest.raises(ValueError, match="give one"):
         load_splits(replace(options, shots_file=path), 0)
+    whole = load_task("nlvr2", scenes / "nlvr2", "train")
     with pytest.raises(ValueError, match="of another training split: expected places below 2"):
-        read_shots(path, 2)
+        read_shots(path, whole.subset([0, 1]))
+    with pytest.raises(ValueError, match="of another training split: its examples are others"):
+        read_shots(path, whole.subset(range(len(whole))[::-1]))
+    older = tmp_path / "older" / "shots.json"
+    older.parent.mkdir()
+    older.write_text(json.dumps(json.loads(path.read_text()) | {"content": ""}))
+    assert read_shots(older, whole).train == drawn.shots.train
 
 
 @pytest.mark.parametrize("change", [{"train": []}, {"dev": [1, 1]}, {"k": "two"}, {"more": 1}])
@@ -178,7 +185,7 @@ def test_damaged_shots_are_refused(tmp_path: Path, change: dict[str, Any]) -> No
     path = tmp_path / "shots.json"
     path.write_text(json.dumps({"k": 1, "seed": 0, "classes": [], "train": [0], "dev": [1]} | change))
     with pytest.raises(ValueError, match=r"shots\.json is damaged"):
-        read_shots(path, 10)
+        read_shots(path, yes_no(5, 5))
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 11, 31, 32, 60])
