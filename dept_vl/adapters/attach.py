@@ -230,7 +230,8 @@ class Attached(PromptedCalls, nn.Module):
     def _look_up(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], embedded: Tensor
     ) -> Tensor | None:
-        return self._put((*inputs, *named.values())[0], embedded)
+        prompted: Tensor | None = self._put((*inputs, *named.values())[0], embedded)
+        return prompted
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the model with the prompt."""

@@ -79,7 +79,7 @@ class PromptedCalls:
         vars(model).update(self._own_generate)
         self._handles, self._own_generate = [], {}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(
         self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -90,7 +90,7 @@ class PromptedCalls:
         named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
         return (), named | self._prompted(prompt, named)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> Any:
         if self._call.outermost != id(module):
             return None
@@ -112,7 +112,7 @@ class PromptedCalls:
         finally:
             self._call.placed = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
         """Return the embeddings of a source with its prompt, or None to leave them unchanged."""
         prompt, placed = self.current_prompt(), self._call.placed
