@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from test_attach_trainer import ARGUMENTS as OF_ATTACHED
-from test_peft_plugin import loaded_as_the_card_says
+from test_peft_files import loaded_as_the_card_says
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from zoo.vlm_subjects import joined

@@ -38,7 +38,7 @@ def test_a_cluster_answers_as_a_predictor(
     pretrained_folder: Callable[[str], Path], port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray import serve
-    from test_server import IMAGES, QUESTIONS, message
+    from serving import IMAGES, QUESTIONS, message
 
     from dept_vl.inference.cluster import deployment
 

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL, random_features, random_labels, random_text
-from test_causal import (
+from causal_parts import (
     ANSWERS,
     LAYOUTS,
     Literal,
@@ -24,6 +23,7 @@ from test_causal import (
     texts_of,
     trained_prompt,
 )
+from conftest import D_MODEL, random_features, random_labels, random_text
 from torch import Tensor, nn
 
 from dept_vl.adapters.adapter import Adapter
