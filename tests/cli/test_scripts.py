@@ -1,21 +1,24 @@
+import copy
 import json
 import math
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.vision import VisionEncoder
 from pretraining.batches import CELL_CLASSES, MOST, DrawnBatches, Sample, phrases
 from pretraining.convert import convert
-from pretraining.language import FORK, Course, build_language, fit_projection
+from pretraining.language import FORK, Course, build_language, build_tokenizer, fit_projection
 from pretraining.measure import encode_scenes, exact_match
 from pretraining.questions import FAMILIES, PHRASINGS, ask
 from scripts import pretrain_tiny
@@ -36,10 +39,23 @@ TINY = pretrain_tiny.PretrainConfig(
 )
 
 
-def pretrain(config: pretrain_tiny.PretrainConfig) -> None:
-    """Run the script; a model that has learnt next to nothing ends no answer, and most time went there."""
+@cache
+def tokenizer_built() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def pretrain(config: pretrain_tiny.PretrainConfig, *, own_tokenizer: bool = False) -> None:
+    """Run the script; a model that has learnt next to nothing ends no answer, and most time went there.
+
+    Every run builds the same tokenizer, twice; they share one unless told.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pretraining.measure.LONGEST_ANSWER", 4)
+        patch.setattr("pretraining.language.WATCHED_SCENES", 10)
+        patch.setattr("pretraining.language.FITTED_SCENES", 100)
+        if not own_tokenizer:
+            for module in ("pretraining.language", "scripts.pretrain_tiny"):
+                patch.setattr(f"{module}.build_tokenizer", lambda: copy.deepcopy(tokenizer_built()))
         pretrain_tiny.main(config)
 
 
@@ -61,7 +77,7 @@ def test_pretraining_writes_a_backbone_that_loads_like_any_other(pretrained: Pat
 
 
 def test_pretraining_is_seeded(pretrained: Path, tmp_path: Path) -> None:
-    pretrain(replace(TINY, output_dir=tmp_path / "again"))
+    pretrain(replace(TINY, output_dir=tmp_path / "again"), own_tokenizer=True)
     first, second = (Backbone.from_pretrained(f).state_dict() for f in (pretrained, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -217,8 +233,9 @@ def test_questions_about_places_are_of_the_families_named_and_about_several_obje
 
 
 def test_a_projection_fitted_to_another_tower_gives_the_tokens_it_gave(
-    pretrained: Path, tmp_path: Path
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pretraining.language.FITTED_SCENES", 200)
     earlier = Backbone.from_pretrained(pretrained)
     pretrain(replace(TINY, vision_only=True, output_dir=tmp_path / "tower", seed=1))
     vision = VisionEncoder.from_pretrained(tmp_path / "tower" / "vision")
