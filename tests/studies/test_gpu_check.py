@@ -77,7 +77,7 @@ if part == "dies":
 def three_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(parts, "GRACE", 0.0)
     made = {
-        name: Part(name, share, 0, "none") for name, share in (("dies", 1.0), ("hangs", 0.04), ("ends", 1.0))
+        name: Part(name, share, 0, "none") for name, share in (("dies", 1.0), ("hangs", 0.02), ("ends", 1.0))
     }
     monkeypatch.setattr(parts, "PARTS", made)
     script = tmp_path / "script.py"
@@ -92,7 +92,7 @@ def test_a_part_that_dies_or_hangs_leaves_the_others(
     config = GpuCheckConfig(output_dir=tmp_path / "out", minutes=1.0)
     results = run_parts(config, three_parts)
     assert results["dies"]["status"] == "failed with status 7"
-    assert results["hangs"]["status"].startswith("stopped after 2")
+    assert results["hangs"]["status"].startswith("stopped after 1")
     assert results["ends"]["status"] == "finished"
     # What was measured before the end of a part is there.
     assert all(results[name]["entries"]["first"] == {"ms": 1.0} for name in ("dies", "ends"))
