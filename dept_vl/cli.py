@@ -267,9 +267,9 @@ def parse(defaults: RunConfig, description: str, argv: Sequence[str] | None = No
             default=base,
             prog="dept-vl train",
             description=(
-                f"{description} --config FILE starts from the config.json of another run, --preset "
-                f"{'|'.join(PRESETS)} from the task's published hyper-parameters; flags go before both, and "
-                "a file before a preset."
+                f"{description} --config FILE starts from the config.json of another run, and --preset "
+                f"{'|'.join(PRESETS)} from the task's published hyper-parameters. A file overrides a preset, "
+                "and flags override both."
             ),
             config=(tyro.conf.OmitArgPrefixes,),
         )
@@ -315,7 +315,7 @@ def parse_extraction(description: str, argv: Sequence[str] | None = None) -> Ext
         rest,
         prog="dept-vl features",
         default=ExtractConfig(data=of_run.data, also=of_run.also, backbone=of_run.backbone),
-        description=f"{description} --config FILE takes the data and the backbone of a run's config.json.",
+        description=f"{description} --config FILE uses the data and the backbone of a run's config.json.",
         config=(tyro.conf.OmitArgPrefixes,),
     )
     validate(config)
