@@ -6,6 +6,7 @@ models on the Hub do not contain one.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import check_noted, write_atomically, write_noted
 from dept_vl._utils.printable import printable
 from dept_vl._utils.tensors import check_parameters, copies, load_exactly, read_tensors, under
@@ -103,7 +105,7 @@ class Adapter:
             prompt=prompt.describe(),
             backbone=backbone,
             task=task,
-            metrics=dict(metrics),
+            metrics={name: float(value) for name, value in metrics.items()},
             trainable_parameters=count_parameters(prompt.parameter_groups()),
             tensors=copies(prompt.named_parameters("prompt")),
         )
@@ -171,7 +173,10 @@ class Adapter:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
 
     def _contents(self) -> dict[str, bytes]:
-        """Return the content of both files by file name."""
+        """Return the content of both files by file name; UsageError if a metric is not a finite number."""
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise UsageError(f"the metric {name} is {value}; expected a finite number: leave it out")
         return {
             TENSORS_FILE: save(self.tensors, metadata={"format": "pt"}),
             ADAPTER_FILE: (json.dumps(self._description(), indent=2) + "\n").encode(),

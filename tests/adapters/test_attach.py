@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -478,6 +479,9 @@ def test_saved_and_loaded_it_says_the_same(
 ) -> None:
     inputs = inputs_of(family)
     attached = attach(make(family), trained_prompt())
+    with pytest.raises(UsageError, match="accuracy is nan"):
+        attached.save(tmp_path, metrics={"accuracy": math.nan})
+    assert not list(tmp_path.iterdir())
     attached.save(tmp_path, task="vqa", metrics={"accuracy": 61.5})
     again = Attached.load(tmp_path, make(family))
     mine, theirs = dict(attached.prompt.named_parameters()), dict(again.prompt.named_parameters())
