@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.calls import PromptedCalls, refuse_second
 from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, over_items
 from dept_vl.adapters.offload import device_of
+from dept_vl.models.prompt_hook import check_text_alone
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 
@@ -97,11 +97,7 @@ def attach(model: PreTrainedModel, prompt: DePT) -> "Attached":
             f"the prompt is {prompt.d_model} wide and {model_name(model)} is {width} wide; build the "
             f"prompt with d_model={width}"
         )
-    if prompt.needs_encoder or prompt.visual_offset is not None:
-        raise UsageError(
-            "a ready-made model takes what changes its text alone: pt, dept, adept and the like, without "
-            f"visual_offset; this prompt is of method {prompt.describe()['method']}"
-        )
+    check_text_alone(prompt)
     parts.check_length(prompt.prompt_length, 1)
     refuse_second(model)
     kind: Any = type(model)

@@ -36,7 +36,7 @@ from dept_vl.models.checks import load_config, load_model, loading
 from dept_vl.models.generation import special_tokens
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.options import LoadIn
-from dept_vl.models.prompt_hook import is_encoder_decoder, place
+from dept_vl.models.prompt_hook import check_text_alone, is_encoder_decoder, place
 from dept_vl.models.quantised import fingerprint_of_words, keep_gradients, placing
 from dept_vl.models.reader import PretrainedReader, Source
 from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
@@ -246,11 +246,7 @@ class VisionLanguageModel(FrozenBackbone):
 
     def check_prompt(self, prompt: DePT) -> None:
         """See `FrozenBackbone.check_prompt`."""
-        if prompt.needs_encoder or prompt.visual_offset is not None:
-            raise ValueError(
-                "a pretrained model takes what changes its text alone: pt, dept, adept and the like, without "
-                f"visual_offset; this prompt is of method {prompt.describe()['method']}"
-            )
+        check_text_alone(prompt)
 
     def read(
         self,

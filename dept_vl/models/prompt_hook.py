@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.models.padding import inserting, packing, take
 from dept_vl.prompts.dept import DePT
 
@@ -164,3 +165,12 @@ def _prompted(
     if prompted.shape[1] == 0:  # neither prompt nor text
         prompted = text.new_zeros(len(text), 1, text.shape[2])
     return prompted.to(text.dtype)
+
+
+def check_text_alone(prompt: DePT) -> None:
+    """Raise UsageError if a prompt of a pretrained model changes more than the text."""
+    if prompt.needs_encoder or prompt.visual_offset is not None:
+        raise UsageError(
+            "in a pretrained model, a prompt can only change the text: use pt, dept, adept, hybrid, ulpt, "
+            f"lopt or residual, without visual_offset; found the method {prompt.describe()['method']}"
+        )
