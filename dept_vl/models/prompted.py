@@ -90,18 +90,28 @@ class PromptedModel(nn.Module):
         self,
         input_ids: Int[Tensor, "batch text"],
         attention_mask: Int[Tensor, "batch text"] | Bool[Tensor, "batch text"],
-        **images: Any,
+        *,
+        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
+        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+        processed: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
         """Return the encoded source and its mask; see `FrozenBackbone.read`.
 
         Args:
             input_ids: Token ids, padded on either side; a pretrained model's include its image tokens.
             attention_mask: Mask that is non-zero on tokens.
-            **images: `pixel_values` or `visual_features` for a composed backbone, `processed` for a
-                pretrained model, as in `FrozenBackbone.read`.
+            pixel_values: Preprocessed images, for a composed backbone.
+            visual_features: Output of the vision tower for the images, instead of `pixel_values`.
+            processed: Further outputs of a pretrained model's processor for the source.
         """
         return self.backbone.read(
-            self.prompt, input_ids, attention_mask, word_table=self.word_table, **images
+            self.prompt,
+            input_ids,
+            attention_mask,
+            word_table=self.word_table,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            processed=processed,
         )
 
     def forward(
@@ -110,8 +120,10 @@ class PromptedModel(nn.Module):
         attention_mask: Int[Tensor, "batch text"] | Bool[Tensor, "batch text"],
         labels: Int[Tensor, "batch target"],
         *,
+        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
+        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
+        processed: Mapping[str, Tensor] | None = None,
         weights: Float[Tensor, " batch"] | None = None,
-        **images: Any,
     ) -> Seq2SeqLMOutput:
         """Return the logits and the loss, as computed by `sequence_loss`.
 
@@ -119,10 +131,18 @@ class PromptedModel(nn.Module):
             input_ids: See `encode`.
             attention_mask: See `encode`.
             labels: Token ids of the answers, with `IGNORE_INDEX` on the padding after them.
+            pixel_values: See `encode`.
+            visual_features: See `encode`.
+            processed: See `encode`.
             weights: Weight of each example in the loss (VQA: soft score of the sampled answer).
-            **images: See `encode`.
         """
-        encoded, mask = self.encode(input_ids, attention_mask, **images)
+        encoded, mask = self.encode(
+            input_ids,
+            attention_mask,
+            pixel_values=pixel_values,
+            visual_features=visual_features,
+            processed=processed,
+        )
         logits = self.backbone.language_model.logits(encoded, mask, labels)
         return Seq2SeqLMOutput(loss=sequence_loss(logits, labels, weights), logits=logits)
 
