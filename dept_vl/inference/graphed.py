@@ -31,7 +31,7 @@ def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> 
     """
     language = model.backbone.language_model
     special = language.special_tokens
-    padding, end = special["pad_token_id"], special["eos_token_id"]
+    padding = special["pad_token_id"]
     encoded, mask = model.encode(**inputs)
     answers = torch.full((len(mask), 1 + new_tokens), padding, device=mask.device)
     answers[:, 0] = special["decoder_start_token_id"]
@@ -40,7 +40,8 @@ def greedy(model: PromptedModel, inputs: Mapping[str, Any], new_tokens: int) -> 
         # The decoder predicts the last label and does not read it.
         logits = language.logits(encoded, mask, answers[:, 1 : place + 1])[:, -1]
         answers[:, place] = logits.float().argmax(dim=-1).where(~ended, padding)
-        ended = ended | (answers[:, place] == end)
+        for end in special["eos_token_id"]:
+            ended = ended | (answers[:, place] == end)
     return answers
 
 

@@ -59,7 +59,8 @@ def test_greedy_is_greedy_search(backbone: Backbone, monkeypatch: pytest.MonkeyP
         inputs = inputs_of(backbone, seed=seed)
         # Random models end no answer: a token that they write stands for the end.
         written = model.generate(**inputs, max_new_tokens=12)[seed % 3, 1 + seed]
-        monkeypatch.setitem(special, "eos_token_id", int(written))
+        assert special["eos_token_id"] == [backbone.tokenizer.eos_token_id]
+        monkeypatch.setitem(special, "eos_token_id", [int(written)])
         expected = model.generate(**inputs, max_new_tokens=12)
         found = greedy(model, inputs, 12)
         assert torch.equal(found[:, : expected.shape[1]], expected)
