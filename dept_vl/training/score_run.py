@@ -42,12 +42,19 @@ from dept_vl.training.stages import Part, Stages, write_answers
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Predictions and scores of one split."""
+    """Predictions and scores of one split.
+
+    Attributes:
+        evaluation: Predictions and scores.
+        output_dir: Folder of the written files; None if none were written.
+        submission: Submission for the task's server, if the split has no published answers.
+        changed: How the split differs from what the run read of it; empty if it does not.
+    """
 
     evaluation: Evaluation
-    output_dir: Path | None  # folder of the written files; None if none were written
-    submission: Submission | None = None  # for the task's server, if the split has no published answers
-    changed: str = ""  # how the split differs from what the run read of it; empty if it does not
+    output_dir: Path | None
+    submission: Submission | None = None
+    changed: str = ""
 
     @property
     def scores(self) -> dict[str, float]:
