@@ -38,6 +38,7 @@ class UnknownNameError(UsageError):
         known = list(known)
         meant = closest_of(name, known)
         super().__init__(f"unknown {category} {name!r:.80}; there are: {', '.join(known)}{meant}")
+        self.category, self.name, self.closest = category, name, get_close_matches(name, known)
 
 
 class InUseError(RuntimeError):

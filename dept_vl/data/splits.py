@@ -3,13 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from dept_vl._utils.errors import UnknownNameError, UsageError
 from dept_vl._utils.io import is_there, read_json
-from dept_vl._utils.options import check
 from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, OnBadImage, RunConfig
@@ -18,7 +15,6 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
 from dept_vl.tasks.own.options import OwnOptions
 
-Candidates = Annotated[list[str], Field(min_length=1)]
 LOOKED_AT = 50
 """Number of examples scored to find out which metrics a task has."""
 
@@ -309,8 +305,12 @@ def data_options(config: EvaluateConfig, trained: RunConfig) -> DataOptions:
 
 def read_candidates(path: Path) -> tuple[str, ...]:
     """Read a list of candidate answers; raise FileNotFoundError or ValueError if there is no valid list."""
-    content = read_json(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
     try:
-        return tuple(check(content, Candidates))
+        content = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is not a list of candidate answers: {error}") from None
+        raise ValueError(f"{error}; expected a JSON list of answers") from None
+    if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
+        raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
+    return tuple(content)

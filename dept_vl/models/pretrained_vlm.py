@@ -6,6 +6,7 @@ The model's processor or tokenizer builds the source, and `placeholders` inserts
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -295,7 +296,8 @@ class VisionLanguageModel(FrozenBackbone):
                 f"image(s): {type(error).__name__}: {one_line(error)}"
             ) from error
         finally:
-            self.train(was_training)
+            with suppress(Exception):  # of a model that reads no image, its image parts cannot be found
+                self.train(was_training)
         if problem:
             raise ValueError(
                 f"a prompt does not work with {self.name} ({type(self.language).__name__}): {problem}"
