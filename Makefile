@@ -43,9 +43,10 @@ LINT := $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-impor
 lint: $(STAMP)
 	$(LINT)
 
+# One worker more than cores, because tests wait for the programs that they start.
 test: $(STAMP)  ## install, check style and types, run the tests; style and types meanwhile, told at the end
 	@log=$$(mktemp); ($(LINT)) >$$log 2>&1 & lint=$$!; \
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder; tests=$$?; \
+	$(BIN)/python -m pytest -n $$(($(CORES) + 1)) --dist loadfile --no-loadscope-reorder; tests=$$?; \
 	wait $$lint; lint=$$?; cat $$log; rm $$log; \
 	test $$tests = 0 && test $$lint = 0
 
