@@ -108,6 +108,11 @@ class PromptedCalls:
             named |= self._prompted(prompt, named)
             if self._call.placed is not None and not self._parts.encoder_decoder:
                 named |= _longer(model, named, prompt.prompt_length)
+                allowed = named.get("prefix_allowed_tokens_fn")
+                if allowed is not None:
+                    named["prefix_allowed_tokens_fn"] = _of_given(
+                        allowed, self._call.given, self._call.placed.ids.shape[1]
+                    )
             return self._as_given(run(**named), self._call.placed)
         finally:
             self._call.placed = None
@@ -221,6 +226,13 @@ class PromptedCalls:
         columns = torch.cat([kept, behind], dim=1).to(made.device)
         # Whole rows of logits: four times as fast as gathering every number of them.
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
+
+
+def _of_given(
+    allowed: Callable[[int, Tensor], list[int]], given: Int[Tensor, "batch given"], width: int
+) -> Callable[[int, Tensor], list[int]]:
+    """Return a `prefix_allowed_tokens_fn` that reads sequences without their placeholders."""
+    return lambda row, tokens: allowed(row, torch.cat([tokens[given[row]], tokens[width:]]))
 
 
 def _longer(model: Any, named: Mapping[str, Any], length: int) -> dict[str, Any]:

@@ -181,6 +181,18 @@ def test_logits_of_generated_tokens_are_whole(llama: LlamaForCausalLM) -> None:
     assert [step.argmax(1).tolist() for step in made.logits] == made.sequences[:, 9:].T.tolist()
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_constraint_reads_no_placeholders(llama: LlamaForCausalLM, beams: int) -> None:
+    def allowed(row: int, tokens: Tensor) -> list[int]:
+        assert tokens[:9].tolist() == IDS[row].tolist()
+        return [30 + len(tokens)]
+
+    options = {"prefix_allowed_tokens_fn": allowed, "max_new_tokens": 2, "num_beams": beams}
+    with attach(llama, trained(16)) as attached:
+        made = attached.generate(**MASKED, **options, do_sample=False)
+    assert made[:, 9:].tolist() == [[39, 40]] * 2
+
+
 def test_word_embeddings_that_were_exchanged_since_are_named(llama: LlamaForCausalLM) -> None:
     with attach(llama, trained(16)) as attached:
         llama.resize_token_embeddings(70)  # keeps the module
