@@ -51,7 +51,7 @@ test: $(STAMP)  ## install, check style and types, run the tests; style and type
 	test $$tests = 0 && test $$lint = 0
 
 docs: $(STAMP)  ## the API reference into docs/; an undocumented public name is an error
-	$(BIN)/ruff check --select D dept_vl
+	$(BIN)/ruff check dept_vl
 	$(BIN)/pdoc --docformat google --output-directory docs dept_vl
 
 clean:
