@@ -25,10 +25,9 @@ class NotFiniteError(ValueError):
     """A loss or a trained parameter that is not finite."""
 
 
-def closest_of(name: str, known: Sequence[str], most: int = 3) -> str:
-    """Return the end of a message, with the known names that are similar to another; empty without any."""
-    closest = get_close_matches(name, known, most)
-    return f"; closest: {', '.join(closest)}" if closest else ""
+def closest(names: Sequence[str]) -> str:
+    """Format the names closest to a mistyped one as the end of a message; empty without names."""
+    return f"; closest: {', '.join(names)}" if names else ""
 
 
 class UnknownNameError(UsageError):
@@ -36,9 +35,9 @@ class UnknownNameError(UsageError):
 
     def __init__(self, category: str, name: str, known: Iterable[str]) -> None:
         known = list(known)
-        meant = closest_of(name, known)
-        super().__init__(f"unknown {category} {name!r:.80}; there are: {', '.join(known)}{meant}")
-        self.category, self.name, self.closest = category, name, get_close_matches(name, known)
+        self.closest = get_close_matches(name, known)
+        known_names = f"there are: {', '.join(known)}{closest(self.closest)}"
+        super().__init__(f"unknown {category} {name!r:.80}; {known_names}")
 
 
 class InUseError(RuntimeError):

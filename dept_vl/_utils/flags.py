@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from functools import partial, wraps
 from io import StringIO
 from re import findall, search, split
@@ -12,7 +13,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
-from dept_vl._utils.errors import UnknownNameError, UsageError, closest_of
+from dept_vl._utils.errors import UnknownNameError, UsageError, closest
 from dept_vl._utils.options import Options, validate
 from dept_vl._utils.printable import say
 
@@ -91,10 +92,10 @@ def _one_line(box: str) -> str:
         parts = parts[1:]  # the title
     text = ((parts or [box])[0] or "bad command line").rstrip(".")
     if choice := search(r"invalid choice '(.*?)' .*\((.*)\)", text):
-        return text + closest_of(choice[1], findall(r"'(.*?)'", choice[2]))
+        return text + closest(get_close_matches(choice[1], findall(r"'(.*?)'", choice[2])))
     meant = next((part for part in parts[1:] if part.startswith("Perhaps you meant")), "")
     names = list(dict.fromkeys(findall(r"--[a-z][\w-]*", meant)))[:3]
-    return text + (f"; closest: {', '.join(names)}" if names else "")
+    return text + closest(names)
 
 
 def choose(commands: Mapping[str, Command], program: str, about: str, arguments: list[str]) -> object:

@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from dept_vl._utils.errors import UsageError, closest_of
+from dept_vl._utils.errors import UsageError, closest
 
 LARGEST_COUNT = 2**31 - 1
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
@@ -121,7 +122,7 @@ def _problem(kind: Any, details: Any, listed: set[str]) -> str:
             return f"{name} is missing"
         case "unexpected_keyword_argument":
             known = _names_beside(kind, details["loc"])
-            meant = closest_of(str(details["loc"][-1]), known)
+            meant = closest(get_close_matches(str(details["loc"][-1]), known))
             group = _name(details["loc"][:-1])
             if group not in listed:
                 listed.add(group)
@@ -135,7 +136,7 @@ def _problem(kind: Any, details: Any, listed: set[str]) -> str:
             expected = f"at most {context['le']:,}"
         case "literal_error":
             allowed: str = context["expected"]
-            expected = allowed + closest_of(repr(details["input"]), allowed.split(" or "), 1)
+            expected = allowed + closest(get_close_matches(repr(details["input"]), allowed.split(" or "), 1))
         case "value_error":
             return f"{name}: {context['error']}"
         case _:

@@ -206,8 +206,8 @@ class PromptedCalls:
         """
         if placed is not None and not self._call.read:
             raise UsageError(
-                "the prompt was not read, because the model's word embeddings are others than when it was "
-                "attached; change them (resize_token_embeddings, set_input_embeddings) before you attach"
+                "the model did not read the prompt, because its word embeddings were replaced after attach; "
+                "replace them (set_input_embeddings) before you attach"
             )
         if placed is None or self._parts.encoder_decoder:
             return made

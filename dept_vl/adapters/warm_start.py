@@ -89,7 +89,7 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
     ]
     alone = parts == "all" and sources == 1
     if parts == "all" and not alone and model.prompt.offset_modules:
-        differing.append(f"an offset of method {sizes['method']} is no matrix, and several have no mean")
+        differing.append(f"offsets of method {sizes['method']} cannot be averaged")
     if differing or (sizes["prompt_length"] == 0 and not alone):
         why = ", ".join(differing) or "it has no P, whose mean could be taken"
         raise ValueError(

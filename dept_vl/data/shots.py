@@ -8,16 +8,15 @@ selection is saved with a run as `shots.json`, so that another run can use it:
     {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...], "content": "..."}
 """
 
-import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from dept_vl._utils.checksums import checksum
 from dept_vl._utils.io import read_object, write_noted_json
 from dept_vl._utils.options import check
 from dept_vl.config import DataOptions
+from dept_vl.data.content import rows_content
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.options import ShotsPer
 
@@ -34,7 +33,7 @@ class Shots:
     classes: tuple[str, ...]  # names of the classes; empty if the task has none
     train: tuple[int, ...]  # indices of the training examples
     dev: tuple[int, ...]  # indices of the dev examples
-    content: str = ""  # checksum of these examples; empty in older files
+    content: str = ""  # hash of the rows of these examples; empty in older files
 
     def write(self, path: Path) -> None:
         """Save the selection, so that another run can use it."""
@@ -83,16 +82,7 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     learnt, seen = set(train), {path for index in train for path in task.images(index)}
     others = [index for index in order if index not in learnt]
     dev = _take(task, others, sizes, seen)
-    return Shots(k, seed, classes, train, dev, _content(task, [*train, *dev]))
-
-
-def _content(task: Task, indices: Sequence[int]) -> str:
-    """Return a checksum of examples: texts, answers and names of images, whose folder may have moved."""
-    parts = [
-        (example.source_text.casefold(), example.answers, [image.name for image in example.images])
-        for example in map(task.__getitem__, indices)
-    ]
-    return checksum(json.dumps(parts).encode())
+    return Shots(k, seed, classes, train, dev, rows_content(task.subset([*train, *dev]).rows))
 
 
 def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
@@ -127,9 +117,9 @@ def read_shots(path: Path, task: Task) -> Shots:
         raise ValueError(
             f"{path} is of another training split: expected places below {len(task):,}, found {max(places):,}"
         )
-    if shots.content and shots.content != _content(task, places):
+    if shots.content and shots.content != rows_content(task.subset(places).rows):
         raise ValueError(
-            f"{path} is of another training split: its examples are others in {task.name}; give the data and "
-            "split options that they were drawn with"
+            f"{path} is of another training split: the examples at its indices differ in {task.name}; use "
+            "the data and split options of the run that drew them"
         )
     return shots

@@ -86,11 +86,7 @@ class NLVR2(Task):
         name = SPLITS[split]
         rows = read_rows(find(root, _names(name), "NLVR2", SOURCE))
         folder = find_folder(root, _folders(name), f"{name}-*-img0.png", SOURCE)
-        named = rows.column("left").to_pylist()
-        # The first image that is there, since some may be missing.
-        there = (one for one in named if (folder / one).is_file() or (folder / Path(one).name).is_file())
-        first = next(there, "")
-        flat = bool(first) and not (folder / first).is_file()
+        flat = any(folder.glob(f"{name}-*-img0.png"))
         return replace(self, rows=rows, image_folder=folder, flat=flat)
 
     def __getitem__(self, index: int) -> Example:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from causal_parts import ANSWERS, LENGTHS, Literal, answers_of, stock, texts_of, trained_prompt
+from causal_parts import ANSWERS, LENGTHS, answers_of, texts_of, trained_prompt
 from conftest import CORPUS, D_MODEL, VOCABULARY, random_labels, random_text
 from runs import reset_accelerate
 from transformers import (
@@ -51,17 +51,8 @@ def tokenizer(kind: str, decoder_folders: dict[str, Path]) -> Any:
 
 
 @pytest.fixture
-def pair(kind: str, backbone: Backbone, decoder_folders: dict[str, Path]) -> tuple[PromptedModel, Literal]:
-    """Our model and the literal one, with the same trained parts on the same weights, in float64."""
-    prompt = trained_prompt()
-    ours = PromptedModel(backbone, prompt).eval().double()
-    p, a, b = (part.detach().clone().requires_grad_() for part in prompt.parameters())
-    return ours, Literal(stock(decoder_folders[kind]), (p, a, b))
-
-
-@pytest.fixture
-def model(pair: tuple[PromptedModel, Literal]) -> PromptedModel:
-    return pair[0]
+def model(backbone: Backbone) -> PromptedModel:
+    return PromptedModel(backbone, trained_prompt()).eval().double()
 
 
 # -- files

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from runs import tensors
+from runs import tensors, tiny_run
 
-from dept_vl.config import RunConfig
+from dept_vl.config import DataOptions, RunConfig
 from dept_vl.models.backbone import Backbone
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,19 @@ FILES = {
     *(f"{which}/.checksums.json" for which in ("best", "last")),
 }
 STEPS = 6
+
+
+def short_run(
+    language: str, data_dir: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
+) -> RunConfig:
+    """A run of a few steps on a language model with CLIP, without dropout."""
+    return tiny_run(
+        DataOptions(data_dir=data_dir, holdout_images=1),
+        vision=vision_folders["clip"],
+        language=language_folders[language],
+        max_steps=STEPS,
+        eval_every=3,
+    )
 
 
 def assert_trained(folder: Path, config: RunConfig) -> None:

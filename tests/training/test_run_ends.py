@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import LANGUAGES
 from helpers import write_vqa
-from runs import assert_same, files, log, reset_accelerate, tensors, tiny_run, with_
-from short_runs import FILES, SCRIPT, STEPS, assert_trained, pristine
+from runs import assert_same, files, log, reset_accelerate, tensors, with_
+from short_runs import FILES, SCRIPT, assert_trained, pristine, short_run
 
 import dept_vl.training.loop
 import dept_vl.training.run
@@ -44,16 +44,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def configs(
     data_dir: Path, language_folders: dict[str, Path], vision_folders: dict[str, Path]
 ) -> dict[str, RunConfig]:
-    """A run of a few steps on each language model with CLIP, without dropout."""
+    """A short run on each language model."""
     return {
-        language: tiny_run(
-            DataOptions(data_dir=data_dir, holdout_images=1),
-            vision=vision_folders["clip"],
-            language=language_folders[language],
-            max_steps=STEPS,
-            eval_every=3,
-        )
-        for language in LANGUAGES
+        language: short_run(language, data_dir, language_folders, vision_folders) for language in LANGUAGES
     }
 
 
