@@ -108,11 +108,7 @@ class PromptedCalls:
             named |= self._prompted(prompt, named)
             if self._call.placed is not None and not self._parts.encoder_decoder:
                 named |= _longer(model, named, prompt.prompt_length)
-                allowed = named.get("prefix_allowed_tokens_fn")
-                if allowed is not None:
-                    named["prefix_allowed_tokens_fn"] = _of_given(
-                        allowed, self._call.given, self._call.placed.ids.shape[1]
-                    )
+                named |= _reading_given(named, self._call.given, self._call.placed.ids.shape[1])
             return self._as_given(run(**named), self._call.placed)
         finally:
             self._call.placed = None
@@ -154,14 +150,17 @@ class PromptedCalls:
         self._parts.check_length(length, ids.shape[1])
         labels = None if self._parts.encoder_decoder else named.get("labels")
         others = {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None}
+        text = self._is_text(prompt, ids, mask.bool(), labels)
+        # A token that a row has anyway: penalties on repetition count the placeholders as tokens.
+        own = ids.gather(1, text.int().argmax(1, keepdim=True))
         self._call.read = False
         self._call.placed = placed = place(
             prompt,
             ids,
             mask.bool(),
-            self._is_text(prompt, ids, mask.bool(), labels),
+            text,
             others | {GIVEN: torch.ones_like(ids)},
-            placeholder=self._parts.placeholder,
+            placeholder=own.where(text.any(1, keepdim=True), self._parts.placeholder),
             start=self._parts.start,
             padding_first=None,
         )
@@ -228,11 +227,29 @@ class PromptedCalls:
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
 
 
-def _of_given(
-    allowed: Callable[[int, Tensor], list[int]], given: Int[Tensor, "batch given"], width: int
-) -> Callable[[int, Tensor], list[int]]:
-    """Return a `prefix_allowed_tokens_fn` that reads sequences without their placeholders."""
-    return lambda row, tokens: allowed(row, torch.cat([tokens[given[row]], tokens[width:]]))
+def _reading_given(
+    named: Mapping[str, Any], given: Int[Tensor, "batch given"], width: int
+) -> dict[str, Any]:
+    """Return the caller's functions of a call of `generate`, changed to read tokens without placeholders."""
+
+    def without(tokens: Int[Tensor, "sequences length"]) -> Int[Tensor, "sequences some"]:
+        places = given.repeat_interleave(len(tokens) // len(given), 0)  # several beams or samples of a row
+        return torch.cat([tokens.gather(1, places), tokens[:, width:]], dim=1)
+
+    def reading(run: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tokens, *others, **more: run(without(tokens), *others, **more)
+
+    changed: dict[str, Any] = {
+        name: type(named[name])(map(reading, named[name]))
+        for name in ("logits_processor", "stopping_criteria")
+        if named.get(name)
+    }
+    allowed = named.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        changed["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(
+            row, torch.cat([tokens[given[row]], tokens[width:]])
+        )
+    return changed
 
 
 def _longer(model: Any, named: Mapping[str, Any], length: int) -> dict[str, Any]:

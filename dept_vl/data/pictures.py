@@ -39,9 +39,10 @@ def picture_grid(
         example = task[index]
         answer = predictions[example.example_id]
         left, top = MARGIN + place % columns * width, MARGIN + place // columns * height
-        # Several images share a tile, side by side.
-        side = TILE // len(example.images)
-        for number, image in enumerate(map(read_image, example.images)):
+        # Several images share a tile, side by side, as many as can be seen.
+        shown = example.images[: TILE // MARGIN]
+        side = TILE // len(shown)
+        for number, image in enumerate(map(read_image, shown)):
             resized = image.resize((side, side), Image.Resampling.BICUBIC)
             sheet.paste(resized, (left + number * side, top + (TILE - side) // 2))
         draw.rectangle((left, top, left + TILE, top + TILE), outline=INK)

@@ -39,7 +39,7 @@ def place(
     is_text: Bool[Tensor, "batch source"],
     others: Mapping[str, Tensor],
     *,
-    placeholder: int,
+    placeholder: int | Int[Tensor, "batch 1"],
     start: int | None = None,
     padding_first: bool | None = False,
 ) -> Placement:
@@ -51,7 +51,7 @@ def place(
         mask: Mask that is True on tokens.
         is_text: Mask that is True on text tokens.
         others: Further inputs with a value per token, which is set to zero for placeholders.
-        placeholder: Id of the placeholder token.
+        placeholder: Id of the placeholder token, or of one for each row.
         start: Id of the start token, which stays in front of the placeholders; None if there is none.
         padding_first: Whether to move padding to the left instead of the right; None to leave it in place.
     """
@@ -76,7 +76,7 @@ def place(
     def put_in(front: Tensor, row: Tensor) -> Tensor:
         return take(torch.cat([front, row], dim=1), at)
 
-    ids = put_in(torch.full_like(in_prompt, placeholder), ids)
+    ids = put_in(torch.as_tensor(placeholder, device=ids.device).expand_as(in_prompt), ids)
     columns = put_in(in_prompt.where(real, -1), text)
     rows = {name: put_in(row.new_zeros(batch, length, *row.shape[2:]), row) for name, row in others.items()}
     mask = put_in(real, mask)

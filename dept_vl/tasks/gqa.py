@@ -192,9 +192,13 @@ def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | No
     return score_gqa(questions, predictions, choices, consistency=consistency)
 
 
-@lru_cache(maxsize=1)
 def read_choices(path: Path) -> Choices:
-    """Read valid and plausible answers by question id."""
+    """Read valid and plausible answers by question id; the last file read is cached until it changes."""
+    return _choices(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _choices(path: Path, changed: int) -> Choices:
     content: dict[str, Any] = {}
     known: dict[str, tuple[str, ...]] = {}
     for question_id, record in read_mapping(path, SOURCE):

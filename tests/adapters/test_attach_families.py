@@ -15,6 +15,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessorList,
 )
 from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES, TEXT_ONLY
@@ -191,6 +192,42 @@ def test_a_constraint_reads_no_placeholders(llama: LlamaForCausalLM, beams: int)
     with attach(llama, trained(16)) as attached:
         made = attached.generate(**MASKED, **options, do_sample=False)
     assert made[:, 9:].tolist() == [[39, 40]] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}])
+def test_functions_of_the_caller_read_no_placeholders(
+    llama: LlamaForCausalLM, options: dict[str, Any]
+) -> None:
+    def checked(tokens: Tensor) -> int:
+        assert tokens[:, :9].tolist() == IDS.repeat_interleave(len(tokens) // 2, 0).tolist()
+        return tokens.shape[1]
+
+    def only(tokens: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, 30 + checked(tokens)] = 0
+        return forced
+
+    def ended(tokens: Tensor, scores: Any) -> Tensor:
+        return torch.full((len(tokens),), checked(tokens) == 11)
+
+    functions = {"logits_processor": LogitsProcessorList([only]), "stopping_criteria": [ended]}
+    with attach(llama, trained(16)) as attached:
+        made = attached.generate(**MASKED, **functions, max_new_tokens=5, **options)
+    assert made[:, 9:].tolist() == [[39, 40]] * len(made)
+
+
+def test_penalties_count_no_placeholders(llama: LlamaForCausalLM) -> None:
+    asked: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    asked |= {"max_new_tokens": 1, "repetition_penalty": 2.0, "do_sample": False}
+
+    def penalised() -> list[list[int]]:
+        made = llama.generate(**MASKED, **asked)
+        return (made.scores[0] != made.logits[0]).nonzero().tolist()
+
+    expected = penalised()
+    assert expected == [[row, token] for row, ids in enumerate(IDS[:, 1:].tolist()) for token in ids]
+    with attach(llama, trained(16)):
+        assert penalised() == expected
 
 
 def test_word_embeddings_that_were_exchanged_since_are_named(llama: LlamaForCausalLM) -> None:

@@ -197,6 +197,9 @@ def test_choices_give_validity_and_plausibility(folder: Path, place: str) -> Non
     assert scores["distribution"] == 0.0
     nonsense = task.score(dict.fromkeys(task.example_ids(), "nonsense"))
     assert nonsense["accuracy"] == nonsense["validity"] == nonsense["plausibility"] == 0.0
+    file = folder / place / "val_choices.json"  # read again, since it changed
+    file.write_text(json.dumps({key: {"valid": [], "plausible": []} for key in json.loads(file.read_text())}))
+    assert task.score(gold(task))["validity"] == 0.0
 
 
 def test_binary_and_open_are_told_apart(scenes: Path) -> None:
