@@ -302,8 +302,8 @@ class Adapter:
     def build(self, backbone: FrozenBackbone) -> PromptedModel:
         """Return the model of a backbone with this adapter.
 
-        Trained parts of the backbone itself (LoRA, BitFit, the visual projection) are written into `backbone`:
-        give each adapter that has some a backbone of its own.
+        Trained parts of the backbone itself (LoRA, BitFit, the visual projection) are written into
+        `backbone`, so adapters that have some need a backbone each.
 
         Raises:
             ValueError: If the adapter was trained on another backbone, or its tensors do not fit its

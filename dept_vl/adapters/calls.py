@@ -11,6 +11,7 @@ import inspect
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -119,8 +120,9 @@ class PromptedCalls:
         prompt, placed = self.current_prompt(), self._call.placed
         if prompt is None or placed is None:
             return None
-        self._call.read = True
-        return put(prompt, placed, ids, embedded)
+        prompted = put(prompt, placed, ids, embedded)
+        self._call.read |= prompted is not None
+        return prompted
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
         """Return the changed arguments of a call, with placeholders in the source, and set `_call`.
@@ -141,6 +143,10 @@ class PromptedCalls:
         for name in () if self._parts.encoder_decoder else ("past_key_values", "position_ids"):
             if named.get(name) is not None:
                 raise ValueError(f"a prompted model makes its own {name}; leave yours out, or call generate")
+        if isinstance(named.get("logits_to_keep"), Tensor):
+            raise ValueError(
+                "logits_to_keep has to be a number for a prompted model, whose sequence is longer than yours"
+            )
         mask = torch.ones_like(ids) if mask is None else mask
         if getattr(mask, "shape", None) != ids.shape:
             raise ValueError(
@@ -185,12 +191,20 @@ class PromptedCalls:
         """Return a mask of the text tokens, which the offset is added to.
 
         Raises:
-            UsageError: If the first label is in front of all text.
+            UsageError: If an offset has no labels in training, or the first one is in front of all text.
         """
+        shifts = prompt.offset_a is not None or prompt.token_offset is not None
+        training = self._parts.embedding.training and torch.is_grad_enabled()
+        if shifts and training and labels is None and not self._parts.encoder_decoder:
+            raise UsageError(
+                "in training, a prompt with an offset needs labels, which show where the answer begins: pass "
+                "them to the model (Trainer takes them for label_smoothing_factor and compute_loss_func), "
+                "or take a prompt without offset (pt, rank=0)"
+            )
         images = torch.tensor(self._parts.image_tokens, dtype=torch.long)
         source = mask if labels is None else mask & ((labels != IGNORE_INDEX).cumsum(1) == 0)
         text = text_of(ids, source, images)
-        if prompt.offset_a is not None and not text.any() and text_of(ids, mask, images).any():
+        if shifts and not text.any() and text_of(ids, mask, images).any():
             raise UsageError(
                 "the first label comes before all text, so the offset has no question to act on; set the "
                 "labels of the question to -100, or take a prompt without offset (rank=0)"
@@ -205,8 +219,8 @@ class PromptedCalls:
         """
         if placed is not None and not self._call.read:
             raise UsageError(
-                "the model did not read the prompt, because its word embeddings were replaced after attach; "
-                "replace them (set_input_embeddings) before you attach"
+                "the model did not read the prompt, which has to be looked up with the whole source: replace "
+                "word embeddings (set_input_embeddings) before attach, and leave prefill_chunk_size out"
             )
         if placed is None or self._parts.encoder_decoder:
             return made
@@ -227,14 +241,12 @@ class PromptedCalls:
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
 
 
-def _reading_given(
-    named: Mapping[str, Any], given: Int[Tensor, "batch given"], width: int
-) -> dict[str, Any]:
+def _reading_given(named: Mapping[str, Any], given: Int[Tensor, "batch given"], width: int) -> dict[str, Any]:
     """Return the caller's functions of a call of `generate`, changed to read tokens without placeholders."""
 
     def without(tokens: Int[Tensor, "sequences length"]) -> Int[Tensor, "sequences some"]:
         places = given.repeat_interleave(len(tokens) // len(given), 0)  # several beams or samples of a row
-        return torch.cat([tokens.gather(1, places), tokens[:, width:]], dim=1)
+        return torch.cat([tokens.gather(1, places.to(tokens.device)), tokens[:, width:]], dim=1)
 
     def reading(run: Callable[..., Any]) -> Callable[..., Any]:
         return lambda tokens, *others, **more: run(without(tokens), *others, **more)
@@ -248,6 +260,11 @@ def _reading_given(
     if allowed is not None:
         changed["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(
             row, torch.cat([tokens[given[row]], tokens[width:]])
+        )
+    streamer = named.get("streamer")
+    if streamer is not None:  # gets the source once, then one token at a time
+        changed["streamer"] = SimpleNamespace(
+            put=lambda tokens: streamer.put(without(tokens) if tokens.ndim == 2 else tokens), end=streamer.end
         )
     return changed
 

@@ -1,7 +1,9 @@
 """A prompt attached to any pretrained model gives what it gives behind `--model`, in training and answers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,9 @@ from dept_vl.adapters.attach import Attached, attach, new_prompt
 from dept_vl.adapters.families import Parts
 from dept_vl.models.pretrained_vlm import VisionLanguageModel
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts.base import METHODS
 from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.methods import build
 
 Folder = Callable[[str], Path]
 QUESTIONS = ("what colour is the star ?", "how many ?")
@@ -211,9 +215,14 @@ def test_functions_of_the_caller_read_no_placeholders(
         return torch.full((len(tokens),), checked(tokens) == 11)
 
     functions = {"logits_processor": LogitsProcessorList([only]), "stopping_criteria": [ended]}
+    shown: list[list[Any]] = []
+    if "num_beams" not in options:
+        functions["streamer"] = SimpleNamespace(put=lambda part: shown.append(part.tolist()), end=list)
     with attach(llama, trained(16)) as attached:
         made = attached.generate(**MASKED, **functions, max_new_tokens=5, **options)
     assert made[:, 9:].tolist() == [[39, 40]] * len(made)
+    expected = IDS.repeat_interleave(len(made) // 2, 0).tolist()
+    assert not shown or shown == [expected, [39] * len(made), [40] * len(made)]
 
 
 def test_penalties_count_no_placeholders(llama: LlamaForCausalLM) -> None:
@@ -228,6 +237,29 @@ def test_penalties_count_no_placeholders(llama: LlamaForCausalLM) -> None:
     assert expected == [[row, token] for row, ids in enumerate(IDS[:, 1:].tolist()) for token in ids]
     with attach(llama, trained(16)):
         assert penalised() == expected
+
+
+def test_a_source_in_pieces_and_columns_by_index_are_refused(llama: LlamaForCausalLM) -> None:
+    with attach(llama, trained(16)) as attached:
+        with pytest.raises(UsageError, match="prefill_chunk_size"):
+            attached.generate(**MASKED, prefill_chunk_size=4, max_new_tokens=2)
+        with pytest.raises(ValueError, match="logits_to_keep"):
+            attached(**MASKED, logits_to_keep=torch.tensor([8]))
+        whole = attached(**MASKED).logits
+        for count in (1, 3):
+            torch.testing.assert_close(attached(**MASKED, logits_to_keep=count).logits, whole[:, -count:])
+
+
+@pytest.mark.parametrize("method", ["pt", "dept", "adept"])
+def test_training_with_an_offset_needs_labels(llama: LlamaForCausalLM, method: str) -> None:
+    rank = 0 if method == "pt" else 2
+    prompt = build(METHODS[method](d_model=16, prompt_length=3, max_source_length=40, rank=rank))
+    with attach(llama.train(), prompt) as attached:
+        attached(**MASKED, labels=IDS.index_fill(1, torch.arange(4), -100))
+        with torch.no_grad():
+            attached(**MASKED)
+        with nullcontext() if method == "pt" else pytest.raises(UsageError, match="label_smoothing_factor"):
+            attached(**MASKED)
 
 
 def test_word_embeddings_that_were_exchanged_since_are_named(llama: LlamaForCausalLM) -> None:
