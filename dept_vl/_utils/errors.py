@@ -83,6 +83,8 @@ def is_user_error(error: BaseException) -> bool:
     """
     if isinstance(error, UsageError | OSError):
         return True
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's, until 3.13
+        return True
     frames = traceback.extract_tb(error.__traceback__)
     return (
         isinstance(error, RAISED)

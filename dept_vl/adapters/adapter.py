@@ -5,6 +5,7 @@ the prompt, the backbone and the metrics. The visual projection is always saved,
 models on the Hub do not contain one.
 """
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -302,14 +303,18 @@ class Adapter:
     def build(self, backbone: FrozenBackbone) -> PromptedModel:
         """Return the model of a backbone with this adapter.
 
-        Trained parts of the backbone itself (LoRA, BitFit, the visual projection) are written into
-        `backbone`, so adapters that have some need a backbone each.
+        The weights of `backbone` stay as they are, so that several adapters can share it: parts that the
+        adapter replaces (the visual projection; the language model of LoRA and BitFit) are copied.
 
         Raises:
             ValueError: If the adapter was trained on another backbone, or its tensors do not fit its
                 description.
         """
         check_backbone(self.backbone, backbone)
+        if any(name.startswith("language.") for name in self.tensors):
+            backbone = copy.deepcopy(backbone)
+        else:
+            backbone = backbone.with_projection(copy.deepcopy(backbone.visual_projection))
         ranks = [tensor.shape[0] for name, tensor in self.tensors.items() if ".lora_A." in name]
         if ranks:
             backbone.add_lora(ranks[0])

@@ -3,9 +3,9 @@
 Encoder-decoders (BLIP-2 and InstructBLIP with FLAN-T5, Florence-2, T5Gemma 2) and decoder-only models (LLaVA,
 Qwen-VL, PaliGemma, Gemma 3, InternVL, ...) are supported, with images or for text alone. The soft prompt P is
 inserted after padding and the start token (see `models.prompt_hook`), and takes m of the model's positions.
-Outputs have the same length as without a prompt. The offset is added to the text tokens of the source, by
-their position among the text tokens of the row. Tokens from the first to the last token of an image are not
-text. Nor is the answer of a decoder-only model, which begins with the first label.
+Logits and sequences have the same length as without a prompt. The offset is added to the text tokens of the
+source, by their position among the text tokens of the row. Tokens from the first to the last token of an
+image are not text. Nor is the answer of a decoder-only model, which begins with the first label.
 """
 
 import functools
@@ -231,7 +231,11 @@ class Attached(PromptedCalls, nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """Call the model with the prompt."""
-        return self.model(*inputs, **named)
+        try:
+            return self.model(*inputs, **named)
+        except BaseException:  # after a KeyboardInterrupt, torch runs no hooks
+            self._call.end()
+            raise
 
     def generate(self, *inputs: Any, **named: Any) -> Any:
         """Generate with the model and the prompt."""
@@ -268,7 +272,8 @@ def _attached_to(kind: Any) -> type[Attached]:
     """Return a subclass of `Attached` whose `forward` has the signature of `kind.forward`, for trainers."""
 
     def forward(self: Attached, *inputs: Any, num_items_in_batch: Any = None, **named: Any) -> Any:
-        return over_items(self.model(*inputs, **named), named.get("labels"), num_items_in_batch)
+        made = Attached.forward(self, *inputs, **named)
+        return over_items(made, named.get("labels"), num_items_in_batch)
 
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     # Trainers average the loss over all label tokens of a step, including the first token of each row.

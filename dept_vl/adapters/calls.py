@@ -36,8 +36,13 @@ class _Call(threading.local):
 
     placed: Placement | None = None
     given: Int[Tensor, "batch given"]
-    outermost: int | None = None
+    outermost: int | None = None  # id of the module whose call began it
+    generating: bool = False
     read: bool = False
+
+    def end(self) -> None:
+        """Leave the call."""
+        self.placed, self.outermost, self.generating = None, None, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Call, ()  # a copy of a model is in no call
@@ -85,8 +90,10 @@ class PromptedCalls:
         self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         prompt = self.current_prompt()
-        if prompt is None or self._call.placed is not None:  # no prompt, or inside another prompted call
-            return None
+        if self._call.outermost == id(module):  # torch runs no hook after a KeyboardInterrupt
+            self._call.end()
+        if prompt is None or self._call.generating or self._call.outermost is not None:
+            return None  # no prompt, or inside another prompted call
         self._call.outermost = id(module)
         named = named | dict(zip(inspect.signature(module.forward).parameters, inputs, strict=False))
         return (), named | self._prompted(prompt, named)
@@ -95,24 +102,29 @@ class PromptedCalls:
     def _after(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], made: Any) -> Any:
         if self._call.outermost != id(module):
             return None
-        placed, self._call.placed, self._call.outermost = self._call.placed, None, None
+        placed = self._call.placed
+        self._call.end()
         return None if made is None else self._as_given(made, placed)  # None after an error
 
     def _generate(self, model: Any, run: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
         prompt = self.current_prompt()
-        if prompt is None or self._call.placed is not None:
+        if prompt is None or self._call.generating:
             return run(*inputs, **named)
+        self._call.end()  # a call may have been interrupted
         named |= dict(zip(inspect.signature(run).parameters, inputs, strict=False))
         if named.get("inputs") is not None:  # name of the token ids in `generate`
             named["input_ids"] = named.pop("inputs")
+        if named.get("attention_mask") is None and named.get("input_ids") is not None:
+            named["attention_mask"] = _mask_of(model, named)
         try:
+            self._call.generating = True
             named |= self._prompted(prompt, named)
             if self._call.placed is not None and not self._parts.encoder_decoder:
                 named |= _longer(model, named, prompt.prompt_length)
                 named |= _reading_given(named, self._call.given, self._call.placed.ids.shape[1])
             return self._as_given(run(**named), self._call.placed)
         finally:
-            self._call.placed = None
+            self._call.end()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _put(self, ids: Any, embedded: Tensor) -> Tensor | None:
@@ -133,7 +145,10 @@ class PromptedCalls:
         ids, mask, length = named.get("input_ids"), named.get("attention_mask"), prompt.prompt_length
         if named.get("encoder_outputs") is not None:  # they include P if they are longer than the mask by m
             if mask is None or named["encoder_outputs"][0].shape[1] != mask.shape[1] + length:
-                return {}
+                raise ValueError(
+                    f"encoder_outputs have to include the {length} vectors of the prompt, and come with the "
+                    "attention_mask of the source without it; or give input_ids instead"
+                )
             return {"attention_mask": insert(mask.new_ones(len(mask), length), mask, mask)}
         if ids is None or named.get("inputs_embeds") is not None:
             raise ValueError(
@@ -224,8 +239,8 @@ class PromptedCalls:
             )
         if placed is None or self._parts.encoder_decoder:
             return made
-        if isinstance(made, tuple):
-            return tuple(self._as_given(part, placed) for part in made)
+        if isinstance(made, tuple):  # loss, logits, and states and attentions of all columns
+            return tuple(self._as_given(part, placed) if isinstance(part, Tensor) else part for part in made)
         if isinstance(made, dict):
             for name in made.keys() & {"logits", "sequences"}:
                 made[name] = self._as_given(made[name], placed)
@@ -269,19 +284,25 @@ def _reading_given(named: Mapping[str, Any], given: Int[Tensor, "batch given"], 
     return changed
 
 
+def _mask_of(model: Any, named: Mapping[str, Any]) -> Int[Tensor, "batch source"]:
+    """Return the mask of a call of `generate` without one: by the padding, as transformers."""
+    ids = named["input_ids"]
+    padding, ends = (_setting(model, named, f"{name}_token_id") for name in ("pad", "eos"))
+    if padding is None or padding in (ends if isinstance(ends, list) else [ends]):
+        return torch.ones_like(ids)
+    found: Tensor = ids != padding
+    return found.long()
+
+
 def _longer(model: Any, named: Mapping[str, Any], length: int) -> dict[str, Any]:
     """Return the limits of a call of `generate` on source and answer, increased by the placeholders."""
-    given = named.get("generation_config")
-
-    def setting(name: str) -> int | None:
-        values = (named.get(name), getattr(given, name, None), getattr(model.generation_config, name, None))
-        return next((value for value in values if value is not None), None)
-
     limits = {
         f"{kind}_length": total + length
         for kind in ("max", "min")
-        if (total := setting(f"{kind}_length")) is not None and setting(f"{kind}_new_tokens") is None
+        if (total := _setting(model, named, f"{kind}_length")) is not None
+        and _setting(model, named, f"{kind}_new_tokens") is None
     }
+    given = named.get("generation_config")
     if given is None or not limits:
         return limits
     changed = copy.deepcopy(given)
@@ -289,11 +310,22 @@ def _longer(model: Any, named: Mapping[str, Any], length: int) -> dict[str, Any]
     return {"generation_config": changed}
 
 
+def _setting(model: Any, named: Mapping[str, Any], name: str) -> Any:
+    """Return the value of an option in a call of `generate`, or None."""
+    values = (
+        named.get(name),
+        getattr(named.get("generation_config"), name, None),
+        getattr(model.generation_config, name, None),
+    )
+    return next((value for value in values if value is not None), None)
+
+
 def refuse_second(model: PreTrainedModel) -> None:
-    """Raise ValueError if a prompt is attached to a model."""
+    """Raise ValueError if a prompt is attached to a model, or PEFT has put one on it."""
     hooks = model._forward_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks):
+    attached = any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks)
+    if attached or any(hasattr(module, "dept_prompt") for module in model.modules()):
         raise ValueError(
             f"{model_name(model)} has a prompt already; detach that one first: call detach() on the object "
-            "that attach returned"
+            "that attach returned, or unload() on PEFT's model"
         )

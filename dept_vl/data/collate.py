@@ -195,7 +195,7 @@ class Collator:
             kept, skipped = self._readable(draws, self.encoded.check)
             return kept, {}, skipped
         if self.processor is not None and not isinstance(self.images, FeatureTable):
-            read, name = _ImageReader(partial(read_image, exif=self.exif)), "files"
+            read, name = _ImageReader(partial(_read_for, self.processor, exif=self.exif)), "files"
         elif self.images is None or not draws[0].example.images:
             return draws, {} if self.processor is None else {"files": [[]] * len(draws)}, ()
         elif isinstance(self.images, FeatureTable):
@@ -254,6 +254,12 @@ def process(
         del source[PIXELS]
         source[FEATURES] = features.flatten(0, 1)
     return source
+
+
+def _read_for(processor: SourceReader, source: ImageSource, *, exif: bool) -> Image.Image:
+    image = read_image(source, exif=exif)
+    processor.check_image(image)
+    return image
 
 
 class _ImageReader:

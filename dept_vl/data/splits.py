@@ -313,4 +313,11 @@ def read_candidates(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{error}; expected a JSON list of answers") from None
     if not isinstance(content, list) or not content or not all(isinstance(one, str) for one in content):
         raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
+    for answer in content:
+        try:
+            answer.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{path}: expected a JSON list of answers, found half a character in {answer!r:.60}"
+            ) from None
     return tuple(content)

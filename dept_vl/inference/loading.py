@@ -4,7 +4,6 @@ model = dept_vl.load("runs/vqa")
 model.answer("street.jpg", "what colour is the car?")
 """
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,15 +67,14 @@ def load(
         )
     if shared.exif is not None and chosen.image_count:
         _note_orientation(adapter, shared.exif)
-    base = _copy_changed(shared, adapter)
-    model = adapter.build(base).to(base.device).eval().folded()
+    model = adapter.build(shared).to(shared.device).eval().folded()
     chosen, longest_answer = informed(chosen, adapter.answering, run)
     decoding, longest = chosen.decoding, LONGEST_TEXT
     if longest_answer:
         decoding = replace(decoding, max_new_tokens=longest_answer)
     if run is not None:
         trained = read_config(run / CONFIG_FILE)
-        longest = trained.prompt.max_source_length + base.frame
+        longest = trained.prompt.max_source_length + shared.frame
         if chosen.loaded_as in [TASKS[options.task].loaded_as for options in (trained.data, *trained.also)]:
             config = EvaluateConfig(run, task=chosen.loaded_as)
             options = data_options(config, trained)
@@ -84,10 +82,10 @@ def load(
     if model.prompt is not None:
         longest = model.prompt.max_source_length
     # Check this now instead of at the first question.
-    base.language_model.check_length(
+    shared.language_model.check_length(
         0 if model.prompt is None else model.prompt.prompt_length,
         1,
-        0 if base.vision is None else base.vision.token_count * chosen.image_count,
+        0 if shared.vision is None else shared.vision.token_count * chosen.image_count,
         decoding.max_new_tokens,
     )
     return Predictor(model, adapter, chosen, decoding, longest, run)
@@ -207,13 +205,6 @@ def _two(name: str) -> tuple[str, str]:
     if len(parts) != 2:
         raise FileNotFoundError(f"there is no backbone folder {printable(name)}, and it names no two models")
     return parts[0], parts[1]
-
-
-def _copy_changed(backbone: FrozenBackbone, adapter: Adapter) -> FrozenBackbone:
-    """Return the backbone with copies of the parts whose weights the adapter replaces."""
-    if any(name.startswith("language.") for name in adapter.tensors):
-        return copy.deepcopy(backbone)
-    return backbone.with_projection(copy.deepcopy(backbone.visual_projection))
 
 
 def run_of(source: Path) -> Path | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from dept_vl._utils.errors import UsageError
-from dept_vl._utils.images import check_shape, to_rgb
+from dept_vl._utils.images import to_rgb
 from dept_vl.models.source import QUESTION, SourceReader
 from dept_vl.models.vision import VisionEncoder
 
@@ -83,7 +83,7 @@ class ImageFeatures(VisionEncoder):
     def preprocess(self, images: list[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
         """See `VisionEncoder.preprocess`."""
         for image in images:
-            check_shape(*image.size, None)
+            self.reader.check_image(image)
         return torch.cat([self.reader.process([QUESTION], [[to_rgb(image)]])[PIXELS] for image in images])
 
     @torch.no_grad()

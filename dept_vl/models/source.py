@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.images import check_shape
 from dept_vl._utils.io import one_line
 from dept_vl.models.prompt_hook import text_of
 from dept_vl.models.tokens import AnswerStyle, tokenised
@@ -117,6 +118,12 @@ class SourceReader:
         raise ValueError(
             f"the form of a question alone has more than {min(longest)} tokens; raise max_source_length"
         )
+
+    def check_image(self, image: Image.Image) -> None:
+        """Check the size of an image before processing it; see `images.check_shape`."""
+        size = dict(getattr(getattr(self.processor, "image_processor", None), "size", None) or {})
+        # Beside a longest edge, it limits the number of pixels.
+        check_shape(*image.size, None if "longest_edge" in size else size.get("shortest_edge"))
 
     def process(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """Return the processor's output for texts, in their form, and images."""

@@ -64,4 +64,4 @@ class TransferConfig(Options):
                 "expected one source, one k, one seed and one start or more, and k of 1 or more; found "
                 f"source={self.source}, k={self.k}, seeds={self.seeds}, starts={self.starts}"
             )
-        check_distinct(k=self.k, starts=self.starts)
+        check_distinct(source=self.source, k=self.k, starts=self.starts)

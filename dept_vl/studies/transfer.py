@@ -56,7 +56,7 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     sources = []
     for place, name in enumerate(config.source):
         if name in TASKS and not Path(name).is_dir():
-            sources.append(run_once(source_config(config, name, base)).output_dir)
+            sources.append(run_once(source_config(config, name)).output_dir)
         else:
             Adapter.from_pretrained(Path(name))  # fails before the runs from scratch
             sources.append(Path(config.source[place]))
@@ -90,22 +90,15 @@ def target_config(config: TransferConfig) -> RunConfig:
 
     It has neither shots nor an initial prompt of its own: those are chosen for each run.
     """
-    path = config.config or Path(config.source[0]) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no configuration at {path}, and {config.source[0]!r} is not a run to take one from: give "
-            "--config, such as data/configs/scenes-vqav2.json"
-        )
-    base = read_config(path)
+    base = given_config(config)
     data = data_of(config.target, base)
     if config.own.data is not None:
         data = DataOptions(task=config.target, own=config.own, max_lost_answers=data.max_lost_answers)
-    train = replace(base.train, pause_at=0)
+    train = base.train
     if config.max_steps:
         train = replace(train, max_steps=config.max_steps, num_epochs=0)
     return replace(
         base,
-        also=(),
         data=replace(
             data,
             data_dir=config.data_dir or data.data_dir,
@@ -113,19 +106,39 @@ def target_config(config: TransferConfig) -> RunConfig:
             shots_file=None,
             **(PAPER_SHOTS if config.preset == "paper" else {}),
         ),
-        prompt=replace(base.prompt, init_from=(), init_parts=PromptOptions.init_parts),
         train=train,
+        also=(),
     )
 
 
-def source_config(config: TransferConfig, task: str, base: RunConfig) -> RunConfig:
+def source_config(config: TransferConfig, task: str) -> RunConfig:
     """Return the configuration of the run that trains a source."""
     names = [name for name in config.source if name in TASKS and not Path(name).is_dir()]
     given = config.source_config
     if given and len(given) != len(names):
         raise ValueError(f"expected a source_config for each of {names}, found {len(given)}")
-    run = read_config(given[names.index(task)]) if given else replace(base, data=data_of(task, base))
+    if given:
+        run = read_config(given[names.index(task)])
+    else:
+        base = given_config(config)
+        run = replace(base, data=data_of(task, base), also=())
     return replace(run, output_dir=config.output_dir / f"source-{task}")
+
+
+def given_config(config: TransferConfig) -> RunConfig:
+    """Return the configuration that the target's runs, and the sources', are made from."""
+    path = config.config or Path(config.source[0]) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no configuration at {path}, and {config.source[0]!r} is not a run to take one from: give "
+            "--config, such as data/configs/scenes-vqav2.json"
+        )
+    base = read_config(path)
+    return replace(
+        base,
+        prompt=replace(base.prompt, init_from=(), init_parts=PromptOptions.init_parts),
+        train=replace(base.train, pause_at=0),
+    )
 
 
 def data_of(task: str, base: RunConfig) -> DataOptions:

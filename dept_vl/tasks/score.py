@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
 from dept_vl._utils.tables import markdown_table
 from dept_vl.tasks import coco as coco_task
@@ -43,6 +44,7 @@ def vqav2(
         normalisation: official: do not normalise if all ten human answers agree; always: normalise all.
         output: File for the scores.
     """
+    check_output(output, questions, annotations, predictions)
     rows = vqav2_task.read_rows(questions, annotations)
     answers = vqav2_task.TASK.prediction_format.read(predictions)
     check_ids(rows.column("question_id").to_pylist(), answers, str(predictions))
@@ -59,6 +61,7 @@ def gqa(questions: Path, predictions: Path, choices: Path | None = None, output:
         choices: Official choices file, for validity and plausibility.
         output: File for the scores.
     """
+    check_output(output, questions, predictions, choices)
     rows = gqa_task.read_rows(questions)
     if not rows.value("answers", 0):
         raise ValueError(
@@ -83,6 +86,7 @@ def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
         predictions: Lines of identifier,true or identifier,false; one for each example.
         output: File for the scores.
     """
+    check_output(output, examples, predictions)
     rows = nlvr2_task.read_rows(examples)
     ids = rows.column("identifier").to_pylist()
     answers = nlvr2_task.TASK.prediction_format.read(predictions)
@@ -106,6 +110,7 @@ def coco(
         spice: Also compute SPICE, which needs its models and an older Java.
         output: File for the scores.
     """
+    check_output(output, references, predictions)
     captions = coco_task.read_references(references, split)
     answers = {
         int(key): caption for key, caption in coco_task.TASK.prediction_format.read(predictions).items()
@@ -113,6 +118,13 @@ def coco(
     check_ids(captions, answers, str(predictions))
     figures = score_captions(captions, answers, spice=spice)
     return show("COCO captions (x100)", figures, output, ".2f")
+
+
+def check_output(output: Path | None, *read: Path | None) -> None:
+    """Raise UsageError if a file that is read would be overwritten."""
+    for path in filter(None, read):
+        if output is not None and output.exists() and path.exists() and output.samefile(path):
+            raise UsageError(f"--json {output} would overwrite {path}, which is read; name another file")
 
 
 def show(title: str, figures: Figures, output: Path | None, form: str) -> Figures:

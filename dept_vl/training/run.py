@@ -182,6 +182,7 @@ class Run(Stages):
         for splits in self.splits:
             self.model.backbone.probe(splits.train.image_count)
         self._fit_answers()
+        on_main(accelerator, self._write_candidates)
         self.parts = [
             Part(splits.test, splits.options.splits()[-1], splits.decoding, suffix)
             for splits, suffix in zip(self.splits, suffixes, strict=True)
@@ -225,6 +226,12 @@ class Run(Stages):
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)
             self.generate = GraphedAnswers(self.model, self.batch_size, say)
+
+    def _write_candidates(self) -> None:
+        """Write `candidates.json`, which is read with every adapter of the run."""
+        for splits in self.splits:
+            if splits.options.candidate_floor:
+                write_noted_json(self.output_dir / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
 
     def _encode_sources(self) -> None:
         """Compute the frozen encoder's output for every example once."""
@@ -321,11 +328,8 @@ class Run(Stages):
         super().write()
 
     def write_scores(self) -> None:
-        """Write `candidates.json`, `summary.md` and `summary.json`, and print the table."""
+        """Write `summary.md` and `summary.json`, and print the table."""
         folder = self.output_dir
-        for splits in self.splits:
-            if splits.options.candidate_floor:
-                write_noted_json(folder / CANDIDATES_FILE, splits.decoding.candidates, indent=None)
         table = summary_table(self.config, self.parts, self.summary)
         write_atomically(folder / "summary.md", (table + "\n").encode())
         # Written last and atomically: this file marks the run as finished.

@@ -124,7 +124,8 @@ class CompareConfig(Options):
         for task in self.tasks:
             if task not in COMPARED_TASKS and not Path(task).is_file():
                 raise UnknownNameError("task or configuration file", task, COMPARED_TASKS)
-        check_distinct(tasks=self.tasks, methods=self.methods, seeds=self.seeds, max_steps=self.max_steps)
+        names = [Path(task).stem for task in self.tasks]  # of configurations, which name their results
+        check_distinct(tasks=names, methods=self.methods, seeds=self.seeds, max_steps=self.max_steps)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,23 @@ def test_full_fine_tuning_is_kept(make_backbone: Callable[..., Backbone], tmp_pa
     assert torch.equal(logits(model), logits(built))
 
 
+@pytest.mark.parametrize("part", ["biases", "lora", "prompt"])
+def test_adapters_share_a_backbone(make_backbone: Callable[..., Backbone], part: str) -> None:
+    adapters, shared = [], make_backbone("t5")
+    bare = logits(PromptedModel(shared, None))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        backbone = make_backbone("t5")
+        if part == "lora":
+            backbone.add_lora(2)
+        backbone.freeze(language=part == "prompt", but="lora" if part == "lora" else "biases")
+        adapters.append(adapter_of(trained(backbone)))
+    models = [adapter.build(shared).eval() for adapter in adapters]
+    for model, adapter in zip(models, adapters, strict=True):
+        assert torch.equal(logits(model), logits(adapter.build(make_backbone("t5")).eval()))
+    assert torch.equal(logits(PromptedModel(shared, None)), bare)
+
+
 @pytest.mark.parametrize("part", ["all", "biases", "lora", "prompt", "prompt alone"])
 @pytest.mark.parametrize("language", ["t5", "bart"])
 def test_what_was_trained_is_trained_on_and_saved_again(

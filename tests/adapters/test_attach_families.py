@@ -262,6 +262,37 @@ def test_training_with_an_offset_needs_labels(llama: LlamaForCausalLM, method: s
             attached(**MASKED)
 
 
+def test_padding_is_found_without_a_mask(llama: LlamaForCausalLM) -> None:
+    padded = IDS.index_fill(1, torch.tensor([0]), llama.config.pad_token_id)
+    with attach(llama, trained(16)) as attached:
+        assert torch.equal(
+            attached.generate(padded, **OPTIONS),
+            attached.generate(padded, attention_mask=MASKED["attention_mask"], **OPTIONS),
+        )
+
+
+@pytest.mark.parametrize("interrupted", ["attached", "model"])
+@pytest.mark.parametrize("then", ["attached", "model"])
+def test_a_call_that_was_interrupted_leaves_nothing(
+    llama: LlamaForCausalLM, interrupted: str, then: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with attach(llama, trained(16)) as attached, torch.no_grad():
+        called = {"attached": attached, "model": llama}
+        expected = attached(**MASKED).logits, attached.generate(**MASKED, **OPTIONS)
+        for again in (
+            lambda: torch.equal(called[then](**MASKED).logits, expected[0]),
+            lambda: torch.equal(called[then].generate(**MASKED, **OPTIONS), expected[1]),
+        ):
+            handle = llama.model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                called[interrupted](**MASKED)
+            handle.remove()
+            assert again()
+
+
 def test_word_embeddings_that_were_exchanged_since_are_named(llama: LlamaForCausalLM) -> None:
     with attach(llama, trained(16)) as attached:
         llama.resize_token_embeddings(70)  # keeps the module

@@ -39,6 +39,7 @@ from plugged import (  # noqa: E402
     trained,
 )
 
+from dept_vl.adapters.attach import attach, new_prompt  # noqa: E402
 from dept_vl.adapters.peft.plugin import DeptLayer, DeptModel  # noqa: E402
 from dept_vl.models.backbone import Backbone  # noqa: E402
 from dept_vl.prompts.base import sized  # noqa: E402
@@ -175,6 +176,12 @@ def test_encoder_outputs_may_be_given(load: Load, text: Text) -> None:
     longer = torch.cat([torch.ones(3, M, dtype=torch.long), text["attention_mask"]], dim=1)
     with torch.no_grad():
         close(model(encoder_outputs=encoded, attention_mask=longer, labels=labels).logits, given)
+
+
+def test_no_second_prompt_is_attached(load: Load) -> None:
+    model = trained(load()).get_base_model()
+    with pytest.raises(ValueError, match="has a prompt already"):
+        attach(model, new_prompt(model, prompt_length=2, rank=1, max_source_length=8))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -59,6 +59,7 @@ def world(
     shutil.copytree(scenes / "vqav2", root / "broken")
     for path in (root / "broken").glob("*questions.json"):
         path.write_text(path.read_text()[:200])
+    (root / "loop").symlink_to(root / "loop")
     asked = next((scenes / "vqav2").glob("*val2014_questions.json"))
     answered = next((scenes / "vqav2").glob("*val2014_annotations.json"))
     folders = {"data": scenes, "t5": language_folders["t5"], "clip": vision_folders["clip"]}
@@ -111,6 +112,7 @@ MISTAKES = {
     f"{TRAIN} --data_dir {{root}}/broken": (1, "questions.json"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --train_split trian": (1, "'trian'"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/run": (1, "already holds a run"),
+    f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/loop": (1, "loop"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --output_dir {{root}}/run/more": (1, "inside the folder of the run"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --images {{data}}": (2, "your own data (--images)"),
     f"{TRAIN} --data_dir {{data}}/vqav2 --split_seed 1 --turns all": (2, "(--turns, --split_seed)"),

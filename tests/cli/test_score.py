@@ -16,6 +16,7 @@ import test_metrics_gqa as gqa
 import test_metrics_nlvr2 as nlvr2
 import test_metrics_vqa as vqa
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.cli import call
 from dept_vl.tasks import score
 from dept_vl.tasks.metrics.caption import Figures, score_captions
@@ -316,6 +317,15 @@ def test_missing_data_and_an_output_that_cannot_be_written_end_in_a_line(
     assert nowhere in refused([*nlvr2_files, "--json", nowhere], monkeypatch)
     value_of(nlvr2_files, "--examples").unlink()
     assert "NLVR2 file not found" in refused(nlvr2_files, monkeypatch)
+
+
+@pytest.mark.parametrize("option", ["--questions", "--predictions"])
+def test_no_file_that_is_read_is_overwritten(gqa_files: Arguments, option: str) -> None:
+    file = Path(gqa_files[gqa_files.index(option) + 1])
+    before = file.read_bytes()
+    with pytest.raises(UsageError, match="would overwrite"):
+        call(score.COMMANDS, "score", "", [*gqa_files, "--json", str(file)])
+    assert file.read_bytes() == before
 
 
 def test_captions_without_java_or_scorer_end_in_a_line(

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM
+from transformers.image_utils import SizeDict
 from zoo.vlm_parts import bart, model_of, words
 from zoo.vlms import DECODER_ONLY, TEXT_ONLY
 
@@ -139,6 +141,26 @@ def test_answers_come_back_from_their_tokens(pretrained_folder: Folder, family: 
     assert [target_texts(tokenizer, torch.tensor([one]))[0] for one in ids] == answers
     chat = tokenizer.convert_tokens_to_ids("<|im_end|>") if family == "qwen2_5_vl" else tokenizer.eos_token_id
     assert {one[-1] for one in ids} == {chat}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_images_are_bounded_by_what_they_become(
+    pretrained_folder: Folder, family: str, tmp_path: Path
+) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder(family)).eval()
+    collate = Collator.for_model(PromptedModel(backbone, None), 6, max_source_length=40 + backbone.frame)
+    Image.new("RGB", (1, 300)).save(tmp_path / "line.png")
+    Image.new("RGB", (20, 30)).save(tmp_path / "image.png")
+    draws = [Draw(Example(n, "is it red?", (tmp_path / n,), ()), "no") for n in ("line.png", "image.png")]
+    with pytest.raises(ValueError, match="200 times the shorter"):
+        collate(draws)
+    assert replace(collate, on_bad_image="skip")(draws).skipped == ("line.png",)
+    images = backbone.processor.processor.image_processor
+    images.size = SizeDict(shortest_edge=600)
+    with pytest.raises(ValueError, match="after resizing"):
+        backbone.processor.check_image(Image.new("RGB", (200, 1)))
+    images.size = SizeDict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280)  # numbers of pixels
+    backbone.processor.check_image(Image.new("RGB", (200, 1)))
 
 
 @pytest.mark.parametrize("family", ["blip2", "llava"])

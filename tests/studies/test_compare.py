@@ -414,12 +414,17 @@ def test_tables_and_bars(tmp_path: Path) -> None:
     assert bars([one for one in rows if one.method != "pt"]) == ""
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_are_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown method 'magic'; there are: zero-shot, "):
         compare(CompareConfig(methods=("magic",)))
     with pytest.raises(ValueError, match="unknown task or configuration file 'magic'; there are: easy-vqa"):
         compare(CompareConfig(tasks=("magic",)))
-    for twice in ({"seeds": (1, 1)}, {"methods": ("dept", "dept")}):
+    other = shutil.copy(base, tmp_path)  # results are named by the file
+    for twice in (
+        {"seeds": (1, 1)},
+        {"methods": ("dept", "dept")},
+        {"tasks": (str(base), other)},
+    ):
         with pytest.raises(UsageError, match="more than once"):
             compare(CompareConfig(**twice))
 

@@ -19,7 +19,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.stats import interval, quantile
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.warm_start import inherit
-from dept_vl.config import DataOptions, RunConfig, to_json
+from dept_vl.config import DataOptions, RunConfig, read_config, to_json
 from dept_vl.data.shots import draw_shots, read_shots
 from dept_vl.data.splits import load_splits
 from dept_vl.models.backbone import Backbone
@@ -27,7 +27,7 @@ from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import sized
 from dept_vl.prompts.methods import build
 from dept_vl.studies.options import TransferConfig
-from dept_vl.studies.transfer import cell_config, target_config, transfer
+from dept_vl.studies.transfer import cell_config, source_config, target_config, transfer
 from dept_vl.tasks import load_task
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.tasks.vqav2 import VQAv2
@@ -104,6 +104,11 @@ def test_a_source_that_was_started_from_another_leaves_nothing_to_the_targets_ru
     assert cell_config(config, of_target, [source], 4, 1, "scratch").prompt.init_from == ()
     assert cell_config(config, of_target, [source], 4, 1, "all").prompt.init_from == (source,)
     assert target_config(replace(config, target="gqa")).data.data_dir == also.data_dir
+    of_source = source_config(replace(config, max_steps=1), "gqa")
+    assert (of_source.data, of_source.also) == (also, ())
+    assert (
+        of_source.train.max_steps == read_config(config.config or Path()).train.max_steps
+    )  # not --max_steps
 
 
 def test_a_target_without_published_answers_is_refused(base: RunConfig, scenes: Path, tmp_path: Path) -> None:
@@ -112,10 +117,12 @@ def test_a_target_without_published_answers_is_refused(base: RunConfig, scenes: 
         transfer(transfer_config(hidden, tmp_path, "vqav2", starts=("scratch",), k=(1,), seeds=1))
 
 
-@pytest.mark.parametrize("twice", [{"k": (2, 2)}, {"starts": ("scratch", "scratch")}])
+@pytest.mark.parametrize(
+    "twice", [{"k": (2, 2)}, {"starts": ("scratch", "scratch")}, {"source": ("gqa", "gqa")}]
+)
 def test_no_run_counts_twice(source: Path, twice: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="more than once"):
-        transfer(TransferConfig(source=(str(source),), target="vqav2", **twice))
+        transfer(TransferConfig(**{"source": (str(source),), "target": "vqav2", **twice}))
 
 
 def test_open_answers_are_drawn_as_they_come() -> None:

@@ -186,7 +186,7 @@ def test_candidates_of_a_file(evaluate: Callable[..., Evaluated], scenes: Path, 
     assert {*found.evaluation.predictions.values()} <= {"red", "no"}
 
 
-@pytest.mark.parametrize("content", ['{"red": 1}', "[]", '["red", 3]', "red\nno\n"])
+@pytest.mark.parametrize("content", ['{"red": 1}', "[]", '["red", 3]', "red\nno\n", r'["\ud800"]'])
 def test_candidates_in_another_form_are_refused(
     evaluate: Callable[..., Evaluated], tmp_path: Path, content: str
 ) -> None:
@@ -235,6 +235,13 @@ def test_a_run_that_is_not_finished_is_scored_with_a_note(
     (copy / "summary.json").unlink()
     score_run(EvaluateConfig(run=copy, limit=2), write=False)
     assert f"{copy} is not finished" in capsys.readouterr().out
+
+
+def test_a_run_that_pauses_has_its_candidates(finished: Finished, tmp_path: Path) -> None:
+    train = replace(finished.config.train, pause_at=1)
+    reset_accelerate()
+    folder = run(replace(finished.config, train=train, output_dir=tmp_path / "run")).output_dir
+    assert (folder / "candidates.json").read_bytes() == (finished.folder / "candidates.json").read_bytes()
 
 
 def test_what_is_no_run_is_refused(evaluate: Callable[..., Evaluated], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
+from dept_vl.tasks.io.shards import check_shards
 from dept_vl.tasks.own.formats import SPLITS, is_annotations
 from dept_vl.tasks.own.options import TABLES, is_data_set
 
@@ -57,7 +58,9 @@ def find_tables(data: str) -> tuple[Path, list[TableFile]]:
         )
     named = [table for table in tables if table.split]
     # If some files name a split, files that name none are ignored: they may hold all splits together.
-    return path, named or tables
+    tables = named or tables
+    check_shards(table.path for table in tables)
+    return path, tables
 
 
 def _split_of(path: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dept_vl._utils.errors import UsageError, is_user_error
 from dept_vl._utils.io import one_line
+from dept_vl.tasks.io.shards import check_shards
 from dept_vl.tasks.own.formats import read_records
 from dept_vl.tasks.text.table import TextSpec
 
@@ -72,12 +73,17 @@ def open_source(
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
-    """Return the files of a split, from the first location and file type that has any."""
+    """Return the files of a split, from the first location and file type that has any.
+
+    Raises:
+        UsageError: If shards are missing, or the split is there twice.
+    """
     name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
     for root in (folder, folder / (config or "."), folder / "data"):
         for suffix in SUFFIXES:
             files = sorted(path for path in root.glob(f"{split}*{suffix}") if name.fullmatch(path.stem))
             if files:
+                check_shards(files)
                 return tuple(files)
     return ()
 
