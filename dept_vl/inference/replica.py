@@ -95,9 +95,10 @@ class Replica(LitAPI):  # type: ignore[misc]
     ) -> None:
         super().__init__(max_batch_size=max_batch_size, batch_timeout=max_wait, loop=Batches(), spec=spec)
         self.first, self.backbone = first, backbone
+        self.told: dict[str, str] = {}
         self.shared: Any = None
-        """State shared by all processes: `adapters`, sources by number; `models`, descriptions of those that
-        were loaded at the start; `failed`, the reason if the start failed."""
+        """State shared by all processes: `adapters`, sources by number; `content of NUMBER`, fingerprints;
+        `models`, descriptions of those that were loaded at the start; `failed`, why the start failed."""
 
     def setup(self, device: str) -> None:
         """Load the backbone and the adapters; LitServe calls this in the model process."""
@@ -119,7 +120,7 @@ class Replica(LitAPI):  # type: ignore[misc]
             self.shared["failed"] = one_line(error)
             raise
         if errors and "models" not in self.shared:
-            self.shared["failed"] = next(iter(errors.values()))["error"]
+            self.shared["failed"] = next(iter(errors.values()))
             raise ValueError(self.shared["failed"])
         self.shared["models"] = {
             number or BASE: self._about(predictor) for number, predictor in self.many.predictors.items()
@@ -134,8 +135,14 @@ class Replica(LitAPI):  # type: ignore[misc]
         notes: list[list[str]] = []
         pixels: dict[bytes, Any] = {}
         for place, question in enumerate(questions):
-            outcomes.append(errors.get(question.adapter))
-            if outcomes[-1] is not None:
+            reason = errors.get(question.adapter)
+            outcomes.append(None)
+            if reason is not None:  # folders of this machine are told to those alone who add adapters
+                outcomes[-1] = (
+                    _refusal(400, "invalid_adapter", reason)
+                    if question.loading
+                    else _refusal(503, "adapter_changed", "this adapter has changed since it was added")
+                )
                 continue
             if question.loading:
                 outcomes[-1] = self._about(self._predictor(question))
@@ -172,8 +179,12 @@ class Replica(LitAPI):  # type: ignore[misc]
         """Return the request unchanged; `ChatSpec.chat` has parsed it."""
         return request
 
-    def _load(self, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
-        """Load new adapters and drop removed ones; return the errors of those that cannot be loaded."""
+    def _load(self, questions: Sequence[Question]) -> dict[str, str]:
+        """Load new adapters and drop removed ones; return the reasons why others cannot be loaded.
+
+        All processes answer with the content that the first of them has loaded.
+        """
+        from dept_vl._utils.tensors import exact_fingerprint
         from dept_vl.inference.loading import load
         from dept_vl.inference.mixed import ManyAdapters
 
@@ -187,9 +198,16 @@ class Replica(LitAPI):  # type: ignore[misc]
             try:
                 kept[number] = load(wanted[number], backbone=self.many.backbone)
                 ManyAdapters(self.many.backbone, {number: kept[number]})
+                adapter = kept[number].adapter
+                content = exact_fingerprint(adapter.tensors, adapter.prompt)
+                if self.shared.setdefault(f"content of {number}", content) != content:
+                    raise ValueError("its files have changed since it was added; remove it and add it again")
             except Exception as error:  # any error: the other questions must still be answered
                 kept.pop(number, None)
-                errors[number] = _refusal(400, "invalid_adapter", f"{wanted[number]}: {one_line(error)}")
+                errors[number] = printable(f"{wanted[number]}: {one_line(error)}")
+                if self.told.get(number) != errors[number]:  # tried again with every batch
+                    say(f"warning: {errors[number]}", error=True)
+                self.told[number] = errors[number]
         if kept.keys() != known.keys():
             self.many = ManyAdapters(self.many.backbone, kept, base_task=self.base_task)
         return errors

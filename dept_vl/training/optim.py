@@ -103,9 +103,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: OptimOptions, max_
 
 
 def steps_of_epochs(options: TrainOptions, tasks: Sequence[Splits], processes: int) -> int:
-    """Return the number of optimizer steps in `num_epochs` epochs of all tasks."""
-    batches = 0
+    """Return the number of optimizer steps in `num_epochs` epochs of all tasks.
+
+    It depends on the number of examples in a step alone, so that batch size, accumulation and processes may
+    change when a run resumes.
+    """
+    steps = 0
     for task in tasks:
         size = (task.options.task_batch_size or options.per_device_batch_size) * processes
-        batches += math.ceil(task.train.draws_per_epoch() / size)
-    return math.ceil(options.num_epochs * batches / options.gradient_accumulation_steps)
+        steps += math.ceil(task.train.draws_per_epoch() / (size * options.gradient_accumulation_steps))
+    return math.ceil(options.num_epochs * steps)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -233,8 +234,37 @@ def test_a_bad_question_costs_nobody_else_an_answer(
     assert outcomes[0]["text"] == many.answer(content, "what?", adapters="colours")
     assert outcomes[3]["text"] == many.answer(content, adapters="captions")
     statuses = [outcome.get("status") for outcome in outcomes]
-    assert statuses == [None, 400, 400, None, 500, 400, 500]
+    assert statuses == [None, 400, 503, None, 500, 400, 500]
+    assert str(tmp_path) not in outcomes[2]["error"]
     assert "pairs" not in replica.many.predictors  # which is no longer wanted
+
+
+def test_all_model_processes_answer_with_one_content(
+    make_backbone: Callable[..., Backbone], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dept_vl.inference.replica import Question, Replica
+
+    many = many_of(make_backbone("t5"), tmp_path)
+    new, shared = tmp_path / "new", {"adapters": {"1": str(tmp_path / "new")}}
+    shutil.copytree(tmp_path / "colours", new)
+
+    def process() -> Replica:
+        replica = Replica("", None, max_batch_size=4, max_wait=0.0, spec=None)
+        replica.many, replica.base_task, replica.shared = many, many.predictor(None).task, shared
+        return replica
+
+    first, asked = process(), [Question("1", str(new), "what?", (IMAGES[0],))]
+    expected = many.answer(IMAGES[0], "what?", adapters="colours")
+    assert first.predict(asked)[0]["text"] == expected
+    assert process().predict(asked)[0]["text"] == expected
+    shutil.rmtree(new)
+    shutil.copytree(tmp_path / "captions", new)
+    late = process()
+    for _ in range(2):
+        outcome = late.predict(asked)[0]
+        assert (outcome["status"], outcome["code"]) == (503, "adapter_changed")
+    assert capsys.readouterr().err.count(str(new)) == 1
+    assert first.predict(asked)[0]["text"] == expected
 
 
 def test_requests_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

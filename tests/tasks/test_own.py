@@ -79,6 +79,40 @@ def test_choices_and_all_turns() -> None:
     assert turns.example_ids()[:2] == ["a0-1", "a0-2"]
 
 
+def test_the_usual_answer_of_several_is_the_choice(tmp_path: Path) -> None:
+    asked = {**QUESTION, "choices": ["a", "b"], "answers": ["b", "a", "a"]}
+    del asked["answer"]
+    task = own(written(tmp_path, lines(asked)))
+    example = task[0]
+    assert (example.answers, example.targets, example.answer) == (("a",), (("a", 1.0),), "a")
+    assert task.score({example.example_id: "a"})["accuracy"] == 100 * task.mark(example, "a") == 100
+    with pytest.raises(UsageError, match="not one of the choices"):
+        own(written(tmp_path, lines(asked | {"answers": ["c", "a", "c"]})))
+
+
+def test_annotations_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
+    questions = [{"question_id": n, "image_id": n, "question": "what?"} for n in range(2)]
+    written(tmp_path, json.dumps({"questions": questions}), "questions.json")
+    answers = [{"question_id": n, "image_id": n, "answers": [{"answer": "a"}]} for n in range(3)]
+    written(tmp_path, json.dumps({"annotations": answers}), "annotations.json")
+    with pytest.raises(UsageError, match=r"annotations.json: 1 annotations .*questions.json .*first: '2'"):
+        own(tmp_path / "questions.json")
+    captions = [{"image_id": n, "id": n, "caption": "a"} for n in range(3)]
+    images = [{"id": n, "file_name": "IMG_0001.JPG"} for n in range(2)]
+    content = json.dumps({"images": images, "annotations": captions})
+    with pytest.raises(UsageError, match=r"1 annotations have the image_id .*first: '2'"):
+        own(written(tmp_path, content, "captions.json"))
+
+
+def test_an_epoch_of_captions_has_every_caption(tmp_path: Path) -> None:
+    rows = [
+        {"image": "IMG_0001.JPG", "captions": ["a", "b", "a"]},
+        {"image": "scan-3.png", "captions": ["a"]},
+    ]
+    assert own(written(tmp_path, lines(*rows))).draws_per_epoch() == 3
+    assert own(written(tmp_path, lines(QUESTION, QUESTION), "more.jsonl")).draws_per_epoch() == 2
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [(3, "3"), (3.0, "3"), (2.5, "2.5"), (True, "yes"), (False, "no"), ({"answer": "a dog"}, "a dog")],

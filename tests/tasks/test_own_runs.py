@@ -183,6 +183,14 @@ def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
     assert [re.findall(r"\d+", line) for line in notes] == [["1", "1"]]
 
 
+def test_rows_without_a_split_and_names_of_train_are_one_split(tmp_path: Path) -> None:
+    splits = ("", "train", "Training", "test", "val")
+    names = ("scan-3.png", "scan-3.png", "IMG_0001.JPG", "IMG_0001.JPG", "scan-7.png")
+    rows = [QUESTION | {"image": name, "split": split} for name, split in zip(names, splits, strict=True)]
+    task = own(written(tmp_path, lines(*rows)))
+    assert task.leaks == ("1 of the 1 images of test are in train too",)
+
+
 def test_images_in_tables_are_decoded_a_few_at_a_time(tmp_path: Path) -> None:
     one, count = 20_000, 1000
     images = [{"bytes": bytes([n % 251]) * one, "path": f"{n}.png"} for n in range(count)]
@@ -227,6 +235,8 @@ def test_splits_of_files_columns_and_held_out_images(tmp_path: Path) -> None:
     task = load_task("vqa", data=tmp_path, split="validation")
     assert [path.name for path in task.image_files()] == ["scan-7.png"]
     assert task.notes == ("1 of the 1 images of train are in test too",)
+    written(tmp_path, lines(QUESTION), "more.jsonl")
+    assert "more.jsonl" in load_task("vqa", data=tmp_path, split="validation").notes[0]
     sides = {split: own(OWN / "qa.jsonl", split) for split in ("train", "validation", "test")}
     images = {split: set(side.image_files()) for split, side in sides.items()}
     assert {split: len(some) for split, some in images.items()} == {"train": 6, "validation": 1, "test": 1}

@@ -72,9 +72,11 @@ def test_epochs_are_steps(config: RunConfig, scenes: Path, capsys: pytest.Captur
     captions = load_splits(DataOptions(task="coco", data_dir=scenes / "coco", meteor=False), 0)
     counted = [len(captions.train[place].answers) for place in range(len(captions.train))]
     assert captions.train.draws_per_epoch() == sum(counted) > len(captions.train)
-    options = TrainOptions(num_epochs=3, per_device_batch_size=5, gradient_accumulation_steps=2)
-    expected = -(-3 * -(-sum(counted) // 10) // 2)
-    assert steps_of_epochs(options, [captions], processes=2) == expected
+    for size, accumulated, processes in ((5, 2, 2), (20, 1, 1), (1, 10, 2)):
+        options = TrainOptions(
+            num_epochs=3, per_device_batch_size=size, gradient_accumulation_steps=accumulated
+        )
+        assert steps_of_epochs(options, [captions], processes) == 3 * -(-sum(counted) // 20)
 
 
 def test_an_adapter_says_in_which_case_questions_are_read(config: RunConfig) -> None:

@@ -113,8 +113,8 @@ def at_index(value: Any, choices: list[str], where: str) -> str:
 
 
 def check_chosen(answers: list[str], choices: list[str], where: str) -> None:
-    """Raise UsageError if a single answer is none of the choices."""
-    if len(answers) == 1 and answers[0] not in choices:
+    """Raise UsageError if an answer is none of the choices."""
+    if answers and answers[0] not in choices:
         raise UsageError(
             f"{where}: the answer {answers[0]!r:.60} is not one of the choices {choices!r:.200}; copy the "
             f"text of a choice, or give its index from 0 in a column {INDEX_COLUMN}"

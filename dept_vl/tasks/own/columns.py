@@ -10,6 +10,7 @@ from dept_vl._utils.embedded import is_data_url
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import RepeatedKeyError, parse_json
 from dept_vl._utils.printable import DROPPED, one_line, plain
+from dept_vl.tasks.base import most_usual
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.own.choices import (
     INDEX_COLUMN,
@@ -259,6 +260,7 @@ class Columns:
             self._numbers = self._numbers or meaning_of(self._all_numbers())
             answer, number_as = self._numbers.answer(number)
             return [answer], choices, number_as
+        answers = [most_usual(answers)] if answers else []  # of several people
         check_chosen(answers, choices, f"{where}, column {column!r}")
         return answers, choices, ""
 

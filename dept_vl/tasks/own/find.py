@@ -31,11 +31,15 @@ class TableFile:
     split: str
 
 
-def find_tables(data: str) -> tuple[Path, list[TableFile]]:
-    """Return the folder and tables of a file, folder or data set on the Hub; UsageError if there are none."""
+def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
+    """Return the folder and tables of a file, folder or data set on the Hub, and a note on tables left out.
+
+    Raises:
+        UsageError: If there are none, or shards are missing.
+    """
     path = Path(data)
     if path.is_file():
-        return path.parent, [TableFile(path, "")]
+        return path.parent, [TableFile(path, "")], []
     if not path.is_dir():
         path = fetch(data)
     tables = []
@@ -58,9 +62,11 @@ def find_tables(data: str) -> tuple[Path, list[TableFile]]:
         )
     named = [table for table in tables if table.split]
     # If some files name a split, files that name none are ignored: they may hold all splits together.
+    left_out = [str(table.path.relative_to(path)) for table in tables if named and not table.split]
     tables = named or tables
     check_shards(table.path for table in tables)
-    return path, tables
+    note = f"not read, because they name no split and others do: {', '.join(left_out)}"
+    return path, tables, [note] if left_out else []
 
 
 def _split_of(path: Path) -> str:

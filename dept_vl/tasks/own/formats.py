@@ -6,7 +6,7 @@ records in it (TextVQA, ST-VQA), or with one for each split. VizWiz and A-OKVQA 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +150,12 @@ def _joined(questions: Path, annotations: Path) -> Numbered:
         if isinstance(row.get("answer_type"), str):
             kept["answer_type"] = known.setdefault(row["answer_type"], row["answer_type"])
         answers[question_id] = kept
+    unasked = dict.fromkeys(answers)
     for number, row in read_json(questions, QUESTIONS):
-        where = f"{place(questions, number)}, question_id"
-        yield number, {**row, **answers.get(identity(row.get("question_id"), where), {})}
+        question_id = identity(row.get("question_id"), f"{place(questions, number)}, question_id")
+        unasked.pop(question_id, None)
+        yield number, {**row, **answers.get(question_id, {})}
+    _check_used(unasked, annotations, "question_id", f"question in {questions.name}")
 
 
 def _karpathy(row: Record) -> Record:
@@ -198,6 +201,19 @@ def _coco_captions(path: Path) -> Numbered:
             )
         image_id = identity(row["image_id"], f"{place(path, number)}, image_id")
         captions.setdefault(image_id, []).append(row["caption"])
+    unseen = dict.fromkeys(captions)
     for number, row in read_json(path, IMAGES):
-        known = captions.get(identity(row.get("id"), f"{place(path, number)}, id"), [])
+        image_id = identity(row.get("id"), f"{place(path, number)}, id")
+        unseen.pop(image_id, None)
+        known = captions.get(image_id, [])
         yield number, {"image": row.get("file_name"), "id": row.get("id"), "captions": known}
+    _check_used(unseen, path, "image_id", f"image in {IMAGES}")
+
+
+def _check_used(unused: Collection[str], path: Path, name: str, what: str) -> None:
+    """Raise UsageError if ids of annotations belong to nothing."""
+    if unused:
+        raise UsageError(
+            f"{path}: {len(unused):,} annotations have the {name} of no {what} (first: "
+            f"{next(iter(unused))!r:.60}); add what is missing, or take these annotations away"
+        )

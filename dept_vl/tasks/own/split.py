@@ -140,14 +140,17 @@ def unused(rows: Rows) -> list[str]:
 
 
 def leaks(rows: Rows, folder: ImageFolder) -> list[str]:
-    """Return a message for each pair of named splits that share images."""
-    present = [name for name in rows.column("split").unique().to_pylist() if name]
-    if len(present) < 2:
+    """Return a message for each pair of splits that share images; rows without a split are of train."""
+    names: dict[str, list[str]] = {}
+    for name in rows.column("split").unique().to_pylist():
+        names.setdefault(SPLITS.get(name.lower(), name) or TRAIN, []).append(name)
+    if len(names) < 2:
         return []
+    present = list(names)
     images = {}
-    for name in present:
-        column = rows.where("split", [name]).column("images").combine_chunks()
-        images[name] = set(_contents(column.flatten().unique().to_pylist(), folder))
+    for name, given in names.items():
+        references = rows.where("split", given).column("images").combine_chunks().flatten().unique()
+        images[name] = set(_contents(references.to_pylist(), folder))
     return [
         f"{len(shared):,} of the {len(images[other]):,} images of {other} are in {name} too"
         for place, name in enumerate(present)

@@ -139,7 +139,7 @@ class OwnTask(Task):
             UsageError: If the data cannot be understood; the message gives the location and what is expected.
         """
         data = self.options.data or str(root)
-        base, tables = find_tables(data)
+        base, tables, unread = find_tables(data)
         place = self.options.images or base
         if not place.is_dir():
             raise FileNotFoundError(f"no folder of images: {place}")
@@ -168,7 +168,7 @@ class OwnTask(Task):
             scoring=_scoring(rows),
             labels=tuple(labels),
             image_count=int(counts[0]),
-            notes=(*_notes(rows, chosen, split, labels), *leaks),
+            notes=(*_notes(rows, chosen, split, labels), *unread, *leaks),
             leaks=leaks,
         )
 
@@ -176,6 +176,12 @@ class OwnTask(Task):
         """Return the task with only the examples that have an answer."""
         known = self.rows.lengths("answers") > 0
         return self if known.all() else replace(self, rows=self.rows.subset(np.flatnonzero(known)))
+
+    def draws_per_epoch(self) -> int:
+        """Return the number of examples, or of different captions."""
+        if self.form != "caption":
+            return len(self)
+        return sum(len(set(captions)) for captions in self.rows.column("answers").to_pylist())
 
     def asked_by(self, asker: Task) -> "OwnTask":
         """Return the examples in the form of an adapter's task; UsageError if they do not fit it."""
