@@ -199,6 +199,7 @@ class Replica(LitAPI):  # type: ignore[misc]
                 kept[number] = load(wanted[number], backbone=self.many.backbone)
                 ManyAdapters(self.many.backbone, {number: kept[number]})
                 adapter = kept[number].adapter
+                assert adapter is not None  # `load` has read it
                 content = exact_fingerprint(adapter.tensors, adapter.prompt)
                 if self.shared.setdefault(f"content of {number}", content) != content:
                     raise ValueError("its files have changed since it was added; remove it and add it again")
