@@ -53,14 +53,17 @@ def decode(
     """
     inputs: dict[str, Any] = batch.inputs()
     tokenizer = model.backbone.tokenizer
+    answers = [""] * len(batch.ids)
+    if not all(batch.choices) or not batch.choices:
+        answers = written(tokenizer, (generate or model.generate)(**inputs, **options), spelled)
     if batch.choices:
-        ranked = {**options, **choice_options(batch.choices, tokenizer)}
+        longest = max(batch.choices, key=len)  # stands for none, where the free answer is taken
+        ranked = {**options, **choice_options([row or longest for row in batch.choices], tokenizer)}
         texts = target_texts(tokenizer, model.generate(**inputs, **ranked))
-        return [
-            spellings(tokenizer, of_row).get(text, text)
-            for text, of_row in zip(texts, batch.choices, strict=True)
-        ]
-    return written(tokenizer, (generate or model.generate)(**inputs, **options), spelled)
+        for place, of_row in enumerate(batch.choices):
+            if of_row:
+                answers[place] = spellings(tokenizer, of_row).get(texts[place], texts[place])
+    return answers
 
 
 def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Mapping[str, str]) -> list[str]:

@@ -200,7 +200,11 @@ class ScoreRun(Stages):
     @waiting("preparing")
     def prepare(self) -> None:
         """Read the split, load the model, and open the visual features."""
-        config, options, accelerator = self.config, self.options, self.accelerator
+        config, accelerator = self.config, self.accelerator
+        self.adapter = Adapter.from_pretrained(config.adapter or config.run / BEST)
+        options = replace(self.options, question_case=self.adapter.question_case)
+        if kept := config.own.kept_from(self.trained.data.own):
+            say(f"note: as in the run: {kept}")
         with main_first(accelerator):
             task = load_split(options, self.split)
             if task.server_split and not config.limit and not task[0].targets:
@@ -209,7 +213,6 @@ class ScoreRun(Stages):
         task.check_requirements()  # fails before the predictions are made
         self.changed = on_main(accelerator, lambda: note_changes(config.run, self.trained, options))
         task = check_images(limit(task, config.limit, self.trained.train.seed), config.on_bad_image)
-        self.adapter = Adapter.from_pretrained(config.adapter or config.run / BEST)
         if config.adapter is None and not (config.run / SUMMARY_FILE).exists():
             say(f"note: {config.run} is not finished; its best adapter so far is scored")
         asker, longest = informed(self._asker(), self.adapter.answering, config.run)

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from helpers import write_vqa
+from own_files import QUESTION, lines, own, written
 
 from dept_vl._utils import terminal
 from dept_vl._utils.terminal import Count
@@ -90,6 +91,24 @@ def test_predictions_are_what_is_scored(
     official = [vqa_accuracy(evaluation.predictions[row["question_id"]], row["answers"]) for row in task.rows]
     assert set(evaluation.predictions.values()) == {"red"}
     assert evaluation.scores["overall"] == round(100 * sum(official) / len(official), 2) > 0
+
+
+def test_rows_with_choices_and_rows_without_share_a_batch(
+    model: PromptedModel, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    choices = [["red", "blue", "no"], [], ["yes", "no"], []]
+    rows = [QUESTION | {"question": f"what {n}?", "choices": some} for n, some in enumerate(choices)]
+    for row in rows:
+        row["answer"] = (row["choices"] or ["red"])[0]
+    own_task = own(written(tmp_path, lines(*rows)))
+    collator = Collator(
+        model.backbone.tokenizer, max_source_length=16, max_target_length=10, images=model.backbone.vision
+    )
+    alone, together = (
+        evaluate(model, own_task, collator, accelerator, batch_size=size).predictions for size in (1, 4)
+    )
+    assert alone == together
+    assert all(said in some for said, some in zip(together.values(), choices, strict=True) if some)
 
 
 def test_text_tokens_are_the_mean_length(

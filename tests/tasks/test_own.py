@@ -104,6 +104,12 @@ def test_annotations_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
         own(written(tmp_path, content, "captions.json"))
 
 
+def test_a_metric_of_questions_has_no_effect_on_captions(tmp_path: Path) -> None:
+    file = written(tmp_path, lines({"image": "IMG_0001.JPG", "caption": "a"}))
+    assert own(file, metric="f1").notes == ("--metric f1 is for questions; of captions, CIDEr decides",)
+    assert own(file).notes == ()
+
+
 def test_an_epoch_of_captions_has_every_caption(tmp_path: Path) -> None:
     rows = [
         {"image": "IMG_0001.JPG", "captions": ["a", "b", "a"]},

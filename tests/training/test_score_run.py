@@ -19,6 +19,7 @@ from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import limit
 from dept_vl.tasks.io.submission import check_submission
 from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.training import score_run as score_run_module
 from dept_vl.training.run import run
 from dept_vl.training.score_run import Evaluated, score_run
 from dept_vl.training.summary import RunResult
@@ -126,6 +127,32 @@ def test_own_data_are_the_same_rows_whichever_task_is_named(finished: Finished, 
     options = data_options(config, finished.config)
     assert (options.task, options.test_split) == ("vqa", TASKS["vqa"].other_split)
     assert data_options(replace(config, task="vqav2"), finished.config) == options
+
+
+def test_options_that_stay_as_in_the_run_are_told() -> None:
+    run_options = OwnOptions(data="a", turns="all", metric="anls", split_seed=3)
+    given = OwnOptions(data="b", metric="f1")
+    assert given.kept_from(run_options) == "--turns all, --split_seed 3"
+    assert given.over(run_options) == replace(run_options, data="b", metric="f1")
+    assert OwnOptions().kept_from(OwnOptions()) == ""
+
+
+def test_an_adapter_of_another_run_reads_questions_in_its_own_case(
+    finished: Finished, evaluate: Callable[..., Evaluated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = dept_vl.Adapter.load(finished.folder / "best")
+    replace(adapter, question_case="keep").save(tmp_path / "kept")
+    loaded: list[str] = []
+    real = score_run_module.load_split
+
+    def load_split(options: DataOptions, split: str) -> Any:
+        loaded.append(options.question_case)
+        return real(options, split)
+
+    monkeypatch.setattr(score_run_module, "load_split", load_split)
+    evaluate(limit=2)
+    evaluate(limit=2, adapter=tmp_path / "kept", output_dir=tmp_path / "other")
+    assert loaded == ["lower", "keep"]
 
 
 def test_a_runs_predictor_is_scored_on_the_examples_of_the_run(finished: Finished) -> None:

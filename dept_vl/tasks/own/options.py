@@ -68,12 +68,18 @@ class OwnOptions(Options):
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
         """Return a run's options, overridden by those set here. With `data`, `images` is not inherited."""
-        usual = OwnOptions()
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {name: value for name, value in given.items() if value != getattr(usual, name)}
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if not self._unset(f.name)}
         if self.data is not None:
             changed["images"] = self.images
         return replace(run, **changed)
+
+    def kept_from(self, run: "OwnOptions") -> str:
+        """Return the options that `over` takes from a run, as text; defaults count as not given."""
+        taken = [f.name for f in fields(self) if f.name not in ("data", "images") and self._unset(f.name)]
+        return ", ".join(f"--{n} {getattr(run, n)}" for n in taken if not run._unset(n))
+
+    def _unset(self, name: str) -> bool:
+        return bool(getattr(self, name) == getattr(OwnOptions(), name))
 
     def folder(self) -> Path | None:
         """Return the folder of the data; None if the data are on the Hub or not set."""

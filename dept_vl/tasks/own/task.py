@@ -168,7 +168,12 @@ class OwnTask(Task):
             scoring=_scoring(rows),
             labels=tuple(labels),
             image_count=int(counts[0]),
-            notes=(*_notes(rows, chosen, split, labels), *unread, *leaks),
+            notes=(
+                *_notes(rows, chosen, split, labels),
+                *unread,
+                *leaks,
+                *_unused_metric(self.options, form),
+            ),
             leaks=leaks,
         )
 
@@ -366,6 +371,12 @@ def _notes(rows: Rows, chosen: Rows, split: str, labels: Sequence[str]) -> Itera
             f"VQA accuracy is the official one of {OFFICIAL_ANSWERS} human answers; of fewer it is its "
             "general form, in which a third of the others have to agree and a lone answer counts 1"
         )
+
+
+def _unused_metric(options: OwnOptions, form: str) -> Iterator[str]:
+    decides = OwnTask(form=form).primary
+    if form != "question" and options.metric not in ("auto", decides):
+        yield f"--metric {options.metric} is for questions; of {FORMS[form]}, {decides} decides"
 
 
 VQA = OwnTask()
