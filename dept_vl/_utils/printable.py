@@ -34,10 +34,12 @@ LINE_ENDS = re.compile(r"[\x0b\x0c\x85\u2028\u2029]")
 
 def printable(text: object, *, lines: bool = False) -> str:
     """Return a text with unprintable characters escaped; `lines` keeps line ends and tabs."""
-    kept = JOINERS + "\n\t" if lines else JOINERS
+    text, kept = str(text), JOINERS + "\n\t" if lines else JOINERS
+    if text.isprintable():
+        return text
     # Spaces of other scripts are printable, although `isprintable` denies it.
     return "".join(
-        c if c.isprintable() or c in kept or category_of(c) == "Zs" else repr(c)[1:-1] for c in str(text)
+        c if c.isprintable() or c in kept or category_of(c) == "Zs" else repr(c)[1:-1] for c in text
     )
 
 
