@@ -41,6 +41,8 @@ SENDABLE = re.compile(r"[!-~]+")
 """Tokens that every client can send in a header."""
 KEPT_OPEN = 30
 """Seconds that an idle connection stays open."""
+BACKLOG = 4096
+"""Number of connections that may wait to be accepted."""
 LONGEST_END = 2.0
 """Seconds that a model process has to end by itself before it is killed, for example while loading."""
 
@@ -106,6 +108,8 @@ def serve(config: ServeConfig) -> None:
         wait_until_ready(server, spec)
         spec.server = server
         spec.started()
+        with _named(config.host, config.port):  # another server may have begun there since
+            listening.listen(BACKLOG)
         asyncio.run(_answer(config, server, spec, listening))
 
 
@@ -162,13 +166,23 @@ def bound(host: str, port: int) -> socket.socket:
     found = socket.socket(family)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
-    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
+        with _named(host, port):
+            found.bind((host, port))
+    except OSError:
         found.close()
+        raise
+    return found
+
+
+@contextmanager
+def _named(host: str, port: int) -> Iterator[None]:
+    """Name host and port in errors."""
+    try:
+        yield
+    except (OSError, TypeError) as error:  # TypeError: a name that cannot be encoded
         number = error.errno if isinstance(error, OSError) else errno.EINVAL
         reason = error.strerror if isinstance(error, OSError) else error
         raise OSError(number, f"cannot listen at {host}:{port}: {reason}") from None
-    return found
 
 
 def wait_until_ready(server: LitServer, spec: ChatSpec) -> None:
@@ -189,7 +203,7 @@ async def _answer(config: ServeConfig, server: LitServer, spec: ChatSpec, listen
         access_log=False,
         server_header=False,
         ws="none",
-        backlog=4096,
+        backlog=BACKLOG,
         timeout_keep_alive=KEPT_OPEN,
         # The longest that a request can take.
         timeout_graceful_shutdown=int(3 * config.timeout) + 1,

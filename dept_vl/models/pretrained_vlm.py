@@ -124,6 +124,8 @@ class VisionLanguageModel(FrozenBackbone):
             list(inspect.signature(model.forward).parameters),
             [] if image is None else [image],
         )
+        qformer = getattr(config, "qformer_config", None)
+        self.processor.qformer_positions = getattr(qformer, "max_position_embeddings", None)
         self.processor.learn(image, name, encoder_decoder=encoder_decoder, reads_images=reads_images)
         self.frame, self.placeholder = self.processor.frame, self.processor.placeholder
         self.language_model = PretrainedReader(

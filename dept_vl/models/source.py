@@ -7,7 +7,7 @@
 | `--text_form`     | any text with `{text}`, and `{image}` if the processor does not insert the image |
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import check_shape
 from dept_vl._utils.io import one_line
+from dept_vl._utils.printable import warn
 from dept_vl.models.prompt_hook import text_of
 from dept_vl.models.tokens import AnswerStyle, tokenised
 
@@ -39,6 +40,8 @@ MARK = "MARK"
 """Answer that is used to inspect a chat template."""
 TEXT_AT_MOST = 20
 """Maximum number of attempts to shorten a text until it fits."""
+QFORMER = "qformer_"
+"""Prefix of the names of InstructBLIP's inputs to its Q-Former, which reads the text too."""
 PER_TOKEN = ("token_type_ids", "cross_attention_mask")
 """Suffixes of the names of inputs that have a value per token."""
 
@@ -78,6 +81,7 @@ class SourceReader:
     `taken` are the names of the arguments of the model's `forward`.
 
     Attributes:
+        qformer_positions: Number of text tokens that InstructBLIP's Q-Former can read; None without one.
         frame: Number of text tokens that the form adds to a question.
         placeholder: Id of the token of an ordinary word.
     """
@@ -89,6 +93,7 @@ class SourceReader:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.taken = frozenset(taken) - {"labels"}
         self.image_tokens = torch.tensor(sorted(image_tokens), dtype=torch.long)
+        self.qformer_positions: int | None = None
         self.nested = True
         self.frame = self.placeholder = 0
 
@@ -140,7 +145,23 @@ class SourceReader:
         if self.form.ask == CHAT and start and written[0].startswith(start):
             options["add_special_tokens"] = False  # the template has put it there
         made = tokenised(self.processor, **options)
-        return {name: value for name, value in made.items() if name in self.taken and torch.is_tensor(value)}
+        source = {
+            name: value for name, value in made.items() if name in self.taken and torch.is_tensor(value)
+        }
+        return source | self._cut_for_qformer(source)
+
+    def _cut_for_qformer(self, source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the Q-Former's text, cut to its positions; the language model reads the whole text."""
+        texts = {name: row for name, row in source.items() if name.startswith(QFORMER)}
+        if self.qformer_positions is None or all(
+            len(row[0]) <= self.qformer_positions for row in texts.values()
+        ):
+            return {}
+        warn(
+            f"the Q-Former reads the first {self.qformer_positions} tokens of a text; one is longer",
+            stacklevel=4,
+        )
+        return {name: row[:, : self.qformer_positions] for name, row in texts.items()}
 
     def written(self, text: str, images: int) -> str:
         """Return the text that the model reads for a question, in the form of its processor."""

@@ -20,6 +20,7 @@ from zoo.vlm_parts import bart, model_of, words
 from zoo.vlms import DECODER_ONLY, TEXT_ONLY
 
 from dept_vl._utils.errors import UsageError
+from dept_vl._utils.printable import Note
 from dept_vl.config import BackboneOptions
 from dept_vl.data.collate import Collator, Draw
 from dept_vl.models import pretrained_vlm, reader
@@ -161,6 +162,22 @@ def test_images_are_bounded_by_what_they_become(
         backbone.processor.check_image(Image.new("RGB", (200, 1)))
     images.size = SizeDict(shortest_edge=56 * 56, longest_edge=28 * 28 * 1280)  # numbers of pixels
     backbone.processor.check_image(Image.new("RGB", (200, 1)))
+
+
+def test_a_text_is_cut_for_the_qformer_alone(pretrained_folder: Folder, tmp_path: Path) -> None:
+    backbone = VisionLanguageModel.from_pretrained(pretrained_folder("instructblip")).eval()
+    positions = backbone.language.config.qformer_config.max_position_embeddings
+    model = PromptedModel(backbone, None).eval()
+    collate = Collator.for_model(model, 6, max_source_length=300)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    long = " ".join(["red"] * 100)
+    with pytest.warns(Note, match=f"first {positions} tokens"):
+        batch = collate([Draw(Example(0, long, (tmp_path / "a.png",), ()), "no")])
+    assert batch.processed is not None
+    assert batch.processed["qformer_input_ids"].shape == (1, positions)
+    assert batch.processed["qformer_attention_mask"].shape == (1, positions)
+    assert batch.input_ids.shape[1] > 100 > positions
+    assert model(**batch.training_inputs()).loss.isfinite()
 
 
 @pytest.mark.parametrize("family", ["blip2", "llava"])

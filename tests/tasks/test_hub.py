@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
 from dept_vl.tasks.prepare.copies import COPIES
 from dept_vl.tasks.prepare.hub import fetch
+from dept_vl.tasks.prepare.staging import staging_for
 from dept_vl.tasks.vqav2 import VQAv2
 
 Row = dict[str, Any]
@@ -546,3 +548,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="to be a folder, found a file"):
         fetch("vqav2", copy, tmp_path / "file", split="val")
+
+
+def test_sigterm_leaves_no_hidden_folder(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, staging_for(tmp_path / "out") as staging:  # noqa: PT012
+        (staging / "a.jpg").write_bytes(b"a")
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

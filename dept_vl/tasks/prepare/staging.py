@@ -1,6 +1,9 @@
 """Writing of a split's official files and images, so that they appear complete or not at all."""
 
 import json
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,11 +95,25 @@ def staging_for(output_dir: Path) -> Iterator[Path]:
     """Yield an empty folder to fill and then rename; it is removed if it is still there."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     # In the same parent folder, so that the rename stays on one file system.
-    with TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.") as temporary:
+    place = TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}.")
+    with _ended_by_sigterm(), place as temporary:
         # One level down, since the temporary folder itself is only readable by its owner.
         staging = Path(temporary) / output_dir.name
         staging.mkdir()
         yield staging
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that what is temporary is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
