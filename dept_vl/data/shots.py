@@ -8,7 +8,7 @@ selection is saved with a run as `shots.json`, so that another run can use it:
     {"k": 4, "seed": 1, "classes": ["false", "true"], "train": [17, ...], "dev": [203, ...], "content": "..."}
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -78,22 +78,23 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     if per == "all" and classes:
         sizes = {name: k // len(classes) + (n < k % len(classes)) for n, name in enumerate(classes)}
     order = Random(seed).sample(range(len(task)), len(task))
-    train = _take(task, order, sizes, set())
-    learnt, seen = set(train), {path for index in train for path in task.images(index)}
-    others = [index for index in order if index not in learnt]
-    dev = _take(task, others, sizes, seen)
+    images = task.image_keys()
+    train = _take(task, order, sizes)
+    learnt, seen = set(train), {path for index in train for path in images[index]}
+    others = [index for index in order if index not in learnt and seen.isdisjoint(images[index])]
+    dev = _take(task, others, sizes)
     return Shots(k, seed, classes, train, dev, rows_content(task.subset([*train, *dev]).rows))
 
 
-def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int], avoided: Set[Path]) -> tuple[int, ...]:
-    """Return the first `sizes[name]` examples of each class that have none of the images to avoid."""
+def _take(task: Task, order: Sequence[int], sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the first `sizes[name]` examples of each class."""
     taken: dict[str, list[int]] = {name: [] for name in sizes}
     for index in order:
         if all(len(indices) == sizes[name] for name, indices in taken.items()):
             break
         name = "" if "" in sizes else task[index].answer
         indices = taken[name]
-        if len(indices) < sizes[name] and avoided.isdisjoint(task.images(index)):
+        if len(indices) < sizes[name]:
             indices.append(index)
     for name, indices in taken.items():
         k = sizes[name]

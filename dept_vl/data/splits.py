@@ -43,11 +43,12 @@ class Splits:
 def options_together(config: RunConfig) -> list[DataOptions]:
     """Return the data options of all tasks; ValueError if a task is repeated or `on_bad_image` differs."""
     together = (config.data, *config.also)
-    names = [options.task for options in together]
+    names = [TASKS[options.task].loaded_as for options in together]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(
-            f"expected different tasks to train on together, found {', '.join(repeated)} more than once"
+            f"expected different tasks to train on together, found {', '.join(repeated)} more than once; "
+            f"your own questions, captions and labels are all read as {OWN_TASK}, of which a run has one"
         )
     on_bad_image = config.data.on_bad_image
     for place, options in enumerate(config.also):

@@ -230,6 +230,10 @@ class Task(ABC):
         named = ((self.rows.value(name, index) for name in names) for names in self.image_columns)
         return tuple(self.image_path(*values) for values in named)
 
+    def image_keys(self) -> list[tuple[Path, ...]]:
+        """Return files of each example by which it is told whether two examples share an image."""
+        return [self.images(index) for index in range(len(self))]
+
     def image_files(self) -> list[Path]:
         """Return the image files of all examples, each once."""
         if not self.image_columns:
@@ -311,7 +315,7 @@ def most_usual(answers: Sequence[str]) -> str:
 
 def hold_out_images(task: Task, count: int, seed: int) -> tuple[Task, Task]:
     """Split a task by image into the rest and `count` held-out images; ValueError if a part is empty."""
-    images = [task.images(index) for index in range(len(task))]
+    images = task.image_keys()
     distinct = sorted(set(images))
     if not 0 < count < len(distinct):
         raise ValueError(

@@ -104,6 +104,19 @@ def test_annotations_that_belong_to_nothing_are_named(tmp_path: Path) -> None:
         own(written(tmp_path, content, "captions.json"))
 
 
+def test_the_first_of_several_labels_counts_everywhere(tmp_path: Path) -> None:
+    task = own(written(tmp_path, lines({"image": "IMG_0001.JPG", "label": ["b", "a", "a"]})))
+    example = task[0]
+    assert (example.answer, example.targets) == ("b", (("b", 1.0),))
+    assert task.score({example.example_id: "b"})["accuracy"] == 100 * task.mark(example, "b") == 100
+
+
+def test_captions_and_labels_are_not_mixed(tmp_path: Path) -> None:
+    rows = ({"image": "IMG_0001.JPG", kind: "a"} for kind in ("caption", "label"))
+    with pytest.raises(UsageError, match="two files"):
+        own(written(tmp_path, lines(*rows)))
+
+
 def test_a_metric_of_questions_has_no_effect_on_captions(tmp_path: Path) -> None:
     file = written(tmp_path, lines({"image": "IMG_0001.JPG", "caption": "a"}))
     assert own(file, metric="f1").notes == ("--metric f1 is for questions; of captions, CIDEr decides",)

@@ -25,11 +25,13 @@ from dept_vl._utils.embedded import embedded_bytes
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
+from dept_vl.data.shots import draw_shots
 from dept_vl.data.splits import data_options
 from dept_vl.inference import bulk
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks.base import hold_out_images
 from dept_vl.tasks.metrics.own import anls, edit_distance, general_vqa_accuracy, normalise_own
 from dept_vl.tasks.metrics.vqa import vqa_accuracy
 from dept_vl.tasks.own.options import OwnOptions
@@ -169,6 +171,29 @@ def test_one_image_in_several_rows_of_a_table_is_one_image(tmp_path: Path) -> No
     assert [re.findall(r"\d+", line) for line in leaks(task.rows, task.folder)] == [["1", "1"]]
 
 
+def test_held_out_examples_and_shots_share_no_image_with_the_others(tmp_path: Path) -> None:
+    images = [{"bytes": path.read_bytes()} for path in sorted(PHOTOS.iterdir())[:4]]
+    rows = [{"image": images[n % 4], "question": f"what {n}?", "answer": "ab"[n % 8 // 4]} for n in range(16)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "one.parquet")
+    pairs = [
+        QUESTION | {"images": list(pair)} for pair in (("scan-3", "scan-7"), ("scan-7", "scan-3"), ("4", "4"))
+    ]
+    for row in pairs:
+        del row["image"]
+    one, two = own(tmp_path / "one.parquet"), own(written(tmp_path, lines(*pairs)))
+    contents = [n % 4 for n in range(16)]
+    for seed in range(3):
+        rest, held_out = hold_out_images(one, 2, seed)
+        sides = [
+            {contents[one.example_ids().index(key)] for key in part.example_ids()}
+            for part in (rest, held_out)
+        ]
+        assert sides[0].isdisjoint(sides[1])
+        shots = draw_shots(one, 2, seed)
+        assert {contents[n] for n in shots.train}.isdisjoint(contents[n] for n in shots.dev)
+    assert sorted(map(len, hold_out_images(two, 1, 0))) == [1, 2]
+
+
 def test_one_file_under_several_names_is_one_image(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in ("a.png", "b.png"):
@@ -255,6 +280,9 @@ def test_splits_of_files_columns_and_held_out_images(tmp_path: Path) -> None:
         ("blue", ["blue"] * 2 + ["red"] * 2, 1.0),
         ("blue", ["blue"] + ["red"] * 4, 0.6),
         ("blue", ["blue"] * 9, 1.0),
+        ("A", ["a", "a", "A"], 1.0),
+        ("", ["a", "a", "A"], 0.0),
+        ("the", ["a", "a", "A"], 0.0),
     ],
 )
 def test_vqa_accuracy_of_fewer_than_ten_answers(prediction: str, answers: list[str], accuracy: float) -> None:

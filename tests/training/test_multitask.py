@@ -20,10 +20,12 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig, read_config
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.sampling import TrainingBatches
+from dept_vl.data.splits import options_together
 from dept_vl.inference.evaluate import Evaluation
 from dept_vl.tasks import load_task
 from dept_vl.tasks.base import Task, limit
 from dept_vl.tasks.metrics.caption import REPORTED, Figures
+from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training.run import run as main
 from dept_vl.training.summary import RunResult
 
@@ -253,6 +255,12 @@ def test_the_same_task_twice_is_refused_and_nothing_written(config: RunConfig, t
     with pytest.raises(ValueError, match=r"expected different tasks .* found gqa more than once"):
         main(twice)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_has_one_set_of_data_of_ones_own(config: RunConfig) -> None:
+    own = [DataOptions(task=task, own=OwnOptions(data="a.jsonl")) for task in ("vqa", "captions")]
+    with pytest.raises(ValueError, match=r"found vqa more than once"):
+        options_together(replace(config, data=own[0], also=(own[1],)))
 
 
 def test_what_is_done_with_bad_images_is_said_once(config: RunConfig, tmp_path: Path) -> None:

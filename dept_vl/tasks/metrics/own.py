@@ -37,8 +37,8 @@ def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(answers) >= OFFICIAL_ANSWERS:
         return vqa_accuracy(prediction, answers)
     count = len(answers)
-    said = normalise_answer(prediction)
-    matches = Counter(map(normalise_answer, answers))[said]
+    said = _compared(prediction)
+    matches = Counter(map(_compared, answers))[said]
     if count == 1:
         return float(matches)
     needed = max(1.0, (count - 1) / 3)
@@ -46,6 +46,11 @@ def general_vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     agreeing = matches * min(1.0, (matches - 1) / needed)
     others = (count - matches) * min(1.0, matches / needed)
     return (agreeing + others) / count
+
+
+def _compared(answer: str) -> str:
+    """Return an answer in the official form; one of nothing but articles or punctuation stays as it is."""
+    return normalise_answer(answer) or " ".join(answer.lower().split())
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:

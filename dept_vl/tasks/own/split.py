@@ -95,7 +95,7 @@ def image_groups(rows: Rows, places: Sequence[int] | Indices, folder: ImageFolde
     first: Indices = codes[starts[:-1] - starts[0]]
     if len(codes) == len(first):  # one each
         return first
-    parent = np.arange(int(codes.max()) + 1)
+    parent = list(range(int(codes.max()) + 1))
 
     def least(code: int) -> int:
         while parent[code] != code:

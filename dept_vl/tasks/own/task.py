@@ -149,6 +149,8 @@ class OwnTask(Task):
         if not len(chosen):
             raise UsageError(f"{data} has no rows of the split {split!r}")
         forms = rows.column("form").unique().to_pylist()
+        if {"caption", "label"} <= {*forms}:
+            raise UsageError(f"{data} has rows with a caption and rows with a label; put them into two files")
         form = self.form if self.form != "question" else next(f for f in FORMS if f in forms)
         counts = rows.lengths("images")
         other = np.flatnonzero(counts != counts[0])
@@ -215,7 +217,7 @@ class OwnTask(Task):
             targets=_targets(answers, self.form, self.scoring),
             in_turn=self.form == "caption",
             question=row["question"] or (answers[0] if answers and self.form == "caption" else ""),
-            answer="" if self.form == "caption" else most_usual(answers),
+            answer={"caption": "", "label": "".join(answers[:1])}.get(self.form, most_usual(answers)),
             answers=answers,
             kinds=(("answer type", row["type"]),) if answers and row["type"] else kinds,
             choices=tuple(row["choices"]),
@@ -234,6 +236,15 @@ class OwnTask(Task):
     def images(self, index: int) -> tuple[Path, ...]:
         """Return the images of an example."""
         return self._paths(self.rows.value("images", index))
+
+    def image_keys(self) -> list[tuple[Path, ...]]:
+        """See `Task.image_keys`; copies of an image in a table, and rows joined by images, have one key."""
+        keys: dict[int, tuple[Path, ...]] = {}
+        groups = splits.image_groups(self.rows, range(len(self)), self.folder).tolist()
+        for index, group in enumerate(groups):
+            images = self.images(index)
+            keys[group] = min(images, keys.get(group, images))
+        return [keys[group] for group in groups]
 
     def image_files(self) -> list[Path]:
         """Return the images of all examples, each once."""
