@@ -8,9 +8,8 @@ models on the Hub do not contain one.
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +152,6 @@ class Adapter:
             PermissionError: If the token has no write access to the repository.
             ConnectionError: If the Hub is disabled (`HF_HUB_OFFLINE`).
         """
-        if any(map(os.path.isabs, self.backbone["name"].split("+"))):  # paths of this machine stay here
-            names = [Path(part).name for part in self.backbone["name"].split("+")]
-            self = replace(self, backbone=self.backbone | {"name": "+".join(names)})
         files = self._contents()
         training = None
         if run is not None:

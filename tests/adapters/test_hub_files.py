@@ -133,14 +133,6 @@ def test_a_push_is_one_commit_of_three_files(hub: FakeHub, adapter: Adapter) -> 
     assert Adapter.from_pretrained(NAME).metrics == {"overall": 62.0}
 
 
-def test_no_path_of_this_machine_is_pushed(hub: FakeHub, adapter: Adapter) -> None:
-    name = "/home/me/clip+/home/me/t5-base"
-    replace(adapter, backbone=adapter.backbone | {"name": name}).push_to_hub(NAME, token=WRITER)
-    files = held(hub)
-    assert not any(b"/home/me" in files[file] for file in (ADAPTER_FILE, "README.md"))
-    assert Adapter.from_pretrained(NAME).backbone["name"] == "clip+t5-base"
-
-
 def test_what_else_a_repository_holds_is_not_fetched(hub: FakeHub, adapter: Adapter) -> None:
     put(hub, contents(adapter, Path("upload")) | {"model.safetensors": b"large", "README.md": b"long"})
     Adapter.from_pretrained(NAME)
