@@ -149,8 +149,8 @@ def test_an_order_is_counted_where_it_is_trained_and_kept_where_it_is(
     assert (again.object_order, again.visual_norm, again.image_fit) == (order, "once", "squash")
     if kept is not None:  # the adapter brings its places along
         nn.init.zeros_(again.visual_projection.object_order.weight)  # type: ignore[union-attr]
-    Adapter.load(tmp_path / "adapter").build(again)
-    assert torch.equal(text_states(again, random_features(again)), before)
+    built = Adapter.load(tmp_path / "adapter").build(again).eval()
+    assert torch.equal(text_states(built.backbone, random_features(again)), before)
 
 
 def test_an_adapter_of_another_order_or_norm_is_rejected_with_both(
