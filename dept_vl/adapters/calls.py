@@ -27,12 +27,19 @@ from dept_vl.models.source import PER_TOKEN
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
 
+CONTAINER = "dept_prompt"
+"""Name of the `ModuleDict` of prompts in a module that PEFT's plugin wraps."""
 GIVEN = "given"
 """Key of the mask of tokens that are not placeholders."""
 
 
 class _Call(threading.local):
-    """State of a prompted call. Each thread has its own, so several threads may call a model at a time."""
+    """State of a prompted call. Each thread has its own, so several threads may call a model at a time.
+
+    A call of `forward` sets `outermost`, a call of `generate` sets `generating`. While either is set, calls
+    inside it do not add the prompt again. `end` resets both, also when the next call finds that an interrupt
+    skipped the hook that should have done so.
+    """
 
     placed: Placement | None = None
     given: Int[Tensor, "batch given"]
@@ -172,7 +179,7 @@ class PromptedCalls:
         labels = None if self._parts.encoder_decoder else named.get("labels")
         others = {name: row for name, row in named.items() if name.endswith(PER_TOKEN) and row is not None}
         text = self._is_text(prompt, ids, mask.bool(), labels)
-        # A token that a row has anyway: penalties on repetition count the placeholders as tokens.
+        # Repetition penalties count placeholders, so each row uses a token that it has already.
         own = ids.gather(1, text.int().argmax(1, keepdim=True))
         self._call.read = False
         self._call.placed = placed = place(
@@ -234,8 +241,8 @@ class PromptedCalls:
         """
         if placed is not None and not self._call.read:
             raise UsageError(
-                "the model did not read the prompt, which has to be looked up with the whole source: replace "
-                "word embeddings (set_input_embeddings) before attach, and leave prefill_chunk_size out"
+                "the prompt had no effect, because the model did not embed the whole source at once: call "
+                "set_input_embeddings before attach, and remove prefill_chunk_size"
             )
         if placed is None or self._parts.encoder_decoder:
             return made
@@ -324,7 +331,7 @@ def refuse_second(model: PreTrainedModel) -> None:
     """Raise ValueError if a prompt is attached to a model, or PEFT has put one on it."""
     hooks = model._forward_pre_hooks.values()
     attached = any(isinstance(getattr(hook, "__self__", None), PromptedCalls) for hook in hooks)
-    if attached or any(hasattr(module, "dept_prompt") for module in model.modules()):
+    if attached or any(hasattr(module, CONTAINER) for module in model.modules()):
         raise ValueError(
             f"{model_name(model)} has a prompt already; detach that one first: call detach() on the object "
             "that attach returned, or unload() on PEFT's model"

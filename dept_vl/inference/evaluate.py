@@ -53,17 +53,18 @@ def decode(
     """
     inputs: dict[str, Any] = batch.inputs()
     tokenizer = model.backbone.tokenizer
-    answers = [""] * len(batch.ids)
-    if not all(batch.choices) or not batch.choices:
-        answers = written(tokenizer, (generate or model.generate)(**inputs, **options), spelled)
-    if batch.choices:
-        longest = max(batch.choices, key=len)  # stands for none, where the free answer is taken
-        ranked = {**options, **choice_options([row or longest for row in batch.choices], tokenizer)}
-        texts = target_texts(tokenizer, model.generate(**inputs, **ranked))
-        for place, of_row in enumerate(batch.choices):
-            if of_row:
-                answers[place] = spellings(tokenizer, of_row).get(texts[place], texts[place])
-    return answers
+    choices = batch.choices or ((),) * len(batch.ids)
+    free, chosen = [""] * len(choices), [""] * len(choices)
+    if not all(choices):
+        free = written(tokenizer, (generate or model.generate)(**inputs, **options), spelled)
+    if any(choices):
+        longest = max(choices, key=len)  # stands in for rows without choices
+        ranked = {**options, **choice_options([of_row or longest for of_row in choices], tokenizer)}
+        chosen = target_texts(tokenizer, model.generate(**inputs, **ranked))
+    return [
+        spellings(tokenizer, of_row).get(text, text) if of_row else answer
+        for answer, text, of_row in zip(free, chosen, choices, strict=True)
+    ]
 
 
 def written(tokenizer: Any, tokens: Int[Tensor, "sequences target"], spelled: Mapping[str, str]) -> list[str]:

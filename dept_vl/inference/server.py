@@ -108,8 +108,7 @@ def serve(config: ServeConfig) -> None:
         wait_until_ready(server, spec)
         spec.server = server
         spec.started()
-        with _named(config.host, config.port):  # another server may have begun there since
-            listening.listen(BACKLOG)
+        listen(listening, config.host, config.port)
         asyncio.run(_answer(config, server, spec, listening))
 
 
@@ -172,6 +171,12 @@ def bound(host: str, port: int) -> socket.socket:
         found.close()
         raise
     return found
+
+
+def listen(found: socket.socket, host: str, port: int) -> None:
+    """Listen on a bound socket; raise OSError if another server has begun to listen there since."""
+    with _named(host, port):
+        found.listen(BACKLOG)
 
 
 @contextmanager

@@ -231,7 +231,7 @@ class Task(ABC):
         return tuple(self.image_path(*values) for values in named)
 
     def image_keys(self) -> list[tuple[Path, ...]]:
-        """Return files of each example by which it is told whether two examples share an image."""
+        """Return a key for each example. Two examples share an image if their keys share a file."""
         return [self.images(index) for index in range(len(self))]
 
     def image_files(self) -> list[Path]:

@@ -374,3 +374,15 @@ def test_a_host_that_is_no_address_is_told(host: str) -> None:
     with pytest.raises(OSError, match=re.escape(host)) as refused:
         bound(host, 0)
     assert "Unknown error" not in str(refused.value)
+
+
+def test_the_second_server_on_a_port_names_it() -> None:
+    from dept_vl.inference.server import bound, listen
+
+    host = "127.0.0.1"
+    with bound(host, 0) as first:
+        port = first.getsockname()[1]
+        with bound(host, port) as second:  # while both load their models
+            listen(first, host, port)
+            with pytest.raises(OSError, match=f"{host}:{port}"):
+                listen(second, host, port)

@@ -19,6 +19,7 @@ from dept_vl._utils.io import write_atomically
 from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.base_model import check_base, describe_base
+from dept_vl.adapters.calls import CONTAINER
 from dept_vl.adapters.card import CARD_FILE
 from dept_vl.adapters.fingerprint import check_name
 from dept_vl.adapters.schema import read_configuration
@@ -32,8 +33,6 @@ from dept_vl.prompts.options import PositiveSize, Size
 TENSORS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPE = "DEPT"
-CONTAINER = "dept_prompt"
-"""Name of the `ModuleDict` of prompts in the wrapped module."""
 PLUGIN = "dept_vl.adapters.peft.plugin"
 OF_IMAGES = "AutoModelForImageTextToText"
 BASES = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}

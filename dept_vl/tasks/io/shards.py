@@ -23,7 +23,7 @@ def check_shards(files: Iterable[Path]) -> None:
             counts = [f"{len(paths)} file(s) of {count}" for count, paths in sorted(found.items())]
             names = sorted(path.name for paths in found.values() for path in paths)
             raise UsageError(
-                f"{table.parent} has {' and '.join(counts)} of the table {table.name} "
-                f"({', '.join(names[:4])}{', ...' * (len(names) > 4)}); expected every shard once, or one "
-                "whole file: fetch what is missing, and take away what is there twice"
+                f"{table.parent}: the table {table.name} is incomplete or stored twice: found "
+                f"{' and '.join(counts)} ({', '.join(names[:4])}{', ...' * (len(names) > 4)}). Keep every "
+                "shard once, or one whole file"
             )

@@ -65,7 +65,7 @@ def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
     left_out = [str(table.path.relative_to(path)) for table in tables if named and not table.split]
     tables = named or tables
     check_shards(table.path for table in tables)
-    note = f"not read, because they name no split and others do: {', '.join(left_out)}"
+    note = f"ignored, because other files name a split and these do not: {', '.join(left_out)}"
     return path, tables, [note] if left_out else []
 
 

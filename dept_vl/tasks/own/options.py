@@ -59,7 +59,7 @@ class OwnOptions(Options):
 
     def given(self) -> list[str]:
         """Return the flags of the options that differ from their defaults."""
-        return [f"--{f.name}" for f in fields(self) if getattr(self, f.name) != f.default]
+        return [f"--{f.name}" for f in fields(self) if not self._unset(f.name)]
 
     def check_used(self) -> None:
         """Raise UsageError for options that have no effect, because `data` is not set."""
@@ -74,9 +74,10 @@ class OwnOptions(Options):
         return replace(run, **changed)
 
     def kept_from(self, run: "OwnOptions") -> str:
-        """Return the options that `over` takes from a run, as text; defaults count as not given."""
-        taken = [f.name for f in fields(self) if f.name not in ("data", "images") and self._unset(f.name)]
-        return ", ".join(f"--{n} {getattr(run, n)}" for n in taken if not run._unset(n))
+        """Format the run's options that `over` keeps, except data and images."""
+        names = [f.name for f in fields(self) if f.name not in ("data", "images")]
+        kept = [name for name in names if self._unset(name) and not run._unset(name)]
+        return ", ".join(f"--{name} {getattr(run, name)}" for name in kept)
 
     def _unset(self, name: str) -> bool:
         return bool(getattr(self, name) == getattr(OwnOptions(), name))

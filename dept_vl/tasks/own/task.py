@@ -217,7 +217,7 @@ class OwnTask(Task):
             targets=_targets(answers, self.form, self.scoring),
             in_turn=self.form == "caption",
             question=row["question"] or (answers[0] if answers and self.form == "caption" else ""),
-            answer={"caption": "", "label": "".join(answers[:1])}.get(self.form, most_usual(answers)),
+            answer=_reference(answers, self.form),
             answers=answers,
             kinds=(("answer type", row["type"]),) if answers and row["type"] else kinds,
             choices=tuple(row["choices"]),
@@ -323,6 +323,13 @@ class OwnTask(Task):
 
 def _percent(marks: list[Any]) -> float:
     return 100 * float(sum(marks)) / len(marks)
+
+
+def _reference(answers: tuple[str, ...], form: str) -> str:
+    """Return the answer that predictions are marked against; captions have none."""
+    if form == "label":
+        return answers[0] if answers else ""
+    return "" if form == "caption" else most_usual(answers)
 
 
 @lru_cache(maxsize=100_000)

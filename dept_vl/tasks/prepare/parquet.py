@@ -12,10 +12,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
+from dept_vl.tasks.io.shards import check_shards
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-SHARD = re.compile(r"-\d+-of-(\d+)")
 
 Part = tuple[str | None, str]
 """A configuration of a copy (None if it has only one) and a split."""
@@ -128,12 +129,10 @@ def _open_folder(folder: Path, part: Part, hub: str) -> Any:
         for path in sorted(root.rglob("*.parquet"))
         if path.stem == split or path.stem.startswith(f"{split}-") or split in path.relative_to(root).parts
     ]
-    expected = {int(match[1]) for path in files if (match := SHARD.search(path.stem))}
-    if expected and expected != {len(files)}:
-        raise ValueError(
-            f"{root}: expected {max(expected)} parquet files of the split {split}, found {len(files)}; "
-            f"the copy is incomplete. {placing(hub)}"
-        )
+    try:
+        check_shards(files)
+    except UsageError as error:
+        raise ValueError(f"{error}. {placing(hub)}") from None
     try:
         if files:
             return load_dataset(
