@@ -118,7 +118,7 @@ def train(config: RunConfig) -> Trained:
     """
     with _alone(), _restored():
         result = run(config, more_to_come=True)
-    return Trained(result.output_dir, result.scores, result.trainable)
+    return Trained(result.output_dir.absolute(), result.scores, result.trainable)
 
 
 def evaluate(

@@ -131,7 +131,7 @@ def test_the_readme_trains_from_python(beside: Path, make_run: Callable[..., Run
     Path("data/configs/easy-vqa.json").write_text(json.dumps(to_json(config)))
     names: dict[str, Any] = {}
     exec(block, names)
-    assert names["trained"].folder == Path("runs/python")
+    assert names["trained"].folder == Path("runs/python").absolute()
     assert 0 <= names["trained"].scores["overall"] <= 100
 
 

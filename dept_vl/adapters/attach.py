@@ -212,6 +212,11 @@ class Attached(PromptedCalls, nn.Module):
                 ) from None
             return getattr(self.model, name)
 
+    def _get_name(self) -> str:
+        """Return the name of the model's class, by which Trainer decides to shift labels when it smooths."""
+        name: str = self.model._get_name()
+        return name
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (type(self.model),), self.__dict__
 

@@ -45,6 +45,7 @@ class _Call(threading.local):
     given: Int[Tensor, "batch given"]
     outermost: int | None = None  # id of the module whose call began it
     generating: bool = False
+    unlabelled: bool = False  # whether the source may hold an answer, which the offset must not be added to
     read: bool = False
 
     def end(self) -> None:
@@ -141,6 +142,8 @@ class PromptedCalls:
             return None
         prompted = put(prompt, placed, ids, embedded)
         self._call.read |= prompted is not None
+        if prompted is not None and self._call.unlabelled and prompted.requires_grad:
+            prompted.register_hook(_needs_labels)  # type: ignore[no-untyped-call]  # trained in eval mode
         return prompted
 
     def _prompted(self, prompt: DePT, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,13 +219,9 @@ class PromptedCalls:
             UsageError: If an offset has no labels in training, or the first one is in front of all text.
         """
         shifts = prompt.offset_a is not None or prompt.token_offset is not None
-        training = self._parts.embedding.training and torch.is_grad_enabled()
-        if shifts and training and labels is None and not self._parts.encoder_decoder:
-            raise UsageError(
-                "in training, a prompt with an offset needs labels, which show where the answer begins: pass "
-                "them to the model (Trainer takes them for label_smoothing_factor and compute_loss_func), "
-                "or take a prompt without offset (pt, rank=0)"
-            )
+        self._call.unlabelled = shifts and labels is None and not self._parts.encoder_decoder
+        if self._call.unlabelled and self._parts.embedding.training and torch.is_grad_enabled():
+            _needs_labels()
         images = torch.tensor(self._parts.image_tokens, dtype=torch.long)
         source = mask if labels is None else mask & ((labels != IGNORE_INDEX).cumsum(1) == 0)
         text = text_of(ids, source, images)
@@ -261,6 +260,14 @@ class PromptedCalls:
         columns = torch.cat([kept, behind], dim=1).to(made.device)
         # Whole rows of logits: four times as fast as gathering every number of them.
         return made[torch.arange(len(made), device=made.device)[:, None], columns]
+
+
+def _needs_labels(*_: Tensor) -> None:
+    raise UsageError(
+        "in training, a prompt with an offset needs labels, which show where the answer begins: pass them to "
+        "the model (Trainer takes them for label_smoothing_factor and compute_loss_func), or take a prompt "
+        "without offset (pt, rank=0)"
+    )
 
 
 def _reading_given(named: Mapping[str, Any], given: Int[Tensor, "batch given"], width: int) -> dict[str, Any]:

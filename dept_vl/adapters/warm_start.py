@@ -34,7 +34,7 @@ def inherit(model: PromptedModel, paths: Sequence[Path], parts: InitParts) -> No
     assert prompt is not None
     sources = [adapter.build_prompt() for adapter in adapters]
     if parts == "all" and len(sources) == 1:
-        load_exactly(prompt, dict(sources[0].named_parameters()), "the source's", "prompt.")
+        model.prompt = sources[0].train(prompt.training)
     else:
         vectors = [cast(Tensor, source.vectors()) for source in sources]
         prompt.init_prompt(torch.stack(vectors).mean(0))
@@ -81,7 +81,7 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
     sizes = model.prompt.describe()
     names = ["prompt_length", "d_model"]
     if parts == "all":
-        names += ["method", "rank", "max_source_length", "alpha", "seed", "visual_offset"]
+        names += ["method", "rank", "max_source_length", "alpha", "visual_offset"]
     differing = [
         f"{name}={adapter.prompt[name]} there, {sizes[name]} here"
         for name in names

@@ -195,7 +195,7 @@ class Collator:
             kept, skipped = self._readable(draws, self.encoded.check)
             return kept, {}, skipped
         if self.processor is not None and not isinstance(self.images, FeatureTable):
-            read, name = _ImageReader(partial(_read_for, self.processor, exif=self.exif)), "files"
+            read, name = _ImageReader(partial(read_for, self.processor, exif=self.exif)), "files"
         elif self.images is None or not draws[0].example.images:
             return draws, {} if self.processor is None else {"files": [[]] * len(draws)}, ()
         elif isinstance(self.images, FeatureTable):
@@ -249,14 +249,15 @@ def process(
 
     `longest` is the maximum length of each text, in tokens. If `features` are given, they replace the pixels.
     """
-    source = processor([_without_prefix(text) for text in texts], images, longest)
+    source = processor([without_prefix(text) for text in texts], images, longest)
     if features is not None:
         del source[PIXELS]
         source[FEATURES] = features.flatten(0, 1)
     return source
 
 
-def _read_for(processor: SourceReader, source: ImageSource, *, exif: bool) -> Image.Image:
+def read_for(processor: SourceReader, source: ImageSource, *, exif: bool) -> Image.Image:
+    """Read an image and check its shape for a model."""
     image = read_image(source, exif=exif)
     processor.check_image(image)
     return image
@@ -283,7 +284,8 @@ def key_of(source: ImageSource | Tensor) -> Any:
     return id(source) if isinstance(source, Image.Image | Tensor) else source
 
 
-def _without_prefix(text: str) -> str:
+def without_prefix(text: str) -> str:
+    """Return a text without the prefix of a task."""
     for task in TASKS.values():
         if task.prefix and text.startswith(task.prefix):
             return text.removeprefix(task.prefix).strip()

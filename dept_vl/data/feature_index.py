@@ -3,6 +3,7 @@
 Images are identified by their path relative to the data folder, since splits can have files of the same name.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -34,6 +35,8 @@ FORMAT_VERSION = 2
 """Version of the index. Version 1 has no image times and no checksum, and ignores the EXIF orientation."""
 LOOKED_AT, LOOKERS = 1000, 16
 """Number of files that a thread stats at a time, and number of threads."""
+NOWHERE = (errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)
+"""Errors of paths that lead to no file."""
 VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 """Configuration fields that do not affect features."""
 
@@ -178,10 +181,12 @@ def file_stats(paths: Sequence[Path]) -> list[tuple[int, int]]:
             try:
                 stat = os.stat(path)
                 found.append((stat.st_size, stat.st_mtime_ns))
-            except FileNotFoundError:
-                found.append((0, 0))
             except NotADirectoryError:  # an image in a table: its checksum replaces the time
                 found.append(_embedded_stat(path))
+            except OSError as error:
+                if error.errno not in NOWHERE:
+                    raise
+                found.append((0, 0))
         return found
 
     parts = [paths[start : start + LOOKED_AT] for start in range(0, len(paths), LOOKED_AT)]

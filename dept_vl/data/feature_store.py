@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor
 
+from dept_vl._utils.embedded import is_embedded
 from dept_vl._utils.errors import DamagedFileError
 from dept_vl._utils.images import confined
 from dept_vl._utils.io import write_atomically
@@ -223,7 +224,10 @@ def _plan(
             say(f"note: {error}", error=True)  # and the index is made again
     if before is not None:
         check_encoder(before, made_by, folder)
-        known = [confined(image, f"{folder / INDEX_FILE}, images") for image in before["images"]]
+        known = [
+            image if is_embedded(image) else confined(image, f"{folder / INDEX_FILE}, images")
+            for image in before["images"]
+        ]
         # Features of version 1 are encoded again.
         whole, shard_images = None if is_first(before) else before["shard_bytes"], before["shard_images"]
         _check_images(root, before, folder)

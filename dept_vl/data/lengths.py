@@ -12,7 +12,7 @@ from dept_vl._utils.checksums import open_sealed
 from dept_vl._utils.printable import say
 from dept_vl._utils.processes import main_first
 from dept_vl._utils.terminal import counted
-from dept_vl.models.tokens import tokenised
+from dept_vl.models.tokens import target_ids, tokenised
 from dept_vl.tasks.base import Task
 from dept_vl.tasks.io.rows import CHUNK_ROWS, cache_folder, new_cache_file, writing_cache
 
@@ -76,14 +76,20 @@ def tokenizer_description(tokenizer: Any) -> str:
     return json.dumps({**description, "truncation": None, "padding": None}, sort_keys=True)
 
 
-def check_source_lengths(
-    task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator
+def check_texts(
+    task: Task, split: str, tokenizer: Any, max_source_length: int, accelerator: Accelerator, frame: int = 0
 ) -> None:
-    """Print the number of truncated texts; ValueError if the task prefix alone fills `max_source_length`."""
+    """Print how many texts are truncated, and how many questions have choices of the same tokens.
+
+    `max_source_length` includes the `frame` of a pretrained model. ValueError if the task prefix fills it.
+    """
+    max_source_length -= frame
+    _tell_alike_choices(task, split, tokenizer)
     text = task[0].source_text
     prefix = text.split(":")[0] + ":" if task.source_column else task.source("").rstrip()
     shared = len(tokenised(tokenizer, prefix).input_ids)
-    if max_source_length <= shared:
+    taken = 0 if frame else shared  # a pretrained model reads texts without our prefixes
+    if max_source_length <= taken:
         raise ValueError(
             f"max_source_length is {max_source_length} tokens, but the task prefix of "
             f"{text!r} takes {shared}; raise max_source_length"
@@ -93,10 +99,24 @@ def check_source_lengths(
         lengths = source_lengths(
             task if whole else task.subset(range(min(LENGTH_SAMPLE, len(task)))), tokenizer
         )
-    cut = int((lengths > max_source_length).sum())
+    cut = int((lengths > max_source_length + shared - taken).sum())
     if cut:
         which = f"{'all' if whole else 'the first'} {len(lengths):,} texts ({task.name} {split})"
         say(
             f"warning: max_source_length={max_source_length} cuts {cut:,} of {which}; the longest has "
             f"{lengths.max():,} tokens"
+        )
+
+
+def _tell_alike_choices(task: Task, split: str, tokenizer: Any) -> None:
+    examples = [task[index] for index in range(min(LENGTH_SAMPLE, len(task)))]
+    choices = [one.choices for one in examples if one.choices]
+    alike = [
+        of_one for of_one in choices if len(set(map(tuple, target_ids(tokenizer, of_one)))) < len(set(of_one))
+    ]
+    if alike:
+        say(
+            f"warning: {len(alike):,} of the first {len(choices):,} questions with choices ({task.name} "
+            f"{split}) have choices that this tokenizer writes alike, so that one always wins, such as "
+            f"{', '.join(map(repr, alike[0])):.100}"
         )

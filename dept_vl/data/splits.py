@@ -249,7 +249,7 @@ def check_images(task: Task, on_bad_image: OnBadImage) -> Task:
     """Return the task; raise FileNotFoundError if images are missing and must not be skipped."""
     missing = task.missing_images()
     if missing and on_bad_image == "raise":
-        names = ", ".join(path.name for path in missing[:3])
+        names = ", ".join(f"{path.name:.100}" for path in missing[:3])
         raise FileNotFoundError(
             f"{len(missing):,} of {len(task.image_files()):,} images of {task.name} are missing from "
             f"{missing[0].parent} (first: {names}); dept-vl data check says what belongs there. "
@@ -268,7 +268,7 @@ def without_missing_images(task: Task, on_bad_image: OnBadImage) -> Task:
     kept = [index for index in range(len(task)) if missing.isdisjoint(task.images(index))]
     if not kept:
         raise FileNotFoundError(
-            f"none of the images of {task.name} are there (first: {next(iter(missing))}); "
+            f"none of the images of {task.name} are there (first: {next(iter(missing))!s:.200}); "
             "dept-vl data check says what belongs there"
         )
     say(

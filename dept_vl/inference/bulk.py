@@ -39,7 +39,7 @@ from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.content import rows_content
 from dept_vl.data.feature_index import file_stats
 from dept_vl.data.feature_source import mapped_features
-from dept_vl.data.lengths import check_source_lengths
+from dept_vl.data.lengths import check_texts
 from dept_vl.data.splits import check_images, load_split
 from dept_vl.inference.evaluate import decode
 from dept_vl.inference.options import PredictConfig
@@ -112,9 +112,8 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
         table = load_split(options, config.split).asked_by(asked)
     for note in table.notes:
         say(f"note: {note}")
-    check_source_lengths(
-        table, config.split, predictor.model.backbone.tokenizer, predictor.max_source_length, accelerator
-    )
+    backbone, longest = predictor.model.backbone, predictor.max_source_length
+    check_texts(table, config.split, backbone.tokenizer, longest, accelerator, backbone.frame)
     table = check_images(table, config.on_bad_image)
     features = None
     if vision is not None:

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from dept_vl._utils.images import ImageSource, read_image
+from dept_vl._utils.images import ImageSource
 from dept_vl._utils.printable import warn
 from dept_vl._utils.terminal import Count, counted
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.data.collate import Batch, Collator, Draw, key_of, process
+from dept_vl.data.collate import Batch, Collator, Draw, key_of, process, read_for, without_prefix
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.inference.decoding import generation_options, spellings
 from dept_vl.inference.evaluate import written
@@ -134,8 +134,11 @@ class Ask:
                 f"{text!r:.60}: expected text, found {text[error.start]!a}, which is half a character; leave "
                 "it out"
             ) from None
-        tokenizer = self.predictor.model.backbone.tokenizer
-        ids = tokenised(tokenizer, text, add_special_tokens=False, verbose=False).input_ids
+        backbone = self.predictor.model.backbone
+        tokenizer = backbone.tokenizer
+        composed = backbone.processor is None
+        read = text if composed else without_prefix(text)
+        ids = tokenised(tokenizer, read, add_special_tokens=False, verbose=False).input_ids
         special = set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
         if special:
             warn(
@@ -143,10 +146,11 @@ class Ask:
                 "tokens and not as text",
                 stacklevel=5,
             )
-        length = len(ids) + tokenizer.num_special_tokens_to_add()
-        if length > self.predictor.max_source_length:
+        length = len(ids) + (tokenizer.num_special_tokens_to_add() if composed else 0)
+        longest = self.predictor.max_source_length - backbone.frame
+        if length > longest:
             warn(
-                f"{text!r:.60} has {length} tokens and is cut to {self.predictor.max_source_length}, as in "
+                f"{text!r:.60} has {length} tokens and is cut to {longest}, as in "
                 "training (max_source_length)",
                 stacklevel=5,
             )
@@ -262,17 +266,18 @@ def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence
 def _processed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
     """Return a function from indices of questions to their batch, for a pretrained model."""
     backbone = asks[0].predictor.model.backbone
+    processor = backbone.processor
+    assert processor is not None
     distinct = {key_of(image): image for ask in asks for image in ask.images}
     read = {}
     for number, (key, image) in enumerate(distinct.items(), 1):
         assert not isinstance(image, torch.Tensor)  # only composed backbones get pixels
         with _numbered(number, len(distinct)):
-            read[key] = read_image(image, exif=backbone.exif is not False)
+            read[key] = read_for(processor, image, exif=backbone.exif is not False)
 
     def batch_of(places: Sequence[int]) -> Batch:
-        assert backbone.processor is not None
         made = process(
-            backbone.processor,
+            processor,
             [sources[n] for n in places],
             [[read[key_of(image)] for image in asks[n].images] for n in places],
             [asks[n].predictor.max_source_length for n in places],

@@ -102,7 +102,7 @@ class Method(ABC):
         """Return the shapes of the parameters of `build` by `DePT.parameter_groups`, without their memory.
 
         Raises:
-            ValueError: If `build` returns something else.
+            ValueError: If `build` returns something else, or a module with buffers that are saved.
         """
         import torch  # not at the top: the command line reads the registry without it
 
@@ -113,6 +113,11 @@ class Method(ABC):
         if not isinstance(prompt, DePT):
             raise ValueError(f"build() of method {self.name} returned a {type(prompt).__name__}, not a DePT")
         names = {parameter: name for name, parameter in prompt.named_parameters()}
+        if lost := sorted(prompt.state_dict().keys() - set(names.values())):
+            raise ValueError(
+                f"method {self.name} has the buffers {', '.join(lost)}, and adapters hold parameters only: "
+                "make them parameters, or register them with persistent=False and fill them in build()"
+            )
         return {
             group: {names[parameter]: tuple(parameter.shape) for parameter in parameters}
             for group, parameters in prompt.parameter_groups().items()

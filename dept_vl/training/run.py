@@ -30,7 +30,7 @@ from dept_vl.data.collate import Collator
 from dept_vl.data.encoded import WITH_TEXT, check_encoder_alone, check_memory, encode_sources
 from dept_vl.data.feature_source import read_features
 from dept_vl.data.features import FeatureTable
-from dept_vl.data.lengths import check_source_lengths
+from dept_vl.data.lengths import check_texts
 from dept_vl.data.splits import answering_of, load_splits, options_together
 from dept_vl.inference.graphed import GraphedAnswers
 from dept_vl.models.graphs import padding_multiple
@@ -360,17 +360,17 @@ class Run(Stages):
     def _check_lengths(self, max_target_length: int) -> None:
         """Check that inputs fit the language model's positions, and print how many texts are truncated."""
         backbone = self.model.backbone
-        longest = self.config.prompt.max_source_length
+        longest = self.config.prompt.max_source_length + backbone.frame
         prompt_length = self.model.prompt.prompt_length if self.model.prompt else 0
         for splits in self.splits:
             backbone.language_model.check_length(
                 prompt_length,
-                longest + backbone.frame,
+                longest,
                 visual_tokens(self.model, splits.train),
                 max_target_length,
             )
             for name, split in (("train", splits.train), ("dev", splits.dev), ("test", splits.test)):
-                check_source_lengths(split, name, backbone.tokenizer, longest, self.accelerator)
+                check_texts(split, name, backbone.tokenizer, longest, self.accelerator, backbone.frame)
 
     def _ended_early(self) -> bool:
         """Return whether the loop was stopped or paused, and print it if so."""

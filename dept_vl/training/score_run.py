@@ -23,6 +23,7 @@ from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, RunConfig, rea
 from dept_vl.data.collate import Collator
 from dept_vl.data.feature_source import check_readable, encoder_of, mapped_features
 from dept_vl.data.features import FeatureTable
+from dept_vl.data.lengths import check_texts
 from dept_vl.data.splits import check_images, data_options, informed, load_split, run_decoding
 from dept_vl.inference.evaluate import Evaluation, evaluate
 from dept_vl.inference.predictor import Predictor
@@ -107,10 +108,13 @@ def score_predictor(predictor: Predictor, config: EvaluateConfig) -> Evaluated:
             changed = on_main(accelerator, lambda: note_changes(run, trained, options))
         seed = 0 if trained is None else trained.train.seed
         task = check_images(limit(task.asked_by(predictor.task), config.limit, seed), config.on_bad_image)
+        backbone, longest = predictor.model.backbone, predictor.max_source_length
+        split = options.splits()[-1]
+        check_texts(task, split, backbone.tokenizer, longest, accelerator, backbone.frame)
         collator = Collator.for_model(
             predictor.model,
             predictor.decoding.max_new_tokens,
-            max_source_length=predictor.max_source_length,
+            max_source_length=longest,
             images=predictor.model.backbone.vision,
             on_bad_image=config.on_bad_image,
             device=accelerator.device,
@@ -238,6 +242,7 @@ class ScoreRun(Stages):
         longest_source = self.trained.prompt.max_source_length + self.model.backbone.frame
         if self.model.prompt is not None:
             longest_source = self.model.prompt.max_source_length
+        check_texts(task, self.split, backbone.tokenizer, longest_source, accelerator, backbone.frame)
         self.collator = Collator.for_model(
             self.model,
             decoding.max_new_tokens,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
+    Trainer,
+    TrainingArguments,
 )
 from zoo.vlm_subjects import joined
 from zoo.vlms import FAMILIES, TEXT_ONLY
@@ -37,9 +40,9 @@ ANSWER = 4
 OPTIONS: dict[str, Any] = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False}
 
 
-def trained(width: int) -> DePT:
+def trained(width: int, rank: int = 2) -> DePT:
     torch.manual_seed(1)
-    prompt = DePT(width, prompt_length=3, rank=2, max_source_length=40)
+    prompt = DePT(width, prompt_length=3, rank=rank, max_source_length=40)
     for parameter in prompt.parameters():
         nn.init.normal_(parameter)
     return prompt
@@ -250,6 +253,17 @@ def test_a_source_in_pieces_and_columns_by_index_are_refused(llama: LlamaForCaus
             torch.testing.assert_close(attached(**MASKED, logits_to_keep=count).logits, whole[:, -count:])
 
 
+def test_trainer_shifts_the_labels_that_it_smooths(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    def loss(smoothing: float) -> float:
+        options = {"label_smoothing_factor": smoothing, "report_to": "none", "use_cpu": True}
+        trainer = Trainer(attached, TrainingArguments(str(tmp_path), **options), train_dataset=[{}])
+        labels = IDS.index_fill(1, torch.arange(4), -100)
+        return float(trainer.compute_loss(attached, MASKED | {"labels": labels}))
+
+    with attach(llama, trained(16, rank=0)) as attached, torch.no_grad():
+        assert loss(1e-6) == pytest.approx(loss(0.0), rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["pt", "dept", "adept"])
 def test_training_with_an_offset_needs_labels(llama: LlamaForCausalLM, method: str) -> None:
     rank = 0 if method == "pt" else 2
@@ -258,8 +272,13 @@ def test_training_with_an_offset_needs_labels(llama: LlamaForCausalLM, method: s
         attached(**MASKED, labels=IDS.index_fill(1, torch.arange(4), -100))
         with torch.no_grad():
             attached(**MASKED)
-        with nullcontext() if method == "pt" else pytest.raises(UsageError, match="label_smoothing_factor"):
+        refused = partial(pytest.raises, UsageError, match="label_smoothing_factor")
+        with nullcontext() if method == "pt" else refused():
             attached(**MASKED)
+        llama.eval()  # as from_pretrained returns it
+        logits = attached(**MASKED).logits
+        with nullcontext() if method == "pt" else refused():
+            logits.sum().backward()
 
 
 def test_padding_is_found_without_a_mask(llama: LlamaForCausalLM) -> None:

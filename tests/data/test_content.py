@@ -88,6 +88,12 @@ def test_sizes(tmp_path: Path) -> None:
     assert len({*found, sizes_content([*moved, paths[2]])}) == 5
 
 
+def test_names_that_no_file_can_have_are_of_missing_files(tmp_path: Path) -> None:
+    names = ("a.png", "x" * 300 + ".png", "a/" * 3000 + "x.png", "loop")
+    (tmp_path / "loop").symlink_to("loop")
+    assert file_stats([tmp_path / name for name in names]) == [(0, 0)] * 4
+
+
 def test_images_in_a_table_have_sizes_and_contents(tmp_path: Path) -> None:
     """The sizes are compared when a run goes on, the contents before features are used."""
     path = tmp_path / "rows.parquet"

@@ -13,7 +13,7 @@ from conftest import LANGUAGES
 from helpers import task_of
 from transformers import AutoTokenizer
 
-from dept_vl.data.lengths import check_source_lengths, source_lengths
+from dept_vl.data.lengths import check_texts, source_lengths
 from dept_vl.tasks import load_task
 from dept_vl.tasks.io.rows import Rows, cache_folder
 from dept_vl.tasks.text.task import SCHEMA, TextTask
@@ -71,10 +71,27 @@ def test_the_longest_published_statement_is_read_whole(
     (root / "dev.json").write_text(json.dumps(first | {"sentence": " ".join(words)}) + "\n")
     task = load_task("nlvr2", root, "dev")
     assert source_lengths(task, tokenizer).tolist() == [71]
-    check_source_lengths(task, "dev", tokenizer, task.max_source_length, Accelerator())
+    check_texts(task, "dev", tokenizer, task.max_source_length, Accelerator())
     assert capsys.readouterr().out == ""
-    check_source_lengths(task, "dev", tokenizer, 70, Accelerator())
+    check_texts(task, "dev", tokenizer, 70, Accelerator())
     assert "cuts 1 of" in capsys.readouterr().out
+    check_texts(task, "dev", tokenizer, len(words) + 5, Accelerator(), frame=5)  # without our prefix
+    assert capsys.readouterr().out == ""
+    check_texts(task, "dev", tokenizer, len(words) + 4, Accelerator(), frame=5)
+    assert f"max_source_length={len(words) - 1} cuts 1 of" in capsys.readouterr().out
+
+
+def test_choices_that_are_written_alike_are_told(
+    tokenizers: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"image": "a.png", "question": "q", "choices": choices, "answer": choices[0]}
+        for choices in (["貓", "狗"], ["red", "blue"])
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load_task("vqa", data=tmp_path / "a.jsonl", split="all")
+    check_texts(task, "all", tokenizers["t5"], 20, Accelerator())
+    assert "1 of the first 2 questions with choices" in capsys.readouterr().out
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ class Bare(VQAv2):
 
 def test_a_question_is_no_prefix(tokenizers: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     task = Bare(task_of(["yes"]).rows, {"train2014": Path()})
-    check_source_lengths(task, "dev", tokenizers["t5"], 3, Accelerator())
+    check_texts(task, "dev", tokenizers["t5"], 3, Accelerator())
     assert "max_source_length=3 cuts 1 of" in capsys.readouterr().out
 
 

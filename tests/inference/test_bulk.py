@@ -337,6 +337,13 @@ def test_pretrained_models_answer_tables(
     answers = [row["answer"] for row in found]
     assert answers == predictor.answer(images, [row["question"] for row in found])
     assert len(set(answers)) > 3
+    texts = [*(table[place].question for place in range(2)), "what is this " * 20]
+    room = 64 - backbone.frame  # of the question alone
+    with pytest.warns(UserWarning, match=f"and is cut to {room}, as in training") as caught:
+        predictor.answer(images[:3], texts)
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match=r"image 2 of 2: .*1 x 300"):
+        predictor.answer([images[0], Image.new("RGB", (1, 300))], "what?")
 
 
 def test_choices_are_ranked(asked: PredictConfig, tmp_path: Path) -> None:

@@ -125,6 +125,16 @@ def test_what_builds_no_prompt_is_refused() -> None:
         other(build=lambda self: nn.Linear(2, 2)).groups()
 
 
+def test_buffers_that_no_adapter_would_hold_are_refused() -> None:
+    def built(self: Method) -> DePT:
+        shift = Shift(self.d_model)
+        shift.register_buffer("mean", torch.zeros(self.d_model))
+        return DePT(**self.common, token_offset=shift)
+
+    with pytest.raises(ValueError, match=r"token_offset\.mean"):
+        other(build=built).groups()
+
+
 def test_a_rank_that_buys_nothing_is_refused() -> None:
     sizes = {"d_model": 4, "max_source_length": 8, "reference_prompt_length": 9, "prompt_length": 3}
     with pytest.raises(ValueError, match="has_rank = False"):

@@ -237,6 +237,17 @@ def test_all_of_one_source_is_taken_exactly(
     inherit(target, [saved(source, tmp_path)], "all")
     theirs = dict(source.prompt.named_parameters())
     assert all(torch.equal(p, theirs[name]) for name, p in target.prompt.named_parameters())
+    assert all(p.requires_grad for p in target.prompt.parameters())
+
+
+def test_frozen_values_come_along_with_a_source(
+    make_backbone: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    backbone = make_backbone("t5")
+    source, target = (model_of(backbone, "ulpt", seed=seed) for seed in (42, 1))
+    inherit(target, [saved(source, tmp_path)], "all")
+    assert torch.equal(target.prompt.vectors(), source.prompt.vectors())
+    assert target.prompt.describe()["seed"] == 42
 
 
 @pytest.mark.parametrize("method", ["pt", "dept", "adept", "hybrid"])

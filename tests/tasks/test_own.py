@@ -79,6 +79,59 @@ def test_choices_and_all_turns() -> None:
     assert turns.example_ids()[:2] == ["a0-1", "a0-2"]
 
 
+def turn(role: str, text: str, *images: str | None) -> dict[str, Any]:
+    parts = [{"type": "image"} | ({"image": one} if one else {}) for one in images]
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_a_question_has_the_images_of_the_turns_up_to_it(tmp_path: Path, column: bool) -> None:
+    names = ["IMG_0001.JPG", "scan-3.png"]
+    first, second = (None, None) if column else names
+    turns = [turn("user", "one?", first), turn("assistant", "a"), turn("user", "two?", second)]
+    row = {"messages": turns} | ({"images": names} if column else {})
+    file = written(tmp_path, lines(row))
+    paths = tuple(PHOTOS / name for name in names)
+    assert own(file)[0].images == paths[:1]
+    with pytest.raises(UsageError, match="images"):  # one each, or two
+        own(file, turns="all")
+    spoken = row | {"messages": [turn("user", "which?", first, second), turn("assistant", "a")]}
+    assert own(written(tmp_path, lines(spoken)))[0].images == paths
+
+
+def test_an_empty_turn_is_no_answer(tmp_path: Path) -> None:
+    turns = [turn("user", "what?", "IMG_0001.JPG"), {"role": "assistant", "content": " "}]
+    task = own(written(tmp_path, lines({"messages": turns})))
+    assert (task[0].answers, task[0].targets) == ((), ())
+
+
+def test_a_prompt_may_be_a_conversation_or_text(tmp_path: Path) -> None:
+    spoken = {
+        "image": "IMG_0001.JPG",
+        "prompt": [turn("user", "one?")],
+        "completion": [turn("assistant", "a")],
+    }
+    written_out = {"image": "IMG_0001.JPG", "prompt": "two?", "completion": "b"}
+    for rows in ((spoken, written_out), (written_out, spoken)):
+        task = own(written(tmp_path, lines(*rows)))
+        assert {task[n].question: task[n].answers for n in (0, 1)} == {"one?": ("a",), "two?": ("b",)}
+
+
+def test_deep_tables_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    written(tmp_path, lines(QUESTION))
+    shutil.copy(tmp_path / "data.jsonl", tmp_path / "a/b/c/more.jsonl")
+    task = own(tmp_path)
+    assert (len(task), "a/b/c/more.jsonl" in " ".join(task.notes)) == (1, True)
+
+
+def test_a_quote_that_takes_in_the_next_line_is_an_error(tmp_path: Path) -> None:
+    rows = (("image", "question", "answer"), *[("IMG_0001.JPG", "q", a) for a in ('"red', 'blue"', "green")])
+    text = "\n".join(map("\t".join, rows))
+    with pytest.raises(UsageError, match=r"data\.tsv, line 2"):
+        own(written(tmp_path, text, "data.tsv"))
+
+
 def test_the_usual_answer_of_several_is_the_choice(tmp_path: Path) -> None:
     asked = {**QUESTION, "choices": ["a", "b"], "answers": ["b", "a", "a"]}
     del asked["answer"]
@@ -278,6 +331,13 @@ def test_the_index_of_a_choice_counts_empty_ones(
     assert (example.answers, example.choices) == (("blue",), ("red", "blue", "green"))
     with pytest.raises(UsageError, match=r"a\.jsonl, line 1"):
         own(written(tmp_path, lines(row | {"choices": ["red", "blue", gap]}), "a.jsonl"))
+
+
+def test_numbers_beside_an_empty_index_are_read_as_others(tmp_path: Path) -> None:
+    row = CHOSEN | {"correct_choice_idx": None}
+    assert own(written(tmp_path, lines(row), "a.jsonl"))[0].answers == ("green",)
+    with pytest.raises(UsageError, match=r"line 1.*number of a choice.*found 7"):
+        own(written(tmp_path, lines(row | {"answer": 7}), "a.jsonl"))
 
 
 def test_the_index_of_a_choice_in_a_table_of_text(tmp_path: Path) -> None:

@@ -69,6 +69,39 @@ def test_embedded_images_are_read_where_they_are(tmp_path: Path) -> None:
     assert (labels.name, labels.labels, labels[1].answer) == ("labels", ("blue", "red"), "red")
 
 
+def test_a_link_that_leads_elsewhere_keeps_no_rows(tmp_path: Path) -> None:
+    photos = [(PHOTOS / name).read_bytes() for name in ("IMG_0001.JPG", "scan-3.png")]
+    for number, photo in enumerate(photos):
+        table = pa.table({"image": [{"bytes": photo, "path": None}], "question": ["q"], "answer": ["a"]})
+        pq.write_table(table, tmp_path / f"v{number}.parquet")
+    link = tmp_path / "latest.parquet"
+    for number in (0, 1):
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"v{number}.parquet")
+        assert embedded_bytes(own(link)[0].images[0]) == photos[number]
+    assert embedded_bytes(own(tmp_path / "v0.parquet")[0].images[0]) == photos[0]
+
+
+def test_a_folder_in_the_data_has_references_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    photo = (PHOTOS / "scan-3.png").read_bytes()
+    table = pa.table({"image": [{"bytes": photo, "path": None}], "question": ["q"], "answer": ["a"]})
+    pq.write_table(table, tmp_path / "sub/a.parquet")
+    for folder in (tmp_path, tmp_path / "sub"):
+        assert embedded_bytes(own(folder)[0].images[0]) == photo
+
+
+@pytest.mark.parametrize("kind", ["List", "Sequence", "brackets"])
+def test_classes_in_lists_have_their_names(tmp_path: Path, kind: str) -> None:
+    classes: Any = {"names": ["blue", "red"], "_type": "ClassLabel"}
+    feature = [classes] if kind == "brackets" else {"feature": classes, "_type": kind}
+    metadata = {"huggingface": json.dumps({"info": {"features": {"answers": feature}}})}
+    columns = {"image": ["IMG_0001.JPG"] * 2, "question": ["a", "b"], "answers": [[1, 0, 1], [-1]]}
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    task = own(tmp_path / "a.parquet")
+    assert [task[n].answers for n in (0, 1)] == [("red", "blue", "red"), ()]
+
+
 def with_urls(folder: Path, form: str, rows: list[dict[str, Any]]) -> Path:
     """A table of these rows, in one of the forms that may hold data URLs."""
     if form.startswith("csv"):
@@ -422,6 +455,11 @@ def test_features_of_embedded_images_are_kept(
     assert set(run(cached).scores) == {"accuracy", "macro_f1"}
     assert extract(ExtractConfig(data=config.data, backbone=config.backbone)) == [folder]
     assert "0 images encoded, 4 were there" in capsys.readouterr().out
+    options = {"own": replace(config.data.own, images=PHOTOS), "features_dir": tmp_path / "away"}
+    away = with_(config, data=options)  # images beside the table's would lie there
+    for count in ("4 images encoded, 0 were there", "0 images encoded, 4 were there"):
+        extract(ExtractConfig(data=away.data, backbone=away.backbone))
+        assert count in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

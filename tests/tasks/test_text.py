@@ -13,6 +13,7 @@ import pytest
 import torch
 from text_samples import COUNT, SAMPLES, SPLITS, rows_of, write_lines, write_splits
 
+from dept_vl._utils.errors import UsageError
 from dept_vl.config import (
     DataOptions,
 )
@@ -231,6 +232,14 @@ def test_every_kind_of_copy_reads_the_same(kind: str, name: str, tmp_path: Path)
     expected = load_task(name, write_splits(tmp_path / "lines", name), "test")
     found = load_task(name, write_as(kind, tmp_path / kind, name), "test")
     assert [found[n] for n in range(len(found))] == [expected[n] for n in range(len(expected))]
+
+
+def test_a_split_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
+    folder = write_as("csv", tmp_path / "rte", "rte")
+    write_lines(folder / "validation.json", rows_of("rte"))
+    assert len(load_task("rte", folder, "train")) == 40
+    with pytest.raises(UsageError, match=r"validation\.json and .*validation\.csv"):
+        load_task("rte", folder, "validation")
 
 
 @pytest.mark.parametrize("kind", ["save_to_disk", "shards", "json"])

@@ -101,6 +101,11 @@ def whole(value: Any) -> int | None:
     return int(value) if isinstance(value, int) or value.is_integer() else None
 
 
+def is_empty(value: Any) -> bool:
+    """Return whether a cell is empty: None, empty text or NaN."""
+    return value in (None, "") or value != value
+
+
 def at_index(value: Any, choices: list[str], where: str) -> str:
     """Return the choice with a number, which may be written as text; UsageError if there is none."""
     text = value.strip() if isinstance(value, str) else ""

@@ -18,6 +18,7 @@ from dept_vl.tasks.own.choices import (
     Numbered,
     at_index,
     check_chosen,
+    is_empty,
     meaning_of,
     whole,
 )
@@ -100,14 +101,18 @@ class Columns:
             self._check_images(base["images"], record, where)
             yield base | self._one(record, found, where, text_cells) | {"cleaned": self._cleaned}
             return
-        pairs, inside = pairs_of(turns, where)
-        base["images"] = base["images"] or [self._image(one, where) for one in inside]
-        self._check_images(base["images"], record, where)
-        for number, (question, answer) in enumerate(pairs if self.all_turns else pairs[:1]):
+        pairs = pairs_of(turns, where)
+        for number, (question, answer, inside) in enumerate(pairs if self.all_turns else pairs[:1]):
             numbered = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
-            answers = [] if answer is None else [one_line(self._shown(answer))]
+            images = [self._image(one, where) for one in inside if one is not None]
+            if base["images"]:  # a column of their own; placeholders in turns say which belong to a question
+                whole = not inside or len(pairs[-1][2]) != len(base["images"])
+                images = base["images"] if whole else base["images"][: len(inside)]
+            self._check_images(images, record, where)
+            answers = [one_line(self._shown(answer))] if answer and answer.strip() else []
             yield base | {
                 "id": numbered if self.all_turns else base["id"],
+                "images": images,
                 "form": "question",
                 "question": plain(self._shown(question)),
                 "answers": answers,
@@ -140,9 +145,9 @@ class Columns:
                     found.pop(role, None)
             if found.get("question") == "text" and "answer" not in found and "question" not in self.mapping:
                 found["answer"] = found.pop("question")  # usual in folders of images with captions
-            if found.get("question") == "prompt" and isinstance(record["prompt"], list):
-                del found["question"]
             self._known[key] = found
+        if found.get("question") == "prompt" and isinstance(record["prompt"], list):  # of a conversation
+            return {role: column for role, column in found.items() if role != "question"}
         return found
 
     def check_mapping(self, data: str) -> None:
@@ -251,7 +256,7 @@ class Columns:
         """Return the correct choice, all choices, and the meaning of a number that could have two."""
         column = found.get("answer", "")
         given = record.get(INDEX_COLUMN)
-        if given not in (None, "") and given == given:
+        if not is_empty(given):
             return [at_index(given, choices, f"{where}, column {INDEX_COLUMN!r}")], choices, ""
         if column == "answer" and "multiple_choices" in record and answers and answers[0] not in choices:
             return answers, sorted([*choices, answers[0]]), ""  # Visual7W lists the wrong ones
@@ -278,7 +283,7 @@ class Columns:
         for where, record in self.records():
             found = self._find(record, where)
             choices = self._choices(record, found, where, text_cells=False)
-            if not any(choices) or INDEX_COLUMN in record:
+            if not any(choices) or not is_empty(record.get(INDEX_COLUMN)):
                 continue
             number = self._number(record, found, choices, f"{where}, column {found.get('answer')!r}")
             if number is not None:

@@ -9,8 +9,8 @@ from dept_vl.tasks.io.records import brief
 
 PLACEHOLDER = re.compile(r"\s*<image>\s*")
 USER, MODEL = ("user", "human"), ("assistant", "gpt", "model")
-Pair = tuple[str, str | None]
-"""Question and answer; the answer is None if there is none."""
+Pair = tuple[str, str | None, list[Any]]
+"""Question, answer or None, and the images in the turns up to the question; None for a placeholder."""
 
 
 def turns_of(record: dict[str, Any]) -> list[Any] | None:
@@ -25,17 +25,17 @@ def turns_of(record: dict[str, Any]) -> list[Any] | None:
     return None
 
 
-def pairs_of(turns: Sequence[Any], where: str) -> tuple[list[Pair], list[Any]]:
-    """Return question-answer pairs and the images within turns. System prompts are skipped."""
+def pairs_of(turns: Sequence[Any], where: str) -> list[Pair]:
+    """Return the questions with their answers and images. System prompts are skipped."""
     pairs: list[Pair] = []
     images: list[Any] = []
     for number, turn in enumerate(turns, start=1):
         role, content = _turn(turn, f"{where}, turn {number}")
         text = _text(content, images, f"{where}, turn {number}")
         if role in USER:
-            pairs.append((text, None))
+            pairs.append((text, None, list(images)))
         elif role in MODEL and pairs and pairs[-1][1] is None:
-            pairs[-1] = (pairs[-1][0], text)
+            pairs[-1] = (pairs[-1][0], text, pairs[-1][2])
         elif role in MODEL:
             raise UsageError(f"{where}, turn {number}: expected a question before each answer")
         elif role != "system":
@@ -44,7 +44,7 @@ def pairs_of(turns: Sequence[Any], where: str) -> tuple[list[Pair], list[Any]]:
             )
     if not pairs:
         raise UsageError(f"{where}: expected a question of the user, found none")
-    return pairs, images
+    return pairs
 
 
 def _turn(turn: Any, where: str) -> tuple[str, Any]:
@@ -58,6 +58,7 @@ def _turn(turn: Any, where: str) -> tuple[str, Any]:
 
 def _text(content: Any, images: list[Any], where: str) -> str:
     if isinstance(content, str):
+        images += [None] * len(PLACEHOLDER.findall(content))
         return PLACEHOLDER.sub(" ", content).strip()
     texts = []
     for part in content if isinstance(content, list) else [None]:
@@ -69,8 +70,7 @@ def _text(content: Any, images: list[Any], where: str) -> str:
             given = next(
                 (part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None
             )
-            if given is not None:  # otherwise the images are in a column of their own
-                images.append(given["url"] if isinstance(given, dict) and "url" in given else given)
+            images.append(given["url"] if isinstance(given, dict) and "url" in given else given)
         else:
             raise UsageError(
                 f"{where}: expected text or parts of type text and image, found {brief(content)}"

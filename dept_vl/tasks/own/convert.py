@@ -46,10 +46,11 @@ def rows_of(
     said = asdict(replace(options, data=None, images=None, split_seed=0, holdout_share=0.1, metric="auto"))
     key = repr(
         (
-            "as it looks, all lists, empty choices counted, ids as text",
+            "as it looks, all lists, empty choices counted, ids as text, images of turns",
             said,
             str(folder.absolute()),
-            [table.split for table in tables],
+            str(base.absolute()),  # which references to images in tables are relative to
+            [(str(table.path.absolute()), table.split) for table in tables],  # links may lead elsewhere
             images_alone,
         )
     )

@@ -19,6 +19,8 @@ OURS = (
     "dataset_info.json",
 )
 """JSON files that lie beside data but are not tables."""
+DEEPEST = 2
+"""Number of folders below that of the data in which tables are read."""
 FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg", "*.png", "*.webp")
 """File patterns to download from a data set on the Hub; they never include code."""
 
@@ -42,18 +44,18 @@ def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
         return path.parent, [TableFile(path, "")], []
     if not path.is_dir():
         path = fetch(data)
-    tables = []
+    tables, deep = [], []
     for folder, folders, files in os.walk(path):
         below = Path(folder).relative_to(path)
         folders[:] = sorted(name for name in folders if name != "features" and not name.startswith("."))
-        if len(below.parts) >= 2:
-            folders.clear()
         for name in sorted(files):
             file = Path(folder) / name
             is_table = (
                 file.suffix.lower() in TABLES and name not in OURS and not name.startswith((".", "cache-"))
             )
-            if is_table and not is_annotations(file):
+            if is_table and len(below.parts) > DEEPEST:
+                deep.append(str(below / name))
+            elif is_table and not is_annotations(file):
                 tables.append(TableFile(file, _split_of(below / name)))
     if not tables:
         raise UsageError(
@@ -65,8 +67,9 @@ def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
     left_out = [str(table.path.relative_to(path)) for table in tables if named and not table.split]
     tables = named or tables
     check_shards(table.path for table in tables)
-    note = f"ignored, because other files name a split and these do not: {', '.join(left_out)}"
-    return path, tables, [note] if left_out else []
+    reasons = {"other files name a split and these do not": left_out, "they lie deeper": deep}
+    notes = [f"ignored, because {why}: {', '.join(names)}" for why, names in reasons.items() if names]
+    return path, tables, notes
 
 
 def _split_of(path: Path) -> str:

@@ -117,6 +117,11 @@ def read_csv(path: Path) -> Numbered:
             header = _header(path, next(rows))
             line = rows.line_num + 1
             for cells in _long_cells(rows):
+                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                    raise UsageError(
+                        f"{place(path, line)}: a cell goes on over tabs into the next line; write a quote "
+                        "that starts a cell twice, and quotes around the cell"
+                    )
                 if len(cells) == len(header):
                     yield rows.line_num, dict(zip(header, cells, strict=True))
                 elif any(cells):
@@ -309,9 +314,8 @@ def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
             elif isinstance(value := row.get(name), list):
                 row[name] = [Embedded.at(path, name, place, item) for item in range(len(value))]
         for column, names in classes.items():
-            number = row.get(column)
-            if isinstance(number, int):
-                row[column] = names[number] if 0 <= number < len(names) else None  # -1: unlabelled
+            if column in row:
+                row[column] = _named(row[column], names)
         return row
 
     return finish
@@ -356,14 +360,29 @@ def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]
     return leaf != next((one for one in own if one.endswith(".path")), own[0])
 
 
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Return the name of a class, None for -1, which means unlabelled; also in lists."""
+    if isinstance(value, list):
+        return [_named(one, names) for one in value]
+    if not isinstance(value, int):
+        return value
+    return names[value] if 0 <= value < len(names) else None
+
+
 def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names that `datasets` stores in the metadata, by column."""
+    """Return the class names that `datasets` stores in the metadata, by column, also for lists."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {
-            name: feature["names"]
-            for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (KeyError, ValueError, TypeError, AttributeError):
+        inner = {name: _inner(feature) for name, feature in features.items()}
+        return {name: one["names"] for name, one in inner.items() if one.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError):
         return {}
+
+
+def _inner(feature: Any) -> dict[str, Any]:
+    """Return the feature in a list of `datasets`, which is written in three ways."""
+    if isinstance(feature, list):
+        return _inner(feature[0])
+    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict | list):
+        return _inner(feature["feature"])
+    return feature if isinstance(feature, dict) else {}

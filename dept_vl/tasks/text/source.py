@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +74,26 @@ def open_source(
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
-    """Return the files of a split, from the first location and file type that has any.
+    """Return the files of a split, from the only location and file type that has any.
 
     Raises:
         UsageError: If shards are missing, or the split is there twice.
     """
     name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
-    for root in (folder, folder / (config or "."), folder / "data"):
-        for suffix in SUFFIXES:
-            files = sorted(path for path in root.glob(f"{split}*{suffix}") if name.fullmatch(path.stem))
-            if files:
-                check_shards(files)
-                return tuple(files)
-    return ()
+    roots = dict.fromkeys((folder, folder / (config or "."), folder / "data"))
+    found = [
+        files
+        for root, suffix in product(roots, SUFFIXES)
+        if (files := sorted(path for path in root.glob(f"{split}*{suffix}") if name.fullmatch(path.stem)))
+    ]
+    if len(found) > 1:
+        raise UsageError(
+            f"{folder} holds the split {split!r} twice, in {found[0][0]} and {found[1][0]}; move one away"
+        )
+    if not found:
+        return ()
+    check_shards(found[0])
+    return tuple(found[0])
 
 
 def check_columns(place: str, needed: Sequence[str], found: Sequence[str]) -> None:
