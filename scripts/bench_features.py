@@ -139,7 +139,7 @@ def main(config: BenchConfig) -> Reading:
         file.read_bytes()
     paths = [Path(f"{number:012d}.jpg") for number in range(config.images)]
     places = {path: divmod(row, config.shard_images) for row, path in enumerate(paths)}
-    table = FeatureTable.map(files, places, {})
+    table = FeatureTable(files, places, {})
     random, rates = Random(0), []
     for _ in range(1 + config.rounds):
         drawn = [

@@ -193,7 +193,7 @@ def open_features(
     used = sorted({row // per_shard for row in places.values()})
     for number in used:
         check_shard(index, number, folder)
-    table = FeatureTable.map(
+    table = FeatureTable(
         [folder / shard_name(number) for number in used],
         {path: (used.index(row // per_shard), row % per_shard) for path, row in places.items()},
         {root / image: error for image, error in index["unreadable"].items()},

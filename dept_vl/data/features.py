@@ -53,23 +53,22 @@ class FeatureTable:
     """Features of a set of images by file, in memory or memory-mapped.
 
     Args:
-        shards: Tensors of shape (images, tokens, d_vision), all of one dtype.
-        places: Index of the shard and row in the shard, by image file.
+        sources: Tensors of shape (images, tokens, d_vision), all of one dtype, or the files to map them from.
+        places: Index of the tensor and row in it, by image file.
         errors: Error message by image file, for images that could not be read.
-        files: Files that the first shards are mapped from; the other shards are in memory.
 
     Raises:
-        ValueError: If the shards have different dtypes.
+        ValueError: If the tensors have different dtypes.
     """
 
     def __init__(
         self,
-        shards: Sequence[Float[Tensor, "_ tokens d_vision"]],
+        sources: Sequence[Path | Float[Tensor, "_ tokens d_vision"]],
         places: Mapping[Path, tuple[int, int]],
         errors: Mapping[Path, str],
-        files: Sequence[Path] = (),
     ) -> None:
-        self.shards, self.places, self.errors, self.files = list(shards), dict(places), errors, tuple(files)
+        self.sources, self.places, self.errors = list(sources), dict(places), errors
+        self.shards = [read_shard(one) if isinstance(one, Path) else one for one in self.sources]
         dtypes = {str(shard.dtype).removeprefix("torch.") for shard in self.shards}
         if len(dtypes) != 1:
             raise ValueError(f"expected visual features of one dtype, found {', '.join(sorted(dtypes))}")
@@ -97,17 +96,6 @@ class FeatureTable:
             errors |= {distinct[row]: error for row, error in zip(rows, messages, strict=True) if error}
         return cls([features], {path: (0, row) for row, path in enumerate(distinct)}, errors)
 
-    @classmethod
-    def map(
-        cls,
-        files: Sequence[Path],
-        places: Mapping[Path, tuple[int, int]],
-        errors: Mapping[Path, str],
-        renewed: Sequence[Float[Tensor, "_ tokens d_vision"]] = (),
-    ) -> "FeatureTable":
-        """Return a table of memory-mapped shards, followed by the shards in memory (`renewed`)."""
-        return cls([*map(read_shard, files), *renewed], places, errors, files)
-
     def with_renewed(self, vision: VisionEncoder, paths: Sequence[Path]) -> "FeatureTable":
         """Encode some images again, in the dtype of the table; ValueError if values are too large for it."""
         new = FeatureTable.encode(vision, paths, progress=False)
@@ -117,33 +105,28 @@ class FeatureTable:
         number = len(self.shards)
         places = {path: (number, row) for path, (_, row) in new.places.items()}
         errors = {path: error for path, error in self.errors.items() if path not in places} | dict(new.errors)
-        renewed = [*self.shards[len(self.files) :], shard]
-        return FeatureTable.map(self.files, {**self.places, **places}, errors, renewed)
+        return FeatureTable([*self.sources, shard], {**self.places, **places}, errors)
 
     @classmethod
     def joined(cls, tables: Sequence["FeatureTable"]) -> "FeatureTable":
-        """Return the union of mapped tables of one dtype."""
+        """Return the union of tables of one dtype."""
+        sources: list[Path | Tensor] = []
         places: dict[Path, tuple[int, int]] = {}
         errors: dict[Path, str] = {}
-        files = [file for table in tables for file in table.files]
-        renewed: list[Tensor] = []
-        mapped = 0
         for table in tables:
-            own = len(table.files)
-            for path, (shard, row) in table.places.items():
-                behind = len(files) + len(renewed) + shard - own
-                places[path] = (mapped + shard if shard < own else behind, row)
+            places |= {path: (len(sources) + shard, row) for path, (shard, row) in table.places.items()}
             errors |= table.errors
-            mapped += own
-            renewed += table.shards[own:]
-        return cls.map(files, places, errors, renewed)
+            sources += table.sources
+        return cls(sources, places, errors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Mapped shards are pickled by file name, so that a spawned worker maps them without copying.
-        if self.files:
-            renewed = self.shards[len(self.files) :]
-            return FeatureTable.map, (self.files, self.places, self.errors, renewed)
-        return FeatureTable, (self.shards, self.places, self.errors)
+        return FeatureTable, (self.sources, self.places, self.errors)
+
+    @property
+    def files(self) -> list[Path]:
+        """Files that shards are mapped from."""
+        return [source for source in self.sources if isinstance(source, Path)]
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise ValueError with the error message if one of the images could not be read."""
