@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, check_ids
+from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, Submission, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
     from dept_vl.tasks.io.official_files import Published
@@ -254,6 +254,17 @@ class Task(ABC):
     def written(self, answer: str) -> str:
         """Return a decoded prediction in the form used in submissions."""
         return answer.strip()
+
+    def write_submission(self, predictions: Mapping[ExampleId, str], path: Path) -> Submission:
+        """Write a submission for this whole split; questions without prediction are left empty.
+
+        Raises:
+            ValueError: If a prediction does not belong to the split.
+        """
+        ids = self.example_ids()
+        check_ids(predictions.keys() & set(ids), predictions, f"the submission of {self.name}")
+        self.prediction_format.write({key: predictions.get(key, "") for key in ids}, path)
+        return Submission(path, len(predictions), len(ids) - len(predictions))
 
     def mark(self, example: Example, prediction: str) -> float:
         """Return a score from 0 to 1 for one prediction, for display. `marked_by` names the measure."""

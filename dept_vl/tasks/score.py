@@ -5,7 +5,7 @@ compared as written in the file. `check-vqav2` and `check-gqa` check a file befo
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +18,7 @@ from dept_vl.tasks import coco as coco_task
 from dept_vl.tasks import gqa as gqa_task
 from dept_vl.tasks import nlvr2 as nlvr2_task
 from dept_vl.tasks import vqav2 as vqav2_task
-from dept_vl.tasks.io.predictions import check_ids
-from dept_vl.tasks.io.submission import check_submission
+from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.metrics.caption import score_captions
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 from dept_vl.tasks.metrics.vqa import Normalisation
@@ -46,8 +45,8 @@ def vqav2(
     """
     check_output(output, questions, annotations, predictions)
     rows = vqav2_task.read_rows(questions, annotations)
-    answers = vqav2_task.TASK.prediction_format.read(predictions)
-    check_ids(rows.column("question_id").to_pylist(), answers, str(predictions))
+    ids = rows.column("question_id").to_pylist()
+    answers = vqav2_task.TASK.prediction_format.read(predictions, ids)
     figures = vqav2_task.score_rows(rows, answers, normalisation)
     return show(f"VQA accuracy, {normalisation} (0-100)", figures, output, ".2f")
 
@@ -89,8 +88,7 @@ def nlvr2(examples: Path, predictions: Path, output: Output = None) -> Figures:
     check_output(output, examples, predictions)
     rows = nlvr2_task.read_rows(examples)
     ids = rows.column("identifier").to_pylist()
-    answers = nlvr2_task.TASK.prediction_format.read(predictions)
-    check_ids(ids, answers, str(predictions))
+    answers = nlvr2_task.TASK.prediction_format.read(predictions, ids)
     labels = [answer for answers in rows.column("answers").to_pylist() for answer in answers]
     if len(labels) != len(ids):
         raise ValueError(f"{examples}: expected a label for each example, found {len(labels)} of {len(ids)}")
@@ -112,11 +110,8 @@ def coco(
     """
     check_output(output, references, predictions)
     captions = coco_task.read_references(references, split)
-    answers = {
-        int(key): caption for key, caption in coco_task.TASK.prediction_format.read(predictions).items()
-    }
-    check_ids(captions, answers, str(predictions))
-    figures = score_captions(captions, answers, spice=spice)
+    answers = coco_task.TASK.prediction_format.read(predictions, captions)
+    figures = score_captions(captions, {int(key): text for key, text in answers.items()}, spice=spice)
     return show("COCO captions (x100)", figures, output, ".2f")
 
 
@@ -158,7 +153,7 @@ def check_vqav2(questions: Path, predictions: Path) -> int:
         predictions: [{"question_id": int, "answer": str}].
     """
     ids = vqav2_task.read_rows(questions, None).column("question_id").to_pylist()
-    return _passed(check_submission(predictions, ids, vqav2_task.TASK.prediction_format))
+    return _passed(vqav2_task.TASK.prediction_format.read(predictions, ids))
 
 
 def check_gqa(questions: Path, predictions: Path) -> int:
@@ -169,12 +164,12 @@ def check_gqa(questions: Path, predictions: Path) -> int:
         predictions: [{"questionId": str, "prediction": str}].
     """
     ids = gqa_task.read_rows(questions).column("question_id").to_pylist()
-    return _passed(check_submission(predictions, ids, gqa_task.TASK.prediction_format))
+    return _passed(gqa_task.TASK.prediction_format.read(predictions, ids))
 
 
-def _passed(count: int) -> int:
-    say(f"{count:,} predictions, one for each question")
-    return count
+def _passed(predictions: Mapping[ExampleId, str]) -> int:
+    say(f"{len(predictions):,} predictions, one for each question")
+    return len(predictions)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"vqav2": vqav2, "gqa": gqa, "nlvr2": nlvr2, "coco": coco}

@@ -33,8 +33,7 @@ from dept_vl.models.sharding import place_model
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task, limit, score_rows
-from dept_vl.tasks.io.predictions import ExampleId
-from dept_vl.tasks.io.submission import Submission, write_submission
+from dept_vl.tasks.io.predictions import ExampleId, Submission
 from dept_vl.training.identity import note_changes
 from dept_vl.training.owner import owning
 from dept_vl.training.report.html import Answered, write_evaluation_report
@@ -271,7 +270,7 @@ class ScoreRun(Stages):
         say(f"predictions: {self.predictions[0]}")
         if self.whole is None:
             return
-        submission = write_submission(evaluation.predictions, self.whole, folder / "submission.json")
+        submission = self.whole.write_submission(evaluation.predictions, folder / "submission.json")
         filled = f", {submission.filled:,} of other phases left empty" if submission.filled else ""
         say(f"submission: {submission.path} ({submission.answered:,} answers{filled}); ids checked")
         self.submission = submission

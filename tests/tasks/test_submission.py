@@ -14,7 +14,6 @@ import pytest
 from dept_vl.cli import call
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.submission import check_submission, write_submission
 from dept_vl.tasks.score import CHECKS
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_submission.py"
@@ -65,13 +64,13 @@ def check(task: Task, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_whole_split_is_written_and_passes(task: Task, tmp_path: Path) -> None:
     path = tmp_path / "submission.json"
     predictions = {key: f"answer {key}" for key in reversed(task.example_ids())}
-    submission = write_submission(predictions, task, path)
+    submission = task.write_submission(predictions, path)
     assert (submission.path, submission.answered, submission.filled) == (path, len(task), 0)
     id_key, answer_key = KEYS[task.name]
     written = json.loads(path.read_text())
     assert [row[id_key] for row in written] == sorted(task.example_ids(), key=int)
     assert all(row == {id_key: row[id_key], answer_key: f"answer {row[id_key]}"} for row in written)
-    assert check_submission(path, task.example_ids(), task.prediction_format) == len(task)
+    assert task.prediction_format.read(path, task.example_ids()) == predictions
 
 
 def test_what_a_phase_does_not_score_is_left_empty(scenes: Path, tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_what_a_phase_does_not_score_is_left_empty(scenes: Path, tmp_path: Path)
     asked = dev.example_ids()
     assert 0 < len(asked) < len(whole)
     path = tmp_path / "submission.json"
-    submission = write_submission(dict.fromkeys(asked, "2"), whole, path)
+    submission = whole.write_submission(dict.fromkeys(asked, "2"), path)
     assert (submission.answered, submission.filled) == (len(asked), len(whole) - len(asked))
     written = {row["question_id"]: row["answer"] for row in json.loads(path.read_text())}
     assert written == {key: "2" if key in asked else "" for key in whole.example_ids()}
@@ -89,7 +88,7 @@ def test_a_prediction_of_no_question_is_refused_and_nothing_written(task: Task, 
     stranger = 424242 if task.name == "vqav2" else "424242"
     predictions = {**dict.fromkeys(task.example_ids(), "yes"), stranger: "no"}
     with pytest.raises(ValueError, match=rf"1 that belong to no example \(first: {stranger!r}\)") as error:
-        write_submission(predictions, task, tmp_path / "submission.json")
+        task.write_submission(predictions, tmp_path / "submission.json")
     assert f"the submission of {task.name}" in str(error.value)
     assert not [*tmp_path.iterdir()]
 
@@ -151,4 +150,4 @@ def test_missing_files_are_named(
 ) -> None:
     assert f"expected questions.json in {tmp_path}" in check(rows, tmp_path / "questions.json")
     with pytest.raises(FileNotFoundError, match="expected a file of predictions at"):
-        check_submission(tmp_path / "nowhere.json", task.example_ids(), task.prediction_format)
+        task.prediction_format.read(tmp_path / "nowhere.json", task.example_ids())

@@ -17,7 +17,6 @@ from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
 from dept_vl.data.splits import choose_decoding, data_options, run_candidates
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import limit
-from dept_vl.tasks.io.submission import check_submission
 from dept_vl.tasks.own.options import OwnOptions
 from dept_vl.training import score_run as score_run_module
 from dept_vl.training.run import run
@@ -333,7 +332,7 @@ def test_a_submission_to_vqav2_has_every_question_of_test(
     assert found.submission is not None
     assert found.submission.path == found.output_dir / "submission.json"
     assert (found.submission.answered, found.submission.filled) == (len(asked), 24 - len(asked))
-    assert check_submission(found.submission.path, whole.example_ids(), whole.prediction_format) == 24
+    assert len(whole.prediction_format.read(found.submission.path, whole.example_ids())) == 24
     submitted = written(found.submission.path)
     for key in whole.example_ids():
         assert submitted[key] == (found.evaluation.predictions[key] if key in asked.example_ids() else "")

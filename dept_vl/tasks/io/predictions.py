@@ -14,6 +14,15 @@ ExampleId = int | str
 
 
 @dataclass(frozen=True)
+class Submission:
+    """A submission file, with the number of predictions and of questions left empty."""
+
+    path: Path
+    answered: int
+    filled: int
+
+
+@dataclass(frozen=True)
 class PredictionFormat:
     """Format of a server's prediction files.
 
@@ -48,49 +57,54 @@ class PredictionFormat:
         """Write a prediction file."""
         path.write_bytes(self.content(predictions))
 
-    def read(self, path: Path) -> dict[ExampleId, str]:
-        """Read a prediction file; raise ValueError if it has another format or repeats an id."""
+    def read(self, path: Path, ids: Iterable[ExampleId] | None = None) -> dict[ExampleId, str]:
+        """Read a prediction file like a server; with `ids`, it must have one prediction for each of them.
+
+        Raises:
+            FileNotFoundError: If the file does not exist.
+            ValueError: If the format is wrong, or ids are repeated, missing or unknown.
+        """
         if not path.is_file():
             raise FileNotFoundError(f"expected a file of predictions at {path}, found none")
         check_noted(path)
         predictions: dict[ExampleId, str] = {}
-        for place, key, answer in self._rows(path):
+        for place, row in self._rows(path):
+            if not isinstance(row, dict) or not {self.id_key, self.answer_key} <= row.keys():
+                raise ValueError(f"{path}, {place}: expected {self._form()}, found {row!r:.80}")
+            key, answer = self._id(row[self.id_key], path, place), row[self.answer_key]
+            if not isinstance(answer, str):
+                raise ValueError(
+                    f"{path}, {place}: expected {self.answer_key!r} to be text, found {answer!r:.60}"
+                )
             if key in predictions:
                 raise ValueError(
                     f"{path}, {place}: {self.id_key} {key!r} is there twice; keep one prediction for each"
                 )
             predictions[key] = answer
+        if ids is not None:
+            check_ids(ids, predictions, str(path))
         return predictions
 
-    def _rows(self, path: Path) -> Iterator[tuple[str, ExampleId, str]]:
+    def _rows(self, path: Path) -> Iterator[tuple[str, Any]]:
+        """Yield the entries of a file, or its lines in the same form, with their location."""
         try:
             # Decoded from bytes, to keep line ends inside answers.
             text = path.read_bytes().decode("utf-8-sig")
-            content = parse_json(text) if self.kind == "json" else _lines(text)
+            content = parse_json(text) if self.kind == "json" else io.StringIO(text, newline=None)
         except ValueError as error:
             raise ValueError(f"{path}: expected {self._form()}, found something else ({error})") from None
-        if self.kind != "json":
-            for number, cells in content:
-                if len(cells) != 2:
-                    raise ValueError(
-                        f"{path}, line {number}: expected {self._form()}, found {','.join(cells)!r:.60}"
-                    )
-                # Cells are text; 18 digits fit into 64 bits.
-                is_number = self.id_type == "int" and re.fullmatch(r"-?[0-9]{1,18}", cells[0])
-                key = int(cells[0]) if is_number else cells[0]
-                yield f"line {number}", self._id(key, path, f"line {number}"), cells[1]
+        if self.kind == "json":
+            if not isinstance(content, list):
+                raise ValueError(f"{path}: expected {self._form()}, found {type(content).__name__}")
+            yield from ((f"entry {number}", row) for number, row in enumerate(content))
             return
-        if not isinstance(content, list):
-            raise ValueError(f"{path}: expected {self._form()}, found {type(content).__name__}")
-        for number, row in enumerate(content):
-            if not isinstance(row, dict) or not {self.id_key, self.answer_key} <= row.keys():
-                raise ValueError(f"{path}, entry {number}: expected {self._form()}, found {row!r:.80}")
-            answer = row[self.answer_key]
-            if not isinstance(answer, str):
-                raise ValueError(
-                    f"{path}, entry {number}: expected {self.answer_key!r} to be text, found {answer!r:.60}"
-                )
-            yield f"entry {number}", self._id(row[self.id_key], path, f"entry {number}"), answer
+        for number, line in enumerate(map(str.strip, content), start=1):
+            key, comma, rest = line.partition(",")
+            # Cells are text; 18 digits fit into 64 bits.
+            is_number = self.id_type == "int" and re.fullmatch(r"-?[0-9]{1,18}", key)
+            row = {self.id_key: int(key) if is_number else key, self.answer_key: rest.split(",")[0]}
+            if line:
+                yield f"line {number}", row if comma else line
 
     def _id(self, value: Any, path: Path, place: str) -> ExampleId:
         if self.id_type == "str" and isinstance(value, str):
@@ -106,12 +120,6 @@ class PredictionFormat:
         if self.kind != "json":
             return f"lines of {self.id_key},{self.answer_key}"
         return f'a list of {{"{self.id_key}": {self.id_type}, "{self.answer_key}": str}}'
-
-
-def _lines(text: str) -> list[tuple[int, list[str]]]:
-    """Return the lines that are not blank, with their number and their cells up to a second comma."""
-    lines = enumerate(io.StringIO(text, newline=None), start=1)
-    return [(number, line.strip().split(",")[:2]) for number, line in lines if line.strip()]
 
 
 def check_ids(expected: Iterable[ExampleId], found: Iterable[ExampleId], where: str) -> None:
