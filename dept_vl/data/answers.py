@@ -39,7 +39,7 @@ class Lost:
 
 def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
     """Tokenise and decode the training targets, and return what is lost. A limit of 0 is `LONGEST`."""
-    counts, _ = task.target_counts(EXAMPLES)
+    counts = task.target_counts(EXAMPLES)
     texts = list(counts)
     unwritable, cut = Counter[str](), Counter[str]()
     longest = 0
@@ -59,7 +59,7 @@ def look_at_answers(task: Task, tokenizer: Any, limit: int) -> Lost:
 
 def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], limit: int) -> Lost:
     """Return the lost candidates: those that are truncated or have the same tokens as another one."""
-    counts, _ = task.target_counts(EXAMPLES)
+    counts = task.target_counts(EXAMPLES)
     tokens = dict(zip(candidates, map(tuple, target_ids(tokenizer, candidates)), strict=True))
     shared = Counter(tokens.values())
     known = {text: count for text, count in counts.items() if text in tokens}

@@ -183,13 +183,13 @@ class Task(ABC):
         """Return the examples in the form of an adapter's task; raise UsageError if they do not fit it."""
         return self
 
-    def target_counts(self, examples: int) -> tuple[Counter[str], int]:
-        """Count the training targets of about `examples` examples. Return counts and number of examples."""
+    def target_counts(self, examples: int) -> Counter[str]:
+        """Count the training targets of about `examples` examples."""
         step = max(1, len(self) // examples)
         counts: Counter[str] = Counter()
         for index in range(0, len(self), step):
             counts.update(text for text, score in self[index].targets if score)
-        return counts, len(range(0, len(self), step))
+        return counts
 
     def load(self, root: Path | None = None, split: str = "") -> "Task":
         """Read a split.

@@ -23,7 +23,7 @@ from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
-from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
+from dept_vl.tasks.metrics.caption import check_scorers, reported, score_captions
 from dept_vl.tasks.metrics.text import squad
 
 KARPATHY_FILE = "dataset_coco.json"
@@ -138,9 +138,7 @@ class COCOCaptions(Task):
 
     def check_requirements(self) -> None:
         """Check that `pycocoevalcap` and Java are installed and METEOR runs."""
-        check_installed()
-        if self.meteor:
-            check_meteor()
+        check_scorers(meteor=self.meteor)
 
     def written(self, answer: str) -> str:
         """Return a decoded caption on one line."""

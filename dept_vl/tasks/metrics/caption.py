@@ -113,12 +113,18 @@ def score_captions(
     return figures | {"scale": PERCENT, "n": len(image_ids)}
 
 
+def check_scorers(*, meteor: bool) -> None:
+    """Raise the errors of `score_captions` before predictions are made; METEOR is tried if it is used."""
+    check_installed()
+    if meteor:
+        check_meteor()
+
+
 @cache
 def check_meteor() -> None:
     """Score a caption with METEOR, once per process; raise RuntimeError if METEOR does not work."""
     if os.environ.get("RANK", "0") != "0":  # the main process alone scores
         return
-    check_installed()
     figure = _meteor({0: ["two dogs run"]}, {0: ["two dogs run"]})
     if not 0.9 < figure <= 1:
         raise RuntimeError(f"METEOR does not work here: of a caption and itself it says {figure}")

@@ -17,7 +17,7 @@ from dept_vl._utils.printable import one_line, plain
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Rows
-from dept_vl.tasks.metrics.caption import check_installed, check_meteor, reported, score_captions
+from dept_vl.tasks.metrics.caption import check_scorers, reported, score_captions
 from dept_vl.tasks.metrics.own import OFFICIAL_ANSWERS, anls, general_vqa_accuracy, normalise_own
 from dept_vl.tasks.metrics.text import macro_f1, squad
 from dept_vl.tasks.metrics.vqa import soft_scores
@@ -301,13 +301,13 @@ class OwnTask(Task):
             scores["anls"] = _percent([anls(*pair) for pair in zip(said, answers, strict=True)])
         return scores
 
-    def target_counts(self, examples: int) -> tuple[Counter[str], int]:
+    def target_counts(self, examples: int) -> Counter[str]:
         """Count the training targets of all examples."""
         counts: Counter[str] = Counter()
         for answers in self.rows.column("answers").to_pylist():
             for text, share in _targets(tuple(answers), self.form, self.scoring):
                 counts[text] += share > 0
-        return counts, len(self)
+        return counts
 
     def without_slow_metrics(self) -> "OwnTask":
         """Return the task without METEOR."""
@@ -316,9 +316,7 @@ class OwnTask(Task):
     def check_requirements(self) -> None:
         """Check that the caption scorers are installed and, if METEOR is used, that it runs."""
         if self.form == "caption":
-            check_installed()
-            if self.meteor:
-                check_meteor()
+            check_scorers(meteor=self.meteor)
 
 
 def _percent(marks: list[Any]) -> float:
