@@ -11,9 +11,10 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import CANDIDATES_FILE, TASK_FILE
 from dept_vl.config import OWN_TASK, DataOptions, EvaluateConfig, OnBadImage, RunConfig
 from dept_vl.data.shots import Shots, choose_shots
-from dept_vl.tasks import TASKS, load_task
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Decoding, Task, data_folder, hold_out_images, limit
 from dept_vl.tasks.own.options import OwnOptions
+from dept_vl.tasks.vqav2 import read_answer_list
 
 LOOKED_AT = 50
 """Number of examples scored to find out which metrics a task has."""
@@ -139,8 +140,10 @@ def parts_of(options: DataOptions, split: str, seed: int) -> Iterator[tuple[str,
 
 def load_split(options: DataOptions, split: str) -> Task:
     """Read a split of the task in the options. Raises the errors of `load_task`."""
-    own = {} if options.own.data is None and options.own == OwnOptions() else vars(options.own)
-    task = load_task(options.task, options.data_dir, split, **own).reading(options.question_case)
+    blank = TASKS[options.task]
+    if options.own != OwnOptions():
+        blank = blank.with_options(options.own)
+    task = blank.load(options.data_dir, split).reading(options.question_case)
     if options.answer_labels == "published":
         task = task.with_published_labels(data_folder(options.task, options.data_dir))
     return task
@@ -309,14 +312,9 @@ def read_candidates(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"expected a JSON list of candidate answers at {path}, found no such file")
     try:
-        content = read_json(path)
+        answers = read_answer_list(path)
     except ValueError as error:
         raise ValueError(f"{error}; expected a JSON list of answers") from None
-    if not isinstance(content, list) or not content or not all(map(_is_text, content)):
-        raise ValueError(f"{path}: expected a JSON list of answers, found {content!r:.60}")
-    return tuple(content)
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value is text that can be encoded, without lone surrogates."""
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+    if not answers:
+        raise ValueError(f"{path}: expected a JSON list of answers, found an empty one")
+    return tuple(answers)
