@@ -57,9 +57,14 @@ class OwnOptions(Options):
             if name not in known:
                 raise UnknownNameError("option", name, known)
 
+    def _changed(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        usual = OwnOptions()
+        return {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+
     def given(self) -> list[str]:
         """Return the flags of the options that differ from their defaults."""
-        return [f"--{f.name}" for f in fields(self) if not self._unset(f.name)]
+        return [f"--{name}" for name in self._changed()]
 
     def check_used(self) -> None:
         """Raise UsageError for options that have no effect, because `data` is not set."""
@@ -68,19 +73,15 @@ class OwnOptions(Options):
 
     def over(self, run: "OwnOptions") -> "OwnOptions":
         """Return a run's options, overridden by those set here. With `data`, `images` is not inherited."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if not self._unset(f.name)}
-        if self.data is not None:
-            changed["images"] = self.images
-        return replace(run, **changed)
+        images = run.images if self.data is None else None
+        return replace(run, **{"images": images, **self._changed()})
 
     def kept_from(self, run: "OwnOptions") -> str:
         """Format the run's options that `over` keeps, except data and images."""
-        names = [f.name for f in fields(self) if f.name not in ("data", "images")]
-        kept = [name for name in names if self._unset(name) and not run._unset(name)]
-        return ", ".join(f"--{name} {getattr(run, name)}" for name in kept)
-
-    def _unset(self, name: str) -> bool:
-        return bool(getattr(self, name) == getattr(OwnOptions(), name))
+        set_here = {"data", "images", *self._changed()}
+        return ", ".join(
+            f"--{name} {value}" for name, value in run._changed().items() if name not in set_here
+        )
 
     def folder(self) -> Path | None:
         """Return the folder of the data; None if the data are on the Hub or not set."""
