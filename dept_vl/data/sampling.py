@@ -1,4 +1,4 @@
-"""Order of examples: the draws of training and evaluation, and the batches of each process."""
+"""Order of examples in training: the draws, and the batches of each process."""
 
 import itertools
 from array import array
@@ -41,19 +41,6 @@ class TrainingDraws(Dataset[Draw]):
         else:
             choice = 0
         return Draw(example, texts[choice], scores[choice])
-
-
-class EvaluationDraws(Dataset[Draw]):
-    """Every example once, without a target."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def __len__(self) -> int:
-        return len(self.task)
-
-    def __getitem__(self, index: int) -> Draw:
-        return Draw(self.task[index])
 
 
 @dataclass(eq=False)

@@ -7,14 +7,17 @@ import threading
 from multiprocessing.queues import Queue
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from dept_vl._utils.printable import say
 
 
-def load(dataset: Dataset[Any], num_workers: int, **options: Any) -> DataLoader[Any]:
-    """Return a data loader with workers; 0 loads in this process. `options` are those of `DataLoader`."""
-    return _Loader(dataset, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
+def load(items: Any, num_workers: int, **options: Any) -> DataLoader[Any]:
+    """Return a data loader of items, such as those of a task, with workers; 0 loads in this process.
+
+    `options` are those of `DataLoader`.
+    """
+    return _Loader(items, num_workers=num_workers, worker_init_fn=prepare_reader, **options)
 
 
 class _Loader(DataLoader[Any]):

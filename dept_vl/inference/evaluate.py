@@ -15,7 +15,6 @@ from dept_vl._utils.processes import on_main
 from dept_vl._utils.terminal import counted, waiting
 from dept_vl.data import workers as readers
 from dept_vl.data.collate import Batch, Collator
-from dept_vl.data.sampling import EvaluationDraws
 from dept_vl.inference.decoding import choice_options, generation_options, spellings
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.sharding import is_spread
@@ -125,7 +124,7 @@ def evaluate(
         if len(mine) * accelerator.num_processes < len(task) or not mine:
             mine.append(0)
     loader = readers.load(
-        EvaluationDraws(task), num_workers, sampler=mine, batch_size=batch_size, collate_fn=collator
+        task, num_workers, sampler=mine, batch_size=batch_size, collate_fn=collator.of_examples
     )
 
     def rows_of(batch: Batch) -> int:

@@ -15,10 +15,11 @@ from conftest import LANGUAGES, random_image
 from helpers import task_of
 from transformers import AutoTokenizer
 
+from dept_vl.data import workers
 from dept_vl.data.collate import Batch, Collator, Draw
 from dept_vl.data.features import FeatureTable
 from dept_vl.data.lengths import Lengths
-from dept_vl.data.sampling import WINDOW, EvaluationDraws, TrainingBatches, TrainingDraws
+from dept_vl.data.sampling import WINDOW, TrainingBatches, TrainingDraws
 from dept_vl.models.prompted import IGNORE_INDEX
 from dept_vl.models.tokens import tokenised
 from dept_vl.models.vision import VisionEncoder
@@ -199,11 +200,13 @@ def test_a_draw_depends_on_seed_and_number_alone() -> None:
     assert len({draw.target for draw in ahead[::2]}) > 1
 
 
-def test_evaluation_sees_every_example_once_and_no_answer() -> None:
+def test_evaluation_sees_every_example_once_and_no_answer(tokenizer: Any) -> None:
     task = task_of(["yes"] * 10, ["no"] * 10)
-    seen = EvaluationDraws(task)
-    assert [seen[index].example.example_id for index in range(len(seen))] == [0, 1]
-    assert seen[1].target is None
+    collator = Collator(tokenizer, max_source_length=20, max_target_length=5)
+    loader = workers.load(task, 0, sampler=range(len(task)), batch_size=2, collate_fn=collator.of_examples)
+    (batch,) = loader
+    assert batch.ids == (0, 1)
+    assert batch.labels is None
 
 
 def numbers(count: int, batch_size: int, batches: int, **options: int) -> list[list[int]]:
