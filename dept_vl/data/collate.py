@@ -1,7 +1,7 @@
 """Collation of examples into batches of tensors."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,11 +52,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        parts = {part.name: getattr(self, part.name) for part in fields(self)}
-        moved: dict[str, Any] = {name: value for name, value in parts.items() if isinstance(value, Tensor)}
-        if self.processed is not None:
-            moved["processed"] = self.processed
-        return replace(self, **send_to_device(moved, device, non_blocking=True))
+        return Batch(**send_to_device(vars(self), device, non_blocking=True))
 
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments for `PromptedModel.generate`."""
