@@ -72,13 +72,10 @@ def look_at_candidates(task: Task, tokenizer: Any, candidates: Sequence[str], li
 
 
 def fit_answers(splits: Splits, tokenizer: Any) -> tuple[Splits, list[str]]:
-    """Set the maximum prediction length of a task, and report lost answers.
+    """Set the maximum prediction length of a task; UsageError if more than `max_lost_answers` are lost.
 
     Returns:
-        The splits with the new length in their decoding, and lines to print.
-
-    Raises:
-        UsageError: If the lost share exceeds `max_lost_answers` and there are at least ten answers.
+        The splits with the new length in their decoding, and lines about lost answers to print.
     """
     options, decoding, task = splits.options, splits.decoding, splits.train
     limit = options.max_answer_tokens

@@ -102,9 +102,6 @@ class Collator:
 
         Texts have at most the length of the prompt, unless `max_source_length` is given. On a GPU lengths are
         padded to multiples of 8, for its tensor cores.
-
-        Raises:
-            ValueError: If the model has no prompt and `max_source_length` is None.
         """
         if max_source_length is None:
             if model.prompt is None:

@@ -65,13 +65,7 @@ def fingerprint(vision: VisionEncoder) -> dict[str, str | int | bool]:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a folder of features. An index of version 1 is completed to the current fields.
-
-    Raises:
-        FileNotFoundError: If there is no index.
-        DamagedFileError: If the index is damaged.
-        ValueError: If the index has another format version.
-    """
+    """Read the index of a folder of features. An index of version 1 is completed to the current fields."""
     path = folder / INDEX_FILE
     if not path.is_file():
         raise FileNotFoundError(

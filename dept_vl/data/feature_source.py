@@ -26,11 +26,6 @@ def read_features(
     """Return the features of all images, from files or computed into memory, or the encoder for live use.
 
     The options of the first task decide for all tasks.
-
-    Raises:
-        FileNotFoundError: If features must come from files, and files or images in them are missing.
-        ValueError: If such files are of another encoder, unfinished or damaged, or an image cannot be
-            encoded.
     """
     wanted = []
     for part in splits:
@@ -63,10 +58,8 @@ def encoder_of(
 ) -> VisionEncoder | None:
     """Return the vision encoder if its features can be cached; None if they are not to be.
 
-    Args:
-        backbone: Backbone with the encoder.
-        choice: Use of cached features: auto, cached (UsageError if impossible), or live (never).
-        stored: Data options; if given, auto also requires stored features for this task.
+    `choice` cached raises UsageError if it is impossible; auto also requires stored features for the task of
+    `stored`, if these data options are given.
     """
     if backbone.processor is None:
         return backbone.vision
@@ -90,11 +83,7 @@ def mapped_features(
 ) -> FeatureTable | None:
     """Map the features that `dept-vl features` stored for these images; None if they are not to be used.
 
-    With `choice` auto, problems are printed and None is returned.
-
-    Raises:
-        FileNotFoundError: If `choice` is cached, and features or images in them are missing.
-        ValueError: If `choice` is cached, and features are of another encoder, unfinished or damaged.
+    Files that do not serve raise an error if `choice` is cached; with auto they are told, and not used.
     """
     folders = [features_folder(options) for options, paths in wanted if paths]
     complete = all((folder / INDEX_FILE).is_file() for folder in folders)

@@ -78,12 +78,6 @@ def write_features(
 
     Returns:
         Number of images encoded, over all processes.
-
-    Raises:
-        ValueError: If another encoder made the folder's features, an unreadable image must not be skipped, or
-            a feature is too large for the dtype.
-        FileNotFoundError: If images of the folder are no longer in the data folder.
-        OSError: If a file cannot be written; files written before are unchanged.
     """
     with _only_writer(folder, accelerator):
         made_by = {**fingerprint(vision), "dtype": dtype}
@@ -158,11 +152,7 @@ def open_features(
     """Map the features of images from a folder that `write_features` made.
 
     The checksum of each shard is compared once per process. At most `renewable` images that have
-    changed are encoded again, in memory.
-
-    Raises:
-        FileNotFoundError: If there are no features, or images are missing from them.
-        ValueError: If features are of another encoder, unfinished or damaged, or too many images changed.
+    changed are encoded again, in memory. FileNotFoundError or ValueError if the features do not serve.
     """
     index = read_index(folder)
     dtype = index["fingerprint"]["dtype"]

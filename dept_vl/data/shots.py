@@ -69,9 +69,6 @@ def draw_shots(task: Task, k: int, seed: int, per: ShotsPer = "class") -> Shots:
     """Draw k training examples and k dev examples per class, without sharing images between the two.
 
     With `per` all, k is the total; the first classes get one more if it does not divide.
-
-    Raises:
-        ValueError: If there are too few examples; the message names the class and its count.
     """
     classes = classes_of(task)
     sizes = dict.fromkeys(classes or ("",), k)

@@ -63,12 +63,7 @@ def options_together(config: RunConfig) -> list[DataOptions]:
 
 
 def load_splits(options: DataOptions, seed: int) -> Splits:
-    """Read the splits of a task and check that their images exist.
-
-    Raises:
-        FileNotFoundError: If images are missing and must not be skipped.
-        ValueError: If the training or dev split has no answers.
-    """
+    """Read the splits of a task and check that their images exist, and that train and dev have answers."""
     train_split, dev_split, test_split = options.splits()
     options = replace(options, train_split=train_split, dev_split=dev_split, test_split=test_split)
     train = _load(options, train_split)
@@ -139,7 +134,7 @@ def parts_of(options: DataOptions, split: str, seed: int) -> Iterator[tuple[str,
 
 
 def load_split(options: DataOptions, split: str) -> Task:
-    """Read a split of the task in the options. Raises the errors of `load_task`."""
+    """Read a split of the task in the options."""
     blank = TASKS[options.task]
     if options.own != OwnOptions():
         blank = blank.with_options(options.own)

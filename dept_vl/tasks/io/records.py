@@ -53,11 +53,7 @@ def read_mapping(path: Path, source: str) -> Iterator[tuple[str, dict[str, Any]]
 def json_object(
     text: str | bytes, where: str, expected: str, kind: type[ValueError] = ValueError
 ) -> dict[str, Any]:
-    """Parse the JSON object of a line; messages say where it is, and what form was expected.
-
-    Raises:
-        ValueError: If the line is not a JSON object, or has a key twice.
-    """
+    """Parse the JSON object of a line; errors of this kind say where it is, and what form was expected."""
     try:
         record = parse_json(text if isinstance(text, str) else text.decode())
     except RepeatedKeyError as error:

@@ -146,10 +146,6 @@ def convert(
     """Convert records to an Arrow file in the cache folder, unless it is already there, and return its rows.
 
     `records` are not read if the file is there. `name` starts the file's name, `unique` is the id column.
-
-    Raises:
-        ValueError: If an id is repeated, or a record does not fit the schema.
-        OSError: If the cache folder cannot be written.
     """
     # The whole content is hashed: size, time or a sample could miss an edit, and parsing takes far longer.
     stats = [(str(path.resolve()), path.stat().st_size, known_checksum(path)) for path in sources]

@@ -64,10 +64,7 @@ def meaning_of(column: Iterable[Numbered]) -> Meaning:
     """Return what the numbers of a column mean. All rows are read, since one alone can fit both meanings.
 
     If both fit all rows, numbers beside choices that are numbers are texts, and numbers beside choices that
-    are text are indices, as in ScienceQA.
-
-    Raises:
-        UsageError: If neither meaning fits all rows.
+    are text are indices, as in ScienceQA. UsageError if neither fits all rows.
     """
     no_index: Numbered | None = None
     no_text: Numbered | None = None

@@ -89,9 +89,6 @@ class Columns:
         """Make the rows of a record: one row, or one per question of a conversation.
 
         With `text_cells`, all cells are text, and lists in them JSON.
-
-        Raises:
-            UsageError: If the record has no image, or a value has an unsupported type.
         """
         self._cleaned = False
         turns = turns_of(record)
@@ -345,11 +342,7 @@ def _cell(record: Record, found: Mapping[str, str], role: str, where: str) -> An
 
 
 def identity(value: Any, where: str) -> str:
-    """Return an id as text; a whole number is written without a fraction, however a table stores it.
-
-    Raises:
-        UsageError: If the value is a list, an object or a truth value.
-    """
+    """Return an id as text; a whole number is written without a fraction, however a table stores it."""
     if value is None or value != value:  # NaN: an empty cell
         return ""
     if isinstance(value, float):

@@ -106,9 +106,6 @@ def _new_id(given: str, number: int, seen: dict[str, int], where: str) -> tuple[
     """Return a unique id, and whether it replaces a given id that is already used.
 
     `seen` has the ids of earlier rows, and how often each was given. A row without id gets its number.
-
-    Raises:
-        UsageError: If an earlier row without an id got this one.
     """
     if given and seen.get(given) == 0:
         raise UsageError(

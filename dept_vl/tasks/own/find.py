@@ -34,11 +34,7 @@ class TableFile:
 
 
 def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
-    """Return the folder and tables of a file, folder or data set on the Hub, and a note on tables left out.
-
-    Raises:
-        UsageError: If there are none, or shards are missing.
-    """
+    """Return the folder and tables of a file, folder or Hub data set, and a note on tables left out."""
     path = Path(data)
     if path.is_file():
         return path.parent, [TableFile(path, "")], []

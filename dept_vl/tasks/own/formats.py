@@ -47,12 +47,7 @@ SPLIT_NAMES = {"restval": "train"}
 
 
 def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read the records of a file in any supported format; of Parquet only `columns`, if there are any.
-
-    Raises:
-        FileNotFoundError: If `path` does not exist.
-        UsageError: If the file is damaged or its format is not supported.
-    """
+    """Read the records of a file in any supported format; of Parquet only `columns`, if there are any."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     match path.suffix.lower():

@@ -44,11 +44,7 @@ class InlineImages:
         self._start = self._end
 
     def reference(self, url: str, record: dict[str, Any], number: int, where: str) -> str:
-        """Return the reference to an image; equal images share one reference. Records are counted from 1.
-
-        Raises:
-            UsageError: If `url` is not a data URL, or the file writes it with unusual escapes.
-        """
+        """Return the reference to an image; equal images share one reference. Records are counted from 1."""
         try:
             key = checksum(data_url_bytes(url, where))
         except ValueError as error:

@@ -161,9 +161,6 @@ def json_shape(path: Path) -> tuple[str, list[str]]:
     """Return the shape of a JSON file, and the keys of its lists of objects.
 
     The shape is `lines`, `list`, `objects`, `record`, or `keys` if there are such lists.
-
-    Raises:
-        UsageError: If the file is no JSON, or has two lists under one key.
     """
     first, end, second = _lines(path)
     if first in ("[", ""):

@@ -19,16 +19,10 @@ NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
 def choose(rows: Rows, split: str, options: OwnOptions, folder: ImageFolder) -> Indices:
-    """Return the indices of the rows of a split.
+    """Return the indices of the rows of a split: one of `NAMES`, or another in the data; else UsageError.
 
-    Args:
-        rows: All rows.
-        split: One of `NAMES`, or another split in the data; auto is the test split, or all rows without one.
-        options: Options with the share of training images to hold out for a missing validation or test split.
-        folder: Folder of the images.
-
-    Raises:
-        UsageError: If the split does not exist, or there are too few images.
+    auto is the test split, or all rows without one. For a missing validation or test split, training images
+    are held out.
     """
     encoded = rows.column("split").combine_chunks().dictionary_encode()
     present = [SPLITS.get(name.lower(), name) for name in encoded.dictionary.to_pylist()]

@@ -132,12 +132,7 @@ class OwnTask(Task):
         return replace(self, **vars(known) | {"labels": tuple(known.labels)})
 
     def read(self, root: Path, split: str) -> "OwnTask":
-        """Read a split: train, validation, test, all, or auto (test if the data have it, else all).
-
-        Raises:
-            FileNotFoundError: If the data or the image folder do not exist.
-            UsageError: If the data cannot be understood; the message gives the location and what is expected.
-        """
+        """Read a split: train, validation, test, all, or auto (test if the data have it, else all)."""
         data = self.options.data or str(root)
         base, tables, unread = find_tables(data)
         place = self.options.images or base

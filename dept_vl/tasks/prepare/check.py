@@ -33,12 +33,7 @@ class Finding:
 
 
 def check(task: str, root: Path, *, sample: int = 200) -> Iterator[Finding]:
-    """Check every split of a task, opening a random sample of the images of each; 0 opens all.
-
-    Raises:
-        UnknownNameError: If the task has no `published` files.
-        FileNotFoundError: If the folder does not exist.
-    """
+    """Check every split of a task, opening a random sample of the images of each; 0 opens all."""
     known = [name for name, blank in TASKS.items() if blank.published]
     if task not in known:
         raise UnknownNameError("task", task, known)

@@ -16,23 +16,12 @@ from dept_vl.tasks.prepare.staging import Output, publish, refuse_existing, stag
 def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
     """Write one split of a copy as official files and images, atomically.
 
-    A folder with other splits gains this one. Images that it already has under their official names are kept.
-
-    Args:
-        task: Name of a task that has a copy.
-        source: Name on the Hub, or folder with the copy; empty for the usual copy.
-        output_dir: Folder to write, or to add to.
-        split: Name of the split in the task's own terms; `all` for coco, whose one file holds every split.
+    A folder with other splits gains this one; FileExistsError if it has this split already. Images that it
+    already has under their official names are kept. An empty `source` is the usual copy on the Hub.
 
     Returns:
         Number of examples, and for tasks with images the number of `images` of the split, of `images_kept`
         from before, and of `images_reencoded` as JPEG because of their official names.
-
-    Raises:
-        ValueError: If the task or split is unknown, columns are missing, or a row is damaged.
-        FileNotFoundError: If the source is neither a folder nor a name on the Hub, or lacks the split.
-        FileExistsError: If the split exists already.
-        OSError: If the copy cannot be read, for example without a network.
     """
     if task not in COPIES:
         raise UnknownNameError("task", task, COPIES)

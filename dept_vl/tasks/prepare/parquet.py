@@ -36,11 +36,6 @@ class Source:
         """Return the rows of a part as a stream, with their location. Columns are checked immediately.
 
         `carried` columns are optional. Those of `images` are not decoded, but returned as dicts with `bytes`.
-
-        Raises:
-            ValueError: If required columns are missing.
-            FileNotFoundError: If the folder lacks the part.
-            OSError: If the copy cannot be read.
         """
         from datasets import Image  # seconds to import
 

@@ -30,11 +30,7 @@ class Output:
     reencoded: int = 0
 
     def image(self, name: str, value: Any, where: str) -> None:
-        """Write an image once, under its official name. Other formats become JPEG if the name ends in `.jpg`.
-
-        Raises:
-            ValueError: If the name leads out of the folder, or the bytes are not an image.
-        """
+        """Write an image once, under its official name. A name in `.jpg` makes other formats JPEG."""
         if name in self.images:
             return
         self.images.add(confined(name, where))

@@ -49,12 +49,7 @@ def placing(spec: TextSpec, split: str) -> str:
 def open_source(
     published: TextSpec, folder: Path | None, split: str, needed: Sequence[str], wanted: Sequence[str] = ()
 ) -> Source:
-    """Open a split in a folder, or (None) on the Hub or in its cache. `wanted` columns are optional.
-
-    Raises:
-        FileNotFoundError: If the split is not found; the message says how to make a copy.
-        ValueError: If required columns are missing. For files in a folder, columns are checked with each row.
-    """
+    """Open a split in a folder, or (None) on the Hub or in its cache. `wanted` columns are optional."""
     if folder is None:
         return _hub(published, split, needed, wanted)
     if not folder.is_dir():
@@ -74,11 +69,7 @@ def open_source(
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
-    """Return the files of a split, from the only location and file type that has any.
-
-    Raises:
-        UsageError: If shards are missing, or the split is there twice.
-    """
+    """Return the files of a split, from the only location and file type that has any."""
     name = re.compile(rf"{re.escape(split)}(-\d+-of-\d+)?")
     roots = dict.fromkeys((folder, folder / (config or "."), folder / "data"))
     found = [

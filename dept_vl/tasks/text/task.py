@@ -57,16 +57,7 @@ class TextTask(Task):
         return self.read(None if root is None and not folder.is_dir() else folder, split or self.train_split)
 
     def read(self, root: Path | None, split: str) -> "TextTask":
-        """Read a split.
-
-        Args:
-            root: Folder with a copy of the data set, see `text.source`; None for the Hub.
-            split: train, validation or test, as defined in `text.table`.
-
-        Raises:
-            FileNotFoundError: If there is no copy and no network.
-            ValueError: If the split is unknown, a column is missing, or a row is damaged.
-        """
+        """Read a split of `text.table` from a folder with a copy of the data set; None is the Hub."""
         name, spec = self.name, self.spec
         split = SHORT.get(split, split)
         check_split(split, spec.splits, name)
@@ -161,7 +152,7 @@ def choose(count: int, part: Part) -> Indices:
 
 
 def read_rows(name: str, folder: Path | None, split: str) -> Rows:
-    """Read a published split, converted once to `SCHEMA`. Raises the errors of `TextTask.read`."""
+    """Read a published split, converted once to `SCHEMA`."""
     spec = TEXT_TASKS[name]
     wanted = (spec.only[0],) if spec.only else ()
     source = open_source(spec, folder, split, columns(spec), wanted)
@@ -175,8 +166,7 @@ def read_rows(name: str, folder: Path | None, split: str) -> Rows:
 
 def columns(spec: TextSpec) -> tuple[str, ...]:
     """Return the columns that a task requires."""
-    named = dict.fromkeys((*_fields(spec.text), *_fields(spec.group), *spec.columns, spec.label))
-    return tuple(named)
+    return tuple(dict.fromkeys((*_fields(spec.text), *_fields(spec.group), *spec.columns, spec.label)))
 
 
 def _fields(template: str) -> list[str]:
