@@ -13,7 +13,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat, Submission, check_ids
 
 if TYPE_CHECKING:  # Listing the tasks imports neither pyarrow nor what reads images.
-    from dept_vl.tasks.io.official_files import Published
+    from dept_vl.tasks.io.files import Published
     from dept_vl.tasks.io.rows import Rows
     from dept_vl.tasks.own.options import OwnOptions
 

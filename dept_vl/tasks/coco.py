@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, Task
-from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
+from dept_vl.tasks.io.files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task
-from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
+from dept_vl.tasks.io.files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.records import brief, field, read_lines
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert

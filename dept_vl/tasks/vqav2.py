@@ -24,7 +24,7 @@ from dept_vl._utils.options import check
 from dept_vl.tasks import coco
 from dept_vl.tasks.base import Example, QuestionCase, Task, most_usual
 from dept_vl.tasks.coco import IMAGE_SOURCE, KARPATHY_FILE, KARPATHY_SOURCE, karpathy_split
-from dept_vl.tasks.io.official_files import Published, check_split, find, find_folder
+from dept_vl.tasks.io.files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId
 from dept_vl.tasks.io.records import brief, read_list
 from dept_vl.tasks.io.records import field as required

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.io.shards import check_shards
+from dept_vl.tasks.io.files import check_shards
 from dept_vl.tasks.own.find import find_tables
 from dept_vl.tasks.text.source import find_files
 

@@ -3,4 +3,4 @@
 All content is checked while it is read, since files may come from anyone.
 """
 
-__all__ = ["official_files", "predictions", "records", "rows", "shards"]
+__all__ = ["files", "predictions", "records", "rows"]

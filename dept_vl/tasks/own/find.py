@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dept_vl._utils.errors import UsageError
-from dept_vl.tasks.io.shards import check_shards
+from dept_vl.tasks.io.files import check_shards
 from dept_vl.tasks.own.formats import SPLITS, is_annotations
 from dept_vl.tasks.own.options import TABLES, is_data_set
 

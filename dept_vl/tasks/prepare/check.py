@@ -12,7 +12,7 @@ from dept_vl._utils.images import missing_files, read_image
 from dept_vl._utils.terminal import counted
 from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
-from dept_vl.tasks.io.official_files import Published
+from dept_vl.tasks.io.files import Published
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dept_vl._utils.io import write_json
 from dept_vl._utils.printable import printable, say
-from dept_vl.tasks.io.official_files import find
+from dept_vl.tasks.io.files import find
 from dept_vl.tasks.io.records import brief, field, read_list
 from dept_vl.tasks.metrics.vqa import normalise_answer
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.printable import say
-from dept_vl.tasks.io.shards import check_shards
+from dept_vl.tasks.io.files import check_shards
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

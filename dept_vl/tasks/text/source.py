@@ -15,7 +15,7 @@ from typing import Any
 
 from dept_vl._utils.errors import UsageError, is_user_error
 from dept_vl._utils.io import one_line
-from dept_vl.tasks.io.shards import check_shards
+from dept_vl.tasks.io.files import check_shards
 from dept_vl.tasks.own.formats import read_records
 from dept_vl.tasks.text.table import TextSpec
 

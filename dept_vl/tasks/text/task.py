@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from dept_vl.tasks.base import Decoding, Example, Task, data_folder
-from dept_vl.tasks.io.official_files import check_split
+from dept_vl.tasks.io.files import check_split
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
 from dept_vl.tasks.io.rows import NO_ROWS, Indices, Rows, convert
 from dept_vl.tasks.metrics.text import squad
