@@ -12,7 +12,7 @@ parts in the folder `train_all_questions`.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -176,9 +176,7 @@ def score_rows(rows: Rows, predictions: Mapping[str, str], choices: Choices | No
     """Return the official scores of predictions, compared as written; consistency if it is possible."""
     questions = {
         row["question_id"]: GqaQuestion(
-            answer="".join(row["answers"]),
-            entailed=tuple(row["entailed"]),
-            **{name: row[name] for name in _SCORED if name != "entailed"},
+            answer="".join(row["answers"]), **{name: row[name] for name in _SCORED}
         )
         for row in rows
     }
@@ -225,26 +223,19 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 f"{where}: expected an answer in every question or in none, found "
                 f"{'no answer here' if answered else 'one here'} and the opposite in the first question"
             )
-        row: dict[str, Any] = {
-            "question_id": question_id,
-            "image_id": confined(field(record, "imageId", str, where), f"{where}, imageId"),
-            "question": field(record, "question", str, where),
-            "answers": [],
-            "is_balanced": bool(record.get("isBalanced", True)),
-            "group": None,
-            "entailed": [],
-            "structural": "",
-            "semantic": "",
-            "detailed": "",
-            "steps": 0,
-        }
+        text = field(record, "question", str, where)
+        balanced = bool(record.get("isBalanced", True))
+        question = GqaQuestion(question_id, text, "", balanced, None, (), "", "", "", 0)
         if answered:
             try:
-                question = asdict(GqaQuestion.from_record(question_id, record))
+                question = GqaQuestion.from_record(question_id, record)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            row |= {name: question[name] for name in _SCORED} | {"answers": [question["answer"]]}
-        yield row
+        yield {
+            **{name: getattr(question, name) for name in _SCORED},
+            "image_id": confined(field(record, "imageId", str, where), f"{where}, imageId"),
+            "answers": [question.answer] if answered else [],
+        }
 
 
 TASK = GQA()

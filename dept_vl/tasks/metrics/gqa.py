@@ -59,7 +59,7 @@ class GqaQuestion:
     answer: str  # gold answer
     is_balanced: bool  # whether the question is scored; others are only used for consistency
     group: str | None  # global group (`groups.global`), by which the distribution score compares answers
-    entailed: tuple[str, ...]  # ids of the questions whose answers follow from this one, perhaps with its own
+    entailed: Sequence[str]  # ids of the questions whose answers follow from this one, perhaps with its own
     structural: str  # verify, query, choose, logical or compare
     semantic: str  # obj, attr, cat, rel or global
     detailed: str  # such as `twoCommon`
