@@ -222,24 +222,18 @@ def training_candidates(options: DataOptions, train: Task) -> tuple[str, ...] | 
     return train.usual_answers(options.candidate_floor)
 
 
-def run_candidates(config: EvaluateConfig, task: str) -> tuple[str, ...] | None:
-    """Return the candidate answers of an evaluation: from `--candidates`, else from the run, else None."""
-    path = config.candidates
-    if path is None and TASKS[task].has_usual_answers and is_there(config.run / CANDIDATES_FILE):
-        path = config.run / CANDIDATES_FILE
-    return None if path is None else read_candidates(path)
-
-
 def run_decoding(
     config: EvaluateConfig, options: DataOptions, task: Task, learnt: Task, longest: int
 ) -> Decoding:
-    """Return the generation settings for a run. Labels come from the training data, not the evaluated data.
+    """Return the generation settings for a run. Candidates come from `--candidates`, else from the run.
 
-    `learnt` and `longest` are the values returned by `informed`.
+    `learnt` and `longest` are the values returned by `informed`: labels come from the training data, not from
+    the evaluated data.
     """
-    candidates = run_candidates(config, options.task)
-    if candidates is None:
-        candidates = learnt.decoding.candidates or None
+    path = config.candidates
+    if path is None and TASKS[options.task].has_usual_answers and is_there(config.run / CANDIDATES_FILE):
+        path = config.run / CANDIDATES_FILE
+    candidates = read_candidates(path) if path else learnt.decoding.candidates or None
     return choose_decoding(task, options, candidates, longest)
 
 

@@ -14,7 +14,7 @@ from runs import files, forget_checksums, in_two_processes, reset_accelerate, wi
 import dept_vl
 from dept_vl._utils.errors import UsageError
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig, read_config
-from dept_vl.data.splits import choose_decoding, data_options, run_candidates
+from dept_vl.data.splits import data_options, run_decoding
 from dept_vl.tasks import TASKS, load_task
 from dept_vl.tasks.base import limit
 from dept_vl.tasks.own.options import OwnOptions
@@ -98,19 +98,16 @@ def test_the_run_says_how_answers_are_decoded(finished: Finished) -> None:
     config = EvaluateConfig(run=finished.folder)
     options = data_options(config, finished.config)
     task = load_task("vqav2", options.data_dir, "val")
-    decoding = choose_decoding(task, options, run_candidates(config, task.name))
+    decoding = run_decoding(config, options, task, task, 0)
     candidates = json.loads((finished.folder / "candidates.json").read_text())
     assert (decoding.num_beams, list(decoding.candidates)) == (2, candidates)
     more = replace(config, num_beams=3)
-    assert (
-        choose_decoding(task, data_options(more, finished.config), run_candidates(more, task.name)).num_beams
-        == 3
-    )
+    assert run_decoding(more, data_options(more, finished.config), task, task, 0).num_beams == 3
     # Of another task than the run's: its own way.
     other = replace(config, task="coco", data_dir=options.data_dir.parent / "coco", split="val")
     options = data_options(other, finished.config)
     coco = load_task("coco", options.data_dir, "val")
-    assert choose_decoding(coco, options, run_candidates(other, coco.name)) == coco.decoding
+    assert run_decoding(other, options, coco, coco, 0) == coco.decoding
 
 
 def test_another_split(evaluate: Callable[..., Evaluated], scenes: Path) -> None:
