@@ -23,7 +23,7 @@ from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Example, QuestionCase, Task
 from dept_vl.tasks.io.files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.records import brief, field, read_mapping
+from dept_vl.tasks.io.records import brief, field, read_mapping, same_as_first
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.gqa import Figures, GqaQuestion, score_gqa
 
@@ -216,13 +216,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
     answered: bool | None = None
     for question_id, record in read_mapping(path, SOURCE):
         where = f"{path}, question {question_id!r:.60}"
-        if answered is None:
-            answered = "answer" in record
-        if answered != ("answer" in record):
-            raise ValueError(
-                f"{where}: expected an answer in every question or in none, found "
-                f"{'no answer here' if answered else 'one here'} and the opposite in the first question"
-            )
+        answered = same_as_first("answer" in record, answered, "an answer", where)
         text = field(record, "question", str, where)
         balanced = bool(record.get("isBalanced", True))
         question = GqaQuestion(question_id, text, "", balanced, None, (), "", "", "", 0)

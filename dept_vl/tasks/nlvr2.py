@@ -18,7 +18,7 @@ from dept_vl._utils.images import confined
 from dept_vl.tasks.base import Decoding, Example, QuestionCase, Task
 from dept_vl.tasks.io.files import Published, check_split, find, find_folder
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
-from dept_vl.tasks.io.records import brief, field, read_lines
+from dept_vl.tasks.io.records import brief, field, read_lines, same_as_first
 from dept_vl.tasks.io.rows import NO_ROWS, Rows, convert
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 
@@ -144,13 +144,7 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
         # A tuple, so that lists and objects, which are not hashable, are rejected too.
         if label not in (None, *VERBALIZER):
             raise ValueError(f"{where} ({shown}): expected the label 'True' or 'False', found {brief(label)}")
-        if labelled is None:
-            labelled = label is not None
-        if labelled != (label is not None):
-            raise ValueError(
-                f"{where} ({shown}): expected a label in every record or in none, found "
-                f"{'no label here' if labelled else 'one here'} and the opposite in the first record"
-            )
+        labelled = same_as_first(label is not None, labelled, "a label", f"{where} ({shown})")
         # Training images are stored in a hundred numbered folders, the others in one.
         directory = row.get("directory")
         folder = "" if directory is None else confined(f"{directory}", f"{where} ({shown}), directory") + "/"

@@ -5,7 +5,7 @@ compared as written in the file. `check-vqav2` and `check-gqa` check a file befo
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,8 @@ from dept_vl.tasks import coco as coco_task
 from dept_vl.tasks import gqa as gqa_task
 from dept_vl.tasks import nlvr2 as nlvr2_task
 from dept_vl.tasks import vqav2 as vqav2_task
-from dept_vl.tasks.io.predictions import ExampleId
+from dept_vl.tasks.base import Task
+from dept_vl.tasks.io.rows import Rows
 from dept_vl.tasks.metrics.caption import score_captions
 from dept_vl.tasks.metrics.nlvr2 import score_nlvr2
 from dept_vl.tasks.metrics.vqa import Normalisation
@@ -152,8 +153,7 @@ def check_vqav2(questions: Path, predictions: Path) -> int:
         questions: v2_OpenEnded_mscoco_test2015_questions.json.
         predictions: [{"question_id": int, "answer": str}].
     """
-    ids = vqav2_task.read_rows(questions, None).column("question_id").to_pylist()
-    return _passed(vqav2_task.TASK.prediction_format.read(predictions, ids))
+    return _check(vqav2_task.TASK, vqav2_task.read_rows(questions, None), predictions)
 
 
 def check_gqa(questions: Path, predictions: Path) -> int:
@@ -163,13 +163,13 @@ def check_gqa(questions: Path, predictions: Path) -> int:
         questions: submission_all_questions.json.
         predictions: [{"questionId": str, "prediction": str}].
     """
-    ids = gqa_task.read_rows(questions).column("question_id").to_pylist()
-    return _passed(gqa_task.TASK.prediction_format.read(predictions, ids))
+    return _check(gqa_task.TASK, gqa_task.read_rows(questions), predictions)
 
 
-def _passed(predictions: Mapping[ExampleId, str]) -> int:
-    say(f"{len(predictions):,} predictions, one for each question")
-    return len(predictions)
+def _check(task: Task, rows: Rows, predictions: Path) -> int:
+    count = len(task.prediction_format.read(predictions, rows.column(task.id_column).to_pylist()))
+    say(f"{count:,} predictions, one for each question")
+    return count
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"vqav2": vqav2, "gqa": gqa, "nlvr2": nlvr2, "coco": coco}

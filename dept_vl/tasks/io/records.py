@@ -95,6 +95,16 @@ def field(record: dict[str, Any], name: str, kind: type | tuple[type, ...], wher
     return value
 
 
+def same_as_first(there: bool, first: bool | None, what: str, where: str) -> bool:
+    """Return whether a record has something; ValueError if the first one (None: this one) differs in that."""
+    if first not in (None, there):
+        found = "one here" if there else f"no {what.split()[-1]} here"
+        raise ValueError(
+            f"{where}: expected {what} in every record or in none, found {found}, unlike in the first record"
+        )
+    return there
+
+
 def json_fault(path: Path, error: Exception, encoding: str = "utf-8-sig") -> tuple[str, str]:
     """Return the location of an error in a JSON file (line and column unless it is large) and the reason."""
     where, reason = f"{path}", " ".join(str(error).removesuffix("(right here) ------^\n").split())[:200]

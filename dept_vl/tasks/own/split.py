@@ -29,22 +29,16 @@ def choose(rows: Rows, split: str, options: OwnOptions, folder: ImageFolder) -> 
     split = SPLITS.get(split.lower(), split)
     if split == AUTO:
         split = TEST if TEST in present else ALL
-    everything: Indices = np.arange(len(rows))
     if split == ALL:
-        return everything
+        return np.arange(len(rows))
     names = np.array([name or TRAIN for name in present])[encoded.indices.to_numpy()]
-
-    def of(name: str) -> Indices:
-        places: Indices = everything[names == name]
-        return places
-
     if split not in (TRAIN, VALIDATION, TEST) and split not in present:
         known = dict.fromkeys([TRAIN, VALIDATION, TEST, ALL, *filter(None, present)])
         raise UsageError(f"the data have the splits {', '.join(known)}; got {split!r}")
     missing = [name for name in (VALIDATION, TEST) if name not in present]
     if split in present and split != TRAIN:
-        return of(split)
-    train = of(TRAIN)
+        return np.flatnonzero(names == split)
+    train = np.flatnonzero(names == TRAIN)
     if not len(train):
         raise UsageError(
             f"the data have no rows to train on: found the splits {', '.join(filter(None, present))}"
