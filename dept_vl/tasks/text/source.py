@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dept_vl._utils.errors import UsageError, is_user_error
+from dept_vl._utils.errors import is_user_error
 from dept_vl._utils.io import one_line
 from dept_vl.tasks.io.files import check_shards
 from dept_vl.tasks.own.formats import read_records
@@ -65,7 +65,9 @@ def open_source(
             f".json, .csv or .tsv, its shards, or a folder of save_to_disk; {placing(published, split)}"
         )
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return Source(f"{files[0]}{others}", files, _read_files(files, needed, wanted))
+    # Read like your own tables; columns are checked with each row.
+    rows = (row for path in files for _, row in read_records(path, columns=(*needed, *wanted)))
+    return Source(f"{files[0]}{others}", files, rows)
 
 
 def find_files(folder: Path, config: str | None, split: str) -> tuple[Path, ...]:
@@ -147,15 +149,3 @@ def _of_dataset(place: str, dataset: Any, needed: Sequence[str], wanted: Sequenc
                 yield from batch.to_pylist()
 
     return Source(place, files, rows())
-
-
-def _read_files(
-    files: Sequence[Path], needed: Sequence[str], wanted: Sequence[str]
-) -> Iterator[Mapping[str, Any]]:
-    """Yield the rows of table files, read like your own tables; columns are checked later."""
-    for path in files:
-        try:
-            for _, row in read_records(path, columns=(*needed, *wanted)):
-                yield row
-        except UsageError as error:
-            raise ValueError(str(error)) from None
