@@ -17,8 +17,7 @@ from dept_vl.tasks import load_task
 from dept_vl.tasks.coco import COCOCaptions
 from dept_vl.tasks.gqa import GQA
 from dept_vl.tasks.nlvr2 import NLVR2
-from dept_vl.tasks.prepare.copies import COPIES
-from dept_vl.tasks.prepare.hub import fetch
+from dept_vl.tasks.prepare.copies import COPIES, fetch
 from dept_vl.tasks.prepare.staging import staging_for
 from dept_vl.tasks.vqav2 import VQAv2
 

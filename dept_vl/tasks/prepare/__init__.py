@@ -3,4 +3,4 @@
 Used by `dept-vl data`; training does not need it.
 """
 
-__all__ = ["check", "commands", "copies", "hub", "parquet", "staging"]
+__all__ = ["check", "commands", "copies", "parquet", "staging"]

@@ -92,7 +92,7 @@ def from_hub(task: str, split: str, output_dir: Path, source: str = "") -> None:
         output_dir: Folder to write, or to add to.
         source: Name on the Hub, or folder with the copy. Default: the task's usual copy.
     """
-    from dept_vl.tasks.prepare.hub import fetch
+    from dept_vl.tasks.prepare.copies import fetch
 
     for kind, count in fetch(task, source, output_dir, split=split).items():
         say(f"{kind:<22}{count:>9,}")

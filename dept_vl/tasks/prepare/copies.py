@@ -1,4 +1,6 @@
-"""Content of the parquet copies of the data sets, and conversion of each to the task's official files.
+"""Parquet copies of the data sets, and conversion of each to the task's official files.
+
+Each task then needs only one reader, and official scorers can read the files.
 
 lmms-lab/VQAv2           val, test-dev, test; no train
 lmms-lab/GQA             every official split, images and questions in separate tables, joined by imageId
@@ -12,14 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
+from dept_vl._utils.errors import UnknownNameError
 from dept_vl._utils.images import confined
-from dept_vl.tasks import coco, gqa, nlvr2, vqav2
+from dept_vl._utils.printable import markdown_text, say
+from dept_vl.tasks import TASKS, coco, gqa, nlvr2, vqav2
 from dept_vl.tasks.io.records import brief
 from dept_vl.tasks.io.records import field as required
-from dept_vl.tasks.prepare.parquet import Part, Source, placing
-from dept_vl.tasks.prepare.staging import Output, joined, json_list
+from dept_vl.tasks.prepare.parquet import Part, Source, open_source, placing
+from dept_vl.tasks.prepare.staging import Output, joined, json_list, publish, refuse_existing, staging_for
 
 Row = dict[str, Any]
 
@@ -273,3 +278,53 @@ COPIES = {
     ),
 }
 """Copies by task."""
+
+
+def fetch(task: str, source: str | Path, output_dir: Path, *, split: str) -> dict[str, int]:
+    """Write one split of a copy as official files and images, atomically.
+
+    A folder with other splits gains this one; FileExistsError if it has this split already. Images that it
+    already has under their official names are kept. An empty `source` is the usual copy on the Hub.
+
+    Returns:
+        Number of examples, and for tasks with images the number of `images` of the split, of `images_kept`
+        from before, and of `images_reencoded` as JPEG because of their official names.
+    """
+    if task not in COPIES:
+        raise UnknownNameError("task", task, COPIES)
+    copy = COPIES[task]
+    name = copy.short.get(split, split)
+    if name not in copy.parts:
+        known = ", ".join((*copy.short, *copy.parts))
+        raise ValueError(
+            f"{copy.hub} has the splits {known}; got {split!r}. The official files of others are published "
+            f"at {copy.official}"
+        )
+    opened = open_source(source or copy.hub, copy.hub, copy.official)
+    output_dir = output_dir.resolve()  # the neighbours of a symbolic link may be on another disk
+    note = f"SOURCE-{name}.md"
+    files = (*copy.files(name), note)
+    refuse_existing(output_dir, files)
+
+    with staging_for(output_dir) as staging:
+        output = Output(staging, output_dir)
+        copy.write(opened, output, name, copy.parts[name])
+        examples = output.examples
+        counts = {copy.examples: examples, **output.counts()}
+        published = TASKS[task].published.get(name)
+        lines = [copy.note] if copy.note else []
+        if published is not None and examples != published.examples:
+            lines.append(
+                f"{examples:,} {copy.examples} of the {published.examples:,} published: figures on them are "
+                "not those of papers."
+            )
+        for line in lines:
+            say(f"{task}, {name}: {line}", error=True)
+        text = [
+            f"# {task}, {name}",
+            f"Written from the parquet copy {markdown_text(opened.place)}. Official: {copy.official}",
+        ]
+        listed = "\n".join(f"- {kind}: {count:,}" for kind, count in counts.items())
+        (staging / note).write_text("\n\n".join([*text, *lines, listed]) + "\n", encoding="utf-8")
+        publish(staging, output_dir, files)
+    return counts
