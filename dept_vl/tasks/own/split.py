@@ -15,11 +15,10 @@ from dept_vl.tasks.own.inline import EMBEDDED
 from dept_vl.tasks.own.options import OwnOptions
 
 TRAIN, VALIDATION, TEST, ALL, AUTO = "train", "validation", "test", "all", "auto"
-NAMES = (TRAIN, VALIDATION, TEST, ALL, AUTO)
 
 
 def choose(rows: Rows, split: str, options: OwnOptions, folder: ImageFolder) -> Indices:
-    """Return the indices of the rows of a split: one of `NAMES`, or another in the data; else UsageError.
+    """Return the indices of the rows of a split; raise UsageError if the data have no such split.
 
     auto is the test split, or all rows without one. For a missing validation or test split, training images
     are held out.
