@@ -36,7 +36,7 @@ def read_features(
     vision = encoder_of(backbone, choice) if any(paths for _, paths in wanted) else None
     if vision is None:
         return backbone.vision
-    table = mapped_features(vision, wanted, choice, accelerator)
+    table = mapped_features(vision, wanted, choice)
     if table is None:
         paths = list(dict.fromkeys(path for _, paths in wanted for path in paths))
         if choice == "live" or table_bytes(vision, len(paths)) > first.feature_memory * GIB:
@@ -79,7 +79,6 @@ def mapped_features(
     vision: VisionEncoder,
     wanted: list[tuple[DataOptions, list[Path]]],
     choice: Features,
-    accelerator: Accelerator,
 ) -> FeatureTable | None:
     """Map the features that `dept-vl features` stored for these images; None if they are not to be used.
 

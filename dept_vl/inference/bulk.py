@@ -117,7 +117,7 @@ def _read(predictor: Predictor, config: PredictConfig, accelerator: Accelerator)
     table = check_images(table, config.on_bad_image)
     features = None
     if vision is not None:
-        features = mapped_features(vision, [(options, table.image_files())], config.features, accelerator)
+        features = mapped_features(vision, [(options, table.image_files())], config.features)
     collate = Collator.for_model(
         predictor.model,
         predictor.decoding.max_new_tokens,

@@ -233,7 +233,7 @@ class ScoreRun(Stages):
         paths = list(task.image_files())
         vision = encoder_of(self.model.backbone, config.features, options) if paths else None
         if vision is not None:
-            images = mapped_features(vision, [(options, paths)], config.features, accelerator) or images
+            images = mapped_features(vision, [(options, paths)], config.features) or images
         if isinstance(images, FeatureTable) and config.on_bad_image == "raise":
             check_readable(images, task)
         if config.mixed_precision == "bf16":
