@@ -363,7 +363,7 @@ def _notes(rows: Rows, chosen: Rows, split: str, labels: Sequence[str]) -> Itera
             "show; these are left out"
         )
     yield from number_notes(rows.column("number_as").to_pylist())
-    forms = rows.column("form").combine_chunks().dictionary_encode().dictionary.to_pylist()
+    forms = rows.column("form").unique().to_pylist()
     silent = pc.sum(pc.equal(chosen.column("question"), "")).as_py() if "question" in forms else 0
     if silent:
         yield f"{silent:,} of {len(chosen):,} rows of {split} have an empty question"
@@ -376,8 +376,8 @@ def _notes(rows: Rows, chosen: Rows, split: str, labels: Sequence[str]) -> Itera
     yield from splits.unused(rows)
     if several := int((answers > 1).sum()) if "label" in forms else 0:
         yield f"{several:,} of {len(chosen):,} rows of {split} have several labels; the first of each counts"
-    asked = "question" in rows.column("form").unique().to_pylist()
-    if asked and _scoring(rows) == "several" and ((answers > 0) & (answers < OFFICIAL_ANSWERS)).any():
+    few = (answers > 0) & (answers < OFFICIAL_ANSWERS)
+    if "question" in forms and _scoring(rows) == "several" and few.any():
         yield (
             f"VQA accuracy is the official one of {OFFICIAL_ANSWERS} human answers; of fewer it is its "
             "general form, in which a third of the others have to agree and a lone answer counts 1"
