@@ -126,7 +126,6 @@ class DePT(nn.Module):
             self.offset_a = nn.Parameter(torch.empty(max_source_length, rank))
             self.offset_b = nn.Parameter(torch.zeros(rank, d_model))
             nn.init.kaiming_uniform_(self.offset_a, a=math.sqrt(5))
-        self._cache: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def forward(
         self, token_embeddings: Float[Tensor, "batch text d_model"], mask: Bool[Tensor, "batch text"]
@@ -207,32 +206,7 @@ class DePT(nn.Module):
             )
         if self.offset_a is None or self.offset_b is None:
             return None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            # Not cached: a fused optimizer changes A and B without increasing their version counters.
-            self._cache = None
-            return self.offset_a[:text_length] @ self.offset_b * self.scale
-        return self._cached_offset(self.offset_a.detach(), self.offset_b.detach())[:text_length]
-
-    def train(self, mode: bool = True) -> "DePT":
-        """Set training or evaluation mode, and clear the cached offset."""
-        self._cache = None
-        return super().train(mode)
-
-    def _cached_offset(
-        self, a: Float[Tensor, "source rank"], b: Float[Tensor, "rank d_model"]
-    ) -> Float[Tensor, "source d_model"]:
-        """Return the offset of all positions, from the cache unless A, B, the scale or the precision changed.
-
-        A change in place increases a tensor's version counter. A replaced tensor has another address, because
-        the cache keeps the old tensor alive.
-        """
-        kind = a.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (a.data_ptr(), a._version, b.data_ptr(), b._version, a.dtype, a.device, self.scale, autocast)
-        cache = self._cache  # other threads may clear it meanwhile
-        if cache is None or cache[0] != key:
-            cache = self._cache = (key, a, b, a @ b * self.scale)
-        return cache[-1]
+        return self.offset_a[:text_length] @ self.offset_b * self.scale
 
     @torch.no_grad()
     def init_prompt(self, embeddings: Float[Tensor, "tokens d_model"]) -> None:
