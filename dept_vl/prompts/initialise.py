@@ -1,6 +1,6 @@
 """Initialisation of soft prompts from words of the vocabulary, from a text, or at random.
 
-The random values, and those of A and B, are set where they are made, in `dept.DePT` and `reparameterized`.
+The random values, and those of A and B, are set where they are made, in `dept.DePT` and `methods`.
 """
 
 from collections.abc import Callable, Sequence

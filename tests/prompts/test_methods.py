@@ -17,8 +17,7 @@ from dept_vl.models.options import TrainedPart
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.base import METHODS, Method, sized
 from dept_vl.prompts.dept import DePT
-from dept_vl.prompts.methods import build
-from dept_vl.prompts.reparameterized import Bottleneck
+from dept_vl.prompts.methods import Bottleneck, build
 
 LONGEST, LENGTH, RANK = 12, 4, 3
 
