@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dept_vl.models.tokens import start_tokens, target_ids, target_texts
+from dept_vl.models.tokens import style_of, target_ids, target_texts
 from dept_vl.tasks.base import Decoding
 
 Spelled = dict[str, tuple[tuple[int, ...], str]]
@@ -88,7 +88,7 @@ class Trie:
         self.following = {prefix: list(tokens) for prefix, tokens in following.items()}
         self.depth = max(map(len, sequences))
         self.padding = [tokenizer.pad_token_id]
-        self.start = start_tokens(tokenizer)
+        self.start = style_of(tokenizer).start
 
     def __call__(self, batch_id: int, tokens: Int[Tensor, " target"]) -> list[int]:
         """Return the token ids that may follow; padding after a complete candidate."""

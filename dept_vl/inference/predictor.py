@@ -24,7 +24,7 @@ from dept_vl.inference.evaluate import written
 from dept_vl.inference.given import as_images
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import end_token, start_tokens, tokenised
+from dept_vl.models.tokens import style_of, tokenised
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.records import brief
 
@@ -214,7 +214,7 @@ def answer_all(
     for place, ask in enumerate(asks):
         groups.setdefault((len(ask.images), ask.predictor.decoding), []).append(place)
     replies: dict[int, Reply] = {}
-    device = backbone.device
+    device, style = backbone.device, style_of(backbone.tokenizer)
     batches = [
         alike[start : start + batch_size]
         for alike in groups.values()
@@ -231,8 +231,8 @@ def answer_all(
             texts = written(backbone.tokenizer, tokens, spelled)
             visual = batch.visual_features
             read = batch.attention_mask.sum(1) + (0 if visual is None else visual[0, :, :, 0].numel())
-            tokens = tokens[:, start_tokens(backbone.tokenizer) :]
-            ends = tokens == end_token(backbone.tokenizer)
+            tokens = tokens[:, style.start :]
+            ends = tokens == style.end
             lengths = ends.int().argmax(1) + 1
             for row, (n, text) in enumerate(zip(places, texts, strict=True)):
                 whole = bool(ends[row].any())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from dept_vl.models.tokens import WORD, end_token
+from dept_vl.models.tokens import WORD, style_of
 
 GENERATING = RLock()
 """Lock for the time in which a model has our settings or hooks, because threads may share the model."""
@@ -24,7 +24,7 @@ def special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool
 
     No token is forced, not even `<s>` at the start of BART's answers, because all are learnt in training.
     """
-    ends = sorted({tokenizer.eos_token_id, end_token(tokenizer)})
+    ends = sorted({tokenizer.eos_token_id, style_of(tokenizer).end})
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
     if not encoder_decoder:
         return ids

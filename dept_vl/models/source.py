@@ -21,7 +21,7 @@ from dept_vl._utils.images import check_shape
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import warn
 from dept_vl.models.prompt_hook import text_of
-from dept_vl.models.tokens import AnswerStyle, tokenised
+from dept_vl.models.tokens import AFTER_WORD, AnswerStyle, tokenised
 
 CHAT = "chat"
 DESCRIBE = "Describe the image."
@@ -252,7 +252,7 @@ class SourceReader:
             behind = tokenizer(whole.partition(MARK)[2].strip(), add_special_tokens=False).input_ids
             end = next((n for n in behind[:1] if n in special), end)
         open_ = tokenizer.decode(ids[-4:])[-1:]
-        tokenizer.answer_style = AnswerStyle(lead="\n" if open_.isspace() else None, end=end, start=0)
+        tokenizer.answer_style = AnswerStyle(lead="\n" if open_.isspace() else AFTER_WORD, end=end, start=0)
 
 
 def _with_fences(ids: list[int], image: int, special: set[int]) -> list[int]:

@@ -17,6 +17,8 @@ IGNORE_INDEX = -100
 """Label of positions that the loss ignores."""
 WORD = "a"
 """Stand-in for the text in front of an answer, which does not affect the tokens after a space."""
+AFTER_WORD = f"{WORD} "
+"""Lead of most answers. Not a space alone, because Llama's tokenizer adds one in front of the first word."""
 TOKENISING = RLock()
 """Lock of `tokenised`: a tokenizer keeps the truncation and padding of a call, and threads may share it."""
 if hasattr(os, "register_at_fork"):  # a worker process is forked only while the lock is free
@@ -29,9 +31,9 @@ if hasattr(os, "register_at_fork"):  # a worker process is forked only while the
 
 @dataclass(frozen=True)
 class AnswerStyle:
-    """Style of a pretrained model's answers, if it cannot be inferred from the tokenizer."""
+    """How answers follow their texts. `source` sets that of a pretrained model's tokenizer."""
 
-    lead: str | None  # text directly in front of an answer; None for a word and a space
+    lead: str | None  # text directly in front of an answer; None if an answer is a sequence of its own
     end: int  # id of the token that ends an answer
     start: int  # number of tokens in front of a generated answer: 1 for a decoder's start token, or 0
 
@@ -42,34 +44,22 @@ def tokenised(tokenizer: Any, *texts: Any, **options: Any) -> Any:
         return tokenizer(*texts, **options)
 
 
-def style_of(tokenizer: Any) -> AnswerStyle | None:
-    """Return a tokenizer's style of answers; as its attribute, it is kept in worker processes."""
-    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
-    return style
-
-
-def start_tokens(tokenizer: Any) -> int:
-    """Return the number of tokens in front of a generated answer: 1 for an encoder-decoder, else 0."""
-    style = style_of(tokenizer)
-    return style.start if style else int(not continues_text(tokenizer))
-
-
-def end_token(tokenizer: Any) -> int:
-    """Return the id of the token that ends an answer."""
-    style = style_of(tokenizer)
-    end: int = tokenizer.eos_token_id if style is None else style.end
-    return end
-
-
-def continues_text(tokenizer: Any) -> bool:
-    """Return whether answers continue the sequence of their text, as in decoder-only models.
+def style_of(tokenizer: Any) -> AnswerStyle:
+    """Return the style of answers: the tokenizer's attribute, which worker processes keep, or the usual one.
 
     The tokenizers of encoder-decoders end every text with a special token (T5 and BART with `</s>`).
     """
-    if style_of(tokenizer) is not None:
-        return True
-    word = tokenised(tokenizer, WORD, add_special_tokens=False).input_ids
-    return bool(tokenised(tokenizer, WORD).input_ids[-len(word) :] == word)
+    style: AnswerStyle | None = getattr(tokenizer, "answer_style", None)
+    if style is None:
+        word = tokenised(tokenizer, WORD, add_special_tokens=False).input_ids
+        ends_texts = tokenised(tokenizer, WORD).input_ids[-len(word) :] != word
+        style = AnswerStyle(None if ends_texts else AFTER_WORD, tokenizer.eos_token_id, int(ends_texts))
+    return style
+
+
+def continues_text(tokenizer: Any) -> bool:
+    """Return whether answers continue the sequence of their text, as in decoder-only models."""
+    return style_of(tokenizer).lead is not None
 
 
 def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = None) -> list[list[int]]:
@@ -78,16 +68,14 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
     Raises:
         ValueError: If an answer continues the sequence of its text and the tokenizer merges the two.
     """
-    if not continues_text(tokenizer):
+    style = style_of(tokenizer)
+    if style.lead is None:
         cut = {} if max_length is None else {"max_length": max_length, "truncation": True}
         separate: list[list[int]] = tokenised(tokenizer, text_target=list(answers), **cut).input_ids
         return separate
-    style = style_of(tokenizer)
-    lead = WORD if style is None or style.lead is None else style.lead
+    lead = style.lead.removesuffix(" ")
     word = tokenised(tokenizer, lead, add_special_tokens=False).input_ids
-    # Not " answer" alone, because Llama's tokenizer adds a space in front of the first word.
-    space = " " if lead == WORD else ""
-    following = [f"{lead}{space}{answer}" if answer else lead for answer in answers]
+    following = [f"{style.lead}{answer}" if answer else lead for answer in answers]
     targets = []
     tokens = tokenised(tokenizer, following, add_special_tokens=False).input_ids
     for answer, ids in zip(answers, tokens, strict=True):
@@ -99,7 +87,7 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
         target = ids[len(word) :]
         if max_length is not None:
             target = target[: max_length - 1]
-        targets.append([*target, end_token(tokenizer)])
+        targets.append([*target, style.end])
     return targets
 
 

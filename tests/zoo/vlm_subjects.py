@@ -17,7 +17,7 @@ from zoo.vlms import saved
 from dept_vl.models.padding import packing, take
 from dept_vl.models.pretrained_vlm import VisionLanguageModel, open_backbone
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import IGNORE_INDEX, end_token
+from dept_vl.models.tokens import IGNORE_INDEX, style_of
 
 QUESTIONS = ("what colour is the star ?", "how many ?", "is it red ?")
 LONGEST = 40
@@ -54,7 +54,7 @@ class Pretrained(Composed):
 
     def __init__(self, method: str, name: str) -> None:
         backbone = pretrained(name)
-        bare, end = PromptedModel(backbone).eval(), end_token(backbone.tokenizer)
+        bare, end = PromptedModel(backbone).eval(), style_of(backbone.tokenizer).end
         Subject.__init__(self, method, (name,), bare, asked(backbone, range(len(QUESTIONS))), end)
         self.module = self.trained().eval()
 
@@ -97,7 +97,7 @@ class Continued(Subject):
         backbone = pretrained(name)
         backbone.tokenizer.padding_side = "left"
         inputs: dict[str, Any] = asked(backbone, rows)
-        return {**inputs.pop("processed"), **inputs}, end_token(backbone.tokenizer)
+        return {**inputs.pop("processed"), **inputs}, style_of(backbone.tokenizer).end
 
     def _given(self, inputs: Inputs, labels: Tensor) -> Inputs:
         """What is trained on: source, answer, and padding on the right."""
