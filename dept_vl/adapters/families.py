@@ -10,6 +10,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.base_model import check_base, describe_base
+from dept_vl.models.language import check_positions
 from dept_vl.models.prompt_hook import is_encoder_decoder, words_of
 from dept_vl.models.tokens import IGNORE_INDEX
 
@@ -85,16 +86,8 @@ class Parts:
         )
 
     def check_length(self, prompt: int, source: int) -> None:
-        """Check that the model has enough positions for a prompt and a source.
-
-        Raises:
-            ValueError: If it has too few.
-        """
-        if self.positions is not None and prompt + source > self.positions:
-            raise ValueError(
-                f"{self.name} has {self.positions} positions and the input needs {prompt + source}: {prompt} "
-                f"prompt + {source} image and text; shorten the prompt (prompt_length) or the text"
-            )
+        """Check that the model has enough positions for a prompt and a source; see `check_positions`."""
+        check_positions(self.name, self.positions, prompt=prompt, image_and_text=source)
 
 
 def tokens_of(config: Mapping[Any, Any]) -> Iterator[tuple[str, int]]:

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from dept_vl.models.prompt_hook import is_encoder_decoder
 from dept_vl.models.tokens import WORD, style_of
 
 GENERATING = RLock()
 """Lock for the time in which a model has our settings or hooks, because threads may share the model."""
-MARIAN = "marian"
 
 
-def special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool) -> dict[str, Any]:
+def special_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, Any]:
     """Return the generation settings that follow from a model and its tokenizer.
 
     No token is forced, not even `<s>` at the start of BART's answers, because all are learnt in training.
     """
     ends = sorted({tokenizer.eos_token_id, style_of(tokenizer).end})
     ids: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
-    if not encoder_decoder:
+    if not is_encoder_decoder(model.config):
         return ids
     for module in model.modules():
         if hasattr(module, "prepare_decoder_input_ids_from_labels"):
@@ -35,7 +35,7 @@ def special_tokens(model: PreTrainedModel, tokenizer: Any, encoder_decoder: bool
             break
     else:
         ids["decoder_start_token_id"] = model.config.get_text_config().decoder_start_token_id
-    if model.config.model_type == MARIAN:
+    if model.config.model_type == "marian":
         # The logit of Marian's padding token was never trained, and is often the highest.
         ids["bad_words_ids"] = [[tokenizer.pad_token_id]]
     return ids

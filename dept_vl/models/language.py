@@ -34,6 +34,7 @@ from dept_vl.models.generation import generate, special_tokens
 from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
 from dept_vl.models.positions import ENCODING, TextPositions
+from dept_vl.models.prompt_hook import is_encoder_decoder
 from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
 
 SUPPORTED = (
@@ -70,6 +71,7 @@ class LanguageModel:
     `text_model` is the part that reads the text: the encoder, or the decoder of a decoder-only model.
 
     Attributes:
+        encoder_decoder: Whether the model is an encoder-decoder.
         counts_text: Whether positions are counted from the first text column, whatever is in front of it.
         special_tokens: Settings from `generation.special_tokens`, set by `wrap_language_model`.
     """
@@ -78,6 +80,7 @@ class LanguageModel:
         self.model = model
         self.text_model = text_model
         self.name = name
+        self.encoder_decoder = is_encoder_decoder(model.config)
         self.word_embeddings = text_model.get_input_embeddings()
         self.counts_text = False
         self.special_tokens: dict[str, Any] = {}
@@ -96,33 +99,32 @@ class LanguageModel:
         limit: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit
 
-    def check_positions(self, holder: str, **parts: int) -> None:
-        """Check that the model has enough positions for all parts of an input.
+    def check_length(self, prompt: int, text: int, visual: int = 0, answer: int = 0) -> None:
+        """Check that the model has enough positions for an input; see `check_positions`.
 
-        Raises:
-            ValueError: If it has too few. The message names the limit and the length of each part.
+        The answer is not counted for an encoder-decoder, whose decoder has its own positions.
         """
-        limit, needed = self.positions, sum(parts.values())
-        if limit is not None and needed > limit:
-            raise ValueError(
-                f"the {holder} of {self.name} has {limit} positions and the input needs {needed}: "
-                f"{' + '.join(f'{length} {part}' for part, length in parts.items())}; "
-                "shorten the prompt (prompt_length) or the text (max_source_length)"
-            )
+        counted = 0 if self.encoder_decoder else answer
+        check_positions(self.name, self.positions, prompt=prompt, text=text, visual=visual, answer=counted)
+
+
+def check_positions(name: str, limit: int | None, **parts: int) -> None:
+    """Check that a model has enough positions for all parts of an input.
+
+    Raises:
+        ValueError: If it has too few. The message has the limit and the length of each part.
+    """
+    needed = sum(parts.values())
+    if limit is not None and needed > limit:
+        lengths = " + ".join(f"{length} {part.replace('_', ' ')}" for part, length in parts.items() if length)
+        raise ValueError(
+            f"{name} has {limit} positions and the input needs {needed}: {lengths}; shorten the prompt "
+            "(prompt_length) or the text (max_source_length)"
+        )
 
 
 class Answerer(LanguageModel, ABC):
     """Base class of language models that score and generate answers; see `LanguageModel` for arguments."""
-
-    @abstractmethod
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """Check that the model has enough positions for an input.
-
-        The answer is not counted for an encoder-decoder, whose decoder has its own positions.
-
-        Raises:
-            ValueError: If it has too few. The message names the limit and the length of each part.
-        """
 
     @abstractmethod
     def logits(
@@ -157,10 +159,6 @@ class EncoderDecoder(Answerer):
         self.visual_position_bias = visual_position_bias
         if visual_position_bias == "none":
             self.counts_text = TextPositions(self.text_model, visual_normed).counts_text
-
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """See `Answerer.check_length`."""
-        self.check_positions("encoder", prompt=prompt, text=text, visual=visual)
 
     def encode(
         self,
@@ -238,11 +236,6 @@ class DecoderOnly(Answerer):
         # Rows with different prompts then have their text in the same columns, until `encode` moves padding.
         self.counts_text = True
 
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """See `Answerer.check_length`."""
-        images = {"visual": visual} if visual else {}
-        self.check_positions("context", prompt=prompt, text=text, **images, answer=answer)
-
     def encode(
         self,
         embeddings: Float[Tensor, "batch prompt_text d_model"],
@@ -269,7 +262,7 @@ class DecoderOnly(Answerer):
             ValueError: If source and answer are longer than the context.
         """
         source, answered = encoded.last_hidden_state, labels != IGNORE_INDEX
-        self.check_positions("context", source=source.shape[1], answer=labels.shape[1])
+        check_positions(self.name, self.positions, source=source.shape[1], answer=labels.shape[1])
         answer = self.embed(labels.where(answered, 0))  # any token will do, because it is masked
         mask = torch.cat([mask, answered], dim=1)
         logits: Tensor = self.model(
@@ -290,7 +283,8 @@ class DecoderOnly(Answerer):
             ValueError: If source and answer (`max_new_tokens`) are longer than the context.
         """
         source = encoded.last_hidden_state
-        self.check_positions("context", source=source.shape[1], answer=options.get("max_new_tokens") or 0)
+        answer = options.get("max_new_tokens") or 0
+        check_positions(self.name, self.positions, source=source.shape[1], answer=answer)
         # `generate` computes positions from the mask.
         inputs = {"inputs_embeds": source, "attention_mask": mask.long()}
         return generate(self.model, self.special_tokens, options, inputs)
@@ -320,5 +314,5 @@ def wrap_language_model(
             f"{type(model).__name__} needs a tokenizer that {expected} with a special token; that of {name} "
             f"makes {pieces} of {WORD!r}: change add_eos_token in its tokenizer_config.json"
         )
-    wrapper.special_tokens = special_tokens(model, tokenizer, model.config.is_encoder_decoder)
+    wrapper.special_tokens = special_tokens(model, tokenizer)
     return wrapper

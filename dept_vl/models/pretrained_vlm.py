@@ -131,9 +131,8 @@ class VisionLanguageModel(FrozenBackbone):
         self.language_model = PretrainedReader(
             model,
             name,
-            encoder_decoder=encoder_decoder,
             answer_type=ANSWER_TYPE.get(config.model_type, 0),
-            special_tokens=special_tokens(model, self.tokenizer, encoder_decoder),
+            special_tokens=special_tokens(model, self.tokenizer),
         )
         width: int = self.language_model.word_embeddings.weight.shape[1]
         self.d_model = width

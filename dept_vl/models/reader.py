@@ -39,14 +39,12 @@ class PretrainedReader(Answerer):
         model: PreTrainedModel,
         name: str,
         *,
-        encoder_decoder: bool,
         answer_type: int,
         special_tokens: dict[str, Any],
     ) -> None:
         super().__init__(model, model, name)
         self.word_embeddings = words_of(model)
-        self.encoder_decoder, self.answer_type = encoder_decoder, answer_type
-        self.special_tokens = special_tokens
+        self.answer_type, self.special_tokens = answer_type, special_tokens
         self.counts_text = True
         self.output_of_images: tuple[type, bool] | None = None
         self.taken = set(inspect.signature(model.forward).parameters)
@@ -54,13 +52,6 @@ class PretrainedReader(Answerer):
         self.counted = "position_ids" in self.taken and not any(
             hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None))
         )
-
-    def check_length(self, prompt: int, text: int, visual: int, answer: int = 0) -> None:
-        """See `Answerer.check_length`."""
-        parts = {"prompt": prompt, "text": text, "image": visual}
-        if not self.encoder_decoder:
-            parts["answer"] = answer
-        self.check_positions("encoder" if self.encoder_decoder else "context", **parts)
 
     @contextmanager
     def _reading(self, encoded: Source, inputs: dict[str, Any]) -> Iterator[None]:
@@ -83,7 +74,7 @@ class PretrainedReader(Answerer):
     ) -> Float[Tensor, "batch target vocabulary"]:
         """Return the logits of each answer token, given the tokens before it."""
         placed = encoded.placed
-        self.check_length(0, placed.ids.shape[1], 0, labels.shape[1])
+        self.check_length(0, placed.ids.shape[1], answer=labels.shape[1])
         inputs: dict[str, Any] = {"input_ids": placed.ids, "attention_mask": mask.long()}
         inputs |= placed.others | encoded.more
         if self.encoder_decoder:
@@ -114,7 +105,7 @@ class PretrainedReader(Answerer):
         """Generate token ids of answers, after the decoder's start token if there is one."""
         placed = encoded.placed
         width = placed.ids.shape[1]
-        self.check_length(0, width, 0, options.get("max_new_tokens") or 0)
+        self.check_length(0, width, answer=options.get("max_new_tokens") or 0)
         allowed = options.get("prefix_allowed_tokens_fn")
         if allowed is not None and not self.encoder_decoder:
             options["prefix_allowed_tokens_fn"] = lambda row, tokens: allowed(row, tokens[width:])

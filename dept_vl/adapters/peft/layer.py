@@ -185,8 +185,7 @@ class DeptLayer(DeptTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {batch} respectively."
             )
-        longest = max(self.prompt_lengths(adapter_names))
-        language.check_positions("encoder", prompt=longest, text=text)
+        language.check_length(max(self.prompt_lengths(adapter_names)), text)
         embeddings, mask, columns = self._prompted(embeddings, attention_mask.bool(), adapter_names)
         return_dict = kwargs.pop("return_dict", None)
         output = self.base_layer(

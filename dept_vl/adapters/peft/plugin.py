@@ -325,7 +325,7 @@ def create_dept_optimizer(
 def check_length(model: nn.Module, prompt_length: int) -> None:
     """Raise ValueError if a model is not supported, or has too few positions for a prompt of this length."""
     if is_text_encoder_decoder(model):
-        _language(model).check_positions("encoder", prompt=prompt_length, text=1)
+        _language(model).check_length(prompt_length, 1)
     else:
         Parts.of(model).check_length(prompt_length, 1)
 
