@@ -125,6 +125,8 @@ def test_merging_across_a_space_is_refused(tokenizer: Any) -> None:
 class MergesSpaces:
     """A tokenizer that takes the whole of a text for one token."""
 
+    eos_token_id = -1
+
     def __init__(self, tokenizer: Any) -> None:
         self.known: dict[str, int] = {}
 
