@@ -7,9 +7,7 @@ from typing import Any
 from dept_vl._utils.checksums import checksum
 from dept_vl._utils.printable import printable, warn
 from dept_vl.adapters.base_model import shown
-from dept_vl.adapters.schema import BEFORE_VISION
 from dept_vl.models.base import FrozenBackbone
-from dept_vl.models.options import BEFORE_ORDER
 from dept_vl.models.quantised import fingerprint_of_words
 from dept_vl.models.tokens import tokenised
 
@@ -18,6 +16,12 @@ PROBED = (
     "Which of these is TRUE: 0 1 2 3 4 5 6 7 8 9, a b c d e f g h i j k l m n o p q r s t u v w x y z"
 )
 """Text whose token ids are compared; a tokenizer's files can differ between versions of its library."""
+
+COMPARED = (
+    *("fingerprint", "visual_position_bias", "object_order", "visual_norm", "image_fit", "vision"),
+    *("tokenizer", "text_form"),
+)
+"""Fields of a description that have to be equal where both backbones have them."""
 
 
 def describe_backbone(backbone: FrozenBackbone) -> dict[str, Any]:
@@ -50,20 +54,11 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
     if recorded["fingerprint"] is None:
         _check_backbone_of_authors(recorded["name"], backbone)
         return
-    given, expected = describe_backbone(backbone), {**BEFORE_VISION, **BEFORE_ORDER, **recorded}
-    compared = ["fingerprint", "visual_position_bias", "object_order"]
-    if given["visual_norm"] is not None:
-        compared.append("visual_norm")
+    given, expected = describe_backbone(backbone), dict(recorded)
     if backbone.vision is not None and expected["image_fit"] is not None:
         expected["image_fit"] = backbone.vision.fit_of(expected["image_fit"])
-        compared.append("image_fit")
-    if expected["vision"] is not None:
-        compared.append("vision")
-    if expected.get("tokenizer"):  # older files have none
-        compared.append("tokenizer")
-    given, expected = ({"text_form": None, **one} for one in (given, expected))
-    if (given["text_form"], expected["text_form"]) != (None, None):
-        compared.append("text_form")
+    # Files of older versions, and kinds of backbones, lack some of these.
+    compared = [key for key in COMPARED if None not in (given.get(key), expected.get(key))]
     if expected.get("load_in", "") != backbone.load_in:
         expected["fingerprint"] = _in_another_precision(expected, given, backbone)
     if any(expected[key] != given[key] for key in compared):

@@ -52,14 +52,8 @@ class BackboneFields:
     image_fit: ImageFit | None
     vision: VisionOptions | None
     exif: bool | None
-    tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = field(default="", kw_only=True)
-
-
-@dataclass(frozen=True)
-class PretrainedFields(BackboneFields):
-    """Fields of `backbone` for a pretrained model."""
-
-    text_form: str
+    tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = ""
+    text_form: str | None = None  # of a pretrained model
     load_in: LoadIn = ""
 
 
@@ -98,13 +92,6 @@ class Description:
 
 
 @dataclass(frozen=True)
-class DescriptionOfPretrained(Description):
-    """Fields of `adapter.json` for an adapter of a pretrained model."""
-
-    backbone: PretrainedFields
-
-
-@dataclass(frozen=True)
 class DescriptionOfAuthors(Description):
     """Fields of `adapter.json` for an adapter of DePT's authors."""
 
@@ -132,8 +119,6 @@ def read_description(path: Path) -> dict[str, Any]:
             earlier = BEFORE_VISION | BEFORE_ORDER
             if "official_config" in backbone:
                 kind, earlier = DescriptionOfAuthors, BEFORE_VISION
-            elif "text_form" in backbone:
-                kind = DescriptionOfPretrained
             description["backbone"] = backbone | {k: backbone.get(k, v) for k, v in earlier.items()}
         description.setdefault("question_case", "lower")
         if isinstance(prompt := description.get("prompt"), dict):
