@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -26,7 +25,14 @@ from dept_vl.adapters.card import CARD_FILE, TRAINING_FILE, model_card, training
 from dept_vl.adapters.fingerprint import check_backbone, describe_backbone
 from dept_vl.adapters.hub import ADAPTER_FILE, PEFT_CONFIG_FILE, TENSORS_FILE, adapter_folder, push
 from dept_vl.adapters.schema import FORMAT_VERSION, described_method, read_description
-from dept_vl.adapters.tensors import check_described, count_parameters, count_trainable, parts_of, tensors_of
+from dept_vl.adapters.tensors import (
+    check_described,
+    count_parameters,
+    count_trainable,
+    filled,
+    parts_of,
+    tensors_of,
+)
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.prompts.dept import DePT, current_name
@@ -98,10 +104,7 @@ class Adapter:
     def of_prompt(
         cls, prompt: DePT, backbone: dict[str, Any], *, task: str, metrics: Mapping[str, float]
     ) -> "Adapter":
-        """Return an adapter with a copy of a prompt that was trained with `attach`.
-
-        `backbone` is the description of `families.describe_model`.
-        """
+        """Return an adapter with a copy of a prompt, and this description of its backbone."""
         return cls(
             prompt=prompt.describe(),
             backbone=backbone,
@@ -254,23 +257,8 @@ class Adapter:
             ValueError: If a file is damaged, contains anything but tensors, or has no A and B while
                 `prompt_only` is False.
         """
-        tensors, config = authors.read(folder, prompt_only=prompt_only)
-        with torch.device("meta"):  # only the sizes are needed, so no memory is allocated
-            prompt = DePT(
-                config["token_dim"],
-                prompt_length=config["num_virtual_tokens"],
-                rank=0 if prompt_only else config["r"],
-                max_source_length=config["max_length"],
-                alpha=float(config["lora_alpha"]),
-            )
-        return cls(
-            prompt=prompt.describe(),
-            backbone=authors.describe_backbone(config),
-            task=task,
-            metrics={},
-            trainable_parameters=count_parameters(prompt.parameter_groups()),
-            tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
-        )
+        prompt, config = authors.read(folder, prompt_only=prompt_only)
+        return cls.of_prompt(prompt, authors.describe_backbone(config), task=task, metrics={})
 
     def to_authors(self, folder: str | Path) -> None:
         """Save the adapter in the file format of DePT's authors, whose code runs T5 on text.
@@ -324,7 +312,8 @@ class Adapter:
                 f"the adapter's prompt is {self.prompt['d_model']} wide and {backbone.name} is "
                 f"{backbone.d_model} wide; load the backbone it was trained on"
             )
-        model = PromptedModel(backbone, None if self.prompt is None else self.new_prompt())
+        prompt = None if self.prompt is None else build(described_method(self.prompt))
+        model = PromptedModel(backbone, prompt)
         self.apply(model)
         # Trained parts stay trainable, and are saved again.
         trained = sum(name.startswith("language.") for name in self.tensors)
@@ -342,19 +331,10 @@ class Adapter:
         Raises:
             ValueError: If the adapter has no prompt, or its tensors do not fit its description.
         """
-        prompt = self.new_prompt()
-        load_exactly(prompt, under("prompt.", self.tensors), "the adapter's", "prompt.")
-        return prompt
-
-    def new_prompt(self) -> DePT:
-        """Return an untrained prompt of the adapter's method and sizes.
-
-        Raises:
-            ValueError: If the adapter has no prompt.
-        """
         if self.prompt is None:
             raise ValueError(f"this adapter of {printable(self.backbone['name'])} holds no prompt")
-        return build(described_method(self.prompt))
+        tensors = under("prompt.", self.tensors)
+        return filled(described_method(self.prompt), tensors, "the adapter's prompt")
 
     def apply(self, model: PromptedModel) -> None:
         """Copy the adapter's tensors into a model with the same prompt and backbone."""

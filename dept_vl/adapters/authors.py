@@ -16,6 +16,9 @@ from torch import Tensor
 
 from dept_vl._utils.tensors import check_parameters
 from dept_vl.adapters.schema import BEFORE_VISION, read_configuration
+from dept_vl.adapters.tensors import filled
+from dept_vl.prompts.base import sized
+from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.options import PositiveSize
 
 TENSORS_FILE = "adapter_model.bin"
@@ -66,14 +69,8 @@ class AllFields(PromptFields):
     r: PositiveSize
 
 
-def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors (with `prompt_only` P alone) by their names here, and the configuration.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, contains anything but tensors, or has no A and B while `prompt_only`
-            is False.
-    """
+def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[DePT, dict[str, Any]]:
+    """Return the prompt (with `prompt_only` P alone), and the configuration; see `Adapter.from_authors`."""
     folder = Path(folder)
     for name in (CONFIG_FILE, TENSORS_FILE):
         if not (folder / name).is_file():
@@ -95,20 +92,16 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[dict[str, Te
             f"{folder / TENSORS_FILE} holds other tensors than an adapter: expected "
             f"{sorted(NAMES.values())}, found {sorted(stored)!s:.300}"
         )
+    method = sized(
+        "dept",
+        d_model=config["token_dim"],
+        prompt_length=config["num_virtual_tokens"],
+        rank=0 if prompt_only else config["r"],
+        max_source_length=config["max_length"],
+        alpha=float(config["lora_alpha"]),
+    )
     tensors = {ours: stored[name] for ours, name in names.items()}
-    width, rank, longest = config["token_dim"], config.get("r"), config["max_length"]
-    shapes = {
-        "soft_prompt": (config["num_virtual_tokens"], width),
-        "offset_a": (longest, rank),
-        "offset_b": (rank, width),
-    }
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise ValueError(
-                f"the two files at {folder} do not belong together: by {CONFIG_FILE}, {NAMES[name]} has "
-                f"the shape {shapes[name]}; found {tuple(tensor.shape)}"
-            )
-    return tensors, config
+    return filled(method, tensors, f"the two files at {folder} do not belong together"), config
 
 
 def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dept_vl._utils.tensors import load_exactly, under
 from dept_vl.adapters.schema import described_method
 from dept_vl.models.options import ObjectOrder
 from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.prompts.base import Method, Shapes
+from dept_vl.prompts.dept import DePT
+from dept_vl.prompts.methods import build
 
 PREFIXES = ("prompt.", "visual_projection.", "language.")
 """Prefixes of tensor names, one for each module in an adapter."""
@@ -47,6 +51,28 @@ def tensors_of(model: PromptedModel) -> dict[str, Tensor]:
     }
 
 
+def filled(method: Method, tensors: Mapping[str, Tensor], what: str) -> DePT:
+    """Return a prompt with these tensors. Their shapes are compared before a prompt of that size is made.
+
+    Raises:
+        ValueError: If they are not those of the method and its sizes. The message begins with `what`.
+    """
+    try:
+        _check_shapes(tensors, method.trained())
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    prompt = build(method)
+    load_exactly(prompt, tensors, what)
+    return prompt
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], trained: Mapping[str, Shapes]) -> None:
+    shapes = {name: shape for group in trained.values() for name, shape in group.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise ValueError(f"by its sizes the prompt has the tensors {shapes}; found {found!s:.200}")
+
+
 def check_described(
     tensors: Mapping[str, Tensor],
     prompt: Mapping[str, Any] | None,
@@ -64,10 +90,7 @@ def check_described(
     if unknown:
         raise ValueError(f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}")
     expected = {} if prompt is None else described_method(prompt).trained()
-    shapes = {f"prompt.{name}": shape for group in expected.values() for name, shape in group.items()}
-    prompt_shapes = {k: tuple(v.shape) for k, v in tensors.items() if k.startswith("prompt.")}
-    if prompt_shapes != shapes:
-        raise ValueError(f"by its sizes the prompt has the tensors {shapes}; found {prompt_shapes!s:.200}")
+    _check_shapes(under("prompt.", tensors), expected)
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if name == FROZEN_ORDER and object_order == "frozen":

@@ -10,24 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.io import write_atomically
-from dept_vl._utils.tensors import check_parameters, load_exactly, read_tensors, under
+from dept_vl._utils.tensors import check_parameters, read_tensors, under
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.base_model import check_base, describe_base
 from dept_vl.adapters.calls import CONTAINER
 from dept_vl.adapters.card import CARD_FILE
 from dept_vl.adapters.fingerprint import check_name
 from dept_vl.adapters.schema import read_configuration
+from dept_vl.adapters.tensors import filled
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompt_hook import is_encoder_decoder, words_of
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.prompts.dept import DePT, current_name
+from dept_vl.prompts.base import sized
+from dept_vl.prompts.dept import current_name
 from dept_vl.prompts.options import PositiveSize, Size
 
 TENSORS_FILE = "adapter_model.safetensors"
@@ -165,17 +166,9 @@ def from_peft(
     tensors = read_tensors(folder / TENSORS_FILE)
     check_parameters(tensors, folder / TENSORS_FILE)
     sizes = {name: config[name] for name in ("prompt_length", "rank", "max_source_length")}
-    state = own_names(tensors)
-    with torch.device("meta"):  # shapes are compared before memory is allocated
-        prompt = DePT(backbone.d_model, **sizes, alpha=float(config["alpha"]))
-    shapes = {name: tuple(parameter.shape) for name, parameter in prompt.named_parameters()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if given != shapes:
-        raise ValueError(
-            f"the two files at {folder} do not belong together, or not to {backbone.name}: expected the "
-            f"tensors {shapes}, found {given!s:.300}"
-        )
-    load_exactly(prompt.to_empty(device="cpu"), state, f"{folder / TENSORS_FILE}: its")
+    method = sized("dept", d_model=backbone.d_model, alpha=float(config["alpha"]), **sizes)
+    what = f"the two files at {folder} do not belong together, or not to {backbone.name}"
+    prompt = filled(method, own_names(tensors), what)
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
 
 
