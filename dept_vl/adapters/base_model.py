@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.tensors import fingerprint
 from dept_vl.adapters.offload import weights_of
+from dept_vl.models.prompt_hook import words_of
 
 ROWS = 512
 """Number of word embeddings to sample, with one value each."""
@@ -56,9 +58,13 @@ class Sample:
         return cls(vocabulary, record.get("dtype", ""), rows, others)
 
 
-def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
+class _OtherBaseError(Exception):
+    """Why a model is another one than that of an adapter."""
+
+
+def describe_base(model: PreTrainedModel) -> dict[str, str]:
     """Return the fingerprint of a model of transformers; empty if its word embeddings have no values."""
-    words, weights = _base_weights(embedding), _base_weights(model)
+    words, weights = _base_weights(words_of(model)), _base_weights(model)
     if "weight" not in words:
         return {}
     weight = words["weight"]
@@ -78,8 +84,7 @@ def describe_base(model: nn.Module, embedding: nn.Module) -> dict[str, str]:
 
 def check_base(
     record: Mapping[str, str],
-    model: nn.Module,
-    embedding: nn.Module,
+    model: PreTrainedModel,
     *,
     adapter: str = "this adapter",
     trained_on: str | None = None,
@@ -90,7 +95,6 @@ def check_base(
     Args:
         record: Fingerprint of the adapter's model, from `describe_base`.
         model: Model to check.
-        embedding: Word embeddings of `model`.
         adapter: Description of the adapter for messages.
         trained_on: Name of the adapter's model.
         strict: Whether to raise an error for a different model; otherwise, only warn.
@@ -98,24 +102,24 @@ def check_base(
     Raises:
         ValueError: If the model is a different one and `strict` is True, or if the record is damaged.
     """
-    here = describe_base(model, embedding)
-    problem, note = _compare(record, here, model, embedding)
-    if not problem and not note:
-        return
-    name = getattr(model, "name_or_path", "") or type(model).__name__
+    here = describe_base(model)
+    name = model.name_or_path or type(model).__name__
     bases = printable(
         f"{trained_on or 'its own'} (fingerprint {shown(record)}), not {name} (fingerprint {shown(here)})"
     )
-    if not problem:
-        warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
-        return
-    message = (
-        f"{adapter} was trained on another base and does not fit: {bases}: {problem}; load the base it was "
-        "trained on"
-    )
-    if strict:
-        raise ValueError(message)
-    warn(message, stacklevel=3)
+    try:
+        note = _compare(record, here, model)
+    except _OtherBaseError as other:
+        message = (
+            f"{adapter} was trained on another base and does not fit: {bases}: {other}; load the base it was "
+            "trained on"
+        )
+        if strict:
+            raise ValueError(message) from None
+        warn(message, stacklevel=3)
+    else:
+        if note:
+            warn(f"{adapter} was trained on {bases}: {note}", stacklevel=3)
 
 
 def shown(record: Mapping[str, str] | None) -> dict[str, str]:
@@ -123,20 +127,16 @@ def shown(record: Mapping[str, str] | None) -> dict[str, str]:
     return {name: value for name, value in (record or {}).items() if name not in ("rows", "others")}
 
 
-def _compare(
-    record: Mapping[str, str], here: Mapping[str, str], model: nn.Module, embedding: nn.Module
-) -> tuple[str, str]:
-    """Return why a model is a different one, and other differences to warn about; or empty strings."""
+def _compare(record: Mapping[str, str], here: Mapping[str, str], model: PreTrainedModel) -> str:
+    """Return differences to warn about, or an empty string; `_OtherBaseError` if the model is another one."""
     if not record:
-        return "", ""
+        return ""
     if record.get("class", type(model).__name__) != type(model).__name__:
-        return f"it is a {type(model).__name__}", ""
+        raise _OtherBaseError(f"it is a {type(model).__name__}")
     sample = Sample.recorded(record)
     if not here:
-        return "", "its word embeddings have no values yet, so that they were not compared"
-    problem, note = _compare_words(record, sample, here, embedding)
-    if problem:
-        return problem, ""
+        return "its word embeddings have no values yet, so that they were not compared"
+    note = _compare_words(record, sample, here, _base_weights(words_of(model)))
     mine = Sample.recorded(here)
     if sample is None or mine is None:
         hashed = record.get("all", here["all"])
@@ -146,19 +146,18 @@ def _compare(
     else:
         same = not len(_different(sample.others, mine.others, _exact(sample.dtype, mine.dtype)))
     if same:
-        return "", note
+        return note
     words = f"{note}; and it has" if note else "it has the same word embeddings, but"
-    return "", f"{words} other weights: quantised, fine-tuned, or another checkpoint"
+    return f"{words} other weights: quantised, fine-tuned, or another checkpoint"
 
 
 def _compare_words(
-    record: Mapping[str, str], sample: Sample | None, here: Mapping[str, str], embedding: nn.Module
-) -> tuple[str, str]:
-    """Return why word embeddings are different ones, and other differences; or empty strings."""
-    words = _base_weights(embedding)
+    record: Mapping[str, str], sample: Sample | None, here: Mapping[str, str], words: Mapping[str, Tensor]
+) -> str:
+    """Compare word embeddings; see `_compare`."""
     hashes = (here["embeddings"], fingerprint([("embeddings", words["weight"])]))  # the latter: older files
     if record.get("embeddings") in hashes:
-        return "", ""
+        return ""
     mine = Sample.recorded(here)
     if sample is None or mine is None:
         return _compare_older(record, words)
@@ -168,34 +167,38 @@ def _compare_words(
     different = _different(sample.rows[both], _decoded(_encoded([_values(words["weight"], rows)])), exact)
     if not len(different):
         if sample.vocabulary != mine.vocabulary:
-            return "", (
+            return (
                 f"it has {mine.vocabulary:,} word embeddings and the adapter was trained with "
                 f"{sample.vocabulary:,}; those that both have are the same"
             )
         # In the same precision, the hash decides, because it covers all values.
-        return ("it has other word embeddings, though few", "") if exact else ("", "")
+        if exact:
+            raise _OtherBaseError("it has other word embeddings, though few")
+        return ""
     first = int(different[0])
     # Tokens are added at the end, with random rows near the mean, some of which can be equal by chance.
     if 2 * first > len(rows):
-        return "", (
+        return (
             f"its last word embeddings, after row {int(rows[first - 1]):,}, are others (tokens were added?): "
             "texts with these tokens are read otherwise, unless the adapter brings their embeddings along"
         )
-    return f"it has other word embeddings ({len(different)} of {len(rows)} sampled rows differ)", ""
+    raise _OtherBaseError(
+        f"it has other word embeddings ({len(different)} of {len(rows)} sampled rows differ)"
+    )
 
 
-def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> tuple[str, str]:
+def _compare_older(record: Mapping[str, str], words: Mapping[str, Tensor]) -> str:
     """Compare word embeddings with a record of an older version, which has hashes but no samples."""
     if record.get("embeddings") == _rounded(words):
-        return "", ""
+        return ""
     values = _values(words["weight"], _rows(len(words["weight"])))
     # From values that were rounded before, the recorded float16 values cannot be computed.
     if values.dtype == torch.float16 or torch.equal(values, values.bfloat16().to(values.dtype)):
-        return "", (
+        return (
             "its word embeddings could not be compared: an older version recorded a hash of them, which "
             "rounding to float16 or bfloat16 changes"
         )
-    return "it has other word embeddings", ""
+    raise _OtherBaseError("it has other word embeddings")
 
 
 def _rounded(weights: Mapping[str, Tensor]) -> str:

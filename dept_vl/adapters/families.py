@@ -109,7 +109,7 @@ def model_name(model: PreTrainedModel) -> str:
 
 def describe_model(model: PreTrainedModel) -> dict[str, Any]:
     """Return the description of a model that is saved with an adapter; see `Adapter.backbone`."""
-    weights = describe_base(model, model.get_input_embeddings())
+    weights = describe_base(model)
     return {
         "name": model_name(model),
         "fingerprint": {"class": type(model).__name__, **weights},
@@ -129,7 +129,7 @@ def check_model(adapter: Adapter, model: PreTrainedModel) -> None:
     """
     known = adapter.backbone
     record = known["fingerprint"] or {}
-    check_base({"class": "", **record}, model, model.get_input_embeddings(), trained_on=known["name"])
+    check_base({"class": "", **record}, model, trained_on=known["name"])
 
 
 def over_items(output: Any, labels: Tensor | None, items: Tensor | int | None) -> Any:

@@ -99,7 +99,7 @@ def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> N
         "rank": prompt.rank,
         "max_source_length": prompt.max_source_length,
         "alpha": prompt.alpha,
-        "base_fingerprint": describe_base(backbone.language, words_of(backbone.language)),
+        "base_fingerprint": describe_base(backbone.language),
     }
     prefix = f"base_model.model.{wrapped_name(backbone.language)}.{CONTAINER}."
     named = {prefix + name: tensor for name, tensor in tensors.items()}
@@ -155,13 +155,7 @@ def from_peft(
     if base := config.get("base_model_name_or_path"):
         check_name(base, backbone, [backbone.name, backbone.language.name_or_path])
     record = base_record(config.get("base_fingerprint"), config.get("embedding_fingerprint"))
-    check_base(
-        record,
-        backbone.language,
-        words_of(backbone.language),
-        adapter=f"the adapter at {folder}",
-        trained_on=base,
-    )
+    check_base(record, backbone.language, adapter=f"the adapter at {folder}", trained_on=base)
     _check_positions(backbone)
     tensors = read_tensors(folder / TENSORS_FILE)
     check_parameters(tensors, folder / TENSORS_FILE)

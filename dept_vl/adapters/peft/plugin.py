@@ -178,7 +178,6 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         check_base(
             base_record(config.base_fingerprint, config.embedding_fingerprint),
             self.model,
-            words_of(self.model),
             trained_on=config.base_model_name_or_path,
             adapter="this adapter" if strict else "the adapter of this configuration",
             strict=strict,
@@ -215,7 +214,7 @@ class DeptModel(BaseTuner):  # type: ignore[misc]
         parameter_name: str | None = None,
     ) -> None:
         prompt = _new_prompt(peft_config, self.model)
-        if fingerprint := describe_base(self.model, words_of(self.model)):
+        if fingerprint := describe_base(self.model):
             peft_config.base_fingerprint, peft_config.embedding_fingerprint = fingerprint, None
         layer = target
         if not isinstance(layer, DeptTunerLayer):
