@@ -292,21 +292,14 @@ class Backbone(FrozenBackbone):
         mask = take(mask, columns)
         look_up = self.embed if word_table is None else word_table
         embeddings = look_up(take(input_ids, columns))
-        if isinstance(prompt, RowPrompts) and pixel_values is not None and self.vision is not None:
-            again = repeated(pixel_values)
-            if again is not None:  # several rows, with different prompts, have the same image
-                seen = pixel_values[again[0]]
-                features = self.vision(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])
-                pixel_values, visual_features = None, features[again[1]]
         visual = self.project(pixel_values=pixel_values, visual_features=visual_features)
         if prompt is None:
             return self.encode(embeddings, mask, visual)
         embeddings, mask = prompt(embeddings, mask)
         if visual is not None:
             visual = prompt.shift_visual(visual)
-        again = None
-        if isinstance(prompt, RowPrompts) and self.language.config.is_encoder_decoder:
-            again = repeated(embeddings, mask, visual)
+        once = isinstance(prompt, RowPrompts) and self.language.config.is_encoder_decoder
+        again = repeated(embeddings, mask, visual) if once else None
         if again is not None:  # rows with the same encoder input are encoded once
             first, which = again
             visual = None if visual is None else visual[first]
@@ -355,17 +348,10 @@ class Backbone(FrozenBackbone):
         *,
         prompt_length: int = 0,
     ) -> tuple[ModelOutput, Bool[Tensor, "batch source"]]:
-        """Run the encoder on `[prompt ; text ; visual]`.
+        """Run the encoder on `[prompt ; text ; visual]`, whose padding is on the right.
 
-        Args:
-            embeddings: Embeddings of prompt and text, with padding on the right.
-            mask: Mask that is False on padding.
-            visual: Projected visual tokens, or None without images.
-            prompt_length: Number of prompt vectors at the start of each row.
-
-        Returns:
-            Encoder output and the mask for the decoder's cross-attention. For a decoder-only model, the
-            embeddings and their mask, with padding on the left.
+        Return its output and the mask for the decoder's cross-attention. For a decoder-only model, return the
+        embeddings and their mask, with padding on the left.
 
         Raises:
             ValueError: If the input is longer than the language model's positions.

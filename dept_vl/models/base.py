@@ -98,14 +98,8 @@ class FrozenBackbone(nn.Module, ABC):
     ) -> tuple[Any, Bool[Tensor, "batch source"]]:
         """Encode a source with a prompt, for `language_model.logits` and `language_model.generate`.
 
-        Args:
-            prompt: Prompt; None reads the source without one.
-            input_ids: Token ids of the source, padded on either side.
-            attention_mask: Mask that is non-zero on tokens.
-            word_table: Embedding matrix that replaces the word embeddings; see `PromptedModel.folded`.
-            pixel_values: Preprocessed images, for a composed backbone.
-            visual_features: Output of the vision tower for the images, instead of `pixel_values`.
-            processed: Further outputs of `processor` for the source.
+        Inputs are those of `PromptedModel.encode`. `word_table` replaces the word embeddings; see
+        `PromptedModel.folded`.
 
         Returns:
             Encoded source in the form that `language_model` takes, and its mask.

@@ -52,14 +52,18 @@ ATTENTION = ("q_proj", "v_proj", "q", "v")
 """Names of the query and value projections, which LoRA is added to."""
 ENDS = ("id", "index")
 """Ends of the configuration keys for an image token, as in `image_token_id`."""
-KINDS: tuple[tuple[Any, str, Any], ...] = (
-    (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "a vision-language model", AutoModelForImageTextToText),
-    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, "a language model", AutoModelForSeq2SeqLM),
-    (MODEL_FOR_CAUSAL_LM_MAPPING, "a language model", AutoModelForCausalLM),
+KINDS: tuple[tuple[Any, set[bool], str, Any], ...] = (
+    (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        {True, False},
+        "a vision-language model",
+        AutoModelForImageTextToText,
+    ),
+    (MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, {True}, "a language model", AutoModelForSeq2SeqLM),
+    (MODEL_FOR_CAUSAL_LM_MAPPING, {False}, "a language model", AutoModelForCausalLM),
 )
-"""Supported configuration classes, what messages call such a model, and the class that loads it."""
-ENCODER_DECODER = {AutoModelForSeq2SeqLM: True, AutoModelForCausalLM: False}
-"""Whether the models that a class loads are encoder-decoders."""
+"""Supported configuration classes, whether such models are encoder-decoders, what messages call them, and the
+class that loads them."""
 SUPPORTED = "models that AutoModelForImageTextToText, AutoModelForSeq2SeqLM or AutoModelForCausalLM opens"
 """Supported models, for error messages."""
 CLOSE = 1e-3
@@ -158,12 +162,8 @@ class VisionLanguageModel(FrozenBackbone):
     ) -> "VisionLanguageModel":
         """Load a model and its processor from the Hub or a folder, in full precision or quantised.
 
-        Args:
-            name_or_path: Hub name or folder of the model.
-            text_form: See `VisionLanguageModel`.
-            exif: See `VisionLanguageModel`.
-            load_in: See `VisionLanguageModel`.
-            device_map: `auto` to spread the model over the devices of this process; empty for one device.
+        `device_map` is `auto` to spread the model over the devices of this process; empty for one device. For
+        the other options, see the class.
 
         Raises:
             UsageError: If bitsandbytes is needed and not installed, or `text_form` is invalid.
@@ -172,17 +172,13 @@ class VisionLanguageModel(FrozenBackbone):
         config = load_config(name_or_path, "a vision-language model", SUPPORTED)
         # Models of sound are listed with language models of the other kind (Whisper's decoder, Qwen2-Audio).
         kind = is_encoder_decoder(config)
-        opened = [
-            (what, opens)
-            for mapping, what, opens in KINDS
-            if type(config) in mapping and ENCODER_DECODER.get(opens, kind) == kind
-        ]
-        if not opened:
+        known = (row[2:] for row in KINDS if type(config) in row[0] and kind in row[1])
+        what, opens = next(known, (None, None))
+        if what is None:
             raise ValueError(
                 f"{name_or_path} has type {config.model_type!r}, which answers no questions in transformers; "
                 f"supported are {SUPPORTED}"
             )
-        what, opens = opened[0]
         with loading(name_or_path, "a processor"):
             processor = _processor(name_or_path, config.model_type)
         model = load_model(opens, name_or_path, what, **placing(load_in, device_map))

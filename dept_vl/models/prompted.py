@@ -120,29 +120,19 @@ class PromptedModel(nn.Module):
         attention_mask: Int[Tensor, "batch text"] | Bool[Tensor, "batch text"],
         labels: Int[Tensor, "batch target"],
         *,
-        pixel_values: Float[Tensor, "batch images 3 height width"] | None = None,
-        visual_features: Float[Tensor, "batch images tokens d_vision"] | None = None,
-        processed: Mapping[str, Tensor] | None = None,
         weights: Float[Tensor, " batch"] | None = None,
+        **images: Any,
     ) -> Seq2SeqLMOutput:
         """Return the logits and the loss, as computed by `sequence_loss`.
 
         Args:
-            input_ids: See `encode`.
-            attention_mask: See `encode`.
+            input_ids: Token ids of the texts.
+            attention_mask: Mask that is non-zero on tokens.
             labels: Token ids of the answers, with `IGNORE_INDEX` on the padding after them.
-            pixel_values: See `encode`.
-            visual_features: See `encode`.
-            processed: See `encode`.
             weights: Weight of each example in the loss (VQA: soft score of the sampled answer).
+            **images: Arguments `pixel_values`, `visual_features` and `processed` of `encode`.
         """
-        encoded, mask = self.encode(
-            input_ids,
-            attention_mask,
-            pixel_values=pixel_values,
-            visual_features=visual_features,
-            processed=processed,
-        )
+        encoded, mask = self.encode(input_ids, attention_mask, **images)
         logits = self.backbone.language_model.logits(encoded, mask, labels)
         return Seq2SeqLMOutput(loss=sequence_loss(logits, labels, weights), logits=logits)
 
@@ -159,14 +149,8 @@ class PromptedModel(nn.Module):
     ) -> Int[Tensor, "sequences target"]:
         """Generate answers by the language model's own `generate` (greedy, beam search, sampling).
 
-        Args:
-            input_ids: See `encode`.
-            attention_mask: See `encode`.
-            pixel_values: See `encode`.
-            visual_features: See `encode`.
-            processed: See `encode`.
-            **options: Options of `transformers.GenerationMixin.generate`, such as `num_beams`,
-                `max_new_tokens`, `do_sample` and `num_return_sequences`.
+        Inputs are those of `encode`. `options` are those of `transformers.GenerationMixin.generate`, such as
+        `num_beams`, `max_new_tokens`, `do_sample` and `num_return_sequences`.
 
         Returns:
             Token ids of the answers, after the decoder's start token if there is one.

@@ -30,10 +30,8 @@ class PromptTable:
         lengths: Number of vectors of each prompt.
         offsets: Offset by position of each prompt, (prompts, longest text, d_model), which is zero after the
             prompt's own maximum text length; None if no prompt has one.
+        prompts: The prompts, of length zero for None.
         limits: Maximum text length of each prompt, in tokens.
-        token_offsets: Offset by token of each prompt, or None.
-        visual_offsets: Offset of visual tokens of each prompt, or None.
-        memory_offsets: Offset of the encoder's output of each prompt, or None.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class PromptTable:
         self.d_model = words.shape[1]
         self.padding_first = padding_first
         none = DePT(self.d_model, prompt_length=0, max_source_length=LARGEST_SIZE)
-        filled = [none if prompt is None else prompt for prompt in prompts]
+        filled = self.prompts = [none if prompt is None else prompt for prompt in prompts]
         lengths = [prompt.prompt_length for prompt in filled]
         self.lengths = torch.tensor(lengths, device=words.device)
         self.limits = torch.tensor([prompt.max_source_length for prompt in filled], device=words.device)
@@ -60,9 +58,6 @@ class PromptTable:
                 self.vectors[place, max(lengths) - len(vectors) :] = vectors
             if offset is not None and self.offsets is not None:
                 self.offsets[place, : len(offset)] = offset
-        self.token_offsets = [prompt.token_offset for prompt in filled]
-        self.visual_offsets = [prompt.visual_offset for prompt in filled]
-        self.memory_offsets = [prompt.memory_offset for prompt in filled]
 
 
 class RowPrompts(DePT):
@@ -130,33 +125,34 @@ class RowPrompts(DePT):
             column = torch.arange(embeddings.shape[1], device=embeddings.device)
             position = column.clamp(max=offsets.shape[1] - 1)
             embeddings = embeddings + offsets[self.rows[:, None], position].to(embeddings.dtype)
-        return self._shifted(embeddings, token_embeddings, self.table.token_offsets)
+        return self._shifted(embeddings, token_embeddings, "token_offset")
 
     @property
     def needs_encoder(self) -> bool:
         """See `DePT.needs_encoder`."""
-        return any(offset is not None for offset in self.table.memory_offsets)
+        return any(prompt.needs_encoder for prompt in self.table.prompts)
 
     def shift_visual(
         self, visual: Float[Tensor, "batch visual d_model"]
     ) -> Float[Tensor, "batch visual d_model"]:
         """See `DePT.shift_visual`."""
-        return self._shifted(visual, visual, self.table.visual_offsets)
+        return self._shifted(visual, visual, "visual_offset")
 
     def shift_memory(
         self, memory: Float[Tensor, "batch source d_model"]
     ) -> Float[Tensor, "batch source d_model"]:
         """See `DePT.shift_memory`."""
-        return self._shifted(memory, memory, self.table.memory_offsets)
+        return self._shifted(memory, memory, "memory_offset")
 
     def _shifted(
         self,
         vectors: Float[Tensor, "batch tokens d_model"],
         read: Float[Tensor, "batch tokens d_model"],
-        offsets: Sequence[nn.Module | None],
+        name: str,
     ) -> Float[Tensor, "batch tokens d_model"]:
-        """Return `vectors` plus, for each row, the row's own offset of `read`."""
-        for place, offset in enumerate(offsets):
+        """Return `vectors` plus, for each row, the offset of `read` by this module of its own prompt."""
+        for place, prompt in enumerate(self.table.prompts):
+            offset = getattr(prompt, name)
             rows = (self.rows == place).nonzero().squeeze(1)
             if offset is not None and len(rows):
                 vectors = vectors.index_add(0, rows, offset(read[rows]))

@@ -19,9 +19,6 @@ from dept_vl._utils.images import check_shape, to_rgb
 from dept_vl.models.checks import check_processor, load_config, load_model, loading
 from dept_vl.models.options import LARGEST_GRID, ImageFit
 
-CONVOLUTIONAL = 4
-"""Number of dimensions of a convolutional encoder's output, (batch, channels, height, width)."""
-
 SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
 """Supported image encoders, for error messages."""
 
@@ -239,7 +236,7 @@ class VisionEncoder(nn.Module):
                     "timm gives inner layers without class token, so class_token=True has nothing to keep at "
                     f"layer={self.layer}; use layer=-1, class_token=False or a tower of transformers"
                 )
-        if hidden.dim() == CONVOLUTIONAL:
+        if hidden.dim() == 4:  # of a convolutional encoder: (batch, channels, height, width)
             prefix, grid = hidden.new_empty(len(hidden), 0, hidden.shape[1]), hidden
         else:
             height, width = pixel_values.shape[-2:]
