@@ -4,7 +4,6 @@ The model's processor or tokenizer builds the source, and `placeholders` inserts
 `VisionLanguageModel.probe` runs the model to check that a prompt works with it.
 """
 
-import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -114,23 +113,14 @@ class VisionLanguageModel(FrozenBackbone):
         self.vision = self.visual_projection = None
         self.visual_position_bias, self.object_order, self.visual_norm = "relative", "none", None
         config = model.config
-        encoder_decoder = is_encoder_decoder(config)
         self.text_form, self.load_in, self.spread = text_form, load_in, spread
         self._reads_images: list[nn.Module] | None = None
         if not isinstance(self.tokenizer, PreTrainedTokenizerBase):
             raise ValueError(f"the processor of {name} has no tokenizer ({type(processor).__name__})")
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        image = _image_token(config, name)
-        self.processor = SourceReader(
-            processor,
-            TextForm.of(text_form, processor, config.model_type),
-            list(inspect.signature(model.forward).parameters),
-            [] if image is None else [image],
-        )
-        qformer = getattr(config, "qformer_config", None)
-        self.processor.qformer_positions = getattr(qformer, "max_position_embeddings", None)
-        self.processor.learn(image, name, encoder_decoder=encoder_decoder, reads_images=reads_images)
+        form = TextForm.of(text_form, processor, config.model_type)
+        self.processor = SourceReader(processor, form, model, name, _image_token(config, name))
         self.frame, self.placeholder = self.processor.frame, self.processor.placeholder
         self.language_model = PretrainedReader(
             model,
@@ -140,7 +130,7 @@ class VisionLanguageModel(FrozenBackbone):
         )
         width: int = self.language_model.word_embeddings.weight.shape[1]
         self.d_model = width
-        self.start = None if encoder_decoder else self.tokenizer.bos_token_id
+        self.start = None if self.language_model.encoder_decoder else self.tokenizer.bos_token_id
         self.fingerprint = {
             "language": fingerprint(model.state_dict().items()),
             "model": type(model).__name__,

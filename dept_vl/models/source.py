@@ -7,6 +7,7 @@
 | `--text_form`     | any text with `{text}`, and `{image}` if the processor does not insert the image |
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from jaxtyping import Bool, Int
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from dept_vl._utils.errors import UsageError
 from dept_vl._utils.images import check_shape
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import warn
-from dept_vl.models.prompt_hook import text_of
+from dept_vl.models.prompt_hook import is_encoder_decoder, text_of
 from dept_vl.models.tokens import AFTER_WORD, AnswerStyle, tokenised
 
 CHAT = "chat"
@@ -78,24 +80,29 @@ class TextForm:
 class SourceReader:
     """Preprocessor of texts and images for a pretrained model. It is picklable, for worker processes.
 
-    `taken` are the names of the arguments of the model's `forward`.
+    A test question shows how the processor reads it. `image` is the id of the image token, if there is one.
 
     Attributes:
         qformer_positions: Number of text tokens that InstructBLIP's Q-Former can read; None without one.
         frame: Number of text tokens that the form adds to a question.
         placeholder: Id of the token of an ordinary word.
+
+    Raises:
+        ValueError: If the processor fails on the test question, or does not belong to the model.
     """
 
     def __init__(
-        self, processor: Any, form: TextForm, taken: Sequence[str], image_tokens: Sequence[int]
+        self, processor: Any, form: TextForm, model: PreTrainedModel, name: str, image: int | None
     ) -> None:
         self.processor, self.form = processor, form
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.taken = frozenset(taken) - {"labels"}
-        self.image_tokens = torch.tensor(sorted(image_tokens), dtype=torch.long)
-        self.qformer_positions: int | None = None
+        self.taken = frozenset(inspect.signature(model.forward).parameters) - {"labels"}
+        qformer = getattr(model.config, "qformer_config", None)
+        self.qformer_positions: int | None = getattr(qformer, "max_position_embeddings", None)
+        self.image_tokens = torch.tensor([] if image is None else [image], dtype=torch.long)
         self.nested = True
         self.frame = self.placeholder = 0
+        self._learn(image, name, encoder_decoder=is_encoder_decoder(model.config))
 
     def __call__(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], longest: Sequence[int]
@@ -196,15 +203,9 @@ class SourceReader:
         """Return a mask of text tokens; see `prompt_hook.text_of`."""
         return text_of(ids, mask, self.image_tokens)
 
-    def learn(
-        self, image: int | None, name: str, *, encoder_decoder: bool, reads_images: bool = True
-    ) -> None:
-        """Determine `frame`, `placeholder`, the image tokens and the style of answers from a test question.
-
-        Raises:
-            ValueError: If the processor fails on the test question, or does not belong to the model.
-        """
-        blank = [Image.new("RGB", (64, 64))] * reads_images
+    def _learn(self, image: int | None, name: str, *, encoder_decoder: bool) -> None:
+        """Determine `frame`, `placeholder`, the image tokens and the style of answers from a test question."""
+        blank = [Image.new("RGB", (64, 64))] * (self.tokenizer is not self.processor)
         for nested in (True, False):
             self.nested = nested
             try:
