@@ -33,7 +33,6 @@ from dept_vl._utils.terminal import waiting
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.checks import load_config, load_model, loading
-from dept_vl.models.generation import special_tokens
 from dept_vl.models.image_features import FEATURES, ImageFeatures, image_parts, output_of
 from dept_vl.models.options import LoadIn
 from dept_vl.models.prompt_hook import check_text_alone, is_encoder_decoder, place
@@ -43,8 +42,6 @@ from dept_vl.models.source import PER_TOKEN, QUESTION, SourceReader, TextForm
 from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.dept import DePT
 
-ANSWER_TYPE = {"paligemma": 1}
-"""Token type of answers by model type, where it is not the text's (PaliGemma reads text bidirectionally)."""
 PROBED = (QUESTION, "what is the red one")
 """Questions of `VisionLanguageModel.probe`, with different lengths."""
 ATTENTION = ("q_proj", "v_proj", "q", "v")
@@ -122,12 +119,7 @@ class VisionLanguageModel(FrozenBackbone):
         form = TextForm.of(text_form, processor, config.model_type)
         self.processor = SourceReader(processor, form, model, name, _image_token(config, name))
         self.frame, self.placeholder = self.processor.frame, self.processor.placeholder
-        self.language_model = PretrainedReader(
-            model,
-            name,
-            answer_type=ANSWER_TYPE.get(config.model_type, 0),
-            special_tokens=special_tokens(model, self.tokenizer),
-        )
+        self.language_model = PretrainedReader(model, self.tokenizer, name)
         width: int = self.language_model.word_embeddings.weight.shape[1]
         self.d_model = width
         self.start = None if self.language_model.encoder_decoder else self.tokenizer.bos_token_id

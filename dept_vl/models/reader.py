@@ -11,12 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dept_vl.models.generation import GENERATING, generate
+from dept_vl.models.generation import GENERATING, generate, special_tokens
 from dept_vl.models.image_features import FEATURES, PIXELS, given_features
 from dept_vl.models.language import Answerer
 from dept_vl.models.prompt_hook import Placement, prompting, words_of
 from dept_vl.models.tokens import IGNORE_INDEX
 from dept_vl.prompts.dept import DePT
+
+ANSWER_TYPE = {"paligemma": 1}
+"""Token type of answers by model type, where it is not the text's (PaliGemma reads text bidirectionally)."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,13 @@ class Source:
 
 
 class PretrainedReader(Answerer):
-    """Wrapper that scores and generates answers with a pretrained model.
+    """Wrapper that scores and generates answers with a pretrained model."""
 
-    `answer_type` is the token type of answers.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        *,
-        answer_type: int,
-        special_tokens: dict[str, Any],
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str) -> None:
         super().__init__(model, model, name)
         self.word_embeddings = words_of(model)
-        self.answer_type, self.special_tokens = answer_type, special_tokens
+        self.answer_type = ANSWER_TYPE.get(model.config.model_type, 0)
+        self.special_tokens = special_tokens(model, tokenizer)
         self.counts_text = True
         self.output_of_images: tuple[type, bool] | None = None
         self.taken = set(inspect.signature(model.forward).parameters)

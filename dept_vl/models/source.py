@@ -204,7 +204,7 @@ class SourceReader:
         return text_of(ids, mask, self.image_tokens)
 
     def _learn(self, image: int | None, name: str, *, encoder_decoder: bool) -> None:
-        """Determine `frame`, `placeholder`, the image tokens and the style of answers from a test question."""
+        """Find `frame`, `placeholder`, the image tokens and the style of answers by a test question."""
         blank = [Image.new("RGB", (64, 64))] * (self.tokenizer is not self.processor)
         for nested in (True, False):
             self.nested = nested
