@@ -43,14 +43,6 @@ def new_prompt(
 ) -> DePT:
     """Return an untrained prompt for a model, initialised with words of the model's vocabulary.
 
-    Args:
-        model: Model that the prompt is for.
-        prompt_length: Number of vectors in the soft prompt (m).
-        rank: Rank of the offset (r).
-        max_source_length: Maximum text length in tokens (s), without the placeholders of images.
-        alpha: Scale of the offset, which is multiplied by alpha / sqrt(rank).
-        seed: Random seed for the choice of words.
-
     Raises:
         ValueError: If the model is not supported, or a size is out of range.
     """

@@ -90,17 +90,12 @@ def check_base(
     trained_on: str | None = None,
     strict: bool = True,
 ) -> None:
-    """Check that an adapter was trained on a model of transformers.
+    """Check that an adapter was trained on a model of transformers, by its `record` from `describe_base`.
 
-    Args:
-        record: Fingerprint of the adapter's model, from `describe_base`.
-        model: Model to check.
-        adapter: Description of the adapter for messages.
-        trained_on: Name of the adapter's model.
-        strict: Whether to raise an error for a different model; otherwise, only warn.
+    `adapter` and `trained_on` name the adapter and its model in messages.
 
     Raises:
-        ValueError: If the model is a different one and `strict` is True, or if the record is damaged.
+        ValueError: If the model is a different one (a warning if not `strict`), or the record is damaged.
     """
     here = describe_base(model)
     name = model.name_or_path or type(model).__name__

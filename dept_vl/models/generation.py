@@ -46,12 +46,9 @@ def generate(
 ) -> torch.Tensor:
     """Call `model.generate` without the checkpoint's own settings.
 
-    Args:
-        model: Model of transformers, whose `generation_config` is restored afterwards.
-        special: Settings from `special_tokens`.
-        options: Options of transformers' `generate`, which override `special`. To use the checkpoint's own
-            settings, pass `generation_config=model.generation_config`.
-        inputs: Model inputs.
+    `options` are those of transformers and override `special`, which are from `special_tokens`. With
+    `generation_config=model.generation_config`, they are the checkpoint's own. The model's settings are
+    restored afterwards.
     """
     asked: GenerationConfig | None = options.get("generation_config")
     settings = GenerationConfig(**special | (asked.to_diff_dict() if asked is not None else {}))

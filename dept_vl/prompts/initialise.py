@@ -33,16 +33,9 @@ def initialise(
 ) -> None:
     """Initialise the soft prompt P in place.
 
-    Args:
-        prompt: Prompt to initialise.
-        init: `vocabulary` for embeddings of random common tokens, `text` for those of a text, repeated or cut
-            to m vectors, `random` to keep the random vectors of a new prompt.
-        embed: Function from token ids to word embeddings.
-        vocabulary_size: Number of tokens in the vocabulary, of which the first `COMMON_TOKENS` are drawn.
-        special_tokens: Token ids that are never drawn.
-        generator: Random generator on the CPU; None for torch's default generator.
-        tokenizer: Tokenizer of `text`.
-        text: Initial text, for `init="text"`.
+    `vocabulary` takes embeddings of random common tokens, except `special_tokens`, `text` those of a text,
+    repeated or cut to m vectors, and `random` keeps the random vectors of a new prompt. `embed` returns the
+    embeddings of token ids. `generator` is on the CPU; None for torch's default generator.
 
     Raises:
         ValueError: If the text has no token, or no token is left to draw.

@@ -244,27 +244,11 @@ def fold(
     """Return a prompt with P as one tensor, and an embedding matrix with the token offset, for inference.
 
     Offsets of visual tokens and of the encoder's output depend on the image and stay modules.
-
-    Args:
-        prompt: Prompt of any method.
-        word_embeddings: Word embeddings of the whole vocabulary. They are not changed.
     """
-    folded = DePT(
-        prompt.d_model,
-        prompt_length=prompt.prompt_length,
-        rank=prompt.rank,
-        max_source_length=prompt.max_source_length,
-        alpha=prompt.alpha,
-        visual_offset=deepcopy(prompt.visual_offset),
-        memory_offset=deepcopy(prompt.memory_offset),
-    ).to(word_embeddings.device)
-    for ours, theirs in (
-        (folded.soft_prompt, prompt.vectors()),
-        (folded.offset_a, prompt.offset_a),
-        (folded.offset_b, prompt.offset_b),
-    ):
-        if ours is not None and theirs is not None:
-            ours.copy_(theirs)
+    folded = deepcopy(prompt).to(word_embeddings.device)
+    if (vectors := prompt.vectors()) is not None:
+        folded.soft_prompt = nn.Parameter(vectors.to(word_embeddings.device, copy=True))
+    folded.source = folded.token_offset = None
     if prompt.token_offset is not None:
         word_embeddings = word_embeddings + prompt.token_offset(word_embeddings)
     return folded.requires_grad_(False).eval(), word_embeddings

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dept_vl._utils.io import write_atomically
@@ -101,7 +101,9 @@ def to_peft(adapter: Adapter, backbone: FrozenBackbone, folder: str | Path) -> N
         "alpha": prompt.alpha,
         "base_fingerprint": describe_base(backbone.language),
     }
-    prefix = f"base_model.model.{wrapped_name(backbone.language)}.{CONTAINER}."
+    part = wrapped(backbone.language)
+    place = next(name for name, module in backbone.language.named_modules() if module is part)
+    prefix = f"base_model.model.{place}.{CONTAINER}."
     named = {prefix + name: tensor for name, tensor in tensors.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,8 @@ def from_peft(
     sizes = {name: config[name] for name in ("prompt_length", "rank", "max_source_length")}
     method = sized("dept", d_model=backbone.d_model, alpha=float(config["alpha"]), **sizes)
     what = f"the two files at {folder} do not belong together, or not to {backbone.name}"
-    prompt = filled(method, own_names(tensors), what)
+    named = {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
+    prompt = filled(method, named, what)
     return Adapter.of(PromptedModel(backbone, prompt), task=task, metrics=metrics or {})
 
 
@@ -186,22 +189,10 @@ def is_text_encoder_decoder(model: nn.Module) -> bool:
     )
 
 
-def own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return PEFT's tensors by their names in this package."""
-    return {current_name(name.rpartition(f"{CONTAINER}.")[2]): tensor for name, tensor in tensors.items()}
-
-
 def wrapped(model: PreTrainedModel) -> nn.Module:
     """Return the module that is wrapped in PEFT: the text encoder, or the word embeddings."""
     part: nn.Module = model.get_encoder() if is_text_encoder_decoder(model) else words_of(model)
     return part
-
-
-def wrapped_name(model: PreTrainedModel) -> str:
-    """Return the name of that module, such as `encoder` in T5 or `transformer.wte` in GPT-2."""
-    part = wrapped(model)
-    name: str = next(name for name, module in model.named_modules() if module is part)
-    return name
 
 
 def _task_type(model: PreTrainedModel) -> str | None:
