@@ -18,7 +18,6 @@ __all__ = [
     "positions",
     "precision",
     "pretrained_vlm",
-    "projection",
     "prompt_hook",
     "prompted",
     "quantised",
