@@ -72,11 +72,6 @@ class AllFields(PromptFields):
 def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[DePT, dict[str, Any]]:
     """Return the prompt (with `prompt_only` P alone), and the configuration; see `Adapter.from_authors`."""
     folder = Path(folder)
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no adapter in the format of the DePT authors' code: {name} is missing"
-            )
     kind = PromptFields if prompt_only else AllFields
     config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, kind)
     stored = _read_tensors(folder / TENSORS_FILE)
@@ -141,6 +136,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         # A pickle can run code; this reads tensors and plain containers, and rejects everything else.
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception:  # a damaged pickle can raise anything
         content = None
     if not isinstance(content, dict) or not all(

@@ -24,13 +24,12 @@ class TextPositions:
     permanent, and on modules that see one sequence, so its segments are passed as the keyword argument
     `segments` of the encoder's call.
 
-    Invariants of `_segments`, which is only used in this class:
+    Invariants of `_segments`:
 
-    - It is set before each call of the encoder from the argument `segments`, which is then removed. A call
-      without the argument sets `STOCK`, so a call never uses the segments of another call.
-    - The hooks read it during the call. Gradient checkpointing also runs the layers in the backward pass,
-      possibly after other calls. A hook on the gradient of a call's output then sets that call's segments.
-    - It is not cleared after a call, because the next call sets it.
+    - Each call of the encoder sets it from its argument `segments`, or to `STOCK` without one, so that a call
+      never uses those of another. The hooks read it during the call.
+    - Gradient checkpointing runs the layers again in the backward pass, possibly after other calls. A hook on
+      the gradient of a call's output then sets that call's segments.
     - `EncoderDecoder.encode` holds `ENCODING` during a forward pass. A backward pass with checkpointing must
       not overlap another thread's call. In a compiled graph, the segments are constants.
 

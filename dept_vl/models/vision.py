@@ -1,8 +1,8 @@
 """Frozen image encoders, and the trained projection of their features to visual tokens.
 
 Encoders are vision models of transformers (CLIP, SigLIP, DINOv2, ...), and timm models in its wrapper. They
-are loaded with their image processors, and return features of shape `(batch, tokens, d_vision)`. The projection
-is that of VL-T5 (Cho et al. 2021), without a box embedding, which is constant for grid features.
+are loaded with their image processors, and return features of shape `(batch, tokens, d_vision)`. The
+projection is that of VL-T5 (Cho et al. 2021), without a box embedding, which is constant for grid features.
 """
 
 import math

@@ -144,9 +144,6 @@ def from_peft(
             backbone has another name or other word embeddings, or cannot run the prompt as PEFT does.
     """
     folder = Path(folder)
-    for name in (CONFIG_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no adapter of PEFT's at {folder}: {name} is missing there")
     config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, ConfigFields)
     for name in ("modules_to_save", "trainable_token_indices"):
         if config.get(name):
