@@ -10,8 +10,8 @@ from pydantic import Field
 
 from dept_vl._utils.io import read_json
 from dept_vl._utils.options import Seed, check
-from dept_vl.models.options import BEFORE_ORDER, ImageFit, LoadIn, ObjectOrder, VisualNorm, VisualPositionBias
-from dept_vl.models.vision import VisionOptions
+from dept_vl.models.backbone import BackboneFile
+from dept_vl.models.options import BEFORE_ORDER, LoadIn
 from dept_vl.prompts.base import LARGEST_SIZE, Method, sized
 from dept_vl.prompts.options import PositiveSize, Size
 from dept_vl.tasks.base import QuestionCase
@@ -41,16 +41,10 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class BackboneFields:
+class BackboneFields(BackboneFile):
     """Fields of `backbone` in `adapter.json`; see `fingerprint.describe_backbone`."""
 
-    name: str
     fingerprint: dict[str, str]
-    visual_position_bias: VisualPositionBias
-    object_order: ObjectOrder
-    visual_norm: VisualNorm | None
-    image_fit: ImageFit | None
-    vision: VisionOptions | None
     exif: bool | None
     tokenizer: Annotated[str, Field(pattern=r"^[0-9a-f]*$")] = ""
     text_form: str | None = None  # of a pretrained model

@@ -38,7 +38,7 @@ ENCODED, ENCODED_MASK = "encoded", "encoded_mask"
 
 @dataclass(frozen=True)
 class BackboneFile:
-    """The fields of `backbone.json`."""
+    """Fields of `backbone.json`, which are also in an adapter's description of its backbone."""
 
     name: str
     visual_position_bias: VisualPositionBias
