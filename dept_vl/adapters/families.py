@@ -27,25 +27,15 @@ IMAGE_TOKENS = ("image", "video", "vision_start", "vision_end", "boi", "eoi")
 
 @dataclass(frozen=True)
 class Parts:
-    """Properties of a model that the hooks need.
+    """Properties of a model that the hooks need."""
 
-    Attributes:
-        name: Name of the model, for error messages.
-        embedding: Word embeddings of the source; see `words_of`.
-        encoder_decoder: Whether the model is an encoder-decoder.
-        image_tokens: Token ids of images, with those at the start and end of an image.
-        special_tokens: Ids of all tokens in the configuration.
-        start: Id of the start token of a decoder-only model, or None.
-        positions: Number of positions; None if there is no limit.
-    """
-
-    name: str
-    embedding: Any
+    name: str  # for error messages
+    embedding: Any  # word embeddings of the source; see `words_of`
     encoder_decoder: bool
-    image_tokens: tuple[int, ...]
-    special_tokens: tuple[int, ...]
-    start: int | None
-    positions: int | None
+    image_tokens: tuple[int, ...]  # ids, with those of tokens at the start and end of an image
+    special_tokens: tuple[int, ...]  # ids of all tokens in the configuration
+    start: int | None  # id of the start token of a decoder-only model
+    positions: int | None  # number of positions; None if there is no limit
 
     @property
     def placeholder(self) -> int:

@@ -35,7 +35,7 @@ from dept_vl.models.options import VisualPositionBias
 from dept_vl.models.padding import pack
 from dept_vl.models.positions import ENCODING, TextPositions
 from dept_vl.models.prompt_hook import is_encoder_decoder
-from dept_vl.models.tokens import IGNORE_INDEX, WORD, continues_text
+from dept_vl.models.tokens import IGNORE_INDEX, WORD, style_of
 
 SUPPORTED = (
     "encoder-decoders with T5's or BART's positions (T5, FLAN-T5, mT5, UMT5, LongT5, BART, mBART, Pegasus, "
@@ -307,7 +307,8 @@ def wrap_language_model(
         wrapper = EncoderDecoder(model, name, visual_position_bias, visual_normed)
     else:
         wrapper = DecoderOnly(model, tokenizer, name)
-    if continues_text(tokenizer) == model.config.is_encoder_decoder:
+    separate = style_of(tokenizer).lead is None
+    if separate != model.config.is_encoder_decoder:
         expected = "ends every text" if model.config.is_encoder_decoder else "does not end a text"
         pieces = tokenizer.convert_ids_to_tokens(tokenizer(WORD).input_ids)
         raise ValueError(

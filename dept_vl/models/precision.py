@@ -96,13 +96,11 @@ def recompute_activations(language: nn.Module) -> None:
 def compile_layers(language: nn.Module) -> None:
     """Compile the layers of a language model for training steps with inputs of any length.
 
-    Layers of one kind share their graphs, so a deep model compiles as fast as a shallow one. T5 has four
-    graphs for batches with padding and four for batches without. Without gradients, as in evaluation, layers
-    are not compiled. A graph break or more than `RECOMPILES` graphs raises an error. Compiled layers are not
-    changed.
+    Layers of one kind share their graphs, so a deep model compiles as fast as a shallow one. Without
+    gradients, as in evaluation, layers are not compiled. A graph break or more than `RECOMPILES` graphs raises an error.
 
-    This changes settings of torch's compiler for the whole process. Everything that was compiled before is
-    compiled again when it is next used.
+    This changes settings of torch's compiler for the whole process, so what was compiled before is compiled
+    again when it is next used.
 
     Raises:
         ValueError: If there are no such layers, or other code has replaced their `forward`.

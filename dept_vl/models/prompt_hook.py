@@ -45,15 +45,8 @@ def place(
 ) -> Placement:
     """Insert placeholders into a source, and move its padding to one side.
 
-    Args:
-        prompt: Prompt to insert, or None.
-        ids: Token ids of the source, padded on either side.
-        mask: Mask that is True on tokens.
-        is_text: Mask that is True on text tokens.
-        others: Further inputs with a value per token, which is set to zero for placeholders.
-        placeholder: Id of the placeholder token, or of one for each row.
-        start: Id of the start token, which stays in front of the placeholders; None if there is none.
-        padding_first: Whether to move padding to the left instead of the right; None to leave it in place.
+    `others` are further inputs with a value per token, which is zero for placeholders. The start token stays
+    in front of them. `padding_first` moves padding to the left instead of the right; None leaves it in place.
     """
     batch = len(ids)
     length = 0 if prompt is None else prompt.prompt_length
@@ -111,10 +104,7 @@ def is_encoder_decoder(config: PretrainedConfig) -> bool:
 def prompting(embedding: nn.Module, prompt: DePT | None, placed: Placement) -> Iterator[None]:
     """Apply a prompt to the word embeddings of a source within a `with` statement.
 
-    Args:
-        embedding: Word embeddings of the model.
-        prompt: Prompt, or None.
-        placed: Source with placeholders. Inputs with repeated rows (beams) or appended tokens are recognised.
+    Inputs with repeated rows (beams) or appended tokens are recognised.
     """
     if prompt is None:
         yield

@@ -18,12 +18,9 @@ from dept_vl.prompts.dept import DePT
 class PromptTable:
     """Vectors and offsets of several prompts, computed once for all rows.
 
-    Args:
-        prompts: Prompts of any method and size; None for no prompt.
-        words: Word embeddings of the model. The table has their hidden size, device and data type.
-        padding_first: Whether to leave the padding of a shorter P in front of it, for encoders that count
-            positions from the text on (`LanguageModel.counts_text`). Otherwise it is moved to the end of the
-            row, where it changes no position.
+    With `padding_first`, the padding of a shorter P stays in front of it, for encoders that count positions
+    from the text on (`LanguageModel.counts_text`). Otherwise it is moved to the end of the row, where it
+    changes no position. The table has the hidden size, device and data type of the word embeddings.
 
     Attributes:
         vectors: P of each prompt, (prompts, longest P, d_model), with padding in front.
@@ -61,15 +58,9 @@ class PromptTable:
 
 
 class RowPrompts(DePT):
-    """Prompt without parameters, for a batch whose rows have different prompts.
+    """Prompt without parameters, for a batch whose rows have different prompts: `rows` of a table.
 
-    Args:
-        table: Table of the prompts.
-        rows: Index in `table` of each row's prompt.
-
-    Attributes:
-        lengths: Number of vectors in each row's prompt.
-        prompt_length: Number of vectors in the longest prompt of the batch.
+    `lengths` has the number of vectors of each row's prompt, `prompt_length` that of the longest.
     """
 
     def __init__(self, table: PromptTable, rows: Int[Tensor, " batch"]) -> None:

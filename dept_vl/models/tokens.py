@@ -57,11 +57,6 @@ def style_of(tokenizer: Any) -> AnswerStyle:
     return style
 
 
-def continues_text(tokenizer: Any) -> bool:
-    """Return whether answers continue the sequence of their text, as in decoder-only models."""
-    return style_of(tokenizer).lead is not None
-
-
 def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = None) -> list[list[int]]:
     """Return the token ids of answers, including the end token, each truncated to `max_length`.
 
@@ -94,4 +89,5 @@ def target_ids(tokenizer: Any, answers: Sequence[str], max_length: int | None = 
 def target_texts(tokenizer: Any, tokens: Int[Tensor, "sequences target"]) -> list[str]:
     """Return the answers of generated tokens, without special tokens and the space after the text."""
     texts: list[str] = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return [text.removeprefix(" ") for text in texts] if continues_text(tokenizer) else texts
+    separate = style_of(tokenizer).lead is None
+    return texts if separate else [text.removeprefix(" ") for text in texts]

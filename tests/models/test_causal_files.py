@@ -30,7 +30,7 @@ from dept_vl.inference.decoding import generation_options
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.language import DecoderOnly
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.tokens import continues_text, target_ids, target_texts
+from dept_vl.models.tokens import style_of, target_ids, target_texts
 from dept_vl.prompts.dept import DePT
 from dept_vl.tasks.base import Decoding, Example, Task
 from dept_vl.tasks.io.predictions import ExampleId, PredictionFormat
@@ -166,7 +166,7 @@ def test_end_of_text_serves_as_padding(kind: str, backbone: Backbone, tokenizer:
     assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
     assert len(backbone.tokenizer) == len(tokenizer)
     assert len(backbone.language.get_input_embeddings().weight) == VOCABULARY
-    assert continues_text(tokenizer)
+    assert style_of(tokenizer).lead is not None
 
 
 def test_padding_token_of_its_own_is_kept(kind: str, backbone: Backbone, tokenizer: Any) -> None:

@@ -147,12 +147,7 @@ class DeptLayer(DeptTunerLayer):
     ) -> Any:
         """Return the encoder's output for `[P ; text]`, longer than the input by the longest prompt in use.
 
-        Args:
-            input_ids: Token ids of the text, padded on either side.
-            attention_mask: Mask that is non-zero on text; None without padding.
-            inputs_embeds: Embeddings of the text, instead of `input_ids`.
-            adapter_names: Name of the adapter for each row, `__base__` for none; None for the active adapter.
-            **kwargs: Further arguments of the encoder.
+        `adapter_names` has the name of each row's adapter, `__base__` for none; None takes the active one.
 
         Raises:
             ValueError: If the text is too long for the encoder or the prompt, or if arguments have different
