@@ -97,7 +97,8 @@ def compile_layers(language: nn.Module) -> None:
     """Compile the layers of a language model for training steps with inputs of any length.
 
     Layers of one kind share their graphs, so a deep model compiles as fast as a shallow one. Without
-    gradients, as in evaluation, layers are not compiled. A graph break or more than `RECOMPILES` graphs raises an error.
+    gradients, as in evaluation, layers are not compiled. A graph break or more than `RECOMPILES` graphs
+    raises an error.
 
     This changes settings of torch's compiler for the whole process, so what was compiled before is compiled
     again when it is next used.
