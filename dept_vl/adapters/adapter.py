@@ -257,8 +257,16 @@ class Adapter:
             ValueError: If a file is damaged, contains anything but tensors, or has no A and B while
                 `prompt_only` is False.
         """
-        prompt, config = authors.read(folder, prompt_only=prompt_only)
-        return cls.of_prompt(prompt, authors.describe_backbone(config), task=task, metrics={})
+        method, tensors, config = authors.read(folder, prompt_only=prompt_only)
+        groups = {name: [tensors[one] for one in group] for name, group in method.trained().items()}
+        return cls(
+            prompt=method.describe(),
+            backbone=authors.describe_backbone(config),
+            task=task,
+            metrics={},
+            trainable_parameters=count_parameters(groups),
+            tensors={"prompt." + name: tensor for name, tensor in tensors.items()},
+        )
 
     def to_authors(self, folder: str | Path) -> None:
         """Save the adapter in the file format of DePT's authors, whose code runs T5 on text.

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from dept_vl._utils.tensors import check_parameters
 from dept_vl.adapters.schema import BEFORE_VISION, read_configuration
-from dept_vl.adapters.tensors import filled
-from dept_vl.prompts.base import sized
-from dept_vl.prompts.dept import DePT
+from dept_vl.adapters.tensors import check_shapes
+from dept_vl.prompts.base import Method, sized
 from dept_vl.prompts.options import PositiveSize
 
 TENSORS_FILE = "adapter_model.bin"
@@ -69,8 +68,10 @@ class AllFields(PromptFields):
     r: PositiveSize
 
 
-def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[DePT, dict[str, Any]]:
-    """Return the prompt (with `prompt_only` P alone), and the configuration; see `Adapter.from_authors`."""
+def read(
+    folder: str | Path, *, prompt_only: bool = False
+) -> tuple[Method, dict[str, Tensor], dict[str, Any]]:
+    """Return method, tensors by their names here, and configuration; see `Adapter.from_authors`."""
     folder = Path(folder)
     kind = PromptFields if prompt_only else AllFields
     config = read_configuration(folder / CONFIG_FILE, PEFT_TYPE, kind)
@@ -96,7 +97,8 @@ def read(folder: str | Path, *, prompt_only: bool = False) -> tuple[DePT, dict[s
         alpha=float(config["lora_alpha"]),
     )
     tensors = {ours: stored[name] for ours, name in names.items()}
-    return filled(method, tensors, f"the two files at {folder} do not belong together"), config
+    check_shapes(method, tensors, f"the two files at {folder} do not belong together")
+    return method, tensors, config
 
 
 def describe_backbone(config: Mapping[str, Any]) -> dict[str, Any]:

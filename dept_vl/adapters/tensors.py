@@ -52,25 +52,23 @@ def tensors_of(model: PromptedModel) -> dict[str, Tensor]:
 
 
 def filled(method: Method, tensors: Mapping[str, Tensor], what: str) -> DePT:
-    """Return a prompt with these tensors. Their shapes are compared before a prompt of that size is made.
-
-    Raises:
-        ValueError: If they are not those of the method and its sizes. The message begins with `what`.
-    """
-    try:
-        _check_shapes(tensors, method.trained())
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
+    """Return a prompt with these tensors; see `check_shapes`."""
+    check_shapes(method, tensors, what)
     prompt = build(method)
     load_exactly(prompt, tensors, what)
     return prompt
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], trained: Mapping[str, Shapes]) -> None:
-    shapes = {name: shape for group in trained.values() for name, shape in group.items()}
+def check_shapes(method: Method, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Check that tensors are those of a method and its sizes, before a prompt of that size is made.
+
+    Raises:
+        ValueError: If they are not. The message begins with `what`.
+    """
+    shapes = {name: shape for group in method.trained().values() for name, shape in group.items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
-        raise ValueError(f"by its sizes the prompt has the tensors {shapes}; found {found!s:.200}")
+        raise ValueError(f"{what}: by its sizes the prompt has the tensors {shapes}; found {found!s:.200}")
 
 
 def check_described(
@@ -89,8 +87,11 @@ def check_described(
     unknown = [name for name in tensors if not name.startswith(PREFIXES)]
     if unknown:
         raise ValueError(f"expected tensors of {', '.join(PREFIXES)} alone, found {unknown[:3]!r:.200}")
-    expected = {} if prompt is None else described_method(prompt).trained()
-    _check_shapes(under("prompt.", tensors), expected)
+    expected: Mapping[str, Shapes] = {}
+    if prompt is not None:
+        method = described_method(prompt)
+        expected = method.trained()
+        check_shapes(method, under("prompt.", tensors), "its two files do not belong together")
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if name == FROZEN_ORDER and object_order == "frozen":

@@ -319,10 +319,10 @@ def test_other_tensors_are_listed(tmp_path: Path, prompt_only: bool) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_virtual_tokens": 5}, r"prompt_embeddings has the shape \(5, 32\); found \(4, 32\)"),
-        ({"max_length": 13}, r"lora_embedding_A has the shape \(13, 3\); found \(12, 3\)"),
-        ({"r": 2}, r"lora_embedding_A has the shape \(12, 2\); found \(12, 3\)"),
-        ({"token_dim": 31}, r"prompt_embeddings has the shape \(4, 31\); found \(4, 32\)"),
+        ({"num_virtual_tokens": 5}, r"'soft_prompt': \(5, 32\).*found .*'soft_prompt': \(4, 32\)"),
+        ({"max_length": 13}, r"'offset_a': \(13, 3\).*found .*'offset_a': \(12, 3\)"),
+        ({"r": 2}, r"'offset_a': \(12, 2\).*found .*'offset_a': \(12, 3\)"),
+        ({"token_dim": 31}, r"'soft_prompt': \(4, 31\).*found .*'soft_prompt': \(4, 32\)"),
         ({"peft_type": "LORA"}, "expected peft_type PROMPT_TUNING_LORA, found 'LORA'"),
         ({"r": None}, "r is None"),
         ({"r": 0}, "r is 0"),
