@@ -13,7 +13,6 @@ __all__ = [
     "families",
     "fingerprint",
     "hub",
-    "offload",
     "peft",
     "schema",
     "tensors",

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dept_vl.adapters.adapter import Adapter
+from dept_vl.adapters.base_model import device_of
 from dept_vl.adapters.calls import PromptedCalls, refuse_second
 from dept_vl.adapters.families import Parts, check_model, describe_model, model_name, over_items
-from dept_vl.adapters.offload import device_of
 from dept_vl.models.prompt_hook import check_text_alone
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise

@@ -1,14 +1,16 @@
-"""Fingerprints of models of transformers, for `attach` and the PEFT plugin.
+"""Fingerprints and devices of models of transformers, for `attach` and the PEFT plugin.
 
 Such models come in several precisions and vocabulary sizes, so hashes are compared first and then samples of
-the values. The README of this folder has a table of what differs and what happens.
+the values. accelerate may have offloaded their weights to the CPU or the disk.
+The README of this folder has a table of what differs and what happens.
 """
 
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,6 @@ from transformers import PreTrainedModel
 
 from dept_vl._utils.printable import printable, warn
 from dept_vl._utils.tensors import fingerprint
-from dept_vl.adapters.offload import weights_of
 from dept_vl.models.prompt_hook import words_of
 
 ROWS = 512
@@ -223,7 +224,7 @@ def _base_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a model by their names without PEFT, and without PEFT's own tensors."""
     return {
         _PEFT_WRAPPERS.sub("", name): tensor
-        for name, tensor in weights_of(module).items()
+        for name, tensor in _weights_of(module).items()
         # Single values of quantised weights in subclasses that wrap other tensors cannot be read.
         if not _PEFT_TENSORS.search(name) and not hasattr(tensor, "__tensor_flatten__")
     }
@@ -255,3 +256,42 @@ def _decoded(text: str) -> Tensor:
     return (
         torch.frombuffer(content, dtype=torch.bfloat16) if content else torch.empty(0, dtype=torch.bfloat16)
     )
+
+
+def device_of(embedding: nn.Module) -> torch.device:
+    """Return the device that an embedding runs on, even if its weights are offloaded.
+
+    Raises:
+        ValueError: If the weights are on the meta device and are not offloaded by accelerate.
+    """
+    device: torch.device = embedding.weight.device  # type: ignore[assignment]
+    if device.type != "meta":
+        return device
+    for hook in _hooks_of(embedding):
+        return torch.device(hook.execution_device)
+    raise ValueError(
+        "the word embeddings of this model are on the meta device and hold no values; load the model's "
+        "weights first"
+    )
+
+
+def _weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's state dict with offloaded weights, and without tensors that have no values."""
+    state: dict[str, Tensor] = dict(module.state_dict())
+    for prefix, part in module.named_modules():
+        for hook in _hooks_of(part):
+            for name, tensor in part.named_parameters(recurse=hook.place_submodules):
+                full = f"{prefix}.{name}" if prefix else name
+                if tensor.is_meta and full in state:
+                    state[full] = hook.weights_map[name]
+    return {name: tensor for name, tensor in state.items() if not tensor.is_meta}
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the hooks of accelerate that load offloaded weights of this module."""
+    hooks = [getattr(module, "_hf_hook", None)]
+    while hooks:
+        hook = hooks.pop()
+        hooks += getattr(hook, "hooks", ())  # a sequence of hooks
+        if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None:
+            yield hook

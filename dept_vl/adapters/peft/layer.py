@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from dept_vl.adapters.base_model import device_of
 from dept_vl.adapters.calls import CONTAINER, PromptedCalls
 from dept_vl.adapters.families import Parts
-from dept_vl.adapters.offload import device_of
 from dept_vl.models.language import LanguageModel
 from dept_vl.models.padding import packing, take
 from dept_vl.models.row_prompts import PromptTable, RowPrompts

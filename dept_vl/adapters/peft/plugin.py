@@ -25,10 +25,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dept_vl.adapters.base_model import check_base, describe_base
+from dept_vl.adapters.base_model import check_base, describe_base, device_of
 from dept_vl.adapters.calls import CONTAINER, refuse_second
 from dept_vl.adapters.families import Parts, tokens_of
-from dept_vl.adapters.offload import device_of
 from dept_vl.adapters.peft.files import (
     PEFT_TYPE,
     add_use,
