@@ -8,6 +8,7 @@ from dept_vl._utils.checksums import checksum
 from dept_vl._utils.printable import printable, warn
 from dept_vl.adapters.base_model import shown
 from dept_vl.models.base import FrozenBackbone
+from dept_vl.models.options import BEFORE_ORDER
 from dept_vl.models.quantised import fingerprint_of_words
 from dept_vl.models.tokens import tokenised
 
@@ -54,7 +55,7 @@ def check_backbone(recorded: Mapping[str, Any], backbone: FrozenBackbone) -> Non
     if recorded["fingerprint"] is None:
         _check_backbone_of_authors(recorded["name"], backbone)
         return
-    given, expected = describe_backbone(backbone), dict(recorded)
+    given, expected = describe_backbone(backbone), {**BEFORE_ORDER, **recorded}
     if backbone.vision is not None and expected["image_fit"] is not None:
         expected["image_fit"] = backbone.vision.fit_of(expected["image_fit"])
     # Files of older versions, and kinds of backbones, lack some of these.
