@@ -18,8 +18,8 @@ from dept_vl._utils.errors import UsageError
 from dept_vl.adapters.hub import names_of
 from dept_vl.inference.endpoints import ChatSpec, Metrics
 from dept_vl.inference.options import ServeConfig
-from dept_vl.inference.replica import Question
-from dept_vl.inference.server import find_token, guard, replica_of
+from dept_vl.inference.replica import Question, Replica
+from dept_vl.inference.server import find_token, guard
 
 
 class ClusterSpec(ChatSpec):
@@ -29,7 +29,7 @@ class ClusterSpec(ChatSpec):
         """Load the model in this process."""
         import torch
 
-        self.replica = replica_of(self.config, self)
+        self.replica = Replica(self.config, self)
         self.replica.shared = {}
         self._share()
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"

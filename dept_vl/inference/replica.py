@@ -16,6 +16,7 @@ from litserve.loops.simple_loops import BatchedLoop
 
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import notes_caught, printable, say
+from dept_vl.inference.options import ServeConfig
 
 if TYPE_CHECKING:  # the main process does not import torch
     from dept_vl.inference.mixed import ManyAdapters
@@ -85,16 +86,16 @@ class Batches(BatchedLoop):  # type: ignore[misc]
 
 
 class Replica(LitAPI):  # type: ignore[misc]
-    """One backbone with all adapters, as LitServe's model.
+    """One backbone with all adapters, as LitServe's model. The backbone is loaded for the first adapter."""
 
-    The backbone is loaded for the adapter `first`. `max_wait` is in seconds.
-    """
-
-    def __init__(
-        self, first: str, backbone: str | None, *, max_batch_size: int, max_wait: float, spec: Any
-    ) -> None:
-        super().__init__(max_batch_size=max_batch_size, batch_timeout=max_wait, loop=Batches(), spec=spec)
-        self.first, self.backbone = first, backbone
+    def __init__(self, config: ServeConfig, spec: Any) -> None:
+        super().__init__(
+            max_batch_size=config.max_batch_size,
+            batch_timeout=config.max_wait_ms / 1000,
+            loop=Batches(),
+            spec=spec,
+        )
+        self.config = config
         self.told: dict[str, str] = {}
         self.shared: Any = None
         """State shared by all processes: `adapters`, sources by number; `content of NUMBER`, fingerprints;
@@ -112,7 +113,7 @@ class Replica(LitAPI):  # type: ignore[misc]
         try:
             # Determines the backbone and its task without adapter, even if the adapter was removed since.
             self.many: ManyAdapters = load_many(
-                {FIRST: self.first}, backbone=self.backbone, device=str(device)
+                {FIRST: self.config.adapters[0]}, backbone=self.config.backbone, device=str(device)
             )
             self.base_task = self.many.predictor(None).task
             errors = self._load(())
@@ -129,46 +130,35 @@ class Replica(LitAPI):  # type: ignore[misc]
     def predict(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
         """Answer a batch. An invalid question gets an error as its reply and does not affect the others."""
         errors = self._load(questions)
-        outcomes: list[dict[str, Any] | None] = []
-        asks: list[Ask] = []
-        places: list[int] = []
-        notes: list[list[str]] = []
+        outcomes: list[dict[str, Any]] = [{} for _ in questions]
+        asks: dict[int, Ask] = {}
         pixels: dict[bytes, Any] = {}
         for place, question in enumerate(questions):
             reason = errors.get(question.adapter)
-            outcomes.append(None)
             if reason is not None:  # folders of this machine are told to those alone who add adapters
-                outcomes[-1] = (
+                outcomes[place] = (
                     _refusal(400, "invalid_adapter", reason)
                     if question.loading
                     else _refusal(503, "adapter_changed", "this adapter has changed since it was added")
                 )
-                continue
-            if question.loading:
-                outcomes[-1] = self._about(self._predictor(question))
-                continue
-            with notes_caught() as said:
+            elif question.loading:
+                outcomes[place] = self._about(self._predictor(question))
+            else:
                 try:
-                    ask = self._ask(question, pixels)
-                    ask.source()
+                    with notes_caught() as notes:
+                        ask = self._ask(question, pixels)
+                        ask.source()
+                    asks[place], outcomes[place] = ask, {"notes": notes}
                 except (ValueError, OSError, MemoryError) as error:
-                    outcomes[-1] = _refusal(400, "invalid_question", one_line(error))
-                    continue
+                    outcomes[place] = _refusal(400, "invalid_question", one_line(error))
                 except Exception:  # any error: the other questions must still be answered
-                    outcomes[-1] = _internal_error()
-                    continue
-            asks.append(ask)
-            places.append(place)
-            notes.append(said)
-        numbers = {
-            id(ask.predictor): questions[place].adapter for ask, place in zip(asks, places, strict=True)
-        }
-        for place, reply, noted_here in zip(places, self._answer(asks, numbers), notes, strict=True):
-            outcomes[place] = reply if "error" in reply else reply | {"notes": noted_here}
-        size = len(questions)
+                    outcomes[place] = _internal_error()
+        numbers = {id(ask.predictor): questions[place].adapter for place, ask in asks.items()}
+        for place, reply in zip(asks, self._answer([*asks.values()], numbers), strict=True):
+            outcomes[place] |= reply
         # Only the first reply has the batch size, so that a batch is counted once.
         return [
-            (outcome or {}) | {"batch": size if place == 0 else 0} for place, outcome in enumerate(outcomes)
+            outcome | {"batch": len(questions) if place == 0 else 0} for place, outcome in enumerate(outcomes)
         ]
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
     metrics = Metrics()
     spec = ChatSpec(config, names_of(config.adapters), metrics)
     server = LitServer(
-        replica_of(config, spec),
+        Replica(config, spec),
         accelerator=config.device or ("cuda" if check_cuda_with_nvidia_smi() else "cpu"),
         workers_per_device=config.copies,
         timeout=config.timeout,
@@ -69,17 +69,6 @@ def build(config: ServeConfig, token: str | None) -> tuple[LitServer, ChatSpec]:
     # Makes LitServe report which process has begun a question. With a single one, that is known and slower.
     server.restart_workers = len(server.devices) * config.copies > 1
     return server, spec
-
-
-def replica_of(config: ServeConfig, spec: ChatSpec) -> Replica:
-    """Build the replica without loading its model."""
-    return Replica(
-        config.adapters[0],
-        None if config.backbone is None else str(config.backbone),
-        max_batch_size=config.max_batch_size,
-        max_wait=config.max_wait_ms / 1000,
-        spec=spec,
-    )
 
 
 def guard(app: FastAPI, config: ServeConfig, token: str | None, metrics: Metrics) -> None:

@@ -203,7 +203,7 @@ def test_a_bad_question_costs_nobody_else_an_answer(
     from dept_vl.inference.replica import Question, Replica
 
     many = many_of(make_backbone("t5"), tmp_path)
-    replica = Replica("", None, max_batch_size=4, max_wait=0.0, spec=None)
+    replica = Replica(ServeConfig(("a",)), None)
     replica.many, replica.base_task = many, many.predictor(None).task
     replica.shared = {"adapters": {name: str(tmp_path / name) for name in ("colours", "captions")}}
     content = IMAGES[0]
@@ -249,7 +249,7 @@ def test_all_model_processes_answer_with_one_content(
     shutil.copytree(tmp_path / "colours", new)
 
     def process() -> Replica:
-        replica = Replica("", None, max_batch_size=4, max_wait=0.0, spec=None)
+        replica = Replica(ServeConfig(("a",)), None)
         replica.many, replica.base_task, replica.shared = many, many.predictor(None).task, shared
         return replica
 
