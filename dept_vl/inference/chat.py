@@ -25,8 +25,6 @@ PORTS = {"http": 80, "https": 443}
 """The only ports from which images are fetched, by scheme."""
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "fec0::/10", "3fff::/20")))
 """Networks that are not public, but that some versions of Python take for it."""
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-"""OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
 MOST_VALUES = 10_000
 """Maximum number of values in the body of a request; more of them would keep all other requests waiting."""
 IMAGE_URL = '{"url": "data:image/png;base64,..."}'
@@ -185,13 +183,6 @@ def _problem(error: Any, param: str) -> str:
     return message
 
 
-def error_body(refused: Refused) -> dict[str, Any]:
-    """Return the body of an error response in OpenAI's format."""
-    kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
-    fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
-    return {"error": fields}
-
-
 def completion(model: str, reply: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a response in OpenAI's format."""
     body = _head("chat.completion", model) | {
@@ -229,7 +220,7 @@ def _usage(reply: dict[str, Any]) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
+async def image_bytes(url: str, *, allow_urls: bool) -> bytes:
     """Return the content of the image file at a URL; Refused says why not."""
     scheme = url[:8].partition(":")[0].lower()
     try:
@@ -244,10 +235,10 @@ async def image_bytes(url: str, *, allow_urls: bool, param: str) -> bytes:
         async with asyncio.timeout(LONGEST_FETCH):
             return await fetch(url)
     except ValueError as error:
-        raise Refused(400, str(error), code="invalid_image_url", param=param) from None
+        raise Refused(400, str(error), code="invalid_image_url", param="messages") from None
     except TimeoutError:
         text = f"the image did not come within {LONGEST_FETCH:.0f} seconds"
-        raise Refused(400, text, code="invalid_image_url", param=param) from None
+        raise Refused(400, text, code="invalid_image_url", param="messages") from None
 
 
 async def fetch(url: str) -> bytes:

@@ -25,12 +25,14 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import one_line
 from dept_vl._utils.printable import say
 from dept_vl.adapters.hub import adapter_folder
-from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, error_body, image_bytes, read
-from dept_vl.inference.gate import MOST_STORED, Gate, Refused, check_size, length_of
+from dept_vl.inference.chat import ChatRequest, NewAdapter, chunks, completion, image_bytes, read
+from dept_vl.inference.gate import MOST_STORED, Gate, Refused, check_size, credentials, length_of
 from dept_vl.inference.options import ServeConfig
 from dept_vl.inference.replica import BASE, IDLE, Question
 
 KNOWN = re.compile(r"/health|/metrics|/v1/(models(/.+)?|chat/completions|adapters(/.+)?)")
+TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+"""OpenAI's error types by status; others are `invalid_request_error`, or `server_error` from 500 on."""
 UNCOUNTED = ("/health", "/metrics")
 """Paths that do not count towards the limit of open requests."""
 HELD = "dept_vl.held"
@@ -57,11 +59,6 @@ class Metrics:
         self.waiting = Gauge("dept_vl_waiting", "Questions that are not answered yet", **to)
         self.restarts = Counter("dept_vl_restarts", "Processes that died and were started again", **to)
 
-    def forget(self, model: str) -> None:
-        """Remove the counter of an adapter that was removed."""
-        with suppress(KeyError):
-            self.answered.remove(model)
-
 
 @dataclass
 class Model:
@@ -82,7 +79,9 @@ def refusal(refused: Refused, metrics: Metrics) -> Response:
     """Return an error response in OpenAI's format, and count it."""
     metrics.refused.labels(refused.code).inc()
     again = {"retry-after": "1"} if refused.status in (429, 503) else {}
-    return JSONResponse(error_body(refused), refused.status, again)
+    kind = TYPES.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
+    fields = {"message": str(refused), "type": kind, "param": refused.param, "code": refused.code}
+    return JSONResponse({"error": fields}, refused.status, again)
 
 
 class ServerGate(Gate):
@@ -110,9 +109,9 @@ class ServerGate(Gate):
 
     async def admit(self, scope: Scope) -> None:
         """See `Gate.admit`."""
-        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        word = token.strip().encode("latin-1") if kind.lower() == "bearer" else b""
-        if scope["path"] != "/health" and not await self.knows(word):
+        if scope["path"] == "/health":
+            return
+        if not await self.knows(credentials(scope, "bearer").encode("latin-1")):
             raise Refused(401, "a valid token is needed: Authorization: Bearer ...", code="invalid_api_key")
 
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
@@ -230,9 +229,7 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
                 f"have up to {least} tokens; leave it out"
             )
             raise Refused(400, text, code="max_tokens_too_small", param="max_tokens")
-        fetched = [
-            image_bytes(url, allow_urls=self.config.allow_urls, param="messages") for url in asked.images
-        ]
+        fetched = [image_bytes(url, allow_urls=self.config.allow_urls) for url in asked.images]
         images = tuple(await asyncio.gather(*fetched))
         question = Question(model.number, model.source, asked.question, images, asked.longest)
         reply = await self.submit(question, param="messages")
@@ -282,7 +279,8 @@ class ChatSpec(LitSpec):  # type: ignore[misc]
                 raise Refused(400, f"{name} is the backbone, which stays", code="not_an_adapter")
             del self.models[name]
             self._share()
-            self.metrics.forget(name)
+            with suppress(KeyError):  # without answers there is no counter
+                self.metrics.answered.remove(name)
         return JSONResponse({"id": name, "object": "model", "deleted": True})
 
     # The queue

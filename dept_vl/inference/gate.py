@@ -137,10 +137,11 @@ class Gate(ABC):
         return False
 
     async def knows(self, word: bytes) -> bool:
-        """Return whether a word is the password; for a wrong one, after a delay."""
+        """Return whether a word is the password; for a wrong one, after a delay, and at once for none."""
         if self.password is None or secrets.compare_digest(word, self.password.encode()):
             return True
-        await asyncio.sleep(AFTER_WRONG_PASSWORD)
+        if word:
+            await asyncio.sleep(AFTER_WRONG_PASSWORD)
         return False
 
 
@@ -157,8 +158,13 @@ class PageGate(Gate):
 
     async def admit(self, scope: Scope) -> None:
         """See `Gate.admit`."""
-        # Gradio itself requests this path when it starts; it reveals nothing.
-        if scope["path"] != READY and not await self._knows_password(Headers(scope=scope)):
+        if scope["path"] == READY:  # Gradio itself requests this when it starts; it reveals nothing
+            return
+        try:
+            _, _, word = base64.b64decode(credentials(scope, "basic")).partition(b":")
+        except ValueError:
+            word = b""
+        if not await self.knows(word):
             raise Refused(401, "a password is needed")
 
     async def passed(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
@@ -185,17 +191,11 @@ class PageGate(Gate):
         content = {"detail": str(refused)}
         return JSONResponse(content, refused.status, basic if refused.status == 401 else None)
 
-    async def _knows_password(self, headers: Headers) -> bool:
-        if self.password is None:
-            return True
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() != "basic":
-            return False
-        try:
-            _, _, word = base64.b64decode(given.strip()).partition(b":")
-        except ValueError:
-            word = b""
-        return await self.knows(word)
+
+def credentials(scope: Scope, kind: str) -> str:
+    """Return what a request sends as its credentials of a kind, such as `basic`; empty if nothing."""
+    found, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+    return given.strip() if found.lower() == kind else ""
 
 
 def length_of(headers: Headers) -> int | None:

@@ -193,7 +193,7 @@ def test_what_is_fetched_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             web.shutdown()
             thread.join()
     with pytest.raises(Refused):
-        asyncio.run(chat.image_bytes("http://8.8.8.8/a.png", allow_urls=False, param="messages"))
+        asyncio.run(chat.image_bytes("http://8.8.8.8/a.png", allow_urls=False))
 
 
 def test_a_bad_question_costs_nobody_else_an_answer(
