@@ -4,7 +4,6 @@ The same question gets the same answer in all of them.
 """
 
 __all__ = [
-    "bulk",
     "chat",
     "cluster",
     "decoding",

@@ -21,7 +21,7 @@ import dept_vl
 from dept_vl._utils.errors import DamagedFileError, InUseError, UsageError
 from dept_vl.adapters.adapter import Adapter
 from dept_vl.config import DataOptions, RunConfig
-from dept_vl.inference import bulk
+from dept_vl.inference import predict as bulk
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.models.pretrained_vlm import open_backbone
