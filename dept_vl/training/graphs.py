@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dept_vl._utils.io import one_line
-from dept_vl._utils.printable import say
 from dept_vl.config import TrainOptions
 from dept_vl.models import graphs
 from dept_vl.models.graphs import shape_of
@@ -44,16 +43,6 @@ def why_not(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool
     if options.gradient_checkpointing:
         return "gradient checkpointing reads the state of random numbers, which a graph cannot"
     return ""
-
-
-def can_record(accelerator: Accelerator, options: TrainOptions, *, pretrained: bool, encoded: bool) -> bool:
-    """Return whether steps are recorded, and print why not if `options` ask for it; see `why_not`."""
-    if not options.cuda_graphs:
-        return False
-    reason = why_not(accelerator, options, pretrained=pretrained, encoded=encoded)
-    if reason:
-        say(f"steps are not recorded as CUDA graphs: {reason}")
-    return not reason
 
 
 @dataclass(frozen=True)

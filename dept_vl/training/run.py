@@ -40,7 +40,7 @@ from dept_vl.training.build import budget_line, build_model, only_deterministic,
 from dept_vl.training.checkpoint import steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.folder import Opened, choose_folder, is_complete, keep_precision, open_folder, release
-from dept_vl.training.graphs import can_record
+from dept_vl.training.graphs import why_not
 from dept_vl.training.identity import check_kept, keep_identity
 from dept_vl.training.loop import Loop
 from dept_vl.training.optim import SUSPICIOUS_PROMPT_LR, steps_of_epochs
@@ -189,12 +189,13 @@ class Run(Stages):
         ]
         max_target_length = max(splits.decoding.max_new_tokens for splits in self.splits)
         self._check_lengths(max_target_length)
+        pretrained, encoded = self.model.backbone.processor is not None, config.data.features == "encoded"
         images = read_features(
             self.model.backbone, self.splits, num_workers=config.train.num_workers, accelerator=accelerator
         )
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
-            if config.data.features == "encoded":
+            if encoded:
                 precision += WITH_TEXT
             keep_precision(self.output_dir, precision, accelerator)
         # After the features, which the tower computes in full precision.
@@ -204,7 +205,7 @@ class Run(Stages):
             bfloat16=accelerator.mixed_precision == "bf16",
             gradient_checkpointing=config.train.gradient_checkpointing,
             compiled=config.train.compile,
-            pretrained=self.model.backbone.processor is not None,
+            pretrained=pretrained,
         )
         self.collator = Collator.for_model(
             self.model,
@@ -214,14 +215,12 @@ class Run(Stages):
             on_bad_image=config.data.on_bad_image or "raise",
             device=accelerator.device,
         )
-        if config.data.features == "encoded":
+        if encoded:
             self._encode_sources()
-        self.graphs = can_record(
-            accelerator,
-            config.train,
-            pretrained=self.model.backbone.processor is not None,
-            encoded=self.collator.encoded is not None,
-        )
+        reason = why_not(accelerator, config.train, pretrained=pretrained, encoded=encoded)
+        if reason and config.train.cuda_graphs:
+            say(f"steps are not recorded as CUDA graphs: {reason}")
+        self.graphs = config.train.cuda_graphs and not reason
         if self.graphs:
             multiple = padding_multiple(self.collator.max_source_length)
             self.collator = replace(self.collator, pad_to_multiple_of=multiple)

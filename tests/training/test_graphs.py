@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dept_vl.config import DataOptions, RunConfig, TrainOptions
 from dept_vl.models import graphs
 from dept_vl.models.graphs import SHAPES, TILE, padding_multiple
-from dept_vl.training import graphs as training_graphs
 from dept_vl.training import run as training_run
 from dept_vl.training.graphs import GraphedStep, why_not
 from dept_vl.training.run import run
@@ -141,7 +140,7 @@ def test_a_run_on_graphs_is_the_same(
     config: RunConfig, recordings: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(training_run, "padding_multiple", lambda longest: 1)  # as the plain run pads
-    monkeypatch.setattr(training_graphs, "why_not", lambda *given, **options: "")
+    monkeypatch.setattr(training_run, "why_not", lambda *given, **options: "")
     run(config, more_to_come=True)
     assert not recordings
     run(with_(config, train={"cuda_graphs": True}, output_dir=tmp_path / "graphs"), more_to_come=True)
