@@ -156,18 +156,17 @@ def _predictor_data(predictor: Predictor, config: EvaluateConfig) -> tuple[DataO
 
 @contextmanager
 def _writing(folder: Path | None, accelerator: Accelerator, config: EvaluateConfig) -> Iterator[None]:
-    """Lock a folder without predictions while an evaluation writes to it; do nothing if it is None."""
+    """Lock an unused folder while an evaluation writes to it; do nothing if it is None."""
     if folder is None:
         yield
         return
-    on_main(accelerator, lambda: _check_no_predictions(folder))
     with owning(folder, accelerator, wait=config.wait):  # tells of a run that is being trained there
         on_main(accelerator, lambda: _check_unused(folder))
         yield
 
 
-def _check_no_predictions(folder: Path) -> None:
-    """Raise an error if a folder has no name, or holds predictions."""
+def _check_unused(folder: Path) -> None:
+    """Raise an error if a folder has no name, or holds predictions, a run or an adapter."""
     if not folder.name:
         raise UsageError("--output_dir is empty, or the folder `.`; name another folder")
     if (folder / SCORES_FILE).exists() or any(folder.glob("predictions*")):
@@ -175,10 +174,6 @@ def _check_no_predictions(folder: Path) -> None:
             f"{folder} already holds predictions; nothing was changed there. Choose another --output_dir"
         )
 
-
-def _check_unused(folder: Path) -> None:
-    """Raise an error if a folder holds predictions, a run or an adapter."""
-    _check_no_predictions(folder)
     if (folder / CONFIG_FILE).exists() or (folder / ADAPTER_FILE).exists():
         raise FileExistsError(
             f"{folder} holds a run or an adapter; nothing was changed there. Choose another --output_dir"
