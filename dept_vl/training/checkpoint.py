@@ -79,21 +79,19 @@ class TrainingState:
         """
         place = self.folder / f"step-{progress.steps:08d}"
         partial = self.folder / f".{place.name}.partial"
+        accelerator = self.accelerator
         try:
-            self._save(place, partial, progress)
+            # Only the main process writes: the tensors are the same on all.
+            on_main(accelerator, lambda: self._write(partial, progress))
+            rank = accelerator.process_index
+            write_flushed(partial / f"rng-{rank}.safetensors", save(_random_state(accelerator.device)))
+            accelerator.wait_for_everyone()
+            on_main(accelerator, lambda: self._complete(place, partial))
         except OSError:
             # A partial checkpoint would fill the disk.
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return place
-
-    def _save(self, place: Path, partial: Path, progress: Progress) -> None:
-        # Only the main process writes: the tensors are the same on all.
-        on_main(self.accelerator, lambda: self._write(partial, progress))
-        rank = self.accelerator.process_index
-        write_flushed(partial / f"rng-{rank}.safetensors", save(_random_state(self.accelerator.device)))
-        self.accelerator.wait_for_everyone()
-        on_main(self.accelerator, lambda: self._complete(place, partial))
 
     def _write(self, partial: Path, progress: Progress) -> None:
         tensors = self._tensors()
