@@ -17,7 +17,7 @@ from dept_vl._utils.images import ImageSource
 from dept_vl._utils.printable import warn
 from dept_vl._utils.terminal import Count, counted
 from dept_vl.adapters.adapter import Adapter
-from dept_vl.data.collate import Batch, Collator, Draw, key_of, process, read_for, without_prefix
+from dept_vl.data.collate import Batch, key_of, process, read_for, without_prefix
 from dept_vl.data.features import FeatureTable, load_pixels
 from dept_vl.inference.decoding import generation_options, spellings
 from dept_vl.inference.evaluate import written
@@ -25,7 +25,7 @@ from dept_vl.inference.given import as_images
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.prompted import PromptedModel
 from dept_vl.models.tokens import style_of, tokenised
-from dept_vl.tasks.base import Decoding, Example, Task
+from dept_vl.tasks.base import Decoding, Task
 from dept_vl.tasks.io.records import brief
 
 ENCODED_AT_ONCE = 32
@@ -245,20 +245,26 @@ def answer_all(
 def _composed(asks: Sequence[Ask], sources: Sequence[str]) -> Callable[[Sequence[int]], Batch]:
     """Return a function from indices of questions to their batch, for a composed backbone."""
     backbone = asks[0].predictor.model.backbone
+    tokenizer = backbone.tokenizer
     table, names = encode_images(backbone, [ask.images for ask in asks])
 
+    def ids_of(n: int) -> torch.Tensor:
+        longest = asks[n].predictor.max_source_length  # truncate as this adapter does
+        return torch.tensor(
+            tokenised(tokenizer, sources[n], max_length=longest, truncation=True).input_ids, dtype=torch.long
+        )
+
     def batch_of(places: Sequence[int]) -> Batch:
-        rows = []
-        for n in places:
-            predictor = asks[n].predictor
-            collate = Collator.for_model(
-                predictor.model,
-                predictor.decoding.max_new_tokens,
-                max_source_length=predictor.max_source_length,  # truncate as this adapter does
-                images=table,
-            )
-            rows.append(collate([Draw(Example(n, sources[n], names[n], ()))]))
-        return _joined(rows, backbone.tokenizer.pad_token_id)
+        texts = [ids_of(n) for n in places]
+        if not all(map(len, texts)):
+            raise ValueError("there is no text to read; ask something, or give the task a prefix")
+        images = [names[n] for n in places]
+        return Batch(
+            tuple(places),
+            pad_sequence(texts, batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence([torch.ones_like(ids) for ids in texts], batch_first=True),
+            visual_features=table(images) if table is not None and images[0] else None,
+        )
 
     return batch_of
 
@@ -322,18 +328,3 @@ def encode_images(
         parts.append(vision(torch.stack(pixels).to(device)).float().cpu())
     places = {name: (0, number) for number, name in enumerate(name_of.values())}
     return FeatureTable([torch.cat(parts)], places, {}), names
-
-
-def _joined(rows: Sequence[Batch], pad_token_id: int) -> Batch:
-    """Join batches of one example each into one batch."""
-    features = [row.visual_features for row in rows if row.visual_features is not None]
-
-    def padded(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
-        return pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    return Batch(
-        tuple(row.ids[0] for row in rows),
-        padded([row.input_ids[0] for row in rows], pad_token_id),
-        padded([row.attention_mask[0] for row in rows], 0),
-        visual_features=torch.cat(features) if features else None,
-    )
