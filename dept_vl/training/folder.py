@@ -21,7 +21,7 @@ from dept_vl._utils.run_files import (
     SCORES_FILE,
     SUMMARY_FILE,
 )
-from dept_vl.config import RENAMED, RunConfig, to_json
+from dept_vl.config import RunConfig, to_json
 from dept_vl.training.checkpoint import newest, steps_of
 from dept_vl.training.errors import explained
 from dept_vl.training.identity import check_kept, forget_contents
@@ -135,15 +135,6 @@ def _new_folder(task: str) -> Path:
             folder.mkdir(parents=True)
             break
     return folder
-
-
-def existing(folder: Path) -> Path:
-    """Return the folder of a run named after its options, or the one with their older names if it exists."""
-    name = folder.name
-    for old, new in RENAMED.items():
-        name = name.replace(new, old)
-    older = folder.with_name(name)
-    return older if older.is_dir() else folder
 
 
 def release(opened: Opened, accelerator: Accelerator) -> None:

@@ -36,13 +36,20 @@ from dept_vl._utils.printable import say
 from dept_vl._utils.run_files import LOG_FILE, SUMMARY_FILE
 from dept_vl._utils.stats import interval
 from dept_vl._utils.terminal import waiting
-from dept_vl.config import BackboneOptions, DataOptions, OptimOptions, RunConfig, read_config, to_json
+from dept_vl.config import (
+    RENAMED,
+    BackboneOptions,
+    DataOptions,
+    OptimOptions,
+    RunConfig,
+    read_config,
+    to_json,
+)
 from dept_vl.data.splits import load_splits
 from dept_vl.models.base import FrozenBackbone
 from dept_vl.models.pretrained_vlm import open_backbone
 from dept_vl.tasks import TASKS
 from dept_vl.training.build import build_prompt
-from dept_vl.training.folder import existing
 from dept_vl.training.identity import contents, forget_contents
 from dept_vl.training.log import read_log
 from dept_vl.training.owner import owning
@@ -175,7 +182,10 @@ class _Comparison:
     def _run(self, task: str, name: str, seed: int, rates: Rates, *, wait: bool) -> Path:
         """Run with these learning rates unless this is finished; return the folder of the run."""
         folder = self.folder / task / name.replace(" ", "_")
-        output_dir = existing(folder / ",".join(filter(None, [f"seed{seed}", _label(rates)])))
+        label = older = ",".join(filter(None, [f"seed{seed}", _label(rates)]))
+        for old, new in RENAMED.items():
+            older = older.replace(new, old)
+        output_dir = folder / (older if (folder / older).is_dir() else label)
         if not (output_dir / SUMMARY_FILE).is_file():
             say("", output_dir)
         configured = compared()[name].configure(self.bases[task])
