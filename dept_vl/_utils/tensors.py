@@ -16,6 +16,7 @@ from dept_vl._utils.io import check_noted, one_line
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 """Dtypes that trained parameters may be stored in."""
+SAMPLES = 4096
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -80,17 +81,17 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str, pref
             parameter.copy_(state[name])
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]], samples: int = 4096) -> str:
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return 16 hexadecimal digits that identify weights, equal in full precision and in bfloat16.
 
-    They depend on the name, shape and at most `samples` evenly spaced values of each tensor, rounded to
+    They depend on the name, shape and at most `SAMPLES` evenly spaced values of each tensor, rounded to
     bfloat16. This is fast at any size, and differs between checkpoints.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         values = tensor.detach().flatten()
-        values = values[:: max(1, math.ceil(len(values) / samples))]
+        values = values[:: max(1, math.ceil(len(values) / SAMPLES))]
         digest.update(values.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -54,12 +54,12 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     processes = PartialState(cpu=not torch.accelerator.is_available())
     base = target_config(config)
     sources = []
-    for place, name in enumerate(config.source):
+    for name in config.source:
         if name in TASKS and not Path(name).is_dir():
             sources.append(run_once(source_config(config, name)).output_dir)
         else:
             Adapter.from_pretrained(Path(name))  # fails before the runs from scratch
-            sources.append(Path(config.source[place]))
+            sources.append(Path(name))
     check_fit(config, base, sources)
     scores: dict[tuple[Start, int], list[float]] = {}
     for k, seed, start in product(config.k, range(1, config.seeds + 1), config.starts):
