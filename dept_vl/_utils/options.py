@@ -41,13 +41,11 @@ def to_json(options: Options) -> dict[str, Any]:
 
 def build(kind: type[T], content: Any) -> T:
     """Build options from JSON, with defaults; UsageError lists every problem and what is allowed."""
-    problems = _bad_text(content)
-    if not problems:
-        built, problems = _read(_adapter(kind), kind, content)
-        if not problems:
-            options: T = built
-            return options
-    raise UsageError("; ".join(problems))
+    built, problems = _read(_adapter(kind), kind, content)
+    if problems := _bad_text(content) or problems:
+        raise UsageError("; ".join(problems))
+    options: T = built
+    return options
 
 
 def check(content: Any, kind: Any) -> Any:
