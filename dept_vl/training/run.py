@@ -195,9 +195,7 @@ class Run(Stages):
         )
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
-            if encoded:
-                precision += WITH_TEXT
-            keep_precision(self.output_dir, precision, accelerator)
+            keep_precision(self.output_dir, precision + WITH_TEXT * encoded, accelerator)
         # After the features, which the tower computes in full precision.
         prepare_step(
             self.model.backbone.language,
