@@ -83,14 +83,14 @@ def score_run(config: EvaluateConfig, *, write: bool = True) -> Evaluated:
         cpu=not torch.accelerator.is_available(), mixed_precision=config.mixed_precision
     )
     scoring = ScoreRun(config, accelerator)
-    with _writing(scoring.output_dir if write else None, accelerator, config):
+    folder = scoring.output_dir if write else None
+    with _writing(folder, accelerator, config):
         scoring.prepare()
         scoring.score()
         if write:
             scoring.write()
         accelerator.wait_for_everyone()
     accelerator.end_training()
-    folder = scoring.output_dir if write else None
     return Evaluated(scoring.evaluations[0], folder, scoring.submission, scoring.changed)
 
 
