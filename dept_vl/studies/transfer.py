@@ -37,7 +37,6 @@ from dept_vl.training.build import build_model
 from dept_vl.training.identity import contents, forget_contents
 from dept_vl.training.report.plots import score_plot
 from dept_vl.training.run import run_once
-from dept_vl.training.summary import RunResult
 
 PICK_FILE = "pick.json"
 PAPER_SHOTS: dict[str, Any] = {"shots_per": "all", "shots_dev": "split", "dev_limit": 0}
@@ -63,8 +62,9 @@ def transfer(config: TransferConfig, *, more_to_come: bool = False) -> None:
     check_fit(config, base, sources)
     scores: dict[tuple[Start, int], list[float]] = {}
     for k, seed, start in product(config.k, range(1, config.seeds + 1), config.starts):
-        cell = cell_config(config, base, sources, k, seed, start)
-        scores.setdefault((start, k), []).append(primary(run_once(cell)))
+        result = run_once(cell_config(config, base, sources, k, seed, start))
+        primary = next(iter(result.scores.values()))
+        scores.setdefault((start, k), []).append(primary)
     on_main(processes, lambda: write_table(config, scores))
     if not more_to_come:
         processes.destroy_process_group()
@@ -216,11 +216,6 @@ def dev_loss(config: RunConfig, processes: PartialState) -> float:
         batch = collate(part).to(processes.device)
         total += model(**batch.training_inputs()).loss.item() * len(part)
     return total / len(draws)
-
-
-def primary(result: RunResult) -> float:
-    """Return the primary score of a run."""
-    return next(iter(result.scores.values()))
 
 
 NAMES: dict[Start, str] = {"scratch": "from scratch", "prompt": "from P", "all": "from P and offset"}
