@@ -221,13 +221,14 @@ def run_of(source: Path) -> Path | None:
 def _choose_task(adapter: Adapter, task: str | None) -> Task:
     """Return the given task, or the adapter's; ValueError if it is unknown, or there are several."""
     name = adapter.task if task is None else task
-    if name not in TASKS:
-        learnt = [part for part in name.split("+") if part in TASKS]
-        several = f"several tasks: say task={' or '.join(map(repr, learnt))}" if len(learnt) > 1 else ""
+    if name in TASKS:
+        return TASKS[name]
+    learnt = [part for part in name.split("+") if part in TASKS]
+    if len(learnt) > 1:
         raise ValueError(
-            f"the adapter was trained on {several}"
-            if several
-            else f"{name!r} is not a task of this package; say which of them asks alike, task=... "
-            f"(scripts: --task ...): {', '.join(TASKS)}"
+            f"the adapter was trained on several tasks: say task={' or '.join(map(repr, learnt))}"
         )
-    return TASKS[name]
+    raise ValueError(
+        f"{name!r} is not a task of this package; say which of them asks alike, task=... "
+        f"(scripts: --task ...): {', '.join(TASKS)}"
+    )
