@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from dept_vl._utils.errors import is_user_error
+from dept_vl._utils.errors import UsageError, is_user_error
 from dept_vl._utils.io import one_line
 from dept_vl.tasks.io.files import check_shards
 from dept_vl.tasks.own.formats import read_records
