@@ -234,6 +234,17 @@ def test_every_kind_of_copy_reads_the_same(kind: str, name: str, tmp_path: Path)
     assert [found[n] for n in range(len(found))] == [expected[n] for n in range(len(expected))]
 
 
+def test_classes_are_those_of_the_task_whatever_the_data_set_calls_them(tmp_path: Path) -> None:
+    """Yelp's are called 1 and 2 and are 0 and 1."""
+    features = {"label": {"names": ["1", "2"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"text": ["bad", "good"], "label": [0, 1]})
+    for split in ("train", "test"):
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{split}.parquet")
+    task = load_task("yelp2", tmp_path, "test")
+    assert [task[n].answers for n in (0, 1)] == [("negative",), ("positive",)]
+
+
 def test_a_split_that_is_there_twice_is_an_error(tmp_path: Path) -> None:
     folder = write_as("csv", tmp_path / "rte", "rte")
     write_lines(folder / "validation.json", rows_of("rte"))

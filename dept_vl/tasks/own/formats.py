@@ -46,8 +46,11 @@ SPLIT_NAMES = {"restval": "train"}
 """Split names by Karpathy's names; `restval` holds further training images."""
 
 
-def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
-    """Read the records of a file in any supported format; of Parquet only `columns`, if there are any."""
+def read_records(path: Path, columns: Sequence[str] = (), *, class_names: bool = True) -> Numbered:
+    """Read the records of a file in any supported format; of Parquet only `columns`, if there are any.
+
+    Without `class_names`, classes in Parquet stay numbers instead of the names that `datasets` stores.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     match path.suffix.lower():
@@ -56,7 +59,7 @@ def read_records(path: Path, columns: Sequence[str] = ()) -> Numbered:
         case ".jsonl" | ".ndjson":
             return read_json(path) if begins_with_list(path) else read_lines(path)
         case ".parquet":
-            return read_parquet(path, columns)
+            return read_parquet(path, columns, class_names=class_names)
         case ".arrow":
             return read_arrow(path)
         case ".json":

@@ -257,12 +257,12 @@ def _json(path: Path) -> Iterator[Shallow]:
             raise UsageError(f"{where}: the file is not complete JSON: {reason}") from None
 
 
-def read_parquet(path: Path, columns: Sequence[str] = ()) -> Numbered:
+def read_parquet(path: Path, columns: Sequence[str] = (), *, class_names: bool = True) -> Numbered:
     """Read a Parquet file, or some columns. Images become references; their bytes are not read."""
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
-            finish = _finisher(path, file.schema_arrow)
+            finish = _finisher(path, file.schema_arrow, class_names=class_names)
             types = {field.name: field.type for field in file.schema_arrow}
             if columns:
                 leaves = [leaf for leaf in leaves if leaf in columns or leaf.split(".")[0] in columns]
@@ -297,10 +297,10 @@ def read_arrow(path: Path) -> Numbered:
             yield place + 1, finish(row, place)
 
 
-def _finisher(path: Path, schema: pa.Schema) -> Callable[[Record, int], Record]:
+def _finisher(path: Path, schema: pa.Schema, *, class_names: bool = True) -> Callable[[Record, int], Record]:
     """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
-    classes = _class_names(schema.metadata)
+    classes = _class_names(schema.metadata) if class_names else {}
     short = [field.name for field in schema if _is_short(field.type)]
 
     def finish(row: Record, place: int) -> Record:
