@@ -14,11 +14,14 @@ from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.initialise import initialise
 from dept_vl.prompts.methods import build
+from dept_vl.tasks import TASKS
 from dept_vl.tasks.base import Task
 from dept_vl.training.optim import relative_size
 
 GROUPS = attrgetter("data", "prompt", "train", "backbone", "optim")
 """The options of a run whose effect depends on others."""
+OF_IMAGES = ("visual_offset", "image_fit", "features", "feature_memory", "on_bad_image")
+"""Options that only images are subject to."""
 
 
 def build_model(config: RunConfig) -> PromptedModel:
@@ -103,13 +106,16 @@ def without_effect(config: RunConfig) -> list[str]:
     shots = data.shots or data.shots_file
     on_shots = "--shots_dev is shots" if shots and data.shots_dev == "shots" else ""
     no_prompt = "" if "prompt" in METHODS[prompt.method].groups() else f"{prompt.method} has no prompt"
+    read = any(TASKS[one.task].image_count for one in (data, *config.also))
+    no_images = "" if read else f"{data.task} has no images"
     reasons = {
+        **dict.fromkeys(OF_IMAGES, no_images),
         "dev_split": on_shots,
         "holdout_images": on_shots or (f"the dev split is {dev_split}" if dev_split else ""),
         "shots_seed": "" if data.shots else "no --shots are drawn",
         "shots_per": "" if data.shots else "no --shots are drawn",
         "shots_dev": "" if shots else "there are no --shots and no --shots_file",
-        "features_dir": "--features is live" if data.features == "live" else "",
+        "features_dir": no_images or ("--features is live" if data.features == "live" else ""),
         "init_parts": "" if prompt.init_from else "there is no --init_from",
         "prompt_init": no_prompt,
         "prompt_lr": no_prompt,

@@ -67,6 +67,12 @@ def test_options_without_effect_are_told() -> None:
     )
     names = [note.split("--")[1].split()[0] for note in without_effect(few)]
     assert names == ["dev_split", "holdout_images", "shots_per", "max_steps"]
+    text = RunConfig(
+        data=DataOptions(task="rte", features="cached", on_bad_image="skip"),
+        prompt=PromptOptions(method="adept", visual_offset=True),
+    )
+    names = [note.split("--")[1].split()[0] for note in without_effect(text)]
+    assert names == ["visual_offset", "features", "on_bad_image"]
     on_split = RunConfig(data=DataOptions(dev_split="val", shots_file=Path("s"), shots_dev="split"))
     assert without_effect(on_split) == []
     idle = RunConfig(
