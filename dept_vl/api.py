@@ -89,8 +89,9 @@ def train(config: RunConfig) -> Trained:
     """Train an adapter, score it on the test split, and save adapter and scores in the folder of the run.
 
     This works in scripts, in notebooks and under `accelerate launch`, and can be called repeatedly in one
-    process. Of several threads, one trains or evaluates at a time, and the others wait. It restores random
-    generators, deterministic mode, signal handlers and, with a single process, accelerate's state.
+    process. Of several threads, one trains or evaluates at a time, and the others wait. Another thread that
+    draws random numbers of torch meanwhile, as `load` does, changes the run. It restores random generators,
+    deterministic mode, signal handlers and, with a single process, accelerate's state.
     Ctrl-C stops the run after the current step and writes a checkpoint to resume from.
 
     Args:
