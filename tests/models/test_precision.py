@@ -202,7 +202,7 @@ BATCHES = [(7, 4, 5), (9, 9), (11, 3, 4, 8), (2, 12), (6, 6, 6)]
     ("name", "tower", "checkpointing"),
     [
         pytest.param("t5", "clip", False, marks=pytest.mark.slow),
-        ("t5", "clip", True),
+        pytest.param("t5", "clip", True, marks=pytest.mark.slow),
         ("bart", "clip", False),
         pytest.param("gpt2", None, False, marks=pytest.mark.slow),
         pytest.param("llama", None, True, marks=pytest.mark.slow),
@@ -344,7 +344,7 @@ def test_lora_is_compiled(t5: Backbone, graphs: Callable[[], int]) -> None:
     assert graphs() == 4
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_whole_model_compiles_as_one_graph(
     name: str, make_backbone: Callable[..., Backbone], graphs: Callable[[], int]
 ) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from dept_vl.tasks.metrics import caption as caption_module
-from dept_vl.tasks.metrics.caption import Figures, score_captions
+from dept_vl.tasks.metrics.caption import Figures, check_meteor, score_captions
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="no Java runtime on the PATH")
 
@@ -300,15 +300,15 @@ def test_interrupted_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_java
 def test_meteor_is_tried_wherever_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd_surroundings(tmp_path, monkeypatch)
-    caption_module.check_meteor.cache_clear()
-    caption_module.check_meteor()
+    check_meteor.cache_clear()
+    check_meteor()
 
 
 def test_a_meteor_that_does_not_run_is_found_beforehand(fake_java: Callable[[str], None]) -> None:
     fake_java("sys.exit('no memory')")
-    caption_module.check_meteor.cache_clear()
+    check_meteor.cache_clear()
     with pytest.raises(RuntimeError, match=r"no memory.*--no_meteor"):
-        caption_module.check_meteor()
+        check_meteor()
 
 
 @needs_java

@@ -27,7 +27,7 @@ from dept_vl._utils.images import missing_files, read_image
 from dept_vl.config import DataOptions, EvaluateConfig, RunConfig
 from dept_vl.data.shots import draw_shots
 from dept_vl.data.splits import data_options
-from dept_vl.inference import bulk
+from dept_vl.inference import predict as bulk
 from dept_vl.inference.options import PredictConfig
 from dept_vl.inference.predict import predict
 from dept_vl.tasks import TASKS, load_task
@@ -392,7 +392,7 @@ def test_an_adapter_of_another_task_is_asked_in_its_own_way(
     tokenizer = predictor.model.backbone.tokenizer
     wanted = [tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) for text in wanted]
     assert wanted[0].startswith(tokenizer.decode(tokenizer(prefix).input_ids, skip_special_tokens=True))
-    for place in ("evaluate", "bulk"):
+    for place in ("evaluate", "predict"):
         monkeypatch.setattr(f"dept_vl.inference.{place}.decode", spy)
     scored = score_run(EvaluateConfig(run=config.output_dir, own=options, output_dir=tmp_path / "scored"))
     assert dept_vl.evaluate(predictor, **vars(options)).predictions == scored.predictions

@@ -224,7 +224,7 @@ def test_sizes_of_an_adapter_are_those_of_its_tensors(
         ({"metrics": {"overall": float("inf")}}, "is inf; expected a finite number"),
         (
             {"backbone": {"name": "tiny"}},
-            r"backbone\.fingerprint is missing; backbone\.visual_position_bias is missing",
+            r"backbone\.visual_position_bias is missing; backbone\.fingerprint is missing",
         ),
         ({"trainable_parameters": {"total": 7}}, "have .* parameters, and trainable_parameters says"),
         ({"tensors": {"head.weight": torch.ones(1)}}, r"alone, found \['head\.weight'\]"),
