@@ -113,7 +113,8 @@ class Method(ABC):
         if not isinstance(prompt, DePT):
             raise ValueError(f"build() of method {self.name} returned a {type(prompt).__name__}, not a DePT")
         names = {parameter: name for name, parameter in prompt.named_parameters()}
-        if lost := sorted(prompt.state_dict().keys() - set(names.values())):
+        kept = {name for name, _ in prompt.named_parameters(remove_duplicate=False)}  # with shared ones
+        if lost := sorted(prompt.state_dict().keys() - kept):
             raise ValueError(
                 f"method {self.name} has the buffers {', '.join(lost)}, and adapters hold parameters only: "
                 "make them parameters, or register them with persistent=False and fill them in build()"

@@ -135,6 +135,15 @@ def test_buffers_that_no_adapter_would_hold_are_refused() -> None:
         other(build=built).groups()
 
 
+def test_a_module_in_two_places_is_trained_once() -> None:
+    def built(self: Method) -> DePT:
+        shift = Shift(self.d_model)
+        return DePT(**self.common, token_offset=shift, visual_offset=shift)
+
+    shapes = other(build=built)(**SIZES).trained()
+    assert shapes == {"prompt": {"soft_prompt": (3, 4)}, "low_rank": {"token_offset.bias": (4,)}}
+
+
 def test_a_rank_that_buys_nothing_is_refused() -> None:
     sizes = {"d_model": 4, "max_source_length": 8, "reference_prompt_length": 9, "prompt_length": 3}
     with pytest.raises(ValueError, match="has_rank = False"):
