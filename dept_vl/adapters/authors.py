@@ -135,6 +135,8 @@ def contents(
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"expected the tensors of an adapter at {path}, found none")
     try:
         # A pickle can run code; this reads tensors and plain containers, and rejects everything else.
         content = torch.load(path, map_location="cpu", weights_only=True)
