@@ -27,8 +27,8 @@ class PromptTable:
         lengths: Number of vectors of each prompt.
         offsets: Offset by position of each prompt, (prompts, longest text, d_model), which is zero after the
             prompt's own maximum text length; None if no prompt has one.
-        prompts: The prompts, of length zero for None.
         limits: Maximum text length of each prompt, in tokens.
+        modules: Modules of each prompt by name, or None. The prompts themselves are not kept.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class PromptTable:
         self.d_model = words.shape[1]
         self.padding_first = padding_first
         none = DePT(self.d_model, prompt_length=0, max_source_length=LARGEST_SIZE)
-        filled = self.prompts = [none if prompt is None else prompt for prompt in prompts]
+        filled = [none if prompt is None else prompt for prompt in prompts]
         lengths = [prompt.prompt_length for prompt in filled]
         self.lengths = torch.tensor(lengths, device=words.device)
         self.limits = torch.tensor([prompt.max_source_length for prompt in filled], device=words.device)
@@ -55,6 +55,8 @@ class PromptTable:
                 self.vectors[place, max(lengths) - len(vectors) :] = vectors
             if offset is not None and self.offsets is not None:
                 self.offsets[place, : len(offset)] = offset
+        names = ("token_offset", "visual_offset", "memory_offset")
+        self.modules = {name: [getattr(prompt, name) for prompt in filled] for name in names}
 
 
 class RowPrompts(DePT):
@@ -121,7 +123,7 @@ class RowPrompts(DePT):
     @property
     def needs_encoder(self) -> bool:
         """See `DePT.needs_encoder`."""
-        return any(prompt.needs_encoder for prompt in self.table.prompts)
+        return any(module is not None for module in self.table.modules["memory_offset"])
 
     def shift_visual(
         self, visual: Float[Tensor, "batch visual d_model"]
@@ -142,8 +144,7 @@ class RowPrompts(DePT):
         name: str,
     ) -> Float[Tensor, "batch tokens d_model"]:
         """Return `vectors` plus, for each row, the offset of `read` by this module of its own prompt."""
-        for place, prompt in enumerate(self.table.prompts):
-            offset = getattr(prompt, name)
+        for place, offset in enumerate(self.table.modules[name]):
             rows = (self.rows == place).nonzero().squeeze(1)
             if offset is not None and len(rows):
                 vectors = vectors.index_add(0, rows, offset(read[rows]))

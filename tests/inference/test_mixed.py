@@ -1,8 +1,10 @@
 """Many adapters in one batch: every row as if it were alone."""
 
 import copy
+import gc
 import itertools
 import json
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,9 @@ from dept_vl.inference.mixed import ManyAdapters, load_many
 from dept_vl.inference.predictor import Predictor
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.prompted import PromptedModel
+from dept_vl.models.row_prompts import PromptTable
 from dept_vl.prompts.base import sized
+from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build
 from scripts import bench_adapters
 
@@ -201,6 +205,17 @@ def test_many_leave_the_backbone_and_each_other_as_they_were(t5: Backbone, tmp_p
     many.model(["long"]).generate(**inputs, max_new_tokens=5)
     assert torch.equal(alone(many, "short").generate(**inputs, max_new_tokens=5), first)
     assert all(torch.equal(before[name], tensor) for name, tensor in t5.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_table_of_prompts_keeps_none_of_them() -> None:
+    prompt = DePT(8, prompt_length=2, rank=2, max_source_length=4)
+    kept = weakref.ref(prompt)
+    table = PromptTable([prompt], torch.zeros(9, 8))
+    del prompt
+    gc.collect()
+    assert kept() is None
+    assert table.vectors.shape == (1, 2, 8)
 
 
 def test_a_text_longer_than_its_own_prompt_reads_is_refused(t5: Backbone, tmp_path: Path) -> None:
