@@ -80,14 +80,15 @@ def _check(model: PromptedModel, adapter: Adapter, path: Path, parts: InitParts,
         raise ValueError(f"{whose} has no prompt, and init_from starts a prompt from a trained one")
     sizes = model.prompt.describe()
     names = ["prompt_length", "d_model"]
+    alone = parts == "all" and sources == 1
     if parts == "all":
         names += ["method", "rank", "max_source_length", "alpha", "visual_offset"]
+        names += () if alone else ("seed",)  # a single source brings its frozen values along
     differing = [
         f"{name}={adapter.prompt[name]} there, {sizes[name]} here"
         for name in names
         if adapter.prompt[name] != sizes[name]
     ]
-    alone = parts == "all" and sources == 1
     if parts == "all" and not alone and model.prompt.offset_modules:
         differing.append(f"offsets of method {sizes['method']} cannot be averaged")
     if differing or (sizes["prompt_length"] == 0 and not alone):

@@ -248,6 +248,9 @@ def test_frozen_values_come_along_with_a_source(
     inherit(target, [saved(source, tmp_path)], "all")
     assert torch.equal(target.prompt.vectors(), source.prompt.vectors())
     assert target.prompt.describe()["seed"] == 42
+    again = saved(source, tmp_path / "again")
+    with pytest.raises(ValueError, match="seed=42 there, 1 here"):  # a mean has no frozen values of its own
+        inherit(model_of(backbone, "ulpt", seed=1), [saved(source, tmp_path / "one"), again], "all")
 
 
 @pytest.mark.parametrize("method", ["pt", "dept", "adept", "hybrid"])
