@@ -99,6 +99,18 @@ def test_a_question_has_the_images_of_the_turns_up_to_it(tmp_path: Path, column:
     assert own(written(tmp_path, lines(spoken)))[0].images == paths
 
 
+@pytest.mark.parametrize("turns", ["first", "all"])
+def test_a_question_before_all_images_has_them_all(tmp_path: Path, turns: str) -> None:
+    late = [turn("user", "hello?"), turn("assistant", "a"), turn("user", "what?", "IMG_0001.JPG")]
+    task = own(written(tmp_path, lines({"messages": late})), turns=turns)
+    assert [task[n].images for n in range(len(task))] == [(PHOTOS / "IMG_0001.JPG",)] * len(task)
+
+
+def test_images_in_turns_are_not_read_beside_a_column(tmp_path: Path) -> None:
+    row = {"images": ["IMG_0001.JPG"], "messages": [turn("user", "what?", "https://example.org/a.png")]}
+    assert own(written(tmp_path, lines(row)))[0].images == (PHOTOS / "IMG_0001.JPG",)
+
+
 def test_an_empty_turn_is_no_answer(tmp_path: Path) -> None:
     turns = [turn("user", "what?", "IMG_0001.JPG"), {"role": "assistant", "content": " "}]
     task = own(written(tmp_path, lines({"messages": turns})))
@@ -123,6 +135,9 @@ def test_deep_tables_are_named(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "data.jsonl", tmp_path / "a/b/c/more.jsonl")
     task = own(tmp_path)
     assert (len(task), "a/b/c/more.jsonl" in " ".join(task.notes)) == (1, True)
+    for number in range(100):
+        (tmp_path / f"a/b/c/of_one_image_{number}.json").touch()
+    assert max(map(len, own(tmp_path).notes)) < 300
 
 
 def test_a_quote_that_takes_in_the_next_line_is_an_error(tmp_path: Path) -> None:
@@ -130,6 +145,8 @@ def test_a_quote_that_takes_in_the_next_line_is_an_error(tmp_path: Path) -> None
     text = "\n".join(map("\t".join, rows))
     with pytest.raises(UsageError, match=r"data\.tsv, line 2"):
         own(written(tmp_path, text, "data.tsv"))
+    cell = 'image\tquestion\tanswer\nIMG_0001.JPG\t"is this\n\ta\tlist?"\tyes\n'
+    assert own(written(tmp_path, cell, "data.tsv"))[0].question == "is this\n\ta\tlist?"
 
 
 def test_the_usual_answer_of_several_is_the_choice(tmp_path: Path) -> None:

@@ -101,10 +101,14 @@ class Columns:
         pairs = pairs_of(turns, where)
         for number, (question, answer, inside) in enumerate(pairs if self.all_turns else pairs[:1]):
             numbered = f"{base['id']}-{number + 1}" if base["id"] and len(pairs) > 1 else base["id"]
-            images = [self._image(one, where) for one in inside if one is not None]
-            if base["images"]:  # a column of their own; placeholders in turns say which belong to a question
-                whole = not inside or len(pairs[-1][2]) != len(base["images"])
-                images = base["images"] if whole else base["images"][: len(inside)]
+            images = base["images"]
+            # Beside a column of images, placeholders in turns say which of them belong to a question.
+            if len(pairs[-1][2]) == len(images):
+                images = images[: len(inside)] or images
+            if not images:  # all of the conversation, for a question that comes before all of them
+                named = [one for one in inside if one is not None]
+                named = named or [one for one in pairs[-1][2] if one is not None]
+                images = [self._image(one, where) for one in named]
             self._check_images(images, record, where)
             answers = [one_line(self._shown(answer))] if answer and answer.strip() else []
             yield base | {

@@ -21,6 +21,8 @@ OURS = (
 """JSON files that lie beside data but are not tables."""
 DEEPEST = 2
 """Number of folders below that of the data in which tables are read."""
+SHOWN = 5
+"""Number of tables that a note names."""
 FETCHED = ("*.parquet", "*.jsonl", "*.json", "*.csv", "*.tsv", "*.jpg", "*.jpeg", "*.png", "*.webp")
 """File patterns to download from a data set on the Hub; they never include code."""
 
@@ -64,7 +66,11 @@ def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
     tables = named or tables
     check_shards(table.path for table in tables)
     reasons = {"other files name a split and these do not": left_out, "they lie deeper": deep}
-    notes = [f"ignored, because {why}: {', '.join(names)}" for why, names in reasons.items() if names]
+    notes = [
+        f"ignored, because {why}: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
+        for why, names in reasons.items()
+        if names
+    ]
     return path, tables, notes
 
 

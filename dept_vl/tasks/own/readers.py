@@ -117,10 +117,10 @@ def read_csv(path: Path) -> Numbered:
             header = _header(path, next(rows))
             line = rows.line_num + 1
             for cells in _long_cells(rows):
-                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+                if delimiter == "\t" and any(_took_rows(cells, at) for at in range(len(cells))):
                     raise UsageError(
                         f"{place(path, line)}: a cell goes on over tabs into the next line; write a quote "
-                        "that starts a cell twice, and quotes around the cell"
+                        "that starts a cell twice, and quotes around the cell. If it is one, omit its tabs"
                     )
                 if len(cells) == len(header):
                     yield rows.line_num, dict(zip(header, cells, strict=True))
@@ -133,6 +133,18 @@ def read_csv(path: Path) -> Numbered:
     except csv.Error as error:
         reason = str(error).replace("'\t'", "a tab")
         raise UsageError(f"{place(path, line)}: {reason}; write a quote inside quotes twice") from None
+
+
+def _took_rows(cells: Sequence[str], at: int) -> bool:
+    """Return whether a cell reads like the end of its row, whole rows, and the start of another one."""
+    tabs = [line.count("\t") for line in cells[at].split("\n")]
+    whole = len(cells) - 1
+    return (
+        len(tabs) > 1
+        and whole > 0
+        and (tabs[0], tabs[-1]) == (whole - at, at)
+        and {*tabs[1:-1]} <= {0, whole}
+    )
 
 
 def _long_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
@@ -372,7 +384,7 @@ def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         inner = {name: _inner(feature) for name, feature in features.items()}
         return {name: one["names"] for name, one in inner.items() if one.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError):
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
         return {}
 
 
