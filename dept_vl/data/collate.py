@@ -52,7 +52,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        return Batch(**send_to_device(vars(self), device, non_blocking=True))
+        # Without ids and choices: looking through them takes longer than a copy.
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor | dict)}
+        return replace(self, **send_to_device(tensors, device, non_blocking=True))
 
     def inputs(self) -> dict[str, Any]:
         """Return the keyword arguments for `PromptedModel.generate`."""
