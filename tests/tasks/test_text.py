@@ -234,11 +234,16 @@ def test_every_kind_of_copy_reads_the_same(kind: str, name: str, tmp_path: Path)
     assert [found[n] for n in range(len(found))] == [expected[n] for n in range(len(expected))]
 
 
-def test_classes_are_those_of_the_task_whatever_the_data_set_calls_them(tmp_path: Path) -> None:
-    """Yelp's are called 1 and 2 and are 0 and 1."""
-    features = {"label": {"names": ["1", "2"], "_type": "ClassLabel"}}
+@pytest.mark.parametrize(
+    ("names", "labels"), [(["1", "2"], [0, 1]), (["positive", "negative"], [1, 0]), (["good", "bad"], [0, 1])]
+)
+def test_names_of_classes_count_if_the_task_has_them(
+    tmp_path: Path, names: list[str], labels: list[int]
+) -> None:
+    """Yelp's are 1 and 2, which stand for 0 and 1."""
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pa.table({"text": ["bad", "good"], "label": [0, 1]})
+    table = pa.table({"text": ["bad", "good"], "label": labels})
     for split in ("train", "test"):
         pq.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{split}.parquet")
     task = load_task("yelp2", tmp_path, "test")

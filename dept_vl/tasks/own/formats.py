@@ -46,10 +46,12 @@ SPLIT_NAMES = {"restval": "train"}
 """Split names by Karpathy's names; `restval` holds further training images."""
 
 
-def read_records(path: Path, columns: Sequence[str] = (), *, class_names: bool = True) -> Numbered:
+def read_records(
+    path: Path, columns: Sequence[str] = (), *, classes: Collection[str] | None = None
+) -> Numbered:
     """Read the records of a file in any supported format; of Parquet only `columns`, if there are any.
 
-    Without `class_names`, classes in Parquet stay numbers instead of the names that `datasets` stores.
+    Classes in Parquet get the names that `datasets` stores, or stay numbers if one is not in `classes`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
@@ -59,7 +61,7 @@ def read_records(path: Path, columns: Sequence[str] = (), *, class_names: bool =
         case ".jsonl" | ".ndjson":
             return read_json(path) if begins_with_list(path) else read_lines(path)
         case ".parquet":
-            return read_parquet(path, columns, class_names=class_names)
+            return read_parquet(path, columns, classes=classes)
         case ".arrow":
             return read_arrow(path)
         case ".json":

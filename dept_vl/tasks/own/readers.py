@@ -3,7 +3,7 @@
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import TextIOWrapper
@@ -269,12 +269,17 @@ def _json(path: Path) -> Iterator[Shallow]:
             raise UsageError(f"{where}: the file is not complete JSON: {reason}") from None
 
 
-def read_parquet(path: Path, columns: Sequence[str] = (), *, class_names: bool = True) -> Numbered:
-    """Read a Parquet file, or some columns. Images become references; their bytes are not read."""
+def read_parquet(
+    path: Path, columns: Sequence[str] = (), *, classes: Collection[str] | None = None
+) -> Numbered:
+    """Read a Parquet file, or some columns. Images become references; their bytes are not read.
+
+    `classes` is that of `formats.read_records`.
+    """
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             leaves = [file.schema.column(n).path for n in range(len(file.schema))]
-            finish = _finisher(path, file.schema_arrow, class_names=class_names)
+            finish = _finisher(path, file.schema_arrow, classes)
             types = {field.name: field.type for field in file.schema_arrow}
             if columns:
                 leaves = [leaf for leaf in leaves if leaf in columns or leaf.split(".")[0] in columns]
@@ -309,10 +314,13 @@ def read_arrow(path: Path) -> Numbered:
             yield place + 1, finish(row, place)
 
 
-def _finisher(path: Path, schema: pa.Schema, *, class_names: bool = True) -> Callable[[Record, int], Record]:
+def _finisher(
+    path: Path, schema: pa.Schema, known: Collection[str] | None = None
+) -> Callable[[Record, int], Record]:
     """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
-    classes = _class_names(schema.metadata) if class_names else {}
+    classes = _class_names(schema.metadata)
+    classes = {column: names for column, names in classes.items() if known is None or {*names} <= {*known}}
     short = [field.name for field in schema if _is_short(field.type)]
 
     def finish(row: Record, place: int) -> Record:

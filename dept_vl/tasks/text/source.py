@@ -66,7 +66,8 @@ def open_source(
         )
     others = f" and {len(files) - 1} more" if len(files) > 1 else ""
     # Read like your own tables; columns are checked with each row.
-    rows = (row for path in files for _, row in read_records(path, (*needed, *wanted), class_names=False))
+    columns, classes = (*needed, *wanted), published.words.values()
+    rows = (row for path in files for _, row in read_records(path, columns, classes=classes))
     return Source(f"{files[0]}{others}", files, rows)
 
 

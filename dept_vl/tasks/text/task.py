@@ -159,7 +159,16 @@ def read_rows(name: str, folder: Path | None, split: str) -> Rows:
     if not source.files:  # a data set in memory
         return Rows.of(list(_records(spec, source)), SCHEMA)
     # The name depends on the definition too, since tasks share files (MRQA).
-    made_by = repr((spec.text, spec.label, sorted(spec.words.items()), spec.group, spec.only))
+    made_by = repr(
+        (
+            spec.text,
+            spec.label,
+            sorted(spec.words.items()),
+            spec.group,
+            spec.only,
+            "class names that the task has",
+        )
+    )
     title = f"{name}-{split}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
     return convert(title, source.files, SCHEMA, _records(spec, source), unique="id")
 
