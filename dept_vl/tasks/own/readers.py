@@ -2,7 +2,6 @@
 
 import codecs
 import csv
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,6 +20,7 @@ from dept_vl._utils.errors import UsageError
 from dept_vl._utils.io import NestedError, RepeatedKeyError, UniqueKeys, check_keys
 from dept_vl._utils.printable import one_line
 from dept_vl.tasks.io.records import Shallow, brief, json_fault, json_object
+from dept_vl.tasks.own.classes import class_names, named
 from dept_vl.tasks.own.inline import Embedded
 
 Record = dict[str, Any]
@@ -319,8 +319,7 @@ def _finisher(
 ) -> Callable[[Record, int], Record]:
     """Return a function that puts references to images, and names of classes, into a row."""
     images = {field.name: _is_list(field.type) for field in schema if _is_image(field.type)}
-    classes = _class_names(schema.metadata)
-    classes = {column: names for column, names in classes.items() if known is None or {*names} <= {*known}}
+    classes = class_names(schema.metadata, known)
     short = [field.name for field in schema if _is_short(field.type)]
 
     def finish(row: Record, place: int) -> Record:
@@ -332,7 +331,7 @@ def _finisher(
                 row[name] = [Embedded.at(path, name, place, item) for item in range(len(value))]
         for column, names in classes.items():
             if column in row:
-                row[column] = _named(row[column], names)
+                row[column] = named(row[column], names)
         return row
 
     return finish
@@ -375,31 +374,3 @@ def _holds_bytes(leaf: str, types: dict[str, pa.DataType], leaves: Sequence[str]
     # For lists of images one leaf is read, to count them: the paths if there are any.
     own = [one for one in leaves if one.startswith(f"{name}.")]
     return leaf != next((one for one in own if one.endswith(".path")), own[0])
-
-
-def _named(value: Any, names: Sequence[str]) -> Any:
-    """Return the name of a class, None for -1, which means unlabelled; also in lists."""
-    if isinstance(value, list):
-        return [_named(one, names) for one in value]
-    if not isinstance(value, int):
-        return value
-    return names[value] if 0 <= value < len(names) else None
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Return the class names that `datasets` stores in the metadata, by column, also for lists."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        inner = {name: _inner(feature) for name, feature in features.items()}
-        return {name: one["names"] for name, one in inner.items() if one.get("_type") == "ClassLabel"}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError):
-        return {}
-
-
-def _inner(feature: Any) -> dict[str, Any]:
-    """Return the feature in a list of `datasets`, which is written in three ways."""
-    if isinstance(feature, list):
-        return _inner(feature[0])
-    if isinstance(feature, dict) and isinstance(feature.get("feature"), dict | list):
-        return _inner(feature["feature"])
-    return feature if isinstance(feature, dict) else {}
