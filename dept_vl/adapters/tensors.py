@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from dept_vl._utils.tensors import load_exactly, under
 from dept_vl.adapters.schema import described_method
 from dept_vl.models.options import ObjectOrder
+from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vision import OBJECT_ORDER
 from dept_vl.prompts.base import Method, Shapes
 from dept_vl.prompts.dept import DePT
 from dept_vl.prompts.methods import build

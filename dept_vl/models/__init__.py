@@ -18,6 +18,7 @@ __all__ = [
     "positions",
     "precision",
     "pretrained_vlm",
+    "projection",
     "prompt_hook",
     "prompted",
     "quantised",

@@ -26,8 +26,9 @@ from dept_vl.models.checks import check_tokenizer, load_tokenizer
 from dept_vl.models.language import DecoderOnly, EncoderDecoder, load_language, wrap_language_model
 from dept_vl.models.options import BEFORE_ORDER, ImageFit, ObjectOrder, VisualNorm, VisualPositionBias
 from dept_vl.models.padding import packing, take
+from dept_vl.models.projection import MAX_IMAGES, embedding_norm, new_projection
 from dept_vl.models.row_prompts import RowPrompts, repeated
-from dept_vl.models.vision import MAX_IMAGES, VisionEncoder, VisionOptions, embedding_norm, new_projection
+from dept_vl.models.vision import VisionEncoder, VisionOptions
 from dept_vl.prompts.dept import DePT
 
 BACKBONE_FILE = "backbone.json"

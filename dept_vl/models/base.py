@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from dept_vl.models.language import Answerer
 from dept_vl.models.options import ImageFit, LoadIn, ObjectOrder, TrainedPart, VisualNorm, VisualPositionBias
+from dept_vl.models.projection import OBJECT_ORDER
 from dept_vl.models.source import SourceReader
-from dept_vl.models.vision import OBJECT_ORDER, VisionEncoder
+from dept_vl.models.vision import VisionEncoder
 from dept_vl.prompts.initialise import COMMON_TOKENS
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""Frozen image encoders, and the trained projection of their features to visual tokens.
+"""Frozen image encoders: CLIP, SigLIP, DINOv2 and other vision models of transformers, and any timm model.
 
 Encoders are vision models of transformers (CLIP, SigLIP, DINOv2, ...), and timm models in its wrapper. They
-are loaded with their image processors, and return features of shape `(batch, tokens, d_vision)`. The
-projection is that of VL-T5 (Cho et al. 2021), without a box embedding, which is constant for grid features.
+are loaded with their image processors, and return features of shape `(batch, tokens, d_vision)`.
 """
 
 import math
@@ -22,9 +21,6 @@ from dept_vl.models.options import LARGEST_GRID, ImageFit
 
 SUPPORTED = "vision models of transformers (CLIP, SigLIP, DINOv2, ViT and their like) and of timm (timm/...)"
 """Supported image encoders, for error messages."""
-MAX_IMAGES = 2
-OBJECT_ORDER = "object_order"
-"""Name of the object order in the module and in the names of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -260,68 +256,3 @@ class VisionEncoder(nn.Module):
             return int(getattr(timm_model, "num_prefix_tokens", 0))
         patch: int = cast(Any, self.model).config.patch_size
         return token_count - (height // patch) * (width // patch)
-
-
-class VisualProjection(nn.Module):
-    """Projection of visual features to visual tokens: norm(linear(features)) + image order + object order.
-
-    The image order has one vector per image, the object order one for each of `places` in an image (0: none),
-    which are drawn with the standard deviation `std`.
-    """
-
-    def __init__(
-        self, d_vision: int, d_model: int, norm: nn.Module, places: int = 0, std: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.linear = nn.Linear(d_vision, d_model)
-        self.norm = norm
-        self.image_order = nn.Embedding(MAX_IMAGES, d_model)
-        nn.init.normal_(self.linear.weight, std=d_vision**-0.5)
-        nn.init.zeros_(self.linear.bias)
-        nn.init.zeros_(self.image_order.weight)
-        self.object_order: nn.Embedding | None = None
-        if places:
-            self.object_order = nn.Embedding(places, d_model)
-            nn.init.normal_(self.object_order.weight, std=std)
-
-    def forward(
-        self, features: Float[Tensor, "batch images tokens d_vision"]
-    ) -> Float[Tensor, "batch images*tokens d_model"]:
-        """Return the visual tokens of each example, with those of its images concatenated."""
-        order = self.image_order.weight[: features.shape[1], None]
-        if self.object_order is not None:
-            order = order + self.object_order.weight
-        # Features from files may be in half precision. The norm is in full precision, as in T5.
-        linear: Tensor = self.linear(features.to(self.linear.weight.dtype))
-        tokens: Tensor = self.norm(linear.float()) + order
-        return tokens.flatten(1, 2)
-
-
-def new_projection(
-    language: PreTrainedModel, d_vision: int, places: int, word_size: float = 1.0
-) -> VisualProjection:
-    """Return a new projection with the language model's kind of norm and scale of new word embeddings.
-
-    In a decoder-only model, visual tokens begin with the size of word embeddings (`word_size`, a root mean
-    square). In GPT-2 and Llama it is far below 1, and layers hardly change larger tokens.
-    """
-    width: int = language.get_input_embeddings().embedding_dim
-    config = language.config
-    if config.is_encoder_decoder:
-        eps: float | None = getattr(config, "layer_norm_epsilon", None)
-        # The published vectors are rows added to the vocabulary: N(0, 1) in T5, 0.02 in BART.
-        std: float = getattr(config, "init_std", getattr(config, "initializer_factor", 1.0))
-    else:
-        eps, std = getattr(config, "rms_norm_eps", None), word_size
-    norm = nn.LayerNorm(width) if eps is None else nn.RMSNorm(width, eps=eps)
-    if not config.is_encoder_decoder:
-        nn.init.constant_(norm.weight, word_size)
-    return VisualProjection(d_vision, width, norm, places, std)
-
-
-def embedding_norm(language: PreTrainedModel) -> nn.Module | None:
-    """Return the norm that the encoder applies to its input embeddings, as in BART; None if it has none."""
-    if not language.config.is_encoder_decoder:
-        return None
-    norm: nn.Module | None = getattr(language.get_encoder(), "layernorm_embedding", None)
-    return None if isinstance(norm, nn.Identity) else norm

@@ -11,7 +11,7 @@ from torch import nn
 from dept_vl.cli import parse
 from dept_vl.config import RunConfig, flat, to_json
 from dept_vl.models.pretrained_vlm import open_backbone
-from dept_vl.models.vision import VisualProjection
+from dept_vl.models.projection import VisualProjection
 from dept_vl.presets import MODELS, OWN_ROW, PAPER, PRESETS, RELEASED, VL_ADAPTER
 from dept_vl.prompts.base import METHODS, sized
 from dept_vl.prompts.methods import build

@@ -21,8 +21,8 @@ from zoo.models import language_model
 
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.padding import pack
+from dept_vl.models.projection import VisualProjection
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vision import VisualProjection
 from dept_vl.prompts.dept import DePT
 
 # -- against the stock encoder

@@ -22,8 +22,8 @@ from dept_vl.adapters.adapter import Adapter
 from dept_vl.adapters.tensors import count_trainable
 from dept_vl.models.backbone import Backbone
 from dept_vl.models.language import EncoderDecoder
+from dept_vl.models.projection import VisualProjection, new_projection
 from dept_vl.models.prompted import PromptedModel
-from dept_vl.models.vision import VisualProjection, new_projection
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 ORDERS = ("none", "frozen", "trained")
