@@ -113,7 +113,7 @@ def encode_sources(
 ) -> EncodedSources:
     """Encode every distinct pair of text and images once, in an order that only depends on the data.
 
-    `check_encoder_alone` says whether that is possible.
+    Call `check_encoder_alone` first; the result is wrong if trained parameters change the encoder's output.
     """
     distinct = {source_of(example): example for example in examples}
     # Sorting by length reduces padding.

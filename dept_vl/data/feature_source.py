@@ -82,7 +82,7 @@ def mapped_features(
 ) -> FeatureTable | None:
     """Map the features that `dept-vl features` stored for these images; None if they are not to be used.
 
-    Files that do not serve raise an error if `choice` is cached; with auto they are told, and not used.
+    If stored features cannot be used, raise an error with `choice` cached; with auto, print a note instead.
     """
     folders = [features_folder(options) for options, paths in wanted if paths]
     complete = all((folder / INDEX_FILE).is_file() for folder in folders)

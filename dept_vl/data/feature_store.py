@@ -152,7 +152,7 @@ def open_features(
     """Map the features of images from a folder that `write_features` made.
 
     The checksum of each shard is compared once per process. At most `renewable` images that have
-    changed are encoded again, in memory. FileNotFoundError or ValueError if the features do not serve.
+    changed are encoded again, in memory. Raise FileNotFoundError or ValueError if they cannot be used.
     """
     index = read_index(folder)
     dtype = index["fingerprint"]["dtype"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -109,14 +110,18 @@ def check_texts(
 
 
 def _tell_alike_choices(task: Task, split: str, tokenizer: Any) -> None:
-    examples = [task[index] for index in range(min(LENGTH_SAMPLE, len(task)))]
-    choices = [one.choices for one in examples if one.choices]
-    alike = [
-        of_one for of_one in choices if len(set(map(tuple, target_ids(tokenizer, of_one)))) < len(set(of_one))
-    ]
+    """Print how many of the first questions have choices that become the same tokens."""
+    sets = Counter(task[index].choices for index in range(min(LENGTH_SAMPLE, len(task))))
+    del sets[()]
+    if not sets:
+        return
+    texts = list({text: None for choices in sets for text in choices})
+    ids = dict(zip(texts, map(tuple, target_ids(tokenizer, texts)), strict=True))
+    alike = [choices for choices in sets if len({ids[text] for text in choices}) < len({*choices})]
     if alike:
+        count = sum(sets[choices] for choices in alike)
         say(
-            f"warning: {len(alike):,} of the first {len(choices):,} questions with choices ({task.name} "
-            f"{split}) have choices that this tokenizer writes alike, so that one always wins, such as "
+            f"warning: {count:,} of the first {sets.total():,} questions of {task.name} {split} have choices "
+            "that become the same tokens, so that one of them always wins, such as "
             f"{', '.join(map(repr, alike[0])):.100}"
         )

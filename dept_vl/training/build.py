@@ -21,7 +21,7 @@ from dept_vl.training.optim import relative_size
 GROUPS = attrgetter("data", "prompt", "train", "backbone", "optim")
 """The options of a run whose effect depends on others."""
 OF_IMAGES = ("visual_offset", "image_fit", "features", "feature_memory", "on_bad_image")
-"""Options that only images are subject to."""
+"""Options that have no effect without images."""
 
 
 def build_model(config: RunConfig) -> PromptedModel:

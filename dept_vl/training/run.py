@@ -195,7 +195,9 @@ class Run(Stages):
         )
         if images is not None:
             precision = images.dtype if isinstance(images, FeatureTable) else "float32"
-            keep_precision(self.output_dir, precision + WITH_TEXT * encoded, accelerator)
+            if encoded:
+                precision += WITH_TEXT
+            keep_precision(self.output_dir, precision, accelerator)
         # After the features, which the tower computes in full precision.
         prepare_step(
             self.model.backbone.language,

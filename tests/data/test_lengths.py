@@ -91,7 +91,7 @@ def test_choices_that_are_written_alike_are_told(
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = load_task("vqa", data=tmp_path / "a.jsonl", split="all")
     check_texts(task, "all", tokenizers["t5"], 20, Accelerator())
-    assert "1 of the first 2 questions with choices" in capsys.readouterr().out
+    assert "1 of the first 2 questions of" in capsys.readouterr().out
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,10 @@ def find_tables(data: str) -> tuple[Path, list[TableFile], list[str]]:
     left_out = [str(table.path.relative_to(path)) for table in tables if named and not table.split]
     tables = named or tables
     check_shards(table.path for table in tables)
-    reasons = {"other files name a split and these do not": left_out, "they lie deeper": deep}
+    reasons = {
+        "other files name a split and these do not": left_out,
+        f"they are more than {DEEPEST} folders deep": deep,
+    }
     notes = [
         f"ignored, because {why}: {', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)}"
         for why, names in reasons.items()

@@ -119,8 +119,8 @@ def read_csv(path: Path) -> Numbered:
             for cells in _long_cells(rows):
                 if delimiter == "\t" and any(_took_rows(cells, at) for at in range(len(cells))):
                     raise UsageError(
-                        f"{place(path, line)}: a cell goes on over tabs into the next line; write a quote "
-                        "that starts a cell twice, and quotes around the cell. If it is one, omit its tabs"
+                        f"{place(path, line)}: a cell in quotes contains whole rows; if the quote is part "
+                        "of the text, double it and quote the cell; if not, replace the tabs by spaces"
                     )
                 if len(cells) == len(header):
                     yield rows.line_num, dict(zip(header, cells, strict=True))
